@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QTensor: one quantized matrix, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fewbit.core.format import Format, decode
+from fewbit.core.layout import UNPACKED, Layout
+from fewbit.errors import UnsupportedError
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """A (rows, columns) matrix in few bits.
+
+    ``packed`` and ``params`` are the very arrays that a file holds, so their bytes are the true size.
+    """
+
+    format: Format
+    layout: Layout
+    shape: tuple[int, int]
+    packed: Tensor
+    params: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(format: Format, codes: Tensor, params: Mapping[str, Tensor]) -> QTensor:
+        """From logical codes (rows, columns / dim) and parameters (rows, blocks, 1), unpacked."""
+        return QTensor(format, UNPACKED, (codes.shape[0], codes.shape[1] * format.dim), codes, dict(params))
+
+    def logical(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Codes (rows, columns / dim) uint8 and parameters (rows, blocks, 1)."""
+        return self.layout.unpack(self.format, self.shape, self.packed, self.params)
+
+    def dequantize(self) -> Tensor:
+        """The float32 (rows, columns) matrix that this stands for."""
+        return decode(self.format, *self.logical())
+
+    def repack(self, layout: Layout) -> QTensor:
+        """The same codes and parameters in another layout; nothing is fitted again.
+
+        Raises:
+            UnsupportedError: the layout refuses this format or shape; the reason is in the message.
+        """
+        reason = layout.refuse(self.format, self.shape)
+        if reason is not None:
+            raise UnsupportedError(f"{self.format.name} of shape {self.shape} in layout {layout.name}", reason)
+        packed, stored = layout.pack(self.format, self.shape, *self.logical())
+        return QTensor(self.format, layout, self.shape, packed, stored)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: codes, scales, zero points, tables; everything."""
+        return sum(t.numel() * t.element_size() for t in (self.packed, *self.params.values()))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True stored bits per weight."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Round to nearest: every weight takes the closest value of its block's grid. The baseline of everything."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fewbit.core import format as F
+from fewbit.core.facts import Facts
+from fewbit.core.format import Format
+from fewbit.core.qtensor import QTensor
+
+
+def rtn(weight: Tensor, format: Format, facts: Facts | None = None) -> QTensor:
+    """Quantize ``weight`` (rows, columns) without looking at data; ``facts`` are ignored."""
+    format = format.bind(weight)
+    params = F.fit(format, weight)
+    return QTensor.of(format, F.encode(format, weight, params), params)
