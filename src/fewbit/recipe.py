@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: ordered rules from layer names to (format, method, options). TOML in and out.
+
+::
+
+    [[rule]]
+    match = "re:.*\\.down_proj"      # the first rule that matches a layer decides
+    format = "int8/g64"
+    method = "rtn"
+
+    [[rule]]
+    match = "*"
+    format = "int4/g128/asym"
+    method = "gptq"
+    options = { desc_act = true }
+
+``match`` is an exact name, a glob, ``re:`` and a regular expression (whole name), ``class:`` and a module class, or
+``kind:`` and one of linear, experts, embedding, head. A glob never reaches the embedding or the head: name them or
+their kind. ``format = "float"`` keeps a layer as it is. A rule that matches no layer is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from fewbit import formats, methods
+from fewbit.errors import InputError, SpecError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FLOAT = "float"
+_KEYS = {"match", "format", "method", "options", "transforms"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a recipe. Checked when built: an unknown format, method or option never reaches a run."""
+
+    match: str
+    format: str
+    method: str = "rtn"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.format == FLOAT:
+            return
+        formats.parse(self.format)
+        known = methods.named(self.method).options
+        for name in self.options:
+            if name not in known:
+                works = f"its options are {', '.join(known)}" if known else "it has no options"
+                raise SpecError(f"option {name!r} of method {self.method}", "no such option", works)
+        if self.match.startswith("re:"):
+            try:
+                re.compile(self.match[3:])
+            except re.error as error:
+                raise SpecError(f"rule match {self.match!r}", f"not a regular expression: {error}") from None
+
+    def matches(self, name: str, kind: str, module_class: str) -> bool:
+        prefix, _, rest = self.match.partition(":")
+        if prefix == "re" and rest:
+            return re.fullmatch(rest, name) is not None
+        if prefix == "class" and rest:
+            return module_class == rest
+        if prefix == "kind" and rest:
+            return kind == rest
+        if any(c in self.match for c in "*?["):
+            return kind not in ("embedding", "head") and fnmatchcase(name, self.match)
+        return name == self.match
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ordered rules; the first that matches a layer decides."""
+
+    rules: tuple[Rule, ...]
+
+    @staticmethod
+    def simple(format: str, method: str = "rtn", head: str = "int8/g64", options: dict[str, Any] | None = None) -> Recipe:
+        """One format and method for every layer, embedding and head in ``head`` (a format, or "float")."""
+        return Recipe(
+            (Rule("kind:embedding", head), Rule("kind:head", head), Rule("*", format, method, dict(options or {})))
+        )
+
+    def rule_for(self, name: str, kind: str, module_class: str) -> Rule | None:
+        return next((rule for rule in self.rules if rule.matches(name, kind, module_class)), None)
+
+    def check(self, layers: list[tuple[str, str, str]]) -> None:
+        """Every rule must match some (name, kind, class).
+
+        Raises:
+            SpecError: a rule matches nothing; the message shows names that exist. The embedding and head rules that
+                :meth:`simple` adds are exempt from a head tied to its embedding.
+        """
+        for rule in self.rules:
+            if rule.match.startswith("kind:") and rule.match[5:] in ("embedding", "head"):
+                continue
+            if not any(rule.matches(*layer) for layer in layers):
+                shown = ", ".join(name for name, _, _ in layers[:3])
+                raise SpecError(f"recipe rule {rule.match!r}", "it matches no layer", f"layers are named like {shown}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rule": [_rule_dict(rule) for rule in self.rules]}
+
+    def to_toml(self) -> str:
+        lines = []
+        for rule in self.to_dict()["rule"]:
+            lines.append("[[rule]]")
+            for key, value in rule.items():
+                inline = "{ " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items()) + " }" if key == "options" else json.dumps(value)
+                lines.append(f"{key} = {inline}")
+            lines.append("")
+        return "\n".join(lines)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Recipe:
+        """Raises SpecError when a key is unknown or missing."""
+        unknown = set(data) - {"rule"}
+        if unknown or not isinstance(data.get("rule"), list) or not data["rule"]:
+            raise SpecError("recipe", f"unknown keys {sorted(unknown)}" if unknown else "it has no rules", "a recipe is a list of [[rule]]")
+        return Recipe(tuple(_rule(entry) for entry in data["rule"]))
+
+    @staticmethod
+    def read(path: str | Path) -> Recipe:
+        """From a TOML file.
+
+        Raises:
+            InputError: the file cannot be read. SpecError: it is not TOML or not a recipe.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"recipe {path}", f"it cannot be read ({error})") from None
+        try:
+            return Recipe.from_dict(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise SpecError(f"recipe {path}", f"it is not TOML: {error}") from None
+
+
+def _rule_dict(rule: Rule) -> dict[str, Any]:
+    entry: dict[str, Any] = {"match": rule.match, "format": rule.format}
+    if rule.format != FLOAT:
+        entry["method"] = rule.method
+    if rule.options:
+        entry["options"] = dict(rule.options)
+    return entry
+
+
+def _rule(entry: Any) -> Rule:
+    if not isinstance(entry, dict) or not {"match", "format"} <= set(entry) or set(entry) - _KEYS:
+        found = f"keys {sorted(entry)}" if isinstance(entry, dict) else f"{type(entry).__name__}"
+        raise SpecError("recipe rule", found, "a rule has match and format, and may have method, options, transforms")
+    if entry.get("transforms"):
+        raise SpecError(f"transforms {entry['transforms']}", "no transform is available yet", "leave `transforms` out")
+    return Rule(entry["match"], entry["format"], entry.get("method", "rtn"), dict(entry.get("options", {})))
