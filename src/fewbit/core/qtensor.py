@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from fewbit.core.format import Format, decode
+from fewbit.core.format import Format, decode, encode, fit
 from fewbit.core.layout import UNPACKED, Layout
 from fewbit.errors import UnsupportedError
+
+
+_TRIAL = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,3 +65,32 @@ class QTensor:
     def bits_per_weight(self) -> float:
         """True stored bits per weight."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+
+def storage(format: Format, layout: Layout, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every array that a (rows, columns) matrix will take, without making it.
+
+    Packs matrices of 16 and 32 rows and extrapolates: every layout is linear in the rows. The code array is called
+    ``packed``. Raises UnsupportedError when the layout refuses.
+    """
+    rows, columns = shape
+    trials = []
+    for number in (_TRIAL, 2 * _TRIAL):
+        zeros = torch.zeros(number, columns)
+        bound = format.bind(zeros)
+        params = fit(bound, zeros)
+        packed = QTensor.of(bound, encode(bound, zeros, params), params).repack(layout)
+        trials.append({"packed": packed.packed, **packed.params})
+    one, two = trials
+    sizes = {}
+    for name, tensor in one.items():
+        shape_of = tuple(
+            a + (b - a) * (rows - _TRIAL) // _TRIAL for a, b in zip(tensor.shape, two[name].shape, strict=True)
+        )
+        sizes[name] = (tensor.dtype, shape_of)
+    return sizes
+
+
+def storage_bytes(sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """Bytes of what :func:`storage` describes."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in sizes.values())

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized layers: torch modules whose buffers are the arrays of a file, run by the kernel table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit import formats, kernels, layouts
+from fewbit.core.format import Format
+from fewbit.core.layout import Layout
+from fewbit.core.qtensor import QTensor, storage
+from fewbit.errors import VerificationError
+
+
+class Store(nn.Module):
+    """One quantized matrix (or ``experts`` of them stacked by rows) as buffers ``{name}_{array}``; abstract over its use."""
+
+    def __init__(self, name: str, format: str, layout: str, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.stem, self.shape = name, shape
+        self.format: Format = formats.parse(format)
+        self.layout: Layout = layouts.named(layout)
+        self.arrays = storage(self.format, self.layout, shape)
+        for array, (dtype, size) in self.arrays.items():
+            self.register_buffer(f"{name}_{array}", torch.empty(size, dtype=dtype))
+
+    def qtensor(self) -> QTensor:
+        """The stored matrix, sharing the buffers' memory.
+
+        Raises:
+            VerificationError: a buffer changed its dtype after loading, which would change the numbers.
+        """
+        tensors = {array: getattr(self, f"{self.stem}_{array}") for array in self.arrays}
+        for array, (dtype, size) in self.arrays.items():
+            if tensors[array].dtype != dtype or tuple(tensors[array].shape) != size:
+                found = f"{tensors[array].dtype} {tuple(tensors[array].shape)}"
+                raise VerificationError(f"array {self.stem}_{array}: {dtype} {size}", f"found {found}")
+        return QTensor(self.format, self.layout, self.shape, tensors.pop("packed"), tensors)
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[1]} -> {self.shape[0]}, {self.format.name}, {self.layout.name}"
+
+
+class QuantLinear(Store):
+    """``y = x W^T + b`` with W in few bits. ``activation``: a format that inputs are rounded to per token, or None."""
+
+    def __init__(
+        self, format: str, layout: str, shape: tuple[int, int], bias: nn.Parameter | None, activation: str | None = None
+    ) -> None:
+        super().__init__("weight", format, layout, shape)
+        self.register_parameter("bias", bias)
+        self.activation = formats.parse(activation) if activation else None
+        self.in_features, self.out_features = shape[1], shape[0]
+        self._prepared: kernels.Prepared | None = None
+
+    def prepare(self, kernel: str | None = None) -> None:
+        """Repack for the fastest kernel here (or the one named), once, before the first call."""
+        self._prepared = kernels.prepare(self.qtensor(), kernel)
+
+    @property
+    def prepared(self) -> kernels.Prepared:
+        if self._prepared is None:
+            self.prepare()
+        assert self._prepared is not None
+        return self._prepared
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.prepared(round_activations(x, self.activation), self.bias)
+
+
+class QuantEmbedding(Store):
+    """Rows of a table in few bits; ``scale`` multiplies them where the family does (Gemma)."""
+
+    def __init__(self, format: str, layout: str, shape: tuple[int, int], scale: Any, dtype: torch.dtype) -> None:
+        super().__init__("weight", format, layout, shape)
+        self.scale, self.dtype = scale, dtype
+        self.num_embeddings, self.embedding_dim = shape
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = kernels.embedding(ids, self.qtensor(), self.dtype)
+        return rows if self.scale is None else rows * self.scale.to(rows.dtype)
+
+
+class ExpertBank(Store):
+    """A fused (experts, rows, columns) parameter in few bits: ``bank[e]`` stands for expert e's matrix in F.linear."""
+
+    def __init__(self, name: str, format: str, layout: str, shape: tuple[int, int], experts: int) -> None:
+        super().__init__(name, format, layout, (shape[0] * experts, shape[1]))
+        self.experts, self.rows = experts, shape[0]
+        self._prepared: dict[int, kernels.Prepared] = {}
+
+    def prepare(self, kernel: str | None = None) -> None:
+        whole = self.qtensor()
+        codes, params = whole.logical()
+        for expert in range(self.experts):
+            rows = slice(expert * self.rows, (expert + 1) * self.rows)
+            part = QTensor.of(self.format, codes[rows], {key: value[rows] for key, value in params.items()})
+            self._prepared[expert] = kernels.prepare(part, kernel)
+
+    def __getitem__(self, expert: Any) -> ExpertMatrix:
+        if not self._prepared:
+            self.prepare()
+        return ExpertMatrix(self._prepared[int(expert)])
+
+
+class ExpertMatrix:
+    """Stands where a family's own code writes ``F.linear(x, self.gate_up_proj[e])``: runs the kernel instead."""
+
+    def __init__(self, prepared: kernels.Prepared) -> None:
+        self._prepared = prepared
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is not nn.functional.linear:
+            return NotImplemented
+        x, matrix, *bias = args
+        return matrix._prepared(x, *(bias or [(kwargs or {}).get("bias")]))
+
+
+def round_activations(x: Tensor, format: Format | None) -> Tensor:
+    """``x`` (..., columns) rounded to ``format`` token by token, dynamically; itself when ``format`` is None."""
+    if format is None:
+        return x
+    flat = x.reshape(-1, x.shape[-1]).float()
+    blocks = flat.unsqueeze(1)
+    params = format.fit(blocks, torch.ones(1, 1, 1))
+    return format.decode(format.encode(blocks, params), params).reshape(x.shape).to(x.dtype)
