@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: arguments only. What a command does is in :mod:`fewbit.commands`, imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fewbit.commands.guard import guarded
+
+app = typer.Typer(
+    name="fewbit",
+    help="A trained language model in few bits: quantize it, measure what that cost, run it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a GGUF file, or a hub id (the only thing that is downloaded).")]
+Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that fewbit wrote.")]
+Format = Annotated[Optional[str], typer.Option("--format", "-f", help="int4/g128/asym, nf4/g64, int3/g64, ternary/g128, W4A16, ...")]
+Method = Annotated[str, typer.Option("--method", "-m", help="rtn, clip or gptq; `fewbit doctor` lists them.")]
+Recipe = Annotated[Optional[Path], typer.Option("--recipe", help="TOML rules instead of --format: which layer gets what.")]
+Options = Annotated[Optional[list[str]], typer.Option("--option", metavar="NAME=VALUE", help="An option of the method, e.g. desc_act=true; may be repeated.")]
+Calibration = Annotated[Optional[str], typer.Option("--calibration", help="A text or JSONL file; default: the bundled text.")]
+Head = Annotated[str, typer.Option("--head", help="Format of lm_head and embeddings; `float` keeps them as they are.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")]
+Window = Annotated[int, typer.Option("--context", min=2, help="Tokens in a calibration window.")]
+Seed = Annotated[int, typer.Option("--seed", help="Same input and seed: same bytes.")]
+Threads = Annotated[Optional[int], typer.Option("--threads", min=1, help="Default: all cores of this process.")]
+Force = Annotated[bool, typer.Option("--force", help="Accept what the gates refuse (data-free below 3 bits, a blown-up result).")]
+Json = Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="Write the result as JSON; `-` is stdout.")]
+Report = Annotated[Optional[Path], typer.Option("--report", metavar="FILE", help="Where the HTML report goes; default: OUT/report.html.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"fewbit {installed('fewbit')}")
+        raise typer.Exit()
+
+
+@app.command()
+@guarded
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    format: Format = None,
+    method: Method = "rtn",
+    recipe: Recipe = None,
+    option: Options = None,
+    calibration: Calibration = None,
+    head: Head = "int8/g64",
+    samples: Samples = 128,
+    context: Window = 512,
+    seed: Seed = 0,
+    threads: Threads = None,
+    force: Force = False,
+    json: Json = None,
+    report: Report = None,
+    debug: Debug = False,
+) -> None:
+    """Quantize MODEL into OUT, verify it, and report. Killed or interrupted, the same command continues."""
+    from fewbit.commands import quantize as command
+
+    request = command.Request(model, format, method, recipe, option, calibration, head, samples, context, seed, threads, force)
+    command.run(request, out, json, report)
+
+
+@app.command()
+@guarded
+def plan(
+    model: Model,
+    format: Format = None,
+    method: Method = "rtn",
+    recipe: Recipe = None,
+    option: Options = None,
+    calibration: Calibration = None,
+    head: Head = "int8/g64",
+    samples: Samples = 128,
+    context: Window = 512,
+    seed: Seed = 0,
+    threads: Threads = None,
+    force: Force = False,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """What quantizing MODEL would give and take: size and true bits (exact), memory and time (estimated), kernels."""
+    from fewbit.commands import plan as command
+    from fewbit.commands.quantize import Request
+
+    command.run(Request(model, format, method, recipe, option, calibration, head, samples, context, seed, threads, force), json)
+
+
+@app.command()
+@guarded
+def eval(
+    out: Folder,
+    reference: Annotated[Optional[str], typer.Option("--reference", help="The original; default: the one in the manifest.")] = None,
+    text: Annotated[Optional[Path], typer.Option("--text", help="Held-out text; default: the bundled text.")] = None,
+    context: Annotated[int, typer.Option("--context", min=2, help="Tokens in a window.")] = 2048,
+    windows: Annotated[Optional[int], typer.Option("--windows", min=1, help="Windows to read; default: the whole text.")] = None,
+    threads: Threads = None,
+    json: Json = None,
+    report: Report = None,
+    debug: Debug = False,
+) -> None:
+    """Measure OUT against the original; write evaluation.json, README.md and report.html into OUT."""
+    from fewbit.commands import evaluate as command
+
+    command.run(out, reference, text, context, windows, threads, json, report)
+
+
+@app.command()
+@guarded
+def bench(
+    out: Folder,
+    batch: Annotated[Optional[list[int]], typer.Option("--batch", min=1, help="Batch sizes of the kernel rows; default 1 and 128.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to decode.")] = 64,
+    prompt: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens to prefill.")] = 256,
+    threads: Threads = None,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """How fast OUT runs here: prefill, decode, and each kernel against torch fp32 and bf16 in the same minutes."""
+    from fewbit.commands import bench as command
+
+    command.run(out, tuple(batch or (1, 128)), tokens, prompt, threads, json)
+
+
+@app.command()
+@guarded
+def generate(
+    out: Folder,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to add at most.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Seed = 0,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Continue a text with OUT, printed as it comes."""
+    from fewbit.commands import generate as command
+
+    command.run(out, prompt, max_tokens, temperature, seed, threads)
+
+
+@app.command()
+@guarded
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder, a .gguf or a .safetensors file.")],
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """What a model holds: tensors, formats, true bits, skipped layers and why; hashes verified when listed."""
+    from fewbit.commands import inspect as command
+
+    command.run(path, json)
+
+
+@app.command()
+@guarded
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders that fewbit wrote.")],
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Several results side by side: size, bits, perplexity, KL, agreement, speed."""
+    from fewbit.commands import compare as command
+
+    command.run(folders, json)
+
+
+@app.command()
+@guarded
+def doctor(json: Json = None, debug: Debug = False) -> None:
+    """What is here: versions, instruction sets, kernels, GPU, extras, export targets."""
+    from fewbit.commands import doctor as command
+
+    command.run(json)
+
+
+@app.command()
+@guarded
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("fewbit-demo"),
+    format: Annotated[str, typer.Option("--format", "-f", help="Number format.")] = "int3/g64",
+    method: Method = "gptq",
+    samples: Samples = 128,
+    threads: Threads = None,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """The whole job on a real model: quantize SmolLM2-135M from its wheel, measure it, report, say something."""
+    from fewbit.commands import demo as command
+
+    command.run(out, format, method, samples, threads, json)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="fewbit")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fewbit generate``: continue a text, printed as it comes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fewbit
+from fewbit import kernels
+from fewbit.commands.console import err
+from fewbit.errors import InputError
+
+
+def run(out: Path, prompt: str, max_tokens: int, temperature: float, seed: int, threads: int | None) -> None:
+    """Stream the continuation to stdout; tokens a second to stderr."""
+    use_threads(threads)
+    tokenizer = tokenizer_of(out)
+    model = fewbit.load(out)
+    began = time.perf_counter()
+    added = stream(model, tokenizer, prompt, max_tokens, temperature, seed)
+    seconds = time.perf_counter() - began
+    err().print(f"{added} tokens in {seconds:.1f} s, {added / max(seconds, 1e-9):.1f} tokens/s", markup=False)
+
+
+def stream(model: Any, tokenizer: Any, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> int:
+    """Print ``prompt`` and its continuation to stdout; returns the number of tokens added.
+
+    Raises:
+        InputError: the prompt holds no token.
+    """
+    from transformers import TextStreamer
+
+    inputs = tokenizer(prompt, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise InputError("generating", "the prompt holds no token", "give a text with --prompt")
+    choice = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_tokens,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **choice,
+        )
+    return int(output.shape[1]) - int(length)
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer saved in ``folder``.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise InputError(f"the tokenizer of {folder}", "the folder holds none", "copy the original's tokenizer files there")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the tokenizer of {folder}", " ".join(str(error).split())[:300]) from error
+
+
+def use_threads(threads: int | None) -> None:
+    """``threads`` for torch and for fewbit's kernels; None leaves both as they are."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+        kernels.set_threads(threads)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user sees when a command cannot do what was asked: one sentence and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec
+
+import typer
+
+from fewbit.errors import FewbitError
+
+P = ParamSpec("P")
+INTERRUPTED = "interrupted; nothing is lost, run the same command again to continue"
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """Wrap a command: errors become a sentence on stderr and an exit code (2 to 7 by kind, 1 unexpected, 130 Ctrl-C).
+
+    The command must take ``debug``; with it the traceback is printed as well.
+    """
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if kwargs.get("debug"):
+                traceback.print_exc()
+            message, code = sentence(error)
+            print(f"fewbit: {message}", file=sys.stderr)
+            raise typer.Exit(code) from None
+
+    return run
+
+
+def sentence(error: BaseException) -> tuple[str, int]:
+    """One line for a person, and the exit code for a script."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, 130
+    if isinstance(error, FewbitError):
+        return " ".join(str(error).split()), error.exit_code
+    if isinstance(error, MemoryError):
+        return "out of memory; what was finished is kept; fewer --samples or a shorter --context need less", 1
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}; what was finished is kept, run the same command again to continue", 3
+    text = " ".join(str(error).split()) or "no message"
+    return f"unexpected {type(error).__name__}: {text[:500]}; run with --debug for the traceback", 1
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+    """Warnings meant for users are one line; those meant for programmers are not shown."""
+    if not issubclass(category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning)):
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

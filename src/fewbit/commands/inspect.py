@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fewbit inspect``: what a model's files hold. Headers only; no weight is decoded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fewbit.commands.console import figure, results, size, table, write_json
+from fewbit.containers import files, manifest
+from fewbit.containers.gguf import open_gguf
+from fewbit.containers.safetensors import open_safetensors
+from fewbit.errors import InputError
+
+SHOWN = 40
+INDEX = "model.safetensors.index.json"
+
+
+def run(path: Path, json_target: str | None) -> None:
+    """Print what ``path`` holds.
+
+    Raises:
+        InputError: it is none of a model folder, a GGUF and a safetensors file. CorruptFileError: it is damaged.
+    """
+    found = examine(path)
+    write_json(json_target, found)
+    console = results(json_target)
+    for shown in tables(found):
+        console.print(shown)
+
+
+def examine(path: Path) -> dict[str, Any]:
+    """Plain data: ``kind``, ``size_bytes``, ``bits_per_weight`` (true, matrices only), ``tensors``, and for a folder of
+    fewbit's the manifest's ``layers`` and ``skipped``, after every hash was checked."""
+    if path.is_dir():
+        return _folder(path)
+    if path.suffix == ".gguf":
+        return _gguf(path)
+    if path.suffix == ".safetensors":
+        return _summary(path, "safetensors", _safetensors(path))
+    files.size_of(path)
+    raise InputError(f"inspecting {path}", f"a {path.suffix or 'nameless'} file", "a folder, a .gguf or a .safetensors file")
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    tensors = [tensor for shard in shards(path) for tensor in _safetensors(shard)]
+    if not (path / manifest.NAME).is_file():
+        found = _summary(path, "Hugging Face folder", tensors)
+        if (path / "config.json").is_file():
+            found["architecture"] = ", ".join(files.read_json(path / "config.json").get("architectures") or [])
+        return found
+    described = manifest.read(path)
+    manifest.check_files(path, described)
+    return {
+        "path": str(path),
+        "kind": "fewbit folder",
+        "hashes": f"{len(described['files'])} files verified",
+        "architecture": described["source"].get("architecture", ""),
+        "size_bytes": described["size_bytes"],
+        "bits_per_weight": described["bits_per_weight"],
+        "version": described["version"],
+        "seed": described["seed"],
+        "recipe": described["recipe"],
+        "source": described["source"],
+        "calibration": described.get("calibration"),
+        "layers": described["layers"],
+        "skipped": described["skipped"],
+        "tensors": tensors,
+    }
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those that the index names, else all.
+
+    Raises:
+        InputError: there is none, or one that the index names is missing.
+    """
+    if (folder / INDEX).is_file():
+        mapping = files.read_json(folder / INDEX).get("weight_map")
+        names = set(mapping.values()) if isinstance(mapping, dict) else set()
+        found = [files.member(folder, str(name)) for name in sorted(names, key=str)]
+    else:
+        found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise InputError(f"inspecting {folder}", "it holds no safetensors file", "a model folder or a .gguf file")
+    return found
+
+
+def _safetensors(path: Path) -> list[dict[str, Any]]:
+    opened = open_safetensors(path)
+    return [
+        _tensor(name, tuple(entry.shape), str(entry.dtype).removeprefix("torch."), entry.nbytes, path.name)
+        for name, entry in opened.entries.items()
+    ]
+
+
+def _gguf(path: Path) -> dict[str, Any]:
+    opened = open_gguf(path)
+    tensors = [
+        _tensor(name, tuple(block.shape), block.kind.name, block.nbytes, path.name) for name, block in opened.tensors.items()
+    ]
+    found = _summary(path, "GGUF", tensors)
+    found["architecture"] = str(opened.metadata.get("general.architecture", ""))
+    found["metadata"] = {key: value if len(str(value)) <= 200 else str(value)[:200] for key, value in opened.metadata.items()}
+    return found
+
+
+def _tensor(name: str, shape: tuple[int, ...], format: str, nbytes: int, file: str) -> dict[str, Any]:
+    count = math.prod(shape)
+    bits = 8 * nbytes / count if count else None
+    return {"name": name, "shape": list(shape), "format": format, "bits_per_weight": bits, "nbytes": nbytes, "file": file}
+
+
+def _summary(path: Path, kind: str, tensors: list[dict[str, Any]]) -> dict[str, Any]:
+    matrices = [tensor for tensor in tensors if len(tensor["shape"]) >= 2]
+    weights = sum(math.prod(tensor["shape"]) for tensor in matrices)
+    return {
+        "path": str(path),
+        "kind": kind,
+        "hashes": "none listed",
+        "size_bytes": path.stat().st_size if path.is_file() else sum(tensor["nbytes"] for tensor in tensors),
+        "bits_per_weight": 8 * sum(tensor["nbytes"] for tensor in matrices) / weights if weights else None,
+        "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors),
+        "tensors": tensors,
+    }
+
+
+def tables(found: dict[str, Any]) -> Iterable[Any]:
+    """A summary, the formats, then the layers of a quantized folder and what was skipped and why."""
+    facts = [
+        ("path", found["path"]),
+        ("kind", found["kind"]),
+        ("architecture", found.get("architecture") or None),
+        ("size", size(found["size_bytes"])),
+        ("true bits per weight", figure(found["bits_per_weight"], 4)),
+        ("hashes", found["hashes"]),
+    ]
+    yield table(("what", "found"), facts)
+    if "layers" not in found:
+        yield _by_format(found["tensors"])
+        yield _listing(found["tensors"])
+        return
+    layers = [layer | {"bits": layer["bits_per_weight"]} for layer in found["layers"]]
+    yield _by_format(layers)
+    rows = [
+        (x["name"], x["format"], x.get("method"), x.get("layout"), figure(x["bits"]), _percent(x.get("relative_error")))
+        for x in layers
+    ]
+    yield table(("layer", "format", "method", "layout", "bits", "error"), rows, f"{len(rows)} quantized layers")
+    skipped = [(x["name"], x["reason"], size(x["nbytes"])) for x in found["skipped"]]
+    yield table(("not quantized", "reason", "size"), skipped, f"{len(skipped)} skipped")
+
+
+def _by_format(tensors: list[dict[str, Any]]) -> Any:
+    totals: dict[str, tuple[int, int, int]] = {}
+    for tensor in tensors:
+        number, weights, nbytes = totals.get(tensor["format"], (0, 0, 0))
+        totals[tensor["format"]] = (number + 1, weights + math.prod(tensor["shape"]), nbytes + tensor["nbytes"])
+    rows = [
+        (format, number, size(nbytes), figure(8 * nbytes / weights, 3) if weights else None)
+        for format, (number, weights, nbytes) in sorted(totals.items(), key=lambda item: -item[1][2])
+    ]
+    return table(("format", "tensors", "size", "bits"), rows)
+
+
+def _listing(tensors: list[dict[str, Any]]) -> Any:
+    rows = [(t["name"], " x ".join(map(str, t["shape"])), t["format"], size(t["nbytes"])) for t in tensors[:SHOWN]]
+    rest = f"the first {SHOWN} of {len(tensors)} tensors; --json lists all" if len(tensors) > SHOWN else f"{len(tensors)} tensors"
+    return table(("tensor", "shape", "format", "size"), rows, rest)
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2%}"
