@@ -17,15 +17,8 @@ import torch
 from torch import Tensor
 
 from fewbit.core.format import Format, Param, Params, Physical
-
-SMALLEST_SCALE = 2.0**-24
-"""The least positive float16: a constant-zero block gets this scale, never 0 or NaN."""
-LARGEST_SCALE = 65504.0
-
-
-def storable(scale: Tensor) -> Tensor:
-    """``scale`` rounded to float16, kept positive and finite."""
-    return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16)
+from fewbit.formats.scales import divisor, spell_group, storable
+from fewbit.formats.sign import mean_magnitude
 
 
 @dataclass(frozen=True)
@@ -43,8 +36,7 @@ class Affine(Format):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        group = f"g{self.block}" if self.block else "channel"
-        return f"int{self.bits}/{group}/{'sym' if self.symmetric else 'asym'}"
+        return f"int{self.bits}/{spell_group(self.block)}/{'sym' if self.symmetric else 'asym'}"
 
     @property
     def levels(self) -> int:  # type: ignore[override]
@@ -67,9 +59,7 @@ class Affine(Format):
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
         top = self.levels - 1
         if self.symmetric and self.bits == 1:
-            weight = importance.expand_as(blocks)
-            mean = (blocks.abs() * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(1e-30)
-            return {"scale": storable(2 * mean)}
+            return {"scale": storable(2 * mean_magnitude(blocks, importance))}
         if self.symmetric:
             return {"scale": storable(2 * blocks.abs().amax(-1, keepdim=True) / top)}
         low = blocks.amin(-1, keepdim=True).clamp_max(0)
@@ -81,12 +71,13 @@ class Affine(Format):
         return self.middle if self.symmetric else params["zero_point"].float()
 
     def encode(self, blocks: Tensor, params: Params) -> Tensor:
-        codes = blocks / params["scale"].float() + self._zero(params)
+        codes = blocks / divisor(params["scale"]) + self._zero(params)
         return codes.round().clamp(0, self.levels - 1).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         return params["scale"].float() * (codes.float() - self._zero(params))
 
     def physical(self, params: Params) -> Physical:
+        """Equal to ``decode`` bit for bit: every product and the sum fit in a float32's 24 bits."""
         scale = params["scale"].float()
         return Physical(scale.squeeze(-1), (-scale * self._zero(params)).squeeze(-1), None)

@@ -1,24 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Format names to formats."""
+"""Format names to formats: the only place where a spelling is taken apart.
+
+::
+
+    int{1-8}[/g{N} | /channel][/sym | /asym | /min]     group 128 and sym unless said
+    int{1-8}/g{N}x{M}[/sym | /asym][/s{4-8}]            M blocks of N under super scales; 6-bit scales unless said
+    nf4 | fp4 | pot{2-8}  [/g{N} | /channel]            group 64 unless said
+    sign | ternary  [/g{N} | /channel]                  group 128 unless said
+    mxfp4[/g32]   nvfp4[/g16]
+    W4A16, Q4_K, ...                                    a scheme that leaves activations alone
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from fewbit.core.format import Format
 from fewbit.errors import SpecError
 from fewbit.formats.affine import Affine
+from fewbit.formats.minimum import Minimum
+from fewbit.formats.mxfp4 import MXFP4
+from fewbit.formats.nvfp4 import NVFP4
+from fewbit.formats.schemes import SCHEMES
+from fewbit.formats.sign import Sign
+from fewbit.formats.superblock import Superblock
+from fewbit.formats.table import TABLES, Table
+from fewbit.formats.ternary import Ternary
 
-_INT = re.compile(r"int([1-8])(?:/(?:g(\d+)|(channel)))?(?:/(sym|asym))?")
+LARGEST_GROUP = 8192
+"""A row is padded to whole groups while it is fitted; longer groups are spelt ``channel``."""
+
+_GROUP = r"(?:/(?:g([1-9]\d{0,4})|(channel)))?"
+
+_GRAMMAR: tuple[tuple[re.Pattern[str], Callable[..., Format]], ...] = (
+    (
+        re.compile(rf"int([1-8]){_GROUP}(?:/(sym|asym))?"),
+        lambda bits, group, channel, kind: Affine(int(bits), _block(group, channel, 128), kind != "asym"),
+    ),
+    (
+        re.compile(rf"int([1-8]){_GROUP}/min"),
+        lambda bits, group, channel: Minimum(int(bits), _block(group, channel, 128)),
+    ),
+    (
+        re.compile(r"int([1-8])/g([1-9]\d{0,4})x([1-9]\d{0,2})(?:/(sym|asym))?(?:/s([4-8]))?"),
+        lambda bits, group, repeat, kind, scale: _superblock(int(bits), int(group), int(repeat), kind, scale),
+    ),
+    (
+        re.compile(rf"({'|'.join(TABLES)}){_GROUP}"),
+        lambda family, group, channel: Table(family, _block(group, channel, 64)),
+    ),
+    (re.compile(rf"sign{_GROUP}"), lambda group, channel: Sign(_block(group, channel, 128))),
+    (re.compile(rf"ternary{_GROUP}"), lambda group, channel: Ternary(_block(group, channel, 128))),
+    (re.compile(r"mxfp4(?:/g32)?"), MXFP4),
+    (re.compile(r"nvfp4(?:/g16)?"), NVFP4),
+)
+
+EXAMPLES: tuple[str, ...] = (
+    *(f"int{bits}/g128/{kind}" for bits in range(1, 9) for kind in ("sym", "asym")),
+    "int4/channel/sym",
+    "int8/channel/asym",
+    "int4/g32/min",
+    "int5/g32/min",
+    "int4/g32x8/asym/s6",
+    "int5/g32x8/asym/s6",
+    "int6/g16x16/sym/s8",
+    "int3/g16x16/sym/s6",
+    "nf4/g64",
+    "nf4/channel",
+    "fp4/g64",
+    *(f"pot{bits}/g64" for bits in range(2, 9)),
+    "mxfp4",
+    "nvfp4",
+    "sign/g128",
+    "sign/channel",
+    "ternary/g128",
+    "ternary/g256",
+)
+"""One spelling of every kind of format, in canonical form: what the laws are tested on."""
 
 
 def parse(text: str) -> Format:
-    """The format spelt ``text``.
+    """The format spelt ``text``, in any case.
+
+    >>> parse("INT4/g64").name
+    'int4/g64/sym'
 
     Raises:
-        SpecError: it spells no format.
+        SpecError: it spells no format, or a scheme that also quantizes activations.
     """
-    if match := _INT.fullmatch(text.strip().lower()):
-        bits, group, channel, symmetry = match.groups()
-        return Affine(int(bits), 0 if channel else int(group or 128), symmetry != "asym")
-    raise SpecError(f"format {text!r}", "not a format", "for example int4/g128/asym, int3/g64 or nf4/g64")
+    spelling = text.strip().lower()
+    known = SCHEMES.get(spelling.upper())
+    if known is not None and known.activation is not None:
+        raise SpecError(
+            f"format {text!r}",
+            f"this scheme also quantizes activations, to {known.activation}",
+            f"its weights alone are {known.weight}; fewbit.formats.scheme({text!r}) gives both",
+        )
+    if known is not None:
+        spelling = known.weight
+    for pattern, build in _GRAMMAR:
+        if match := pattern.fullmatch(spelling):
+            return build(*match.groups())
+    raise SpecError(f"format {text!r}", "not a format", "for example int4/g128/asym, int3/g64, nf4/g64 or ternary/g128")
+
+
+def _block(group: str | None, channel: str | None, default: int) -> int:
+    """Columns of a block; 0 for a whole row."""
+    block = 0 if channel else int(group or default)
+    if block > LARGEST_GROUP:
+        raise SpecError(
+            f"group g{block}", f"groups have at most {LARGEST_GROUP} columns", "spell a whole row 'channel'"
+        )
+    return block
+
+
+def _superblock(bits: int, group: int, repeat: int, kind: str | None, scale_bits: str | None) -> Superblock:
+    if group * repeat > LARGEST_GROUP:
+        raise SpecError(f"group g{group}x{repeat}", f"spans have at most {LARGEST_GROUP} columns", "for example g32x8")
+    return Superblock(bits, group, repeat, kind != "asym", int(scale_bits or 6))

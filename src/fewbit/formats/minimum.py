@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Uniform integers above a float minimum: ``w = scale * code + minimum``, both float16 (ggml's Q4_1 and Q5_1).
+
+Unlike a zero point on the grid, the minimum is free: a block far from zero spends no code on zero. The scale is fitted
+after the minimum has been rounded to float16, so the largest weight stays within reach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.core.format import Format, Param, Params, Physical
+from fewbit.formats.scales import LARGEST_SCALE, divisor, spell_group, storable
+
+_FINEST = 2.0**-14
+"""Least scale as a part of ``|minimum|``. The minimum itself is off by up to 2^-12 of it, so a finer scale buys little,
+and near 2^-24 ``scale * code`` would drown in the float32 sum and codes could not come back."""
+
+
+@dataclass(frozen=True)
+class Minimum(Format):
+    """``int{bits}/g{block}/min``. True bits per weight: ``bits + 32 / block``."""
+
+    bits: int
+    block: int
+
+    dim = 1
+    params = (Param("scale", 16, torch.float16), Param("minimum", 16, torch.float16))
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"int{self.bits}/{spell_group(self.block)}/min"
+
+    @property
+    def levels(self) -> int:  # type: ignore[override]
+        return 2**self.bits
+
+    @property
+    def fit_block(self) -> int:  # type: ignore[override]
+        return self.block
+
+    def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
+        exists = (importance > 0) | (blocks != 0)  # false on padding
+        exists = exists | ~exists.any(-1, keepdim=True)  # a block of zeros
+        low = torch.where(exists, blocks, torch.inf).amin(-1, keepdim=True)
+        high = torch.where(exists, blocks, -torch.inf).amax(-1, keepdim=True)
+        minimum = low.clamp(-LARGEST_SCALE, LARGEST_SCALE).to(torch.float16)
+        step = (high - minimum.float()) / (self.levels - 1)
+        return {"scale": storable(torch.maximum(step, minimum.float().abs() * _FINEST)), "minimum": minimum}
+
+    def encode(self, blocks: Tensor, params: Params) -> Tensor:
+        codes = (blocks - params["minimum"].float()) / divisor(params["scale"])
+        return codes.round().clamp(0, self.levels - 1).to(torch.uint8)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        return params["scale"].float() * codes.float() + params["minimum"].float()
+
+    def physical(self, params: Params) -> Physical:
+        return Physical(params["scale"].float().squeeze(-1), params["minimum"].float().squeeze(-1), None)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixed tables under a float16 scale per block: ``w = scale * table[code]``.
+
+Codes index the table in ascending order, whatever order a file of another tool uses: its layout translates.
+The scale puts the largest magnitude of the table on the largest magnitude of the block.
+
+=========  ======  ================================================================================================
+``nf4``    16      quantiles of a normal distribution, exact 0 (Dettmers et al. 2023, arXiv:2305.14314, appendix E)
+``fp4``    15      E2M1: 0, 1/2, 1, 3/2, 2, 3, 4, 6 and their negatives (OCP Microscaling Formats v1.0)
+``pot{b}`` 2^b-1   0 and +-2^-k, k = 0 .. 2^(b-1) - 2 (powers of two: a product is a shift)
+=========  ======  ================================================================================================
+
+E2M1 and powers of two have one zero, not two: a second code for the same value could not come back from ``encode``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.core.format import Format, Param, Params, Physical
+from fewbit.formats.scales import SMALLEST_SCALE, divisor, spell_group, storable
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+E2M1 = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def powers_of_two(bits: int) -> tuple[float, ...]:
+    """0 and +-2^-k, ascending: 2^bits - 1 values."""
+    magnitudes = [2.0**-k for k in range(2 ** (bits - 1) - 1)]
+    return (*(-m for m in magnitudes), 0.0, *reversed(magnitudes))
+
+
+TABLES: dict[str, tuple[float, ...]] = {
+    "nf4": NF4,
+    "fp4": E2M1,
+    **{f"pot{bits}": powers_of_two(bits) for bits in range(2, 9)},
+}
+
+_POT_SMALLEST = 2.0**-14
+"""Scale floor of powers of two: 2^-14 times the least value of ``pot8``, 2^-126, is still a float32 of 9 bits."""
+
+
+def nearest(values: Tensor, table: tuple[float, ...]) -> Tensor:
+    """Index (uint8) of the entry of ascending ``table`` nearest to each of ``values``.
+
+    A tie goes to the neighbour that is an even number of entries away from zero; with E2M1 that is the even mantissa.
+    """
+    zero = table.index(0.0)
+    middle = [(low + high) / 2 for low, high in itertools.pairwise(table)]
+    # bucketize sends a value equal to a boundary down; one step lower, the boundary sends it up
+    bounds = torch.tensor(middle, dtype=torch.float32, device=values.device)
+    up = torch.tensor([(i - zero) % 2 == 1 for i in range(len(middle))], device=values.device)
+    bounds = torch.where(up, torch.nextafter(bounds, torch.full_like(bounds, -math.inf)), bounds)
+    return torch.bucketize(values.contiguous(), bounds, out_int32=True).to(torch.uint8)
+
+
+def look_up(codes: Tensor, table: tuple[float, ...]) -> Tensor:
+    """Float32 ``table[codes]``."""
+    return torch.tensor(table, dtype=torch.float32, device=codes.device)[codes.int()]
+
+
+@dataclass(frozen=True)
+class Table(Format):
+    """``{family}/g{block}`` with ``family`` a key of :data:`TABLES`.
+
+    True bits per weight: ``bits + 16 / block``.
+    """
+
+    family: str
+    block: int
+
+    dim = 1
+    params = (Param("scale", 16, torch.float16),)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Ascending."""
+        return TABLES[self.family]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.family}/{spell_group(self.block)}"
+
+    @property
+    def levels(self) -> int:  # type: ignore[override]
+        return len(self.values)
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        return (self.levels - 1).bit_length()
+
+    @property
+    def fit_block(self) -> int:  # type: ignore[override]
+        return self.block
+
+    def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
+        smallest = _POT_SMALLEST if self.family.startswith("pot") else SMALLEST_SCALE
+        return {"scale": storable(blocks.abs().amax(-1, keepdim=True) / self.values[-1], smallest)}
+
+    def encode(self, blocks: Tensor, params: Params) -> Tensor:
+        return nearest(blocks / divisor(params["scale"]), self.values)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        return params["scale"].float() * look_up(codes, self.values)
+
+    def physical(self, params: Params) -> Physical:
+        return Physical(params["scale"].float().squeeze(-1), None, torch.tensor(self.values, dtype=torch.float32))
