@@ -16,16 +16,16 @@ from fewbit.errors import VerificationError
 
 
 class Store(nn.Module):
-    """One quantized matrix (or ``experts`` of them stacked by rows) as buffers ``{name}_{array}``; abstract over its use."""
+    """One quantized matrix (or experts stacked by rows) as buffers ``weight_{array}``; abstract over its use."""
 
-    def __init__(self, name: str, format: str, layout: str, shape: tuple[int, int]) -> None:
+    def __init__(self, format: str, layout: str, shape: tuple[int, int]) -> None:
         super().__init__()
-        self.stem, self.shape = name, shape
+        self.shape = shape
         self.format: Format = formats.parse(format)
         self.layout: Layout = layouts.named(layout)
         self.arrays = storage(self.format, self.layout, shape)
         for array, (dtype, size) in self.arrays.items():
-            self.register_buffer(f"{name}_{array}", torch.empty(size, dtype=dtype))
+            self.register_buffer(f"weight_{array}", torch.empty(size, dtype=dtype))
 
     def qtensor(self) -> QTensor:
         """The stored matrix, sharing the buffers' memory.
@@ -33,11 +33,11 @@ class Store(nn.Module):
         Raises:
             VerificationError: a buffer changed its dtype after loading, which would change the numbers.
         """
-        tensors = {array: getattr(self, f"{self.stem}_{array}") for array in self.arrays}
+        tensors = {array: getattr(self, f"weight_{array}") for array in self.arrays}
         for array, (dtype, size) in self.arrays.items():
             if tensors[array].dtype != dtype or tuple(tensors[array].shape) != size:
                 found = f"{tensors[array].dtype} {tuple(tensors[array].shape)}"
-                raise VerificationError(f"array {self.stem}_{array}: {dtype} {size}", f"found {found}")
+                raise VerificationError(f"array weight_{array}: {dtype} {size}", f"found {found}")
         return QTensor(self.format, self.layout, self.shape, tensors.pop("packed"), tensors)
 
     def extra_repr(self) -> str:
@@ -50,7 +50,7 @@ class QuantLinear(Store):
     def __init__(
         self, format: str, layout: str, shape: tuple[int, int], bias: nn.Parameter | None, activation: str | None = None
     ) -> None:
-        super().__init__("weight", format, layout, shape)
+        super().__init__(format, layout, shape)
         self.register_parameter("bias", bias)
         self.activation = formats.parse(activation) if activation else None
         self.in_features, self.out_features = shape[1], shape[0]
@@ -75,7 +75,7 @@ class QuantEmbedding(Store):
     """Rows of a table in few bits; ``scale`` multiplies them where the family does (Gemma)."""
 
     def __init__(self, format: str, layout: str, shape: tuple[int, int], scale: Any, dtype: torch.dtype) -> None:
-        super().__init__("weight", format, layout, shape)
+        super().__init__(format, layout, shape)
         self.scale, self.dtype = scale, dtype
         self.num_embeddings, self.embedding_dim = shape
 
@@ -87,8 +87,8 @@ class QuantEmbedding(Store):
 class ExpertBank(Store):
     """A fused (experts, rows, columns) parameter in few bits: ``bank[e]`` stands for expert e's matrix in F.linear."""
 
-    def __init__(self, name: str, format: str, layout: str, shape: tuple[int, int], experts: int) -> None:
-        super().__init__(name, format, layout, (shape[0] * experts, shape[1]))
+    def __init__(self, format: str, layout: str, shape: tuple[int, int], experts: int) -> None:
+        super().__init__(format, layout, (shape[0] * experts, shape[1]))
         self.experts, self.rows = experts, shape[0]
         self._prepared: dict[int, kernels.Prepared] = {}
 
@@ -107,10 +107,14 @@ class ExpertBank(Store):
 
 
 class ExpertMatrix:
-    """Stands where a family's own code writes ``F.linear(x, self.gate_up_proj[e])``: runs the kernel instead."""
+    """Stands where a family's own code writes ``F.linear(x, self.gate_up_proj[e])`` or ``x @ self.gate_up_proj[e]``
+    (families that keep their experts transposed): runs the kernel instead."""
 
     def __init__(self, prepared: kernels.Prepared) -> None:
         self._prepared = prepared
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        return self._prepared(x, None)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: a trained model on disk, read one tensor at a time.
+
+Nothing here runs code from a model folder, reads pickle, or renders a template. The only network call of fewbit is
+:func:`download`, for a name that is no local path and looks like ``owner/model``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from fewbit.containers.files import CHUNK
+from fewbit.errors import InputError
+from fewbit.model.families import LAYER_COUNTS
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+
+
+class Checkpoint(ABC):
+    """A model's weights by name; abstract, its final forms are a folder and a GGUF file.
+
+    * ``path``: what was opened. ``files``: the weight files. ``architecture``: the class name, ``LlamaForCausalLM``.
+    * ``config``: the model's configuration; reading it allocates nothing.
+    """
+
+    path: Path
+    config: PretrainedConfig
+    architecture: str
+    files: list[Path]
+
+    @abstractmethod
+    def keys(self) -> list[str]:
+        """Names of all tensors."""
+
+    @abstractmethod
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+
+    @abstractmethod
+    def get(self, key: str) -> Tensor:
+        """One tensor, freshly read, in its own dtype (float32 from GGUF)."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they lie on disk."""
+
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer.
+
+        Raises:
+            InputError: there is none, or it cannot be used.
+        """
+
+    @abstractmethod
+    def save_sidecars(self, out: Path) -> dict[str, str]:
+        """Write config.json (no quantization_config), generation_config.json and the tokenizer; file name -> sha256."""
+
+    def fingerprint(self) -> str:
+        """Hex sha256 over the weight files' bytes, in the order of ``files``, streamed."""
+        state = hashlib.sha256()
+        for path in self.files:
+            try:
+                with open(path, "rb") as stream:
+                    while data := stream.read(CHUNK):
+                        state.update(data)
+            except OSError as error:
+                raise InputError(f"reading {path}", str(error)) from error
+        return state.hexdigest()
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A checkpoint from a folder (config.json + safetensors), a ``.gguf`` file, or a hub id ``owner/model``.
+
+    Raises:
+        InputError: nothing usable is there; the message says what is and what would work.
+        CorruptFileError: a file is truncated or hostile.
+        UnsupportedError: a model type that transformers does not know, or weights that are quantized already.
+    """
+    from fewbit.model.folder import FolderCheckpoint
+    from fewbit.model.gguf_file import GgufCheckpoint
+
+    text, local = str(path), Path(path).expanduser()
+    try:
+        there, folder = local.exists(), local.is_dir()
+    except (OSError, ValueError) as error:
+        raise InputError(f"opening the model {text!r}", str(error)) from error
+    if folder:
+        return FolderCheckpoint(local)
+    if there:
+        if local.suffix == ".gguf":
+            return GgufCheckpoint(local)
+        raise InputError(f"opening the model {text}", "it is a file, but no .gguf", "a model's folder or a .gguf file")
+    if not isinstance(path, Path) and HUB_ID.fullmatch(text) and not Path(text.split("/")[0]).exists():
+        return FolderCheckpoint(download(text))
+    raise InputError(
+        f"opening the model {text!r}", "there is no such file or folder", "a folder, a .gguf file, or a hub id owner/model"
+    )
+
+
+def download(name: str) -> Path:
+    """The folder of the hub's model ``name``, fetched unless it is in the cache already."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=WANTED))
+    except Exception as error:  # the hub's client raises types of its own, of requests, httpx and the system
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"fetching the model {name} from the Hugging Face hub (no local path has that name)", first, "a local folder"
+        ) from error
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise unless every entry of ``tensor`` is finite.
+
+    Raises:
+        InputError: names the tensor and how many entries are NaN or infinite.
+    """
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
+        return
+    nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    if nan or infinite:
+        raise InputError(
+            f"tensor {name}", f"{nan} NaN and {infinite} infinite of {tensor.numel()} weights", "a checkpoint of finite weights"
+        )
+
+
+def check_layers(config: PretrainedConfig, keys: Iterable[str], path: Path) -> None:
+    """Refuse a configuration that asks for more blocks than the checkpoint has numbered modules.
+
+    Building a skeleton takes time and memory per block; the weights on disk justify a number of them, a number in a JSON
+    file does not.
+    """
+    numbers = {int(part) for key in keys for part in key.split(".") if part.isdigit() and len(part) < 9}
+    text = config.get_text_config()
+    asked = max((value for name in LAYER_COUNTS if type(value := getattr(text, name, None)) is int), default=0)
+    if asked > max(numbers, default=-1) + 1:
+        raise InputError(
+            f"reading {path}",
+            f"its configuration has {asked} layers, its weights {max(numbers, default=-1) + 1}",
+            "a complete checkpoint",
+        )

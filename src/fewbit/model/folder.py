@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face folder: config.json, safetensors in one file or in shards, tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from fewbit.containers.files import member, read_json, size_of, write_bytes, write_json
+from fewbit.containers.safetensors import SafetensorsFile, open_safetensors
+from fewbit.errors import CorruptFileError, InputError, UnsupportedError
+from fewbit.model.checkpoint import Checkpoint, check_layers
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+LARGEST_SIDECAR = 1 << 28
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration in ``folder``; code that the folder may bring is never run.
+
+    Raises:
+        InputError, CorruptFileError: absent, not JSON, or contradictory.
+        UnsupportedError: transformers does not know its model type.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"opening the model {folder}", "it has no config.json", "a Hugging Face model folder")
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    if not isinstance(kind, str):
+        raise InputError(f"reading {path}", "it names no model_type", "the config.json of a transformers model")
+    if raw.get("quantization_config") is not None:
+        found = raw["quantization_config"]
+        by = found.get("quant_method") if isinstance(found, dict) else None
+        raise UnsupportedError(f"opening the model {folder}", f"it is quantized already, by {by}", "the original weights")
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # validation in transformers and huggingface_hub raises many types
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, ValueError) and ("does not recognize" in str(error) or "trust_remote_code" in str(error)):
+            raise UnsupportedError(
+                f"opening the model {folder}",
+                f"transformers does not know the model type {kind!r}",
+                "a type that transformers itself implements; code from model folders is never run",
+            ) from error
+        raise InputError(f"reading {path}", first, "the config.json of a transformers model") from error
+
+
+def weight_files(folder: Path) -> list[SafetensorsFile]:
+    """The checked weight files of ``folder``, each of its tensors in exactly one of them.
+
+    Raises:
+        InputError: no safetensors, or a shard is missing.
+        CorruptFileError: the index contradicts the files or leads out of the folder.
+    """
+    if (folder / INDEX).is_file():
+        return _sharded(folder, folder / INDEX)
+    if (folder / SINGLE).is_file():
+        return [open_safetensors(member(folder, SINGLE))]
+    present = sorted(path.name for path in folder.iterdir() if path.is_file())
+    pickles = [name for name in present if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickles:
+        raise UnsupportedError(
+            f"opening the model {folder}",
+            f"its weights are pickle ({pickles[0]}), which can run code and is never read",
+            "safetensors: model.save_pretrained(folder, safe_serialization=True)",
+        )
+    ggufs = [name for name in present if name.endswith(".gguf")]
+    works = f"name the file: {folder / ggufs[0]}" if ggufs else f"{SINGLE}, or {INDEX} and its shards"
+    raise InputError(f"opening the model {folder}", f"no {SINGLE} among {', '.join(present[:8])}", works)
+
+
+def _sharded(folder: Path, index: Path) -> list[SafetensorsFile]:
+    places = read_json(index, LARGEST_SIDECAR).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CorruptFileError(f"reading {index}", "its weight_map does not map tensors to file names")
+    paths = {name: member(folder, name) for name in sorted(set(places.values()))}
+    absent = [name for name, path in paths.items() if not path.is_file()]
+    if absent:
+        raise InputError(
+            f"opening the model {folder}",
+            f"{len(absent)} of {len(paths)} files are missing: {', '.join(absent[:5])}",
+            "all the files that the index names; is the download complete?",
+        )
+    shards = [open_safetensors(path) for path in paths.values()]
+    for name, shard in zip(paths, shards, strict=True):
+        strays = [key for key in shard.entries if places.get(key) != name]
+        if strays:
+            where = places.get(strays[0])
+            found = f"which its index {f'puts in {where}' if where else 'does not name'}"
+            raise CorruptFileError(f"opening the model {folder}", f"{name} holds the tensor {strays[0]}, {found}")
+    held = {key for shard in shards for key in shard.entries}
+    lost = [key for key in places if key not in held]
+    if lost:
+        raise CorruptFileError(f"opening the model {folder}", f"no file holds {len(lost)} tensors of its index: {lost[0]}")
+    return shards
+
+
+class FolderCheckpoint(Checkpoint):
+    """Final; see :func:`fewbit.model.checkpoint.open_checkpoint`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self.config = read_config(folder)
+        self._shards = weight_files(folder)
+        self._of = {key: shard for shard in self._shards for key in shard.entries}
+        self.files = [shard.path for shard in self._shards]
+        check_layers(self.config, self._of, folder)
+        named = self.config.architectures
+        self.architecture = named[0] if named else self.config.model_type
+
+    def keys(self) -> list[str]:
+        return list(self._of)
+
+    def _shard(self, key: str) -> SafetensorsFile:
+        if key not in self._of:
+            raise InputError(f"tensor {key} of {self.path}", "there is none of that name")
+        return self._of[key]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._shard(key).entries[key].shape
+
+    def get(self, key: str) -> Tensor:
+        return self._shard(key).get(key)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for shard in self._shards for entry in shard.entries.values())
+
+    def tokenizer(self) -> Any:
+        if not any((self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+            raise InputError(f"the tokenizer of {self.path}", "the folder has none", "tokenizer.json beside config.json")
+        for name in TOKENIZER:
+            path = self.path / name
+            if path.is_file() and size_of(path) > LARGEST_SIDECAR:
+                raise CorruptFileError(f"reading {path}", f"it has {size_of(path)} bytes", f"at most {LARGEST_SIDECAR}")
+        try:
+            return AutoTokenizer.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the Rust tokenizers raise bare Exception
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"the tokenizer of {self.path}", first, "the tokenizer files of the model, whole") from error
+
+    def save_sidecars(self, out: Path) -> dict[str, str]:
+        config = read_json(self.path / "config.json")
+        config.pop("quantization_config", None)
+        written = {"config.json": write_json(out / "config.json", config)}
+        for name in ("generation_config.json", *TOKENIZER):
+            path = self.path / name
+            if path.is_file() and size_of(path) <= LARGEST_SIDECAR:
+                written[name] = write_bytes(out / name, member(self.path, name).read_bytes())
+        return written

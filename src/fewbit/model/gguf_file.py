@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GGUF file as a checkpoint: transformers' names and orders, one tensor decoded at a time.
+
+transformers reads a GGUF file into memory as a whole. Its tables of names and its inverse permutations are used here, and
+its reader only for the configuration and the tokenizer, after :func:`fewbit.containers.gguf.open_gguf` has checked the file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+from fewbit.containers.files import write_bytes, write_json
+from fewbit.containers.gguf import open_gguf
+from fewbit.errors import InputError, UnsupportedError
+from fewbit.model.checkpoint import Checkpoint, check_layers
+from fewbit.model.skeleton import build
+
+
+class GgufCheckpoint(Checkpoint):
+    """Final; see :func:`fewbit.model.checkpoint.open_checkpoint`. ``ignored`` are tensors without a place in the model."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.files = path, [path]
+        self._file = open_gguf(path)
+        kind = self._file.metadata.get("general.architecture")
+        if not isinstance(kind, str):
+            raise InputError(f"reading {path}", "it names no general.architecture", "a GGUF file of a language model")
+        self.config = self._config(kind)
+        check_layers(self.config, self._file.tensors, path)
+        model = build(self.config)
+        self.architecture = type(model).__name__
+        self._places = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        self._processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=self.config.to_dict())
+        try:
+            self._names: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
+        except NotImplementedError as error:
+            raise UnsupportedError(f"reading {path}", f"the names of {kind} are unknown: {error}") from error
+        self._sources: dict[str, list[str]] = {}
+        self.ignored: list[str] = []
+        for name in self._file.tensors:
+            place = self._place(name)
+            if place in self._places:
+                self._sources.setdefault(place, []).append(name)
+            else:
+                self.ignored.append(name)
+
+    def _place(self, name: str) -> str:
+        """The parameter that a tensor belongs to, or the empty string. Stacked experts are mapped without a suffix."""
+        return self._names.get(name) or self._names.get(name.removesuffix(".weight"), "")
+
+    def _config(self, kind: str) -> Any:
+        try:
+            return AutoConfig.from_pretrained(str(self.path.parent), gguf_file=self.path.name, local_files_only=True)
+        except Exception as error:  # the reader in transformers checks little and raises what comes
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, ValueError) and "not supported" in str(error):
+                raise UnsupportedError(
+                    f"opening the model {self.path}", f"transformers does not read GGUF of architecture {kind!r}"
+                ) from error
+            raise InputError(f"the configuration in {self.path}", first, "a GGUF file of a language model") from error
+
+    def keys(self) -> list[str]:
+        return list(self._sources)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        if key not in self._sources:
+            raise InputError(f"tensor {key} of {self.path}", "there is none of that name")
+        stored = sum(_count(self._file.tensors[name].shape) for name in self._sources[key])
+        shape = self._places[key]
+        return shape if stored == _count(shape) else self._file.tensors[self._sources[key][0]].shape
+
+    def get(self, key: str) -> Tensor:
+        if key not in self._sources:
+            raise InputError(f"tensor {key} of {self.path}", "there is none of that name")
+        parts: dict[str, Any] = {"tensors": {}}
+        value: Tensor | None = None
+        for name in self._sources[key]:
+            made = self._processor.process(
+                weights=self._file.get(name).numpy(),
+                name=name,
+                tensor_key_mapping=self._names,
+                parsed_parameters=parts,
+            )
+            # Processors either hand back the values or, for stacked experts, put them into ``parts`` themselves.
+            value = torch.from_numpy(made.weights.copy()) if made.name is not None else parts["tensors"][key]
+        assert value is not None
+        return value
+
+    @property
+    def nbytes(self) -> int:
+        return sum(block.nbytes for block in self._file.tensors.values())
+
+    def tokenizer(self) -> Any:
+        if "tokenizer.ggml.tokens" not in self._file.arrays:
+            raise InputError(f"the tokenizer of {self.path}", "the file has none", "a GGUF file with its vocabulary")
+        try:
+            return AutoTokenizer.from_pretrained(
+                str(self.path.parent), gguf_file=self.path.name, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # the Rust tokenizers raise bare Exception
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"the tokenizer of {self.path}", first, "a GGUF file with a whole vocabulary") from error
+
+    def save_sidecars(self, out: Path) -> dict[str, str]:
+        config = self.config.to_dict()
+        for name in ("quantization_config", "_name_or_path"):
+            config.pop(name, None)
+        config["architectures"] = [self.architecture]
+        written = {"config.json": write_json(out / "config.json", config)}
+        generation = GenerationConfig.from_model_config(self.config).to_diff_dict()
+        written["generation_config.json"] = write_json(out / "generation_config.json", generation)
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer().save_pretrained(folder)
+            for path in sorted(Path(folder).iterdir()):
+                written[path.name] = write_bytes(out / path.name, path.read_bytes())
+        return written
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

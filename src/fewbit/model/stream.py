@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that is never in memory as a whole: open, load a module, run a block, free it.
+
+Running takes no lock and changes no module, so that several threads may run the same block over different samples. What a
+sample needs beside its hidden state is in its own :class:`Inputs`; what a thread is doing is in thread-local storage.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fewbit.errors import InputError, UnsupportedError
+from fewbit.model.checkpoint import Checkpoint
+from fewbit.model.families import FAMILIES, TUPLE_BLOCKS, Family
+from fewbit.model.loading import Loader, under
+from fewbit.model.sites import Site, find, in_block
+from fewbit.model.skeleton import build
+
+Callback = Callable[[str, Tensor, int | None], None]
+"""``callback(site, x, expert)``: inputs ``x`` (tokens, columns) that the matrix of ``site`` is about to see."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What the blocks are called with: the first ``hidden`` (batch, tokens, width) and each block's other arguments."""
+
+    hidden: Tensor
+    calls: tuple[tuple[tuple[Any, ...], Mapping[str, Any]], ...]
+
+
+class StreamedModel:
+    """A causal language model whose parameters are on the meta device until loaded.
+
+    * ``module``: the transformers model. ``config``: its configuration. ``architecture``: its class name.
+    * ``blocks``: paths of the blocks in order. ``before`` and ``after``: paths that :meth:`begin` and :meth:`logits` need.
+    * ``sites``: every quantizable matrix. ``kept``: every other parameter and why. ``unused``: tensors without a place.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.module: PreTrainedModel = build(checkpoint.config)
+        self.config: PretrainedConfig = self.module.config
+        self.architecture = type(self.module).__name__
+        self._family, children = _family(self.module)
+        self.blocks = [f"{self._family.blocks}.{i}" for i in range(len(children))]
+        self._tuples = self._family.tuples or self.config.model_type in TUPLE_BLOCKS
+        self._loader = Loader(checkpoint, self.module)
+        self.unused = self._loader.unused
+        self.sites, self.kept = find(self.module, self.blocks, self._loader.tied)
+        self._by_name = {site.name: site for site in self.sites}
+        self.before, self.after = _surroundings(self.module, self._family)
+        self._local = threading.local()
+        self._beginning = self._shell_of_beginning()
+        self._ending = self._shell_of_ending()
+        self._watches: dict[int, tuple[dict[int, Site], Callback]] = {}
+
+    @staticmethod
+    def open(checkpoint: Checkpoint) -> StreamedModel:
+        """The skeleton of ``checkpoint``, checked against its tensors' names and shapes; no weight is read.
+
+        Raises:
+            UnsupportedError: the architecture is unknown to transformers or to :mod:`fewbit.model.families`.
+            InputError: tensors are missing or of the wrong shape.
+        """
+        return StreamedModel(checkpoint)
+
+    def load(self, prefix: str, dtype: torch.dtype = torch.float32) -> None:
+        """Make the parameters under ``prefix`` real; the empty prefix is the whole model.
+
+        A tied head shares the embedding's storage when that is loaded, else it is read again.
+        """
+        self._loader.load(prefix, dtype)
+
+    def free(self, prefix: str) -> None:
+        """Drop the parameters under ``prefix``."""
+        self._loader.free(prefix)
+
+    def begin(self, ids: Tensor) -> Inputs:
+        """Embed ``ids`` (batch, tokens) and find what each block is called with; ``before`` must be loaded."""
+        self._local.calls, self._local.hidden = [], None
+        self._beginning(input_ids=ids, use_cache=False)
+        hidden, calls = self._local.hidden, tuple(self._local.calls)
+        self._local.calls, self._local.hidden = [], None
+        return Inputs(hidden, calls)
+
+    def run_block(self, index: int, hidden: Tensor, inputs: Inputs) -> Tensor:
+        """Block ``index`` applied to ``hidden`` (batch, tokens, width); the block must be loaded."""
+        arguments, named = inputs.calls[index]
+        with self._watching(index):
+            out = self.module.get_submodule(self.blocks[index])(hidden, *arguments, **named)
+        return out[0] if isinstance(out, tuple) else out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (batch, tokens, vocabulary) of the last block's output; ``after`` must be loaded."""
+        self._local.hidden = hidden
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
+        try:
+            return self._ending(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+        finally:
+            self._local.hidden = None
+
+    @contextmanager
+    def observe(self, index: int, callback: Callback, sites: set[str] | None = None) -> Iterator[None]:
+        """While open, each run of block ``index`` calls ``callback`` for its sites (all, or those named in ``sites``).
+
+        Fused experts are reported once an expert with the tokens routed to it; an expert without tokens is not reported.
+        The callback runs in the thread that runs the block.
+        """
+        chosen = [site for site in in_block(self.sites, index) if sites is None or site.name in sites]
+        experts = {self._parameter(site).untyped_storage().data_ptr(): site for site in chosen if site.kind == "experts"}
+        handles = [
+            self.module.get_submodule(site.name).register_forward_pre_hook(_reporter(site.name, callback))
+            for site in chosen
+            if site.kind != "experts"
+        ]
+        if experts:
+            self._watches[index] = (experts, callback)
+        try:
+            yield
+        finally:
+            self._watches.pop(index, None)
+            for handle in handles:
+                handle.remove()
+
+    def site(self, name: str) -> Site:
+        """The site of that name."""
+        if name not in self._by_name:
+            raise InputError(f"site {name}", "the model has none of that name", f"such as {self.sites[0].name}")
+        return self._by_name[name]
+
+    def weight(self, name: str) -> Tensor:
+        """The loaded weight of a site: (rows, columns), or (experts, rows, columns) for fused experts; a view."""
+        site = self.site(name)
+        stored = self._parameter(site).detach()
+        return stored.transpose(-1, -2) if site.transposed else stored
+
+    def set_weight(self, name: str, weight: Tensor) -> None:
+        """Overwrite a loaded site in place with ``weight``, shaped as :meth:`weight` gives it."""
+        place = self.weight(name)
+        if weight.shape != place.shape:
+            raise InputError(f"writing site {name}", f"a weight of shape {tuple(weight.shape)}", f"{tuple(place.shape)}")
+        place.copy_(weight)
+
+    def materialised(self) -> int:
+        """Number of parameters that are in memory now; a shared one counts once."""
+        return sum(value.numel() for value in self.module.parameters() if not value.is_meta)
+
+    def _parameter(self, site: Site) -> nn.Parameter:
+        parameter = self.module.get_parameter(site.parameter)
+        if parameter.is_meta:
+            raise InputError(f"the weight of {site.name}", "it is not loaded", f"load({site.name.rpartition('.')[0]!r})")
+        return parameter
+
+    def _watching(self, index: int) -> AbstractContextManager[Any]:
+        watch = self._watches.get(index)
+        return _ExpertWatch(*watch) if watch is not None else nullcontext()
+
+    def _shell_of_beginning(self) -> nn.Module:
+        replaced: dict[str, nn.Module] = {name: _Recorder(self._local, self._tuples) for name in self.blocks}
+        return _with_replaced(self.module, {**replaced, **{name: nn.Identity() for name in self.after}})
+
+    def _shell_of_ending(self) -> nn.Module:
+        replaced: dict[str, nn.Module] = {name: _Feeder(self._local, self._tuples) for name in self.blocks}
+        for name in self.before:
+            module = self.module.get_submodule(name)
+            width = module.embedding_dim if isinstance(module, nn.Embedding) else None
+            replaced[name] = nn.Identity() if width is None else _Nothing(width)
+        return _with_replaced(self.module, replaced)
+
+
+class _Recorder(nn.Module):
+    """Stands for a block: notes what it is called with and passes the hidden state on."""
+
+    def __init__(self, local: threading.local, tuples: bool) -> None:
+        super().__init__()
+        self._local, self._tuples = local, tuples
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
+        if self._local.hidden is None:
+            self._local.hidden = hidden_states
+        self._local.calls.append((arguments, named))
+        return (hidden_states,) if self._tuples else hidden_states
+
+
+class _Feeder(nn.Module):
+    """Stands for a block: gives the hidden state at hand, whatever comes in."""
+
+    def __init__(self, local: threading.local, tuples: bool) -> None:
+        super().__init__()
+        self._local, self._tuples = local, tuples
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
+        return (self._local.hidden,) if self._tuples else self._local.hidden
+
+
+class _Nothing(nn.Module):
+    """Stands for an embedding whose result does not matter: zeros (..., width)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._width = width
+
+    def forward(self, ids: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        return torch.zeros(*ids.shape, self._width)
+
+
+class _ExpertWatch(TorchFunctionMode):
+    """Reports products with a slice of a stacked expert parameter; active in one thread.
+
+    A slice ``parameter[e]`` shares its parameter's storage, and its offset there says which expert it is.
+    """
+
+    PRODUCTS = (torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+    def __init__(self, experts: Mapping[int, Site], callback: Callback) -> None:
+        super().__init__()
+        self._experts, self._callback = experts, callback
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.PRODUCTS and len(args) >= 2 and isinstance(args[1], Tensor):
+            x, weight = args[0], args[1]
+            site = self._experts.get(weight.untyped_storage().data_ptr())
+            if site is not None and weight.ndim == 2:
+                expert = weight.storage_offset() // (site.shape[0] * site.shape[1])
+                self._callback(site.name, x.reshape(-1, x.shape[-1]), expert)
+        return func(*args, **(kwargs or {}))
+
+
+def _reporter(name: str, callback: Callback) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def report(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        x = arguments[0]
+        callback(name, x.reshape(-1, x.shape[-1]), None)
+
+    return report
+
+
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at ``path``, or None."""
+    return dict(module.named_modules()).get(path)
+
+
+def _family(model: PreTrainedModel) -> tuple[Family, nn.ModuleList]:
+    """The row of the table that fits ``model``, and its blocks."""
+    for family in FAMILIES:
+        blocks = _child(model, family.blocks)
+        base = _child(model, family.blocks.rpartition(".")[0])
+        if isinstance(blocks, nn.ModuleList) and len(blocks) and base is not None:
+            weighted = {name for name, child in base.named_children() if any(True for _ in child.parameters())}
+            if weighted <= {family.blocks.rpartition(".")[2], *family.before, *family.after}:
+                return family, blocks
+    raise UnsupportedError(
+        f"streaming the architecture {type(model).__name__} (model type {model.config.model_type})",
+        "its blocks and what surrounds them are in no row of fewbit.model.families",
+        f"a decoder whose blocks are at one of {', '.join(sorted({family.blocks for family in FAMILIES}))}",
+    )
+
+
+def _surroundings(model: PreTrainedModel, family: Family) -> tuple[list[str], list[str]]:
+    """Paths that run before the blocks, and after them (the head last), of those that the model has."""
+    base = family.blocks.rpartition(".")[0]
+    present = dict(model.named_modules())
+    before = [path for name in family.before if (path := f"{base}.{name}") in present]
+    after = [path for name in family.after if (path := f"{base}.{name}") in present]
+    head = model.get_output_embeddings()
+    return before, after + [path for path, module in present.items() if module is head]
+
+
+def _with_replaced(module: nn.Module, replaced: Mapping[str, nn.Module], path: str = "") -> nn.Module:
+    """A twin of ``module`` that shares everything with it but the submodules at the paths in ``replaced``."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    for name, child in module._modules.items():
+        own = f"{path}.{name}" if path else name
+        if own in replaced:
+            twin._modules[name] = replaced[own]
+        elif child is not None and any(under(other, own) for other in replaced):
+            twin._modules[name] = _with_replaced(child, replaced, own)
+    return twin
