@@ -107,7 +107,7 @@ def eval(
     reference: Annotated[Optional[str], typer.Option("--reference", help="The original; default: the one in the manifest.")] = None,
     text: Annotated[Optional[Path], typer.Option("--text", help="Held-out text; default: the bundled text.")] = None,
     context: Annotated[int, typer.Option("--context", min=2, help="Tokens in a window.")] = 2048,
-    windows: Annotated[Optional[int], typer.Option("--windows", min=1, help="Windows to read; default: the whole text.")] = None,
+    max_tokens: Annotated[Optional[int], typer.Option("--max-tokens", min=2, help="Tokens of the text to read; default: all.")] = None,
     threads: Threads = None,
     json: Json = None,
     report: Report = None,
@@ -116,7 +116,7 @@ def eval(
     """Measure OUT against the original; write evaluation.json, README.md and report.html into OUT."""
     from fewbit.commands import evaluate as command
 
-    command.run(out, reference, text, context, windows, threads, json, report)
+    command.run(out, reference, text, context, max_tokens, threads, json, report)
 
 
 @app.command()

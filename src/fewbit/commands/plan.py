@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fewbit plan``: what a run would give and take, before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fewbit
+from fewbit.commands.console import duration, err, figure, results, size, table, write_json
+from fewbit.commands.quantize import Request
+
+
+def run(request: Request, json_target: str | None) -> None:
+    """Print the plan; nothing is written but the JSON file."""
+    planned = fewbit.plan(request.model, request.recipe(), **request.planning()).to_json()
+    write_json(json_target, planned)
+    console = results(json_target)
+    console.print(summary(planned))
+    console.print(layers(planned))
+    warn(planned)
+
+
+def summary(planned: dict[str, Any]) -> Any:
+    """The figures of the whole model."""
+    source = planned["source_bytes"]
+    rows = [
+        ("size", f"{size(planned['size_bytes'])}, {planned['size_bytes'] / source:.1%} of the original's {size(source)}"),
+        ("true bits per weight", f"{figure(planned['bits_per_weight'])} (scales included; quantized matrices)"),
+        ("peak memory", f"about {size(planned['peak_rss_bytes'])} (estimate)"),
+        ("time", f"about {duration(planned['seconds'])} (estimate)"),
+        ("kernels", ", ".join(sorted({layer["kernel"] for layer in planned["layers"] if layer["kernel"]}))),
+    ]
+    return table(("plan", ""), rows)
+
+
+def layers(planned: dict[str, Any]) -> Any:
+    """Every layer: what happens to it, who will compute it, or why it stays."""
+    rows = [
+        (x["name"], x["format"], x["method"], x["kernel"] or None, size(x["nbytes"]), x["reason_skipped"])
+        for x in planned["layers"]
+    ]
+    rows += [(x["name"], "as it is", None, None, size(x["nbytes"]), x["reason"]) for x in planned["kept"]]
+    return table(("layer", "format", "method", "kernel", "size", "why not quantized"), rows)
+
+
+def warn(planned: dict[str, Any]) -> None:
+    """What the user should know before spending the time."""
+    for warning in planned["warnings"]:
+        err().print(f"warning: {warning}", markup=False)

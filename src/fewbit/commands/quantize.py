@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fewbit quantize``: plan, run, verify, report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fewbit
+from fewbit.commands.console import duration, err, figure, results, size, table, write_json
+from fewbit.commands.progress import Renderer
+from fewbit.containers import manifest
+from fewbit.errors import SpecError
+from fewbit.recipe import Recipe
+
+WORST = 5
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments that ``quantize`` and ``plan`` share, as typed."""
+
+    model: str
+    format: str | None
+    method: str
+    recipe_file: Path | None
+    settings: list[str] | None
+    calibration: str | None
+    head: str
+    samples: int
+    context: int
+    seed: int
+    threads: int | None
+    force: bool
+
+    def recipe(self) -> Recipe:
+        """What to do with which layer.
+
+        Raises:
+            SpecError: neither or both of --format and --recipe, or an option that the method does not have.
+        """
+        if (self.format is None) == (self.recipe_file is None):
+            found = "neither --format nor --recipe was given" if self.format is None else "both --format and --recipe were given"
+            raise SpecError(f"quantizing {self.model}", found, "--format int4/g128/asym, or --recipe FILE")
+        if self.recipe_file is not None:
+            if self.settings:
+                raise SpecError("--option with --recipe", "a recipe names its own options", "write them into its rules")
+            return Recipe.read(self.recipe_file)
+        assert self.format is not None
+        return Recipe.simple(self.format, self.method, self.head, settings(self.settings or []))
+
+    def planning(self) -> dict[str, Any]:
+        """Keywords of :func:`fewbit.plan`."""
+        return {"samples": self.samples, "context": self.context, "force": self.force}
+
+    def running(self) -> dict[str, Any]:
+        """Keywords of :func:`fewbit.quantize`."""
+        return {**self.planning(), "calibration": self.calibration, "seed": self.seed, "threads": self.threads}
+
+
+def settings(given: list[str]) -> dict[str, Any]:
+    """``["desc_act=true", "damp_percent=0.02"]`` as a dict; values are JSON, or text when they are not.
+
+    Raises:
+        SpecError: one holds no ``=``.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise SpecError(f"--option {text}", "it is not NAME=VALUE", "e.g. --option desc_act=false")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def run(request: Request, out: Path, json_target: str | None, report: Path | None) -> None:
+    """Print the plan in short, run, print the result."""
+    from fewbit.commands import plan
+
+    recipe = request.recipe()
+    console = err()
+    planned = fewbit.plan(request.model, recipe, **request.planning()).to_json()
+    console.print(plan.summary(planned))
+    with Renderer(console) as progress:
+        fewbit.quantize(request.model, recipe, out=out, progress=progress, **request.running())
+    described = manifest.read(out)
+    write_json(json_target, described)
+    for shown in tables(out, described):
+        results(json_target).print(shown)
+
+
+def tables(out: Path, described: dict[str, Any]) -> list[Any]:
+    """What came out, and the layers that suffered most."""
+    check = described.get("check") or {}
+    rows = [
+        ("folder", str(out)),
+        ("size", size(described["size_bytes"])),
+        ("true bits per weight", f"{figure(described['bits_per_weight'])} (scales included)"),
+        ("layers", f"{len(described['layers'])} quantized, {len(described['skipped'])} kept (see `fewbit inspect`)"),
+        ("time", duration(described.get("seconds"))),
+        ("peak memory", size(described.get("peak_rss_bytes"))),
+    ]
+    if check:
+        tokens = check.get("tokens")
+        rows += [
+            ("perplexity", f"{figure(check.get('perplexity'))} (original {figure(check.get('reference_perplexity'))}; {tokens} tokens)"),
+            ("KL to the original", figure(check.get("kl_mean"), 4)),
+            ("top-1 agreement", f"{check['top1_agreement']:.2%}" if check.get("top1_agreement") is not None else "-"),
+        ]
+    rows.append(("next", f"fewbit eval {out}"))
+    measured = [layer for layer in described["layers"] if layer.get("relative_error") is not None]
+    measured.sort(key=lambda layer: -layer["relative_error"])
+    worst = [
+        (layer["name"], layer["format"], layer["method"], f"{layer['relative_error']:.2%}", layer.get("note") or None)
+        for layer in measured[:WORST]
+    ]
+    return [table(("result", ""), rows), table(("worst layers", "format", "method", "error", "note"), worst)]
