@@ -11,13 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbit.errors import InputError
+
+TILE = 256
+"""Columns of the second moment computed by one matrix product; see :class:`Accumulator`."""
+
 
 @dataclass(frozen=True, eq=False)
 class Facts:
     """Statistics of the inputs ``x`` (tokens, columns) of one layer.
 
     ``total``, ``total_square``, ``largest``: (columns,) sums of x and x^2 and max|x|, float32.
-    ``gram``: (columns, columns) float32 sum of x x^T, or None when no method asked for it.
+    ``gram``: (columns, columns) float32 sum of x x^T, symmetric bit for bit, or None when no method asked for it.
     """
 
     columns: int
@@ -30,21 +35,27 @@ class Facts:
     @staticmethod
     def none(columns: int, gram: bool = False) -> Facts:
         """No token seen: the identity of :meth:`merge`."""
-        zero = torch.zeros(columns)
-        return Facts(columns, 0, zero, zero, zero, torch.zeros(columns, columns) if gram else None)
+        return Accumulator(columns, gram).facts()
 
     @staticmethod
     def of(x: Tensor, gram: bool = False) -> Facts:
         """From inputs of shape (..., columns)."""
-        x = x.detach().reshape(-1, x.shape[-1]).float()
-        if x.shape[0] == 0:
-            return Facts.none(x.shape[1], gram)
-        return Facts(
-            x.shape[1], x.shape[0], x.sum(0), x.square().sum(0), x.abs().amax(0), x.T @ x if gram else None
-        )
+        accumulator = Accumulator(x.shape[-1], gram)
+        accumulator.add(x)
+        return accumulator.facts()
 
     def merge(self, other: Facts) -> Facts:
-        """Facts of both streams together."""
+        """Facts of both streams together.
+
+        Raises:
+            InputError: the two are of inputs of different widths.
+        """
+        if self.columns != other.columns:
+            raise InputError(
+                f"facts of {self.columns} columns merged with facts of {other.columns}",
+                "they describe different layers",
+                "merge facts of one layer only",
+            )
         gram = None if self.gram is None or other.gram is None else self.gram + other.gram
         return Facts(
             self.columns,
@@ -66,3 +77,57 @@ class Facts:
         if self.gram is None or not self.tokens:
             return torch.eye(self.columns)
         return self.gram / self.tokens
+
+
+class Accumulator:
+    """Facts of a stream of inputs, summed in place: one matrix of memory, no copy a batch.
+
+    Only the upper triangle of the second moment is summed, by products of ``TILE`` columns with those at and right of
+    them (a little over half the work of the full product); the lower one is mirrored when the facts are read.
+
+    Args:
+        columns: width of the inputs.
+        gram: also sum x x^T.
+    """
+
+    def __init__(self, columns: int, gram: bool = False) -> None:
+        self.columns = columns
+        self.tokens = 0
+        self._total = torch.zeros(columns)
+        self._total_square = torch.zeros(columns)
+        self._largest = torch.zeros(columns)
+        self._upper = torch.zeros(columns, columns) if gram else None
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs of shape (..., columns), any float dtype; products are taken in float32.
+
+        Raises:
+            InputError: the last axis is not ``columns`` long.
+        """
+        if x.shape[-1] != self.columns:
+            raise InputError(
+                f"facts of {self.columns} columns from inputs of shape {tuple(x.shape)}",
+                f"the last axis has {x.shape[-1]} entries",
+                "pass the inputs of that layer, (..., columns)",
+            )
+        x = x.detach().reshape(-1, self.columns).float()
+        if x.shape[0] == 0:
+            return
+        self.tokens += x.shape[0]
+        self._total += x.sum(0)
+        self._total_square += x.square().sum(0)
+        self._largest = torch.maximum(self._largest, x.abs().amax(0))
+        if self._upper is not None:
+            for first in range(0, self.columns, TILE):
+                last = min(first + TILE, self.columns)
+                self._upper[first:last, first:].addmm_(x[:, first:last].T, x[:, first:])
+
+    def facts(self) -> Facts:
+        """What was seen so far; later :meth:`add` calls do not change it."""
+        gram = None
+        if self._upper is not None:
+            gram = self._upper.triu()
+            gram += self._upper.triu(1).T
+        return Facts(
+            self.columns, self.tokens, self._total.clone(), self._total_square.clone(), self._largest.clone(), gram
+        )

@@ -5,10 +5,38 @@ from __future__ import annotations
 
 from fewbit.core.method import Method
 from fewbit.errors import SpecError
+from fewbit.methods.clip import clip
+from fewbit.methods.gptq import gptq
+from fewbit.methods.objective import relative_error
 from fewbit.methods.rtn import rtn
 
+__all__ = ["METHODS", "clip", "gptq", "named", "relative_error", "rtn"]
+
 METHODS: tuple[Method, ...] = (
-    Method("rtn", rtn, needs="nothing"),
+    Method("rtn", rtn, needs="nothing", source="Jacob et al. 2018, arXiv:1712.05877"),
+    Method(
+        "clip",
+        clip,
+        needs="mean_square",
+        options={"steps": 24, "floor": 0.4},
+        source="range search weighted by E[x^2], as in github.com/IST-DASLab/gptq (quant.py) and llama.cpp's imatrix",
+    ),
+    Method(
+        "gptq",
+        gptq,
+        needs="gram",
+        options={
+            "damp_percent": 0.01,
+            "desc_act": True,
+            "static_groups": True,
+            "block_size": 128,
+            "clip": True,
+            "steps": 24,
+            "floor": 0.4,
+            "never_worse": True,
+        },
+        source="Frantar et al. 2022, arXiv:2210.17323",
+    ),
 )
 
 

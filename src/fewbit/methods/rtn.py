@@ -9,10 +9,17 @@ from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
+from fewbit.methods import objective
 
 
 def rtn(weight: Tensor, format: Format, facts: Facts | None = None) -> QTensor:
-    """Quantize ``weight`` (rows, columns) without looking at data; ``facts`` are ignored."""
+    """Quantize ``weight`` (rows, columns) without looking at data; ``facts`` are ignored.
+
+    Raises:
+        InputError: the weight is no matrix or holds NaN or infinity.
+    """
+    objective.check("rtn", weight, format)
+    weight = weight.float()
     format = format.bind(weight)
     params = F.fit(format, weight)
     return QTensor.of(format, F.encode(format, weight, params), params)

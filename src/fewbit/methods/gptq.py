@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPTQ: column after column to the nearest value, each error passed on to the columns that can make up for it.
+
+Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, with act-order and static groups as in their code
+(github.com/IST-DASLab/gptq). Where we depart from it:
+
+* the same values come from a factorization without an inverse (see :mod:`fewbit.methods.feedback`);
+* inputs that were always zero keep their plainly rounded weights instead of zeros;
+* parameters start from the clipping search unless ``clip=False``;
+* a row that ends worse than plain rounding with the same starting parameters is plainly rounded, so that the objective is
+  never worse than where it started from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.core import blocks as B
+from fewbit.core import format as F
+from fewbit.core.facts import Facts
+from fewbit.core.format import Format, Params
+from fewbit.core.qtensor import QTensor
+from fewbit.errors import InputError, SpecError
+from fewbit.methods import feedback, objective, ranges
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Result and what a report should say about it.
+
+    ``damping``: the fraction used after retries. ``dead``: inputs that were always zero. ``kept_rows``: rows that plain
+    rounding served better. ``note``: these in words, empty when there is nothing to say.
+    """
+
+    qtensor: QTensor
+    damping: float
+    dead: int
+    kept_rows: int
+    note: str
+
+
+def gptq(weight: Tensor, format: Format, facts: Facts, **options: float | bool) -> QTensor:
+    """Quantize ``weight`` (rows, columns) with error feedback; see :func:`solve` for the options and errors."""
+    return solve(weight, format, facts, **options).qtensor  # type: ignore[arg-type]
+
+
+def solve(
+    weight: Tensor,
+    format: Format,
+    facts: Facts,
+    *,
+    damp_percent: float = 0.01,
+    desc_act: bool = True,
+    static_groups: bool = True,
+    block_size: int = 128,
+    clip: bool = True,
+    steps: int = 24,
+    floor: float = 0.4,
+    never_worse: bool = True,
+) -> Solution:
+    """:func:`gptq`, with a record of what happened.
+
+    Args:
+        weight: float, (rows, columns).
+        format: any format whose codes stand for one weight each.
+        facts: of the inputs, with their second moment. When no token was seen the result is that of rounding to nearest.
+        damp_percent: fraction of the mean diagonal added to the second moment; raised tenfold when that is too little.
+        desc_act: round the columns of largest E[x^2] first. Codes come back in the original order.
+        static_groups: fix all parameters from the original weight; otherwise fit each span when its turn comes.
+        block_size: columns between products with all earlier errors.
+        clip: choose parameters by the clipping search weighted by E[x^2] (``steps`` ratios down to ``floor``).
+        steps, floor: see :func:`fewbit.methods.clip.clip`.
+        never_worse: round rows plainly that end worse so; False is the paper's algorithm to the letter.
+
+    Raises:
+        InputError: the weight or the facts cannot be used (NaN, wrong width, no second moment).
+        SpecError: an option is out of range, or ``desc_act`` without ``static_groups`` where spans are narrower than a row.
+        UnsupportedError: a code of ``format`` stands for several weights.
+    """
+    ratios = ranges.grid(steps, floor) if clip else ()
+    objective.check("gptq", weight, format, facts)
+    objective.check_scalar("gptq", format)
+    _check_options(weight, format, facts, desc_act, static_groups, block_size)
+    weight = weight.float()
+    bound = format.bind(weight)
+    if not facts.tokens:
+        plain = _nearest(bound, weight, F.fit(bound, weight))
+        return Solution(plain, 0.0, weight.shape[1], weight.shape[0], "no calibration token: rounded to nearest")
+    passing = feedback.factorize(facts.second_moment, damp_percent, desc_act)
+    worth = facts.mean_square
+    start = ranges.search(bound, weight, worth, ratios)
+    columns = _Columns(bound, weight.shape, start)
+    if static_groups or _span(format, weight.shape[1]) >= weight.shape[1]:
+        feedback.sweep(weight, passing, columns.round, block_size)
+    else:
+
+        def refit(first: int, values: Tensor) -> None:
+            columns.refit(first, ranges.search(bound, values, worth[first : first + values.shape[1]], ratios))
+
+        feedback.sweep(weight, passing, columns.round, block_size, refit, _span(format, weight.shape[1]))
+    result, kept = columns.qtensor(), 0
+    if never_worse:
+        result, kept = _better_rows(weight, facts, result, _nearest(bound, weight, start))
+    dead = int(passing.dead.sum())
+    return Solution(result, passing.damping, dead, kept, _note(passing.damping, damp_percent, dead, kept))
+
+
+def _check_options(
+    weight: Tensor, format: Format, facts: Facts, desc_act: bool, static_groups: bool, block_size: int
+) -> None:
+    """Refuse contradictory options and facts without a second moment."""
+    asked = f"gptq of a weight of shape {tuple(weight.shape)} to {format.name}"
+    if facts.tokens and facts.gram is None:
+        raise InputError(asked, "the facts hold no second moment", "collect them with gram=True, or use method clip")
+    if block_size < 1:
+        raise SpecError(f"{asked} with block_size={block_size}", "it must be positive", "128 is usual")
+    if desc_act and not static_groups and _span(format, weight.shape[1]) < weight.shape[1]:
+        raise SpecError(
+            f"{asked} with desc_act and without static_groups",
+            "parameters fitted in the order of activity belong to columns that lie apart, which no layout here stores",
+            "static_groups=True, or desc_act=False, or a format with one scale a row",
+        )
+
+
+def _span(format: Format, columns: int) -> int:
+    """Columns whose parameters are fitted together."""
+    return columns if format.fit_block == 0 or format.block == 0 else format.fit_block
+
+
+class _Columns:
+    """Codes and parameters in the making, one column at a time, by nothing but the format's own encode and decode."""
+
+    def __init__(self, format: Format, shape: torch.Size, params: Params) -> None:
+        rows, columns = shape
+        self._format, self._width = format, B.width(columns, format.block)
+        self._codes = torch.empty(columns, rows, dtype=torch.uint8)
+        # One contiguous (rows, 1, 1) slice a block: columns lie in rows here, and a step reads one entry a row.
+        self._params = {name: values.transpose(0, 1).contiguous() for name, values in params.items()}
+        self._at = [self._slice(block) for block in range(B.count(columns, format.block))]
+
+    def _slice(self, block: int) -> dict[str, Tensor]:
+        return {name: values[block].unsqueeze(-1) for name, values in self._params.items()}
+
+    def round(self, column: int, values: Tensor) -> Tensor:
+        params = self._at[column // self._width]
+        codes = self._format.encode(values.view(-1, 1, 1), params)
+        self._codes[column] = codes.view(-1)
+        return self._format.decode(codes, params).view(-1)
+
+    def refit(self, first: int, params: Params) -> None:
+        """Replace the parameters of the blocks from column ``first`` on: ``params`` are (rows, blocks, 1)."""
+        block = first // self._width
+        for name, values in params.items():
+            self._params[name][block : block + values.shape[1]] = values.transpose(0, 1)
+
+    def qtensor(self) -> QTensor:
+        params = {name: values.transpose(0, 1).contiguous() for name, values in self._params.items()}
+        return QTensor.of(self._format, self._codes.T.contiguous(), params)
+
+
+def _nearest(format: Format, weight: Tensor, params: Params) -> QTensor:
+    """``weight`` to the nearest values that ``params`` allow."""
+    return QTensor.of(format, F.encode(format, weight, params), params)
+
+
+def _better_rows(weight: Tensor, facts: Facts, solved: QTensor, start: QTensor) -> tuple[QTensor, int]:
+    """Rows of ``solved``, but those of ``start`` where the objective is less there; and how many those are."""
+    lost = objective.row_errors(weight - solved.dequantize(), facts)
+    worse = lost > objective.row_errors(weight - start.dequantize(), facts)
+    if not worse.any():
+        return solved, 0
+    codes = torch.where(worse.unsqueeze(-1), start.packed, solved.packed)
+    params = {n: torch.where(worse.view(-1, 1, 1), start.params[n], v) for n, v in solved.params.items()}
+    return QTensor.of(solved.format, codes, params), int(worse.sum())
+
+
+def _note(damping: float, asked: float, dead: int, kept: int) -> str:
+    parts = [f"damping raised from {asked:g} to {damping:g}"] if damping != asked else []
+    parts += [f"{dead} inputs always zero"] if dead else []
+    parts += [f"{kept} rows better rounded to nearest"] if kept else []
+    return ", ".join(parts)

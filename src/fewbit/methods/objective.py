@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer's quantization costs at its output: ``E |(W - W_hat) x|^2 = tr(D G D^T)`` with ``G = E[x x^T]``.
+
+The objective that GPTQ minimises (Frantar et al. 2022, arXiv:2210.17323), summed over rows; with the diagonal of G
+alone it is the one that the clipping search minimises, and with the identity it is the squared error of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fewbit.core.facts import Facts
+from fewbit.core.format import Format
+from fewbit.core.qtensor import QTensor
+from fewbit.errors import InputError, UnsupportedError
+
+
+def row_errors(error: Tensor, facts: Facts | None) -> Tensor:
+    """``d G d^T`` of every row d of ``error`` (rows, columns): float64 (rows,).
+
+    G is the second moment if ``facts`` have it, else its diagonal E[x^2], else (no facts, no token) the identity.
+    Products are taken in float32, and a sum that rounding left below zero is zero.
+    """
+    error = error.float()
+    if facts is None or not facts.tokens:
+        weighted = error
+    elif facts.gram is None:
+        weighted = error * facts.mean_square
+    else:
+        weighted = error @ facts.second_moment
+    return (weighted * error).sum(1, dtype=torch.float64).clamp_min(0)
+
+
+def relative_error(weight: Tensor, quantized: QTensor | Tensor, facts: Facts | None = None) -> float:
+    """``sqrt(tr(D G D^T) / tr(W G W^T))``: root mean square error of the layer's output relative to the output.
+
+    Args:
+        weight: (rows, columns).
+        quantized: what stands for it, or its dequantized values (rows, columns).
+        facts: of the layer's inputs; see :func:`row_errors` for what they may lack.
+
+    Returns:
+        0 when nothing is lost, 1 when the output is lost as a whole; infinite when a zero weight became non-zero.
+    """
+    values = quantized.dequantize() if isinstance(quantized, QTensor) else quantized
+    lost = float(row_errors(weight.float() - values.float(), facts).sum())
+    whole = float(row_errors(weight, facts).sum())
+    if lost == 0:
+        return 0.0
+    return math.sqrt(lost / whole) if whole else math.inf
+
+
+def check(method: str, weight: Tensor, format: Format, facts: Facts | None = None) -> None:
+    """Refuse what no method can quantize, before any work.
+
+    Raises:
+        InputError: the weight is no matrix, is empty, holds NaN or infinity, or the facts are of another width or not finite.
+    """
+    asked = f"{method} of a weight of shape {tuple(weight.shape)} to {format.name}"
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise InputError(asked, "it is not a matrix with at least one entry", "see the weight as (rows, columns)")
+    bad = ~weight.isfinite()
+    if bad.any():
+        row, column = (int(i) for i in bad.nonzero()[0])
+        found = f"{int(bad.sum())} entries are NaN or infinite, first weight[{row}, {column}]"
+        raise InputError(asked, found, "repair the checkpoint, or leave this layer in float")
+    if facts is None:
+        return
+    if facts.columns != weight.shape[1]:
+        raise InputError(asked, f"the facts are of {facts.columns} inputs", "pass the facts of this layer's inputs")
+    seen = facts.total_square if facts.gram is None else facts.gram
+    if not seen.isfinite().all():
+        found = "the layer's calibration inputs hold NaN or infinity"
+        raise InputError(asked, found, "check that the model runs in float on the calibration text")
+
+
+def check_scalar(method: str, format: Format) -> None:
+    """Refuse formats whose codes stand for several weights.
+
+    Raises:
+        UnsupportedError: ``format.dim`` is not 1.
+    """
+    if format.dim != 1:
+        raise UnsupportedError(
+            f"{method} to {format.name}", f"one code stands for {format.dim} weights", "method rtn takes such formats"
+        )

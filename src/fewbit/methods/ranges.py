@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Search of the range of every block: which parameters lose least under importance weights.
+
+A block fitted as if it were ``ratio * block`` has a narrower grid: finer inside, clipped outside. Every ratio of a grid is
+tried on every span (the columns whose parameters must be fitted together) and the one of least
+``sum_i importance_i (w_i - w_hat_i)^2`` is kept; what plain rounding would use is among the candidates and wins ties.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewbit.core import blocks as B
+from fewbit.core import format as F
+from fewbit.core.format import Format, Params
+from fewbit.errors import SpecError
+
+CHUNK = 1 << 16
+"""Weights searched at a time: the candidates' temporaries stay in the cache."""
+
+
+def grid(steps: int, floor: float) -> tuple[float, ...]:
+    """``steps`` ratios, evenly spaced from 1 down to ``floor``.
+
+    Raises:
+        SpecError: fewer than two steps, or a floor outside (0, 1).
+    """
+    if steps < 2 or not 0 < floor < 1:
+        raise SpecError(
+            f"clipping search of {steps} steps down to {floor}",
+            "it needs at least 2 steps and a floor between 0 and 1",
+            "for example steps=24 and floor=0.4",
+        )
+    return tuple(1 - (1 - floor) * i / (steps - 1) for i in range(steps))
+
+
+def search(format: Format, weight: Tensor, importance: Tensor | None, ratios: tuple[float, ...]) -> dict[str, Tensor]:
+    """Parameters (rows, blocks, 1) of ``weight`` (rows, columns), decided span by span.
+
+    Args:
+        format: already bound.
+        weight: float32.
+        importance: (columns,), non-negative; None is one everywhere.
+        ratios: shrinking factors to try besides the plain fit.
+    """
+    if not ratios:
+        return F.fit(format, weight)
+    columns = weight.shape[1]
+    mask = B.present(columns, format.block, weight.device)
+    worth = mask if importance is None else B.split(importance.float().reshape(1, -1), format.block)
+    step = max(1, CHUNK // columns)
+    chunks = (B.split(weight[row : row + step].float(), format.block) for row in range(0, weight.shape[0], step))
+    parts = [_search(format, chunk, mask, worth, ratios) for chunk in chunks]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _search(
+    format: Format, blocks: Tensor, mask: Tensor, worth: Tensor, ratios: tuple[float, ...]
+) -> dict[str, Tensor]:
+    """:func:`search` on some rows: ``blocks`` (rows, blocks, block), ``mask`` and ``worth`` (1, blocks, block)."""
+    best = dict(format.fit(blocks, mask))
+    least = _span_errors(format, blocks, worth, best)
+    repeat = span_blocks(format, blocks.shape[1])
+    for ratio in ratios:
+        params = format.fit(blocks * ratio, worth)
+        errors = _span_errors(format, blocks, worth, params)
+        better = errors < least
+        least = torch.where(better, errors, least)
+        chosen = B.per_block(better.unsqueeze(-1), blocks.shape[1], repeat)
+        best = {name: torch.where(chosen, params[name], values) for name, values in best.items()}
+    return best
+
+
+def _span_errors(format: Format, blocks: Tensor, worth: Tensor, params: Params) -> Tensor:
+    """Weighted squared error of every span, (rows, spans)."""
+    lost = blocks - format.decode(format.encode(blocks, params), params)
+    errors = (lost.square_() * worth).sum(-1)
+    repeat = span_blocks(format, errors.shape[1])
+    return errors if repeat == 1 else B.split(errors, repeat).sum(-1)
+
+
+def span_blocks(format: Format, blocks: int) -> int:
+    """Blocks in a span, for rows of ``blocks`` blocks."""
+    if format.fit_block == 0 or format.block == 0:
+        return blocks
+    return max(1, format.fit_block // format.block)

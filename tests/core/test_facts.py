@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts against float64 sums, and the laws of a monoid."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fewbit.core import facts as module
+from fewbit.core.facts import Accumulator, Facts
+from fewbit.errors import InputError
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def inputs(tokens: int, columns: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, columns, generator=generator) * torch.randn(columns, generator=generator).exp()
+
+
+def close(found: Facts, x: Tensor) -> None:
+    """Every sum lies within ``tokens * eps * sum of magnitudes`` of its float64 value, the bound of any order of adding."""
+    exact, tokens = x.double(), x.shape[0]
+    assert (found.tokens, found.columns) == tuple(x.shape)
+    assert ((found.total - exact.sum(0)).abs() <= tokens * EPS * exact.abs().sum(0)).all()
+    assert ((found.total_square - exact.square().sum(0)).abs() <= (tokens + 1) * EPS * exact.square().sum(0)).all()
+    assert torch.equal(found.largest, x.abs().amax(0) if tokens else torch.zeros(x.shape[1]))
+    assert found.gram is not None
+    assert ((found.gram - exact.T @ exact).abs() <= (tokens + 1) * EPS * (exact.T.abs() @ exact.abs())).all()
+    assert torch.equal(found.gram, found.gram.T)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 20), min_size=1, max_size=5), columns=st.integers(1, 9), seed=st.integers(0, 10**6)
+)
+def test_sums_of_a_stream(sizes: list[int], columns: int, seed: int) -> None:
+    x = inputs(sum(sizes), columns, seed)
+    parts = x.split(sizes)
+    stream = Accumulator(columns, gram=True)
+    merged = Facts.none(columns, gram=True)
+    for part in parts:
+        stream.add(part)
+        merged = merged.merge(Facts.of(part, gram=True))
+    close(stream.facts(), x)
+    close(merged, x)
+    close(Facts.of(x, gram=True), x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.tuples(*[st.integers(0, 12)] * 3), seed=st.integers(0, 10**6))
+def test_merging_is_a_monoid(sizes: tuple[int, int, int], seed: int) -> None:
+    x = inputs(sum(sizes), 5, seed)
+    a, b, c = (Facts.of(part, gram=True) for part in x.split(list(sizes)))
+    close(a.merge(b).merge(c), x)
+    close(a.merge(b.merge(c)), x)
+    for left, right in ((a, a.merge(Facts.none(5, True))), (a, Facts.none(5, True).merge(a))):
+        assert left.tokens == right.tokens
+        for one, other in zip(_sums(left), _sums(right), strict=True):
+            assert torch.equal(one, other)
+    for one, other in zip(_sums(a.merge(b)), _sums(b.merge(a)), strict=True):
+        assert torch.equal(one, other)
+
+
+def _sums(facts: Facts) -> tuple[Tensor, ...]:
+    assert facts.gram is not None
+    return facts.total, facts.total_square, facts.largest, facts.gram
+
+
+@pytest.mark.parametrize("columns", [1, 7, 31, 33, 97])
+def test_tiles_cover_the_matrix(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TILE", 16)
+    x = inputs(64, columns, seed=1)
+    close(Facts.of(x, gram=True), x)
+
+
+def test_reading_does_not_stop_the_stream() -> None:
+    x = inputs(20, 6, seed=2)
+    stream = Accumulator(6, gram=True)
+    stream.add(x[:10])
+    early = stream.facts()
+    stream.add(x[10:])
+    close(early, x[:10])
+    close(stream.facts(), x)
+
+
+def test_means() -> None:
+    x = inputs(50, 4, seed=3).bfloat16()
+    facts = Facts.of(x.reshape(5, 10, 4), gram=True)
+    exact = x.double()
+    assert torch.allclose(facts.mean_square.double(), exact.square().mean(0), rtol=50 * EPS)
+    assert torch.allclose(facts.second_moment.double(), exact.T @ exact / 50, rtol=1e-5, atol=1e-6)
+    assert torch.equal(Facts.none(3).mean_square, torch.ones(3))
+    assert torch.equal(Facts.none(3, gram=True).second_moment, torch.eye(3))
+    assert torch.equal(Facts.of(x).second_moment, torch.eye(4))
+
+
+def test_refuses_other_widths() -> None:
+    with pytest.raises(InputError, match="the last axis has 5 entries"):
+        Accumulator(4).add(torch.ones(2, 5))
+    with pytest.raises(InputError, match="different layers"):
+        Facts.none(4).merge(Facts.none(5))
