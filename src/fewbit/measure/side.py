@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One side of a comparison: the model or its reference, on disk or in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.containers import manifest as M
+from fewbit.measure import load as L
+from fewbit.measure import size
+from fewbit.measure.speed import Generator
+from fewbit.measure.worker import Child, Here, Job
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """``path`` or ``live`` is set, never both. ``manifest`` is empty unless ``path`` is a fewbit folder."""
+
+    name: str
+    path: Path | None
+    live: Any
+    manifest: Mapping[str, Any]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(model: Any, dtype: torch.dtype) -> Side:
+        """From a folder, a GGUF file, a hub id or a loaded model."""
+        if not isinstance(model, str | Path):
+            return Side(type(model).__name__, None, model, {}, model.dtype)
+        path = L.find(model)
+        manifest = M.read(path) if path.is_dir() and (path / M.NAME).is_file() else {}
+        return Side(str(model), path, None, manifest, dtype)
+
+    def open(self) -> Any:
+        """The model, in eval mode when it was loaded here."""
+        return self.live if self.path is None else L.load_model(self.path, self.dtype)
+
+    def tokenizer(self) -> Any | None:
+        """Its tokenizer, or None for a model in memory."""
+        return None if self.path is None else L.load_tokenizer(self.path)
+
+    def size(self, model: Any) -> size.Size:
+        """Bytes and bits; ``model`` is what :meth:`open` gave."""
+        if self.path is None:
+            return size.of_model(model)
+        return size.of_path(self.path, sum(p.numel() for p in model.parameters()))
+
+    def parameters(self, model: Any) -> int:
+        """Number of parameters; of a fewbit folder what its manifest says, as packed weights are no parameters."""
+        if not self.manifest:
+            return sum(p.numel() for p in model.parameters())
+        packed = sum(int(layer["shape"][0]) * int(layer["shape"][1]) for layer in self.manifest["layers"])
+        return packed + sum(int(entry.get("parameters", 0)) for entry in self.manifest["skipped"])
+
+    def subject(self, prompt: Tensor, decode_tokens: int) -> Child | Here:
+        """Something to time: a child process that loads the path; a model in memory stays in this process."""
+        if self.path is None:
+            return Here(Generator(self.live, prompt.unsqueeze(0), decode_tokens))
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Child(Job(str(self.path), dtype, prompt.tolist(), decode_tokens, torch.get_num_threads()))
+
+
+def reference_of(side: Side, dtype: torch.dtype, notes: list[str]) -> Side | None:
+    """The source that a fewbit folder names, if it is still there; otherwise None, and ``notes`` says why."""
+    source = side.manifest.get("source", {}).get("path")
+    if source is None:
+        notes.append("no reference was given: KL, top-1 agreement and the perplexity ratio are not measured")
+        return None
+    if not Path(source).exists():  # never looked up on the hub: only the user may name a download
+        notes.append(f"the original {source} is not here any more: KL and top-1 agreement are not measured")
+        return None
+    return Side.of(source, dtype)
+
+
+def longest_context(model: Any) -> int | None:
+    """Positions the model was built for, or None when its configuration sets no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
