@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fewbit: neural networks in few bits, with the cost in accuracy proved and the gain in size and speed measured.
+
+>>> import fewbit, torch
+>>> weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+>>> q = fewbit.methods.rtn(weight, fewbit.formats.parse("int3/g64"))
+>>> q.repack(fewbit.layouts.named("dense")).bits_per_weight
+3.25
+>>> fewbit.linear(torch.ones(1, 128), q).shape
+torch.Size([1, 64])
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fewbit import formats, kernels, layouts, methods
+from fewbit.core.facts import Facts
+from fewbit.core.qtensor import QTensor
+from fewbit.errors import FewbitError
+from fewbit.integrations import autoload
+from fewbit.kernels import linear
+
+if TYPE_CHECKING:
+    from fewbit.evaluate import Evaluation, evaluate
+    from fewbit.integrations.load import load
+    from fewbit.recipe import Recipe
+    from fewbit.run import Plan, Result, plan, quantize
+
+__version__ = "0.1.0"
+
+_LATER = {
+    "evaluate": "fewbit.evaluate",
+    "load": "fewbit.integrations.load",
+    "plan": "fewbit.run",
+    "quantize": "fewbit.run",
+    "Recipe": "fewbit.recipe",
+}
+"""Names whose modules import transformers: loaded at first use."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'fewbit' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LATER[name]), name)
+
+
+autoload.install()
+
+__all__ = [
+    "Facts",
+    "FewbitError",
+    "QTensor",
+    "Recipe",
+    "evaluate",
+    "formats",
+    "kernels",
+    "layouts",
+    "linear",
+    "load",
+    "methods",
+    "plan",
+    "quantize",
+]

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformers quantizer plug-in: ``AutoModelForCausalLM.from_pretrained(OUT)`` loads a fewbit folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fewbit.errors import CorruptFileError, UnsupportedError
+from fewbit.model.layers import ExpertBank, QuantEmbedding, QuantLinear, Store
+
+METHOD = "fewbit"
+KINDS = ("linear", "conv1d", "head", "experts", "embedding")
+
+
+class FewbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` of a fewbit folder.
+
+    ``modules``: module path -> ``{"kind", "format", "layout", "shape": [rows, columns]}`` and, where they apply,
+    ``"experts"``, ``"activation"``, ``"tied_to"``.
+    """
+
+    def __init__(self, modules: dict[str, dict[str, Any]] | None = None, version: int = 1, **kwargs: Any) -> None:
+        self.quant_method = METHOD
+        self.version = version
+        self.modules = modules or {}
+        for name, entry in self.modules.items():
+            if not isinstance(entry, dict) or entry.get("kind") not in KINDS or len(entry.get("shape", ())) != 2:
+                raise CorruptFileError(f"quantization_config of {name}", f"found {entry!r}", "quantize again")
+
+
+class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts quantized modules into the empty model before transformers loads the arrays into them."""
+
+    requires_calibration = True
+    quantization_config: FewbitConfig
+
+    def __init__(self, quantization_config: FewbitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._dtype = torch.float32
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if not {str(device) for device in devices} <= {"None", "cpu", "auto"}:
+            raise UnsupportedError(f"device_map {device_map!r}", "fewbit's kernels run on the CPU", "leave device_map out")
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self._dtype = dtype or torch.float32
+        return self._dtype
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return {"": "cpu"} if device_map == "auto" else device_map
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Arrays keep the dtype they are stored in: a scale cast to bfloat16 would be another model."""
+        return None
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for name, entry in self.quantization_config.modules.items():
+            try:
+                _replace(model, name, entry, self._dtype)
+            except AttributeError:
+                raise CorruptFileError(f"module {name}", "the model has no such module", "quantize again") from None
+        # A tied head runs on the embedding's arrays (see _tie); transformers must not look for `.weight` on either.
+        if any("tied_to" in entry for entry in self.quantization_config.modules.values()):
+            model.config.tie_word_embeddings = False
+            model.all_tied_weights_keys = {}
+        if any(entry["kind"] == "experts" for entry in self.quantization_config.modules.values()):
+            model.config._experts_implementation = "eager"
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, (QuantLinear, ExpertBank)):
+                module.prepare()
+            elif not isinstance(module, Store):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(self._dtype)
+        for name, entry in self.quantization_config.modules.items():
+            if "tied_to" in entry:
+                _tie(model, name, entry["tied_to"])
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _replace(model: nn.Module, name: str, entry: dict[str, Any], dtype: torch.dtype) -> None:
+    """Swap the module (or fused parameter) called ``name`` for its quantized form, on the meta device."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    shape = (int(entry["shape"][0]), int(entry["shape"][1]))
+    with torch.device("cpu"):
+        if entry["kind"] == "experts":
+            bank = ExpertBank(entry["format"], entry["layout"], shape, int(entry["experts"]))
+            delattr(parent, leaf)
+            parent.add_module(leaf, bank.to("meta"))
+            return
+        old = parent.get_submodule(leaf)
+        if entry["kind"] == "embedding":
+            scale = getattr(old, "embed_scale", None)
+            new: nn.Module = QuantEmbedding(entry["format"], entry["layout"], shape, scale, dtype)
+        else:
+            bias = getattr(old, "bias", None)
+            new = QuantLinear(entry["format"], entry["layout"], shape, bias, entry.get("activation"))
+    for key, buffer in list(new.named_buffers(recurse=False)):
+        if key.startswith("weight_"):
+            new.register_buffer(key, buffer.to("meta"), persistent="tied_to" not in entry)
+    setattr(parent, leaf, new)
+
+
+def _tie(model: nn.Module, name: str, source: str) -> None:
+    """The head ``name`` runs on the embedding's arrays; nothing is stored twice."""
+    head, embedding = model.get_submodule(name), model.get_submodule(source)
+    assert isinstance(head, QuantLinear) and isinstance(embedding, QuantEmbedding)
+    for array in embedding.arrays:
+        head.register_buffer(f"weight_{array}", getattr(embedding, f"weight_{array}"))
+    head.prepare()
+
+
+def register() -> None:
+    """Add our rows to transformers' tables; harmless when done before."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, FewbitConfig)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, FewbitQuantizer)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline: a model and a recipe in, a checked folder out. See :func:`quantize` and :func:`plan`."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fewbit
+from fewbit import calibrate, methods
+from fewbit.calibrate import Calibration
+from fewbit.containers import manifest as M
+from fewbit.errors import InputError, SpecError
+from fewbit.model.checkpoint import Checkpoint, open_checkpoint
+from fewbit.model.stream import StreamedModel
+from fewbit.recipe import Recipe
+from fewbit.run.events import Event, Progress
+from fewbit.run.finish import STATE, describe, finish
+from fewbit.run.journal import Journal
+from fewbit.run.plan import Plan, make_plan
+from fewbit.run.stages import Run, run_stages
+from fewbit.run.workers import workers
+
+PROBE = (8, 256)
+"""Held-out windows and tokens that every run checks itself on."""
+BATCH_TOKENS = 2048
+HEAD = "int8/g64"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished folder and its manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+
+def quantize(
+    model: Any,
+    recipe: str | Recipe,
+    *,
+    out: str | Path,
+    method: str = "rtn",
+    calibration: str | Path | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    force: bool = False,
+    head: str = HEAD,
+    samples: int = 128,
+    context: int = 512,
+    options: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    tokenizer: Any = None,
+) -> Result:
+    """Quantize ``model`` into the folder ``out``, checked before it gets its name.
+
+    Args:
+        model: a Hugging Face folder, a ``.gguf`` file, a hub id, or a transformers model in memory (with ``tokenizer``).
+        recipe: a format such as ``"int4/g128/asym"``, a scheme such as ``"W4A16"``, or a :class:`Recipe`.
+        method: for a format: ``rtn``, ``clip``, ``gptq``, ... with ``options``.
+        calibration: a .txt or .jsonl file; bundled text when None. ``samples`` windows of ``context`` tokens, drawn with ``seed``.
+        threads: how many; any number gives the same bytes. None takes torch's.
+        head: format of the embedding and the head, or ``"float"``.
+        force: accept below 3 bits without data, replace ``out``, and accept a broken result.
+
+    Raises:
+        FewbitError: see :mod:`fewbit.errors`. An interrupted or refused run leaves its work in ``OUT.partial``, from which
+            the same call continues.
+    """
+    chosen = _recipe(recipe, method, head, options)
+    target, tell = Path(out), progress or _silent
+    with _source(model, tokenizer, target) as path:
+        checkpoint = open_checkpoint(path)
+        streamed = StreamedModel.open(checkpoint)
+        planned = make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
+        for message in planned.warnings:
+            tell(Event("note", message=message))
+        words = checkpoint.tokenizer()
+        data = _calibration(chosen, words, calibration, samples, context, seed, tell)
+        fingerprint = {
+            "version": fewbit.__version__,
+            "weights": checkpoint.fingerprint(),
+            "config": hashlib.sha256(checkpoint.config.to_json_string().encode()).hexdigest(),
+            "recipe": describe(chosen),
+            "calibration": data.sha256 if data else "none",
+            "seed": str(seed),
+        }
+        if (finished := _finished(target, fingerprint)) is not None:
+            tell(Event("done", message=f"{target} is finished already"))
+            return finished
+        folder = _open_folder(target, force)
+        journal = Journal.open(folder / STATE / "journal.json", fingerprint)
+        probe = calibrate.probe(words, *PROBE)
+        batch = _batch(data)
+        with workers(threads) as pool:
+            run = Run(streamed, planned, folder, journal, data, batch, probe, pool, tell)
+            run_stages(run)
+            manifest = finish(run, checkpoint, chosen, seed, target, force)
+    tell(Event("done", message=str(target)))
+    return Result(target, manifest)
+
+
+def plan(
+    model: str | Path,
+    recipe: str | Recipe,
+    *,
+    method: str = "rtn",
+    head: str = HEAD,
+    samples: int = 128,
+    context: int = 512,
+    options: dict[str, Any] | None = None,
+    force: bool = False,
+) -> Plan:
+    """What :func:`quantize` would do with the same arguments; reads no weight. See :class:`fewbit.run.plan.Plan`."""
+    checkpoint = open_checkpoint(model)
+    streamed = StreamedModel.open(checkpoint)
+    chosen = _recipe(recipe, method, head, options)
+    return make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
+
+
+def _silent(event: Event) -> None:
+    """For callers that want no progress."""
+
+
+def _recipe(recipe: str | Recipe, method: str, head: str, options: dict[str, Any] | None) -> Recipe:
+    return Recipe.simple(recipe, method, head, options) if isinstance(recipe, str) else recipe
+
+
+def _calibration(
+    recipe: Recipe, words: Any, source: str | Path | None, samples: int, context: int, seed: int, tell: Progress
+) -> Calibration | None:
+    """Text for the methods that need it; None when no rule does."""
+    if all(rule.format == "float" or methods.named(rule.method).needs == "nothing" for rule in recipe.rules):
+        if source is not None:
+            tell(Event("note", message=f"the calibration text {source} is not used: no method of the recipe needs data"))
+        return None
+    data = calibrate.calibration(words, source, samples, context, seed)
+    if len(data.ids) < samples:
+        tell(Event("note", message=f"calibration text {data.source} gives {len(data.ids)} samples instead of {samples}"))
+    return data
+
+
+def _batch(data: Calibration | None) -> int:
+    """Windows at once: the largest divisor of their number that stays within BATCH_TOKENS, so batches are equal."""
+    if data is None:
+        return 1
+    number, context = data.ids.shape
+    return next(size for size in range(max(1, BATCH_TOKENS // context), 0, -1) if number % size == 0)
+
+
+def _finished(target: Path, fingerprint: dict[str, str]) -> Result | None:
+    """The result of the very same run, if ``target`` holds it; its files are checked again."""
+    if not (target / M.NAME).is_file():
+        return None
+    manifest = M.read(target)
+    if manifest.get("fingerprint") != fingerprint:
+        return None
+    M.check_files(target, manifest)
+    shutil.rmtree(target / STATE, ignore_errors=True)
+    return Result(target, manifest)
+
+
+def _open_folder(target: Path, force: bool) -> Path:
+    """``OUT.partial``, made if need be.
+
+    Raises:
+        InputError: ``target`` exists and ``force`` is off, or nothing can be written there.
+    """
+    if target.exists() and not force:
+        works = "give another -o, remove it, or --force to replace it"
+        raise InputError(f"writing {target}", "it exists already", works)
+    folder = target.with_name(target.name + ".partial")
+    try:
+        (folder / STATE).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"writing {target}", f"{error.strerror}", "give a folder that you may write to") from None
+    return folder
+
+
+@contextmanager
+def _source(model: Any, tokenizer: Any, target: Path) -> Iterator[str | Path]:
+    """A path for ``model``; a model in memory is written to a temporary folder first."""
+    if isinstance(model, (str, Path)):
+        yield model
+        return
+    if tokenizer is None:
+        raise SpecError("quantizing a model in memory", "no tokenizer was given", "pass tokenizer=...")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.source-", dir=target.parent))
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+__all__ = ["Event", "Plan", "Progress", "Result", "plan", "quantize"]

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a run: index, config, manifest, tokenizer; verify; judge; give the folder its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fewbit
+from fewbit.containers import manifest as M
+from fewbit.containers.files import digest, read_json, write_json
+from fewbit.errors import QualityError
+from fewbit.model.checkpoint import Checkpoint
+from fewbit.recipe import Recipe
+from fewbit.run.stages import Run
+from fewbit.run.verify import INDEX, verify_folder
+
+MOST_KL = 1.0
+"""Mean KL divergence (nats a token) past which a result counts as broken."""
+MOST_PERPLEXITY_RATIO = 3.0
+STATE = "state"
+
+
+def finish(run: Run, checkpoint: Checkpoint, recipe: Recipe, seed: int, out: Path, force: bool) -> dict[str, Any]:
+    """Complete ``run.folder`` and rename it to ``out``; returns the manifest.
+
+    Raises:
+        VerificationError: the folder does not read back as what was solved. Nothing is renamed.
+        QualityError: the result is broken by the gate and ``force`` is off. The work is kept; ``--force`` accepts it.
+    """
+    stages, folder = run.journal.stages, run.folder
+    weight_map = {name: stage["file"] for stage in stages for name in stage["tensors"]}
+    total = sum(size for stage in stages for size in stage["tensors"].values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    checkpoint.save_sidecars(folder)
+    layers = [
+        {key: value for key, value in record.items() if key != "seconds"} for stage in stages for record in stage["layers"]
+    ]
+    _config(run, folder, layers)
+    manifest = _manifest(run, checkpoint, recipe, seed, layers)
+    verify_folder(folder, manifest)
+    _judge(manifest["check"], force, folder)
+    write_json(folder / M.NAME, manifest)
+    write_json(out.with_name(f"{out.name}.log.json"), _log(run))
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(folder, out)
+    shutil.rmtree(out / STATE)
+    return manifest
+
+
+def _log(run: Run) -> dict[str, Any]:
+    """Times and memory, which differ from run to run: kept out of the folder, whose bytes do not."""
+    stages = run.journal.stages
+    return {
+        "seconds": round(sum(stage["seconds"] for stage in stages), 2),
+        "peak_rss_bytes": max(stage["peak_rss_bytes"] for stage in stages),
+        "stages": [{key: stage[key] for key in ("file", "seconds", "peak_rss_bytes")} for stage in stages],
+        "layers": [
+            {"name": record["name"], "seconds": record["seconds"]} for stage in stages for record in stage["layers"]
+        ],
+    }
+
+
+def _config(run: Run, folder: Path, layers: list[dict[str, Any]]) -> None:
+    """config.json with what the transformers plug-in needs to build the modules."""
+    modules = {}
+    for record in layers:
+        entry = {key: record[key] for key in ("kind", "format", "layout", "shape")}
+        if record["experts"] > 1 or record["kind"] == "experts":
+            entry["experts"] = record["experts"]
+        modules[record["name"]] = entry
+    for site in run.model.sites:
+        if site.tied_to in modules:
+            modules[site.name] = {**modules[site.tied_to], "kind": site.kind, "tied_to": site.tied_to}
+    config = read_json(folder / "config.json")
+    config["quantization_config"] = {"quant_method": "fewbit", "version": M.VERSION, "modules": modules}
+    write_json(folder / "config.json", config)
+
+
+def _manifest(
+    run: Run, checkpoint: Checkpoint, recipe: Recipe, seed: int, layers: list[dict[str, Any]]
+) -> dict[str, Any]:
+    stages, plan = run.journal.stages, run.plan
+    skipped = [
+        {
+            "name": d.site.parameter,
+            "reason": d.reason,
+            "nbytes": d.nbytes,
+            "parameters": 0 if d.site.tied_to else d.weights,
+            "tied_to": d.site.tied_to,
+        }
+        for d in plan.decisions
+        if d.rule is None
+    ]
+    skipped += [
+        {"name": name, "reason": reason, "nbytes": size, "parameters": size // plan.kept_dtype.itemsize}
+        for name, reason, size in plan.kept
+    ]
+    weights = sum(record["shape"][0] * record["shape"][1] * record["experts"] for record in layers)
+    files = {stage["file"]: stage["sha256"] for stage in stages}
+    files |= {name: digest(run.folder / name) for name in (INDEX, "config.json")}
+    return {
+        "manifest": M.VERSION,
+        "version": fewbit.__version__,
+        "source": {
+            "path": str(checkpoint.path),
+            "sha256": run.journal.fingerprint["weights"],
+            "architecture": checkpoint.architecture,
+            "bytes": checkpoint.nbytes,
+        },
+        "recipe": recipe.to_dict(),
+        "seed": seed,
+        "calibration": run.calibration.describe() if run.calibration else None,
+        "size_bytes": sum(stage["bytes"] for stage in stages),
+        "bits_per_weight": 8 * sum(record["nbytes"] for record in layers) / weights,
+        "fingerprint": run.journal.fingerprint,
+        "layers": layers,
+        "skipped": skipped,
+        "drift": [
+            {"block": stage["stage"] - 1, "relative_error": stage["drift"]} for stage in stages if "drift" in stage
+        ],
+        "check": stages[-1]["check"],
+        "files": files,
+    }
+
+
+def _judge(check: dict[str, Any], force: bool, folder: Path) -> None:
+    ratio = check["perplexity"] / check["reference_perplexity"]
+    if force or (check["kl_mean"] <= MOST_KL and ratio <= MOST_PERPLEXITY_RATIO):
+        return
+    raise QualityError(
+        "accepting the quantized model",
+        f"on held-out text its perplexity is {check['perplexity']:.4g} against {check['reference_perplexity']:.4g} and its KL "
+        f"divergence {check['kl_mean']:.3g} nats (limits: {MOST_PERPLEXITY_RATIO:g} times, {MOST_KL:g})",
+        f"use more bits, smaller groups or a calibrated method; or --force to accept it as it is (the work in {folder} is kept)",
+    )
+
+
+def describe(recipe: Recipe) -> str:
+    """One stable line for the fingerprint."""
+    return json.dumps(recipe.to_dict(), sort_keys=True)

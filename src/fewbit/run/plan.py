@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run would do, before it does anything: every layer's format, method and kernel, exact sizes, estimated cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fewbit import formats, kernels, methods
+from fewbit.core.qtensor import storage, storage_bytes
+from fewbit.errors import FewbitError, SpecError
+from fewbit.model.checkpoint import Checkpoint
+from fewbit.model.sites import Site
+from fewbit.model.stream import StreamedModel
+from fewbit.recipe import FLOAT, Recipe, Rule
+from fewbit.run.solve import layout_for
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one site: a rule and what follows from it, or the reason why it stays as it is."""
+
+    site: Site
+    rule: Rule | None
+    kernel: str
+    nbytes: int
+    reason: str = ""
+
+    @property
+    def weights(self) -> int:
+        return self.site.shape[0] * self.site.shape[1] * self.site.experts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes are exact bytes of tensors; ``peak_rss_bytes`` and ``seconds`` are estimates for this machine."""
+
+    decisions: list[Decision]
+    kept: list[tuple[str, str, int]]
+    kept_dtype: torch.dtype
+    size_bytes: int
+    source_bytes: int
+    bits_per_weight: float
+    peak_rss_bytes: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        layers = []
+        for decision in self.decisions:
+            rule = decision.rule
+            layers.append(
+                {
+                    "name": decision.site.name,
+                    "format": rule.format if rule else FLOAT,
+                    "method": rule.method if rule else None,
+                    "kernel": decision.kernel,
+                    "reason_skipped": decision.reason or None,
+                    "nbytes": decision.nbytes,
+                }
+            )
+        return {
+            "size_bytes": self.size_bytes,
+            "source_bytes": self.source_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "seconds": self.seconds,
+            "layers": layers,
+            "kept": [{"name": name, "reason": reason, "nbytes": size} for name, reason, size in self.kept],
+            "warnings": self.warnings,
+        }
+
+
+def make_plan(
+    checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, tokens: int, batch_tokens: int, force: bool
+) -> Plan:
+    """Decide every site of ``model``. ``tokens`` of calibration, ``batch_tokens`` at once, only matter to the estimates.
+
+    Raises:
+        SpecError: a rule matches nothing; or a data-free method below 3 bits without ``force``.
+        UnsupportedError: a layout cannot hold a layer; the message names both.
+    """
+    named = [(site.name, site.kind, _module_class(model, site)) for site in model.sites]
+    recipe.check(named)
+    dtype = model.config.dtype or torch.float32
+    decisions = [_decide(site, recipe.rule_for(*entry), dtype, force) for site, entry in zip(model.sites, named, strict=True)]
+    kept = [(name, reason, model.module.get_parameter(name).numel() * dtype.itemsize) for name, reason in model.kept]
+    quantized = [d for d in decisions if d.rule is not None]
+    if not quantized:
+        raise SpecError("quantizing", "every layer would stay in float", "give a rule with a format")
+    size = sum(d.nbytes for d in decisions) + sum(size for _, _, size in kept)
+    bits = 8 * sum(d.nbytes for d in quantized) / sum(d.weights for d in quantized)
+    calibrated = any(d.rule and methods.named(d.rule.method).needs != "nothing" for d in quantized)
+    seconds, memory = estimate(decisions, tokens if calibrated else 0, batch_tokens, model)
+    return Plan(
+        decisions, kept, dtype, size, checkpoint.nbytes, bits, memory, seconds, _warnings(quantized, size, checkpoint)
+    )
+
+
+def _module_class(model: StreamedModel, site: Site) -> str:
+    """Class of the module that owns the site's parameter."""
+    return type(model.module.get_submodule(site.parameter.rpartition(".")[0])).__name__
+
+
+def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> Decision:
+    weights = site.shape[0] * site.shape[1] * site.experts
+    if site.tied_to is not None:
+        return Decision(site, None, "", 0, f"tied to {site.tied_to}: one matrix is stored for both")
+    if rule is None or rule.format == FLOAT:
+        reason = "the recipe keeps it in float" if rule else "no rule of the recipe matches it"
+        return Decision(site, None, "torch", weights * dtype.itemsize, reason)
+    format = formats.parse(rule.format)
+    if format.bits < 3 and methods.named(rule.method).needs == "nothing" and not force:
+        raise SpecError(
+            f"{rule.format} by {rule.method} for {site.name}",
+            "below 3 bits rounding without data destroys a model",
+            "use --method gptq, or --force to do it anyway",
+        )
+    try:
+        shape = (site.shape[0] * site.experts, site.shape[1])
+        nbytes = storage_bytes(storage(format, layout_for(format), shape))
+    except FewbitError as error:
+        raise type(error)(f"layer {site.name}: {error.asked}", error.found, error.works) from None
+    return Decision(site, rule, kernels.choose(format, site.shape).name, nbytes)
+
+
+def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> list[str]:
+    found = []
+    slow = [d for d in quantized if d.kernel == REFERENCE and d.site.kind != "embedding"]
+    if slow:
+        choice = kernels.choose(formats.parse(slow[0].rule.format), slow[0].site.shape)  # type: ignore[union-attr]
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:2])
+        found.append(
+            f"{len(slow)} of {len(quantized)} layers have no fast kernel here and will NOT be faster than float, "
+            f"e.g. {slow[0].site.name} ({why})"
+        )
+    if size >= checkpoint.nbytes:
+        found.append(f"the result ({size} bytes) is not smaller than the source ({checkpoint.nbytes} bytes)")
+    return found
+
+
+def estimate(decisions: list[Decision], tokens: int, batch_tokens: int, model: StreamedModel) -> tuple[float, int]:
+    """Seconds and peak bytes, from a matrix product timed here and now and the work that each layer needs."""
+    side = 768
+    a = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
+    a @ a
+    began = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    rate = 8 * side**3 / (time.perf_counter() - began)
+    flops, seconds, largest = 0.0, 3.0, 0
+    blocks: dict[int | None, int] = {}
+    for decision in decisions:
+        rows, columns = decision.site.shape
+        # fp32 weights, their quantized form and the solver's copies live together
+        blocks[decision.site.block] = blocks.get(decision.site.block, 0) + 4 * decision.weights
+        flops += 4 * tokens * rows * columns if decision.site.block is not None else 0
+        if decision.rule is None:
+            continue
+        seconds += decision.weights * 6e-8
+        if methods.named(decision.rule.method).needs == "gram":
+            flops += decision.site.experts * (2 * tokens * columns**2 + 4 * columns**3 + rows * columns**2)
+            seconds += columns * 2.5e-4
+            largest = max(largest, decision.site.experts * 4 * columns**2)
+    base = 700 * 2**20  # python, torch and transformers themselves
+    activations = 16 * batch_tokens * model.config.get_text_config().hidden_size * 8
+    memory = base + int(2.5 * max(blocks.values())) + 4 * largest + activations
+    return seconds + flops / rate, memory

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer: float weight and facts in, packed bits and an honest record out."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit import kernels, layouts, methods
+from fewbit.core.facts import Facts
+from fewbit.core.format import Format
+from fewbit.core.layout import Layout
+from fewbit.core.qtensor import QTensor
+from fewbit.errors import UnsupportedError, VerificationError
+from fewbit.model.checkpoint import check_finite
+from fewbit.model.sites import Site
+from fewbit.recipe import Rule
+
+SHOWN = 256
+"""Tokens of the probe on which a layer's relative output error is measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """``weight`` float32 (experts * rows, columns); ``facts`` and ``seen`` (tokens, columns) one entry an expert."""
+
+    site: Site
+    rule: Rule
+    format: Format
+    weight: Tensor
+    facts: list[Facts]
+    seen: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    qtensor: QTensor
+    record: dict[str, Any]
+
+
+def layout_for(format: Format) -> Layout:
+    """The layout that a file stores ``format`` in: the densest that takes it."""
+    return layouts.named("trits" if format.levels == 3 else "dense")
+
+
+def solve(task: Task) -> Solved:
+    """Choose codes with the rule's method, pack, and measure the relative error of the layer's outputs on ``seen``.
+
+    Raises:
+        InputError: the weight holds NaN or Inf. UnsupportedError: a per-tensor format on fused experts.
+    """
+    began, site, method = time.monotonic(), task.site, methods.named(task.rule.method)
+    check_finite(site.name, task.weight)
+    if site.experts > 1 and any(param.per == "tensor" for param in task.format.params):
+        raise UnsupportedError(
+            f"{task.format.name} for the fused experts {site.name}",
+            "its tensor-wide scale would have to differ between experts",
+            "use a format whose scales are per block, such as mxfp4 or int4/g64",
+        )
+    parts, starved = [], []
+    for expert, weight in enumerate(task.weight.split(site.shape[0])):
+        facts = task.facts[expert]
+        if method.needs != "nothing" and facts.tokens == 0:
+            starved.append(expert)
+            parts.append(methods.named("rtn")(weight, task.format, facts))
+        else:
+            parts.append(method(weight, task.format, facts, **task.rule.options))
+    solved = stack(parts)
+    packed = solved.repack(layout_for(solved.format))
+    decoded = packed.dequantize()
+    record = {
+        "name": site.name,
+        "block": site.block,
+        "kind": site.kind,
+        "format": task.format.name,
+        "layout": packed.layout.name,
+        "method": task.rule.method,
+        "kernel": kernels.choose(task.format, site.shape).name,
+        "shape": list(site.shape),
+        "experts": site.experts,
+        "nbytes": packed.nbytes,
+        "bits_per_weight": packed.bits_per_weight,
+        "relative_error": relative_error(task, decoded),
+        "tokens": min(facts.tokens for facts in task.facts),
+        "decoded_sha256": digest(decoded),
+        "note": _note(starved, site, method.name),
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    return Solved(packed, record)
+
+
+def stack(parts: list[QTensor]) -> QTensor:
+    """Matrices of one format as one, by rows."""
+    if len(parts) == 1:
+        return parts[0]
+    logical = [part.logical() for part in parts]
+    params = {name: torch.cat([values[name] for _, values in logical]) for name in logical[0][1]}
+    return QTensor.of(parts[0].format, torch.cat([codes for codes, _ in logical]), params)
+
+
+def digest(decoded: Tensor) -> str:
+    """SHA-256 of float32 values, so that a file can be checked to decode to exactly what was solved."""
+    return hashlib.sha256(decoded.contiguous().numpy().tobytes()).hexdigest()
+
+
+def relative_error(task: Task, decoded: Tensor) -> float:
+    """|X (W - W')^T| / |X W^T| over the tokens seen; over the weights themselves where no token was seen."""
+    error = signal = 0.0
+    pairs = zip(task.weight.split(task.site.shape[0]), decoded.split(task.site.shape[0]), task.seen, strict=True)
+    for weight, quantized, x in pairs:
+        delta = weight - quantized
+        if len(x):
+            delta, weight = x @ delta.T, x @ weight.T
+        error += float(delta.square().sum(dtype=torch.float64))
+        signal += float(weight.square().sum(dtype=torch.float64))
+    return (error / signal) ** 0.5 if signal else 0.0
+
+
+def check_outputs(qtensor: QTensor, reference: Tensor, x: Tensor, name: str) -> None:
+    """The kernel that will run this layer computes ``x @ reference.T`` within float32 accumulation error.
+
+    Raises:
+        VerificationError: it does not.
+    """
+    got = kernels.linear(x, qtensor).double()
+    expected = x.double() @ reference.double().T
+    bound = (x.shape[1] + 64) * 2.0**-23 * (x.abs().double() @ spread(qtensor, reference).T) + 1e-30
+    worst = float(((got - expected).abs() / bound).max()) if got.numel() else 0.0
+    if not worst <= 1.0:  # also catches NaN
+        raise VerificationError(f"layer {name}", f"its kernel is {worst:.3g} times further from the reference than float32 explains")
+
+
+def spread(qtensor: QTensor, reference: Tensor) -> Tensor:
+    """Magnitudes (rows, columns) that a kernel adds up: |scale * code| + |offset|, which bound |w|."""
+    codes, params = qtensor.logical()
+    physical = qtensor.format.physical(params)
+    offset = torch.zeros_like(physical.scale) if physical.offset is None else physical.offset
+    size = qtensor.format.block or qtensor.shape[1]
+    wide = offset.abs().repeat_interleave(size, dim=1)[:, : qtensor.shape[1]]
+    return reference.abs().double() + 2 * wide.double()
+
+
+def _note(starved: list[int], site: Site, method: str) -> str:
+    if not starved:
+        return ""
+    if site.experts == 1:
+        return f"no calibration token reached it: rounded to nearest instead of {method}"
+    shown = ", ".join(str(expert) for expert in starved[:8]) + (", ..." if len(starved) > 8 else "")
+    return f"{len(starved)} of {site.experts} experts saw no calibration token ({shown}): rounded to nearest instead of {method}"

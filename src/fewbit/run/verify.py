@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nothing is called done before it was read again from disk and found to be what was computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit import formats, layouts
+from fewbit.containers import manifest as M
+from fewbit.containers.files import member, read_json
+from fewbit.containers.safetensors import open_safetensors
+from fewbit.core.qtensor import QTensor, storage
+from fewbit.errors import VerificationError
+from fewbit.run.solve import digest
+
+INDEX = "model.safetensors.index.json"
+
+
+def read_back(path: Path, record: dict[str, Any]) -> QTensor:
+    """The layer of ``record`` as ``path`` holds it.
+
+    Raises:
+        VerificationError: arrays are missing, of another shape or dtype, not finite, or decode to other values than
+            those that were solved.
+    """
+    name, format = record["name"], formats.parse(record["format"])
+    shape = (record["shape"][0] * record["experts"], record["shape"][1])
+    layout = layouts.named(record["layout"])
+    arrays = {}
+    file = open_safetensors(path)
+    for array, (dtype, size) in storage(format, layout, shape).items():
+        key = f"{name}.weight_{array}"
+        if key not in file.entries:
+            raise VerificationError(f"reading {path.name} again", f"{key} is missing")
+        tensor = file.get(key)
+        if tensor.dtype != dtype or tuple(tensor.shape) != size:
+            raise VerificationError(f"{key} must be {dtype} {size}", f"it is {tensor.dtype} {tuple(tensor.shape)}")
+        _finite(key, tensor)
+        arrays[array] = tensor
+    qtensor = QTensor(format, layout, shape, arrays.pop("packed"), arrays)
+    if digest(qtensor.dequantize()) != record["decoded_sha256"]:
+        raise VerificationError(f"layer {name} in {path.name}", "it decodes to other values than those that were solved")
+    return qtensor
+
+
+def verify_folder(folder: Path, manifest: dict[str, Any]) -> None:
+    """The finished folder: hashes, every layer decoded again, kept tensors finite, nothing missing or left over.
+
+    Raises:
+        VerificationError, CorruptFileError: what is wrong, by name.
+    """
+    M.check_files(folder, manifest)
+    index = read_json(folder / INDEX)["weight_map"]
+    files = {name: open_safetensors(member(folder, name)) for name in sorted(set(index.values()))}
+    stored = {key: name for name, file in files.items() for key in file.entries}
+    if stored != index:
+        differing = sorted(set(stored.items()) ^ set(index.items()))
+        raise VerificationError(f"{folder / INDEX}", f"it and the shards disagree on {differing[0][0]}")
+    accounted = set()
+    for record in manifest["layers"]:
+        stem = f"{record['name']}.weight_"
+        if f"{stem}packed" not in stored:
+            raise VerificationError(f"layer {record['name']}", "no shard holds it")
+        read_back(folder / stored[f"{stem}packed"], record)
+        accounted |= {key for key in stored if key.startswith(stem)}
+    for key in stored.keys() - accounted:
+        _finite(key, files[stored[key]].get(key))
+    listed = {entry["name"] for entry in manifest["skipped"] if not entry.get("tied_to")}
+    if left := (stored.keys() - accounted) ^ listed:
+        raise VerificationError(f"{folder}", f"tensors listed and stored differ: {', '.join(sorted(left)[:5])}")
+
+
+def _finite(key: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        raise VerificationError(f"tensor {key}", "it holds NaN or Inf")
