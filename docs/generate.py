@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes formats.md, layouts.md and methods.md from the tables in the code: ``python docs/generate.py``.
+
+``python docs/generate.py --check`` writes nothing and fails when a page is out of date; a test does the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from fewbit import formats, layouts, methods
+from fewbit.core.format import Format
+from fewbit.core.qtensor import storage, storage_bytes
+
+HERE = Path(__file__).parent
+SHAPE = (4096, 4096)
+NOTICE = "<!-- Written by docs/generate.py from the tables in the code; do not edit. -->"
+NEEDS = {
+    "nothing": "no data",
+    "mean_square": "E[x^2] of each input",
+    "gram": "E[x x^T] of the inputs",
+}
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
+    lines += ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def first_sentence(thing: object) -> str:
+    """The first paragraph of a docstring, on one line."""
+    return " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
+
+
+def summary(thing: object) -> str:
+    """The first line of the docstring of the module that defines ``thing``."""
+    return first_sentence(inspect.getmodule(thing)).rstrip(":")
+
+
+def formats_page() -> str:
+    """Every kind of format, with the bytes it really takes."""
+    rows = []
+    for name in formats.EXAMPLES:
+        format = formats.parse(name)
+        stored = "; ".join(f"{p.name} {p.bits} bits a {p.per}" for p in format.params) or "nothing"
+        rows.append((f"`{name}`", format.levels, "row" if format.block == 0 else format.block, stored, true_bits(format)))
+    kinds = {type(formats.parse(name)): None for name in formats.EXAMPLES}
+    about = "\n".join(f"- **{kind.__name__}**: {summary(kind)}" for kind in kinds)
+    schemes = table(
+        ("scheme", "weights", "activations"),
+        [(f"`{name}`", f"`{s.weight}`", f"`{s.activation}`" if s.activation else "float") for name, s in formats.SCHEMES.items()],
+    )
+    grammar = inspect.getdoc(sys.modules["fewbit.formats.spelling"]) or ""
+    return "\n\n".join(
+        (
+            NOTICE,
+            "# Formats",
+            "A format says which values exist. `fewbit.formats.parse(text)` reads a spelling:",
+            grammar.partition("::\n\n")[2].rstrip().join(("```\n", "\n```")),
+            about,
+            "True bits per weight are the bytes of codes and parameters of a 4096 x 4096 matrix as stored, times 8, over its weights.",
+            table(("format", "levels", "block", "stored beside the codes", "true bits"), rows),
+            "## Schemes",
+            "Names of the field that are understood wherever a format is:",
+            schemes,
+        )
+    )
+
+
+def true_bits(format: Format) -> str:
+    """Stored bits per weight in the most compact layout here that takes the format."""
+    sizes = []
+    for layout in layouts.LAYOUTS:
+        if layout.name != "unpacked" and layout.refuse(format, SHAPE) is None:
+            sizes.append(storage_bytes(storage(format, layout, SHAPE)))
+    return f"{8 * min(sizes) / (SHAPE[0] * SHAPE[1]):.4g}" if sizes else "-"
+
+
+def layouts_page() -> str:
+    """Every layout, what it is and which formats it holds."""
+    rows = []
+    for layout in layouts.LAYOUTS:
+        held = [name for name in formats.EXAMPLES if layout.refuse(formats.parse(name), SHAPE) is None]
+        some = "every format" if len(held) == len(formats.EXAMPLES) else ", ".join(f"`{name}`" for name in held[:6])
+        rest = f" and {len(held) - 6} more" if 6 < len(held) < len(formats.EXAMPLES) else ""
+        rows.append((f"`{layout.name}`", summary(layout.pack), (some or "see its module") + rest))
+    return "\n\n".join(
+        (
+            NOTICE,
+            "# Layouts",
+            "A layout says where the bits lie. It is a bijection: packing and unpacking change no bit, and converting from one "
+            "layout to another fits nothing again. Byte order, polarity and a drawing stand in each module's docstring.",
+            table(("layout", "what it is", "holds"), rows),
+        )
+    )
+
+
+def methods_page() -> str:
+    """Every method, what it needs and its options."""
+    rows = []
+    for method in methods.METHODS:
+        options = ", ".join(f"`{name}={value}`" for name, value in method.options.items()) or "none"
+        page = f"[{method.name}](methods/{method.name}.md)"
+        rows.append((page, summary(method.solve), NEEDS[method.needs], options, method.source))
+    return "\n\n".join(
+        (
+            NOTICE,
+            "# Methods",
+            "A method chooses the codes. On the command line an option is given as `--option NAME=VALUE`, in a recipe as "
+            "`options = { NAME = VALUE }`, in Python as a keyword.",
+            table(("method", "what it does", "needs", "options and defaults", "source"), rows),
+        )
+    )
+
+
+PAGES: dict[str, Callable[[], str]] = {"formats.md": formats_page, "layouts.md": layouts_page, "methods.md": methods_page}
+
+
+def stale() -> list[str]:
+    """Pages whose file differs from what the tables say."""
+    current = {name: (HERE / name).read_text(encoding="utf-8") if (HERE / name).is_file() else "" for name in PAGES}
+    return [name for name, page in PAGES.items() if current[name] != page() + "\n"]
+
+
+def main(arguments: list[str]) -> int:
+    if arguments == ["--check"]:
+        out_of_date = stale()
+        print(f"out of date: {', '.join(out_of_date)}; run python docs/generate.py" if out_of_date else "up to date")
+        return 1 if out_of_date else 0
+    for name, page in PAGES.items():
+        (HERE / name).write_text(page() + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
