@@ -22,7 +22,7 @@ def inputs(tokens: int, columns: int, seed: int) -> Tensor:
 
 
 def close(found: Facts, x: Tensor) -> None:
-    """Every sum lies within ``tokens * eps * sum of magnitudes`` of its float64 value, the bound of any order of adding."""
+    """Every sum lies within ``tokens * eps * sum of magnitudes`` of its float64 value, the bound of any order."""
     exact, tokens = x.double(), x.shape[0]
     assert (found.tokens, found.columns) == tuple(x.shape)
     assert ((found.total - exact.sum(0)).abs() <= tokens * EPS * exact.abs().sum(0)).all()

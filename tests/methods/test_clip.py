@@ -98,7 +98,7 @@ def test_importance_decides_what_is_clipped() -> None:
     quiet = Facts.of(torch.cat([torch.ones(31), torch.tensor([1e-3])]).unsqueeze(0))
     loud = Facts.of(torch.cat([torch.ones(31), torch.tensor([1e3])]).unsqueeze(0))
     assert float(clip(weight, format, quiet).dequantize()[0, 31]) < 4
-    assert abs(float(clip(weight, format, loud).dequantize()[0, 31]) - 8) < 0.1
+    assert float(clip(weight, format, loud).dequantize()[0, 31]) > 7
 
 
 @pytest.mark.parametrize("name", FORMATS)

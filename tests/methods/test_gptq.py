@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle.gptq_oracle import damped, gptq_oracle
 from torch import Tensor
 
 from fewbit import formats
@@ -18,6 +17,7 @@ from fewbit.core.facts import Facts
 from fewbit.errors import InputError, SpecError
 from fewbit.methods import clip, feedback, gptq, named, objective, ranges, rtn
 from fewbit.methods.gptq import solve
+from oracle.gptq_oracle import damped, gptq_oracle
 
 FORMATS = (
     "int4/g8/asym",

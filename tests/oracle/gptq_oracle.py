@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTQ as its paper defines it, in float64 and with no trick: the optimal update of optimal brain surgeon at every step.
+"""GPTQ as its paper defines it, in float64 and with no trick: the optimal update of optimal brain surgeon.
 
-Frantar et al. 2022 (arXiv:2210.17323), equations 2 and 3 of optimal brain quantization in a fixed order: with F the columns
-not yet rounded and H_F their second moment, rounding column q (the first of F) to ``quant(w_q)`` and moving the others by
+Frantar et al. 2022 (arXiv:2210.17323), equations 2 and 3 of optimal brain quantization in a fixed order: with F the
+columns not yet rounded and H_F their second moment, rounding column q (the first of F) to ``quant(w_q)`` and moving
+the others by
 
     delta_F = - (w_q - quant(w_q)) / [H_F^-1]_qq * (H_F^-1)_{:, q}
 
-loses least. Here H_F^-1 is the explicit inverse of the remaining submatrix, computed again at every step, and the sum of the
-paper's losses ``(w_q - quant(w_q))^2 / [H_F^-1]_qq`` is returned too.
+loses least. Here H_F^-1 is the explicit inverse of the remaining submatrix, computed again at every step, and the sum
+of the paper's losses ``(w_q - quant(w_q))^2 / [H_F^-1]_qq`` is returned too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def plain_fit(format: Format, weight: Tensor, columns: slice) -> dict[str, Tenso
 def damped(moment: Tensor, fraction: float) -> Tensor:
     """The second moment that the paper solves with: float64, its mean diagonal times ``fraction`` added.
 
-    Inputs that are always zero stand apart: a one on the diagonal and nothing beside it, and they do not count in the mean.
+    Inputs that are always zero stand apart: a one on the diagonal and nothing beside it, and they do not count in the
+    mean.
     """
     matrix = moment.double().clone()
     dead = matrix.diagonal() == 0

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Error feedback: columns are rounded one after another, each taking up what the earlier ones lost.
 
-To minimise ``tr((W - Q) H (W - Q)^T)`` with ``H = E[x x^T] + damping``, write ``H = N diag(d) N^T`` with N upper triangular
-and ones on its diagonal. Then with the errors ``E = W - Q``::
+To minimise ``tr((W - Q) H (W - Q)^T)`` with ``H = E[x x^T] + damping``, write ``H = N diag(d) N^T`` with N upper
+triangular and ones on its diagonal. Then with the errors ``E = W - Q``::
 
     tr(E H E^T) = sum_k d_k |(E N)_k|^2,     (E N)_k = w_k + sum_{j<k} E_j N_jk  -  q_k
 
-so the greedy choice is to round ``w_k + sum_{j<k} E_j N_jk`` column by column. That is GPTQ: its updates of all remaining
-columns by rows of the inverse's Cholesky factor give column k the very same value when its turn comes (Chee et al. 2023,
-arXiv:2307.13304, theorem 6), but this form needs no inverse, reads each error once a batch, and never accumulates updates.
+so the greedy choice is to round ``w_k + sum_{j<k} E_j N_jk`` column by column. That is GPTQ: its updates of all
+remaining columns by rows of the inverse's Cholesky factor give column k the very same value when its turn comes; Chee
+et al. 2023, arXiv:2307.13304, prove it. This form needs no inverse, writes each batch once, and never accumulates
+updates.
 
 The rounding is a function of the caller's, so any format and any codebook can sit in the loop.
 """
@@ -91,8 +92,8 @@ def _ladder(damping: float) -> list[float]:
 def _unit_upper(matrix: Tensor, added: float, noise: float) -> Tensor | None:
     """N of ``matrix + added I = N diag(d) N^T`` as float32, or None if a ``d`` is not above ``added / 2 + noise``.
 
-    The factorization with the upper triangle on the left is the Cholesky one of the matrix read backwards. Every pivot of
-    a positive semi-definite matrix is at least ``added``, so a smaller one means that rounding has taken over.
+    The factorization with the upper triangle on the left is the Cholesky one of the matrix read backwards. Every
+    pivot of a positive semi-definite matrix is at least ``added``, so a smaller one means that rounding has taken over.
     """
     backwards = matrix.flip(0, 1)
     backwards.diagonal().add_(added)

@@ -7,8 +7,8 @@ Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, with act-order and 
 * the same values come from a factorization without an inverse (see :mod:`fewbit.methods.feedback`);
 * inputs that were always zero keep their plainly rounded weights instead of zeros;
 * parameters start from the clipping search unless ``clip=False``;
-* a row that ends worse than plain rounding with the same starting parameters is plainly rounded, so that the objective is
-  never worse than where it started from.
+* a row that ends worse than plain rounding with the same starting parameters is plainly rounded, so that the
+  objective is never worse than where it started from.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def solve(
     Args:
         weight: float, (rows, columns).
         format: any format whose codes stand for one weight each.
-        facts: of the inputs, with their second moment. When no token was seen the result is that of rounding to nearest.
+        facts: of the inputs, with their second moment. When no token was seen the result is rounding to nearest.
         damp_percent: fraction of the mean diagonal added to the second moment; raised tenfold when that is too little.
         desc_act: round the columns of largest E[x^2] first. Codes come back in the original order.
         static_groups: fix all parameters from the original weight; otherwise fit each span when its turn comes.
@@ -77,7 +77,8 @@ def solve(
 
     Raises:
         InputError: the weight or the facts cannot be used (NaN, wrong width, no second moment).
-        SpecError: an option is out of range, or ``desc_act`` without ``static_groups`` where spans are narrower than a row.
+        SpecError: an option is out of range, or ``desc_act`` without ``static_groups`` where spans are narrower than
+            a row.
         UnsupportedError: a code of ``format`` stands for several weights.
     """
     ratios = ranges.grid(steps, floor) if clip else ()

@@ -57,7 +57,8 @@ def check(method: str, weight: Tensor, format: Format, facts: Facts | None = Non
     """Refuse what no method can quantize, before any work.
 
     Raises:
-        InputError: the weight is no matrix, is empty, holds NaN or infinity, or the facts are of another width or not finite.
+        InputError: the weight is no matrix, is empty, holds NaN or infinity, or the facts are of another width or not
+            finite.
     """
     asked = f"{method} of a weight of shape {tuple(weight.shape)} to {format.name}"
     if weight.dim() != 2 or weight.numel() == 0:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Search of the range of every block: which parameters lose least under importance weights.
 
-A block fitted as if it were ``ratio * block`` has a narrower grid: finer inside, clipped outside. Every ratio of a grid is
-tried on every span (the columns whose parameters must be fitted together) and the one of least
+A block fitted as if it were ``ratio * block`` has a narrower grid: finer inside, clipped outside. Every ratio of a
+grid is tried on every span (the columns whose parameters must be fitted together) and the one of least
 ``sum_i importance_i (w_i - w_hat_i)^2`` is kept; what plain rounding would use is among the candidates and wins ties.
 """
 
