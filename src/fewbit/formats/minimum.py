@@ -36,7 +36,7 @@ class Minimum(Format):
 
     @property
     def levels(self) -> int:  # type: ignore[override]
-        return 2**self.bits
+        return 1 << self.bits
 
     @property
     def fit_block(self) -> int:  # type: ignore[override]

@@ -2,8 +2,8 @@
 """What the field calls its schemes, and which formats they are.
 
 ``WxAy`` is x bits a weight and y bits an activation, 16 meaning float. Groups follow the presets of compressed-tensors:
-128 columns, and a whole row where weights have 8 bits. Activations have one scale a token, found as they arrive: the
-format of a (tokens, features) matrix with whole rows. ggml's type names stand for the formats that those types store.
+128 columns, but a whole row for W8A8. Activations have one scale a token, found as they arrive: the format of a
+(tokens, features) matrix with whole rows. ggml's type names stand for the formats that those types store.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ class Scheme:
 _TOKEN = "int8/channel/sym"
 
 SCHEMES: dict[str, Scheme] = {
-    **{f"W{bits}A16": Scheme(f"int{bits}/g128/sym") for bits in range(1, 8)},
-    **{f"W{bits}A16_ASYM": Scheme(f"int{bits}/g128/asym") for bits in range(1, 8)},
-    "W8A16": Scheme("int8/channel/sym"),
-    "W8A16_ASYM": Scheme("int8/channel/asym"),
+    **{f"W{bits}A16": Scheme(f"int{bits}/g128/sym") for bits in range(1, 9)},
+    **{f"W{bits}A16_ASYM": Scheme(f"int{bits}/g128/asym") for bits in range(1, 9)},
+    **{f"W{bits}A8": Scheme(f"int{bits}/g128/sym", _TOKEN) for bits in range(1, 8)},
     "W8A8": Scheme("int8/channel/sym", _TOKEN),
     "INT8": Scheme("int8/channel/sym", _TOKEN),
-    "W4A8": Scheme("int4/g128/sym", _TOKEN),
     "MXFP4A16": Scheme("mxfp4"),
     "NVFP4A16": Scheme("nvfp4"),
     "Q4_0": Scheme("int4/g32/sym"),

@@ -48,7 +48,7 @@ class Superblock(Format):
 
     @property
     def levels(self) -> int:  # type: ignore[override]
-        return 2**self.bits
+        return 1 << self.bits
 
     @property
     def fit_block(self) -> int:  # type: ignore[override]
@@ -71,12 +71,12 @@ class Superblock(Format):
     @property
     def _bias(self) -> int:
         """What a scale code of 0 stands for, negated."""
-        return 2 ** (self.scale_bits - 1) if self.symmetric else 0
+        return 1 << (self.scale_bits - 1) if self.symmetric else 0
 
     @property
     def _top(self) -> int:
         """Largest multiple of the super scale."""
-        return 2**self.scale_bits - 1 - self._bias
+        return (1 << self.scale_bits) - 1 - self._bias
 
     def _largest(self, values: Tensor) -> Tensor:
         """(rows, blocks, 1) -> the largest of its span at each block, (rows, blocks, 1)."""

@@ -32,7 +32,7 @@ def best_scale(blocks: Tensor, importance: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ternary(Format):
-    """``ternary/g{block}``. True bits per weight: ``1.6 + 16 / block`` in base 3, ``2 + 16 / block`` in 2-bit fields."""
+    """``ternary/g{block}``. True bits a weight: ``1.6 + 16 / block`` in base 3, ``2 + 16 / block`` in 2-bit fields."""
 
     block: int
 

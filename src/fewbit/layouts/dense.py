@@ -6,6 +6,8 @@ of byte ``i // 8`` (little-endian, least significant bit first). A row takes ``c
 
     n = 3:   byte 0          byte 1          byte 2
              c2c2c1c1c1c0c0c0 c5c4c4c4c3c3c3c2 c7c7c7c6c6c6c5c5
+
+Eight codes are always n bytes, so rows are packed eight codes at a time with byte-wide shifts and nothing wider.
 """
 
 from __future__ import annotations
@@ -16,25 +18,54 @@ from torch import Tensor
 from fewbit.core import blocks as B
 from fewbit.core.format import Format, Params
 from fewbit.core.layout import Layout, Shape
+from fewbit.layouts.arrays import expect, take
+
+
+def row_bytes(columns: int, bits: int) -> int:
+    """Bytes that ``columns`` codes of ``bits`` bits take."""
+    return -(-columns * bits // 8)
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes (rows, n) -> uint8 (rows, ceil(n * bits / 8))."""
+    """uint8 codes (rows, n) -> uint8 (rows, ceil(n * bits / 8)). Codes must be below ``2^bits``."""
     if bits == 8:
         return codes.to(torch.uint8).contiguous()
-    shifts = torch.arange(bits, dtype=torch.uint8)
-    stream = ((codes.unsqueeze(-1) >> shifts) & 1).reshape(codes.shape[0], -1)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).reshape(codes.shape[0], -1, 8)
-    return (stream << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    rows, columns = codes.shape
+    eights = torch.nn.functional.pad(codes, (0, -columns % 8)).reshape(rows, -1, 8)
+    packed = torch.empty(rows, eights.shape[1], bits, dtype=torch.uint8, device=codes.device)
+    for byte in range(bits):
+        parts = [
+            eights[..., code] << (start - 8 * byte) if start >= 8 * byte else eights[..., code] >> (8 * byte - start)
+            for code, start in enumerate(range(0, 8 * bits, bits))
+            if start < 8 * byte + 8 and start + bits > 8 * byte
+        ]
+        field = parts[0]
+        for part in parts[1:]:
+            field = field | part
+        packed[..., byte] = field
+    return packed.reshape(rows, -1)[:, : row_bytes(columns, bits)].contiguous()
 
 
 def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Inverse of :func:`pack_rows`: uint8 (rows, columns)."""
+    expect("packed codes", packed, (packed.shape[0], row_bytes(columns, bits)))
     if bits == 8:
-        return packed[:, :columns]
-    stream = ((packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(packed.shape[0], -1)
-    stream = stream[:, : columns * bits].reshape(packed.shape[0], columns, bits)
-    return (stream << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+        return packed
+    rows = packed.shape[0]
+    groups = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).reshape(rows, -1, bits)
+    codes = torch.empty(rows, groups.shape[1], 8, dtype=torch.uint8, device=packed.device)
+    for code, start in enumerate(range(0, 8 * bits, bits)):
+        byte, shift = divmod(start, 8)
+        field = groups[..., byte] >> shift
+        if shift + bits > 8:
+            field = field | groups[..., byte + 1] << (8 - shift)
+        codes[..., code] = field & (2**bits - 1)
+    return codes.reshape(rows, -1)[:, :columns].contiguous()
+
+
+def _repeat(format: Format) -> int:
+    """Blocks of a span."""
+    return max(1, format.fit_block // max(format.block, 1))
 
 
 def store_params(format: Format, params: Params) -> dict[str, Tensor]:
@@ -45,7 +76,7 @@ def store_params(format: Format, params: Params) -> dict[str, Tensor]:
         if param.per == "tensor":
             values = values[:1, :1]
         elif param.per == "span":
-            values = values[:, :: max(1, format.fit_block // max(format.block, 1))]
+            values = values[:, :: _repeat(format)]
         values = values.contiguous()
         stored[param.name] = pack_rows(values, param.bits) if param.bits < 8 else values
     return stored
@@ -57,12 +88,13 @@ def load_params(format: Format, shape: Shape, stored: Params) -> dict[str, Tenso
     blocks = B.count(columns, format.block)
     params = {}
     for param in format.params:
-        values = stored[param.name]
-        repeat = max(1, format.fit_block // max(format.block, 1)) if param.per == "span" else 1
-        entries = 1 if param.per == "tensor" else -(-blocks // repeat)
+        repeat = _repeat(format) if param.per == "span" else 1
+        height, entries = (1, 1) if param.per == "tensor" else (rows, -(-blocks // repeat))
         if param.bits < 8:
-            values = unpack_rows(values, param.bits, entries)
-        values = values.unsqueeze(-1)
+            packed = take(stored, param.name, (height, row_bytes(entries, param.bits)))
+            values = unpack_rows(packed, param.bits, entries).unsqueeze(-1)
+        else:
+            values = take(stored, param.name, (height, entries)).unsqueeze(-1)
         params[param.name] = (
             values.expand(rows, blocks, 1) if param.per == "tensor" else B.per_block(values, blocks, repeat)
         )
@@ -78,9 +110,8 @@ def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tup
     return codes, load_params(format, shape, stored)
 
 
-DENSE = Layout(
-    "dense",
-    refuse=lambda format, shape: None if format.bits <= 8 else f"packs codes of at most 8 bits; {format.name} has {format.bits}",
-    pack=_pack,
-    unpack=_unpack,
-)
+def _refuse(format: Format, shape: Shape) -> str | None:
+    return None if format.bits <= 8 else f"packs codes of at most 8 bits; {format.name} has {format.bits}"
+
+
+DENSE = Layout("dense", _refuse, _pack, _unpack)
