@@ -35,11 +35,11 @@ def size_of(path: Path) -> int:
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An ``object_pairs_hook`` that refuses a key given twice: two readers would disagree on which one counts."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} appears twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:80]!r} appears twice")
+        found[key] = value
     return found
 
 
@@ -54,7 +54,9 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"reading {name} as JSON", str(error) or type(error).__name__) from error
     if not isinstance(value, dict):
-        raise CorruptFileError(f"reading {name}", f"it holds a JSON {type(value).__name__}", "a JSON object is expected")
+        raise CorruptFileError(
+            f"reading {name}", f"it holds a JSON {type(value).__name__}", "a JSON object is expected"
+        )
     return value
 
 
@@ -84,7 +86,9 @@ def member(folder: Path, name: str) -> Path:
         raise CorruptFileError(f"the file name {name!r} given inside {folder}", str(error)) from error
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if target.parent not in allowed:
-        raise CorruptFileError(f"the file {path}", f"it is a link to {target}, outside the folder", "copy the file there")
+        raise CorruptFileError(
+            f"the file {path}", f"it is a link to {target}, outside the folder", "copy the file there"
+        )
     return path
 
 
@@ -161,10 +165,12 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _write_error(path: Path, needed: int, error: OSError) -> InputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         try:
             free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
         except OSError:
             free = "the free space is unknown"
-        return InputError(f"writing {path}, {needed:,} bytes", f"the disk is full: {free}", "free space or another folder")
+        return InputError(
+            f"writing {path}, {needed:,} bytes", f"the disk is full: {free}", "free space or another folder"
+        )
     return InputError(f"writing {path}", error.strerror or str(error), "an existing folder that you may write to")

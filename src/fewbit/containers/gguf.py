@@ -4,7 +4,7 @@
 ::
 
     "GGUF"  version u32  tensors u64  pairs u64
-    pairs   x {key: string, type u32, value}                   string = length u64 + UTF-8; array = type u32, count u64, values
+    pairs   x {key: string, type u32, value}         string = length u64, UTF-8; array = type u32, count u64, values
     tensors x {name: string, n u32, sizes u64[n], type u32, offset u64}     sizes fastest first: (columns, rows, ...)
     padding to general.alignment (32 unless given), then the tensors' bytes, each padded to the alignment
 
@@ -86,7 +86,9 @@ class GgufFile:
         try:
             values = gguf.dequantize(raw.reshape(*block.shape[:-1], -1), block.kind)
         except NotImplementedError as error:
-            raise UnsupportedError(f"tensor {name} of {self.path}", f"type {block.kind.name} cannot be decoded") from error
+            raise UnsupportedError(
+                f"tensor {name} of {self.path}", f"type {block.kind.name} cannot be decoded"
+            ) from error
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(block.shape)
 
 
@@ -173,14 +175,18 @@ def _parse(reader: _Reader) -> GgufFile:
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
         raise UnsupportedError(
-            f"reading {reader.path}", "big-endian GGUF" if swapped else f"GGUF version {version}", f"versions {VERSIONS}"
+            f"reading {reader.path}",
+            "big-endian GGUF" if swapped else f"GGUF version {version}",
+            f"versions {VERSIONS}",
         )
     tensors, pairs = reader.u64(), reader.u64()
     # A tensor entry takes 24 bytes and a pair 13 at the very least: counts that cannot fit are refused at once.
     reader.need(tensors * 24 + pairs * 13, f"header of {tensors} tensors and {pairs} pairs")
     metadata, arrays = _pairs(reader, pairs)
     if int(metadata.get("split.count", 1)) > 1:
-        raise UnsupportedError(f"reading {reader.path}", "one part of a split GGUF", "merge it: llama-gguf-split --merge")
+        raise UnsupportedError(
+            f"reading {reader.path}", "one part of a split GGUF", "merge it: llama-gguf-split --merge"
+        )
     alignment = _alignment(reader, metadata)
     entries = [_tensor(reader) for _ in range(tensors)]
     start = -(-reader.position // alignment) * alignment
@@ -234,7 +240,7 @@ def _placed(
     start: int,
     alignment: int,
 ) -> dict[str, Block]:
-    """The table with absolute positions, once it is certain that tensors lie inside the file, apart and without holes."""
+    """The table with absolute positions, once it is certain that tensors lie in the file, apart and without holes."""
     placed: dict[str, Block] = {}
     end = 0
     for name, kind, shape, nbytes, offset in sorted(entries, key=lambda entry: entry[4]):
@@ -248,7 +254,9 @@ def _placed(
         if offset - end >= alignment:
             raise reader.fail(f"{asked} leaves a hole of {offset - end} bytes before it")
         if start + offset + nbytes > reader.size:
-            raise reader.fail(f"{asked} ends {start + offset + nbytes - reader.size} bytes beyond the file", "is it complete?")
+            raise reader.fail(
+                f"{asked} ends {start + offset + nbytes - reader.size} bytes beyond the file", "is it complete?"
+            )
         placed[name] = Block(kind, shape, start + offset, nbytes)
         end = offset + nbytes
     if entries and reader.size - start - end >= alignment:

@@ -4,7 +4,7 @@
 ::
 
     bytes 0..7      n, the length of the header, little-endian
-    bytes 8..8+n    JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, "__metadata__": {..}}
+    bytes 8..8+n    JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, "__metadata__": {}}
     the rest        the tensors, row-major, little-endian; offsets count from here, leave no hole and never overlap
 
 The header is checked in full before a byte of data is read, and data is read by offset rather than mapped: a file
@@ -31,23 +31,25 @@ LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
 MOST_DIMENSIONS = 16
 DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
     "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
     "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
 }
+"""In the order in which the safetensors library ranks them; tensors are written in reverse, wide ones first, so that
+each is aligned to its own size."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -91,7 +93,9 @@ class SafetensorsFile:
                 while got < entry.nbytes:
                     count = stream.readinto(view[got:])
                     if not count:
-                        raise CorruptFileError(f"tensor {name} of {self.path}", "the file became shorter while being read")
+                        raise CorruptFileError(
+                            f"tensor {name} of {self.path}", "the file became shorter while being read"
+                        )
                     got += count
         except OSError as error:
             raise InputError(f"tensor {name} of {self.path}", str(error)) from error
@@ -104,7 +108,7 @@ def open_safetensors(path: str | Path) -> SafetensorsFile:
     """Check the header of ``path``; no tensor is read.
 
     Raises:
-        CorruptFileError: whatever two readers could disagree about, or that asks for more memory than the file has bytes.
+        CorruptFileError: anything two readers could disagree about, or that asks for more memory than justified.
         InputError: absent or unreadable.
     """
     path = Path(path)
@@ -113,7 +117,9 @@ def open_safetensors(path: str | Path) -> SafetensorsFile:
         with open(path, "rb") as stream:
             start = stream.read(8)
             if len(start) < 8:
-                raise CorruptFileError(f"reading {path} as safetensors", f"it has {size} bytes", "at least 8 are needed")
+                raise CorruptFileError(
+                    f"reading {path} as safetensors", f"it has {size} bytes", "at least 8 are needed"
+                )
             length = int.from_bytes(start, "little")
             if length > min(LARGEST_HEADER, size - 8):
                 raise CorruptFileError(
@@ -179,30 +185,34 @@ def _covering(path: Path, entries: dict[str, Entry], start: int, size: int) -> d
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> str:
-    """Write ``tensors`` atomically and return the file's sha256. Same tensors and order, same bytes.
+    """Write ``tensors`` atomically and return the file's sha256. Same tensors, same bytes, in whatever order they come:
+    those that the safetensors library writes.
 
     Raises:
-        InputError: the disk is full (the message says how much was needed) or cannot be written; nothing is left behind.
+        InputError: the disk is full (the message says what was needed) or not writable; nothing is left behind.
         UnsupportedError: a dtype that the format cannot hold.
     """
     path = Path(path)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    position = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in NAMES:
             raise UnsupportedError(f"tensor {name} in safetensors", f"dtype {tensor.dtype}", f"one of {list(NAMES)}")
+    ranks = {dtype: -rank for rank, dtype in enumerate(DTYPES.values())}
+    ordered = sorted(tensors.items(), key=lambda item: (ranks[item[1].dtype], item[0].encode()))
+    position = 0
+    for name, tensor in ordered:
         end = position + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
 
     def produce(stream: Hashing) -> None:
         stream.write(len(raw).to_bytes(8, "little"))
         stream.write(raw)
-        for tensor in tensors.values():
+        for _, tensor in ordered:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             if flat.numel():
-                stream.write(memoryview(flat.view(torch.uint8).numpy()))
+                stream.write(flat.view(torch.uint8).numpy().data)
 
     return write_atomically(path, produce, 8 + len(raw) + position)

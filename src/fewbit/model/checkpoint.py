@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from fewbit.containers.files import CHUNK
 from fewbit.errors import InputError
@@ -67,6 +68,10 @@ class Checkpoint(ABC):
     def save_sidecars(self, out: Path) -> dict[str, str]:
         """Write config.json (no quantization_config), generation_config.json and the tokenizer; file name -> sha256."""
 
+    def transforms(self, model: PreTrainedModel) -> list[Any]:
+        """transformers' renamings and converters on the way from this checkpoint's names to those of ``model``."""
+        return list(get_model_conversion_mapping(model))
+
     def fingerprint(self) -> str:
         """Hex sha256 over the weight files' bytes, in the order of ``files``, streamed."""
         state = hashlib.sha256()
@@ -105,7 +110,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(path, Path) and HUB_ID.fullmatch(text) and not Path(text.split("/")[0]).exists():
         return FolderCheckpoint(download(text))
     raise InputError(
-        f"opening the model {text!r}", "there is no such file or folder", "a folder, a .gguf file, or a hub id owner/model"
+        f"opening the model {text!r}",
+        "there is no such file or folder",
+        "a folder, a .gguf file, or a hub id owner/model",
     )
 
 
@@ -118,7 +125,9 @@ def download(name: str) -> Path:
     except Exception as error:  # the hub's client raises types of its own, of requests, httpx and the system
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"fetching the model {name} from the Hugging Face hub (no local path has that name)", first, "a local folder"
+            f"fetching the model {name} from the Hugging Face hub (no local path has that name)",
+            first,
+            "a local folder",
         ) from error
 
 
@@ -133,14 +142,16 @@ def check_finite(name: str, tensor: Tensor) -> None:
     nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
     if nan or infinite:
         raise InputError(
-            f"tensor {name}", f"{nan} NaN and {infinite} infinite of {tensor.numel()} weights", "a checkpoint of finite weights"
+            f"tensor {name}",
+            f"{nan} NaN and {infinite} infinite of {tensor.numel()} weights",
+            "a checkpoint of finite weights",
         )
 
 
 def check_layers(config: PretrainedConfig, keys: Iterable[str], path: Path) -> None:
     """Refuse a configuration that asks for more blocks than the checkpoint has numbered modules.
 
-    Building a skeleton takes time and memory per block; the weights on disk justify a number of them, a number in a JSON
+    Building a skeleton takes time and memory per block; weights on disk justify a number of them, a number in a JSON
     file does not.
     """
     numbers = {int(part) for key in keys for part in key.split(".") if part.isdigit() and len(part) < 9}

@@ -44,7 +44,9 @@ FAMILIES: tuple[Family, ...] = (
     # GPT-NeoX, Pythia.
     Family("gpt_neox.layers", ("embed_in",), ("final_layer_norm",)),
     # OPT.
-    Family("model.decoder.layers", ("embed_tokens", "embed_positions", "project_in"), ("final_layer_norm", "project_out")),
+    Family(
+        "model.decoder.layers", ("embed_tokens", "embed_positions", "project_in"), ("final_layer_norm", "project_out")
+    ),
     # MPT.
     Family("transformer.blocks", ("wte", "wpe"), ("norm_f",), tuples=True),
 )

@@ -47,7 +47,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     if raw.get("quantization_config") is not None:
         found = raw["quantization_config"]
         by = found.get("quant_method") if isinstance(found, dict) else None
-        raise UnsupportedError(f"opening the model {folder}", f"it is quantized already, by {by}", "the original weights")
+        raise UnsupportedError(
+            f"opening the model {folder}", f"it is quantized already, by {by}", "the original weights"
+        )
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # validation in transformers and huggingface_hub raises many types
@@ -107,7 +109,9 @@ def _sharded(folder: Path, index: Path) -> list[SafetensorsFile]:
     held = {key for shard in shards for key in shard.entries}
     lost = [key for key in places if key not in held]
     if lost:
-        raise CorruptFileError(f"opening the model {folder}", f"no file holds {len(lost)} tensors of its index: {lost[0]}")
+        raise CorruptFileError(
+            f"opening the model {folder}", f"no file holds {len(lost)} tensors of its index: {lost[0]}"
+        )
     return shards
 
 
@@ -143,8 +147,12 @@ class FolderCheckpoint(Checkpoint):
         return sum(entry.nbytes for shard in self._shards for entry in shard.entries.values())
 
     def tokenizer(self) -> Any:
-        if not any((self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-            raise InputError(f"the tokenizer of {self.path}", "the folder has none", "tokenizer.json beside config.json")
+        if not any(
+            (self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+        ):
+            raise InputError(
+                f"the tokenizer of {self.path}", "the folder has none", "tokenizer.json beside config.json"
+            )
         for name in TOKENIZER:
             path = self.path / name
             if path.is_file() and size_of(path) > LARGEST_SIDECAR:
@@ -153,7 +161,9 @@ class FolderCheckpoint(Checkpoint):
             return AutoTokenizer.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the Rust tokenizers raise bare Exception
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"the tokenizer of {self.path}", first, "the tokenizer files of the model, whole") from error
+            raise InputError(
+                f"the tokenizer of {self.path}", first, "the tokenizer files of the model, whole"
+            ) from error
 
     def save_sidecars(self, out: Path) -> dict[str, str]:
         config = read_json(self.path / "config.json")

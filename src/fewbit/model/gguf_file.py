@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GGUF file as a checkpoint: transformers' names and orders, one tensor decoded at a time.
 
-transformers reads a GGUF file into memory as a whole. Its tables of names and its inverse permutations are used here, and
-its reader only for the configuration and the tokenizer, after :func:`fewbit.containers.gguf.open_gguf` has checked the file.
+transformers reads a GGUF file into memory as a whole. Its tables of names and its inverse permutations are used here,
+and its reader only for configuration and tokenizer, after :func:`fewbit.containers.gguf.open_gguf` checked the file.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from fewbit.containers.files import write_bytes, write_json
@@ -24,7 +28,7 @@ from fewbit.model.skeleton import build
 
 
 class GgufCheckpoint(Checkpoint):
-    """Final; see :func:`fewbit.model.checkpoint.open_checkpoint`. ``ignored`` are tensors without a place in the model."""
+    """Final; see :func:`fewbit.model.checkpoint.open_checkpoint`. ``ignored``: tensors without a place."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.files = path, [path]
@@ -38,18 +42,27 @@ class GgufCheckpoint(Checkpoint):
         self.architecture = type(model).__name__
         self._places = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=self.config.to_dict())
-        try:
-            self._names: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
-        except NotImplementedError as error:
-            raise UnsupportedError(f"reading {path}", f"the names of {kind} are unknown: {error}") from error
         self._sources: dict[str, list[str]] = {}
         self.ignored: list[str] = []
+        if is_gguf_arch_supported(kind):
+            self._names: dict[str, str] = {}
+            self._sources = {name: [name] for name in self._file.tensors}
+            return
+        try:
+            self._names = get_gguf_hf_weights_map(_outline(model), self._processor)
+        except NotImplementedError as error:
+            raise UnsupportedError(f"reading {path}", f"the names of {kind} are unknown: {error}") from error
         for name in self._file.tensors:
             place = self._place(name)
             if place in self._places:
                 self._sources.setdefault(place, []).append(name)
             else:
                 self.ignored.append(name)
+
+    def transforms(self, model: PreTrainedModel) -> list[Any]:
+        if self._names:
+            return super().transforms(model)
+        return list(get_gguf_conversion_mapping(str(self._file.metadata["general.architecture"]), model.config))
 
     def _place(self, name: str) -> str:
         """The parameter that a tensor belongs to, or the empty string. Stacked experts are mapped without a suffix."""
@@ -72,13 +85,16 @@ class GgufCheckpoint(Checkpoint):
     def shape(self, key: str) -> tuple[int, ...]:
         if key not in self._sources:
             raise InputError(f"tensor {key} of {self.path}", "there is none of that name")
-        stored = sum(_count(self._file.tensors[name].shape) for name in self._sources[key])
-        shape = self._places[key]
-        return shape if stored == _count(shape) else self._file.tensors[self._sources[key][0]].shape
+        stored = [self._file.tensors[name].shape for name in self._sources[key]]
+        shape = self._places.get(key, stored[0])
+        # Stacked experts come in two tensors, and some vectors without their axes of length one.
+        return shape if sum(map(math.prod, stored)) == math.prod(shape) else stored[0]
 
     def get(self, key: str) -> Tensor:
         if key not in self._sources:
             raise InputError(f"tensor {key} of {self.path}", "there is none of that name")
+        if not self._names:
+            return self._file.get(self._sources[key][0])
         parts: dict[str, Any] = {"tensors": {}}
         value: Tensor | None = None
         for name in self._sources[key]:
@@ -123,8 +139,20 @@ class GgufCheckpoint(Checkpoint):
         return written
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+@dataclass(frozen=True)
+class _Outline:
+    """What transformers' name table asks of a model. The table is made anew for every module below a model that it is
+    given, which takes seconds; below this one there is only the base model, whose own names some files use."""
+
+    config: Any
+    state_dict: Callable[[], dict[str, Tensor]]
+    below: tuple[tuple[str, _Outline], ...]
+
+    def named_children(self) -> tuple[tuple[str, _Outline], ...]:
+        return self.below
+
+
+def _outline(model: PreTrainedModel) -> _Outline:
+    base = model.base_model
+    below = () if base is model else ((model.base_model_prefix, _Outline(model.config, base.state_dict, ())),)
+    return _Outline(model.config, model.state_dict, below)

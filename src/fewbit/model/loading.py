@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a checkpoint's tensors to a module's parameters, a few at a time.
 
-A checkpoint names and cuts its tensors in its own way (one tensor an expert, old names); transformers describes the way to
-its modules as renamings and converters. They are applied here to the tensors under one module path only.
+A checkpoint names and cuts its tensors in its own way (one tensor an expert, old names); transformers describes the way
+to its modules as renamings and converters. They are applied here to the tensors under one module path only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from fewbit.errors import InputError
@@ -38,7 +37,7 @@ class Group:
 class Loader:
     """The plan of a model's loading, made once from names and shapes alone.
 
-    ``unused`` are the checkpoint's tensors that the model has no place for; ``tied`` maps a parameter to the one it shares.
+    ``unused`` are tensors that the model has no place for; ``tied`` maps a parameter to the one that it shares.
 
     Raises:
         InputError: on construction, a parameter has no tensor, or one of another shape.
@@ -53,7 +52,7 @@ class Loader:
         self._check()
 
     def _plan(self) -> list[Group]:
-        transforms = get_model_conversion_mapping(self.model)
+        transforms = self.checkpoint.transforms(self.model)
         renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -112,7 +111,9 @@ class Loader:
         expected = tuple(self.model.get_parameter_or_buffer(name).shape)
         if tuple(shape) != expected:
             raise InputError(
-                f"tensor {name} of {self.checkpoint.path}", f"its shape is {tuple(shape)}", f"{expected}, says config.json"
+                f"tensor {name} of {self.checkpoint.path}",
+                f"its shape is {tuple(shape)}",
+                f"{expected}, says config.json",
             )
 
     def read(self, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -122,7 +123,7 @@ class Loader:
         else:
             converter = copy.deepcopy(group.converter)
             for key, pattern in group.sources:
-                converter.add_tensor(group.targets[0], key, pattern, self._later(key, dtype))  # type: ignore[arg-type]
+                converter.add_tensor(group.targets[0], key, pattern, self._later(key, dtype))
             made = converter.convert(group.targets[0], model=self.model, config=self.model.config)
             values = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
         for name, value in values.items():

@@ -32,7 +32,9 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
             raise UnsupportedError(
-                asked, "transformers has no causal language model of this type", "a decoder such as Llama, Qwen or Gemma"
+                asked,
+                "transformers has no causal language model of this type",
+                "a decoder such as Llama, Qwen or Gemma",
             ) from error
         return _without_sdpa(config, asked, error)
     except (TypeError, AttributeError, KeyError, RuntimeError, AssertionError, ZeroDivisionError) as error:

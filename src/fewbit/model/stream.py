@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model that is never in memory as a whole: open, load a module, run a block, free it.
 
-Running takes no lock and changes no module, so that several threads may run the same block over different samples. What a
-sample needs beside its hidden state is in its own :class:`Inputs`; what a thread is doing is in thread-local storage.
+Running takes no lock and changes no module, so that several threads may run the same block over different samples.
+What a sample needs beside its hidden state is in its own :class:`Inputs`; what a thread is doing is thread-local.
 """
 
 from __future__ import annotations
@@ -29,20 +29,23 @@ from fewbit.model.skeleton import build
 Callback = Callable[[str, Tensor, int | None], None]
 """``callback(site, x, expert)``: inputs ``x`` (tokens, columns) that the matrix of ``site`` is about to see."""
 
+Calls = tuple[tuple[tuple[Any, ...], Mapping[str, Any]], ...]
+"""Positional and named arguments of each block, without the hidden state."""
+
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """What the blocks are called with: the first ``hidden`` (batch, tokens, width) and each block's other arguments."""
 
     hidden: Tensor
-    calls: tuple[tuple[tuple[Any, ...], Mapping[str, Any]], ...]
+    calls: Calls
 
 
 class StreamedModel:
     """A causal language model whose parameters are on the meta device until loaded.
 
     * ``module``: the transformers model. ``config``: its configuration. ``architecture``: its class name.
-    * ``blocks``: paths of the blocks in order. ``before`` and ``after``: paths that :meth:`begin` and :meth:`logits` need.
+    * ``blocks``: paths of the blocks in order. ``before`` and ``after``: what :meth:`begin` and :meth:`logits` need.
     * ``sites``: every quantizable matrix. ``kept``: every other parameter and why. ``unused``: tensors without a place.
     """
 
@@ -63,6 +66,7 @@ class StreamedModel:
         self._beginning = self._shell_of_beginning()
         self._ending = self._shell_of_ending()
         self._watches: dict[int, tuple[dict[int, Site], Callback]] = {}
+        self._latest: Calls = ()
 
     @staticmethod
     def open(checkpoint: Checkpoint) -> StreamedModel:
@@ -91,6 +95,11 @@ class StreamedModel:
         self._beginning(input_ids=ids, use_cache=False)
         hidden, calls = self._local.hidden, tuple(self._local.calls)
         self._local.calls, self._local.hidden = [], None
+        # Masks and position embeddings hardly ever depend on the sample: keep one copy, not one a sample.
+        latest = self._latest
+        if _equal(calls, latest):
+            calls = latest
+        self._latest = calls
         return Inputs(hidden, calls)
 
     def run_block(self, index: int, hidden: Tensor, inputs: Inputs) -> Tensor:
@@ -98,7 +107,8 @@ class StreamedModel:
         arguments, named = inputs.calls[index]
         with self._watching(index):
             out = self.module.get_submodule(self.blocks[index])(hidden, *arguments, **named)
-        return out[0] if isinstance(out, tuple) else out
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary) of the last block's output; ``after`` must be loaded."""
@@ -113,11 +123,13 @@ class StreamedModel:
     def observe(self, index: int, callback: Callback, sites: set[str] | None = None) -> Iterator[None]:
         """While open, each run of block ``index`` calls ``callback`` for its sites (all, or those named in ``sites``).
 
-        Fused experts are reported once an expert with the tokens routed to it; an expert without tokens is not reported.
+        Fused experts are reported once an expert with the tokens routed to it, and not at all without tokens.
         The callback runs in the thread that runs the block.
         """
         chosen = [site for site in in_block(self.sites, index) if sites is None or site.name in sites]
-        experts = {self._parameter(site).untyped_storage().data_ptr(): site for site in chosen if site.kind == "experts"}
+        experts = {
+            self._parameter(site).untyped_storage().data_ptr(): site for site in chosen if site.kind == "experts"
+        }
         handles = [
             self.module.get_submodule(site.name).register_forward_pre_hook(_reporter(site.name, callback))
             for site in chosen
@@ -148,7 +160,9 @@ class StreamedModel:
         """Overwrite a loaded site in place with ``weight``, shaped as :meth:`weight` gives it."""
         place = self.weight(name)
         if weight.shape != place.shape:
-            raise InputError(f"writing site {name}", f"a weight of shape {tuple(weight.shape)}", f"{tuple(place.shape)}")
+            raise InputError(
+                f"writing site {name}", f"a weight of shape {tuple(weight.shape)}", f"{tuple(place.shape)}"
+            )
         place.copy_(weight)
 
     def materialised(self) -> int:
@@ -156,9 +170,11 @@ class StreamedModel:
         return sum(value.numel() for value in self.module.parameters() if not value.is_meta)
 
     def _parameter(self, site: Site) -> nn.Parameter:
-        parameter = self.module.get_parameter(site.parameter)
+        parameter: nn.Parameter = self.module.get_parameter(site.parameter)
         if parameter.is_meta:
-            raise InputError(f"the weight of {site.name}", "it is not loaded", f"load({site.name.rpartition('.')[0]!r})")
+            raise InputError(
+                f"the weight of {site.name}", "it is not loaded", f"load({site.name.rpartition('.')[0]!r})"
+            )
         return parameter
 
     def _watching(self, index: int) -> AbstractContextManager[Any]:
@@ -173,8 +189,12 @@ class StreamedModel:
         replaced: dict[str, nn.Module] = {name: _Feeder(self._local, self._tuples) for name in self.blocks}
         for name in self.before:
             module = self.module.get_submodule(name)
-            width = module.embedding_dim if isinstance(module, nn.Embedding) else None
-            replaced[name] = nn.Identity() if width is None else _Nothing(width)
+            if isinstance(module, nn.Embedding):
+                replaced[name] = _Nothing(module.embedding_dim, axes=0)
+            elif isinstance(module, nn.Linear):
+                replaced[name] = _Nothing(module.out_features, axes=1)
+            else:
+                replaced[name] = nn.Identity()
         return _with_replaced(self.module, replaced)
 
 
@@ -204,14 +224,17 @@ class _Feeder(nn.Module):
 
 
 class _Nothing(nn.Module):
-    """Stands for an embedding whose result does not matter: zeros (..., width)."""
+    """Stands for an embedding, or a projection of one, whose result does not matter: zeros (..., width).
 
-    def __init__(self, width: int) -> None:
+    ``axes`` of the input, at its end, give way to ``width``: none for ids, one for vectors.
+    """
+
+    def __init__(self, width: int, axes: int) -> None:
         super().__init__()
-        self._width = width
+        self._width, self._axes = width, axes
 
-    def forward(self, ids: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        return torch.zeros(*ids.shape, self._width)
+    def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        return torch.zeros(*x.shape[: x.ndim - self._axes], self._width)
 
 
 class _ExpertWatch(TorchFunctionMode):
@@ -242,6 +265,21 @@ def _reporter(name: str, callback: Callback) -> Callable[[nn.Module, tuple[Any, 
         callback(name, x.reshape(-1, x.shape[-1]), None)
 
     return report
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two trees of arguments hold the same values; False when in doubt."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+    return isinstance(one, (int, float, str)) and one == other
 
 
 def _child(module: nn.Module, path: str) -> nn.Module | None:
