@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generated pages are up to date, links lead somewhere, and the README keeps its promises about itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    assert generator().stale() == [], "run python docs/generate.py"
+
+
+def test_every_method_has_a_page() -> None:
+    from fewbit.methods import METHODS
+
+    for method in METHODS:
+        page = (ROOT / "docs" / "methods" / f"{method.name}.md").read_text(encoding="utf-8")
+        for option in method.options:
+            assert f"`{option}`" in page, f"{method.name}.md does not explain {option}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http:", "https:", "mailto:")):
+            assert (page.parent / target).exists(), target
+
+
+def test_readme_opens_with_sentence_install_and_six_lines() -> None:
+    head = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:30])
+    assert "pip install" in head
+    code = head.partition("```python\n")[2].partition("\n```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) == 6
+    compile(code, "README.md", "exec")
+
+
+def test_ci_finds_the_readme_commands() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for mark in ("demo", "tests"):
+        command = re.search(rf"<!-- ci: {mark} -->\n```\n(.+?)\n```", text, re.DOTALL)
+        assert command is not None
+        assert len(command[1].splitlines()) == 1
