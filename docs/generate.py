@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,10 +15,13 @@ from pathlib import Path
 from fewbit import formats, layouts, methods
 from fewbit.core.format import Format
 from fewbit.core.qtensor import storage, storage_bytes
+from fewbit.run.solve import layout_for
 
 HERE = Path(__file__).parent
 SHAPE = (4096, 4096)
 NOTICE = "<!-- Written by docs/generate.py from the tables in the code; do not edit. -->"
+SHOWN = 6
+UNPACKED = "One byte a code, parameters as they are: what methods return, before a layout is chosen."
 NEEDS = {
     "nothing": "no data",
     "mean_square": "E[x^2] of each input",
@@ -38,7 +42,8 @@ def first_sentence(thing: object) -> str:
 
 
 def summary(thing: object) -> str:
-    """The first line of the docstring of the module that defines ``thing``."""
+    """The first paragraph of the docstring of the module that defines ``thing``, a partial's function looked through."""
+    thing = thing.func if isinstance(thing, functools.partial) else thing
     return first_sentence(inspect.getmodule(thing)).rstrip(":")
 
 
@@ -73,22 +78,20 @@ def formats_page() -> str:
 
 
 def true_bits(format: Format) -> str:
-    """Stored bits per weight in the most compact layout here that takes the format."""
-    sizes = []
-    for layout in layouts.LAYOUTS:
-        if layout.name != "unpacked" and layout.refuse(format, SHAPE) is None:
-            sizes.append(storage_bytes(storage(format, layout, SHAPE)))
-    return f"{8 * min(sizes) / (SHAPE[0] * SHAPE[1]):.4g}" if sizes else "-"
+    """Stored bits per weight in the layout that `fewbit quantize` chooses."""
+    return f"{8 * storage_bytes(storage(format, layout_for(format), SHAPE)) / (SHAPE[0] * SHAPE[1]):.4g}"
 
 
 def layouts_page() -> str:
     """Every layout, what it is and which formats it holds."""
+    spellings = list(dict.fromkeys([*formats.EXAMPLES, *(scheme.weight for scheme in formats.SCHEMES.values())]))
     rows = []
     for layout in layouts.LAYOUTS:
-        held = [name for name in formats.EXAMPLES if layout.refuse(formats.parse(name), SHAPE) is None]
-        some = "every format" if len(held) == len(formats.EXAMPLES) else ", ".join(f"`{name}`" for name in held[:6])
-        rest = f" and {len(held) - 6} more" if 6 < len(held) < len(formats.EXAMPLES) else ""
-        rows.append((f"`{layout.name}`", summary(layout.pack), (some or "see its module") + rest))
+        held = [name for name in spellings if layout.refuse(formats.parse(name), SHAPE) is None]
+        some = "every format" if len(held) == len(spellings) else ", ".join(f"`{name}`" for name in held[:SHOWN])
+        rest = f" and {len(held) - SHOWN} more" if SHOWN < len(held) < len(spellings) else ""
+        about = UNPACKED if layout is layouts.UNPACKED else summary(layout.pack)
+        rows.append((f"`{layout.name}`", about, some + rest))
     return "\n\n".join(
         (
             NOTICE,
