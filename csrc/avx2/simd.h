@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector type of the AVX2 kernels: 8 floats. Needs AVX2, FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace fewbit {
+namespace {
+
+constexpr int kLanes = 8;
+constexpr bool kSumTables = false;
+constexpr int kGroups1 = 2, kGroups2 = 2, kGroups4 = 1;  // row groups beside 1, 2 and 4 tokens: 16 registers in all
+
+typedef __m256 F;
+typedef __m256i U;
+
+inline F broadcast(float x) { return _mm256_set1_ps(x); }
+inline F load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+inline F add(F a, F b) { return _mm256_add_ps(a, b); }
+inline F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+
+inline U load_lanes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline U mask(U a, uint32_t m) { return _mm256_and_si256(a, _mm256_set1_epi32(static_cast<int32_t>(m))); }
+inline U select(uint32_t m, U low, U high) {
+  const U bits = _mm256_set1_epi32(static_cast<int32_t>(m));
+  return _mm256_or_si256(_mm256_and_si256(bits, low), _mm256_andnot_si256(bits, high));
+}
+inline U shift_right(U a, int n) { return _mm256_srli_epi32(a, n); }
+inline U shift_left(U a, int n) { return _mm256_slli_epi32(a, n); }
+inline F convert(U a) { return _mm256_cvtepi32_ps(a); }
+inline F load_half(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline F lookup16(F table, U) { return table; }  // never called: see kSumTables
+
+// Levels of a code; bits of a lane above BITS are ignored.
+template <int BITS>
+struct Lookup {
+  const float* table;
+  explicit Lookup(const float* levels) : table(levels) {}
+  F operator()(U index) const { return _mm256_i32gather_ps(table, mask(index, (1u << BITS) - 1), 4); }
+};
+
+// Up to 8 levels in one register, repeated so that the 3 bits vpermps reads need no mask.
+struct LookupShort {
+  F levels;
+  LookupShort(const float* table, int bits) {
+    float all[8];
+    for (int i = 0; i < 8; i++) all[i] = table[i & ((1 << bits) - 1)];
+    levels = load(all);
+  }
+  F operator()(U index) const { return _mm256_permutevar8x32_ps(levels, index); }
+};
+
+template <> struct Lookup<1> : LookupShort { explicit Lookup(const float* table) : LookupShort(table, 1) {} };
+template <> struct Lookup<2> : LookupShort { explicit Lookup(const float* table) : LookupShort(table, 2) {} };
+template <> struct Lookup<3> : LookupShort { explicit Lookup(const float* table) : LookupShort(table, 3) {} };
+
+// 16 levels in two registers; bit 3 of the code, moved to the sign, picks one.
+template <>
+struct Lookup<4> {
+  F low, high;
+  explicit Lookup(const float* table) : low(load(table)), high(load(table + 8)) {}
+  F operator()(U index) const {
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
+};
+
+}  // namespace
+}  // namespace fewbit

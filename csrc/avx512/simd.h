@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector type of the AVX-512 kernels: 16 floats. Needs AVX-512 F, BW, VL and DQ.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace fewbit {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr bool kSumTables = true;
+constexpr int kGroups1 = 4, kGroups2 = 2, kGroups4 = 2;  // row groups beside 1, 2 and 4 tokens: 32 registers in all
+
+typedef __m512 F;
+typedef __m512i U;
+
+inline F broadcast(float x) { return _mm512_set1_ps(x); }
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+
+inline U load_lanes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline U mask(U a, uint32_t m) { return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int32_t>(m))); }
+inline U select(uint32_t m, U low, U high) {
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int32_t>(m)), low, high, 0xca);
+}
+inline U shift_right(U a, int n) { return _mm512_srli_epi32(a, static_cast<unsigned>(n)); }
+inline U shift_left(U a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }
+inline F convert(U a) { return _mm512_cvtepi32_ps(a); }
+inline F load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline F lookup16(F table, U index) { return _mm512_permutexvar_ps(index, table); }
+
+// Levels of a code; bits of a lane above BITS are ignored.
+template <int BITS>
+struct Lookup {
+  const float* table;
+  explicit Lookup(const float* levels) : table(levels) {}
+  F operator()(U index) const { return _mm512_i32gather_ps(mask(index, (1u << BITS) - 1), table, 4); }
+};
+
+// Up to 16 levels in one register, repeated so that the 4 bits vpermps reads need no mask.
+struct LookupShort {
+  F levels;
+  LookupShort(const float* table, int bits) {
+    float all[16];
+    for (int i = 0; i < 16; i++) all[i] = table[i & ((1 << bits) - 1)];
+    levels = load(all);
+  }
+  F operator()(U index) const { return _mm512_permutexvar_ps(index, levels); }
+};
+
+template <> struct Lookup<1> : LookupShort { explicit Lookup(const float* table) : LookupShort(table, 1) {} };
+template <> struct Lookup<2> : LookupShort { explicit Lookup(const float* table) : LookupShort(table, 2) {} };
+template <> struct Lookup<3> : LookupShort { explicit Lookup(const float* table) : LookupShort(table, 3) {} };
+template <> struct Lookup<4> : LookupShort { explicit Lookup(const float* table) : LookupShort(table, 4) {} };
+
+template <>
+struct Lookup<5> {
+  F low, high;
+  explicit Lookup(const float* table) : low(load(table)), high(load(table + 16)) {}
+  F operator()(U index) const { return _mm512_permutex2var_ps(low, index, high); }
+};
+
+}  // namespace
+}  // namespace fewbit

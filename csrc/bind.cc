@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// fewbit._native: the C ABI of fewbit.h for Python, on the limited API of 3.10, so that one wheel serves every later
+// version. Pointers come in as integers; whoever calls owns the memory and has checked its size. The only file that
+// sees Python.
+#define Py_LIMITED_API 0x030A0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "fewbit.h"
+
+namespace {
+
+PyObject* status(int code) {
+  switch (code) {
+    case FEWBIT_OK: Py_RETURN_NONE;
+    case FEWBIT_NO_MEMORY: return PyErr_NoMemory();
+    case FEWBIT_NO_KERNEL: PyErr_SetString(PyExc_RuntimeError, "this processor cannot run that instruction set"); break;
+    default: PyErr_SetString(PyExc_ValueError, "arguments contradict one another");
+  }
+  return nullptr;
+}
+
+template <class T>
+T pointer(unsigned long long address) {
+  return reinterpret_cast<T>(static_cast<uintptr_t>(address));
+}
+
+PyObject* caps(PyObject*, PyObject*) { return PyLong_FromLong(fewbit_caps()); }
+
+PyObject* tile16_bytes(PyObject*, PyObject* args) {
+  long long rows, columns;
+  int bits;
+  if (!PyArg_ParseTuple(args, "LLi", &rows, &columns, &bits)) return nullptr;
+  return PyLong_FromLongLong(fewbit_tile16_bytes(rows, columns, bits));
+}
+
+PyObject* tile16_pack(PyObject*, PyObject* args) {
+  unsigned long long codes, packed;
+  long long stride, rows, columns;
+  int bits, code;
+  if (!PyArg_ParseTuple(args, "KLLLiK", &codes, &stride, &rows, &columns, &bits, &packed)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_tile16_pack(pointer<const uint8_t*>(codes), stride, rows, columns, bits, pointer<uint8_t*>(packed));
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+PyObject* tile16_unpack(PyObject*, PyObject* args) {
+  unsigned long long codes, packed;
+  long long stride, rows, columns;
+  int bits, code;
+  if (!PyArg_ParseTuple(args, "KLLiKL", &packed, &rows, &columns, &bits, &codes, &stride)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_tile16_unpack(pointer<const uint8_t*>(packed), rows, columns, bits, pointer<uint8_t*>(codes), stride);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+// linear((rows, columns, block, bits, family, scale_half, offset_half, zero, codes, scale, offset, table),
+//        x, x_stride, tokens, bias, y, y_stride, isa, threads)
+PyObject* linear(PyObject*, PyObject* args) {
+  fewbit_matrix matrix;
+  unsigned long long codes, scale, offset, table, x, bias, y;
+  long long rows, columns, block, x_stride, tokens, y_stride;
+  int isa, threads, code;
+  if (!PyArg_ParseTuple(args, "(LLLiiiifKKKK)KLLKKLii", &rows, &columns, &block, &matrix.bits, &matrix.family,
+                        &matrix.scale_half, &matrix.offset_half, &matrix.zero, &codes, &scale, &offset, &table, &x,
+                        &x_stride, &tokens, &bias, &y, &y_stride, &isa, &threads))
+    return nullptr;
+  matrix.rows = rows, matrix.columns = columns, matrix.block = block;
+  matrix.codes = pointer<const uint8_t*>(codes);
+  matrix.scale = pointer<const void*>(scale);
+  matrix.offset = pointer<const void*>(offset);
+  matrix.table = pointer<const float*>(table);
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_linear(&matrix, pointer<const float*>(x), x_stride, tokens, pointer<const float*>(bias),
+                       pointer<float*>(y), y_stride, isa, threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+PyMethodDef methods[] = {
+    {"caps", caps, METH_NOARGS, "Bits of FEWBIT_SERIAL 1, AVX2 2, AVX512 4, VNNI 8, NEON 16 that this machine can run."},
+    {"tile16_bytes", tile16_bytes, METH_VARARGS, "(rows, columns, bits) -> bytes, or -1."},
+    {"tile16_pack", tile16_pack, METH_VARARGS, "(codes, stride, rows, columns, bits, packed)"},
+    {"tile16_unpack", tile16_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, stride)"},
+    {"linear", linear, METH_VARARGS, "(matrix, x, x_stride, tokens, bias, y, y_stride, isa, threads)"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "fewbit._native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// What this machine can run: CPUID says what the processor has, XGETBV what the system saves for it.
+#include "fewbit.h"
+
+extern "C" int32_t fewbit_caps(void) {
+  int32_t caps = FEWBIT_SERIAL;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  // Every processor with AVX2 has F16C; the compiler's name for the check is not understood by older compilers.
+  if (avx2) caps |= FEWBIT_AVX2;
+  if (avx512) caps |= FEWBIT_AVX512;
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) caps |= FEWBIT_VNNI;
+#elif defined(__aarch64__)
+  caps |= FEWBIT_NEON;
+#endif
+  return caps;
+}

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = x W^T for codes that index a table of levels: up to 16 or 32 levels lie in registers, more in memory.
+#pragma once
+
+#include "core/tables.h"
+
+namespace fewbit {
+namespace {
+
+constexpr bool lut_tabled(int bits) { return kSumTables && bits <= 2; }
+
+constexpr int lut_panel(int bits) { return lut_tabled(bits) ? table_floats(bits) : 32; }
+
+template <int BITS>
+struct Lut {
+  static constexpr int kBits = BITS, kPanel = lut_panel(BITS);
+  Lookup<BITS> levels;
+
+  explicit FEWBIT_INLINE Lut(const float* table) : levels(table) {}
+
+  template <int T, int M>
+  FEWBIT_INLINE void chunk(const uint8_t* const (&codes)[T], const float* const (&panel)[M], F (&acc)[T][M][2]) const {
+    if constexpr (lut_tabled(BITS)) {
+      table_chunk<BITS, T, M>(codes, 0, panel, 0, acc);
+    } else {
+#pragma GCC unroll 32
+      for (int k = 0; k < 32; k++) {
+        F w[T];
+        for (int t = 0; t < T; t++) w[t] = value(codes[t], k);
+        for (int m = 0; m < M; m++) {
+          const F x = broadcast(panel[m][k]);
+          for (int t = 0; t < T; t++) acc[t][m][k & 1] = fma(w[t], x, acc[t][m][k & 1]);
+        }
+      }
+    }
+  }
+
+  FEWBIT_INLINE F value(const uint8_t* codes, int k) const { return levels(extract<BITS>(codes, k)); }
+};
+
+inline void lut_panel_of(int32_t bits, bool generic, const float* table, const float* x, int64_t columns,
+                         int64_t chunks, float* out) {
+  for (int64_t c = 0; c < chunks; c++) {
+    float here[32];
+    chunk_of(x + c * 32, columns - c * 32, here);
+    if (!generic && kSumTables && bits <= 2) {
+      if (bits == 1) table_panel<1>(table, here, out); else table_panel<2>(table, here, out);
+      out += table_floats(bits);
+      continue;
+    }
+    for (int k = 0; k < 32; k++) *out++ = here[k];
+  }
+}
+
+inline int64_t lut_panel_floats(int32_t bits, bool generic) { return generic ? 32 : lut_panel(bits); }
+
+}  // namespace
+}  // namespace fewbit

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// A small persistent pool. Workers spin for some microseconds after a job before they sleep, because the layers of a
+// decoded token follow one another within that time and a wake-up costs as much as a small layer.
+#include "core/pool.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace fewbit {
+namespace {
+
+constexpr int kMaxWorkers = 255;
+constexpr int kSpins = 4000;
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+class Pool {
+ public:
+  void run(int64_t units, int helpers, void (*work)(void*, int64_t), void* context) {
+    grow(helpers);
+    helpers = helpers < workers_ ? helpers : workers_;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      work_ = work, context_ = context, units_ = units;
+      next_.store(0, std::memory_order_relaxed);
+      busy_.store(helpers, std::memory_order_relaxed);
+      seats_.store(helpers, std::memory_order_release);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    drain();
+    // Seats nobody has taken yet need not be waited for: the units are all handed out.
+    const int untaken = seats_.exchange(0, std::memory_order_acq_rel);
+    if (untaken > 0) busy_.fetch_sub(untaken, std::memory_order_acq_rel);
+    for (int spin = 0; busy_.load(std::memory_order_acquire) != 0; spin++) {
+      if (spin < kSpins) relax(); else std::this_thread::yield();
+    }
+  }
+
+ private:
+  void grow(int wanted) {
+    wanted = wanted < kMaxWorkers ? wanted : kMaxWorkers;
+    const uint64_t seen = generation_.load(std::memory_order_relaxed);
+    while (workers_ < wanted) {
+      try {
+        std::thread([this, seen] { loop(seen); }).detach();
+      } catch (const std::system_error&) {
+        return;  // no more threads to be had: fewer do the same work
+      }
+      workers_++;
+    }
+  }
+
+  void drain() {
+    for (int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < units_;) work_(context_, unit);
+  }
+
+  void loop(uint64_t seen) {
+    for (;;) {
+      for (int spin = 0; spin < kSpins && generation_.load(std::memory_order_acquire) == seen; spin++) relax();
+      if (generation_.load(std::memory_order_acquire) == seen) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+      }
+      seen = generation_.load(std::memory_order_acquire);
+      int seats = seats_.load(std::memory_order_acquire);
+      while (seats > 0 && !seats_.compare_exchange_weak(seats, seats - 1, std::memory_order_acq_rel)) {}
+      if (seats <= 0) continue;
+      drain();
+      busy_.fetch_sub(1, std::memory_order_acq_rel);
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> seats_{0}, busy_{0};
+  std::atomic<int64_t> next_{0};
+  int workers_ = 0;
+  void (*work_)(void*, int64_t) = nullptr;
+  void* context_ = nullptr;
+  int64_t units_ = 0;
+};
+
+// The pool is never destroyed: its threads may outlive static destructors. A forked child has none of its parent's
+// threads, so it starts a pool of its own.
+std::mutex* owner = new std::mutex;
+Pool* pool = nullptr;
+std::atomic<pid_t> pool_process{0};
+std::atomic<bool> claimed{false};
+
+}  // namespace
+
+void parallel(int64_t units, int32_t threads, void (*work)(void*, int64_t), void* context) {
+  const int64_t helpers = (threads < units ? threads : units) - 1;
+  if (helpers > 0) {
+    const pid_t process = getpid();
+    if (pool_process.load(std::memory_order_acquire) != process) {
+      if (pool_process.load() != 0) owner = new std::mutex, claimed.store(false);
+      std::lock_guard<std::mutex> lock(*owner);
+      if (pool_process.load(std::memory_order_acquire) != process) {
+        pool = new Pool;
+        pool_process.store(process, std::memory_order_release);
+      }
+    }
+    bool free = false;
+    if (claimed.compare_exchange_strong(free, true, std::memory_order_acq_rel)) {
+      pool->run(units, static_cast<int>(helpers), work, context);
+      claimed.store(false, std::memory_order_release);
+      return;
+    }
+  }
+  for (int64_t unit = 0; unit < units; unit++) work(context, unit);
+}
+
+}  // namespace fewbit

@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * fewbit's native core: a C ABI on raw pointers. It sees neither Python nor torch, and allocates only its scratch.
+ *
+ * Layout tile16
+ * -------------
+ * Rows in tiles of 16, columns in chunks of 32. A chunk of 16 rows x 32 columns of b-bit codes takes exactly b vectors
+ * of 64 bytes, so the layout wastes nothing but the padding of ragged edges (code 0). A vector is 16 little-endian
+ * 32-bit lanes; lane r belongs to row r of the tile. A code is split into parts of power-of-two width, lowest bits
+ * first and widest part first:
+ *
+ *   b      1    2    3      4    5      6      7        8
+ *   parts  1    2    2+1    4    4+1    4+2    4+2+1    8
+ *
+ * A part of width w takes w vectors; column k of the chunk lies in vector k*w/32 of the part, at bits
+ * [k*w % 32, k*w % 32 + w) of the lane. Chunks of a tile follow one another, then the next tile.
+ * Bytes: ceil(rows/16) * ceil(columns/32) * b * 64.
+ *
+ * A matrix is w[row][column] = scale * (table[code] - zero) + offset, table[code] = code where there is no table.
+ */
+#ifndef FEWBIT_H
+#define FEWBIT_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Bits of fewbit_caps(): what this machine can run of what this build contains. */
+enum { FEWBIT_SERIAL = 1, FEWBIT_AVX2 = 2, FEWBIT_AVX512 = 4, FEWBIT_VNNI = 8, FEWBIT_NEON = 16 };
+
+/* Families and status codes. */
+enum { FEWBIT_AFFINE = 0, FEWBIT_LUT = 1 };
+enum { FEWBIT_OK = 0, FEWBIT_BAD_ARGUMENT = 1, FEWBIT_NO_KERNEL = 2, FEWBIT_NO_MEMORY = 3 };
+
+/* One matrix in tile16. Pointers need no alignment beyond that of their element type. */
+typedef struct {
+  int64_t rows, columns;
+  int64_t block;       /* columns that share a scale; `columns` when the whole row does */
+  int32_t bits;        /* 1 to 8 */
+  int32_t family;      /* FEWBIT_AFFINE or FEWBIT_LUT */
+  int32_t scale_half;  /* 1: scale is IEEE float16, 0: float32 */
+  int32_t offset_half; /* likewise for offset */
+  float zero;          /* the same for every block; 0 for FEWBIT_LUT */
+  const uint8_t* codes;
+  const void* scale;  /* (tiles, blocks, 16) */
+  const void* offset; /* (tiles, blocks, 16), or NULL when 0 everywhere */
+  const float* table; /* (2^bits) for FEWBIT_LUT, else NULL */
+} fewbit_matrix;
+
+int32_t fewbit_caps(void);
+
+/* Bytes of codes in tile16, or -1 when the arguments make no sense. */
+int64_t fewbit_tile16_bytes(int64_t rows, int64_t columns, int32_t bits);
+
+/* codes: (rows, columns) one byte each, rows `stride` bytes apart; packed: fewbit_tile16_bytes(...). Bits of a code
+ * above `bits` are ignored. fewbit_tile16_unpack is the inverse. */
+int fewbit_tile16_pack(const uint8_t* codes, int64_t stride, int64_t rows, int64_t columns, int32_t bits,
+                       uint8_t* packed);
+int fewbit_tile16_unpack(const uint8_t* packed, int64_t rows, int64_t columns, int32_t bits, uint8_t* codes,
+                         int64_t stride);
+
+/* y[token][row] = sum over columns of x[token][column] * w[row][column] + bias[row].
+ *
+ * x: (tokens, columns) float32, tokens `x_stride` floats apart; y: (tokens, rows) float32, `y_stride` apart; bias: (rows)
+ * or NULL. isa: one bit of fewbit_caps(). threads: at most this many, the caller included.
+ * Accumulates in float32: within a block two interleaved chains (even and odd columns), then block by block. The
+ * result depends neither on `threads` nor on `tokens`. Error: at most about (block/2 + blocks + 6) * 2^-24 times
+ * sum |scale| (|table[code]| + |zero|) |x| + |offset| |x|. */
+int fewbit_linear(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens, const float* bias,
+                  float* y, int64_t y_stride, int32_t isa, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
