@@ -7,6 +7,7 @@ import hashlib
 import json
 import lzma
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -110,23 +111,46 @@ def windows(tokenizer: Callable[..., Any], text: str, context: int, what: str) -
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(number, -1), chunks], 1) if start else chunks
 
 
+def passages(text: str, length: int) -> list[str]:
+    """``text`` cut at spaces into passages of about ``length`` characters."""
+    cuts = [0]
+    while cuts[-1] < len(text):
+        place = text.find(" ", cuts[-1] + length)
+        cuts.append(len(text) if place < 0 else place)
+    return [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+PASSAGE = 10
+"""Characters a token: ample for one window of ordinary text, so a passage need not be tokenised further."""
+
+
 def calibration(
     tokenizer: Callable[..., Any], source: str | Path | None, samples: int, context: int, seed: int
 ) -> Calibration:
     """``samples`` windows of ``context`` tokens drawn without replacement with ``seed``, from ``source`` or the bundle.
+
+    A text long enough is cut into passages, and the first window of each one drawn is taken; of a shorter text, any
+    window can be drawn.
 
     Raises:
         InputError: the text is empty or shorter than one window. Fewer windows than ``samples`` are all taken.
     """
     text = calibration_text() if source is None else read_text(source)
     what = BUNDLED if source is None else str(source)
+    pieces = passages(text, PASSAGE * context)[:-1]  # the last one may be short
+    order = torch.Generator().manual_seed(seed)
+    if len(pieces) >= samples:
+        drawn = torch.randperm(len(pieces), generator=order)[:samples].sort().values.tolist()
+        with suppress(InputError):  # a passage with too few tokens: choose among all windows instead
+            first = [windows(tokenizer, pieces[index], context, f"calibration text {what}")[0] for index in drawn]
+            return Calibration(what, torch.stack(first))
     pool = windows(tokenizer, text, context, f"calibration text {what}")
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:samples]
-    return Calibration(what, pool[order.sort().values].contiguous())
+    drawn = torch.randperm(len(pool), generator=order)[:samples].sort().values.tolist()
+    return Calibration(what, pool[drawn].contiguous())
 
 
 def probe(tokenizer: Callable[..., Any], samples: int, context: int) -> Tensor:
     """Held-out windows (samples, context), spread over the bundled text: what a run checks itself on."""
-    pool = windows(tokenizer, heldout_text(), context, "bundled held-out text")
-    step = max(1, len(pool) // samples)
-    return pool[::step][:samples].contiguous()
+    pieces = passages(heldout_text(), PASSAGE * context)[:-1]
+    chosen = pieces[:: max(1, len(pieces) // samples)][:samples]
+    return torch.stack([windows(tokenizer, piece, context, "bundled held-out text")[0] for piece in chosen])

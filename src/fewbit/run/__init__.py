@@ -31,6 +31,8 @@ PROBE = (8, 256)
 """Held-out windows and tokens that every run checks itself on."""
 BATCH_TOKENS = 2048
 HEAD = "int8/g64"
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""Names under which a configuration gives the longest context."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,10 @@ def quantize(
         planned = make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
         for message in planned.warnings:
             tell(Event("note", message=message))
-        words = checkpoint.tokenizer()
+        words, longest = checkpoint.tokenizer(), _longest(checkpoint)
+        if context > longest:
+            tell(Event("note", message=f"calibrating with windows of {longest} tokens, the most this model takes"))
+            context = longest
         data = _calibration(chosen, words, calibration, samples, context, seed, tell)
         fingerprint = {
             "version": fewbit.__version__,
@@ -96,7 +101,7 @@ def quantize(
             return finished
         folder = _open_folder(target, force)
         journal = Journal.open(folder / STATE / "journal.json", fingerprint)
-        probe = calibrate.probe(words, *PROBE)
+        probe = calibrate.probe(words, PROBE[0], min(PROBE[1], longest))
         batch = _batch(data)
         with workers(threads) as pool:
             run = Run(streamed, planned, folder, journal, data, batch, probe, pool, tell)
@@ -130,6 +135,12 @@ def _silent(event: Event) -> None:
 
 def _recipe(recipe: str | Recipe, method: str, head: str, options: dict[str, Any] | None) -> Recipe:
     return Recipe.simple(recipe, method, head, options) if isinstance(recipe, str) else recipe
+
+
+def _longest(checkpoint: Checkpoint) -> int:
+    """Positions that the model was made for."""
+    text = checkpoint.config.get_text_config()
+    return next((limit for name in POSITIONS if type(limit := getattr(text, name, None)) is int), 1 << 30)
 
 
 def _calibration(

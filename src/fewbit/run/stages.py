@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -197,24 +197,27 @@ def _embedding(run: Run, name: str) -> Solved | None:
     return Solved(read_back(run.folder / stage["file"], found[0]), found[0]) if found else None
 
 
-def compare_logits(ours: Iterator[Tensor], reference: list[Tensor], ids: Tensor) -> dict[str, Any]:
-    """Perplexity of both, mean KL(reference || ours) in nats, and top-1 agreement, over the probe's next tokens."""
-    loss = own = kl = 0.0
-    same = count = 0
+def compare_logits(ours: Iterator[Tensor], reference: Iterable[Tensor], ids: Tensor) -> dict[str, Any]:
+    """Perplexity of both, mean KL(reference || ours) in nats, and top-1 agreement, over the probe's next tokens.
+
+    ``ours`` and ``reference``: logits (1, tokens, vocabulary), one entry a window of ``ids``.
+    """
+    sums = torch.zeros(4, dtype=torch.float64)
+    count = 0
     for mine, theirs, row in zip(ours, reference, ids, strict=True):
-        p, q = theirs[0, :-1].double().log_softmax(-1), mine[0, :-1].double().log_softmax(-1)
-        target = row[1:, None]
-        loss -= float(p.gather(1, target).sum())
-        own -= float(q.gather(1, target).sum())
-        kl += float((p.exp() * (p - q)).sum())
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        count += len(target)
-    exp = lambda total: float(torch.tensor(total / count, dtype=torch.float64).exp())  # noqa: E731
+        for part in torch.arange(len(row) - 1).split(64):  # bounds the copies of (tokens, vocabulary)
+            p, q = theirs[0, part].float().log_softmax(-1), mine[0, part].float().log_softmax(-1)
+            target = row[part + 1].unsqueeze(1)
+            kl = (p.exp() * (p - q)).sum(dtype=torch.float64)
+            same = (p.argmax(-1) == q.argmax(-1)).sum()
+            sums += torch.stack([-p.gather(1, target).sum(), -q.gather(1, target).sum(), kl, same])
+            count += len(part)
+    mean = sums / count
     return {
-        "perplexity": exp(own),
-        "reference_perplexity": exp(loss),
-        "kl_mean": kl / count,
-        "top1_agreement": same / count,
+        "perplexity": float(mean[1].exp()),
+        "reference_perplexity": float(mean[0].exp()),
+        "kl_mean": float(mean[2]),
+        "top1_agreement": float(mean[3]),
         "tokens": count,
     }
 

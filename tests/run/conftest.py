@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short runs on the tiny model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fewbit
+
+SHORT: dict[str, Any] = {"samples": 8, "context": 64}
+
+
+@pytest.fixture(scope="session")
+def short(tiny: Path) -> Callable[..., Any]:
+    """``short(out, format, method, **more)``: quantize the tiny model with little data."""
+
+    def run(out: Path, format: str = "int4/g32/asym", method: str = "gptq", **more: Any) -> Any:
+        return fewbit.quantize(tiny, format, method=method, out=out, **{**SHORT, **more})
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def hashes() -> Callable[[Path], dict[str, str]]:
+    """SHA-256 of every file below a folder."""
+
+    def of(folder: Path) -> dict[str, str]:
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    return of
