@@ -69,9 +69,9 @@ def test_below_three_bits_without_data_is_refused(short: Short, tmp_path: Path) 
 
 
 def test_a_broken_result_is_kept_but_not_named(short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewbit.run import finish
+    from fewbit.run import ending
 
-    monkeypatch.setattr(finish, "MOST_KL", -1.0)
+    monkeypatch.setattr(ending, "MOST_KL", -1.0)
     with pytest.raises(QualityError, match="--force"):
         short(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -85,9 +85,9 @@ def test_a_broken_result_is_kept_but_not_named(short: Short, tmp_path: Path, mon
 def test_a_changed_setting_is_refused_by_name(
     short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], field: str
 ) -> None:
-    from fewbit.run import finish
+    from fewbit.run import ending
 
-    monkeypatch.setattr(finish, "MOST_KL", -1.0)  # leaves a finished journal behind
+    monkeypatch.setattr(ending, "MOST_KL", -1.0)  # leaves a finished journal behind
     with pytest.raises(QualityError):
         short(tmp_path / "out")
     with pytest.raises(ResumeError, match=f"{field} was"):
@@ -97,11 +97,11 @@ def test_a_changed_setting_is_refused_by_name(
 def test_changed_weights_are_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    from fewbit.run import finish
+    from fewbit.run import ending
 
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
-    monkeypatch.setattr(finish, "MOST_KL", -1.0)
+    monkeypatch.setattr(ending, "MOST_KL", -1.0)
     with pytest.raises(QualityError):
         fewbit.quantize(model, "int4/g32", out=tmp_path / "out")
     weights = model / "model.safetensors"

@@ -21,9 +21,9 @@ from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Recipe
 from fewbit.run.events import Event, Progress
-from fewbit.run.finish import STATE, describe, finish
+from fewbit.run.ending import STATE, describe, finish
 from fewbit.run.journal import Journal
-from fewbit.run.plan import Plan, make_plan
+from fewbit.run.planning import Plan, make_plan
 from fewbit.run.stages import Run, run_stages
 from fewbit.run.workers import workers
 
@@ -122,7 +122,7 @@ def plan(
     options: dict[str, Any] | None = None,
     force: bool = False,
 ) -> Plan:
-    """What :func:`quantize` would do with the same arguments; reads no weight. See :class:`fewbit.run.plan.Plan`."""
+    """What :func:`quantize` would do with the same arguments; reads no weight. See :class:`fewbit.run.planning.Plan`."""
     checkpoint = open_checkpoint(model)
     streamed = StreamedModel.open(checkpoint)
     chosen = _recipe(recipe, method, head, options)

@@ -23,7 +23,7 @@ from fewbit.run.events import Event, Progress
 from fewbit.run.hidden import HiddenFile
 from fewbit.run.journal import Journal
 from fewbit.run.observe import Observer
-from fewbit.run.plan import Plan
+from fewbit.run.planning import Plan
 from fewbit.run.solve import SHOWN, Solved, Task, check_outputs, solve
 from fewbit.run.verify import read_back
 from fewbit.run.workers import Workers
