@@ -15,7 +15,9 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -45,8 +47,8 @@ class Evaluation:
     """Figures of one model; ``reference`` holds the same figures of the reference.
 
     Perplexity and KL are per token, KL in nats; sizes in bytes; ``linear_share`` is the share of decode time inside
-    linear layers, 0 to 1; ``energy_joules_per_token`` covers decode, or is the text "not measurable here: reason". What could
-    not be measured is None and ``protocol["notes"]`` says why.
+    linear layers, 0 to 1; ``energy_joules_per_token`` covers decode, or the text "not measurable here: reason". What
+    could not be measured is None and ``protocol["notes"]`` says why.
     """
 
     model: str
@@ -243,7 +245,7 @@ def _tokenizer(side: Side, other: Side | None, given: Any, notes: list[str]) -> 
 
 def _facts(side: Side, model: Any, notes: list[str]) -> dict[str, Any]:
     found = side.size(model)
-    notes.append(f"bits per weight of {side.name}: {found.counted}")
+    notes.append(f"bits per weight of {side.short}: {found.counted}")
     return {
         "bits_per_weight": found.bits_per_weight if math.isfinite(found.bits_per_weight) else None,
         "size_bytes": found.size_bytes,
@@ -264,7 +266,7 @@ def _time(
         for side in sides:
             subjects.append(side.subject(prompt, decode_tokens))
             if isinstance(subjects[-1], Here):
-                notes.append(f"{side.name} was measured in this process: its peak memory includes all else in it")
+                notes.append(f"{side.short} was measured in this process: its peak memory includes all else in it")
         runs: list[list[Run]] = [[] for _ in sides]
         for turn in range(REPEATS + 1):
             report("time", turn, steps)
@@ -355,3 +357,14 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"
+
+
+class _Callable(types.ModuleType):
+    """This module, callable. ``fewbit.evaluate`` is the function until something imports this submodule of the same
+    name, which makes Python rebind the attribute to the module; with this both mean the same."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Evaluation:
+        return evaluate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -18,7 +18,7 @@ UNAVAILABLE = "not measurable here"
 
 @dataclass(frozen=True)
 class Meter:
-    """``source`` is "RAPL", "NVML" or None; ``reason`` says why there is none. ``limits``: where a counter wraps, uJ."""
+    """``source`` is "RAPL", "NVML" or None; ``reason`` says why there is none. ``limits``: where it wraps, uJ."""
 
     source: str | None
     reason: str

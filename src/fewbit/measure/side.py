@@ -28,6 +28,11 @@ class Side:
     manifest: Mapping[str, Any]
     dtype: torch.dtype
 
+    @property
+    def short(self) -> str:
+        """What to call it in a published note: never the path on this machine."""
+        return self.name if self.path is None else self.path.name
+
     @staticmethod
     def of(model: Any, dtype: torch.dtype) -> Side:
         """From a folder, a GGUF file, a hub id or a loaded model."""
@@ -73,7 +78,7 @@ def reference_of(side: Side, dtype: torch.dtype, notes: list[str]) -> Side | Non
         notes.append("no reference was given: KL, top-1 agreement and the perplexity ratio are not measured")
         return None
     if not Path(source).exists():  # never looked up on the hub: only the user may name a download
-        notes.append(f"the original {source} is not here any more: KL and top-1 agreement are not measured")
+        notes.append(f"the original {Path(source).name} is not here any more: KL and top-1 agreement are not measured")
         return None
     return Side.of(source, dtype)
 
