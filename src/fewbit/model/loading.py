@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -104,35 +105,42 @@ class Loader:
                 "a complete checkpoint whose config.json is its own",
             )
         for group in self.groups:
-            if group.converter is None:
-                self._check_shape(group.targets[0], self.checkpoint.shape(group.sources[0][0]))
+            self._make(group, lambda key: torch.empty(self.checkpoint.shape(key), device="meta"))
 
-    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        expected = tuple(self.model.get_parameter_or_buffer(name).shape)
-        if tuple(shape) != expected:
-            raise InputError(
-                f"tensor {name} of {self.checkpoint.path}",
-                f"its shape is {tuple(shape)}",
-                f"{expected}, says config.json",
-            )
-
-    def read(self, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The parameters that ``group`` makes, by name, checked for shape and for NaN and Inf."""
+    def _make(self, group: Group, fetch: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The parameters that ``group`` makes of what ``fetch`` gives for a key, by name, checked for shape."""
+        keys = [key for key, _ in group.sources]
         if group.converter is None:
-            values = {group.targets[0]: self.checkpoint.get(group.sources[0][0]).to(dtype)}
+            values = {group.targets[0]: fetch(keys[0])}
         else:
             converter = copy.deepcopy(group.converter)
             for key, pattern in group.sources:
-                converter.add_tensor(group.targets[0], key, pattern, self._later(key, dtype))
-            made = converter.convert(group.targets[0], model=self.model, config=self.model.config)
+                converter.add_tensor(group.targets[0], key, pattern, partial(fetch, key))
+            try:
+                made = converter.convert(group.targets[0], model=self.model, config=self.model.config)
+            except (RuntimeError, ValueError, IndexError) as error:  # what torch raises for shapes that do not fit
+                raise InputError(
+                    f"making {group.targets[0]} of {len(keys)} tensors of {self.checkpoint.path} ({keys[0]}, ...)",
+                    str(error).splitlines()[0],
+                    "a complete checkpoint whose config.json is its own",
+                ) from error
             values = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
         for name, value in values.items():
-            self._check_shape(name, tuple(value.shape))
-            check_finite(name, value)
+            expected = tuple(self.model.get_parameter_or_buffer(name).shape)
+            if tuple(value.shape) != expected:
+                raise InputError(
+                    f"{name} of {self.checkpoint.path}",
+                    f"its shape is {tuple(value.shape)}, from {len(keys)} tensors such as {keys[0]}",
+                    f"{expected}, says its configuration",
+                )
         return values
 
-    def _later(self, key: str, dtype: torch.dtype) -> Callable[[], Tensor]:
-        return lambda: self.checkpoint.get(key).to(dtype)
+    def read(self, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The parameters that ``group`` makes, by name; NaN and Inf are refused."""
+        values = self._make(group, lambda key: self.checkpoint.get(key).to(dtype))
+        for name, value in values.items():
+            check_finite(name, value)
+        return values
 
     def load(self, prefix: str, dtype: torch.dtype) -> None:
         """Make every parameter and stored buffer under ``prefix`` real.
@@ -155,7 +163,7 @@ class Loader:
             for made, value in self.read(self.of[source], dtype).items():
                 slot = name if made == source else made
                 if under(slot, prefix):
-                    place(self.model, slot, value.contiguous())
+                    place(self.model, slot, _alone(value))
                     done.add(slot)
         empty = [name for name in names if self.model.get_parameter_or_buffer(name).is_meta]
         if empty:
@@ -166,6 +174,12 @@ class Loader:
         for name, value in self.model.state_dict().items():
             if under(name, prefix):
                 place(self.model, name, value.to("meta"))
+
+
+def _alone(value: Tensor) -> Tensor:
+    """``value`` contiguous in a storage of its own: a slice would keep alive what it was cut from."""
+    value = value.contiguous()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def place(model: nn.Module, name: str, value: Tensor) -> None:

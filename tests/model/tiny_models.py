@@ -10,10 +10,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 67
-LLAMA: dict[str, Any] = dict(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+LLAMA: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 MOE: dict[str, Any] = dict(LLAMA, num_experts_per_tok=2, moe_intermediate_size=24)
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -26,15 +35,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", dict(LLAMA, sliding_window=4)),
     "phi": ("phi", dict(LLAMA, num_key_value_heads=4)),
     "phi3": ("phi3", LLAMA),
-    "gpt2": ("gpt2", dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+    "gpt2": ("gpt2", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "gpt-neox": ("gpt_neox", dict(LLAMA, num_key_value_heads=4)),
     "opt": ("opt", dict(LLAMA, ffn_dim=48, word_embed_proj_dim=16)),
-    "bloom": ("bloom", dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)),
-    "falcon": ("falcon", dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)),
-    "mpt": ("mpt", dict(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)),
-    "gptj": ("gptj", dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)),
-    "gpt-neo": ("gpt_neo", dict(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, window_size=4,
-                                max_position_embeddings=64, attention_types=[[["global", "local"], 1]])),
+    "bloom": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "falcon": (
+        "falcon",
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    ),
+    "mpt": ("mpt", {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "gptj": (
+        "gptj",
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    ),
+    "gpt-neo": (
+        "gpt_neo",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "window_size": 4,
+            "max_position_embeddings": 64,
+            "attention_types": [[["global", "local"], 1]],
+        },
+    ),
     "olmo2": ("olmo2", LLAMA),
     "granite": ("granite", dict(LLAMA, logits_scaling=3.0, residual_multiplier=0.5, embedding_multiplier=2.0)),
     "cohere": ("cohere", dict(LLAMA, logit_scale=0.5)),
@@ -45,10 +70,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("qwen3_moe", dict(MOE, num_experts=4)),
     "olmoe": ("olmoe", dict(MOE, num_experts=4)),
     "gpt-oss": ("gpt_oss", dict(MOE, num_local_experts=4, sliding_window=4)),
-    "deepseek-v3": ("deepseek_v3", dict(MOE, n_routed_experts=4, n_group=2, topk_group=1, num_key_value_heads=4,
-                                        first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
-                                        qk_nope_head_dim=8, v_head_dim=8)),
-}  # fmt: skip
+    "deepseek-v3": (
+        "deepseek_v3",
+        dict(
+            MOE,
+            n_routed_experts=4,
+            n_group=2,
+            topk_group=1,
+            num_key_value_heads=4,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        ),
+    ),
+}
 
 
 def make(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
@@ -58,7 +96,7 @@ def make(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        for name, value in model.named_parameters():
+        for _name, value in model.named_parameters():
             if value.ndim == 1:  # norms and biases start out as ones and zeros, which would hide a lost one
                 value.data = value.data + 0.1 * torch.randn(value.shape)
     model.save_pretrained(folder)
