@@ -106,7 +106,8 @@ def _replace(model: nn.Module, name: str, entry: dict[str, Any], dtype: torch.dt
             return
         old = parent.get_submodule(leaf)
         if entry["kind"] == "embedding":
-            scale = getattr(old, "embed_scale", None)
+            # Gemma multiplies embeddings; its buffer is still on the meta device, the plain number beside it is not.
+            scale = getattr(old, "scalar_embed_scale", None)
             new: nn.Module = QuantEmbedding(entry["format"], entry["layout"], shape, scale, dtype)
         else:
             bias = getattr(old, "bias", None)
@@ -115,6 +116,8 @@ def _replace(model: nn.Module, name: str, entry: dict[str, Any], dtype: torch.dt
         if key.startswith("weight_"):
             new.register_buffer(key, buffer.to("meta"), persistent="tied_to" not in entry)
     setattr(parent, leaf, new)
+    # Some families initialise a child's `weight` from its parent (GPT-2's c_proj); there is none to initialise.
+    parent._is_hf_initialized = True
 
 
 def _tie(model: nn.Module, name: str, source: str) -> None:

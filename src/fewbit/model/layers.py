@@ -74,14 +74,14 @@ class QuantLinear(Store):
 class QuantEmbedding(Store):
     """Rows of a table in few bits; ``scale`` multiplies them where the family does (Gemma)."""
 
-    def __init__(self, format: str, layout: str, shape: tuple[int, int], scale: Any, dtype: torch.dtype) -> None:
+    def __init__(self, format: str, layout: str, shape: tuple[int, int], scale: float | None, dtype: torch.dtype) -> None:
         super().__init__(format, layout, shape)
         self.scale, self.dtype = scale, dtype
         self.num_embeddings, self.embedding_dim = shape
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = kernels.embedding(ids, self.qtensor(), self.dtype)
-        return rows if self.scale is None else rows * self.scale.to(rows.dtype)
+        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
 
 class ExpertBank(Store):
