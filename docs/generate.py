@@ -42,7 +42,7 @@ def first_sentence(thing: object) -> str:
 
 
 def summary(thing: object) -> str:
-    """The first paragraph of the docstring of the module that defines ``thing``, a partial's function looked through."""
+    """The first paragraph of the docstring of the module that defines ``thing``, partials looked through."""
     thing = thing.func if isinstance(thing, functools.partial) else thing
     return first_sentence(inspect.getmodule(thing)).rstrip(":")
 
@@ -53,12 +53,17 @@ def formats_page() -> str:
     for name in formats.EXAMPLES:
         format = formats.parse(name)
         stored = "; ".join(f"{p.name} {p.bits} bits a {p.per}" for p in format.params) or "nothing"
-        rows.append((f"`{name}`", format.levels, "row" if format.block == 0 else format.block, stored, true_bits(format)))
+        rows.append(
+            (f"`{name}`", format.levels, "row" if format.block == 0 else format.block, stored, true_bits(format))
+        )
     kinds = {type(formats.parse(name)): None for name in formats.EXAMPLES}
     about = "\n".join(f"- **{kind.__name__}**: {summary(kind)}" for kind in kinds)
     schemes = table(
         ("scheme", "weights", "activations"),
-        [(f"`{name}`", f"`{s.weight}`", f"`{s.activation}`" if s.activation else "float") for name, s in formats.SCHEMES.items()],
+        [
+            (f"`{name}`", f"`{s.weight}`", f"`{s.activation}`" if s.activation else "float")
+            for name, s in formats.SCHEMES.items()
+        ],
     )
     grammar = inspect.getdoc(sys.modules["fewbit.formats.spelling"]) or ""
     return "\n\n".join(
@@ -68,7 +73,7 @@ def formats_page() -> str:
             "A format says which values exist. `fewbit.formats.parse(text)` reads a spelling:",
             grammar.partition("::\n\n")[2].rstrip().join(("```\n", "\n```")),
             about,
-            "True bits per weight are the bytes of codes and parameters of a 4096 x 4096 matrix as stored, times 8, over its weights.",
+            "True bits per weight: 8 x stored bytes of a 4096 x 4096 matrix, codes and parameters, over its weights.",
             table(("format", "levels", "block", "stored beside the codes", "true bits"), rows),
             "## Schemes",
             "Names of the field that are understood wherever a format is:",
@@ -96,8 +101,8 @@ def layouts_page() -> str:
         (
             NOTICE,
             "# Layouts",
-            "A layout says where the bits lie. It is a bijection: packing and unpacking change no bit, and converting from one "
-            "layout to another fits nothing again. Byte order, polarity and a drawing stand in each module's docstring.",
+            "A layout says where the bits lie. It is a bijection: packing and unpacking change no bit, and converting "
+            "from one to another fits nothing again. Each module's docstring draws the bytes.",
             table(("layout", "what it is", "holds"), rows),
         )
     )
@@ -114,14 +119,18 @@ def methods_page() -> str:
         (
             NOTICE,
             "# Methods",
-            "A method chooses the codes. On the command line an option is given as `--option NAME=VALUE`, in a recipe as "
+            "A method chooses the codes. An option is `--option NAME=VALUE` on the command line, in a recipe "
             "`options = { NAME = VALUE }`, in Python as a keyword.",
             table(("method", "what it does", "needs", "options and defaults", "source"), rows),
         )
     )
 
 
-PAGES: dict[str, Callable[[], str]] = {"formats.md": formats_page, "layouts.md": layouts_page, "methods.md": methods_page}
+PAGES: dict[str, Callable[[], str]] = {
+    "formats.md": formats_page,
+    "layouts.md": layouts_page,
+    "methods.md": methods_page,
+}
 
 
 def stale() -> list[str]:

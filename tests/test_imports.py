@@ -11,14 +11,18 @@ from pathlib import Path
 
 import pytest
 
+import fewbit
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "fewbit"
+HERE = str(Path(fewbit.__file__).parents[1])
+"""The folder from which this fewbit is imported: installed, or the source tree."""
 NOT_IN_310 = {"tomllib", "asyncio.taskgroups", "wsgiref.types"}
 
 
 def python(code: str) -> str:
     """Run ``code`` in a fresh interpreter that imports this checkout."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    environment = os.environ | {"PYTHONPATH": HERE}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -36,7 +40,8 @@ def test_import_starts_no_gpu() -> None:
 
 def test_import_leaves_the_random_state_and_the_threads() -> None:
     code = (
-        "import random, numpy, torch; random.seed(1); numpy.random.seed(1); torch.manual_seed(1); torch.set_num_threads(1);"
+        "import random, numpy, torch; random.seed(1); numpy.random.seed(1); torch.manual_seed(1);"
+        "torch.set_num_threads(1);"
         "before = (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist());"
         "import fewbit, fewbit.cli;"
         "after = (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist());"
@@ -55,8 +60,12 @@ def test_command_line_starts_quickly() -> None:
 def test_import_contracts() -> None:
     """The direction of imports, as .importlinter states it."""
     pytest.importorskip("importlinter", reason='import-linter is not installed: pip install "fewbit[dev]"')
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "NO_COLOR": "1"}
-    command = [sys.executable, "-c", "import sys; from importlinter.cli import lint_imports_command as c; sys.exit(c())"]
+    environment = os.environ | {"PYTHONPATH": HERE, "NO_COLOR": "1"}
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from importlinter.cli import lint_imports_command as c; sys.exit(c())",
+    ]
     done = subprocess.run(
         [*command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=100
     )
@@ -72,7 +81,11 @@ def test_python_310_can_read_it(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module]
         assert not NOT_IN_310 & set(names)
-    newer = {"typing": {"Self", "Never", "assert_never", "override", "LiteralString", "Unpack"}, "enum": {"StrEnum"}, "datetime": {"UTC"}}
+    newer = {
+        "typing": {"Self", "Never", "assert_never", "override", "LiteralString", "Unpack"},
+        "enum": {"StrEnum"},
+        "datetime": {"UTC"},
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module in newer:
             assert not newer[node.module] & {alias.name for alias in node.names}

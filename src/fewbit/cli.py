@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -19,21 +19,37 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a GGUF file, or a hub id (the only thing that is downloaded).")]
+Model = Annotated[
+    str, typer.Argument(help="A Hugging Face folder, a GGUF file, or a hub id (the only thing that is downloaded).")
+]
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that fewbit wrote.")]
-Format = Annotated[Optional[str], typer.Option("--format", "-f", help="int4/g128/asym, nf4/g64, int3/g64, ternary/g128, W4A16, ...")]
+Format = Annotated[
+    str | None, typer.Option("--format", "-f", help="int4/g128/asym, nf4/g64, int3/g64, ternary/g128, W4A16, ...")
+]
 Method = Annotated[str, typer.Option("--method", "-m", help="rtn, clip or gptq; `fewbit doctor` lists them.")]
-Recipe = Annotated[Optional[Path], typer.Option("--recipe", help="TOML rules instead of --format: which layer gets what.")]
-Options = Annotated[Optional[list[str]], typer.Option("--option", metavar="NAME=VALUE", help="An option of the method, e.g. desc_act=true; may be repeated.")]
-Calibration = Annotated[Optional[str], typer.Option("--calibration", help="A text or JSONL file; default: the bundled text.")]
+Recipe = Annotated[Path | None, typer.Option("--recipe", help="TOML rules instead of --format: which layer gets what.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", metavar="NAME=VALUE", help="An option of the method, e.g. desc_act=true; may be repeated."
+    ),
+]
+Calibration = Annotated[
+    str | None, typer.Option("--calibration", help="A text or JSONL file; default: the bundled text.")
+]
 Head = Annotated[str, typer.Option("--head", help="Format of lm_head and embeddings; `float` keeps them as they are.")]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")]
 Window = Annotated[int, typer.Option("--context", min=2, help="Tokens in a calibration window.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same input and seed: same bytes.")]
-Threads = Annotated[Optional[int], typer.Option("--threads", min=1, help="Default: all cores of this process.")]
-Force = Annotated[bool, typer.Option("--force", help="Accept what the gates refuse (data-free below 3 bits, a blown-up result).")]
-Json = Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="Write the result as JSON; `-` is stdout.")]
-Report = Annotated[Optional[Path], typer.Option("--report", metavar="FILE", help="Where the HTML report goes; default: OUT/report.html.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Default: all cores of this process.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Accept what the gates refuse (data-free below 3 bits, a blown-up result).")
+]
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; `-` is stdout.")]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Where the HTML report goes; default: OUT/report.html."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
@@ -71,7 +87,9 @@ def quantize(
     """Quantize MODEL into OUT, verify it, and report. Killed or interrupted, the same command continues."""
     from fewbit.commands import quantize as command
 
-    request = command.Request(model, format, method, recipe, option, calibration, head, samples, context, seed, threads, force)
+    request = command.Request(
+        model, format, method, recipe, option, calibration, head, samples, context, seed, threads, force
+    )
     command.run(request, out, json, report)
 
 
@@ -97,17 +115,26 @@ def plan(
     from fewbit.commands import plan as command
     from fewbit.commands.quantize import Request
 
-    command.run(Request(model, format, method, recipe, option, calibration, head, samples, context, seed, threads, force), json)
+    command.run(
+        Request(model, format, method, recipe, option, calibration, head, samples, context, seed, threads, force), json
+    )
 
 
 @app.command()
 @guarded
 def eval(
     out: Folder,
-    reference: Annotated[Optional[str], typer.Option("--reference", help="The original; default: the one in the manifest.")] = None,
-    text: Annotated[Optional[Path], typer.Option("--text", help="Held-out text; default: the bundled text.")] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="The original; default: the one in the manifest.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option("--text", help="Held-out text; default: the bundled text.")] = None,
     context: Annotated[int, typer.Option("--context", min=2, help="Tokens in a window.")] = 2048,
-    max_tokens: Annotated[Optional[int], typer.Option("--max-tokens", min=2, help="Tokens of the text to read; default: all.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=2, help="Tokens of the text to read; default: all.")
+    ] = None,
+    decode_tokens: Annotated[
+        int, typer.Option("--decode-tokens", min=0, help="Tokens whose generation is timed; 0 leaves speed out.")
+    ] = 64,
     threads: Threads = None,
     json: Json = None,
     report: Report = None,
@@ -116,14 +143,16 @@ def eval(
     """Measure OUT against the original; write evaluation.json, README.md and report.html into OUT."""
     from fewbit.commands import evaluate as command
 
-    command.run(out, reference, text, context, max_tokens, threads, json, report)
+    command.run(out, reference, text, context, max_tokens, decode_tokens, threads, json, report)
 
 
 @app.command()
 @guarded
 def bench(
     out: Folder,
-    batch: Annotated[Optional[list[int]], typer.Option("--batch", min=1, help="Batch sizes of the kernel rows; default 1 and 128.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, help="Batch sizes of the kernel rows; default 1 and 128.")
+    ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to decode.")] = 64,
     prompt: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens to prefill.")] = 256,
     threads: Threads = None,
@@ -171,12 +200,13 @@ def inspect(
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders that fewbit wrote.")],
     json: Json = None,
+    report: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Write an HTML page too.")] = None,
     debug: Debug = False,
 ) -> None:
     """Several results side by side: size, bits, perplexity, KL, agreement, speed."""
     from fewbit.commands import compare as command
 
-    command.run(folders, json)
+    command.run(folders, json, report)
 
 
 @app.command()

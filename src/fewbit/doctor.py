@@ -19,7 +19,17 @@ from fewbit.kernels import native
 from fewbit.measure import energy
 
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "gguf", "scipy", "typer", "rich", "psutil")
-EXAMPLES = ("int8/g64", "int6/g64", "int5/g64", "int4/g128/asym", "int3/g64", "int2/g64/asym", "nf4/g64", "mxfp4", "ternary/g128")
+EXAMPLES = (
+    "int8/g64",
+    "int6/g64",
+    "int5/g64",
+    "int4/g128/asym",
+    "int3/g64",
+    "int2/g64/asym",
+    "nf4/g64",
+    "mxfp4",
+    "ternary/g128",
+)
 EXAMPLE_SHAPE = (4096, 4096)
 _UNKNOWN_CACHE = 32 << 20
 
@@ -56,7 +66,9 @@ class Export:
 
 
 EXPORTS = (
-    Export("Hugging Face folder (fewbit)", "written by `fewbit quantize`", "transformers with fewbit installed, lm-eval"),
+    Export(
+        "Hugging Face folder (fewbit)", "written by `fewbit quantize`", "transformers with fewbit installed, lm-eval"
+    ),
 )
 
 
@@ -107,6 +119,7 @@ def machine() -> dict[str, Any]:
         "architecture": platform.machine(),
         "processor": processor(),
         "cores": cores(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "memory_bytes": memory.total,
         "memory_available_bytes": memory.available,
         "cache_bytes": cache_bytes(),

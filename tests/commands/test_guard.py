@@ -97,7 +97,10 @@ def test_ctrl_c_on_a_real_process(tiny: Path, tmp_path: Path) -> None:
     start = "import sys; from fewbit.cli import app; sys.argv[0] = 'fewbit'; app()"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(fewbit.__file__).parents[1]), *sys.path])}
     process = subprocess.Popen(
-        [sys.executable, "-c", start, "quantize", str(tiny), *options], stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", start, "quantize", str(tiny), *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     deadline = time.monotonic() + 60
     while not out.with_name("out.partial").exists() and time.monotonic() < deadline:

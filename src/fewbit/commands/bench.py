@@ -20,12 +20,13 @@ from torch import Tensor
 
 import fewbit
 from fewbit import doctor, kernels
-from fewbit.commands.console import err, figure, results, table, write_json
-from fewbit.commands.generate import use_threads
+from fewbit.commands.console import err, results, table, write_json
+from fewbit.commands.generate import prepare
 from fewbit.containers import manifest
 from fewbit.core.qtensor import QTensor
 from fewbit.measure.speed import Generator
 from fewbit.model.layers import QuantLinear
+from fewbit.report import numbers as N
 
 COPIES = 128
 ROUNDS = 5
@@ -35,7 +36,7 @@ SLICE = 0.02
 
 @dataclass(frozen=True)
 class Row:
-    """Median seconds of one product (batch, columns) x (columns, rows), in three ways. Ratios above 1: fewbit is faster."""
+    """Median seconds of one product (batch, columns) x (columns, rows) in three ways; ratios above 1: fewbit wins."""
 
     format: str
     kernel: str
@@ -52,17 +53,18 @@ class Row:
     from_memory: bool
 
 
-def run(out: Path, batches: tuple[int, ...], tokens: int, prompt: int, threads: int | None, json_target: str | None) -> None:
+def run(
+    out: Path, batches: tuple[int, ...], tokens: int, prompt: int, threads: int | None, json_target: str | None
+) -> None:
     """Measure and print.
 
     Raises:
         InputError: ``out`` is no folder that fewbit wrote.
     """
-    use_threads(threads)
-    described = manifest.read(out)
+    prepare(threads)
+    manifest.read(out)
     model = fewbit.load(out)
-    names = [str(layer["name"]).removesuffix(".weight") for layer in described["layers"]]
-    speed = decode_speed(model, names, tokens, prompt)
+    speed = decode_speed(model, tokens, prompt)
     rows = [row for group in groups(model) for batch in batches for row in [kernel_row(*group, batch)]]
     found = {
         "path": str(out),
@@ -78,11 +80,11 @@ def run(out: Path, batches: tuple[int, ...], tokens: int, prompt: int, threads: 
     warn(rows)
 
 
-def decode_speed(model: Any, names: list[str], tokens: int, prompt: int) -> dict[str, Any]:
+def decode_speed(model: Any, tokens: int, prompt: int) -> dict[str, Any]:
     """Prefill and decode tokens a second through transformers' own loop (median of three), and the linear share."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, prompt), generator=generator)
-    timed = Generator(model, ids, tokens, names)
+    timed = Generator(model, ids, tokens)
     timed.run()
     runs = [timed.run() for _ in range(3)]
     return {
@@ -176,9 +178,9 @@ def tables(found: dict[str, Any]) -> list[Any]:
     share = found["linear_share"]
     whole = [
         ("processor", f"{found['processor']}, {found['threads']} threads, torch {found['torch']}"),
-        ("prefill", f"{figure(found['prefill_tokens_per_s'], 1)} tokens/s ({found['prompt_tokens']} tokens)"),
-        ("decode", f"{figure(found['decode_tokens_per_s'], 1)} tokens/s (transformers' own loop)"),
-        ("inside linear layers", "-" if share is None else f"{share:.0%} of decode time"),
+        ("prefill", f"{N.significant(found['prefill_tokens_per_s'])} tokens/s ({found['prompt_tokens']} tokens)"),
+        ("decode", f"{N.significant(found['decode_tokens_per_s'])} tokens/s (transformers' own loop)"),
+        ("inside linear layers", f"{N.percent(share, 0)} of decode time"),
     ]
     rows = [
         (
@@ -188,15 +190,18 @@ def tables(found: dict[str, Any]) -> list[Any]:
             row["layers"],
             row["batch"],
             f"{1e6 * row['seconds']:.0f}",
-            f"x{row['times_fp32']:.2f}",
-            f"x{row['times_bf16']:.2f}",
+            f"×{row['times_fp32']:.2f}",
+            f"×{row['times_bf16']:.2f}",
             f"{row['gigabytes_per_s']:.1f}",
             "memory" if row["from_memory"] else "cache",
         )
         for row in found["kernels"]
     ]
     headers = ("format", "kernel", "shape", "layers", "batch", "us", "to fp32", "to bf16", "GB/s", "weights in")
-    return [table(("speed here", ""), whole), table(headers, rows, "Kernels beside torch linear, same run; above x1 fewbit is faster")]
+    return [
+        table(("speed here", ""), whole),
+        table(headers, rows, "Kernels beside torch linear, same run; above ×1 fewbit is faster"),
+    ]
 
 
 def warn(rows: list[Row]) -> None:

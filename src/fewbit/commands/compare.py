@@ -7,12 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fewbit.commands.console import err, figure, results, size, table, write_json
+from fewbit.commands.console import err, results, table, write_json
 from fewbit.containers import files, manifest
+from fewbit.report import numbers as N
+from fewbit.report.rows import comparable
+from fewbit.report.write import EVALUATION, write_comparison
 
 KEYS = (
-    "size_bytes",
-    "bits_per_weight",
     "perplexity",
     "perplexity_stderr",
     "kl_mean",
@@ -22,67 +23,66 @@ KEYS = (
     "decode_tokens_per_s",
     "peak_rss_bytes",
 )
+HEADERS = (
+    "folder", "format", "method", "size", "bits", "perplexity", "KL mean", "KL 99.9 %", "top-1", "prefill",
+    "decode", "memory",
+)  # fmt: skip
 
 
-def run(folders: list[Path], json_target: str | None) -> None:
+def run(folders: list[Path], json_target: str | None, report: Path | None) -> None:
     """One row a folder, in the order given.
 
     Raises:
         InputError: a folder holds no manifest.
     """
-    rows = [row(folder) for folder in folders]
-    write_json(json_target, {"rows": rows, "same_text": same_text(rows)})
-    results(json_target).print(table(HEADERS, [cells(row) for row in rows]))
-    if any(row["perplexity"] is None for row in rows):
-        err().print("note: a dash means that it was not measured; `fewbit eval OUT` measures it", markup=False)
-    if not same_text(rows):
-        err().print("warning: the evaluations read different texts or contexts; their figures do not compare", markup=False)
-
-
-HEADERS = ("folder", "format", "method", "size", "bits", "perplexity", "KL", "KL 99.9%", "top-1", "prefill t/s", "decode t/s")
+    found = [row(folder) for folder in folders]
+    measured = [files.read_json(folder / EVALUATION) for folder in folders if (folder / EVALUATION).is_file()]
+    problem = comparable(list(measured))
+    write_json(json_target, {"rows": found, "warning": problem})
+    if report is not None:
+        write_comparison(report, measured)
+    results(json_target).print(table(HEADERS, [cells(one) for one in found]))
+    if len(measured) < len(folders):
+        err().print("note: a dash was not measured; `fewbit eval OUT` measures it", markup=False)
+    if problem is not None:
+        err().print(f"warning: {problem}", markup=False)
 
 
 def row(folder: Path) -> dict[str, Any]:
     """What is known of one folder; None where it was not measured."""
     described = manifest.read(folder)
-    measured = files.read_json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else {}
-    found = {"folder": str(folder), "format": most(described, "format"), "method": most(described, "method")}
-    found |= {key: measured.get(key) for key in KEYS}
-    found["size_bytes"], found["bits_per_weight"] = described["size_bytes"], described["bits_per_weight"]
-    found["text"] = [measured.get("text_sha256"), measured.get("context")] if measured else None
-    return found
+    measured = files.read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
+    return {
+        "folder": str(folder),
+        "format": most(described, "format"),
+        "method": most(described, "method"),
+        "size_bytes": described["size_bytes"],
+        "bits_per_weight": described["bits_per_weight"],
+        **{key: measured.get(key) for key in KEYS},
+    }
 
 
 def most(described: dict[str, Any], key: str) -> str:
     """The value that most layers share, with ``+`` when others differ; embeddings and heads do not vote."""
     votes = Counter(layer[key] for layer in described["layers"] if layer.get("kind") not in ("embedding", "head"))
     if not votes:
-        return "-"
+        return N.DASH
     return str(votes.most_common(1)[0][0]) + (" +" if len(votes) > 1 else "")
-
-
-def same_text(rows: list[dict[str, Any]]) -> bool:
-    """Whether all evaluations that exist read the same text in the same windows."""
-    texts = [row["text"] for row in rows if row["text"] is not None]
-    return all(text == texts[0] for text in texts)
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """One row as it is printed."""
-    perplexity = figure(row["perplexity"])
-    if row["perplexity_stderr"] is not None:
-        perplexity += f" ± {figure(row['perplexity_stderr'], 2)}"
-    agreement = "-" if row["top1_agreement"] is None else f"{row['top1_agreement']:.2%}"
     return (
         row["folder"],
         row["format"],
         row["method"],
-        size(row["size_bytes"]),
-        figure(row["bits_per_weight"]),
-        perplexity,
-        figure(row["kl_mean"], 4),
-        figure(row["kl_p999"], 3),
-        agreement,
-        figure(row["prefill_tokens_per_s"], 1),
-        figure(row["decode_tokens_per_s"], 1),
+        N.size(row["size_bytes"]),
+        N.significant(row["bits_per_weight"]),
+        N.plus_minus(row["perplexity"], row["perplexity_stderr"]),
+        N.significant(row["kl_mean"]),
+        N.significant(row["kl_p999"]),
+        N.percent(row["top1_agreement"]),
+        N.significant(row["prefill_tokens_per_s"]),
+        N.significant(row["decode_tokens_per_s"]),
+        N.size(row["peak_rss_bytes"]),
     )

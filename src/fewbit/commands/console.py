@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two streams: results on stdout, everything else on stderr; and how numbers are spelt on both."""
+"""The two streams: results on stdout, everything else on stderr; and tables for both."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fewbit.containers import files
+from fewbit.report.numbers import DASH
 
 _PIPE_WIDTH = 160
 
@@ -69,7 +70,7 @@ def plain(data: Any) -> Any:
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> Table:
     """Columns whose every cell is a number (or absent) are set flush right; None prints as a dash."""
-    listed = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    listed = [[DASH if cell is None else str(cell) for cell in row] for row in rows]
     made = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, title_style="bold")
     for index, header in enumerate(headers):
         numeric = bool(listed) and all(_number(row[index]) for row in listed)
@@ -80,41 +81,4 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], title: str | No
 
 
 def _number(cell: str) -> bool:
-    return cell == "-" or cell[:1].isdigit() or (cell[:1] in "-+x" and cell[1:2].isdigit())
-
-
-def size(count: float | None) -> str:
-    """Bytes in binary units: ``98.4 MiB``."""
-    if count is None:
-        return "-"
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} TiB"
-
-
-def duration(seconds: float | None) -> str:
-    """``0.4 s``, ``12 s``, ``3 min 05 s``, ``2 h 10 min``."""
-    if seconds is None:
-        return "-"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def figure(value: float | None, digits: int = 3) -> str:
-    """``digits`` digits after the point, or powers of ten when that would show nothing or too much."""
-    if value is None:
-        return "-"
-    if not math.isfinite(value):
-        return "not finite"
-    if value != 0 and not 10.0**-digits <= abs(value) < 1e6:
-        return f"{value:.2e}"
-    return f"{value:.{digits}f}"
+    return cell == DASH or cell[:1].isdigit() or (cell[:1] in "-+×" and cell[1:2].isdigit())

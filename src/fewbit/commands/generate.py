@@ -17,7 +17,7 @@ from fewbit.errors import InputError
 
 def run(out: Path, prompt: str, max_tokens: int, temperature: float, seed: int, threads: int | None) -> None:
     """Stream the continuation to stdout; tokens a second to stderr."""
-    use_threads(threads)
+    prepare(threads)
     tokenizer = tokenizer_of(out)
     model = fewbit.load(out)
     began = time.perf_counter()
@@ -60,15 +60,20 @@ def tokenizer_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise InputError(f"the tokenizer of {folder}", "the folder holds none", "copy the original's tokenizer files there")
+        raise InputError(
+            f"the tokenizer of {folder}", "the folder holds none", "copy the original's tokenizer files there"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(f"the tokenizer of {folder}", " ".join(str(error).split())[:300]) from error
 
 
-def use_threads(threads: int | None) -> None:
-    """``threads`` for torch and for fewbit's kernels; None leaves both as they are."""
+def prepare(threads: int | None) -> None:
+    """``threads`` for torch and for fewbit's kernels (None leaves both as they are); no bars from transformers."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
         kernels.set_threads(threads)

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fewbit.commands.console import figure, results, size, table, write_json
+from fewbit.commands.console import results, table, write_json
 from fewbit.containers import files, manifest
 from fewbit.containers.gguf import open_gguf
 from fewbit.containers.safetensors import open_safetensors
 from fewbit.errors import InputError
+from fewbit.report import numbers as N
 
 SHOWN = 40
 INDEX = "model.safetensors.index.json"
@@ -41,7 +42,9 @@ def examine(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return _summary(path, "safetensors", _safetensors(path))
     files.size_of(path)
-    raise InputError(f"inspecting {path}", f"a {path.suffix or 'nameless'} file", "a folder, a .gguf or a .safetensors file")
+    raise InputError(
+        f"inspecting {path}", f"a {path.suffix or 'nameless'} file", "a folder, a .gguf or a .safetensors file"
+    )
 
 
 def _folder(path: Path) -> dict[str, Any]:
@@ -99,18 +102,28 @@ def _safetensors(path: Path) -> list[dict[str, Any]]:
 def _gguf(path: Path) -> dict[str, Any]:
     opened = open_gguf(path)
     tensors = [
-        _tensor(name, tuple(block.shape), block.kind.name, block.nbytes, path.name) for name, block in opened.tensors.items()
+        _tensor(name, tuple(block.shape), block.kind.name, block.nbytes, path.name)
+        for name, block in opened.tensors.items()
     ]
     found = _summary(path, "GGUF", tensors)
     found["architecture"] = str(opened.metadata.get("general.architecture", ""))
-    found["metadata"] = {key: value if len(str(value)) <= 200 else str(value)[:200] for key, value in opened.metadata.items()}
+    found["metadata"] = {
+        key: value if len(str(value)) <= 200 else str(value)[:200] for key, value in opened.metadata.items()
+    }
     return found
 
 
 def _tensor(name: str, shape: tuple[int, ...], format: str, nbytes: int, file: str) -> dict[str, Any]:
     count = math.prod(shape)
     bits = 8 * nbytes / count if count else None
-    return {"name": name, "shape": list(shape), "format": format, "bits_per_weight": bits, "nbytes": nbytes, "file": file}
+    return {
+        "name": name,
+        "shape": list(shape),
+        "format": format,
+        "bits_per_weight": bits,
+        "nbytes": nbytes,
+        "file": file,
+    }
 
 
 def _summary(path: Path, kind: str, tensors: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,8 +146,8 @@ def tables(found: dict[str, Any]) -> Iterable[Any]:
         ("path", found["path"]),
         ("kind", found["kind"]),
         ("architecture", found.get("architecture") or None),
-        ("size", size(found["size_bytes"])),
-        ("true bits per weight", figure(found["bits_per_weight"], 4)),
+        ("size", N.size(found["size_bytes"])),
+        ("true bits per weight", N.significant(found["bits_per_weight"], 4)),
         ("hashes", found["hashes"]),
     ]
     yield table(("what", "found"), facts)
@@ -145,11 +158,18 @@ def tables(found: dict[str, Any]) -> Iterable[Any]:
     layers = [layer | {"bits": layer["bits_per_weight"]} for layer in found["layers"]]
     yield _by_format(layers)
     rows = [
-        (x["name"], x["format"], x.get("method"), x.get("layout"), figure(x["bits"]), _percent(x.get("relative_error")))
+        (
+            x["name"],
+            x["format"],
+            x.get("method"),
+            x.get("layout"),
+            N.significant(x["bits"], 4),
+            N.percent(x.get("relative_error"), 2),
+        )
         for x in layers
     ]
     yield table(("layer", "format", "method", "layout", "bits", "error"), rows, f"{len(rows)} quantized layers")
-    skipped = [(x["name"], x["reason"], size(x["nbytes"])) for x in found["skipped"]]
+    skipped = [(x["name"], x["reason"], N.size(x["nbytes"])) for x in found["skipped"]]
     yield table(("not quantized", "reason", "size"), skipped, f"{len(skipped)} skipped")
 
 
@@ -157,19 +177,20 @@ def _by_format(tensors: list[dict[str, Any]]) -> Any:
     totals: dict[str, tuple[int, int, int]] = {}
     for tensor in tensors:
         number, weights, nbytes = totals.get(tensor["format"], (0, 0, 0))
-        totals[tensor["format"]] = (number + 1, weights + math.prod(tensor["shape"]), nbytes + tensor["nbytes"])
+        count = math.prod(tensor["shape"]) * tensor.get("experts", 1)
+        totals[tensor["format"]] = (number + 1, weights + count, nbytes + tensor["nbytes"])
     rows = [
-        (format, number, size(nbytes), figure(8 * nbytes / weights, 3) if weights else None)
+        (format, number, N.size(nbytes), N.significant(8 * nbytes / weights, 4) if weights else None)
         for format, (number, weights, nbytes) in sorted(totals.items(), key=lambda item: -item[1][2])
     ]
     return table(("format", "tensors", "size", "bits"), rows)
 
 
 def _listing(tensors: list[dict[str, Any]]) -> Any:
-    rows = [(t["name"], " x ".join(map(str, t["shape"])), t["format"], size(t["nbytes"])) for t in tensors[:SHOWN]]
-    rest = f"the first {SHOWN} of {len(tensors)} tensors; --json lists all" if len(tensors) > SHOWN else f"{len(tensors)} tensors"
+    rows = [(t["name"], " x ".join(map(str, t["shape"])), t["format"], N.size(t["nbytes"])) for t in tensors[:SHOWN]]
+    rest = (
+        f"the first {SHOWN} of {len(tensors)} tensors; --json lists all"
+        if len(tensors) > SHOWN
+        else f"{len(tensors)} tensors"
+    )
     return table(("tensor", "shape", "format", "size"), rows, rest)
-
-
-def _percent(value: float | None) -> str | None:
-    return None if value is None else f"{value:.2%}"

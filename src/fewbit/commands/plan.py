@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import fewbit
-from fewbit.commands.console import duration, err, figure, results, size, table, write_json
+from fewbit.commands.console import err, results, table, write_json
 from fewbit.commands.quantize import Request
+from fewbit.report import numbers as N
 
 
 def run(request: Request, json_target: str | None) -> None:
@@ -24,10 +25,16 @@ def summary(planned: dict[str, Any]) -> Any:
     """The figures of the whole model."""
     source = planned["source_bytes"]
     rows = [
-        ("size", f"{size(planned['size_bytes'])}, {planned['size_bytes'] / source:.1%} of the original's {size(source)}"),
-        ("true bits per weight", f"{figure(planned['bits_per_weight'])} (scales included; quantized matrices)"),
-        ("peak memory", f"about {size(planned['peak_rss_bytes'])} (estimate)"),
-        ("time", f"about {duration(planned['seconds'])} (estimate)"),
+        (
+            "size",
+            f"{N.size(planned['size_bytes'])}, {planned['size_bytes'] / source:.1%} of the original's {N.size(source)}",
+        ),
+        (
+            "true bits per weight",
+            f"{N.significant(planned['bits_per_weight'], 4)} (scales included; quantized matrices)",
+        ),
+        ("peak memory", f"about {N.size(planned['peak_rss_bytes'])} (estimate)"),
+        ("time", f"about {N.seconds(planned['seconds'])} (estimate)"),
         ("kernels", ", ".join(sorted({layer["kernel"] for layer in planned["layers"] if layer["kernel"]}))),
     ]
     return table(("plan", ""), rows)
@@ -36,10 +43,10 @@ def summary(planned: dict[str, Any]) -> Any:
 def layers(planned: dict[str, Any]) -> Any:
     """Every layer: what happens to it, who will compute it, or why it stays."""
     rows = [
-        (x["name"], x["format"], x["method"], x["kernel"] or None, size(x["nbytes"]), x["reason_skipped"])
+        (x["name"], x["format"], x["method"], x["kernel"] or None, N.size(x["nbytes"]), x["reason_skipped"])
         for x in planned["layers"]
     ]
-    rows += [(x["name"], "as it is", None, None, size(x["nbytes"]), x["reason"]) for x in planned["kept"]]
+    rows += [(x["name"], "as it is", None, None, N.size(x["nbytes"]), x["reason"]) for x in planned["kept"]]
     return table(("layer", "format", "method", "kernel", "size", "why not quantized"), rows)
 
 

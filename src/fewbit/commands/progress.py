@@ -8,12 +8,13 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from fewbit.commands.console import duration, err, size
+from fewbit.commands.console import err
+from fewbit.report import numbers as N
 from fewbit.run.events import Event
 
 
 class Renderer:
-    """A ``progress`` callable and a context manager: ``with Renderer() as progress: quantize(..., progress=progress)``."""
+    """A ``progress`` callable and a context manager: ``with Renderer() as progress: quantize(...)``."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or err()
@@ -35,7 +36,9 @@ class Renderer:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = self._task = None
@@ -55,7 +58,7 @@ class Renderer:
         self._bar.update(self._task, completed=done, total=event.blocks or None, left=self._left())
 
     def _left(self) -> str:
-        return f"{duration(self._eta)} left" if self._eta is not None else ""
+        return f"{N.seconds(self._eta)} left" if self._eta is not None else ""
 
     def line(self, event: Event) -> str:
         """The line that an event prints; empty when it prints none."""
@@ -64,9 +67,7 @@ class Renderer:
         if event.kind == "start":
             return event.message or f"{event.blocks} blocks"
         if event.kind == "done":
-            took = [f"in {duration(event.seconds)}"] if event.seconds is not None else []
-            peak = [f"peak memory {size(event.peak_rss_bytes)}"] if event.peak_rss_bytes is not None else []
-            return ", ".join([event.message or "done", *took, *peak])
+            return f"written, read back and checked: {event.message}"
         if event.kind == "layer":
             return self._layer(event)
         return "" if self._bar is not None else self._block(event)
@@ -81,7 +82,7 @@ class Renderer:
         if event.seconds is not None:
             parts.append(f"{event.seconds:7.2f} s")
         if event.peak_rss_bytes is not None:
-            parts.append(f"peak {size(event.peak_rss_bytes)}")
+            parts.append(f"peak {N.size(event.peak_rss_bytes)}")
         if self._eta is not None:
             parts.append(self._left())
         return "  ".join(parts)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import fewbit
-from fewbit.commands.console import duration, err, figure, results, size, table, write_json
+from fewbit.commands.console import err, results, table, write_json
 from fewbit.commands.progress import Renderer
-from fewbit.containers import manifest
+from fewbit.containers import files, manifest
 from fewbit.errors import SpecError
 from fewbit.recipe import Recipe
+from fewbit.report import numbers as N
+from fewbit.report.write import write_reports
 
 WORST = 5
 
@@ -42,7 +44,11 @@ class Request:
             SpecError: neither or both of --format and --recipe, or an option that the method does not have.
         """
         if (self.format is None) == (self.recipe_file is None):
-            found = "neither --format nor --recipe was given" if self.format is None else "both --format and --recipe were given"
+            found = (
+                "neither --format nor --recipe was given"
+                if self.format is None
+                else "both --format and --recipe were given"
+            )
             raise SpecError(f"quantizing {self.model}", found, "--format int4/g128/asym, or --recipe FILE")
         if self.recipe_file is not None:
             if self.settings:
@@ -89,34 +95,43 @@ def run(request: Request, out: Path, json_target: str | None, report: Path | Non
     with Renderer(console) as progress:
         fewbit.quantize(request.model, recipe, out=out, progress=progress, **request.running())
     described = manifest.read(out)
+    written = write_reports(out, None, report)
     write_json(json_target, described)
     for shown in tables(out, described):
         results(json_target).print(shown)
+    console.print(f"report: {written[-1]}; `fewbit eval {out}` measures the whole and completes it", markup=False)
 
 
 def tables(out: Path, described: dict[str, Any]) -> list[Any]:
     """What came out, and the layers that suffered most."""
-    check = described.get("check") or {}
+    log = out.with_name(f"{out.name}.log.json")
+    took = files.read_json(log) if log.is_file() else {}
+    check = described["check"]
+    before, after = N.significant(check["reference_perplexity"], 4), N.significant(check["perplexity"], 4)
     rows = [
         ("folder", str(out)),
-        ("size", size(described["size_bytes"])),
-        ("true bits per weight", f"{figure(described['bits_per_weight'])} (scales included)"),
-        ("layers", f"{len(described['layers'])} quantized, {len(described['skipped'])} kept (see `fewbit inspect`)"),
-        ("time", duration(described.get("seconds"))),
-        ("peak memory", size(described.get("peak_rss_bytes"))),
+        ("size", N.size(described["size_bytes"])),
+        ("true bits per weight", f"{N.significant(described['bits_per_weight'], 4)} (scales included)"),
+        (
+            "layers",
+            f"{len(described['layers'])} quantized, {len(described['skipped'])} kept (see `fewbit inspect {out}`)",
+        ),
+        ("time", N.seconds(took.get("seconds"))),
+        ("peak memory", N.size(took.get("peak_rss_bytes"))),
+        ("perplexity", f"{after} (original {before}; {check['tokens']} held-out tokens, a quick check)"),
+        ("KL to the original", f"{N.significant(check['kl_mean'])} nats a token"),
+        ("same top token", N.percent(check["top1_agreement"])),
     ]
-    if check:
-        tokens = check.get("tokens")
-        rows += [
-            ("perplexity", f"{figure(check.get('perplexity'))} (original {figure(check.get('reference_perplexity'))}; {tokens} tokens)"),
-            ("KL to the original", figure(check.get("kl_mean"), 4)),
-            ("top-1 agreement", f"{check['top1_agreement']:.2%}" if check.get("top1_agreement") is not None else "-"),
-        ]
-    rows.append(("next", f"fewbit eval {out}"))
     measured = [layer for layer in described["layers"] if layer.get("relative_error") is not None]
     measured.sort(key=lambda layer: -layer["relative_error"])
     worst = [
-        (layer["name"], layer["format"], layer["method"], f"{layer['relative_error']:.2%}", layer.get("note") or None)
+        (
+            layer["name"],
+            layer["format"],
+            layer["method"],
+            N.percent(layer["relative_error"], 2),
+            layer.get("note") or None,
+        )
         for layer in measured[:WORST]
     ]
     return [table(("result", ""), rows), table(("worst layers", "format", "method", "error", "note"), worst)]

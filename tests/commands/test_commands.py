@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command on a real, tiny model, through the command line as scripts call it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+from fewbit.commands import demo as demo_command
+from fewbit.doctor import EXTRAS
+
+Command = Callable[..., Result]
+PLAN_KEYS = {"size_bytes", "bits_per_weight", "peak_rss_bytes", "seconds", "layers"}
+LAYER_KEYS = {"name", "format", "method", "kernel", "reason_skipped"}
+EVAL_KEYS = {
+    "perplexity",
+    "perplexity_stderr",
+    "kl_mean",
+    "kl_p999",
+    "top1_agreement",
+    "bits_per_weight",
+    "size_bytes",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "peak_rss_bytes",
+}
+
+
+def loaded(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_quantize_leaves_a_whole_folder(quantized: Path) -> None:
+    described = loaded(quantized / "fewbit.json")
+    assert {layer["method"] for layer in described["layers"] if layer["kind"] == "linear"} == {"gptq"}
+    assert (quantized / "tokenizer.json").is_file()
+    assert not quantized.with_name("out.partial").exists()
+
+
+def test_quantize_shows_layers_on_stderr_and_the_result_on_stdout(tiny: Path, command: Command, tmp_path: Path) -> None:
+    result = command("quantize", tiny, "-f", "int8/g32", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "model.layers.1.mlp.down_proj" in result.stderr
+    assert "bits" in result.stderr and "peak" in result.stderr
+    assert "true bits per weight" in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr
+
+
+def test_quantize_refuses_to_overwrite(quantized: Path, tiny: Path, command: Command) -> None:
+    before = (quantized / "fewbit.json").read_bytes()
+    result = command("quantize", tiny, "-f", "int8/g32", "-o", quantized)
+    assert result.exit_code == 3
+    assert "exists already" in result.stderr and "--force" in result.stderr
+    assert (quantized / "fewbit.json").read_bytes() == before
+
+
+def test_quantize_json_to_stdout_is_clean(tiny: Path, command: Command, tmp_path: Path) -> None:
+    result = command("quantize", tiny, "-f", "int8/g32", "-o", tmp_path / "out", "--json", "-")
+    assert json.loads(result.stdout)["bits_per_weight"] > 8
+
+
+def test_recipe_file(tiny: Path, command: Command, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[[rule]]\nmatch = "*.mlp.*"\nformat = "int4/g32"\n[[rule]]\nmatch = "*"\nformat = "float"\n')
+    result = command("plan", tiny, "--recipe", recipe, "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    formats = {layer["name"]: layer["format"] for layer in json.loads(result.stdout)["layers"]}
+    assert formats["model.layers.0.mlp.up_proj"] == "int4/g32"
+    assert formats["model.layers.0.self_attn.q_proj"] == "float"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ((), 2, "--format"),
+        (("-f", "int4/g32", "--recipe", "x.toml"), 2, "both"),
+        (("-f", "int9/g32"), 2, "int9/g32"),
+        (("-f", "int4/g32", "-m", "magic"), 2, "magic"),
+        (("-f", "int4/g32", "-m", "gptq", "--option", "damp"), 2, "NAME=VALUE"),
+        (("-f", "int4/g32", "-m", "gptq", "--option", "colour=1"), 2, "colour"),
+        (("-f", "int2/g32"), 2, "--force"),
+        (("--recipe", "/nonexistent/recipe.toml"), 3, "recipe.toml"),
+    ],
+)
+def test_refusals_come_before_work(
+    tiny: Path, command: Command, arguments: tuple[str, ...], code: int, words: str, tmp_path: Path
+) -> None:
+    result = command("quantize", tiny, *arguments, "-o", tmp_path / "out")
+    assert result.exit_code == code, result.stderr
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_model(command: Command, tmp_path: Path) -> None:
+    result = command("plan", tmp_path / "nothing", "-f", "int4/g32")
+    assert result.exit_code == 3
+    assert "nothing" in result.stderr
+
+
+def test_plan_keys_and_exact_size(quantized: Path, tiny: Path, command: Command, tmp_path: Path) -> None:
+    target = tmp_path / "plan.json"
+    result = command("plan", tiny, "--format", "int4/g32/asym", "--method", "gptq", "--json", target)
+    assert result.exit_code == 0, result.stderr
+    planned, described = loaded(target), loaded(quantized / "fewbit.json")
+    assert set(planned) >= PLAN_KEYS
+    assert all(set(layer) >= LAYER_KEYS for layer in planned["layers"])
+    assert planned["bits_per_weight"] == pytest.approx(described["bits_per_weight"], rel=1e-12)
+    tensors = loaded(quantized / "model.safetensors.index.json")["metadata"]["total_size"]
+    assert planned["size_bytes"] == tensors <= described["size_bytes"]
+    assert "model.layers.0.mlp.up_proj" in result.stdout
+
+
+def test_eval_measures_and_writes(quantized: Path, command: Command, tmp_path: Path) -> None:
+    target = tmp_path / "eval.json"
+    result = command("eval", quantized, "--context", 64, "--max-tokens", 256, "--decode-tokens", 2, "--json", target)
+    assert result.exit_code == 0, result.stderr
+    measured = loaded(target)
+    assert set(measured) >= EVAL_KEYS
+    assert measured["kl_mean"] > 0 and measured["perplexity"] > 1
+    assert loaded(quantized / "evaluation.json") == measured
+    assert "perplexity" in result.stdout
+    assert "<html" in (quantized / "report.html").read_text(encoding="utf-8")
+    assert (quantized / "README.md").is_file()
+
+
+def test_compare(quantized: Path, command: Command) -> None:
+    result = command("compare", quantized, quantized, "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert len(rows) == 2
+    assert rows[0]["format"] == "int4/g32/asym" and rows[0]["method"] == "gptq"
+
+
+def test_bench_keys(quantized: Path, command: Command) -> None:
+    result = command("bench", quantized, "--tokens", 4, "--prompt-tokens", 8, "--batch", 1, "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["prefill_tokens_per_s"] > 0 and found["decode_tokens_per_s"] > 0
+    row = found["kernels"][0]
+    assert row["seconds"] > 0
+    assert row["times_fp32"] == pytest.approx(row["fp32_seconds"] / row["seconds"])
+
+
+def test_generate_streams_the_prompt_and_more(quantized: Path, command: Command) -> None:
+    result = command("generate", quantized, "--prompt", "abc", "--max-tokens", 5)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("abc")
+    assert "tokens/s" in result.stderr
+    again = command("generate", quantized, "--prompt", "abc", "--max-tokens", 5)
+    assert again.stdout == result.stdout
+
+
+def test_generate_without_a_tokenizer(quantized: Path, command: Command, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(quantized, copy)
+    (copy / "tokenizer.json").unlink()
+    result = command("generate", copy, "--prompt", "abc")
+    assert result.exit_code == 3
+    assert "tokenizer" in result.stderr
+
+
+def test_inspect_verifies_hashes(quantized: Path, command: Command, tmp_path: Path) -> None:
+    found = json.loads(command("inspect", quantized, "--json", "-").stdout)
+    assert found["kind"] == "fewbit folder" and "verified" in found["hashes"]
+    copy = tmp_path / "copy"
+    shutil.copytree(quantized, copy)
+    shard = next(copy.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    result = command("inspect", copy)
+    assert result.exit_code == 3
+    assert shard.name in result.stderr
+
+
+def test_inspect_other_files(tiny: Path, command: Command, tmp_path: Path) -> None:
+    shard = next(tiny.glob("*.safetensors"))
+    one = json.loads(command("inspect", shard, "--json", "-").stdout)
+    folder = json.loads(command("inspect", tiny, "--json", "-").stdout)
+    assert one["tensors"] == folder["tensors"]
+    assert folder["bits_per_weight"] == 32 and folder["architecture"] == "LlamaForCausalLM"
+    (tmp_path / "x.bin").write_bytes(b"pickle")
+    assert command("inspect", tmp_path / "x.bin").exit_code == 3
+    assert command("inspect", tmp_path / "absent.gguf").exit_code == 3
+
+
+def test_doctor(command: Command) -> None:
+    result = command("doctor", "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["machine"]["cores"] >= 1
+    assert found["native"]["available"] or found["native"]["why_not"]
+    assert {row["extra"] for row in found["extras"]} == {extra.name for extra in EXTRAS}
+    assert all(row["present"] or "pip install" in row["install"] for row in found["extras"])
+    assert "instruction sets" in command("doctor").stdout
+
+
+def test_demo_says_what_to_install_before_any_work(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_command, "PACKAGE", "no_such_wheel")
+    result = command("demo", "-o", tmp_path / "out")
+    assert result.exit_code == 4
+    assert "pip install" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bare_command_and_unknown_command(command: Command) -> None:
+    assert "quantize" in command("--help").stdout
+    assert command("qantize").exit_code == 2
+    assert command("--version").stdout.startswith("fewbit ")
