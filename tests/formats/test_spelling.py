@@ -49,9 +49,9 @@ def test_defaults_and_schemes(short: str, long: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "int0", "int9", "int4/g0", "int4/g-1", "int4/g128/odd", "int4/g128/sym/sym", "nf4/g0", "nf5", "pot1", "pot9",
-        "mxfp4/g16", "nvfp4/g32", "int4/g99999", "int4/g8193", "int4/g4096x8", "int4/g32x8/asym/s9", "int4/g32x8/min",
-        "ternary/g128/asym", "W9A16", "W4A4", "int4\n/g128", "int4/channelx8", "ınt4",
+        "", "int0", "int9", "int4/g0", "int4/g-1", "int4/g128/odd", "int4/g128/sym/sym", "nf4/g0", "nf5",
+        "pot1", "pot9", "mxfp4/g16", "nvfp4/g32", "int4/g99999", "int4/g8193", "int4/g4096x8", "int4/g32x8/asym/s9",
+        "int4/g32x8/min", "ternary/g128/asym", "W9A16", "W4A4", "int4\n/g128", "int4/channelx8", "ınt4",
     ],
 )  # fmt: skip
 def test_nonsense_is_refused_with_a_remedy(text: str) -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes ggml.npz with the gguf package of llama.cpp (gguf 0.19.0): ``python tests/golden/make_ggml.py``.
 
-For each type: ``{type}.bytes`` (rows, bytes) and ``{type}.values`` (rows, columns) float32, what ``gguf.quants.dequantize``
-says those bytes stand for. Where ``gguf.quants.quantize`` exists it wrote the bytes, from a normal weight; for Q4_K and
-Q6_K, which that package only reads, every byte is random but the float16 scales, which are finite.
+For each type: ``{type}.bytes`` (rows, bytes) and ``{type}.values`` (rows, columns) float32, what
+``gguf.quants.dequantize`` says those bytes stand for. Where ``gguf.quants.quantize`` exists it wrote the bytes, from a
+normal weight; for Q4_K and Q6_K, which that package only reads, every byte is random but the float16 scales, which are
+finite.
 """
 
 from pathlib import Path

@@ -106,8 +106,9 @@ def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[
 
 
 def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tuple[Tensor, dict[str, Tensor]]:
-    codes = unpack_rows(packed, format.bits, shape[1] // format.dim)
-    return codes, load_params(format, shape, stored)
+    columns = shape[1] // format.dim
+    expect("packed codes", packed, (shape[0], row_bytes(columns, format.bits)))
+    return unpack_rows(packed, format.bits, columns), load_params(format, shape, stored)
 
 
 def _refuse(format: Format, shape: Shape) -> str | None:

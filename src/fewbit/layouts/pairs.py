@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fewbit.core.format import Format, Params
 from fewbit.core.layout import Layout, Shape
-from fewbit.layouts.dense import load_params, pack_rows, store_params, unpack_rows
+from fewbit.layouts.arrays import expect
+from fewbit.layouts.dense import load_params, pack_rows, row_bytes, store_params, unpack_rows
 
 
 def _refuse(format: Format, shape: Shape) -> str | None:
@@ -27,7 +28,9 @@ def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[
 
 
 def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tuple[Tensor, dict[str, Tensor]]:
-    return unpack_rows(packed, 4, shape[1] // format.dim), load_params(format, shape, stored)
+    columns = shape[1] // format.dim
+    expect("nibbles", packed, (shape[0], row_bytes(columns, 4)))
+    return unpack_rows(packed, 4, columns), load_params(format, shape, stored)
 
 
 PAIRS = Layout("pairs", _refuse, _pack, _unpack)
