@@ -47,8 +47,9 @@ class Evaluation:
     """Figures of one model; ``reference`` holds the same figures of the reference.
 
     Perplexity and KL are per token, KL in nats; sizes in bytes; ``linear_share`` is the share of decode time inside
-    linear layers, 0 to 1; ``energy_joules_per_token`` covers decode, or the text "not measurable here: reason". What
-    could not be measured is None and ``protocol["notes"]`` says why.
+    linear layers, 0 to 1; ``kernels`` counts the quantized layers by the kernel that ran them;
+    ``energy_joules_per_token`` covers decode, or is the text "not measurable here: reason". What could not be measured
+    is None and ``protocol["notes"]`` says why.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Evaluation:
     energy_joules_per_token: float | str | None = None
     load_seconds: float | None = None
     dtype: str = "float32"
+    kernels: Mapping[str, int] = field(default_factory=dict)
     runs: Mapping[str, list[float]] = field(default_factory=dict)
     reference: Evaluation | None = None
     protocol: Mapping[str, Any] = field(default_factory=dict)
@@ -293,6 +295,7 @@ def _timing(runs: list[Run], share: float | None, end: dict[str, Any]) -> dict[s
         "linear_share": share,
         "energy_joules_per_token": statistics.median(joules) if joules else end["energy"],
         "load_seconds": end["load_seconds"],
+        "kernels": end["kernels"],
         "runs": {"prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode},
     }
 

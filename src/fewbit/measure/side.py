@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class Side:
         """Number of parameters; of a fewbit folder what its manifest says, as packed weights are no parameters."""
         if not self.manifest:
             return sum(p.numel() for p in model.parameters())
-        packed = sum(int(layer["shape"][0]) * int(layer["shape"][1]) for layer in self.manifest["layers"])
+        packed = sum(math.prod(layer["shape"]) * int(layer.get("experts", 1)) for layer in self.manifest["layers"])
         return packed + sum(int(entry.get("parameters", 0)) for entry in self.manifest["skipped"])
 
     def subject(self, prompt: Tensor, decode_tokens: int) -> Child | Here:

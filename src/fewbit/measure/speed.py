@@ -8,6 +8,7 @@ the prompt over the time to the first token; decode is ``decode_tokens`` over th
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,6 +97,10 @@ class Generator:
         start, stamps = self._stamps(self.decode_tokens + 1, on_token)
         joules = self.meter.joules(before, self.meter.read()) / self.decode_tokens if before else None
         return Run(self.prompt.shape[1] / (stamps[0] - start), self.decode_tokens / (stamps[-1] - stamps[0]), joules)
+
+    def kernels(self) -> dict[str, int]:
+        """Which kernel runs how many of the quantized layers; empty for a float model."""
+        return dict(Counter(m.prepared.kernel for m in self.model.modules() if isinstance(m, QuantLinear)))
 
     def linear_share(self) -> float | None:
         """Share of decode time spent inside linear layers, 0 to 1; None when the model has none that can be told."""

@@ -51,12 +51,13 @@ class Here:
         return self.generator.linear_share()
 
     def finish(self) -> dict[str, Any]:
-        """``peak_rss_bytes``, ``load_seconds`` and ``energy``: None, or why it is not measurable here."""
+        """``peak_rss_bytes``, ``load_seconds`` and ``energy``: None or why it is not measurable here, ``kernels``."""
         meter = self.generator.meter
         return {
             "peak_rss_bytes": peak_rss_bytes(),
             "load_seconds": self.load_seconds,
             "energy": None if meter.source else meter.unavailable,
+            "kernels": self.generator.kernels(),
         }
 
     def close(self) -> None:

@@ -98,8 +98,7 @@ def _making(manifest: Mapping[str, Any]) -> str:
 
 - Original: {_plain(short(str(source.get("path"))))} ({_plain(str(source.get("architecture")))})
 - SHA-256 of the original: `{source.get("sha256")}`
-- fewbit {manifest.get("version")}, seed {manifest.get("seed")}; {N.seconds(manifest.get("seconds"))}, peak memory \
-{N.size(manifest.get("peak_rss_bytes"))}
+- fewbit {manifest.get("version")}, seed {manifest.get("seed")}
 - Calibration: {used}
 - Every tensor's format, true bits and error are in `fewbit.json`.
 

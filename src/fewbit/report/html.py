@@ -51,6 +51,7 @@ def page(manifest: Mapping[str, Any] | None, evaluation: Figures | None, others:
         heatmaps=_heatmaps(manifest.get("layers") or []),
         layers=layers[:LAYERS_SHOWN],
         layers_total=len(layers),
+        timed=any(layer.get("seconds") is not None for layer in layers),
         largest=max((_error(layer) for layer in layers if math.isfinite(_error(layer))), default=0) or 1,
         skipped=_skipped(manifest.get("skipped") or []),
         comparison=_comparison(every) if len(every) > 1 else None,
@@ -72,7 +73,8 @@ def compare_page(evaluations: Sequence[Figures]) -> str:
         title=f"Comparison: {names}",
         verdict=Verdict(headline, "plain", (reason,) if reason else ()),
         original=", ".join(short(e["model"]) for e in references(evaluations)),
-        tiles=[], groups=[], heatmaps=[], layers=[], layers_total=0, largest=1, skipped=[], facts=[], recipe="",
+        tiles=[], groups=[], heatmaps=[], layers=[], layers_total=0, timed=False, largest=1, skipped=[], facts=[],
+        recipe="",
         plots=_plots({}, list(evaluations)),
         comparison=_comparison(evaluations),
         measured=_measured(evaluations[0]),
@@ -246,11 +248,7 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Calibration", used),
         ("Formats", _count(layer.get("format") for layer in layers)),
         ("Methods", _count(layer.get("method") for layer in layers)),
-        ("Kernels chosen when it was made", _count(layer.get("kernel") for layer in layers)),
-        (
-            "Time and peak memory to make it",
-            f"{N.seconds(manifest.get('seconds'))}, {N.size(manifest.get('peak_rss_bytes'))}",
-        ),
+        ("Kernels of this machine when it was made", _count(layer.get("kernel") for layer in layers)),
     ]
 
 

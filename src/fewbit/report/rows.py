@@ -177,6 +177,9 @@ def verdict(evaluation: Figures) -> Verdict:
     slower = [what for what, key in _SPEEDS if faster(before, evaluation, key)[1] == "bad"]
     if slower:
         warnings.append(f"Slower than the original on this machine at {' and '.join(slower)}.")
+    slow = (evaluation.get("kernels") or {}).get("reference", 0)
+    if slow:
+        warnings.append(f"{slow} layers ran on the slow reference kernel: `fewbit doctor` says why.")
     kl = evaluation.get("kl_mean")
     if kl is None:
         warnings.append("There is no original beside it, so nothing here says how much accuracy quantizing cost.")
