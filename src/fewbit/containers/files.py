@@ -165,7 +165,9 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _write_error(path: Path, needed: int, error: OSError) -> InputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno == errno.EFBIG:
+        return InputError(f"writing {path}, {needed:,} bytes", "a file may not be that large here", "another folder")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         try:
             free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
         except OSError:

@@ -183,7 +183,7 @@ def _parse(reader: _Reader) -> GgufFile:
     # A tensor entry takes 24 bytes and a pair 13 at the very least: counts that cannot fit are refused at once.
     reader.need(tensors * 24 + pairs * 13, f"header of {tensors} tensors and {pairs} pairs")
     metadata, arrays = _pairs(reader, pairs)
-    if int(metadata.get("split.count", 1)) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise UnsupportedError(
             f"reading {reader.path}", "one part of a split GGUF", "merge it: llama-gguf-split --merge"
         )

@@ -125,8 +125,12 @@ class FolderCheckpoint(Checkpoint):
         self._of = {key: shard for shard in self._shards for key in shard.entries}
         self.files = [shard.path for shard in self._shards]
         check_layers(self.config, self._of, folder)
-        named = self.config.architectures
-        self.architecture = named[0] if named else self.config.model_type
+        named = self.config.architectures or [self.config.model_type]
+        if not isinstance(named, list) or not isinstance(named[0], str):
+            raise InputError(
+                f"reading {folder / 'config.json'}", f"its architectures are {str(named)[:80]}", "a class name"
+            )
+        self.architecture: str = named[0]
 
     def keys(self) -> list[str]:
         return list(self._of)
