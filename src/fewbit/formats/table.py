@@ -15,6 +15,7 @@ E2M1 and powers of two have one zero, not two: a second code for the same value 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -51,18 +52,25 @@ _POT_SMALLEST = 2.0**-14
 """Scale floor of powers of two: 2^-14 times the least value of ``pot8``, 2^-126, is still a float32 of 9 bits."""
 
 
+@functools.lru_cache
+def _bounds(table: tuple[float, ...]) -> Tensor:
+    """Float32 (levels - 1,): values up to ``bounds[i]`` inclusive belong to ``table[i]`` rather than ``table[i + 1]``.
+
+    Cached, as a solver that goes column by column asks for it once a column.
+    """
+    zero = table.index(0.0)
+    bounds = torch.tensor([(low + high) / 2 for low, high in itertools.pairwise(table)], dtype=torch.float32)
+    # bucketize sends a value equal to a bound down; one step lower, the bound sends it up
+    up = torch.tensor([(i - zero) % 2 == 1 for i in range(len(bounds))])
+    return torch.where(up, torch.nextafter(bounds, torch.full_like(bounds, -math.inf)), bounds)
+
+
 def nearest(values: Tensor, table: tuple[float, ...]) -> Tensor:
     """Index (uint8) of the entry of ascending ``table`` nearest to each of ``values``.
 
     A tie goes to the neighbour that is an even number of entries away from zero; with E2M1 that is the even mantissa.
     """
-    zero = table.index(0.0)
-    middle = [(low + high) / 2 for low, high in itertools.pairwise(table)]
-    # bucketize sends a value equal to a boundary down; one step lower, the boundary sends it up
-    bounds = torch.tensor(middle, dtype=torch.float32, device=values.device)
-    up = torch.tensor([(i - zero) % 2 == 1 for i in range(len(middle))], device=values.device)
-    bounds = torch.where(up, torch.nextafter(bounds, torch.full_like(bounds, -math.inf)), bounds)
-    return torch.bucketize(values.contiguous(), bounds, out_int32=True).to(torch.uint8)
+    return torch.bucketize(values.contiguous(), _bounds(table).to(values.device), out_int32=True).to(torch.uint8)
 
 
 def look_up(codes: Tensor, table: tuple[float, ...]) -> Tensor:

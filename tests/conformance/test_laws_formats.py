@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The laws over the whole table: every format x every method x every layout, on small odd shapes.
+
+1. ``encode(decode(q)) == q`` for every code, with the parameters that a method chose.
+4. Codes and parameters survive any change of layout, through any chain, bit for bit; a refusal is a sentence.
+5. Stored bits are counted from real bytes and are at most the formula of the format plus the padding of rows.
+
+And against float64 definitions written here, apart from the code: ``decode``, nearest codes by brute force, fits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from fewbit import formats, layouts, methods
+from fewbit.core import blocks as B
+from fewbit.core import format as F
+from fewbit.core.facts import Facts
+from fewbit.core.format import Format
+from fewbit.core.layout import Layout
+from fewbit.core.method import Method
+from fewbit.core.qtensor import QTensor
+from fewbit.formats.table import TABLES
+
+SHAPES = ((1, 1), (5, 33), (7, 97), (16, 64))
+"""Odd ones, and one that most word layouts accept."""
+SPANS = (32, 256)
+"""What ggml's structs and 3-bit words accept, checked once per format."""
+
+NAMES = (*formats.EXAMPLES, "int4/g32/sym", "int8/g32/sym", "int4/g16/asym", "int3/g32/sym", "pot4/channel")
+
+EPS = 2.0**-24
+"""Relative rounding error of float32."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors: threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def normal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def facts_of(columns: int, seed: int = 5) -> Facts:
+    scale = torch.logspace(-1, 1, columns)
+    return Facts.of(normal(3 * columns + 8, columns, seed) * scale, gram=True)
+
+
+HOSTILE: dict[str, Callable[[int, int], torch.Tensor]] = {
+    "zeros": lambda r, c: torch.zeros(r, c),
+    "constant": lambda r, c: torch.full((r, c), 0.7),
+    "negative constant": lambda r, c: torch.full((r, c), -1000.3),
+    "huge": lambda r, c: torch.where(normal(r, c) > 0, 3e38, -3e38),
+    "denormal": lambda r, c: normal(r, c) * 1e-41,
+    "one outlier": lambda r, c: normal(r, c).index_fill(1, torch.tensor([c // 2]), 1e6),
+    "tiny among zeros": lambda r, c: torch.zeros(r, c).index_fill(1, torch.tensor([c - 1]), -1e-30),
+}
+
+
+def value_of(format: Format, params: dict[str, np.ndarray]) -> np.ndarray:
+    """Every value of every block in float64, (rows, blocks, levels), from the formats' definitions."""
+    codes = np.arange(format.levels, dtype=np.float64)
+    kind, _, rest = format.name.partition("/")
+    p = {key: value.astype(np.float64) for key, value in params.items()}
+    if kind.startswith("int") and "super_scale" in p and rest.endswith(("s4", "s5", "s6", "s7", "s8")):
+        scale_bits = int(rest[-1])
+        if "/sym/" in rest:
+            scale = p["super_scale"] * (p["scale_code"] - 2.0 ** (scale_bits - 1))
+            return scale * (codes - format.levels / 2)
+        return p["super_scale"] * p["scale_code"] * codes - p["super_minimum"] * p["minimum_code"]
+    if kind.startswith("int") and rest.endswith("min"):
+        return p["scale"] * codes + p["minimum"]
+    if kind.startswith("int"):
+        middle = 0.5 if format.levels == 2 else format.levels / 2
+        return p["scale"] * (codes - p.get("zero_point", middle))
+    if kind == "sign":
+        return p["scale"] * (2 * codes - 1)
+    if kind == "ternary":
+        return p["scale"] * (codes - 1)
+    table = np.array(TABLES["fp4" if kind in ("mxfp4", "nvfp4") else kind])
+    if kind == "mxfp4":
+        return np.exp2(p["exponent"] - 127) * table
+    if kind == "nvfp4":
+        block = params["block_scale"]
+        exponent, mantissa = (block >> 3).astype(int), (block & 7) / 8.0
+        e4m3 = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * np.exp2(exponent - 7.0))
+        return e4m3 / p["global_scale"] * table
+    return p["scale"] * table
+
+
+def magnitude_of(format: Format, params: dict[str, np.ndarray], values: np.ndarray) -> np.ndarray:
+    """What float32 adds up to get a value, per block: the bound of its rounding error is a few EPS of this."""
+    top = np.abs(values).max(-1, keepdims=True)
+    return top + np.abs(values[..., :1] - values[..., -1:])
+
+
+def numpy_of(params: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {key: value.numpy() for key, value in params.items()}
+
+
+def check_law_1(format: Format, params: dict[str, torch.Tensor], context: str) -> None:
+    """Every code of every block, as if each block were as long as there are codes."""
+    blocks = next(iter(params.values())).shape[:2]
+    codes = torch.arange(format.levels, dtype=torch.uint8).expand(*blocks, format.levels)
+    values = format.decode(codes, params)
+    assert bool(values.isfinite().all()), context
+    assert torch.equal(format.encode(values, params), codes), context
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", methods.METHODS, ids=lambda row: row.name)
+def test_law_1_of_every_method(name: str, method: Method) -> None:
+    for shape in SHAPES:
+        weight = normal(*shape, seed=sum(shape))
+        tensor = method(weight, formats.parse(name), facts_of(shape[1]))
+        codes, params = tensor.logical()
+        assert tensor.shape == shape and codes.dtype == torch.uint8 and int(codes.max()) < tensor.format.levels
+        check_law_1(tensor.format, params, f"{name} {method.name} {shape}")
+    again = method(weight.clone(), formats.parse(name), facts_of(shape[1]))
+    assert torch.equal(again.packed, tensor.packed)
+    assert all(torch.equal(again.params[key], tensor.params[key]) for key in tensor.params)
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("name", NAMES)
+def test_hostile_weights_give_numbers(name: str, kind: str) -> None:
+    for shape in ((1, 1), (3, 70), (2, 300)):
+        weight = HOSTILE[kind](*shape)
+        format = formats.parse(name).bind(weight)
+        params = F.fit(format, weight)
+        assert all(bool(value.float().isfinite().all()) for value in params.values())
+        codes = F.encode(format, weight, params)
+        assert bool(F.decode(format, codes, params).isfinite().all())
+        check_law_1(format, params, f"{name} {kind}")
+        if kind == "zeros" and format.name.startswith(("nf4", "fp4", "pot", "mxfp4", "nvfp4", "ternary", "int")):
+            smallest = 2.0**-14 if name.startswith("pot") else 2.0**-23
+            assert float(F.decode(format, codes, params).abs().max()) <= smallest
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", methods.METHODS, ids=lambda row: row.name)
+def test_laws_4_and_5_in_every_layout(name: str, method: Method) -> None:
+    for shape in (*SHAPES, SPANS):
+        if shape == SPANS and method.name != "rtn":
+            continue  # one method fills ggml's spans; what it chose does not matter to a layout
+        tensor = method(normal(*shape), formats.parse(name), facts_of(shape[1]))
+        codes, params = tensor.logical()
+        values = tensor.dequantize()
+        accepted = []
+        for layout in layouts.LAYOUTS:
+            reason = layout.refuse(tensor.format, shape)
+            if reason is not None:
+                assert isinstance(reason, str)
+                assert tensor.format.name in reason or any(str(size) in reason for size in shape)
+                continue
+            accepted.append(layout)
+            check_same(tensor.repack(layout), codes, params, f"{name} {shape} {layout.name}")
+            assert torch.equal(tensor.repack(layout).dequantize(), values)
+            check_size(tensor, layout)
+        assert {"unpacked", "dense", "planes"} <= {layout.name for layout in accepted}
+        walk = tensor
+        for layout in itertools.chain(accepted, reversed(accepted)):
+            walk = walk.repack(layout)
+        check_same(walk, codes, params, f"{name} {shape} chain")
+
+
+def check_same(tensor: QTensor, codes: torch.Tensor, params: dict[str, torch.Tensor], context: str) -> None:
+    found, stored = tensor.logical()
+    assert torch.equal(found, codes) and found.dtype == codes.dtype, context
+    assert set(stored) == set(params), context
+    for key, value in params.items():
+        assert stored[key].dtype == value.dtype and stored[key].shape == value.shape, (context, key)
+        assert torch.equal(stored[key], value), (context, key)
+
+
+BITS_A_CODE: dict[str, Callable[[Format], float]] = {
+    "dense": lambda format: format.bits,
+    "planes": lambda format: format.bits,
+    "pairs": lambda format: 4,
+    "trits": lambda format: 1.6,
+}
+
+
+def check_size(tensor: QTensor, layout: Layout) -> None:
+    """Real bytes lie between the formula and the formula with every array's rows padded to whole bytes."""
+    if layout.name not in BITS_A_CODE:
+        return
+    rows, columns = tensor.shape
+    format = tensor.format
+    blocks = B.count(columns, format.block)
+    spans = B.count(columns, format.fit_block)
+    entries = {"block": rows * blocks, "span": rows * spans, "tensor": 1}
+    exact = rows * columns * BITS_A_CODE[layout.name](format) + sum(p.bits * entries[p.per] for p in format.params)
+    padded_rows = rows * (1 + len(format.params)) * format.bits
+    packed = tensor.repack(layout)
+    assert exact <= 8 * packed.nbytes <= exact + 8 * padded_rows, (format.name, layout.name, tensor.shape)
+    assert packed.bits_per_weight == 8 * packed.nbytes / (rows * columns)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decode_and_physical_against_float64(name: str) -> None:
+    for shape in ((5, 33), (7, 97), (3, 300)):
+        weight = normal(*shape, seed=shape[0])
+        format = formats.parse(name).bind(weight)
+        params = F.fit(format, weight)
+        values = value_of(format, numpy_of(params))  # (rows, blocks, levels)
+        bound = 4 * EPS * magnitude_of(format, numpy_of(params), values) + 2.0**-149
+        every = torch.arange(format.levels, dtype=torch.uint8).expand(*values.shape)
+        decoded = format.decode(every, params)
+        assert decoded.dtype == torch.float32
+        assert bool((np.abs(decoded.double().numpy() - values) <= bound).all())
+        physical = format.physical(params)
+        table = torch.arange(format.levels).float() if physical.table is None else physical.table
+        assert table.shape == (format.levels,) and physical.scale.shape == values.shape[:2]
+        lowered = physical.scale.unsqueeze(-1) * table
+        if physical.offset is not None:
+            lowered = lowered + physical.offset.unsqueeze(-1)
+        assert torch.equal(lowered, decoded), "a kernel's form must give the same float32"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_encode_is_the_nearest_by_brute_force(name: str) -> None:
+    for shape in ((5, 33), (7, 97)):
+        weight = normal(*shape, seed=shape[1])
+        format = formats.parse(name).bind(weight)
+        params = F.fit(format, weight)
+        for factor in (1.0, 0.3, 1.7):  # inside the range and out of it
+            blocks = B.split(weight * factor, format.block)
+            values = value_of(format, numpy_of(params))
+            distance = np.abs(blocks.double().numpy()[..., None] - values[:, :, None, :])
+            codes = format.encode(blocks, params).numpy()[..., None].astype(np.int64)
+            chosen = np.take_along_axis(distance, codes, -1)[..., 0]
+            # the quotient by the scale is off by some EPS, so near a tie either neighbour may be chosen
+            slack = 8 * EPS * (magnitude_of(format, numpy_of(params), values) + np.abs(blocks.double().numpy()))
+            assert bool((chosen <= distance.min(-1) + slack).all())
+
+
+def slow_fit(format: Format, block: np.ndarray) -> dict[str, float]:
+    """The parameters of one block, float64, from the definitions; formats that fit blocks one by one, unrounded."""
+    kind, _, rest = format.name.partition("/")
+    largest, top = np.abs(block).max(), format.levels - 1
+    if kind == "sign":
+        return {"scale": np.abs(block).mean()}
+    if kind == "int1" and rest.endswith("sym") and not rest.endswith("asym"):
+        return {"scale": 2 * np.abs(block).mean()}
+    if kind == "ternary":
+        ordered = np.sort(np.abs(block))[::-1]
+        gains = [ordered[: n + 1].sum() ** 2 / (n + 1) for n in range(len(ordered))]
+        best = int(np.argmax(gains))
+        return {"scale": ordered[: best + 1].mean()}
+    if kind == "mxfp4":
+        return {"exponent": math.floor(math.log2(largest)) - 2 + 127}
+    if kind.startswith("int") and rest.endswith("asym"):
+        low, high = min(block.min(), 0.0), max(block.max(), 0.0)
+        return {"scale": (high - low) / top}
+    if kind.startswith("int") and rest.endswith("min"):
+        least = np.float64(np.float16(block.min()))
+        return {"scale": max((block.max() - least) / top, abs(least) * 2.0**-14), "minimum": block.min()}
+    if kind.startswith("int"):
+        return {"scale": 2 * largest / top}
+    return {"scale": largest / max(TABLES[kind])}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n != "nvfp4" and not formats.parse(n).fit_block > formats.parse(n).block]
+)
+def test_fit_against_float64_block_by_block(name: str) -> None:
+    rows, columns = 5, 97
+    weight = normal(rows, columns, seed=9)
+    format = formats.parse(name)
+    params = F.fit(format, weight)
+    size = B.width(columns, format.block)
+    for row in range(rows):
+        for block, start in enumerate(range(0, columns, size)):
+            expected = slow_fit(format, weight[row, start : start + size].double().numpy())
+            for key, value in expected.items():
+                found = float(params[key][row, block, 0])
+                slack = abs(value) * (2.0**-11 + 2.0**-20) + (2.0**-14 if name.startswith("pot") else 2.0**-24)
+                assert abs(found - value) <= slack, (key, row, block)
+            if "zero_point" in params:
+                low = min(float(weight[row, start : start + size].min()), 0.0)
+                zero = round(-low / float(params["scale"][row, block, 0]))
+                assert abs(int(params["zero_point"][row, block, 0]) - zero) <= (zero > format.levels - 1)
+
+
+def test_fits_do_not_depend_on_threads() -> None:
+    weight = normal(1, 70000)
+    before = torch.get_num_threads()
+    try:
+        for name in ("sign/channel", "ternary/channel", "int1/channel/sym", "int4/channel/asym", "nf4/channel"):
+            format = formats.parse(name)
+            torch.set_num_threads(1)
+            one = F.fit(format, weight)
+            torch.set_num_threads(4)
+            many = F.fit(format, weight)
+            assert all(torch.equal(one[key], many[key]) for key in one), name
+    finally:
+        torch.set_num_threads(before)
