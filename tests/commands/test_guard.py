@@ -93,7 +93,7 @@ def test_warnings_are_lines_and_programmers_warnings_are_hidden() -> None:
 def test_ctrl_c_on_a_real_process(tiny: Path, tmp_path: Path) -> None:
     """SIGINT in the middle of a run: exit 130, the sentence, and the same command then finishes."""
     out = tmp_path / "out"
-    options = ["--format", "int4/g32", "--method", "gptq", "--samples", "512", "--context", "256", "-o", str(out)]
+    options = ["--format", "int4/g32", "--method", "gptq", "--samples", "128", "--context", "256", "-o", str(out)]
     start = "import sys; from fewbit.cli import app; sys.argv[0] = 'fewbit'; app()"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(fewbit.__file__).parents[1]), *sys.path])}
     process = subprocess.Popen(
