@@ -222,9 +222,10 @@ def doctor(json: Json = None, debug: Debug = False) -> None:
 @guarded
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("fewbit-demo"),
-    format: Annotated[str, typer.Option("--format", "-f", help="Number format.")] = "int3/g64",
+    format: Annotated[str, typer.Option("--format", "-f", help="Number format.")] = "int4/g64/asym",
     method: Method = "gptq",
     samples: Samples = 128,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=256, help="Held-out tokens to measure on.")] = 32768,
     threads: Threads = None,
     json: Json = None,
     debug: Debug = False,
@@ -232,7 +233,7 @@ def demo(
     """The whole job on a real model: quantize SmolLM2-135M from its wheel, measure it, report, say something."""
     from fewbit.commands import demo as command
 
-    command.run(out, format, method, samples, threads, json)
+    command.run(out, format, method, samples, max_tokens, threads, json)
 
 
 def main() -> None:

