@@ -72,6 +72,38 @@ def test_import_contracts() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def uses_torch_nn(source: str) -> bool:
+    """Whether Python source imports or names ``torch.nn``; import-linter sees only the package ``torch``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import) and any(alias.name.startswith("torch.nn") for alias in node.names):
+            return True
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            if any(name.startswith("torch.nn") for name in names):
+                return True
+        attribute = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if attribute and (node.value.id, node.attr) == ("torch", "nn"):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("part", ["methods", "transforms", "containers"])
+def test_no_torch_nn_in(part: str) -> None:
+    using = [path.name for path in (SOURCE / part).glob("*.py") if uses_torch_nn(path.read_text(encoding="utf-8"))]
+    assert using == []
+
+
+def test_every_spelling_of_torch_nn_is_seen() -> None:
+    spellings = (
+        "import torch.nn as n",
+        "from torch import nn",
+        "from torch.nn import Linear",
+        "torch.nn.functional.pad",
+    )
+    assert all(uses_torch_nn(spelling) for spelling in spellings)
+    assert not uses_torch_nn("import torch\nfrom torch import Tensor\ntorch.zeros(1)")
+
+
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_python_310_can_read_it(path: Path) -> None:
     """Syntax and standard library of 3.10; a newer module may only be imported under a version check."""
