@@ -27,6 +27,13 @@ T pointer(unsigned long long address) {
 
 PyObject* caps(PyObject*, PyObject*) { return PyLong_FromLong(fewbit_caps()); }
 
+PyObject* set_threads(PyObject*, PyObject* args) {
+  int threads;
+  if (!PyArg_ParseTuple(args, "i", &threads)) return nullptr;
+  fewbit_set_threads(threads);
+  Py_RETURN_NONE;
+}
+
 PyObject* tile16_bytes(PyObject*, PyObject* args) {
   long long rows, columns;
   int bits;
@@ -81,6 +88,7 @@ PyObject* linear(PyObject*, PyObject* args) {
 
 PyMethodDef methods[] = {
     {"caps", caps, METH_NOARGS, "Bits of FEWBIT_SERIAL 1, AVX2 2, AVX512 4, VNNI 8, NEON 16 that this machine can run."},
+    {"set_threads", set_threads, METH_VARARGS, "(threads): for every later call; 0 lets each call say."},
     {"tile16_bytes", tile16_bytes, METH_VARARGS, "(rows, columns, bits) -> bytes, or -1."},
     {"tile16_pack", tile16_pack, METH_VARARGS, "(codes, stride, rows, columns, bits, packed)"},
     {"tile16_unpack", tile16_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, stride)"},

@@ -27,11 +27,11 @@ FEWBIT_INLINE void convert_chunk(const uint8_t* const (&codes)[T], int vector, c
                                  int at, F (&acc)[T][M][2]) {
   constexpr int kFields = 32 / WIDTH;
   constexpr uint32_t kMask = (1u << WIDTH) - 1;
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
   for (int j = 0; j < WIDTH; j++) {
     U lanes[T];
     for (int t = 0; t < T; t++) lanes[t] = load_lanes(codes[t] + (vector + j) * 64);
-#pragma GCC unroll 32
+#pragma GCC unroll kUnroll
     for (int f = 0; f < kFields; f++) {
       F w[T];
       for (int t = 0; t < T; t++)

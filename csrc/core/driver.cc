@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // fewbit_linear: checks, scratch, and the two phases that threads share. Activations are laid out for the kernel (the
 // panel) for a few tokens at a time, so that the panel stays in the second-level cache; then row tiles are handed out.
+#include <atomic>
 #include <cstddef>
 #include <new>
 
@@ -16,6 +17,8 @@ constexpr int64_t kMostTokens = 32;
 constexpr int64_t kTilesPerUnit = 4;
 constexpr int64_t kChunksPerUnit = 16;
 constexpr int64_t kSmall = 1 << 17;  // multiply-adds below which a second thread costs more than it brings
+
+std::atomic<int32_t> thread_limit{0};  // 0: each call says
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -97,10 +100,13 @@ Task task_of(const fewbit_matrix& w) {
 }  // namespace
 }  // namespace fewbit
 
+extern "C" void fewbit_set_threads(int32_t threads) { fewbit::thread_limit.store(threads < 0 ? 0 : threads); }
+
 extern "C" int fewbit_linear(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens,
                              const float* bias, float* y, int64_t y_stride, int32_t isa, int32_t threads) {
   using namespace fewbit;
   if (!matrix || !sensible(*matrix, x, x_stride, tokens, y, y_stride, threads)) return FEWBIT_BAD_ARGUMENT;
+  if (const int32_t limit = thread_limit.load()) threads = limit;
   Call call{};
   call.kernel = find(matrix->family, isa);
   if (!call.kernel) return FEWBIT_NO_KERNEL;

@@ -23,7 +23,7 @@ struct Lut {
     if constexpr (lut_tabled(BITS)) {
       table_chunk<BITS, T, M>(codes, 0, panel, 0, acc);
     } else {
-#pragma GCC unroll 32
+#pragma GCC unroll kUnroll
       for (int k = 0; k < 32; k++) {
         F w[T];
         for (int t = 0; t < T; t++) w[t] = value(codes[t], k);

@@ -17,11 +17,11 @@ constexpr int table_floats(int width) { return width * 8 * 16; }
 template <int WIDTH, int T, int M>
 FEWBIT_INLINE void table_chunk(const uint8_t* const (&codes)[T], int vector, const float* const (&panel)[M],
                                int at, F (&acc)[T][M][2]) {
-#pragma GCC unroll 2
+#pragma GCC unroll kUnroll
   for (int j = 0; j < WIDTH; j++) {
     U lanes[T];
     for (int t = 0; t < T; t++) lanes[t] = load_lanes(codes[t] + (vector + j) * 64);
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
     for (int n = 0; n < 8; n++) {
       F table[M];
       for (int m = 0; m < M; m++) table[m] = load(panel[m] + at + (j * 8 + n) * 16);

@@ -61,6 +61,9 @@ int fewbit_tile16_pack(const uint8_t* codes, int64_t stride, int64_t rows, int64
 int fewbit_tile16_unpack(const uint8_t* packed, int64_t rows, int64_t columns, int32_t bits, uint8_t* codes,
                          int64_t stride);
 
+/* Threads that every later call uses instead of its `threads` argument; 0 gives that back to the caller. */
+void fewbit_set_threads(int32_t threads);
+
 /* y[token][row] = sum over columns of x[token][column] * w[row][column] + bias[row].
  *
  * x: (tokens, columns) float32, tokens `x_stride` floats apart; y: (tokens, rows) float32, `y_stride` apart; bias: (rows)

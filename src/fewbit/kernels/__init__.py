@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who computes: :data:`KERNELS` is the table, best first; ``reference`` takes everything and is the oracle."""
+
+from fewbit.kernels import native, reference
+from fewbit.kernels.ops import embedding, linear, prepare, set_threads
+from fewbit.kernels.prepared import Prepared
+from fewbit.kernels.table import KERNELS, Choice, Kernel, choose
+from fewbit.kernels.tile16 import TILE16
+
+__all__ = [
+    "KERNELS",
+    "TILE16",
+    "Choice",
+    "Kernel",
+    "Prepared",
+    "choose",
+    "embedding",
+    "linear",
+    "native",
+    "prepare",
+    "reference",
+    "set_threads",
+]

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled core, or the reason why it is absent. Pointers in, nothing out: sizes are checked by the callers."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Literal, Protocol, cast
+
+from fewbit.errors import UnsupportedError
+
+Isa = Literal["avx512", "avx2", "neon", "serial"]
+
+FLAGS: dict[Isa, int] = {"avx512": 4, "avx2": 2, "neon": 16, "serial": 1}
+"""Bits of ``fewbit_caps()``, best first."""
+VNNI = 8
+FAMILIES = {"affine": 0, "lut": 1}
+
+Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int]
+"""(rows, columns, block, bits, family, scale is half, offset is half, zero, codes, scale, offset, table)."""
+
+
+class Core(Protocol):
+    """The functions of ``fewbit._native``; arguments as in ``csrc/bind.cc``."""
+
+    def caps(self) -> int: ...
+    def set_threads(self, threads: int) -> None: ...
+    def tile16_bytes(self, rows: int, columns: int, bits: int) -> int: ...
+    def tile16_pack(self, codes: int, stride: int, rows: int, columns: int, bits: int, packed: int) -> None: ...
+    def tile16_unpack(self, packed: int, rows: int, columns: int, bits: int, codes: int, stride: int) -> None: ...
+    def linear(
+        self,
+        matrix: Matrix,
+        x: int,
+        x_stride: int,
+        tokens: int,
+        bias: int,
+        y: int,
+        y_stride: int,
+        isa: int,
+        threads: int,
+    ) -> None: ...
+
+
+@functools.cache
+def _load() -> tuple[Core | None, str | None]:
+    try:
+        return cast(Core, importlib.import_module("fewbit._native")), None
+    except ImportError as error:
+        return None, f"the native module fewbit._native is not usable here ({error})"
+
+
+def available() -> bool:
+    """Whether the compiled kernels can be used."""
+    return _load()[0] is not None
+
+
+def why_not() -> str | None:
+    """None when the compiled kernels can be used, else the reason."""
+    return _load()[1]
+
+
+def core() -> Core:
+    """The compiled functions.
+
+    Raises:
+        UnsupportedError: the package was installed without them.
+    """
+    module, reason = _load()
+    if module is None:
+        raise UnsupportedError(
+            "a native kernel", reason or "", 'kernel="reference" works; so does reinstalling with a C++ compiler'
+        )
+    return module
+
+
+@functools.cache
+def capabilities() -> int:
+    """Bits of :data:`FLAGS` and :data:`VNNI` that this machine can run; 0 without the native module."""
+    return core().caps() if available() else 0
+
+
+def isas() -> tuple[Isa, ...]:
+    """Instruction sets that this machine can run and this build contains, best first."""
+    return tuple(isa for isa, flag in FLAGS.items() if capabilities() & flag)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations on quantized matrices: multiply, look rows up. Each is a choice of kernel and a call."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from fewbit.core import format as F
+from fewbit.core.layout import UNPACKED
+from fewbit.core.qtensor import QTensor
+from fewbit.kernels import native
+from fewbit.kernels.prepared import NativePrepared, Prepared, ReferencePrepared
+from fewbit.kernels.table import choose
+from fewbit.kernels.tile16 import TILE16, unpack_rows
+from fewbit.layouts.dense import DENSE, load_params
+
+
+def prepare(qtensor: QTensor, kernel: str | None = None) -> Prepared:
+    """Repack ``qtensor`` for the best kernel here, or for the one named. Offline work: do it once a matrix.
+
+    Raises:
+        SpecError, UnsupportedError: as :func:`fewbit.kernels.choose`.
+    """
+    choice = choose(qtensor.format, qtensor.shape, kernel)
+    if choice.isa is not None:
+        return NativePrepared(qtensor, choice.kernel)
+    if kernel is None:
+        reason = native.why_not() or next(reversed(choice.reasons.values()))
+        warnings.warn(f"fewbit runs on its slow reference: {reason}", RuntimeWarning, stacklevel=2)
+    return ReferencePrepared(qtensor)
+
+
+def linear(x: Tensor, qtensor: QTensor, bias: Tensor | None = None, kernel: str | None = None) -> Tensor:
+    """``x W^T + bias``: x (..., columns) -> (..., rows) in x's dtype. Repacks at every call: for one matrix and many
+    calls, :func:`prepare` it."""
+    return prepare(qtensor, kernel)(x, bias)
+
+
+def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows ``ids`` (any shape, integers) of the matrix: (*ids.shape, columns) in ``dtype``.
+
+    Layouts that keep rows apart (dense, unpacked, tile16) decode only the rows asked for; any other is unpacked whole.
+
+    Raises:
+        IndexError: an id is not a row.
+    """
+    rows = ids.reshape(-1).long()
+    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= qtensor.shape[0]):
+        raise IndexError(f"ids go from {int(rows.min())} to {int(rows.max())}; the matrix has {qtensor.shape[0]} rows")
+    format, shape = qtensor.format, qtensor.shape
+    if qtensor.layout is TILE16:
+        codes = unpack_rows(qtensor.packed, shape, format.bits, rows)
+        params = {name: values[rows] for name, values in load_params(format, shape, qtensor.params).items()}
+    elif qtensor.layout is DENSE or qtensor.layout is UNPACKED:
+        stored = dict(qtensor.params)
+        for param in format.params:
+            if param.per != "tensor" or qtensor.layout is UNPACKED:
+                stored[param.name] = stored[param.name][rows]
+        few = QTensor(format, qtensor.layout, (rows.numel(), shape[1]), qtensor.packed[rows], stored)
+        codes, params = few.logical()
+    else:
+        codes, params = qtensor.logical()
+        codes, params = codes[rows], {name: values[rows] for name, values in params.items()}
+    return F.decode(format, codes, params).to(dtype).reshape(*ids.shape, shape[1])
+
+
+def set_threads(threads: int | None) -> None:
+    """Threads of the native kernels, for every later call; None follows ``torch.get_num_threads()`` (the default)."""
+    if native.available():
+        native.core().set_threads(threads or 0)

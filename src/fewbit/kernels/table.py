@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel table, best first, and the choice of a row for a format on this machine."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from fewbit.core import format as F
+from fewbit.core.format import Format
+from fewbit.core.layout import Shape
+from fewbit.errors import FewbitError, SpecError, UnsupportedError
+from fewbit.kernels import native
+from fewbit.kernels.native import Isa
+from fewbit.kernels.tile16 import TILE16
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row: ``y = x W^T + bias`` for weights of one family, on one instruction set, from one layout.
+
+    The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` and ``isa`` are None for the
+    reference, which takes everything.
+    """
+
+    family: Literal["affine", "lut"] | None
+    isa: Isa | None
+    layout: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}_linear_{self.isa}" if self.isa else "reference"
+
+    def refuse(self, format: Format, shape: Shape) -> str | None:
+        """None, or the reason why this row cannot run ``format`` of this ``shape`` (rows, columns) on this machine."""
+        if self.isa is None:
+            return None
+        if not native.available():
+            return native.why_not()
+        if self.isa not in native.isas():
+            return f"this machine or build has no {self.isa}; it has {', '.join(native.isas())}"
+        reason = TILE16.refuse(format, shape)
+        if reason is not None:
+            return f"layout tile16 {reason}"
+        found = family(format)
+        return None if found == self.family else f"runs the {self.family} family; {format.name} is {found}"
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("affine", "avx512", "tile16"),
+    Kernel("lut", "avx512", "tile16"),
+    Kernel("affine", "avx2", "tile16"),
+    Kernel("lut", "avx2", "tile16"),
+    Kernel("affine", "neon", "tile16"),
+    Kernel("lut", "neon", "tile16"),
+    Kernel("affine", "serial", "tile16"),
+    Kernel("lut", "serial", "tile16"),
+    Kernel(None, None, "any"),
+)
+
+NAMES = tuple(kernel.name for kernel in KERNELS)
+
+
+@functools.lru_cache(maxsize=256)
+def family(format: Format) -> str:
+    """The family that ``format`` lowers to: "affine" or "lut", or the reason why it lowers to none."""
+    weight = torch.linspace(-1, 1, max(format.fit_block, format.block, 32)).reshape(1, -1)
+    try:
+        bound = format.bind(weight)
+        return bound.physical(F.fit(bound, weight)).family
+    except FewbitError as error:
+        return f"of no family ({error})"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that will run; ``reasons`` says why each better row will not (name -> reason)."""
+
+    name: str
+    isa: Isa | None
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def kernel(self) -> Kernel:
+        return KERNELS[NAMES.index(self.name)]
+
+
+def choose(format: Format, shape: Shape, kernel: str | None = None) -> Choice:
+    """The best row for ``format`` of ``shape`` (rows, columns) here, or the one named; no weight is needed.
+
+    Raises:
+        SpecError: no kernel has that name.
+        UnsupportedError: the kernel named cannot run this here; the reason is in the message.
+    """
+    if kernel is not None and kernel not in NAMES:
+        raise SpecError(f"kernel {kernel!r}", "there is none of that name", f"these exist: {', '.join(NAMES)}")
+    reasons: dict[str, str] = {}
+    for row in KERNELS:
+        if kernel not in (None, row.name):
+            continue
+        reason = row.refuse(format, shape)
+        if reason is None:
+            return Choice(row.name, row.isa, reasons)
+        reasons[row.name] = reason
+    raise UnsupportedError(
+        f"kernel {kernel} for {format.name} of shape {tuple(shape)}", reasons[str(kernel)], 'kernel="reference" works'
+    )
