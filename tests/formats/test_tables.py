@@ -117,6 +117,7 @@ def test_e8m0_is_the_bits_of_a_float() -> None:
 
 def test_nvfp4_binds_one_scale_for_the_tensor() -> None:
     weight = normal(8, 64)
+    weight[3, 60] = 9
     format = formats.parse("nvfp4")
     bound = format.bind(weight)
     assert bound == format and bound.name == "nvfp4"
