@@ -146,7 +146,7 @@ def test_what_is_saved_beside_the_weights_can_be_read_back(tmp_path: Path) -> No
     config = AutoConfig.from_pretrained(out)
     assert config.architectures == ["LlamaForCausalLM"]
     AutoModelForCausalLM.from_config(config).load_state_dict(
-        {key: checkpoint.get(key) for key in checkpoint.keys()}, strict=True
+        {key: checkpoint.get(key) for key in list(checkpoint.keys())}, strict=True
     )
     words = "ABC"
     assert AutoTokenizer.from_pretrained(out)(words).input_ids == checkpoint.tokenizer()(words).input_ids
