@@ -6,8 +6,6 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "fewbit"
 FILE_LINES, FUNCTION_LINES, FOLDERS = 400, 60, 3
@@ -29,29 +27,34 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 def test_there_is_something_to_measure() -> None:
     assert len([path for path in PYTHON if SOURCE in path.parents]) > 20
+    assert len(NATIVE) > 5
 
 
-@pytest.mark.parametrize("path", PYTHON + NATIVE, ids=name)
-def test_file_length(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= FILE_LINES
+def test_files_are_short() -> None:
+    lengths = {name(path): len(text(path).splitlines()) for path in PYTHON + NATIVE}
+    assert {path: length for path, length in lengths.items() if length > FILE_LINES} == {}
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=name)
-def test_function_length(path: Path) -> None:
-    assert long_functions(path.read_text(encoding="utf-8")) == []
+def test_functions_are_short() -> None:
+    found = {name(path): long_functions(text(path)) for path in PYTHON}
+    assert {path: functions for path, functions in found.items() if functions} == {}
 
 
-@pytest.mark.parametrize("path", [path for path in PYTHON if SOURCE in path.parents], ids=name)
-def test_folder_depth(path: Path) -> None:
-    assert len(path.relative_to(SOURCE).parts) - 1 <= FOLDERS
+def test_folders_are_shallow() -> None:
+    depths = {name(path): len(path.relative_to(SOURCE).parts) - 1 for path in PYTHON if SOURCE in path.parents}
+    assert {path: depth for path, depth in depths.items() if depth > FOLDERS} == {}
 
 
-@pytest.mark.parametrize("path", PYTHON + NATIVE, ids=name)
-def test_licence_line(path: Path) -> None:
-    head = path.read_text(encoding="utf-8")[:200]
-    assert "SPDX-License-Identifier: Apache-2.0" in head
+def test_every_file_names_its_licence() -> None:
+    assert [
+        name(path) for path in PYTHON + NATIVE if "SPDX-License-Identifier: Apache-2.0" not in text(path)[:200]
+    ] == []
 
 
 def test_a_long_function_is_seen() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def tokenizer_of(folder: Path) -> Any:
 
 def prepare(threads: int | None) -> None:
     """``threads`` for torch and for fewbit's kernels (None leaves both as they are); no bars from transformers."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which transformers does
     from transformers.utils import logging
 
     logging.disable_progress_bar()
