@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def tiny_family(tmp_path: Path) -> Callable[[str], Path]:
+    """``tiny_family(name)``: a random two-block model of that family with the byte tokenizer, in a folder of its own."""
+    source = Path(__file__).parent / "model" / "tiny_models.py"
+    spec = importlib.util.spec_from_file_location("tiny_models", source)
+    assert spec is not None and spec.loader is not None
+    models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(models)
+
+    def make(name: str) -> Path:
+        folder = tmp_path / "model"
+        models.make(name, folder, vocab_size=save_byte_tokenizer(folder))
+        return folder
+
+    return make

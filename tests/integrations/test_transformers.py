@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `from_pretrained` loads computes what the checked folder says, for many families."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import fewbit
+from fewbit.errors import CorruptFileError, InputError
+from fewbit.model.checkpoint import open_checkpoint
+from fewbit.model.stream import StreamedModel
+from fewbit.run.verify import read_back
+
+FAMILIES = ["llama-tied", "gpt2", "gemma2", "gemma3", "phi3", "mixtral", "qwen2-moe", "gpt-oss", "falcon"]
+
+
+def dequantized_logits(model: Path, out: Path, manifest: dict, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the float model with every layer replaced by what the folder decodes to."""
+    streamed = StreamedModel.open(open_checkpoint(model))
+    streamed.load("")
+    where = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    for record in manifest["layers"]:
+        decoded = read_back(out / where[f"{record['name']}.weight_packed"], record).dequantize()
+        for site in streamed.sites:
+            if record["name"] in (site.name, site.tied_to):
+                streamed.set_weight(site.name, decoded.reshape(streamed.weight(site.name).shape))
+    with torch.no_grad():
+        return streamed.module(ids).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_model_equals_its_dequantized_twin(
+    family: str, tiny_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, out = tiny_family(family), tmp_path / "out"
+    result = fewbit.quantize(model, "int4/g16/asym", method="gptq", out=out, samples=4, context=32, force=True)
+    ids = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(0))
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        got = loaded(ids).logits
+    expected = dequantized_logits(model, out, result.manifest, ids)
+    assert float((got - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    assert loaded.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (2, 24)
+
+
+def test_an_expert_without_tokens_is_rounded_and_reported(tiny_family: Callable[[str], Path], tmp_path: Path) -> None:
+    one_token = {"samples": 1, "context": 1}  # reaches two of four experts
+    out = tmp_path / "out"
+    result = fewbit.quantize(tiny_family("mixtral"), "int4/g16/asym", method="gptq", out=out, force=True, **one_token)
+    experts = [layer for layer in result.manifest["layers"] if layer["kind"] == "experts"]
+    assert len(experts) == 4
+    for layer in experts:
+        assert layer["note"].startswith("2 of 4 experts saw no calibration token")
+        assert layer["note"].endswith("rounded to nearest instead of gptq")
+    assert math.isfinite(result.manifest["check"]["kl_mean"])
+
+
+def test_an_activation_cast_does_not_touch_scales(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    fewbit.quantize(tiny, "int4/g32/asym", out=tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.qtensor().params["scale"].dtype == torch.float16
+    assert model.model.norm.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert model(torch.arange(8).reshape(1, 8)).logits.dtype == torch.bfloat16
+
+
+def test_load_refuses_what_is_not_what_was_written(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fewbit.quantize(tiny, "int4/g32/asym", out=out)
+    shard = out / "model-00002-of-00004.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CorruptFileError, match="bytes differ"):
+        fewbit.load(out)
+    shard.unlink()
+    with pytest.raises(CorruptFileError, match="is missing"):
+        fewbit.load(out)
+    with pytest.raises(InputError, match=r"holds no fewbit\.json"):
+        fewbit.load(tiny)
+
+
+@pytest.mark.parametrize("order", ["import fewbit, transformers", "import transformers.quantizers.auto, fewbit"])
+def test_the_plug_in_registers_itself_whatever_is_imported_first(order: str) -> None:
+    code = f"{order}; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'fewbit' in m"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
