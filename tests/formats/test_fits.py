@@ -126,3 +126,13 @@ def test_far_from_zero_minimum_beats_zero_point() -> None:
         params = F.fit(format, weight)
         errors[name] = (F.decode(format, F.encode(format, weight, params), params) - weight).abs().max()
     assert errors["int4/g32/min"] < 0.003 < errors["int4/g32/asym"]
+
+
+@pytest.mark.parametrize("name", ["sign/g128", "ternary/g128"])
+def test_rows_fitted_in_parts_are_fitted_alike(name: str) -> None:
+    """More than 2^20 entries are handled some rows at a time, with importance for all rows or for each."""
+    format, weight = formats.parse(name), normal(1100, 1024)
+    share = torch.rand(1024, generator=torch.Generator().manual_seed(4))
+    whole = F.fit(format, weight, share)["scale"]
+    assert torch.equal(whole, F.fit(format, weight, share.expand(1100, 1024))["scale"])
+    assert torch.equal(whole[1090:], F.fit(format, weight[1090:], share)["scale"])

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 SMALLEST_SCALE = 2.0**-24
 """The least positive float16: a constant-zero block gets this scale, never 0 or NaN."""
 LARGEST_SCALE = 65504.0
+
+_CHUNK = 1 << 20
+"""Entries that :func:`by_rows` handles at once."""
 
 _E8M0 = (*(2.0 ** (code - 127) for code in range(255)), float("nan"))
 
@@ -42,6 +47,17 @@ def weights(blocks: Tensor, importance: Tensor) -> Tensor:
     spread = importance.expand_as(blocks)
     top = spread.amax(-1, keepdim=True)
     return torch.where(top > 0, spread / top.clamp_min(torch.finfo(torch.float32).tiny), (blocks != 0).float())
+
+
+def by_rows(function: Callable[[Tensor, Tensor], Tensor], blocks: Tensor, importance: Tensor) -> Tensor:
+    """``function(blocks, importance)``, some rows at a time: sums in float64 then take no memory to speak of."""
+    step = max(1, _CHUNK // max(1, blocks.shape[1] * blocks.shape[2]))
+    if blocks.shape[0] <= step:
+        return function(blocks, importance)
+    shares = importance.expand_as(blocks)
+    return torch.cat(
+        [function(b, s) for b, s in zip(torch.split(blocks, step), torch.split(shares, step), strict=True)]
+    )
 
 
 def spell_group(block: int) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core.format import Format, Param, Params, Physical
-from fewbit.formats.scales import divisor, spell_group, storable, weights
+from fewbit.formats.scales import by_rows, divisor, spell_group, storable, weights
 
 
 def mean_magnitude(blocks: Tensor, importance: Tensor) -> Tensor:
@@ -21,6 +21,10 @@ def mean_magnitude(blocks: Tensor, importance: Tensor) -> Tensor:
 
     Summed in float64, so that neither overflow nor the order of a threaded sum shows in the float16 it becomes.
     """
+    return by_rows(_mean_magnitude, blocks, importance)
+
+
+def _mean_magnitude(blocks: Tensor, importance: Tensor) -> Tensor:
     share = weights(blocks, importance).double()
     mean = (blocks.abs() * share).sum(-1, keepdim=True) / share.sum(-1, keepdim=True).clamp_min(1e-300)
     return mean.float()

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from fewbit.core.format import Format, Param, Params, Physical
-from fewbit.formats.scales import divisor, spell_group, storable, weights
+from fewbit.formats.scales import by_rows, divisor, spell_group, storable, weights
 
 
 def best_scale(blocks: Tensor, importance: Tensor) -> Tensor:
     """The exact minimiser, (rows, blocks, 1) float32; 0 for a block of zeros."""
+    return by_rows(_best_scale, blocks, importance)
+
+
+def _best_scale(blocks: Tensor, importance: Tensor) -> Tensor:
     top = blocks.abs().amax(-1, keepdim=True)
     # relative to the largest entry: nothing overflows when squared
     magnitude, order = (blocks.abs() / top.clamp_min(torch.finfo(torch.float32).tiny)).sort(-1, descending=True)
