@@ -33,7 +33,7 @@ def close(found: Facts, x: Tensor) -> None:
     assert torch.equal(found.gram, found.gram.T)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 20), min_size=1, max_size=5), columns=st.integers(1, 9), seed=st.integers(0, 10**6)
 )
@@ -50,7 +50,7 @@ def test_sums_of_a_stream(sizes: list[int], columns: int, seed: int) -> None:
     close(Facts.of(x, gram=True), x)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(sizes=st.tuples(*[st.integers(0, 12)] * 3), seed=st.integers(0, 10**6))
 def test_merging_is_a_monoid(sizes: tuple[int, int, int], seed: int) -> None:
     x = inputs(sum(sizes), 5, seed)

@@ -139,7 +139,10 @@ class _Columns:
         self._format, self._width = format, B.width(columns, format.block)
         self._codes = torch.empty(columns, rows, dtype=torch.uint8)
         # One contiguous (rows, 1, 1) slice a block: columns lie in rows here, and a step reads one entry a row.
-        self._params = {name: values.transpose(0, 1).contiguous() for name, values in params.items()}
+        # A copy always: the transpose of one row is contiguous as it is, and refits write here.
+        self._params = {
+            name: values.transpose(0, 1).clone(memory_format=torch.contiguous_format) for name, values in params.items()
+        }
         self._at = [self._slice(block) for block in range(B.count(columns, format.block))]
 
     def _slice(self, block: int) -> dict[str, Tensor]:
