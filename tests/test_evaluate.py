@@ -146,6 +146,7 @@ def test_without_a_reference_kl_is_none_and_the_reason_is_there() -> None:
 
 def test_random_state_threads_and_mode_are_untouched() -> None:
     model = build(6).train()
+    model.register_forward_pre_hook(lambda module, inputs: torch.rand(1) and None)
     before, threads = torch.random.get_rng_state(), torch.get_num_threads()
     evaluate(model, text=ids_of(64), context=32, decode_tokens=2)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -282,10 +283,11 @@ def powercap(folder: Path, name: str, energy_uj: int) -> Path:
 
 def test_energy_counters_wrap_and_subdomains_do_not_count_twice(tmp_path: Path) -> None:
     package = powercap(tmp_path, "intel-rapl:0", 900_000)
-    powercap(tmp_path, "intel-rapl:0:0", 5)
+    part = powercap(tmp_path, "intel-rapl:0:0", 5)
     meter = energy.meter("cpu", tmp_path)
     before = meter.read()
     (package / "energy_uj").write_text("300000")
+    (part / "energy_uj").write_text("250005")
     assert meter.source == "RAPL" and meter.joules(before, meter.read()) == pytest.approx(0.4)
 
 

@@ -148,9 +148,9 @@ def evaluate(
     other = reference_of(side, dtype, notes) if reference is None else Side.of(reference, dtype)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         seen = _score(side, other, (text, tokenizer, context, max_tokens, unscored), notes, report)
-    gc.collect()
-    prompt = seen.prompt(decode_tokens)
-    timing = _time([s for s in (side, other) if s is not None], prompt, decode_tokens, notes, report)
+        gc.collect()
+        prompt = seen.prompt(decode_tokens)
+        timing = _time([s for s in (side, other) if s is not None], prompt, decode_tokens, notes, report)
     before = None
     if other is not None:
         before = _figures(other, accuracy.summarize_reference(seen.scores), seen.facts[1], timing[1])

@@ -18,50 +18,49 @@ def find(model: str | Path) -> Path:
     Raises:
         InputError: there is no such folder, and it is not a hub id.
     """
-    path = Path(model)
+    from fewbit.model.checkpoint import HUB_ID, download
+
+    path = Path(model).expanduser()
     if path.exists():
         return path
-    text = str(model)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")) or text.endswith(".gguf"):
-        raise InputError(f"model {text}", "there is no such folder or file", "give a folder, a .gguf file or a hub id")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"])
-        )
-    except Exception as error:  # the hub client raises errors of five libraries
-        raise InputError(
-            f"model {text}", f"no such folder here, and the hub gave: {error}", "give a local folder"
-        ) from error
-
-
-def _where(path: Path) -> tuple[Path, dict[str, Any]]:
-    """What ``from_pretrained`` takes for a folder or a GGUF file."""
-    return (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    if isinstance(model, str) and HUB_ID.fullmatch(model) and not Path(model.split("/")[0]).exists():
+        return download(model)
+    raise InputError(f"model {model}", "there is no such folder or file", "give a folder, a .gguf file or a hub id")
 
 
 def load_model(path: Path, dtype: torch.dtype) -> Any:
     """The causal language model at ``path`` in eval mode, floats in ``dtype``; a fewbit folder comes with its kernels.
 
+    A folder goes through transformers; a GGUF file through :mod:`fewbit.model`, which checks it first.
+
     Raises:
-        InputError: transformers cannot load it; its reason is in the message.
+        InputError: it cannot be loaded; the reason is in the message. CorruptFileError: a damaged or hostile GGUF file.
         UnsupportedError: a fewbit folder, and the plug-in that ``import fewbit`` brings is not active.
     """
-    import transformers
+    from transformers import AutoModelForCausalLM
     from transformers.quantizers import auto
 
-    if path.is_dir() and (path / M.NAME).is_file() and "fewbit" not in auto.AUTO_QUANTIZER_MAPPING:
+    if path.is_file():
+        return _load_file(path, dtype)
+    if (path / M.NAME).is_file() and "fewbit" not in auto.AUTO_QUANTIZER_MAPPING:
         raise UnsupportedError(f"load {path}", "fewbit's transformers plug-in is not active", "import fewbit first")
-    folder, options = _where(path)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **options
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
     except FewbitError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise InputError(f"load {path}", f"transformers says: {error}") from error
+    return model.eval()
+
+
+def _load_file(path: Path, dtype: torch.dtype) -> Any:
+    from fewbit.model.checkpoint import open_checkpoint
+    from fewbit.model.loading import Loader
+    from fewbit.model.skeleton import build
+
+    checkpoint = open_checkpoint(path)
+    model = build(checkpoint.config)
+    Loader(checkpoint, model).load("", dtype)
     return model.eval()
 
 
@@ -71,14 +70,14 @@ def load_tokenizer(path: Path) -> Any:
     Raises:
         InputError: there is none.
     """
-    import transformers
+    from transformers import AutoTokenizer
 
-    folder, options = _where(path)
+    if path.is_file():
+        from fewbit.model.checkpoint import open_checkpoint
+
+        return open_checkpoint(path).tokenizer()
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **options
-        )
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise InputError(
-            f"tokenizer of {path}", f"transformers says: {error}", "copy tokenizer.json beside the weights"
-        ) from error
+        works = "copy tokenizer.json beside the weights"
+        raise InputError(f"tokenizer of {path}", f"transformers says: {error}", works) from error

@@ -60,8 +60,9 @@ class Side:
     def parameters(self, model: Any) -> int:
         """Number of parameters; of a fewbit folder what its manifest says, as packed weights are no parameters."""
         if not self.manifest:
-            return sum(p.numel() for p in model.parameters())
-        packed = sum(math.prod(layer["shape"]) * int(layer.get("experts", 1)) for layer in self.manifest["layers"])
+            return sum(int(p.numel()) for p in model.parameters())
+        layers = self.manifest["layers"]
+        packed = sum(int(math.prod(layer["shape"])) * int(layer.get("experts", 1)) for layer in layers)
         return packed + sum(int(entry.get("parameters", 0)) for entry in self.manifest["skipped"])
 
     def subject(self, prompt: Tensor, decode_tokens: int) -> Child | Here:
