@@ -57,9 +57,9 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "version 4": (build(version=4), "version 4"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
     # gguf-py pull 27188: a file of 43 bytes with a huge count kept the reader busy and its memory growing.
-    "2^61 tensors in a short file": (build(counts=(2**61, 0)), "left"),
-    "2^64-1 pairs in a short file": (build(counts=(0, 2**64 - 1)), "left"),
-    "2^40 tensors, one there": (build(tensors=ONE, counts=(2**40, 0)), "left"),
+    "2^61 tensors in a short file": (build(counts=(2**61, 0)), "header of"),
+    "2^64-1 pairs in a short file": (build(counts=(0, 2**64 - 1)), "header of"),
+    "2^40 tensors, one there": (build(tensors=ONE, counts=(2**40, 0)), "header of"),
     # CVE-2025-53630 and its way around, CVE-2026-27940: sizes whose product or sum wraps in 64 bits.
     "product wraps to 0 (2^42 and 2^22)": (build(tensors=[tensor("a", (2**42, 2**22))]), "beyond the file"),
     "product wraps to 8": (build(tensors=[tensor("a", (2**61 + 1, 8))], data=b"\0" * 32), "beyond the file"),

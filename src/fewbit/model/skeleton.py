@@ -25,7 +25,7 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
     config.use_cache = False
     asked = f"building a {config.model_type} model"
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
             )
@@ -45,7 +45,7 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
 def _without_sdpa(config: PretrainedConfig, asked: str, first: Exception) -> PreTrainedModel:
     """For families that have only the eager attention."""
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
             )
@@ -66,7 +66,7 @@ def _with_buffers(model: PreTrainedModel) -> PreTrainedModel:
         buffer = model.get_buffer(name)
         model.get_submodule(path)._buffers[leaf] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     parents = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad():
         for owner in sorted(owners):
             nearest = max((path for path in parents if not path or (owner + ".").startswith(path + ".")), key=len)
             parents[nearest]._init_weights(model.get_submodule(owner))
