@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does each method cost in accuracy, at which true bits? One command, one table.
+
+    python bench/accuracy.py MODEL --text wikitext2_test.txt --windows 40 --unscored 256 --json results.json
+
+Quantizes MODEL with every format and method asked for, decodes the written folder, and scores it against the float
+model on the same windows: perplexity, KL to the float model, top-1 agreement, all with standard errors clustered by
+window. Scoring runs on a GPU where there is one; quantizing is the pipeline's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import fewbit
+from fewbit import calibrate
+from fewbit.containers.files import read_json, write_json
+from fewbit.measure.accuracy import Scores, score, summarize
+from fewbit.model.checkpoint import open_checkpoint
+from fewbit.model.stream import StreamedModel
+from fewbit.run.verify import read_back
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtn": ("rtn", {}),
+    "clip": ("clip", {}),
+    "gptq": ("gptq", {"desc_act": False}),
+    "gptq act-order": ("gptq", {"desc_act": True}),
+}
+
+
+def decoded(module: nn.Module, streamed: StreamedModel, folder: Path, manifest: dict[str, Any]) -> None:
+    """Put what ``folder`` decodes to into ``module``, which shares its parameters with ``streamed``."""
+    where = read_json(folder / "model.safetensors.index.json")["weight_map"]
+    for record in manifest["layers"]:
+        values = read_back(folder / where[f"{record['name']}.weight_packed"], record).dequantize()
+        for site in streamed.sites:
+            if record["name"] in (site.name, site.tied_to):
+                place = streamed.weight(site.name)
+                streamed.set_weight(site.name, values.reshape(place.shape).to(place.device))
+
+
+@torch.no_grad()
+def logits(module: nn.Module, ids: Tensor) -> Tensor:
+    """(tokens, vocabulary) float32 logits of one window."""
+    return module(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a format and method."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = open_checkpoint(arguments.model)
+    text = calibrate.heldout_text() if arguments.text is None else calibrate.read_text(arguments.text)
+    windows = calibrate.windows(checkpoint.tokenizer(), text, arguments.context, "text")[: arguments.windows].to(device)
+    reference, ours = (StreamedModel.open(checkpoint) for _ in range(2))
+    for streamed in (reference, ours):
+        streamed.load("")
+        streamed.module.to(device)  # type: ignore[arg-type]
+    rows = []
+    for format in arguments.formats:
+        for name in arguments.methods:
+            method, options = METHODS[name]
+            with TemporaryDirectory() as scratch:
+                began = time.monotonic()
+                result = fewbit.quantize(
+                    arguments.model,
+                    format,
+                    method=method,
+                    options=options,
+                    out=Path(scratch) / "out",
+                    calibration=arguments.calibration,
+                    samples=arguments.samples,
+                    context=arguments.context,
+                    head=arguments.head,
+                    force=True,
+                )
+                seconds = time.monotonic() - began
+                ours.load("")
+                ours.module.to(device)  # type: ignore[arg-type]
+                decoded(ours.module, ours, result.path, result.manifest)
+            scored: list[Scores] = [
+                score(logits(ours.module, ids), ids, logits(reference.module, ids), arguments.unscored) for ids in windows
+            ]
+            linear = [layer for layer in result.manifest["layers"] if layer["kind"] not in ("embedding", "head")]
+            weights = sum(layer["shape"][0] * layer["shape"][1] * layer["experts"] for layer in linear)
+            bits = 8 * sum(layer["nbytes"] for layer in linear) / weights
+            row = {"format": format, "method": name, "bits": bits, "seconds": seconds, **summarize(scored)}
+            row["reference_perplexity"] = row["perplexity"] / row["perplexity_ratio"]
+            rows.append(row)
+            print(json.dumps({key: row[key] for key in ("format", "method", "bits", "perplexity", "kl_mean")}), flush=True)
+            if arguments.json:
+                write_json(arguments.json, {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "rows": rows})
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table, grouped by format."""
+    table = Table(title=f"float32 perplexity {rows[0]['reference_perplexity']:.3f}")
+    for column in ("format", "method", "true bits", "perplexity", "KL mean", "KL 99.9 %", "top-1", "seconds"):
+        table.add_column(column, justify="left" if column in ("format", "method") else "right")
+    for row in rows:
+        table.add_row(
+            row["format"],
+            row["method"],
+            f"{row['bits']:.3f}",
+            f"{row['perplexity']:.2f} ± {row['perplexity_stderr']:.2f}",
+            f"{row['kl_mean']:.4f} ± {row['kl_mean_stderr']:.4f}",
+            f"{row['kl_p999']:.2f}",
+            f"{row['top1_agreement']:.1%}",
+            f"{row['seconds']:.0f}",
+        )
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, help="evaluation text; bundled held-out text by default")
+    parser.add_argument("--calibration", type=Path, help="calibration text; bundled by default")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--unscored", type=int, default=1, help="leading tokens of a window that only give context")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--head", default="int8/g64")
+    sizes = [f"int{bits}/g{group}/asym" for group in (128, 64) for bits in (8, 4, 3, 2)]
+    parser.add_argument("--formats", nargs="+", default=sizes)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--json", type=Path)
+    show(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
