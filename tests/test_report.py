@@ -172,12 +172,14 @@ def test_the_card_has_valid_front_matter_and_inherits_the_licence() -> None:
 
 
 def test_hostile_names_stay_text_in_the_card() -> None:
-    text = card(manifest(), evaluation(), "---\nlicense: 'x\nlicense_name: \"y: [\n---\n")
+    described = manifest()
+    described["layers"][-1]["relative_error"] = 0.9
+    text = card(described, evaluation(), "---\nlicense: 'x\nlicense_name: \"y: [\n---\n")
     assert isinstance(yaml.safe_load(text.split("---\n")[1]), dict)
     prose = text.split("```json")[0] + text.split("```")[-1]
     assert "<script" not in prose and "</svg" not in prose
     table = [line for line in prose.splitlines() if "evil_proj" in line and line.startswith("|")]
-    assert all(line.replace("\\|", "").count("|") == 5 for line in table)
+    assert table and all(line.replace("\\|", "").count("|") == 5 for line in table)
 
 
 def test_the_card_names_no_local_path() -> None:
