@@ -37,14 +37,14 @@ def heatmap(layers: Sequence[Layer], key: str, name: str, ramp: str, log: bool) 
 
     A cell that stands for several layers (experts) shows the largest.
 
-    None when fewer than two layers have a block number and a value.
+    None when fewer than two layers have a block number and a value, or when a linear scale would show one colour.
     """
     cells: dict[tuple[str, int], list[Layer]] = {}
     for layer in layers:
         block, column = projection(str(layer["name"]))
         if block is not None and isinstance(layer.get(key), int | float):
             cells.setdefault((column, block), []).append(layer)
-    if len(cells) < 2:
+    if len(cells) < 2 or (not log and len({float(x[key]) for group in cells.values() for x in group}) == 1):
         return None
     rows = list(dict.fromkeys(column for column, _ in cells))
     blocks = sorted({block for _, block in cells})
