@@ -88,7 +88,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 ours.module.to(device)  # type: ignore[arg-type]
                 decoded(ours.module, ours, result.path, result.manifest)
             scored: list[Scores] = [
-                score(logits(ours.module, ids), ids, logits(reference.module, ids), arguments.unscored) for ids in windows
+                score(logits(ours.module, ids), ids, logits(reference.module, ids), arguments.unscored)
+                for ids in windows
             ]
             linear = [layer for layer in result.manifest["layers"] if layer["kind"] not in ("embedding", "head")]
             weights = sum(layer["shape"][0] * layer["shape"][1] * layer["experts"] for layer in linear)
@@ -96,7 +97,9 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             row = {"format": format, "method": name, "bits": bits, "seconds": seconds, **summarize(scored)}
             row["reference_perplexity"] = row["perplexity"] / row["perplexity_ratio"]
             rows.append(row)
-            print(json.dumps({key: row[key] for key in ("format", "method", "bits", "perplexity", "kl_mean")}), flush=True)
+            print(
+                json.dumps({key: row[key] for key in ("format", "method", "bits", "perplexity", "kl_mean")}), flush=True
+            )
             if arguments.json:
                 write_json(arguments.json, {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "rows": rows})
     return rows

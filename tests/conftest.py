@@ -57,7 +57,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_family(tmp_path: Path) -> Callable[[str], Path]:
-    """``tiny_family(name)``: a random two-block model of that family with the byte tokenizer, in a folder of its own."""
+    """``tiny_family(name)``: the folder of a random two-block model of that family, with the byte tokenizer."""
     source = Path(__file__).parent / "model" / "tiny_models.py"
     spec = importlib.util.spec_from_file_location("tiny_models", source)
     assert spec is not None and spec.loader is not None

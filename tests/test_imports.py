@@ -76,7 +76,7 @@ def test_command_line_starts_quickly(started: dict[str, Any]) -> None:
         "gguf",
         "fewbit.run",
         "fewbit.model",
-        "fewbit.evaluate",
+        "fewbit.evaluation",
         "fewbit.report",
         "rich.progress",
     }

@@ -22,15 +22,15 @@ from fewbit.integrations import autoload
 from fewbit.kernels import linear
 
 if TYPE_CHECKING:
-    from fewbit.evaluate import Evaluation, evaluate
+    from fewbit.evaluation import evaluate
     from fewbit.integrations.load import load
     from fewbit.recipe import Recipe
-    from fewbit.run import Plan, Result, plan, quantize
+    from fewbit.run import plan, quantize
 
 __version__ = "0.1.0"
 
 _LATER = {
-    "evaluate": "fewbit.evaluate",
+    "evaluate": "fewbit.evaluation",
     "load": "fewbit.integrations.load",
     "plan": "fewbit.run",
     "quantize": "fewbit.run",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Calibration:
 
 
 def _bundled(name: str) -> str:
-    return lzma.decompress(resources.files("fewbit").joinpath("data", name).read_bytes()).decode("utf-8")
+    return lzma.decompress(resources.files("fewbit").joinpath("data").joinpath(name).read_bytes()).decode("utf-8")
 
 
 def calibration_text() -> str:
@@ -77,7 +78,9 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise InputError(f"text file {path}", f"it cannot be read ({error.strerror})") from None
     if path.suffix in (".jsonl", ".json"):
-        content = "\n\n".join(_field(line, number, path) for number, line in enumerate(content.splitlines(), 1) if line.strip())
+        content = "\n\n".join(
+            _field(line, number, path) for number, line in enumerate(content.splitlines(), 1) if line.strip()
+        )
     if not content.strip():
         raise InputError(f"text file {path}", "it holds no text", "give a file with text")
     return content
@@ -90,7 +93,7 @@ def _field(line: str, number: int, path: Path) -> str:
         raise InputError(f"{path} line {number}", "it is not JSON", 'every line is like {"text": "..."}') from None
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise InputError(f"{path} line {number}", "it has no string field `text`", 'every line is like {"text": "..."}')
-    return value["text"]
+    return str(value["text"])
 
 
 def windows(tokenizer: Callable[..., Any], text: str, context: int, what: str) -> Tensor:
@@ -117,7 +120,7 @@ def passages(text: str, length: int) -> list[str]:
     while cuts[-1] < len(text):
         place = text.find(" ", cuts[-1] + length)
         cuts.append(len(text) if place < 0 else place)
-    return [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(cuts)]
 
 
 PASSAGE = 10

@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -85,7 +86,9 @@ class Recipe:
     rules: tuple[Rule, ...]
 
     @staticmethod
-    def simple(format: str, method: str = "rtn", head: str = "int8/g64", options: dict[str, Any] | None = None) -> Recipe:
+    def simple(
+        format: str, method: str = "rtn", head: str = "int8/g64", options: dict[str, Any] | None = None
+    ) -> Recipe:
         """One format and method for every layer, embedding and head in ``head`` (a format, or "float")."""
         return Recipe(
             (Rule("kind:embedding", head), Rule("kind:head", head), Rule("*", format, method, dict(options or {})))
@@ -94,7 +97,7 @@ class Recipe:
     def rule_for(self, name: str, kind: str, module_class: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.matches(name, kind, module_class)), None)
 
-    def check(self, layers: list[tuple[str, str, str]]) -> None:
+    def check(self, layers: Sequence[tuple[str, str, str]]) -> None:
         """Every rule must match some (name, kind, class).
 
         Raises:
@@ -116,7 +119,11 @@ class Recipe:
         for rule in self.to_dict()["rule"]:
             lines.append("[[rule]]")
             for key, value in rule.items():
-                inline = "{ " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items()) + " }" if key == "options" else json.dumps(value)
+                inline = (
+                    "{ " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items()) + " }"
+                    if key == "options"
+                    else json.dumps(value)
+                )
                 lines.append(f"{key} = {inline}")
             lines.append("")
         return "\n".join(lines)
@@ -126,7 +133,11 @@ class Recipe:
         """Raises SpecError when a key is unknown or missing."""
         unknown = set(data) - {"rule"}
         if unknown or not isinstance(data.get("rule"), list) or not data["rule"]:
-            raise SpecError("recipe", f"unknown keys {sorted(unknown)}" if unknown else "it has no rules", "a recipe is a list of [[rule]]")
+            raise SpecError(
+                "recipe",
+                f"unknown keys {sorted(unknown)}" if unknown else "it has no rules",
+                "a recipe is a list of [[rule]]",
+            )
         return Recipe(tuple(_rule(entry) for entry in data["rule"]))
 
     @staticmethod

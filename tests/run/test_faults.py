@@ -85,7 +85,9 @@ def test_scales(
     good = stages.write_safetensors
 
     def bad(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-        return good(path, {k: fault(v) if k.endswith("q_proj.weight_scale") else v for k, v in tensors.items()}, metadata)
+        return good(
+            path, {k: fault(v) if k.endswith("q_proj.weight_scale") else v for k, v in tensors.items()}, metadata
+        )
 
     monkeypatch.setattr(stages, "write_safetensors", bad)
     refused(short, tmp_path / "out", VerificationError, match)
@@ -98,7 +100,9 @@ def test_a_kernel_with_the_wrong_group_size(short: Short, tmp_path: Path, monkey
 
     def bad(x: Tensor, qtensor: QTensor, *more: Any) -> Tensor:
         codes, params = qtensor.logical()
-        halves = {name: values.repeat_interleave(2, 1)[:, : -(-codes.shape[1] // 16)] for name, values in params.items()}
+        halves = {
+            name: values.repeat_interleave(2, 1)[:, : -(-codes.shape[1] // 16)] for name, values in params.items()
+        }
         halves = {name: values.roll(1, 1) for name, values in halves.items()}
         return good(x, QTensor.of(replace(qtensor.format, block=16), codes, halves), *more)
 

@@ -112,7 +112,9 @@ def test_changed_weights_are_refused(tiny: Path, tmp_path: Path, monkeypatch: py
         fewbit.quantize(model, "int4/g32", out=tmp_path / "out")
 
 
-def test_the_same_command_twice_does_nothing_and_another_one_refuses(short: Short, hashes: Hashes, tmp_path: Path) -> None:
+def test_the_same_command_twice_does_nothing_and_another_one_refuses(
+    short: Short, hashes: Hashes, tmp_path: Path
+) -> None:
     short(tmp_path / "out")
     before = hashes(tmp_path / "out")
     short(tmp_path / "out")

@@ -39,7 +39,9 @@ def read(folder: Path) -> dict[str, Any]:
         if not isinstance(manifest.get(key), kind):  # type: ignore[arg-type]
             raise CorruptFileError(f"{path}", f"field {key!r} is missing or of the wrong type", "quantize again")
     if manifest["manifest"] > VERSION:
-        raise CorruptFileError(f"{path}", f"manifest version {manifest['manifest']}", f"this fewbit reads up to {VERSION}")
+        raise CorruptFileError(
+            f"{path}", f"manifest version {manifest['manifest']}", f"this fewbit reads up to {VERSION}"
+        )
     return manifest
 
 
@@ -54,4 +56,6 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
         if not path.is_file():
             raise CorruptFileError(f"{folder}", f"file {name} is missing", "copy the folder again, or quantize again")
         if digest(path) != expected:
-            raise CorruptFileError(f"{path}", "its bytes differ from what was written", "copy it again, or quantize again")
+            raise CorruptFileError(
+                f"{path}", "its bytes differ from what was written", "copy it again, or quantize again"
+            )

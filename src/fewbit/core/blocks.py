@@ -42,5 +42,5 @@ def present(columns: int, block: int, device: torch.device | None = None) -> Ten
 
 
 def per_block(values: Tensor, blocks: int, repeat: int) -> Tensor:
-    """One entry a span -> one entry a block: ``(rows, spans, 1) -> (rows, blocks, 1)``, each repeated ``repeat`` times."""
+    """Entries of spans, repeated for their blocks: ``(rows, spans, 1) -> (rows, blocks, 1)``, each ``repeat`` times."""
     return values.repeat_interleave(repeat, dim=1)[:, :blocks]

@@ -100,7 +100,7 @@ class Format(ABC):
 
 def fit(format: Format, weight: Tensor, importance: Tensor | None = None) -> dict[str, Tensor]:
     """Parameters for a whole ``weight`` (rows, columns); ``importance`` (columns,) or (rows, columns), default 1."""
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     mask = B.present(columns, format.block, weight.device)
     if importance is not None:
         mask = B.split(importance.float().reshape(-1, columns), format.block)

@@ -14,7 +14,6 @@ from fewbit.core.format import Format, decode, encode, fit
 from fewbit.core.layout import UNPACKED, Layout
 from fewbit.errors import UnsupportedError
 
-
 _TRIAL = 16
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers the transformers plug-in when, and only when, transformers' quantizers are imported.
 
-``import fewbit`` must not import transformers, and transformers has no entry point for quantizers. So a finder waits for
-``transformers.quantizers.auto``, lets it load as always, then adds one row to its two tables.
+``import fewbit`` must not import transformers, and transformers has no entry point for quantizers. So a finder waits
+for ``transformers.quantizers.auto``, lets it load as always, then adds one row to its two tables.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _register() -> None:
 
 
 def install() -> None:
-    """Register now if transformers' quantizers are loaded, otherwise as soon as they are. Calling twice does nothing."""
+    """Register now if transformers' quantizers are loaded, else as soon as they are. Calling twice does nothing."""
     if AWAITED in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):

@@ -47,7 +47,9 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if not {str(device) for device in devices} <= {"None", "cpu", "auto"}:
-            raise UnsupportedError(f"device_map {device_map!r}", "fewbit's kernels run on the CPU", "leave device_map out")
+            raise UnsupportedError(
+                f"device_map {device_map!r}", "fewbit's kernels run on the CPU", "leave device_map out"
+            )
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self._dtype = dtype or torch.float32
@@ -60,7 +62,7 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
         """Arrays keep the dtype they are stored in: a scale cast to bfloat16 would be another model."""
         return None
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, entry in self.quantization_config.modules.items():
             try:
                 _replace(model, name, entry, self._dtype)
@@ -117,7 +119,7 @@ def _replace(model: nn.Module, name: str, entry: dict[str, Any], dtype: torch.dt
             new.register_buffer(key, buffer.to("meta"), persistent="tied_to" not in entry)
     setattr(parent, leaf, new)
     # Some families initialise a child's `weight` from its parent (GPT-2's c_proj); there is none to initialise.
-    parent._is_hf_initialized = True
+    parent.__dict__["_is_hf_initialized"] = True
 
 
 def _tie(model: nn.Module, name: str, source: str) -> None:

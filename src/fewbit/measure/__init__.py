@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What :func:`fewbit.evaluate.evaluate` measures, one question a file: accuracy, speed, memory, energy, size."""
+"""What :func:`fewbit.evaluation.evaluate` measures, one question a file: accuracy, speed, memory, energy, size."""

@@ -47,11 +47,13 @@ class Store(nn.Module):
 class QuantLinear(Store):
     """``y = x W^T + b`` with W in few bits. ``activation``: a format that inputs are rounded to per token, or None."""
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, format: str, layout: str, shape: tuple[int, int], bias: nn.Parameter | None, activation: str | None = None
     ) -> None:
         super().__init__(format, layout, shape)
-        self.register_parameter("bias", bias)
+        self.bias = bias
         self.activation = formats.parse(activation) if activation else None
         self.in_features, self.out_features = shape[1], shape[0]
         self._prepared: kernels.Prepared | None = None
@@ -74,7 +76,9 @@ class QuantLinear(Store):
 class QuantEmbedding(Store):
     """Rows of a table in few bits; ``scale`` multiplies them where the family does (Gemma)."""
 
-    def __init__(self, format: str, layout: str, shape: tuple[int, int], scale: float | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, format: str, layout: str, shape: tuple[int, int], scale: float | None, dtype: torch.dtype
+    ) -> None:
         super().__init__(format, layout, shape)
         self.scale, self.dtype = scale, dtype
         self.num_embeddings, self.embedding_dim = shape

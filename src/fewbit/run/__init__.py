@@ -20,8 +20,8 @@ from fewbit.errors import InputError, SpecError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Recipe
-from fewbit.run.events import Event, Progress
 from fewbit.run.ending import STATE, describe, finish
+from fewbit.run.events import Event, Progress
 from fewbit.run.journal import Journal
 from fewbit.run.planning import Plan, make_plan
 from fewbit.run.stages import Run, run_stages
@@ -63,48 +63,37 @@ def quantize(
     """Quantize ``model`` into the folder ``out``, checked before it gets its name.
 
     Args:
-        model: a Hugging Face folder, a ``.gguf`` file, a hub id, or a transformers model in memory (with ``tokenizer``).
+        model: a Hugging Face folder, a ``.gguf`` file, a hub id, or a transformers model (with ``tokenizer``).
         recipe: a format such as ``"int4/g128/asym"``, a scheme such as ``"W4A16"``, or a :class:`Recipe`.
         method: for a format: ``rtn``, ``clip``, ``gptq``, ... with ``options``.
-        calibration: a .txt or .jsonl file; bundled text when None. ``samples`` windows of ``context`` tokens, drawn with ``seed``.
+        calibration: a .txt or .jsonl file; bundled text when None.
+        samples, context, seed: windows, tokens in each, and what they are drawn with.
         threads: how many; any number gives the same bytes. None takes torch's.
         head: format of the embedding and the head, or ``"float"``.
         force: accept below 3 bits without data, replace ``out``, and accept a broken result.
 
     Raises:
-        FewbitError: see :mod:`fewbit.errors`. An interrupted or refused run leaves its work in ``OUT.partial``, from which
-            the same call continues.
+        FewbitError: see :mod:`fewbit.errors`. An interrupted or refused run leaves its work in ``OUT.partial``, from
+            which the same call continues.
     """
-    chosen = _recipe(recipe, method, head, options)
-    target, tell = Path(out), progress or _silent
+    chosen, target, tell = _recipe(recipe, method, head, options), Path(out), progress or _silent
     with _source(model, tokenizer, target) as path:
         checkpoint = open_checkpoint(path)
         streamed = StreamedModel.open(checkpoint)
         planned = make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
         for message in planned.warnings:
             tell(Event("note", message=message))
-        words, longest = checkpoint.tokenizer(), _longest(checkpoint)
-        if context > longest:
-            tell(Event("note", message=f"calibrating with windows of {longest} tokens, the most this model takes"))
-            context = longest
-        data = _calibration(chosen, words, calibration, samples, context, seed, tell)
-        fingerprint = {
-            "version": fewbit.__version__,
-            "weights": checkpoint.fingerprint(),
-            "config": hashlib.sha256(checkpoint.config.to_json_string().encode()).hexdigest(),
-            "recipe": describe(chosen),
-            "calibration": data.sha256 if data else "none",
-            "seed": str(seed),
-        }
+        words = checkpoint.tokenizer()
+        data = _calibration(checkpoint, words, chosen, calibration, samples, context, seed, tell)
+        fingerprint = _fingerprint(checkpoint, chosen, data, seed)
         if (finished := _finished(target, fingerprint)) is not None:
             tell(Event("done", message=f"{target} is finished already"))
             return finished
         folder = _open_folder(target, force)
         journal = Journal.open(folder / STATE / "journal.json", fingerprint)
-        probe = calibrate.probe(words, PROBE[0], min(PROBE[1], longest))
-        batch = _batch(data)
+        probe = calibrate.probe(words, PROBE[0], min(PROBE[1], _longest(checkpoint)))
         with workers(threads) as pool:
-            run = Run(streamed, planned, folder, journal, data, batch, probe, pool, tell)
+            run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell)
             run_stages(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)
     tell(Event("done", message=str(target)))
@@ -122,7 +111,7 @@ def plan(
     options: dict[str, Any] | None = None,
     force: bool = False,
 ) -> Plan:
-    """What :func:`quantize` would do with the same arguments; reads no weight. See :class:`fewbit.run.planning.Plan`."""
+    """What :func:`quantize` would do with the same arguments; reads no weight. See :mod:`fewbit.run.planning`."""
     checkpoint = open_checkpoint(model)
     streamed = StreamedModel.open(checkpoint)
     chosen = _recipe(recipe, method, head, options)
@@ -143,17 +132,43 @@ def _longest(checkpoint: Checkpoint) -> int:
     return next((limit for name in POSITIONS if type(limit := getattr(text, name, None)) is int), 1 << 30)
 
 
+def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, data: Calibration | None, seed: int) -> dict[str, str]:
+    """Everything that the bytes of the result depend on."""
+    return {
+        "version": fewbit.__version__,
+        "weights": checkpoint.fingerprint(),
+        "config": hashlib.sha256(checkpoint.config.to_json_string().encode()).hexdigest(),
+        "recipe": describe(recipe),
+        "calibration": data.sha256 if data else "none",
+        "seed": str(seed),
+    }
+
+
 def _calibration(
-    recipe: Recipe, words: Any, source: str | Path | None, samples: int, context: int, seed: int, tell: Progress
+    checkpoint: Checkpoint,
+    words: Any,
+    recipe: Recipe,
+    source: str | Path | None,
+    samples: int,
+    context: int,
+    seed: int,
+    tell: Progress,
 ) -> Calibration | None:
     """Text for the methods that need it; None when no rule does."""
     if all(rule.format == "float" or methods.named(rule.method).needs == "nothing" for rule in recipe.rules):
         if source is not None:
-            tell(Event("note", message=f"the calibration text {source} is not used: no method of the recipe needs data"))
+            tell(
+                Event("note", message=f"the calibration text {source} is not used: no method of the recipe needs data")
+            )
         return None
+    if context > (longest := _longest(checkpoint)):
+        tell(Event("note", message=f"calibrating with windows of {longest} tokens, the most this model takes"))
+        context = longest
     data = calibrate.calibration(words, source, samples, context, seed)
     if len(data.ids) < samples:
-        tell(Event("note", message=f"calibration text {data.source} gives {len(data.ids)} samples instead of {samples}"))
+        tell(
+            Event("note", message=f"calibration text {data.source} gives {len(data.ids)} samples instead of {samples}")
+        )
     return data
 
 

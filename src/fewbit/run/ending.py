@@ -37,7 +37,9 @@ def finish(run: Run, checkpoint: Checkpoint, recipe: Recipe, seed: int, out: Pat
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     checkpoint.save_sidecars(folder)
     layers = [
-        {key: value for key, value in record.items() if key != "seconds"} for stage in stages for record in stage["layers"]
+        {key: value for key, value in record.items() if key != "seconds"}
+        for stage in stages
+        for record in stage["layers"]
     ]
     _config(run, folder, layers)
     manifest = _manifest(run, checkpoint, recipe, seed, layers)
@@ -134,9 +136,10 @@ def _judge(check: dict[str, Any], force: bool, folder: Path) -> None:
         return
     raise QualityError(
         "accepting the quantized model",
-        f"on held-out text its perplexity is {check['perplexity']:.4g} against {check['reference_perplexity']:.4g} and its KL "
-        f"divergence {check['kl_mean']:.3g} nats (limits: {MOST_PERPLEXITY_RATIO:g} times, {MOST_KL:g})",
-        f"use more bits, smaller groups or a calibrated method; or --force to accept it as it is (the work in {folder} is kept)",
+        f"on held-out text its perplexity is {check['perplexity']:.4g} against {check['reference_perplexity']:.4g} and "
+        f"its KL divergence {check['kl_mean']:.3g} nats (limits: {MOST_PERPLEXITY_RATIO:g} times, {MOST_KL:g})",
+        "use more bits, smaller groups or a calibrated method; or --force to accept it as it is "
+        f"(the work in {folder} is kept)",
     )
 
 

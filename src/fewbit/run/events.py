@@ -12,8 +12,8 @@ from typing import Literal
 class Event:
     """One thing that happened.
 
-    ``kind``: "start" (``blocks`` known), "layer" (``name`` solved: ``error`` relative output error, ``bits`` true bits per
-    weight, ``seconds``), "block" (``block`` of ``blocks`` written; ``eta_seconds``), "note" (``message`` for the user),
+    ``kind``: "start" (``blocks`` known), "layer" (``name`` solved: ``error`` relative output error, ``bits`` true bits
+    per weight, ``seconds``), "block" (``block`` of ``blocks`` written; ``eta_seconds``), "note" (``message`` for the user),
     "done". ``peak_rss_bytes`` is the peak of this process so far.
     """
 

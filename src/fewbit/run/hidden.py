@@ -32,11 +32,13 @@ class HiddenFile:
         """Batch ``index``, (batch, tokens, width)."""
         content = os.pread(self._file, self._stride, index * self._stride)
         if len(content) != self._stride:
-            raise InputError(f"activation file {self.path}", "it is shorter than when it was written", "remove the .partial folder")
+            raise InputError(
+                f"activation file {self.path}", "it is shorter than when it was written", "remove the .partial folder"
+            )
         return torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.float32).reshape(self.shape[1:]))
 
     def write(self, index: int, hidden: Tensor) -> None:
-        content = memoryview(hidden.float().contiguous().numpy().reshape(-1).view(np.uint8))
+        content = memoryview(hidden.float().contiguous().numpy().tobytes())
         offset = index * self._stride
         try:
             while content:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run would do, before it does anything: every layer's format, method and kernel, exact sizes, estimated cost."""
+"""What a run would do, before it does it: every layer's format, method and kernel, exact sizes, estimated cost."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Plan:
 def make_plan(
     checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, tokens: int, batch_tokens: int, force: bool
 ) -> Plan:
-    """Decide every site of ``model``. ``tokens`` of calibration, ``batch_tokens`` at once, only matter to the estimates.
+    """Decide every site of ``model``. ``tokens`` of calibration and ``batch_tokens`` at once only matter to the estimates.
 
     Raises:
         SpecError: a rule matches nothing; or a data-free method below 3 bits without ``force``.
@@ -88,7 +88,9 @@ def make_plan(
     named = [(site.name, site.kind, _module_class(model, site)) for site in model.sites]
     recipe.check(named)
     dtype = model.config.dtype or torch.float32
-    decisions = [_decide(site, recipe.rule_for(*entry), dtype, force) for site, entry in zip(model.sites, named, strict=True)]
+    decisions = [
+        _decide(site, recipe.rule_for(*entry), dtype, force) for site, entry in zip(model.sites, named, strict=True)
+    ]
     kept = [(name, reason, model.module.get_parameter(name).numel() * dtype.itemsize) for name, reason in model.kept]
     quantized = [d for d in decisions if d.rule is not None]
     if not quantized:

@@ -132,12 +132,14 @@ def check_outputs(qtensor: QTensor, reference: Tensor, x: Tensor, name: str) -> 
     bound = (x.shape[1] + 64) * 2.0**-23 * (x.abs().double() @ spread(qtensor, reference).T) + 1e-30
     worst = float(((got - expected).abs() / bound).max()) if got.numel() else 0.0
     if not worst <= 1.0:  # also catches NaN
-        raise VerificationError(f"layer {name}", f"its kernel is {worst:.3g} times further from the reference than float32 explains")
+        raise VerificationError(
+            f"layer {name}", f"its kernel is {worst:.3g} times further from the reference than float32 explains"
+        )
 
 
 def spread(qtensor: QTensor, reference: Tensor) -> Tensor:
     """Magnitudes (rows, columns) that a kernel adds up: |scale * code| + |offset|, which bound |w|."""
-    codes, params = qtensor.logical()
+    _, params = qtensor.logical()
     physical = qtensor.format.physical(params)
     offset = torch.zeros_like(physical.scale) if physical.offset is None else physical.offset
     size = qtensor.format.block or qtensor.shape[1]
@@ -151,4 +153,5 @@ def _note(starved: list[int], site: Site, method: str) -> str:
     if site.experts == 1:
         return f"no calibration token reached it: rounded to nearest instead of {method}"
     shown = ", ".join(str(expert) for expert in starved[:8]) + (", ..." if len(starved) > 8 else "")
-    return f"{len(starved)} of {site.experts} experts saw no calibration token ({shown}): rounded to nearest instead of {method}"
+    who = f"{len(starved)} of {site.experts} experts saw no calibration token ({shown})"
+    return f"{who}: rounded to nearest instead of {method}"

@@ -99,7 +99,13 @@ def run_stages(run: Run) -> None:
             old.unlink()
         pace = (time.monotonic() - run.began) / (stage + 1 - done)
         run.progress(
-            Event("block", block=stage + 1, blocks=run.stages, peak_rss_bytes=peak_rss(), eta_seconds=pace * (run.stages - stage - 1))
+            Event(
+                "block",
+                block=stage + 1,
+                blocks=run.stages,
+                peak_rss_bytes=peak_rss(),
+                eta_seconds=pace * (run.stages - stage - 1),
+            )
         )
 
 

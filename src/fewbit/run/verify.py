@@ -43,7 +43,9 @@ def read_back(path: Path, record: dict[str, Any]) -> QTensor:
         arrays[array] = tensor
     qtensor = QTensor(format, layout, shape, arrays.pop("packed"), arrays)
     if digest(qtensor.dequantize()) != record["decoded_sha256"]:
-        raise VerificationError(f"layer {name} in {path.name}", "it decodes to other values than those that were solved")
+        raise VerificationError(
+            f"layer {name} in {path.name}", "it decodes to other values than those that were solved"
+        )
     return qtensor
 
 

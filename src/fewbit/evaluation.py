@@ -15,9 +15,7 @@ import math
 import os
 import platform
 import statistics
-import sys
 import time
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -360,14 +358,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"
-
-
-class _Callable(types.ModuleType):
-    """This module, callable. ``fewbit.evaluate`` is the function until something imports this submodule of the same
-    name, which makes Python rebind the attribute to the module; with this both mean the same."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Evaluation:
-        return evaluate(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable

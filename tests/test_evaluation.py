@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fewbit.errors import InputError, SpecError
-from fewbit.evaluate import evaluate
+from fewbit.evaluation import evaluate
 from fewbit.measure import energy, memory, size, tokens
 
 KEYS = [
@@ -222,15 +222,6 @@ def test_a_broken_child_process_says_why(folders: tuple[Path, Path], text: Path,
 
     with pytest.raises(InputError, match="transformers says"):
         Child(Job(str(tmp_path), "float32", [1, 2, 3], 2, 1))
-
-
-def test_the_module_is_callable_like_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fewbit
-
-    module = sys.modules["fewbit.evaluate"]
-    monkeypatch.setitem(fewbit.__dict__, "evaluate", module)  # what an import of the submodule leaves behind
-    found = fewbit.evaluate(build(5), text=ids_of(64), context=32, decode_tokens=0)
-    assert found.perplexity > 1
 
 
 def test_peak_memory_is_not_inherited_from_a_large_parent() -> None:
