@@ -10,11 +10,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened.
+    """One thing that happened. ``kind`` says what, and which other fields mean something:
 
-    ``kind``: "start" (``blocks`` known), "layer" (``name`` solved: ``error`` relative output error, ``bits`` true bits
-    per weight, ``seconds``), "block" (``block`` of ``blocks`` written; ``eta_seconds``), "note" (``message`` for the user),
-    "done". ``peak_rss_bytes`` is the peak of this process so far.
+    * "start": ``blocks`` known. "done": everything is written and checked. "note": ``message`` is for the user.
+    * "layer": ``name`` is solved: relative output ``error``, true ``bits`` per weight, ``seconds``; ``message`` or "".
+    * "block": ``block`` of ``blocks`` is written; ``eta_seconds`` left.
+
+    ``peak_rss_bytes`` is the peak of this process so far.
     """
 
     kind: Literal["start", "layer", "block", "note", "done"]

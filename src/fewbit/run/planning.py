@@ -79,7 +79,7 @@ class Plan:
 def make_plan(
     checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, tokens: int, batch_tokens: int, force: bool
 ) -> Plan:
-    """Decide every site of ``model``. ``tokens`` of calibration and ``batch_tokens`` at once only matter to the estimates.
+    """Decide every site of ``model``; ``tokens`` of calibration, ``batch_tokens`` at once, only serve the estimates.
 
     Raises:
         SpecError: a rule matches nothing; or a data-free method below 3 bits without ``force``.
