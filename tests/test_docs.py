@@ -56,3 +56,13 @@ def test_ci_finds_the_readme_commands() -> None:
         command = re.search(rf"<!-- ci: {mark} -->\n```\n(.+?)\n```", text, re.DOTALL)
         assert command is not None
         assert len(command[1].splitlines()) == 1
+
+
+def test_extras_exist() -> None:
+    """What `fewbit doctor` tells people to install is in pyproject.toml."""
+    from fewbit.doctor import EXTRAS
+
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for extra in EXTRAS:
+        assert f"fewbit[{extra.name}]" in extra.install
+        assert re.search(rf"^{extra.name} = \[", project, re.MULTILINE), extra.name
