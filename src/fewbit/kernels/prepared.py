@@ -57,9 +57,12 @@ class Prepared(ABC):
                 f"x of shape {tuple(x.shape)}", f"the matrix is {self.shape}", f"x of (..., {columns}) works"
             )
         if bias is not None and bias.shape != (rows,):
-            raise InputError(f"bias of shape {tuple(bias.shape)}", f"the matrix is {self.shape}", f"({rows},) works")
+            raise InputError(
+                f"bias of shape {tuple(bias.shape)}", f"the matrix is {self.shape}", f"({rows},) would work"
+            )
         if x.dtype not in FLOATS or x.device.type != "cpu":
-            raise UnsupportedError(f"x in {x.dtype} on {x.device}", "", "float32, bfloat16 and float16 on the CPU work")
+            works = "float32, bfloat16 and float16 on the CPU work"
+            raise UnsupportedError(f"x in {x.dtype} on {x.device}", "kernels run on the CPU", works)
         flat = x.reshape(-1, columns)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             y = _Differentiable.apply(flat, bias, self)

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 import fewbit
 from fewbit import calibrate, methods
@@ -57,6 +59,7 @@ def quantize(
     samples: int = 128,
     context: int = 512,
     options: dict[str, Any] | None = None,
+    calibration_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     progress: Progress | None = None,
     tokenizer: Any = None,
 ) -> Result:
@@ -68,6 +71,8 @@ def quantize(
         method: for a format: ``rtn``, ``clip``, ``gptq``, ... with ``options``.
         calibration: a .txt or .jsonl file; bundled text when None.
         samples, context, seed: windows, tokens in each, and what they are drawn with.
+        calibration_dtype: of the matrix products that calibration runs through the blocks; "auto" takes bfloat16 where
+            the processor multiplies it natively. Statistics, solving and checking are float32 or wider.
         threads: how many; any number gives the same bytes. None takes torch's.
         head: format of the embedding and the head, or ``"float"``.
         force: accept below 3 bits without data, replace ``out``, and accept a broken result.
@@ -85,7 +90,8 @@ def quantize(
             tell(Event("note", message=message))
         words = checkpoint.tokenizer()
         data = _calibration(checkpoint, words, chosen, calibration, samples, context, seed, tell)
-        fingerprint = _fingerprint(checkpoint, chosen, data, seed)
+        products = _calibration_dtype(calibration_dtype)
+        fingerprint = _fingerprint(checkpoint, chosen, data, seed, products)
         if (finished := _finished(target, fingerprint)) is not None:
             tell(Event("done", message=f"{target} is finished already"))
             return finished
@@ -93,7 +99,7 @@ def quantize(
         journal = Journal.open(folder / STATE / "journal.json", fingerprint)
         probe = calibrate.probe(words, PROBE[0], min(PROBE[1], _longest(checkpoint)))
         with workers(threads) as pool:
-            run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell)
+            run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell, products)
             run_stages(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)
     tell(Event("done", message=str(target)))
@@ -132,7 +138,18 @@ def _longest(checkpoint: Checkpoint) -> int:
     return next((limit for name in POSITIONS if type(limit := getattr(text, name, None)) is int), 1 << 30)
 
 
-def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, data: Calibration | None, seed: int) -> dict[str, str]:
+def _calibration_dtype(asked: str) -> torch.dtype:
+    if asked == "auto":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else torch.float32
+    if asked not in ("float32", "bfloat16"):
+        raise SpecError(f"calibration_dtype {asked!r}", "no such choice", "auto, float32 or bfloat16")
+    return torch.bfloat16 if asked == "bfloat16" else torch.float32
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, recipe: Recipe, data: Calibration | None, seed: int, products: torch.dtype
+) -> dict[str, str]:
     """Everything that the bytes of the result depend on."""
     return {
         "version": fewbit.__version__,
@@ -140,6 +157,7 @@ def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, data: Calibration | Non
         "config": hashlib.sha256(checkpoint.config.to_json_string().encode()).hexdigest(),
         "recipe": describe(recipe),
         "calibration": data.sha256 if data else "none",
+        "calibration_dtype": str(products) if data else "none",
         "seed": str(seed),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fewbit.calibrate import Calibration
 from fewbit.containers.safetensors import write_safetensors
 from fewbit.core.facts import Facts
 from fewbit.model.checkpoint import check_finite
-from fewbit.model.sites import Site
+from fewbit.model.sites import Site, in_block
 from fewbit.model.stream import Inputs, StreamedModel
 from fewbit.run.events import Event, Progress
 from fewbit.run.hidden import HiddenFile
@@ -42,15 +43,20 @@ class Run:
     probe: Tensor
     workers: Workers
     progress: Progress
+    calibration_dtype: torch.dtype
     began: float = field(default_factory=time.monotonic)
     calls: dict[str, Inputs] = field(default_factory=dict)
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """What calibration computes in: matrix products in ``calibration_dtype``, sums and facts in float32."""
+        return torch.autocast("cpu", self.calibration_dtype, enabled=self.calibration_dtype != torch.float32)
 
     def inputs(self, what: str) -> Inputs:
         """What blocks are called with for a batch of "probe" or "calibration"; equal for all batches of a kind."""
         if what not in self.calls:
             for path in self.model.before:
                 self.model.load(path)
-            ids = {"probe": self.probe, "calibration": (self.batches() or [self.probe])[0]}
+            ids = {"probe": self.probe[:1], "calibration": (self.batches() or [self.probe])[0]}
             empty = torch.zeros(0)
             self.calls = {key: replace(self.model.begin(value), hidden=empty) for key, value in ids.items()}
             for path in self.model.before:
@@ -138,26 +144,28 @@ def embedding_stage(run: Run) -> dict[str, Any]:
 def block_stage(run: Run, stage: int) -> dict[str, Any]:
     """Quantize one block and propagate both streams through it."""
     model, index = run.model, stage - 1
-    name, inputs = model.blocks[index], run.inputs("probe")
+    name = model.blocks[index]
+    run.inputs("probe")  # needs the embedding for a moment, so before the block is loaded
     model.load(name)
     sites = [site for site in model.sites if site.block == index]
     before = run.hidden(stage - 1, "probe")
-    floating = model.run_block(index, before.read(1), inputs)
-    seen = _observe_probe(run, index, before.read(0), inputs)
+    floating = _probe_through(run, index, before.read(1))
+    seen = _observe_probe(run, index, before.read(0)[:1])
     facts = _collect(run, stage, index)
     tasks = [task for site in sites if (task := _task(run, site, facts, seen))]
     solved = _solve_all(run, tasks)
     record = _write(run, stage, sites, solved, tasks)
     for item in solved:
         _propagate(model, item)
-    quantized = model.run_block(index, before.read(0), inputs)
+    quantized = _probe_through(run, index, before.read(0))
     before.close()
     _store(run, stage, [quantized, floating], "probe")
     if run.calibration is not None:
         shared, calibration = run.inputs("calibration"), run.hidden(stage - 1, "calibration")
 
         def step(batch: int) -> Tensor:
-            return model.run_block(index, calibration.read(batch), shared)
+            with run.arithmetic():
+                return model.run_block(index, calibration.read(batch), shared)
 
         _store(run, stage, run.workers.map(step, range(len(run.batches()))), "calibration")
         calibration.close()
@@ -245,7 +253,13 @@ def _task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[str, l
     )
 
 
-def _observe_probe(run: Run, index: int, hidden: Tensor, inputs: Inputs) -> dict[str, list[Tensor]]:
+def _probe_through(run: Run, index: int, hidden: Tensor) -> Tensor:
+    """Block ``index`` applied to the probe's windows (windows, tokens, width), a window a worker."""
+    inputs = run.inputs("probe")
+    return torch.cat(list(run.workers.map(lambda h: run.model.run_block(index, h, inputs), hidden.split(1))))
+
+
+def _observe_probe(run: Run, index: int, hidden: Tensor) -> dict[str, list[Tensor]]:
     """The first inputs that each site (and expert) of block ``index`` sees on the quantized path."""
     seen: dict[tuple[str, int], Tensor] = {}
 
@@ -253,7 +267,7 @@ def _observe_probe(run: Run, index: int, hidden: Tensor, inputs: Inputs) -> dict
         seen.setdefault((site, expert or 0), x.reshape(-1, x.shape[-1])[:SHOWN].float().clone())
 
     with run.model.observe(index, keep):
-        run.model.run_block(index, hidden, inputs)
+        run.model.run_block(index, hidden, run.inputs("probe"))
     sites = [site for site in run.model.sites if site.block == index]
     return {
         site.name: [seen.get((site.name, expert), torch.zeros(0, site.shape[1])) for expert in range(site.experts)]
@@ -270,15 +284,16 @@ def _collect(run: Run, stage: int, index: int) -> dict[str, list[Facts]]:
     }
     if run.calibration is None or not set(needs.values()) - {"nothing"}:
         return {}
-    observer = Observer({name for name, need in needs.items() if need == "gram"})
+    routed = any(site.kind == "experts" for site in in_block(run.model.sites, index))
+    observer = Observer({name for name, need in needs.items() if need == "gram"}, 0 if routed else len(needs))
     source, shared = run.hidden(stage - 1, "calibration"), run.inputs("calibration")
 
     def step(batch: int) -> dict[tuple[str, int], Facts]:
-        with observer.batch() as found:
+        with observer.batch() as found, run.arithmetic():
             run.model.run_block(index, source.read(batch), shared)
         return found
 
-    with run.model.observe(index, observer):
+    with run.model.observe(index, observer, set(needs)):
         for found in run.workers.map(step, range(len(run.batches()))):
             observer.merge(found)
     source.close()
