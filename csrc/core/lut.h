@@ -23,15 +23,24 @@ struct Lut {
     if constexpr (lut_tabled(BITS)) {
       table_chunk<BITS, T, M>(codes, 0, panel, 0, acc);
     } else {
+      if constexpr (BITS <= 5) {
 #pragma GCC unroll kUnroll
-      for (int k = 0; k < 32; k++) {
-        F w[T];
-        for (int t = 0; t < T; t++) w[t] = value(codes[t], k);
-        for (int m = 0; m < M; m++) {
-          const F x = broadcast(panel[m][k]);
-          for (int t = 0; t < T; t++) acc[t][m][k & 1] = fma(w[t], x, acc[t][m][k & 1]);
-        }
+        for (int k = 0; k < 32; k++) column<T, M>(codes, panel, k, acc);
+      } else {  // the gather costs more than the shifts, and twice the code would not make it faster
+#pragma GCC unroll 2
+        for (int k = 0; k < 32; k++) column<T, M>(codes, panel, k, acc);
       }
+    }
+  }
+
+  template <int T, int M>
+  FEWBIT_INLINE void column(const uint8_t* const (&codes)[T], const float* const (&panel)[M], int k,
+                            F (&acc)[T][M][2]) const {
+    F w[T];
+    for (int t = 0; t < T; t++) w[t] = value(codes[t], k);
+    for (int m = 0; m < M; m++) {
+      const F x = broadcast(panel[m][k]);
+      for (int t = 0; t < T; t++) acc[t][m][k & 1] = fma(w[t], x, acc[t][m][k & 1]);
     }
   }
 

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kLanes = 4;
 constexpr bool kSumTables = false;
-constexpr int kUnroll = 32;
+constexpr int kUnroll = FEWBIT_UNROLL < 8 ? FEWBIT_UNROLL : 8;  // more only makes the compiler slow
 constexpr int kGroups1 = 4, kGroups2 = 4, kGroups4 = 2;  // row groups beside 1, 2 and 4 tokens: 32 registers in all
 
 typedef float32x4_t F;

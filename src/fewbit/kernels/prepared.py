@@ -65,7 +65,7 @@ class Prepared(ABC):
             raise UnsupportedError(f"x in {x.dtype} on {x.device}", "kernels run on the CPU", works)
         flat = x.reshape(-1, columns)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            y = _Differentiable.apply(flat, bias, self)
+            y = _Differentiable.apply(flat, bias, self)  # type: ignore[no-untyped-call]
         else:
             y = self.run(flat, bias)
         return y.to(x.dtype).reshape(*x.shape[:-1], rows)  # type: ignore[no-any-return]

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernel tests iterate over."""
+
+from __future__ import annotations
+
+import torch
+from raw_format import Raw
+
+from fewbit import kernels
+from fewbit.core.qtensor import QTensor
+
+SIZES = (1, 7, 31, 33, 97)
+BATCHES = (1, 3, 8, 33)
+ROWS = [row.name for row in kernels.KERNELS if row.isa in kernels.native.isas() or row.isa is None]
+"""Kernels that this machine can be forced to."""
+
+
+def raw_matrix(
+    kernel: str, bits: int, block: int, shape: tuple[int, int], generator: torch.Generator, scale: float | None = None
+) -> QTensor:
+    """Random codes of the family that ``kernel`` runs; scale and offset random, or all ``scale`` and no offset."""
+    levels = torch.randn(2**bits, generator=generator).tolist() if kernel.startswith("lut") else []
+    format = Raw(bits, block, tuple(levels))
+    blocks = (shape[0], -(-shape[1] // (block or shape[1])), 1)
+    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)
+    if scale is not None:
+        return QTensor.of(format, codes, {"scale": torch.full(blocks, scale), "offset": torch.zeros(blocks)})
+    # A third each: any float32, values that float16 holds, and one zero point shared by all blocks.
+    kind = int(torch.randint(0, 3, (), generator=generator))
+    scales = torch.randn(blocks, generator=generator)
+    offsets = torch.randn(blocks, generator=generator)
+    if kind == 1:
+        scales, offsets = scales.half().float(), offsets.half().float()
+    if kind == 2:
+        offsets = -scales * 2.5
+    return QTensor.of(format, codes, {"scale": scales, "offset": offsets})

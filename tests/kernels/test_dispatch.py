@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table, the choice of a row, and life without the native module."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from kernel_cases import raw_matrix
+
+from fewbit import formats, kernels
+from fewbit.core.qtensor import QTensor
+from fewbit.errors import InputError, SpecError, UnsupportedError
+from fewbit.kernels import native
+from fewbit.kernels.table import NAMES
+from fewbit.kernels.tile16 import pack_codes
+
+needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
+
+
+def matrix() -> QTensor:
+    return raw_matrix("affine", 4, 32, (33, 97), torch.Generator().manual_seed(0))
+
+
+def test_the_reference_is_last_and_takes_everything() -> None:
+    assert NAMES[-1] == "reference" and len(set(NAMES)) == len(NAMES)
+    for spelling in formats.EXAMPLES:
+        assert kernels.KERNELS[-1].refuse(formats.parse(spelling), (7, 31)) is None
+
+
+@needs_native
+@pytest.mark.parametrize(("spelling", "family"), [("int4/g128/sym", "affine"), ("nf4/g64", "lut")])
+def test_the_best_row_is_chosen_and_better_ones_say_why_not(spelling: str, family: str) -> None:
+    choice = kernels.choose(formats.parse(spelling), (4096, 4096))
+    assert choice.name == f"{family}_linear_{native.isas()[0]}"
+    assert all(choice.reasons.values()) and choice.name not in choice.reasons
+    assert set(choice.reasons) == set(NAMES[: NAMES.index(choice.name)])
+
+
+def test_unknown_and_impossible_kernels_are_refused_with_a_reason() -> None:
+    with pytest.raises(SpecError, match="affine_linear_serial"):
+        kernels.choose(formats.parse("nf4/g64"), (16, 64), "affine_linear_mmx")
+    with pytest.raises(UnsupportedError, match="lut" if native.available() else "native"):
+        kernels.choose(formats.parse("nf4/g64"), (16, 64), "affine_linear_serial")
+    absent = next(isa for isa in native.FLAGS if isa not in native.isas())
+    with pytest.raises(UnsupportedError, match=absent if native.available() else "native"):
+        kernels.choose(formats.parse("int4/g64"), (16, 64), f"affine_linear_{absent}")
+
+
+def test_without_the_native_module_the_reference_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = matrix()
+    x = torch.randn(3, 97)
+    expected = kernels.reference.oracle(x, weight)
+    monkeypatch.setattr(native, "_load", lambda: (None, "there is no compiler on the moon"))
+    monkeypatch.setattr(native, "capabilities", lambda: 0)
+    with pytest.warns(RuntimeWarning, match="no compiler on the moon"):
+        prepared = kernels.prepare(weight)
+    assert prepared.kernel == "reference"
+    torch.testing.assert_close(prepared(x).double(), expected, rtol=0, atol=1e-3)
+    assert kernels.choose(weight.format, weight.shape).reasons["affine_linear_avx2"].endswith("moon")
+    packed = weight.repack(kernels.TILE16)
+    assert torch.equal(packed.packed, pack_codes(weight.packed, 4))
+    assert torch.equal(packed.logical()[0], weight.packed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels.prepare(weight, "reference")
+    with pytest.raises(UnsupportedError, match="moon"):
+        native.core()
+
+
+def test_a_broken_module_is_absent_not_fatal() -> None:
+    program = (
+        "import sys; sys.modules['fewbit._native'] = None\n"
+        "from fewbit.kernels import native\n"
+        "print(native.available(), native.isas(), native.why_not())"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert found.startswith("False () the native module fewbit._native is not usable here")
+
+
+def test_wrong_inputs_are_refused() -> None:
+    prepared = kernels.prepare(matrix(), "reference" if not native.available() else None)
+    with pytest.raises(InputError, match="97"):
+        prepared(torch.randn(2, 96))
+    with pytest.raises(InputError, match="bias"):
+        prepared(torch.randn(2, 97), torch.randn(32))
+    with pytest.raises(UnsupportedError, match="float64"):
+        prepared(torch.randn(2, 97, dtype=torch.float64))
+
+
+@needs_native
+def test_the_core_refuses_what_contradicts_itself() -> None:
+    x = torch.zeros(8)
+    good = (8, 8, 8, 4, 0, 0, 0, 0.0, x.data_ptr(), x.data_ptr(), 0, 0)
+    for at, value in [(0, 0), (1, -1), (2, 9), (2, 0), (3, 9), (3, 0), (4, 1), (4, 7), (8, 0), (9, 0), (11, 1)]:
+        bad = (*good[:at], value, *good[at + 1 :])
+        with pytest.raises(ValueError, match="contradict"):
+            native.core().linear(bad, x.data_ptr(), 8, 1, 0, x.data_ptr(), 8, 1, 1)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="instruction set"):
+        native.core().linear(good, x.data_ptr(), 8, 1, 0, x.data_ptr(), 8, 64, 1)
+    with pytest.raises(ValueError, match="contradict"):
+        native.core().linear(good, x.data_ptr(), 8, 1, 0, x.data_ptr(), 8, 1, 0)

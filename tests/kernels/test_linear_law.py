@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Law 2: a kernel equals ``x @ decode(...).T`` in float64 within its bound, for every row of the table, on every
+instruction set that this machine can be forced to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import BATCHES, ROWS, SIZES, raw_matrix
+from raw_format import exact
+
+from fewbit import formats, kernels
+from fewbit.core import format as F
+from fewbit.core.qtensor import QTensor
+
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""Half a unit in the last place of the dtype that y is rounded to."""
+
+
+def check(kernel: str, matrix: QTensor, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+    expected = exact(matrix)
+    y = kernels.prepare(matrix, kernel)(x, bias)
+    assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], matrix.shape[0])
+    answer, bound = expected.answer(x, bias)
+    bound = bound + ROUNDING[x.dtype] * (answer.abs() + bound)
+    error = (y.double() - answer).abs()
+    assert bool((error <= bound).all()), (matrix.format.name, matrix.shape, x.shape, float((error - bound).max()))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("kernel", ROWS)
+def test_sizes_blocks_and_batches(kernel: str, bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    for rows in SIZES:
+        for columns in SIZES:
+            for block in (0, 16, 32, 64):
+                matrix = raw_matrix(kernel, bits, block, (rows, columns), generator)
+                batch = BATCHES[(rows + columns + block) % len(BATCHES)]
+                x = torch.randn(batch, columns, generator=generator)
+                check(kernel, matrix, x, torch.randn(rows, generator=generator) if block else None)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("kernel", ROWS)
+def test_dtypes_strides_and_unaligned_rows(kernel: str, dtype: torch.dtype, batch: int) -> None:
+    generator = torch.Generator().manual_seed(batch)
+    matrix = raw_matrix(kernel, 3, 32, (33, 97), generator)
+    whole = torch.randn(2 * batch, 101, generator=generator).to(dtype)
+    bias = torch.randn(33, generator=generator).to(dtype)
+    check(kernel, matrix, whole[::2, 1:98], bias)
+    check(kernel, matrix, whole[:1, 3:100].expand(batch, 97), bias)
+    check(kernel, matrix, whole.T[:97, :batch].T, None)
+    check(kernel, matrix, whole[:, 1:98].reshape(2, batch, 97), bias)
+
+
+@pytest.mark.parametrize("spelling", formats.EXAMPLES)
+def test_every_format_that_can_be_spelt(spelling: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(33, 512, generator=generator)
+    format = formats.parse(spelling).bind(weight)
+    params = F.fit(format, weight)
+    matrix = QTensor.of(format, F.encode(format, weight, params), params)
+    x = torch.randn(3, 512, generator=generator)
+    rows = [row.name for row in kernels.KERNELS if row.refuse(format, matrix.shape) is None]
+    assert len(rows) == len(kernels.native.isas()) + 1
+    for row in rows:
+        check(row, matrix, x, None)
+
+
+@pytest.mark.parametrize("kernel", ROWS)
+def test_zeros_denormals_and_huge_scales_give_no_nan(kernel: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.0, 2.0**-24, 1e-40, 65504.0, 1e30):
+        for bits in (1, 3, 4, 8):
+            matrix = raw_matrix(kernel, bits, 32, (17, 96), generator, scale=scale)
+            for size in (0.0, 1e-42, 1.0, 1e4):
+                x = torch.randn(3, 96, generator=generator) * size
+                y = kernels.prepare(matrix, kernel)(x)
+                answer, bound = exact(matrix).answer(x, None)
+                # Absolute part: products below the least normal float32 may vanish, and activations are scaled by
+                # up to 2^-30 before they meet their codes.
+                least = 96 * 256 * 2.0**-149 * (2.0**30 * scale + 1)
+                assert bool(((y.double() - answer).abs() <= bound + least).all()), (scale, bits, size)
+                assert not bool(y.isnan().any())

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepared matrices: the same bits at any thread count and batch, nothing lost, and safe to copy, fork and share."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from kernel_cases import ROWS, raw_matrix
+
+from fewbit import formats, kernels, layouts
+from fewbit.core import format as F
+from fewbit.core.qtensor import QTensor
+from fewbit.kernels import native
+
+NATIVE = [name for name in ROWS if name != "reference"]
+needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    yield
+    kernels.set_threads(None)
+
+
+def prepared(kernel: str, shape: tuple[int, int] = (530, 260)) -> kernels.Prepared:
+    return kernels.prepare(raw_matrix(kernel, 3, 64, shape, torch.Generator().manual_seed(2)), kernel)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("kernel", NATIVE)
+def test_the_bits_depend_on_neither_threads_nor_batch(kernel: str) -> None:
+    matrix = prepared(kernel)
+    x = torch.randn(37, 260)
+    kernels.set_threads(1)
+    expected = matrix(x)
+    for count in (2, 3, 8):
+        kernels.set_threads(count)
+        assert torch.equal(matrix(x), expected)
+    for tokens in (1, 2, 3, 6, 35):
+        assert torch.equal(matrix(x[:tokens]), expected[:tokens])
+
+
+@needs_native
+@pytest.mark.usefixtures("threads")
+def test_calls_from_many_threads_do_not_meet() -> None:
+    kernels.set_threads(2)
+    matrix = prepared(NATIVE[0])
+    x = torch.randn(64, 1, 260)
+    expected = matrix(x)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            assert torch.equal(torch.stack(list(pool.map(matrix, x))), expected)
+
+
+@needs_native
+@pytest.mark.usefixtures("threads")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_computes() -> None:
+    kernels.set_threads(2)
+    matrix = prepared(NATIVE[0])
+    x = torch.randn(2, 260)
+    expected = matrix(x)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(matrix(x), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("kernel", ROWS)
+def test_a_copy_outlives_its_original(kernel: str) -> None:
+    matrix = prepared(kernel, (33, 97))
+    x = torch.randn(2, 97)
+    expected, twin = matrix(x), copy.deepcopy(matrix)
+    del matrix
+    torch.full((64, 97), torch.nan)
+    assert torch.equal(twin(x), expected)
+
+
+@pytest.mark.parametrize("kernel", ROWS)
+def test_gradients_are_those_of_the_dequantized_weight(kernel: str) -> None:
+    matrix = prepared(kernel, (33, 97))
+    weight = matrix.qtensor().dequantize()
+    x, bias = torch.randn(2, 3, 97, requires_grad=True), torch.randn(33, requires_grad=True)
+    upstream = torch.randn(2, 3, 33)
+    matrix(x, bias).backward(upstream)
+    torch.testing.assert_close(x.grad, upstream @ weight)
+    torch.testing.assert_close(bias.grad, upstream.sum((0, 1)))
+
+
+@pytest.mark.parametrize("kernel", ROWS)
+def test_no_token_gives_no_row(kernel: str) -> None:
+    assert prepared(kernel, (33, 97))(torch.empty(2, 0, 97)).shape == (2, 0, 33)
+
+
+@pytest.mark.parametrize("spelling", formats.EXAMPLES)
+def test_nothing_is_lost_and_rows_can_be_looked_up(spelling: str) -> None:
+    weight = torch.randn(37, 512, generator=torch.Generator().manual_seed(3))
+    format = formats.parse(spelling).bind(weight)
+    params = F.fit(format, weight)
+    matrix = QTensor.of(format, F.encode(format, weight, params), params)
+    ready = kernels.prepare(matrix)
+    codes, back = ready.qtensor().logical()
+    assert torch.equal(codes, matrix.packed)
+    assert all(torch.equal(back[name], params[name].expand_as(back[name])) for name in params)
+    assert ready.nbytes >= matrix.repack(layouts.DENSE).nbytes
+    ids = torch.tensor([[0, 36, 5], [5, 5, 17]])
+    rows = matrix.dequantize()[ids]
+    for stored in (matrix, ready.qtensor(), *_repacked(matrix)):
+        assert torch.equal(kernels.embedding(ids, stored), rows), stored.layout.name
+    assert kernels.embedding(ids, matrix, torch.bfloat16).dtype == torch.bfloat16
+    for wrong in (37, -1):
+        with pytest.raises(IndexError, match="37 rows"):
+            kernels.embedding(torch.tensor([wrong]), matrix)
+
+
+def _repacked(matrix: QTensor) -> list[QTensor]:
+    """``matrix`` in every layout that takes it."""
+    return [matrix.repack(x) for x in layouts.LAYOUTS if x.refuse(matrix.format, matrix.shape) is None]

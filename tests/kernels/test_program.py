@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ test program: under the address and undefined-behaviour sanitizers here, and for aarch64 under qemu-user."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def missing(*tools: str) -> str:
+    return ", ".join(tool for tool in tools if shutil.which(tool) is None)
+
+
+def build(folder: Path, *options: str) -> Path:
+    """The test program, built in ``folder``. Inner loops are not unrolled: that only saves the compiler time."""
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    options = ("-DFEWBIT_TESTS=ON", "-DFEWBIT_UNROLL=1", "-DCMAKE_BUILD_TYPE=None", *options)
+    for command in (
+        ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, *options],
+        ["cmake", "--build", str(folder), "--parallel", "2"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return folder / "fewbit_test"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(bool(missing("cmake", "c++")), reason=f"not installed: {missing('cmake', 'c++')}")
+def test_kernels_touch_no_byte_that_is_not_theirs(tmp_path: Path) -> None:
+    program = build(tmp_path, "-DFEWBIT_SANITIZE=address,undefined", "-DCMAKE_CXX_FLAGS=-O0")
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "0 failures" in done.stdout and "serial: at most" in done.stdout
+
+
+CROSS = ("cmake", "aarch64-linux-gnu-g++", "qemu-aarch64")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="cross-compiles from x86-64")
+@pytest.mark.skipif(bool(missing(*CROSS)), reason=f"not installed: {missing(*CROSS)}")
+def test_neon_under_qemu(tmp_path: Path) -> None:
+    program = build(
+        tmp_path,
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++",
+        "-DCMAKE_EXE_LINKER_FLAGS=-static",
+        "-DCMAKE_CXX_FLAGS=-O1",
+    )
+    done = subprocess.run(["qemu-aarch64", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "0 failures" in done.stdout and "neon: at most" in done.stdout
