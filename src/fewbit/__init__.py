@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import fewbit_autoload
 from fewbit import formats, kernels, layouts, methods
 from fewbit.core.facts import Facts
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import FewbitError
-from fewbit.integrations import autoload
 from fewbit.kernels import linear
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LATER[name]), name)
 
 
-autoload.install()
+fewbit_autoload.install()
 
 __all__ = [
     "Facts",

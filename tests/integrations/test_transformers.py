@@ -92,7 +92,14 @@ def test_load_refuses_what_is_not_what_was_written(tiny: Path, tmp_path: Path) -
         fewbit.load(tiny)
 
 
-@pytest.mark.parametrize("order", ["import fewbit, transformers", "import transformers.quantizers.auto, fewbit"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import fewbit, transformers",
+        "import transformers.quantizers.auto, fewbit",
+        "import sys; assert 'fewbit' not in sys.modules and 'torch' not in sys.modules",  # fewbit.pth alone
+    ],
+)
 def test_the_plug_in_registers_itself_whatever_is_imported_first(order: str) -> None:
     code = f"{order}; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'fewbit' in m"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
