@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a model larger than memory get through? One command, run it under the limit that you want to see held.
+
+    python bench/memory.py make FOLDER --gigabytes 4.5
+    systemd-run --scope -p MemoryMax=1500M -p MemorySwapMax=0 python bench/memory.py run FOLDER
+
+``make`` writes a random Llama in float32, shard by shard; ``run`` quantizes it with GPTQ and prints its size, the peak
+memory of the process, and the limit of its cgroup when there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+import fewbit
+from fewbit.containers.safetensors import write_safetensors
+
+HIDDEN, INTERMEDIATE, HEADS = 1024, 2816, 16
+
+
+def block(index: int, random: torch.Generator) -> dict[str, torch.Tensor]:
+    """The weights of one block, about 51 MB."""
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=random) * columns**-0.5
+
+    prefix = f"model.layers.{index}"
+    tensors = {f"{prefix}.self_attn.{name}_proj.weight": matrix(HIDDEN, HIDDEN) for name in "qkvo"}
+    tensors |= {f"{prefix}.mlp.{name}_proj.weight": matrix(INTERMEDIATE, HIDDEN) for name in ("gate", "up")}
+    tensors[f"{prefix}.mlp.down_proj.weight"] = matrix(HIDDEN, INTERMEDIATE) * 0.1
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"{prefix}.{name}.weight"] = torch.ones(HIDDEN)
+    return tensors
+
+
+def make(folder: Path, gigabytes: float) -> None:
+    """Write the checkpoint: one shard a block, so that making it takes no more memory than a block either."""
+    folder.mkdir(parents=True)
+    symbols = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    random = torch.Generator().manual_seed(0)
+    size = sum(tensor.nbytes for tensor in block(0, random).values())
+    blocks = int(gigabytes * 1e9 / size)
+    config = LlamaConfig(
+        vocab_size=len(symbols),
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=blocks,
+        num_attention_heads=HEADS,
+        architectures=["LlamaForCausalLM"],
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+    config.save_pretrained(folder)
+    where = {}
+    for index in range(blocks + 1):
+        rest = {
+            "model.embed_tokens.weight": torch.randn(len(symbols), HIDDEN, generator=random),
+            "model.norm.weight": torch.ones(HIDDEN),
+        }
+        tensors = block(index, random) if index < blocks else rest
+        name = f"model-{index:05d}.safetensors"
+        write_safetensors(folder / name, tensors, {"format": "pt"})
+        where |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    print(f"{blocks} blocks, {blocks * size / 1e9:.2f} GB")
+
+
+def limit() -> str:
+    """Memory limit of this process's cgroup, version 2 or 1."""
+    groups = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
+    root = Path("/sys/fs/cgroup")
+    files = (
+        root / groups.get("", "/").lstrip("/") / "memory.max",
+        root / "memory" / groups.get("memory", "/").lstrip("/") / "memory.limit_in_bytes",
+    )
+    return next((file.read_text().strip() for file in files if file.exists()), "unknown")
+
+
+def run(folder: Path, samples: int, context: int) -> None:
+    """Quantize under whatever limit holds."""
+    out = folder.with_name(folder.name + "-quantized")
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.monotonic()
+    result = fewbit.quantize(
+        folder, "int4/g64/asym", method="gptq", out=out, samples=samples, context=context, force=True, threads=2
+    )
+    source = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    row = {
+        "source_bytes": source,
+        "result_bytes": result.manifest["size_bytes"],
+        "peak_rss_bytes": peak,
+        "source_over_peak": round(source / peak, 2),
+        "cgroup_memory_max": limit(),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    print(json.dumps(row, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("what", choices=("make", "run"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=4.5)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--context", type=int, default=128)
+    arguments = parser.parse_args()
+    if arguments.what == "make":
+        make(arguments.folder, arguments.gigabytes)
+    else:
+        run(arguments.folder, arguments.samples, arguments.context)
+
+
+if __name__ == "__main__":
+    main()
