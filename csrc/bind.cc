@@ -86,6 +86,17 @@ PyObject* linear(PyObject*, PyObject* args) {
   return status(code);
 }
 
+PyObject* read_stream(PyObject*, PyObject* args) {
+  unsigned long long data, result;
+  long long bytes;
+  int threads;
+  if (!PyArg_ParseTuple(args, "KLi", &data, &bytes, &threads)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  result = fewbit_read_stream(pointer<const void*>(data), bytes, threads);
+  Py_END_ALLOW_THREADS
+  return PyLong_FromUnsignedLongLong(result);
+}
+
 PyMethodDef methods[] = {
     {"caps", caps, METH_NOARGS, "Bits of FEWBIT_SERIAL 1, AVX2 2, AVX512 4, VNNI 8, NEON 16 that this machine can run."},
     {"set_threads", set_threads, METH_VARARGS, "(threads): for every later call; 0 lets each call say."},
@@ -93,6 +104,7 @@ PyMethodDef methods[] = {
     {"tile16_pack", tile16_pack, METH_VARARGS, "(codes, stride, rows, columns, bits, packed)"},
     {"tile16_unpack", tile16_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, stride)"},
     {"linear", linear, METH_VARARGS, "(matrix, x, x_stride, tokens, bias, y, y_stride, isa, threads)"},
+    {"read_stream", read_stream, METH_VARARGS, "(data, bytes, threads) -> exclusive or of the bytes."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -74,6 +74,10 @@ void fewbit_set_threads(int32_t threads);
 int fewbit_linear(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens, const float* bias,
                   float* y, int64_t y_stride, int32_t isa, int32_t threads);
 
+/* Reads `bytes` of memory once and returns the exclusive or of its whole 128-byte groups, folded to 64 bits: a read
+ * stream, to measure the machine's bandwidth beside a kernel. */
+uint64_t fewbit_read_stream(const void* data, int64_t bytes, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

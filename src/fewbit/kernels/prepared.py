@@ -40,6 +40,11 @@ class Prepared(ABC):
     def nbytes(self) -> int:
         """Bytes held: codes, and parameters both as stored and as the kernel reads them."""
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the matrix that one call with one token reads."""
+        return self.nbytes
+
     def repack(self, layout: Layout) -> QTensor:
         """The same codes and parameters in another layout."""
         return self.qtensor().repack(layout)
@@ -170,9 +175,13 @@ class NativePrepared(Prepared):
         return self._stored
 
     @property
+    def read_bytes(self) -> int:
+        read = (t for t in (self._stored.packed, self._scale, self._offset, self._table) if t is not None)
+        return sum(t.numel() * t.element_size() for t in read)
+
+    @property
     def nbytes(self) -> int:
-        extra = (t for t in (self._scale, self._offset, self._table) if t is not None)
-        return self._stored.nbytes + sum(t.numel() * t.element_size() for t in extra)
+        return self._stored.nbytes - self._stored.packed.numel() + self.read_bytes
 
 
 class _Differentiable(torch.autograd.Function):
