@@ -141,6 +141,13 @@ def test_rank_deficient_moment_raises_the_damping() -> None:
     assert solve(weight, formats.parse("int4/g8/asym"), facts).damping == 0.01
 
 
+def test_pivots_within_the_rounding_of_float32_sums_are_no_pivots() -> None:
+    """Equal inputs: the factorization succeeds, on a pivot that is nothing but the last bit of the sums."""
+    moment = torch.ones(4, 4) + torch.finfo(torch.float32).eps * torch.eye(4)
+    assert int(torch.linalg.cholesky_ex(moment.double()).info) == 0
+    assert feedback.factorize(moment, 0.0).damping == 0.001
+
+
 def test_ladder_ends() -> None:
     with pytest.raises(InputError, match="not positive definite"):
         feedback.factorize(torch.tensor([[1.0, 9.0], [9.0, 1.0]]), 0.01)

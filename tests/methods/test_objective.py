@@ -23,6 +23,8 @@ def test_is_the_relative_error_of_the_outputs() -> None:
     assert objective.relative_error(weight, q.dequantize(), Facts.of(x, gram=True)) == objective.relative_error(
         weight, q, Facts.of(x, gram=True)
     )
+    rows = objective.row_errors(weight - q.dequantize(), Facts.of(x, gram=True))
+    assert torch.allclose(rows, (x.double() @ error.T).square().mean(0), rtol=1e-4)
     square = x.double().square().mean(0)
     diagonal = math.sqrt(float((error.square() @ square).sum() / (weight.double().square() @ square).sum()))
     assert math.isclose(objective.relative_error(weight, q, Facts.of(x)), diagonal, rel_tol=1e-5)
