@@ -46,7 +46,7 @@ FEWBIT_INLINE void convert_chunk(const uint8_t* const (&codes)[T], int vector, c
 
 template <int BITS>
 struct Affine {
-  static constexpr int kBits = BITS, kPanel = affine_panel(BITS);
+  static constexpr int kBits = BITS, kPanel = affine_panel(BITS), kChains = 2;
 
   explicit FEWBIT_INLINE Affine(const float*) {}
 
@@ -67,6 +67,25 @@ struct Affine {
       }
       part<P + 1, T, M>(codes, panel, at + part_floats(kWidth), acc);
     }
+  }
+
+  FEWBIT_INLINE F value(const uint8_t* codes, int k) const {
+    return convert(mask(extract<BITS>(codes, k), (1u << BITS) - 1));
+  }
+};
+
+// Where a decoded weight serves many tokens, multiply-adds count and decoding does not: the parts of a code are put
+// together first, nothing is tabled, and one mask serves every column, so that accumulators keep the registers.
+template <int BITS>
+struct AffineBatch {
+  static constexpr int kBits = BITS, kPanel = 32, kChains = 1;
+
+  explicit FEWBIT_INLINE AffineBatch(const float*) {}
+
+  template <int T, int M>
+  FEWBIT_INLINE void chunk(const uint8_t* const (&codes)[T], const float* const (&panel)[M], F (&acc)[T][M][1]) const {
+#pragma GCC unroll kUnroll
+    for (int k = 0; k < 32; k++) column(*this, codes, panel, k, acc);
   }
 
   FEWBIT_INLINE F value(const uint8_t* codes, int k) const {
@@ -100,29 +119,30 @@ FEWBIT_INLINE void part_panel(int base, const float (&x)[32], float* out) {
   }
 }
 
-inline void affine_panel_of(int32_t bits, bool generic, const float*, const float* x, int64_t columns, int64_t chunks,
-                            float* out) {
-  for (int64_t c = 0; c < chunks; c++) {
-    float here[32];
-    chunk_of(x + c * 32, columns - c * 32, here);
-    if (generic) {
-      for (int k = 0; k < 32; k++) *out++ = here[k];
-      continue;
+inline void single_panel(int32_t bits, const float (&x)[32], float* out) {
+  for (int p = 0; p < part_count(bits); p++) {
+    const int width = part_width(bits, p), base = part_base(bits, p);
+    switch (width) {
+      case 8: part_panel<8>(base, x, out); break;
+      case 4: part_panel<4>(base, x, out); break;
+      case 2: part_panel<2>(base, x, out); break;
+      case 1: part_panel<1>(base, x, out); break;
     }
-    for (int p = 0; p < part_count(bits); p++) {
-      const int width = part_width(bits, p), base = part_base(bits, p);
-      switch (width) {
-        case 8: part_panel<8>(base, here, out); break;
-        case 4: part_panel<4>(base, here, out); break;
-        case 2: part_panel<2>(base, here, out); break;
-        case 1: part_panel<1>(base, here, out); break;
-      }
-      out += part_floats(width);
-    }
+    out += part_floats(width);
   }
 }
 
-inline int64_t affine_panel_floats(int32_t bits, bool generic) { return generic ? 32 : affine_panel(bits); }
+inline int64_t affine_panel_floats(int32_t bits, Mode mode) { return mode == kSingle ? affine_panel(bits) : 32; }
+
+inline void affine_panel_of(int32_t bits, Mode mode, const float*, const float* x, int64_t columns, int64_t chunks,
+                            float* out, int64_t stride) {
+  for (int64_t c = 0; c < chunks; c++, out += stride) {
+    float here[32];
+    chunk_of(x + c * 32, columns - c * 32, here);
+    if (mode == kSingle) single_panel(bits, here, out);
+    else plain_panel(here, out);
+  }
+}
 
 }  // namespace
 }  // namespace fewbit

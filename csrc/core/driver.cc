@@ -58,19 +58,22 @@ float block_sum(const float* x, int64_t count) {
 }
 
 // Unit = one segment of kChunksPerUnit chunks of one token: its panel, and the sums of the blocks that begin in it.
+// Tokens that pad a group are zeros.
 void prepare(void* context, int64_t unit) {
   const Call& call = *static_cast<const Call*>(context);
   const Task& task = call.task;
   const int64_t token = unit / call.segments, first = unit % call.segments * kChunksPerUnit;
-  const int64_t chunks = least(kChunksPerUnit, task.chunks - first);
-  const float* x = call.x + token * call.x_stride;
-  call.kernel->panel(task.bits, task.generic, task.table, x + first * 32, task.columns - first * 32, chunks,
-                     call.panel + token * task.panel_stride + first * call.panel_floats);
+  const int64_t chunks = least(kChunksPerUnit, task.chunks - first), apart = task.together;
+  const bool exists = token < call.tokens;
+  const float* x = call.x + (exists ? token * call.x_stride : 0);
+  const int64_t at = (token / apart * task.chunks + first) * apart + token % apart;
+  call.kernel->panel(task.bits, task.mode, task.table, x + first * 32, exists ? task.columns - first * 32 : 0, chunks,
+                     call.panel + at * call.panel_floats, apart * call.panel_floats);
   if (!call.sums) return;
   const int64_t end = least((first + chunks) * 32, task.columns);
   for (int64_t b = ceil_div(first * 32, task.block); b * task.block < end; b++)
     call.sums[token * task.blocks + b] =
-        block_sum(x + b * task.block, least(task.block, task.columns - b * task.block));
+        exists ? block_sum(x + b * task.block, least(task.block, task.columns - b * task.block)) : 0.0f;
 }
 
 void compute(void* context, int64_t unit) {
@@ -87,12 +90,12 @@ bool sensible(const fewbit_matrix& w, const void* x, int64_t x_stride, int64_t t
          (tokens <= 1 || (x_stride >= 0 && y_stride >= w.rows));
 }
 
-Task task_of(const fewbit_matrix& w) {
+Task task_of(const fewbit_matrix& w, int64_t tokens) {
   Task task{};
   task.bits = w.bits, task.scale_half = w.scale_half, task.offset_half = w.offset_half;
   task.rows = w.rows, task.columns = w.columns, task.chunks = ceil_div(w.columns, 32);
   task.block = w.block, task.blocks = ceil_div(w.columns, w.block);
-  task.generic = w.block % 32 != 0 && task.blocks > 1;
+  task.mode = w.block % 32 != 0 && task.blocks > 1 ? kGeneric : tokens < kBatchTokens ? kSingle : kBatch;
   task.zero = w.zero, task.codes = w.codes, task.scale = w.scale, task.offset = w.offset, task.table = w.table;
   return task;
 }
@@ -111,27 +114,31 @@ extern "C" int fewbit_linear(const fewbit_matrix* matrix, const float* x, int64_
   call.kernel = find(matrix->family, isa);
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   if (tokens == 0) return FEWBIT_OK;
-  Task& task = call.task = task_of(*matrix);
+  Task& task = call.task = task_of(*matrix, tokens);
   task.bias = bias, task.y_stride = y_stride;
-  call.panel_floats = call.kernel->panel_floats(task.bits, task.generic);
+  call.panel_floats = call.kernel->panel_floats(task.bits, task.mode);
   call.segments = ceil_div(task.chunks, kChunksPerUnit);
   call.x_stride = x_stride;
-  task.panel_stride = task.chunks * call.panel_floats;
-  int64_t group = kPanelBytes / (task.panel_stride * 4) / 4 * 4;
-  group = least(tokens, group < 4 ? 4 : least(group, kMostTokens));
+  const int64_t panel = task.chunks * call.panel_floats;
+  // Tokens computed together, and tokens whose panels exist at a time: what fits the cache.
+  const int64_t most = task.mode == kSingle ? 2 : task.mode == kBatch ? 8 : 4;
+  task.together = tokens == 1 ? 1 : task.mode == kBatch && tokens <= 4 ? 4 : most;
+  const int64_t padded = ceil_div(tokens, task.together) * task.together;
+  const int64_t fit = least(kMostTokens, kPanelBytes / (panel * 4)) / task.together * task.together;
+  const int64_t group = least(padded, fit < task.together ? task.together : fit);
   const bool sums = task.offset || task.zero != 0.0f;
-  const int64_t floats = group * (task.panel_stride + (sums ? task.blocks : 0));
+  const int64_t floats = group * (panel + (sums ? task.blocks : 0));
   float* scratch =
       static_cast<float*>(operator new(static_cast<std::size_t>(floats) * 4, std::align_val_t(64), std::nothrow));
   if (!scratch) return FEWBIT_NO_MEMORY;
   task.panel = call.panel = scratch;
-  task.sums = call.sums = sums ? scratch + group * task.panel_stride : nullptr;
+  task.sums = call.sums = sums ? scratch + group * panel : nullptr;
   for (int64_t token = 0; token < tokens; token += group) {
     call.tokens = least(group, tokens - token);
     call.x = x + token * x_stride;
     task.y = y + token * y_stride;
     const int32_t used = task.rows * task.columns * call.tokens < kSmall ? 1 : threads;
-    parallel(call.tokens * call.segments, used, prepare, &call);
+    parallel(ceil_div(call.tokens, task.together) * task.together * call.segments, used, prepare, &call);
     parallel(ceil_div(ceil_div(task.rows, 16), kTilesPerUnit), used, compute, &call);
   }
   operator delete(scratch, std::align_val_t(64));

@@ -7,11 +7,20 @@
 
 namespace fewbit {
 
+// How a call is computed. It depends on the shape, never on the threads.
+enum Mode : int32_t {
+  kSingle,   // one or two tokens: bound by decoding and by memory
+  kBatch,    // from kBatchTokens on: bound by multiply-adds, a decoded weight serves up to 8 tokens
+  kGeneric,  // blocks that are not whole chunks of 32 columns: slower, any block size
+};
+
+enum : int64_t { kBatchTokens = 3 };
+
 // Work common to all calls of a kernel within one fewbit_linear. Shapes in words; tile = 16 rows, chunk = 32 columns.
 struct Task {
   int32_t bits;
   int32_t scale_half, offset_half;
-  bool generic;            // blocks that are not whole chunks: slower path, plain activations in the panel
+  Mode mode;
   int64_t rows, columns, chunks;
   int64_t block, blocks;   // columns a block; blocks a row
   float zero;
@@ -19,9 +28,12 @@ struct Task {
   const void* scale;       // (tiles, blocks, 16)
   const void* offset;      // (tiles, blocks, 16) or null
   const float* table;      // (2^bits) or null
-  const float* panel;      // (tokens, chunks, panel floats): activations as the kernel wants them
-  int64_t panel_stride;    // floats between tokens
-  const float* sums;       // (tokens, blocks): sum of the activations of a block; null when nothing needs it
+  // Activations as the kernel wants them: (tokens / together, chunks, together, panel floats). Tokens that are computed
+  // together lie together, else rows that are a power of two long would fight for the same cache sets. Padded with
+  // zeros to whole groups of tokens.
+  const float* panel;
+  int64_t together;
+  const float* sums;       // (padded tokens, blocks): sum of the activations of a block; null when nothing needs it
   const float* bias;       // (rows) or null
   float* y;                // (tokens, rows), y_stride floats apart
   int64_t y_stride;
@@ -30,10 +42,10 @@ struct Task {
 // One family on one instruction set.
 struct Kernel {
   // Floats that a chunk of 32 activations takes in the panel.
-  int64_t (*panel_floats)(int32_t bits, bool generic);
-  // Writes `chunks` chunks of a token's panel from x, of which `columns` exist (the rest count as 0).
-  void (*panel)(int32_t bits, bool generic, const float* table, const float* x, int64_t columns, int64_t chunks,
-                float* out);
+  int64_t (*panel_floats)(int32_t bits, Mode mode);
+  // Writes `chunks` chunks of a token's panel, `stride` floats apart, from x, of which `columns` exist (the rest are 0).
+  void (*panel)(int32_t bits, Mode mode, const float* table, const float* x, int64_t columns, int64_t chunks,
+                float* out, int64_t stride);
   // Computes y for tiles [tile_begin, tile_end) and tokens [0, tokens) of the panel.
   void (*run)(const Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
 };

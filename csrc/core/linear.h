@@ -4,13 +4,15 @@
 // share a function.
 //
 // A kernel K<BITS> offers:
-//   kPanel             floats of the panel that a chunk takes
+//   kBits, kPanel      bits of a code, floats of the panel that a chunk takes
+//   kChains            accumulators per row group and token: two hide the latency where there are few others
 //   K(table)           what is loaded once per strip, e.g. a table in registers
 //   chunk<T, M>(...)   adds a chunk's products to the accumulators of T row groups x M tokens
 //   value(codes, k)    the value of column k of a chunk, for blocks that are not whole chunks
 //
 // A row group is kLanes rows of a tile: one vector. Per column and row group: decode once, then one multiply-add per
-// token with a broadcast activation; no horizontal sum, no shuffle.
+// token with a broadcast activation; no horizontal sum, no shuffle. A strip that has fewer than T groups or M tokens
+// left repeats its last one and writes it once.
 #pragma once
 
 #include <stdint.h>
@@ -44,26 +46,10 @@ struct Group {
   }
 };
 
-// total += scale * (dot - zero * sum) + offset * sum, for block b.
 template <int M>
-FEWBIT_INLINE void fold(const Task& task, const Group& group, int64_t b, int64_t token, const F (&dot)[M],
-                        F (&total)[M]) {
-  const F scale = parameter(task.scale, task.scale_half, group.parameters + b * 16);
-  const F zero = broadcast(-task.zero);
-  for (int m = 0; m < M; m++) {
-    F d = dot[m];
-    if (task.sums) d = fma(zero, broadcast(task.sums[(token + m) * task.blocks + b]), d);
-    total[m] = fma(scale, d, total[m]);
-  }
-  if (!task.offset) return;
-  const F offset = parameter(task.offset, task.offset_half, group.parameters + b * 16);
-  for (int m = 0; m < M; m++) total[m] = fma(offset, broadcast(task.sums[(token + m) * task.blocks + b]), total[m]);
-}
-
-template <int M>
-FEWBIT_INLINE void write(const Task& task, const Group& group, int64_t token, const F (&total)[M]) {
+FEWBIT_INLINE void write(const Task& task, const Group& group, int64_t token, int64_t tokens, const F (&total)[M]) {
   const int64_t rows = task.rows - group.row;
-  for (int m = 0; m < M; m++) {
+  for (int m = 0; m < M && m < tokens; m++) {
     float* y = task.y + (token + m) * task.y_stride + group.row;
     if (rows >= kLanes) {
       store(y, task.bias ? add(total[m], load(task.bias + group.row)) : total[m]);
@@ -75,51 +61,84 @@ FEWBIT_INLINE void write(const Task& task, const Group& group, int64_t token, co
   }
 }
 
+// What a strip computes: row groups from `group`, of which `groups` exist, and tokens from `token`, of which `tokens` do.
+struct Strip {
+  int64_t group, groups, token, tokens;
+
+  FEWBIT_INLINE Group at(const Task& task, int64_t t) const { return Group(task, group + (t < groups ? t : groups - 1)); }
+  FEWBIT_INLINE const float* panel(const Task& task, int64_t floats) const {
+    const int64_t apart = task.together;
+    return task.panel + (token / apart * task.chunks * apart + token % apart) * floats;
+  }
+  FEWBIT_INLINE float sum(const Task& task, int64_t m, int64_t b) const {
+    return task.sums[(token + m) * task.blocks + b];
+  }
+};
+
+// total += scale * (dot - zero * sum) + offset * sum, for block b.
+template <int M>
+FEWBIT_INLINE void fold(const Task& task, const Strip& strip, const Group& group, int64_t b, const F (&dot)[M],
+                        F (&total)[M]) {
+  const F scale = parameter(task.scale, task.scale_half, group.parameters + b * 16);
+  const F zero = broadcast(-task.zero);
+  for (int m = 0; m < M; m++) {
+    F d = dot[m];
+    if (task.sums) d = fma(zero, broadcast(strip.sum(task, m, b)), d);
+    total[m] = fma(scale, d, total[m]);
+  }
+  if (!task.offset) return;
+  const F offset = parameter(task.offset, task.offset_half, group.parameters + b * 16);
+  for (int m = 0; m < M; m++) total[m] = fma(offset, broadcast(strip.sum(task, m, b)), total[m]);
+}
+
 // T row groups x M tokens, blocks of whole chunks (the last one possibly short).
 template <class K, int T, int M>
-void strip(const Task& task, int64_t index, int64_t token) {
+void compute(const Task& task, const Strip& strip) {
+  constexpr int C = K::kChains;
   const K kernel(task.table);
   F total[T][M];
   const uint8_t* codes[T];
   const float* panel[M];
-  for (int t = 0; t < T; t++) codes[t] = Group(task, index + t).codes;
-  for (int m = 0; m < M; m++) panel[m] = task.panel + (token + m) * task.panel_stride;
+  for (int t = 0; t < T; t++) codes[t] = strip.at(task, t).codes;
+  for (int m = 0; m < M; m++) panel[m] = strip.panel(task, K::kPanel) + m * K::kPanel;
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
-  const int64_t step = (task.block + 31) / 32;
+  const int64_t step = (task.block + 31) / 32, step_panel = task.together * K::kPanel;
   for (int64_t b = 0, chunk = 0; b < task.blocks; b++) {
-    F acc[T][M][2];
+    F acc[T][M][C];
     for (int t = 0; t < T; t++)
-      for (int m = 0; m < M; m++) acc[t][m][0] = acc[t][m][1] = broadcast(0.0f);
+      for (int m = 0; m < M; m++)
+        for (int c = 0; c < C; c++) acc[t][m][c] = broadcast(0.0f);
     const int64_t end = chunk + step < task.chunks ? chunk + step : task.chunks;
     for (; chunk < end; chunk++) {
       kernel.template chunk<T, M>(codes, panel, acc);
       for (int t = 0; t < T; t++) codes[t] += K::kBits * 64;
-      for (int m = 0; m < M; m++) panel[m] += K::kPanel;
+      for (int m = 0; m < M; m++) panel[m] += step_panel;
     }
     for (int t = 0; t < T; t++) {
       F dot[M];
-      for (int m = 0; m < M; m++) dot[m] = add(acc[t][m][0], acc[t][m][1]);
-      fold<M>(task, Group(task, index + t), b, token, dot, total[t]);
+      for (int m = 0; m < M; m++) dot[m] = C == 2 ? add(acc[t][m][0], acc[t][m][C - 1]) : acc[t][m][0];
+      fold<M>(task, strip, strip.at(task, t), b, dot, total[t]);
     }
   }
-  for (int t = 0; t < T; t++) write<M>(task, Group(task, index + t), token, total[t]);
+  for (int t = 0; t < T && t < strip.groups; t++)
+    write<M>(task, strip.at(task, t), strip.token, strip.tokens, total[t]);
 }
 
 // One row group x M tokens, blocks of any size. The panel holds plain activations, 32 a chunk.
 template <class K, int M>
-void strip_generic(const Task& task, int64_t index, int64_t token) {
+void compute_generic(const Task& task, const Strip& strip) {
   const K kernel(task.table);
-  const Group group(task, index);
+  const Group group = strip.at(task, 0);
+  const float* panel = strip.panel(task, 32);
   F total[M], acc[M][2];
   for (int m = 0; m < M; m++) total[m] = acc[m][0] = acc[m][1] = broadcast(0.0f);
   int64_t b = 0, end = task.block < task.columns ? task.block : task.columns;
   for (int64_t column = 0; column < task.columns; column++) {
     const F w = kernel.value(group.codes + column / 32 * K::kBits * 64, static_cast<int>(column % 32));
     for (int m = 0; m < M; m++) {
-      const F x = broadcast(task.panel[(token + m) * task.panel_stride + column]);
-      F& sum = acc[m][column & 1];
-      sum = fma(w, x, sum);
+      const float x = panel[(column / 32 * task.together + m) * 32 + column % 32];
+      acc[m][column & 1] = fma(w, broadcast(x), acc[m][column & 1]);
     }
     if (column + 1 != end) continue;
     F dot[M];
@@ -127,49 +146,64 @@ void strip_generic(const Task& task, int64_t index, int64_t token) {
       dot[m] = add(acc[m][0], acc[m][1]);
       acc[m][0] = acc[m][1] = broadcast(0.0f);
     }
-    fold<M>(task, group, b++, token, dot, total);
+    fold<M>(task, strip, group, b++, dot, total);
     end = end + task.block < task.columns ? end + task.block : task.columns;
   }
-  write<M>(task, group, token, total);
+  write<M>(task, group, strip.token, strip.tokens, total);
 }
 
+// Groups [begin, end) by T, for the M tokens from `token` of which `tokens` exist.
 template <class K, int T, int M>
-void strips(const Task& task, int64_t begin, int64_t end, int64_t token) {
-  if (task.generic) {
-    for (int64_t g = begin; g < end; g++) strip_generic<K, M>(task, g, token);
-    return;
+void strips(const Task& task, int64_t begin, int64_t end, int64_t token, int64_t tokens) {
+  for (; begin < end; begin += T) {
+    const Strip strip = {begin, end - begin, token, tokens};
+    compute<K, T, M>(task, strip);
   }
-  for (; begin + T <= end; begin += T) strip<K, T, M>(task, begin, token);
-  if (T > 1)
-    for (; begin < end; begin++) strip<K, 1, M>(task, begin, token);
 }
 
-template <class K>
+// `task.together` is 1 or 2 for few tokens, else 4 or 8: what is computed at once, but for 4 of the last 8.
+template <class Single, class Batch>
 void run_bits(const Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
-  int64_t token = 0;
-  for (; token + 4 <= tokens; token += 4) strips<K, kGroups4, 4>(task, begin, end, token);
-  for (; token + 2 <= tokens; token += 2) strips<K, kGroups2, 2>(task, begin, end, token);
-  for (; token < tokens; token++) strips<K, kGroups1, 1>(task, begin, end, token);
+  for (int64_t token = 0; token < tokens; token += task.together) {
+    const int64_t left = tokens - token;
+    if (task.mode == kGeneric) {
+      for (int64_t g = begin; g < end; g++) {
+        const Strip strip = {g, 1, token, left};
+        if (task.together > 1) compute_generic<Single, 4>(task, strip);
+        else compute_generic<Single, 1>(task, strip);
+      }
+    } else if (task.mode == kSingle) {
+      if (task.together > 1) strips<Single, kGroups2, 2>(task, begin, end, token, left);
+      else strips<Single, kGroups1, 1>(task, begin, end, token, left);
+    } else {
+      if (left > 4) strips<Batch, kGroups8, 8>(task, begin, end, token, left);
+      else strips<Batch, kGroups4, 4>(task, begin, end, token, left);
+    }
+  }
 }
 
-template <template <int> class K>
+template <template <int> class S, template <int> class B>
 void run(const Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   switch (task.bits) {
-    case 1: return run_bits<K<1>>(task, tile_begin, tile_end, tokens);
-    case 2: return run_bits<K<2>>(task, tile_begin, tile_end, tokens);
-    case 3: return run_bits<K<3>>(task, tile_begin, tile_end, tokens);
-    case 4: return run_bits<K<4>>(task, tile_begin, tile_end, tokens);
-    case 5: return run_bits<K<5>>(task, tile_begin, tile_end, tokens);
-    case 6: return run_bits<K<6>>(task, tile_begin, tile_end, tokens);
-    case 7: return run_bits<K<7>>(task, tile_begin, tile_end, tokens);
-    case 8: return run_bits<K<8>>(task, tile_begin, tile_end, tokens);
+    case 1: return run_bits<S<1>, B<1>>(task, tile_begin, tile_end, tokens);
+    case 2: return run_bits<S<2>, B<2>>(task, tile_begin, tile_end, tokens);
+    case 3: return run_bits<S<3>, B<3>>(task, tile_begin, tile_end, tokens);
+    case 4: return run_bits<S<4>, B<4>>(task, tile_begin, tile_end, tokens);
+    case 5: return run_bits<S<5>, B<5>>(task, tile_begin, tile_end, tokens);
+    case 6: return run_bits<S<6>, B<6>>(task, tile_begin, tile_end, tokens);
+    case 7: return run_bits<S<7>, B<7>>(task, tile_begin, tile_end, tokens);
+    case 8: return run_bits<S<8>, B<8>>(task, tile_begin, tile_end, tokens);
   }
 }
 
 // Activations of one chunk with zeros for the columns that do not exist.
 FEWBIT_INLINE void chunk_of(const float* x, int64_t columns, float (&out)[32]) {
   for (int64_t k = 0; k < 32; k++) out[k] = k < columns ? x[k] : 0.0f;
+}
+
+FEWBIT_INLINE void plain_panel(const float (&x)[32], float* out) {
+  for (int k = 0; k < 32; k++) out[k] = x[k];
 }
 
 // Column k of a chunk: its code in the low BITS bits of each lane, anything above them.
@@ -182,6 +216,18 @@ FEWBIT_INLINE U extract(const uint8_t* codes, int k) {
     code = select((1u << base) - 1, code, at > base ? shift_right(lanes, at - base) : shift_left(lanes, base - at));
   }
   return code;
+}
+
+// Column k of T row groups x M tokens, decoded by kernel.value: the chunk of kernels that do nothing cleverer.
+template <class K, int T, int M>
+FEWBIT_INLINE void column(const K& kernel, const uint8_t* const (&codes)[T], const float* const (&panel)[M], int k,
+                          F (&acc)[T][M][K::kChains]) {
+  F w[T];
+  for (int t = 0; t < T; t++) w[t] = kernel.value(codes[t], k);
+  for (int m = 0; m < M; m++) {
+    const F x = broadcast(panel[m][k]);
+    for (int t = 0; t < T; t++) acc[t][m][k % K::kChains] = fma(w[t], x, acc[t][m][k % K::kChains]);
+  }
 }
 
 }  // namespace

@@ -9,59 +9,52 @@ namespace {
 
 constexpr bool lut_tabled(int bits) { return kSumTables && bits <= 2; }
 
-constexpr int lut_panel(int bits) { return lut_tabled(bits) ? table_floats(bits) : 32; }
-
-template <int BITS>
-struct Lut {
-  static constexpr int kBits = BITS, kPanel = lut_panel(BITS);
+template <int BITS, int CHAINS>
+struct LutOf {
+  static constexpr bool kTabled = CHAINS == 2 && lut_tabled(BITS);
+  static constexpr int kBits = BITS, kPanel = kTabled ? table_floats(BITS) : 32, kChains = CHAINS;
   Lookup<BITS> levels;
 
-  explicit FEWBIT_INLINE Lut(const float* table) : levels(table) {}
+  explicit FEWBIT_INLINE LutOf(const float* table) : levels(table) {}
 
   template <int T, int M>
-  FEWBIT_INLINE void chunk(const uint8_t* const (&codes)[T], const float* const (&panel)[M], F (&acc)[T][M][2]) const {
-    if constexpr (lut_tabled(BITS)) {
+  FEWBIT_INLINE void chunk(const uint8_t* const (&codes)[T], const float* const (&panel)[M],
+                           F (&acc)[T][M][CHAINS]) const {
+    if constexpr (kTabled) {
       table_chunk<BITS, T, M>(codes, 0, panel, 0, acc);
-    } else {
-      if constexpr (BITS <= 5) {
+    } else if constexpr (BITS <= 5) {
 #pragma GCC unroll kUnroll
-        for (int k = 0; k < 32; k++) column<T, M>(codes, panel, k, acc);
-      } else {  // the gather costs more than the shifts, and twice the code would not make it faster
+      for (int k = 0; k < 32; k++) column(*this, codes, panel, k, acc);
+    } else {  // the gather costs more than the shifts, and more code would not make it faster
 #pragma GCC unroll 2
-        for (int k = 0; k < 32; k++) column<T, M>(codes, panel, k, acc);
-      }
-    }
-  }
-
-  template <int T, int M>
-  FEWBIT_INLINE void column(const uint8_t* const (&codes)[T], const float* const (&panel)[M], int k,
-                            F (&acc)[T][M][2]) const {
-    F w[T];
-    for (int t = 0; t < T; t++) w[t] = value(codes[t], k);
-    for (int m = 0; m < M; m++) {
-      const F x = broadcast(panel[m][k]);
-      for (int t = 0; t < T; t++) acc[t][m][k & 1] = fma(w[t], x, acc[t][m][k & 1]);
+      for (int k = 0; k < 32; k++) column(*this, codes, panel, k, acc);
     }
   }
 
   FEWBIT_INLINE F value(const uint8_t* codes, int k) const { return levels(extract<BITS>(codes, k)); }
 };
 
-inline void lut_panel_of(int32_t bits, bool generic, const float* table, const float* x, int64_t columns,
-                         int64_t chunks, float* out) {
-  for (int64_t c = 0; c < chunks; c++) {
-    float here[32];
-    chunk_of(x + c * 32, columns - c * 32, here);
-    if (!generic && kSumTables && bits <= 2) {
-      if (bits == 1) table_panel<1>(table, here, out); else table_panel<2>(table, here, out);
-      out += table_floats(bits);
-      continue;
-    }
-    for (int k = 0; k < 32; k++) *out++ = here[k];
-  }
+template <int BITS>
+using Lut = LutOf<BITS, 2>;
+
+// Where a decoded weight serves many tokens: no sums of products are tabled.
+template <int BITS>
+using LutBatch = LutOf<BITS, 1>;
+
+inline int64_t lut_panel_floats(int32_t bits, Mode mode) {
+  return mode == kSingle && lut_tabled(bits) ? table_floats(bits) : 32;
 }
 
-inline int64_t lut_panel_floats(int32_t bits, bool generic) { return generic ? 32 : lut_panel(bits); }
+inline void lut_panel_of(int32_t bits, Mode mode, const float* table, const float* x, int64_t columns, int64_t chunks,
+                         float* out, int64_t stride) {
+  for (int64_t c = 0; c < chunks; c++, out += stride) {
+    float here[32];
+    chunk_of(x + c * 32, columns - c * 32, here);
+    if (mode != kSingle || !lut_tabled(bits)) plain_panel(here, out);
+    else if (bits == 1) table_panel<1>(table, here, out);
+    else table_panel<2>(table, here, out);
+  }
+}
 
 }  // namespace
 }  // namespace fewbit

