@@ -98,7 +98,7 @@ PyObject* read_stream(PyObject*, PyObject* args) {
 }
 
 PyMethodDef methods[] = {
-    {"caps", caps, METH_NOARGS, "Bits of FEWBIT_SERIAL 1, AVX2 2, AVX512 4, VNNI 8, NEON 16 that this machine can run."},
+    {"caps", caps, METH_NOARGS, "What this machine can run: serial 1, AVX2 2, AVX-512 4, VNNI 8, NEON 16."},
     {"set_threads", set_threads, METH_VARARGS, "(threads): for every later call; 0 lets each call say."},
     {"tile16_bytes", tile16_bytes, METH_VARARGS, "(rows, columns, bits) -> bytes, or -1."},
     {"tile16_pack", tile16_pack, METH_VARARGS, "(codes, stride, rows, columns, bits, packed)"},
@@ -108,7 +108,8 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "fewbit._native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "fewbit._native", nullptr, -1, methods, nullptr, nullptr, nullptr,
+                      nullptr};
 
 }  // namespace
 

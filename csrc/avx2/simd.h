@@ -11,7 +11,8 @@ namespace {
 constexpr int kLanes = 8;
 constexpr bool kSumTables = false;
 constexpr int kUnroll = FEWBIT_UNROLL;
-constexpr int kGroups1 = 2, kGroups2 = 2, kGroups4 = 2, kGroups8 = 1;  // row groups beside 1, 2, 4 and 8 tokens: 16 registers in all
+// Row groups beside 1, 2, 4 and 8 tokens: 16 registers in all.
+constexpr int kGroups1 = 2, kGroups2 = 2, kGroups4 = 2, kGroups8 = 1;
 
 typedef __m256 F;
 typedef __m256i U;

@@ -11,7 +11,8 @@ namespace {
 constexpr int kLanes = 16;
 constexpr bool kSumTables = true;
 constexpr int kUnroll = FEWBIT_UNROLL;
-constexpr int kGroups1 = 4, kGroups2 = 2, kGroups4 = 4, kGroups8 = 2;  // row groups beside 1, 2, 4 and 8 tokens: 32 registers in all
+// Row groups beside 1, 2, 4 and 8 tokens: 32 registers in all.
+constexpr int kGroups1 = 4, kGroups2 = 2, kGroups4 = 4, kGroups8 = 2;
 
 typedef __m512 F;
 typedef __m512i U;

@@ -43,7 +43,8 @@ struct Task {
 struct Kernel {
   // Floats that a chunk of 32 activations takes in the panel.
   int64_t (*panel_floats)(int32_t bits, Mode mode);
-  // Writes `chunks` chunks of a token's panel, `stride` floats apart, from x, of which `columns` exist (the rest are 0).
+  // Writes `chunks` chunks of a token's panel, `stride` floats apart, from x, of which `columns` exist (the others
+  // count as 0).
   void (*panel)(int32_t bits, Mode mode, const float* table, const float* x, int64_t columns, int64_t chunks,
                 float* out, int64_t stride);
   // Computes y for tiles [tile_begin, tile_end) and tokens [0, tokens) of the panel.

@@ -61,11 +61,14 @@ FEWBIT_INLINE void write(const Task& task, const Group& group, int64_t token, in
   }
 }
 
-// What a strip computes: row groups from `group`, of which `groups` exist, and tokens from `token`, of which `tokens` do.
+// What a strip computes: row groups from `group`, of which `groups` exist, and tokens from `token`, of which `tokens`
+// do.
 struct Strip {
   int64_t group, groups, token, tokens;
 
-  FEWBIT_INLINE Group at(const Task& task, int64_t t) const { return Group(task, group + (t < groups ? t : groups - 1)); }
+  FEWBIT_INLINE Group at(const Task& task, int64_t t) const {
+    return Group(task, group + (t < groups ? t : groups - 1));
+  }
   FEWBIT_INLINE const float* panel(const Task& task, int64_t floats) const {
     const int64_t apart = task.together;
     return task.panel + (token / apart * task.chunks * apart + token % apart) * floats;

@@ -66,8 +66,8 @@ void fewbit_set_threads(int32_t threads);
 
 /* y[token][row] = sum over columns of x[token][column] * w[row][column] + bias[row].
  *
- * x: (tokens, columns) float32, tokens `x_stride` floats apart; y: (tokens, rows) float32, `y_stride` apart; bias: (rows)
- * or NULL. isa: one bit of fewbit_caps(). threads: at most this many, the caller included.
+ * x: (tokens, columns) float32, tokens `x_stride` floats apart; y: (tokens, rows) float32, `y_stride` apart; bias:
+ * (rows) or NULL. isa: one bit of fewbit_caps(). threads: at most this many, the caller included.
  * Accumulates in float32, column by column within a block (two chains where tokens < 3), then block by block. The
  * result does not depend on `threads`, nor on `tokens` beyond whether it is below 3. Error: at most about
  * (block + blocks + 6) * 2^-24 times the sum of (|scale| (|table[code]| + |zero|) + |offset|) |x|.

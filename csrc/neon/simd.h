@@ -11,7 +11,8 @@ namespace {
 constexpr int kLanes = 4;
 constexpr bool kSumTables = false;
 constexpr int kUnroll = FEWBIT_UNROLL < 8 ? FEWBIT_UNROLL : 8;  // more only makes the compiler slow
-constexpr int kGroups1 = 4, kGroups2 = 4, kGroups4 = 4, kGroups8 = 2;  // row groups beside 1, 2, 4 and 8 tokens: 32 registers in all
+// Row groups beside 1, 2, 4 and 8 tokens: 32 registers in all.
+constexpr int kGroups1 = 4, kGroups2 = 4, kGroups4 = 4, kGroups8 = 2;
 
 typedef float32x4_t F;
 typedef uint32x4_t U;

@@ -12,7 +12,8 @@ namespace {
 constexpr int kLanes = 4;
 constexpr bool kSumTables = false;
 constexpr int kUnroll = 1;
-constexpr int kGroups1 = 4, kGroups2 = 2, kGroups4 = 1, kGroups8 = 1;  // row groups beside 1, 2, 4 and 8 tokens
+// Row groups beside 1, 2, 4 and 8 tokens.
+constexpr int kGroups1 = 4, kGroups2 = 2, kGroups4 = 1, kGroups8 = 1;
 
 typedef float F __attribute__((vector_size(16)));
 typedef uint32_t U __attribute__((vector_size(16)));

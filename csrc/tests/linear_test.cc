@@ -105,14 +105,14 @@ int failures = 0;
 
 void fail(const Case& c, const char* isa, const char* what, double found, double allowed) {
   failures++;
-  printf("FAILED %s %s bits %d rows %lld columns %lld block %lld tokens %lld half %d offset %d: %s %g, allowed %g\n", isa,
-         c.family == FEWBIT_AFFINE ? "affine" : "lut", c.bits, static_cast<long long>(c.shape.rows),
+  printf("FAILED %s %s bits %d rows %lld columns %lld block %lld tokens %lld half %d offset %d: %s %g, allowed %g\n",
+         isa, c.family == FEWBIT_AFFINE ? "affine" : "lut", c.bits, static_cast<long long>(c.shape.rows),
          static_cast<long long>(c.shape.columns), static_cast<long long>(c.shape.block),
          static_cast<long long>(c.shape.tokens), c.half, c.has_offset, what, found, allowed);
 }
 
-// Every element within its bound; the same bits on two threads and, below 3 tokens, for each token alone. Returns the worst share of a
-// bound that was used.
+// Every element within its bound; the same bits on two threads and, below 3 tokens, for each token alone. Returns the
+// worst share of a bound that was used.
 double check(const Case& c, const Isa& isa) {
   const int64_t tokens = c.shape.tokens, rows = c.shape.rows;
   std::vector<float> y(tokens * rows, NAN), twin(tokens * rows, NAN), single(rows, NAN);

@@ -30,6 +30,7 @@ def build(folder: Path, *options: str) -> Path:
     return folder / "fewbit_test"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(bool(missing("cmake", "c++")), reason=f"not installed: {missing('cmake', 'c++')}")
 def test_kernels_touch_no_byte_that_is_not_theirs(tmp_path: Path) -> None:
@@ -42,6 +43,7 @@ def test_kernels_touch_no_byte_that_is_not_theirs(tmp_path: Path) -> None:
 CROSS = ("cmake", "aarch64-linux-gnu-g++", "qemu-aarch64")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="cross-compiles from x86-64")
 @pytest.mark.skipif(bool(missing(*CROSS)), reason=f"not installed: {missing(*CROSS)}")
