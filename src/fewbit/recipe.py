@@ -16,7 +16,9 @@
 
 ``match`` is an exact name, a glob, ``re:`` and a regular expression (whole name), ``class:`` and a module class, or
 ``kind:`` and one of linear, experts, embedding, head. A glob never reaches the embedding or the head: name them or
-their kind. ``format = "float"`` keeps a layer as it is. A rule that matches no layer is an error.
+their kind. ``format = "float"`` keeps a layer as it is. A scheme that names activations (``W8A8``) sets ``activation``
+too: the format that a layer's inputs are rounded to, token by token, while it runs. A rule that matches no layer is an
+error.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ else:
     import tomli as tomllib
 
 FLOAT = "float"
-_KEYS = {"match", "format", "method", "options", "transforms"}
+_KEYS = {"match", "format", "activation", "method", "options", "transforms"}
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,14 @@ class Rule:
     format: str
     method: str = "rtn"
     options: dict[str, Any] = field(default_factory=dict)
+    activation: str | None = None
 
     def __post_init__(self) -> None:
         if self.format == FLOAT:
             return
         formats.parse(self.format)
+        if self.activation is not None:
+            formats.parse(self.activation)
         known = methods.named(self.method).options
         for name in self.options:
             if name not in known:
@@ -90,9 +95,9 @@ class Recipe:
         format: str, method: str = "rtn", head: str = "int8/g64", options: dict[str, Any] | None = None
     ) -> Recipe:
         """One format and method for every layer, embedding and head in ``head`` (a format, or "float")."""
-        return Recipe(
-            (Rule("kind:embedding", head), Rule("kind:head", head), Rule("*", format, method, dict(options or {})))
-        )
+        weight, activation = split_scheme(format)
+        every = Rule("*", weight, method, dict(options or {}), activation)
+        return Recipe((Rule("kind:embedding", head), Rule("kind:head", head), every))
 
     def rule_for(self, name: str, kind: str, module_class: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.matches(name, kind, module_class)), None)
@@ -157,8 +162,16 @@ class Recipe:
             raise SpecError(f"recipe {path}", f"it is not TOML: {error}") from None
 
 
+def split_scheme(format: str) -> tuple[str, str | None]:
+    """A scheme such as ``W8A8`` as its weight format and activation format; any other format as it is, and None."""
+    scheme = formats.SCHEMES.get(format.strip().upper())
+    return (scheme.weight, scheme.activation) if scheme is not None else (format, None)
+
+
 def _rule_dict(rule: Rule) -> dict[str, Any]:
     entry: dict[str, Any] = {"match": rule.match, "format": rule.format}
+    if rule.activation is not None:
+        entry["activation"] = rule.activation
     if rule.format != FLOAT:
         entry["method"] = rule.method
     if rule.options:
@@ -172,4 +185,6 @@ def _rule(entry: Any) -> Rule:
         raise SpecError("recipe rule", found, "a rule has match and format, and may have method, options, transforms")
     if entry.get("transforms"):
         raise SpecError(f"transforms {entry['transforms']}", "no transform is available yet", "leave `transforms` out")
-    return Rule(entry["match"], entry["format"], entry.get("method", "rtn"), dict(entry.get("options", {})))
+    weight, activation = split_scheme(entry["format"])
+    options = dict(entry.get("options", {}))
+    return Rule(entry["match"], weight, entry.get("method", "rtn"), options, entry.get("activation", activation))

@@ -103,3 +103,21 @@ def test_load_refuses_what_is_not_what_was_written(tiny: Path, tmp_path: Path) -
 def test_the_plug_in_registers_itself_whatever_is_imported_first(order: str) -> None:
     code = f"{order}; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'fewbit' in m"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_activations_are_rounded_token_by_token(tiny: Path, tmp_path: Path) -> None:
+    from fewbit.model.layers import round_activations
+
+    result = fewbit.quantize(tiny, "W8A8", out=tmp_path / "out")
+    assert {layer["activation"] for layer in result.manifest["layers"] if layer["kind"] == "linear"} == {
+        "int8/channel/sym"
+    }
+    layer = fewbit.load(tmp_path / "out").model.layers[0].mlp.up_proj
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [100.0], [0.01]])
+    scale = (2 * x.abs().amax(1, keepdim=True) / 255).half().float()
+    rounded = scale * (x / scale).round().clamp(-128, 127)
+    assert torch.equal(round_activations(x, layer.activation), rounded)
+    expected = rounded.double() @ layer.qtensor().dequantize().double().T
+    assert torch.allclose(layer(x).double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    weights_only = fewbit.quantize(tiny, "W8A16", out=tmp_path / "other")
+    assert result.manifest["check"]["kl_mean"] != weights_only.manifest["check"]["kl_mean"]

@@ -11,7 +11,7 @@ import torch
 
 from fewbit import formats, kernels, methods
 from fewbit.core.qtensor import storage, storage_bytes
-from fewbit.errors import FewbitError, SpecError
+from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.sites import Site
 from fewbit.model.stream import StreamedModel
@@ -58,6 +58,7 @@ class Plan:
                 {
                     "name": decision.site.name,
                     "format": rule.format if rule else FLOAT,
+                    "activation": rule.activation if rule else None,
                     "method": rule.method if rule else None,
                     "kernel": decision.kernel,
                     "reason_skipped": decision.reason or None,
@@ -117,6 +118,12 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
         reason = "the recipe keeps it in float" if rule else "no rule of the recipe matches it"
         return Decision(site, None, "torch", weights * dtype.itemsize, reason)
     format = formats.parse(rule.format)
+    if rule.activation is not None and site.kind in ("experts", "embedding"):
+        raise UnsupportedError(
+            f"activations in {rule.activation} for {site.name}",
+            f"inputs of {site.kind} are not rounded at run time",
+            "give these layers a rule with a weight format alone, such as W8A16",
+        )
     if format.bits < 3 and methods.named(rule.method).needs == "nothing" and not force:
         raise SpecError(
             f"{rule.format} by {rule.method} for {site.name}",

@@ -78,6 +78,7 @@ def solve(task: Task) -> Solved:
         "block": site.block,
         "kind": site.kind,
         "format": task.format.name,
+        "activation": task.rule.activation,
         "layout": packed.layout.name,
         "method": task.rule.method,
         "kernel": kernels.choose(task.format, site.shape).name,

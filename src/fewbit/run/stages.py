@@ -25,6 +25,7 @@ from fewbit.run.hidden import HiddenFile
 from fewbit.run.journal import Journal
 from fewbit.run.observe import Observer
 from fewbit.run.planning import Plan
+from fewbit.run.rounding import rounded
 from fewbit.run.solve import SHOWN, Solved, Task, check_outputs, solve
 from fewbit.run.verify import read_back
 from fewbit.run.workers import Workers
@@ -157,21 +158,28 @@ def block_stage(run: Run, stage: int) -> dict[str, Any]:
     record = _write(run, stage, sites, solved, tasks)
     for item in solved:
         _propagate(model, item)
-    quantized = _probe_through(run, index, before.read(0))
+    with rounded(model, run.plan, index):
+        quantized = _probe_through(run, index, before.read(0))
+        _pass_on(run, stage, index)
     before.close()
     _store(run, stage, [quantized, floating], "probe")
-    if run.calibration is not None:
-        shared, calibration = run.inputs("calibration"), run.hidden(stage - 1, "calibration")
-
-        def step(batch: int) -> Tensor:
-            with run.arithmetic():
-                return model.run_block(index, calibration.read(batch), shared)
-
-        _store(run, stage, run.workers.map(step, range(len(run.batches()))), "calibration")
-        calibration.close()
     model.free(name)
     record["drift"] = float((quantized - floating).norm() / floating.norm())
     return record
+
+
+def _pass_on(run: Run, stage: int, index: int) -> None:
+    """Take the calibration through the quantized block ``index``."""
+    if run.calibration is None:
+        return
+    shared, calibration = run.inputs("calibration"), run.hidden(stage - 1, "calibration")
+
+    def step(batch: int) -> Tensor:
+        with run.arithmetic():
+            return run.model.run_block(index, calibration.read(batch), shared)
+
+    _store(run, stage, run.workers.map(step, range(len(run.batches()))), "calibration")
+    calibration.close()
 
 
 def tail_stage(run: Run) -> dict[str, Any]:
