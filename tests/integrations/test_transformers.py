@@ -121,3 +121,20 @@ def test_activations_are_rounded_token_by_token(tiny: Path, tmp_path: Path) -> N
     assert torch.allclose(layer(x).double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     weights_only = fewbit.quantize(tiny, "W8A16", out=tmp_path / "other")
     assert result.manifest["check"]["kl_mean"] != weights_only.manifest["check"]["kl_mean"]
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "mixtral"])
+def test_saving_a_loaded_model_gives_the_same_arrays(
+    family: str, tiny_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    fewbit.quantize(tiny_family(family), "int4/g16/asym", out=tmp_path / "out", force=True)
+    model = fewbit.load(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    before, after = (
+        {name: tensor for path in (tmp_path / folder).glob("*.safetensors") for name, tensor in load_file(path).items()}
+        for folder in ("out", "again")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -76,15 +76,16 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
             model.config._experts_implementation = "eager"
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for module in model.modules():
+        tied = {name for name, entry in self.quantization_config.modules.items() if "tied_to" in entry}
+        for name, module in model.named_modules():
             if isinstance(module, (QuantLinear, ExpertBank)):
-                module.prepare()
+                if name not in tied:
+                    module.prepare()
             elif not isinstance(module, Store):
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.to(self._dtype)
-        for name, entry in self.quantization_config.modules.items():
-            if "tied_to" in entry:
-                _tie(model, name, entry["tied_to"])
+        for name in tied:
+            _tie(model, name, self.quantization_config.modules[name]["tied_to"])
         return model
 
     def is_serializable(self) -> bool:
@@ -127,8 +128,9 @@ def _tie(model: nn.Module, name: str, source: str) -> None:
     head, embedding = model.get_submodule(name), model.get_submodule(source)
     assert isinstance(head, QuantLinear) and isinstance(embedding, QuantEmbedding)
     for array in embedding.arrays:
-        head.register_buffer(f"weight_{array}", getattr(embedding, f"weight_{array}"))
+        head.register_buffer(f"weight_{array}", getattr(embedding, f"weight_{array}"), persistent=False)
     head.prepare()
+    embedding.share(head)
 
 
 def register() -> None:

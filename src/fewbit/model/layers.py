@@ -40,6 +40,19 @@ class Store(nn.Module):
                 raise VerificationError(f"array weight_{array}: {dtype} {size}", f"found {found}")
         return QTensor(self.format, self.layout, self.shape, tensors.pop("packed"), tensors)
 
+    def release(self) -> None:
+        """Drop the arrays: a kernel's own layout holds the same codes and parameters from now on."""
+        for array, (dtype, _) in self.arrays.items():
+            setattr(self, f"weight_{array}", torch.empty(0, dtype=dtype))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """The arrays as a file holds them, whatever form they have in memory."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if f"{prefix}weight_packed" in destination:
+            stored = self.qtensor().repack(self.layout)
+            for array, tensor in {"packed": stored.packed, **stored.params}.items():
+                destination[f"{prefix}weight_{array}"] = tensor
+
     def extra_repr(self) -> str:
         return f"{self.shape[1]} -> {self.shape[0]}, {self.format.name}, {self.layout.name}"
 
@@ -61,6 +74,10 @@ class QuantLinear(Store):
     def prepare(self, kernel: str | None = None) -> None:
         """Repack for the fastest kernel here (or the one named), once, before the first call."""
         self._prepared = kernels.prepare(self.qtensor(), kernel)
+        self.release()
+
+    def qtensor(self) -> QTensor:
+        return super().qtensor() if self._prepared is None else self._prepared.qtensor()
 
     @property
     def prepared(self) -> kernels.Prepared:
@@ -82,6 +99,15 @@ class QuantEmbedding(Store):
         super().__init__(format, layout, shape)
         self.scale, self.dtype = scale, dtype
         self.num_embeddings, self.embedding_dim = shape
+        self._head: list[QuantLinear] = []  # in a list: the head is no child of the embedding
+
+    def share(self, head: QuantLinear) -> None:
+        """Let a tied head's kernel hold the one copy of the matrix; rows are looked up in its layout."""
+        self._head = [head]
+        self.release()
+
+    def qtensor(self) -> QTensor:
+        return self._head[0].qtensor() if self._head else super().qtensor()
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = kernels.embedding(ids, self.qtensor(), self.dtype)
@@ -97,12 +123,22 @@ class ExpertBank(Store):
         self._prepared: dict[int, kernels.Prepared] = {}
 
     def prepare(self, kernel: str | None = None) -> None:
-        whole = self.qtensor()
+        """As :meth:`QuantLinear.prepare`, for every expert."""
+        whole = super().qtensor()
         codes, params = whole.logical()
         for expert in range(self.experts):
             rows = slice(expert * self.rows, (expert + 1) * self.rows)
             part = QTensor.of(self.format, codes[rows], {key: value[rows] for key, value in params.items()})
             self._prepared[expert] = kernels.prepare(part, kernel)
+        self.release()
+
+    def qtensor(self) -> QTensor:
+        """All experts stacked by rows."""
+        if not self._prepared:
+            return super().qtensor()
+        parts = [self._prepared[expert].qtensor().logical() for expert in range(self.experts)]
+        params = {name: torch.cat([values[name] for _, values in parts]) for name in parts[0][1]}
+        return QTensor.of(self.format, torch.cat([codes for codes, _ in parts]), params)
 
     def __getitem__(self, expert: Any) -> ExpertMatrix:
         if not self._prepared:
