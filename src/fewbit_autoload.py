@@ -58,4 +58,4 @@ def install() -> None:
     elif not any(
         type(finder).__name__ == "_Finder" and type(finder).__module__ == __name__ for finder in sys.meta_path
     ):
-        sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Finder())

@@ -101,6 +101,8 @@ def test_ctrl_c_on_a_real_process(tiny: Path, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not out.with_name("out.partial").exists() and time.monotonic() < deadline:
