@@ -75,11 +75,21 @@ def test_recipe_file(tiny: Path, command: Command, tmp_path: Path) -> None:
     assert formats["model.layers.0.self_attn.q_proj"] == "float"
 
 
+def test_a_recipe_goes_before_the_format(tiny: Path, command: Command, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[[rule]]\nmatch = "*.down_proj"\nformat = "int8/g32"\n')
+    result = command("plan", tiny, "--recipe", recipe, "--format", "int4/g32", "--json", "-")
+    formats = {layer["name"]: layer["format"] for layer in json.loads(result.stdout)["layers"]}
+    assert formats["model.layers.0.mlp.down_proj"] == "int8/g32"
+    assert formats["model.layers.0.mlp.up_proj"] == "int4/g32"
+    assert formats["model.embed_tokens"] == "int8/g64"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         ((), 2, "--format"),
-        (("-f", "int4/g32", "--recipe", "x.toml"), 2, "both"),
+        (("--recipe", "x.toml", "--option", "steps=3"), 3, "x.toml"),
         (("-f", "int9/g32"), 2, "int9/g32"),
         (("-f", "int4/g32", "-m", "magic"), 2, "magic"),
         (("-f", "int4/g32", "-m", "gptq", "--option", "damp"), 2, "NAME=VALUE"),

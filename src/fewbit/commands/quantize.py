@@ -38,24 +38,20 @@ class Request:
     force: bool
 
     def recipe(self) -> Recipe:
-        """What to do with which layer.
+        """What to do with which layer: the recipe's rules first, then --format for what they leave.
 
         Raises:
-            SpecError: neither or both of --format and --recipe, or an option that the method does not have.
+            SpecError: neither --format nor --recipe, or an option that the method does not have.
         """
-        if (self.format is None) == (self.recipe_file is None):
-            found = (
-                "neither --format nor --recipe was given"
-                if self.format is None
-                else "both --format and --recipe were given"
-            )
-            raise SpecError(f"quantizing {self.model}", found, "--format int4/g128/asym, or --recipe FILE")
-        if self.recipe_file is not None:
-            if self.settings:
-                raise SpecError("--option with --recipe", "a recipe names its own options", "write them into its rules")
-            return Recipe.read(self.recipe_file)
-        assert self.format is not None
-        return Recipe.simple(self.format, self.method, self.head, settings(self.settings or []))
+        rules = () if self.recipe_file is None else Recipe.read(self.recipe_file).rules
+        if self.format is not None:
+            rules += Recipe.simple(self.format, self.method, self.head, settings(self.settings or [])).rules
+        elif self.settings:
+            raise SpecError("--option without --format", "a recipe names its own options", "write them into its rules")
+        if not rules:
+            works = "--format int4/g128/asym, or --recipe FILE, or both"
+            raise SpecError(f"quantizing {self.model}", "neither --format nor --recipe was given", works)
+        return Recipe(rules)
 
     def planning(self) -> dict[str, Any]:
         """Keywords of :func:`fewbit.plan`."""
