@@ -176,7 +176,7 @@ def _plots(manifest: Mapping[str, Any], evaluations: Sequence[Figures]) -> list[
 
 def _heatmaps(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Markup]]:
     drawn = [
-        ("Relative output error", "By how much a layer's output moves on calibration data. Logarithmic colours.",
+        ("Relative output error", "By how much a layer's output moves on held-out text. Logarithmic colours.",
          plots.heatmap(layers, "relative_error", "Relative error", "heat", log=True)),
         ("Bits per weight", "Scales included.",
          plots.heatmap(layers, "bits_per_weight", "Bits per weight", "cool", log=False)),
