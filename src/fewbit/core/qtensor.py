@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,15 @@ class QTensor:
     def bits_per_weight(self) -> float:
         """True stored bits per weight."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+
+def stack(parts: Sequence[QTensor]) -> QTensor:
+    """Matrices of one format and width as one, by rows, unpacked."""
+    if len(parts) == 1:
+        return parts[0]
+    logical = [part.logical() for part in parts]
+    params = {name: torch.cat([values[name] for _, values in logical]) for name in logical[0][1]}
+    return QTensor.of(parts[0].format, torch.cat([codes for codes, _ in logical]), params)
 
 
 def storage(format: Format, layout: Layout, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fewbit import formats, kernels, layouts
 from fewbit.core.format import Format
 from fewbit.core.layout import Layout
-from fewbit.core.qtensor import QTensor, storage
+from fewbit.core.qtensor import QTensor, stack, storage
 from fewbit.errors import VerificationError
 
 
@@ -136,9 +136,7 @@ class ExpertBank(Store):
         """All experts stacked by rows."""
         if not self._prepared:
             return super().qtensor()
-        parts = [self._prepared[expert].qtensor().logical() for expert in range(self.experts)]
-        params = {name: torch.cat([values[name] for _, values in parts]) for name in parts[0][1]}
-        return QTensor.of(self.format, torch.cat([codes for codes, _ in parts]), params)
+        return stack([self._prepared[expert].qtensor() for expert in range(self.experts)])
 
     def __getitem__(self, expert: Any) -> ExpertMatrix:
         if not self._prepared:

@@ -15,9 +15,8 @@ from fewbit import kernels, layouts, methods
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.layout import Layout
-from fewbit.core.qtensor import QTensor
+from fewbit.core.qtensor import QTensor, stack
 from fewbit.errors import UnsupportedError, VerificationError
-from fewbit.model.checkpoint import check_finite
 from fewbit.model.sites import Site
 from fewbit.recipe import Rule
 
@@ -52,10 +51,9 @@ def solve(task: Task) -> Solved:
     """Choose codes with the rule's method, pack, and measure the relative error of the layer's outputs on ``seen``.
 
     Raises:
-        InputError: the weight holds NaN or Inf. UnsupportedError: a per-tensor format on fused experts.
+        UnsupportedError: a per-tensor format on fused experts.
     """
     began, site, method = time.monotonic(), task.site, methods.named(task.rule.method)
-    check_finite(site.name, task.weight)
     if site.experts > 1 and any(param.per == "tensor" for param in task.format.params):
         raise UnsupportedError(
             f"{task.format.name} for the fused experts {site.name}",
@@ -93,15 +91,6 @@ def solve(task: Task) -> Solved:
         "seconds": round(time.monotonic() - began, 3),
     }
     return Solved(packed, record)
-
-
-def stack(parts: list[QTensor]) -> QTensor:
-    """Matrices of one format as one, by rows."""
-    if len(parts) == 1:
-        return parts[0]
-    logical = [part.logical() for part in parts]
-    params = {name: torch.cat([values[name] for _, values in logical]) for name in logical[0][1]}
-    return QTensor.of(parts[0].format, torch.cat([codes for codes, _ in logical]), params)
 
 
 def digest(decoded: Tensor) -> str:

@@ -17,7 +17,6 @@ from fewbit import formats, methods
 from fewbit.calibrate import Calibration
 from fewbit.containers.safetensors import write_safetensors
 from fewbit.core.facts import Facts
-from fewbit.model.checkpoint import check_finite
 from fewbit.model.sites import Site, in_block
 from fewbit.model.stream import Inputs, StreamedModel
 from fewbit.run.events import Event, Progress
@@ -148,7 +147,7 @@ def block_stage(run: Run, stage: int) -> dict[str, Any]:
     name = model.blocks[index]
     run.inputs("probe")  # needs the embedding for a moment, so before the block is loaded
     model.load(name)
-    sites = [site for site in model.sites if site.block == index]
+    sites = list(in_block(model.sites, index))
     before = run.hidden(stage - 1, "probe")
     floating = _probe_through(run, index, before.read(1))
     seen = _observe_probe(run, index, before.read(0)[:1])
@@ -276,10 +275,9 @@ def _observe_probe(run: Run, index: int, hidden: Tensor) -> dict[str, list[Tenso
 
     with run.model.observe(index, keep):
         run.model.run_block(index, hidden, run.inputs("probe"))
-    sites = [site for site in run.model.sites if site.block == index]
     return {
         site.name: [seen.get((site.name, expert), torch.zeros(0, site.shape[1])) for expert in range(site.experts)]
-        for site in sites
+        for site in in_block(run.model.sites, index)
     }
 
 
@@ -307,8 +305,7 @@ def _collect(run: Run, stage: int, index: int) -> dict[str, list[Facts]]:
     source.close()
     return {
         site.name: [observer.facts(site.name, expert, site.shape[1]) for expert in range(site.experts)]
-        for site in run.model.sites
-        if site.block == index
+        for site in in_block(run.model.sites, index)
     }
 
 
@@ -373,7 +370,6 @@ def _kept(run: Run, stage: int, sites: list[Site]) -> dict[str, Tensor]:
         if model.module.get_parameter(name).is_meta:
             model.load(name.rpartition(".")[0])
         tensor = model.module.get_parameter(name).detach()
-        check_finite(name, tensor)
         floating[name] = tensor.to(run.plan.kept_dtype).contiguous()
     return floating
 
