@@ -6,7 +6,8 @@
 Every row of a table is measured in the same loop, one call of each in turn, so that a noisy moment hits all alike.
 Weights are rotated through more than three times the last-level cache: at batch 1 each call streams its weight from
 memory. "of stream" is the share of a plain read stream measured in that same loop. The error is the norm of the
-difference to float64 (of the very weight that the row holds) over the norm of the answer, on a sample of rows.
+difference to float64 (of the very weight that the row holds, on the activations as they came) over the norm of the
+answer, on a sample of rows. Rows "x int8/..." round activations to that format and multiply integers.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native
 
 FORMATS = (*(f"int{bits}/g128" for bits in range(1, 9)), "int4/g64/asym", "nf4/g64")
+FLOAT = "float"
+ACTIVATIONS = (FLOAT, "int8/channel")
+INTEGERS = {"avx512": "avx512vnni"}
+"""The instruction set that multiplies integers where another name was asked for."""
 SHAPES = ("11008x4096", "4096x11008", "4096x4096")
 ROTATE = 3 * 32 * 2**20 + 2**20
 """Bytes of distinct weights a row goes through."""
@@ -62,8 +67,10 @@ def float_row(shape: tuple[int, int], x: Tensor, dtype: torch.dtype) -> tuple[Ro
     return row, [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]  # type: ignore[misc]
 
 
-def fewbit_row(shape: tuple[int, int], x: Tensor, spelling: str, isa: str | None) -> tuple[Row, list[Call]]:
-    """One of our kernels on random codes; scales as a quantized normal weight has them."""
+def fewbit_row(
+    shape: tuple[int, int], x: Tensor, spelling: str, activation: str, isa: str | None
+) -> tuple[Row, list[Call]] | None:
+    """One of our kernels on random codes; scales as a quantized normal weight has them. None: no kernel of integers."""
     format = formats.parse(spelling)
     blocks = (shape[0], -(-shape[1] // format.block), 1)
     params = {"scale": (torch.rand(blocks) + 0.5).half() / format.levels}
@@ -72,11 +79,17 @@ def fewbit_row(shape: tuple[int, int], x: Tensor, spelling: str, isa: str | None
     codes = torch.randint(0, format.levels, shape, dtype=torch.uint8)
     matrix = QTensor.of(format, codes, params)
     family = format.physical({name: values[:1] for name, values in params.items()}).family
-    first = kernels.prepare(matrix, f"{family}_linear_{isa}" if isa else None)
+    inputs = None if activation == FLOAT else formats.parse(activation)
+    if inputs is not None:
+        if kernels.choose(format, shape, activation=inputs).kernel.family != "int8":
+            return None
+        family, isa = "int8", INTEGERS.get(str(isa), isa)
+    first = kernels.prepare(matrix, f"{family}_linear_{isa}" if isa else None, inputs)
     few = QTensor.of(format, codes[:SAMPLE], {name: values[:SAMPLE] for name, values in params.items()})
     error = relative(first(x)[:, :SAMPLE], kernels.reference.oracle(x, few))
     bits = 8 * first.read_bytes / (shape[0] * shape[1])
-    row = {"name": spelling, "kernel": first.kernel, "bits": bits, "bytes": first.read_bytes, "relative_error": error}
+    name = spelling if inputs is None else f"{spelling} x {activation}"
+    row = {"name": name, "kernel": first.kernel, "bits": bits, "bytes": first.read_bytes, "relative_error": error}
     prepared = [first, *(copy.deepcopy(first) for _ in range(copies(first.read_bytes) - 1))]
     return row, [lambda p=p: p(x) for p in prepared]  # type: ignore[misc]
 
@@ -107,7 +120,10 @@ def interleaved(rows: list[list[Call]], seconds: float) -> list[list[float]]:
 def measure(shape: tuple[int, int], batch: int, arguments: argparse.Namespace) -> list[Row]:
     x = torch.randn(batch, shape[1])
     made = [float_row(shape, x, torch.float32), float_row(shape, x, torch.bfloat16), stream_row(arguments.threads)]
-    made += [fewbit_row(shape, x, spelling, arguments.kernel) for spelling in arguments.format or FORMATS]
+    for activation in arguments.activation or ACTIVATIONS:
+        for spelling in arguments.format or FORMATS:
+            row = fewbit_row(shape, x, spelling, activation, arguments.kernel)
+            made += [] if row is None else [row]
     times = interleaved([calls for _, calls in made], arguments.seconds)
     rows = [row for row, _ in made]
     for row, found in zip(rows, times, strict=True):
@@ -150,6 +166,7 @@ def parse(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", action="append", help=f"rows x columns; default {', '.join(SHAPES)}")
     parser.add_argument("--batch", action="append", type=int, help="tokens; default 1")
     parser.add_argument("--format", action="append", help=f"default {', '.join(FORMATS)}")
+    parser.add_argument("--activation", action="append", help=f"default {', '.join(ACTIVATIONS)}; or int8/g64, ...")
     parser.add_argument("--kernel", help="force an instruction set: avx512, avx2, neon, serial")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=15, help="measuring time a table")

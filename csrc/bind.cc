@@ -63,25 +63,52 @@ PyObject* tile16_unpack(PyObject*, PyObject* args) {
   return status(code);
 }
 
-// linear((rows, columns, block, bits, family, scale_half, offset_half, zero, codes, scale, offset, table),
-//        x, x_stride, tokens, bias, y, y_stride, isa, threads)
+// A matrix in Python: (rows, columns, block, bits, family, scale_half, offset_half, zero, codes, scale, offset, table).
+bool matrix_of(PyObject* tuple, fewbit_matrix* matrix) {
+  unsigned long long codes, scale, offset, table;
+  long long rows, columns, block;
+  if (!PyArg_ParseTuple(tuple, "LLLiiiifKKKK", &rows, &columns, &block, &matrix->bits, &matrix->family,
+                        &matrix->scale_half, &matrix->offset_half, &matrix->zero, &codes, &scale, &offset, &table))
+    return false;
+  matrix->rows = rows, matrix->columns = columns, matrix->block = block;
+  matrix->codes = pointer<const uint8_t*>(codes);
+  matrix->scale = pointer<const void*>(scale);
+  matrix->offset = pointer<const void*>(offset);
+  matrix->table = pointer<const float*>(table);
+  return true;
+}
+
+// linear(matrix, x_block, x, x_stride, tokens, bias, y, y_stride, isa, threads); x_block 0: activations stay float
 PyObject* linear(PyObject*, PyObject* args) {
   fewbit_matrix matrix;
-  unsigned long long codes, scale, offset, table, x, bias, y;
-  long long rows, columns, block, x_stride, tokens, y_stride;
+  PyObject* tuple;
+  unsigned long long x, bias, y;
+  long long x_block, x_stride, tokens, y_stride;
   int isa, threads, code;
-  if (!PyArg_ParseTuple(args, "(LLLiiiifKKKK)KLLKKLii", &rows, &columns, &block, &matrix.bits, &matrix.family,
-                        &matrix.scale_half, &matrix.offset_half, &matrix.zero, &codes, &scale, &offset, &table, &x,
-                        &x_stride, &tokens, &bias, &y, &y_stride, &isa, &threads))
+  if (!PyArg_ParseTuple(args, "OLKLLKKLii", &tuple, &x_block, &x, &x_stride, &tokens, &bias, &y, &y_stride, &isa,
+                        &threads) ||
+      !matrix_of(tuple, &matrix))
     return nullptr;
-  matrix.rows = rows, matrix.columns = columns, matrix.block = block;
-  matrix.codes = pointer<const uint8_t*>(codes);
-  matrix.scale = pointer<const void*>(scale);
-  matrix.offset = pointer<const void*>(offset);
-  matrix.table = pointer<const float*>(table);
   Py_BEGIN_ALLOW_THREADS
-  code = fewbit_linear(&matrix, pointer<const float*>(x), x_stride, tokens, pointer<const float*>(bias),
-                       pointer<float*>(y), y_stride, isa, threads);
+  const auto *in = pointer<const float*>(x), *added = pointer<const float*>(bias);
+  auto* out = pointer<float*>(y);
+  code = x_block ? fewbit_linear_int8(&matrix, x_block, in, x_stride, tokens, added, out, y_stride, isa, threads)
+                 : fewbit_linear(&matrix, in, x_stride, tokens, added, out, y_stride, isa, threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+PyObject* decode(PyObject*, PyObject* args) {
+  fewbit_matrix matrix;
+  PyObject* tuple;
+  unsigned long long out;
+  long long begin, end, stride;
+  int isa, threads, code;
+  if (!PyArg_ParseTuple(args, "OLLKLii", &tuple, &begin, &end, &out, &stride, &isa, &threads) ||
+      !matrix_of(tuple, &matrix))
+    return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_decode(&matrix, begin, end, pointer<float*>(out), stride, isa, threads);
   Py_END_ALLOW_THREADS
   return status(code);
 }
@@ -98,12 +125,13 @@ PyObject* read_stream(PyObject*, PyObject* args) {
 }
 
 PyMethodDef methods[] = {
-    {"caps", caps, METH_NOARGS, "What this machine can run: serial 1, AVX2 2, AVX-512 4, VNNI 8, NEON 16."},
+    {"caps", caps, METH_NOARGS, "What this machine can run, as bits: see fewbit.h."},
     {"set_threads", set_threads, METH_VARARGS, "(threads): for every later call; 0 lets each call say."},
     {"tile16_bytes", tile16_bytes, METH_VARARGS, "(rows, columns, bits) -> bytes, or -1."},
     {"tile16_pack", tile16_pack, METH_VARARGS, "(codes, stride, rows, columns, bits, packed)"},
     {"tile16_unpack", tile16_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, stride)"},
-    {"linear", linear, METH_VARARGS, "(matrix, x, x_stride, tokens, bias, y, y_stride, isa, threads)"},
+    {"linear", linear, METH_VARARGS, "(matrix, x_block, x, x_stride, tokens, bias, y, y_stride, isa, threads)"},
+    {"decode", decode, METH_VARARGS, "(matrix, tile_begin, tile_end, out, stride, isa, threads)"},
     {"read_stream", read_stream, METH_VARARGS, "(data, bytes, threads) -> exclusive or of the bytes."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -93,7 +93,8 @@ struct AffineBatch {
   }
 };
 
-// What the activation of each column is multiplied by, for a part of `width` bits: see the top of this file.
+// What the activation at each place of a part of `width` bits is multiplied by: see the top of this file. Places are
+// counted from bit 0 of the part's first vector.
 struct Prescale {
   float at[32] = {};
   constexpr explicit Prescale(int width) {
@@ -105,17 +106,19 @@ struct Prescale {
   }
 };
 
-// The panel of one part of one chunk.
+// The panel of one part of one chunk, in the order of the places.
 template <int WIDTH>
 FEWBIT_INLINE void part_panel(int base, const float (&x)[32], float* out) {
+  float placed[32];
+  place<WIDTH>(x, placed);
   if constexpr (tabled(WIDTH)) {
     float levels[1 << WIDTH];
     for (int d = 0; d < 1 << WIDTH; d++) levels[d] = static_cast<float>(d << base);
-    table_panel<WIDTH>(levels, x, out);
+    table_panel<WIDTH>(levels, placed, out);
   } else {
     static constexpr Prescale kPrescale(WIDTH);
     const float up = static_cast<float>(1 << base);
-    for (int k = 0; k < 32; k++) out[k] = x[k] * (kPrescale.at[k] * up);
+    for (int k = 0; k < 32; k++) out[k] = placed[k] * (kPrescale.at[k] * up);
   }
 }
 

@@ -2,6 +2,11 @@
 // What this machine can run: CPUID says what the processor has, XGETBV what the system saves for it.
 #include "fewbit.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 extern "C" int32_t fewbit_caps(void) {
   int32_t caps = FEWBIT_SERIAL;
 #if defined(__x86_64__)
@@ -12,9 +17,14 @@ extern "C" int32_t fewbit_caps(void) {
   // Every processor with AVX2 has F16C; the compiler's name for the check is not understood by older compilers.
   if (avx2) caps |= FEWBIT_AVX2;
   if (avx512) caps |= FEWBIT_AVX512;
-  if (avx512 && __builtin_cpu_supports("avx512vnni")) caps |= FEWBIT_VNNI;
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) caps |= FEWBIT_AVX512VNNI;
 #elif defined(__aarch64__)
   caps |= FEWBIT_NEON;
+#if defined(__APPLE__)
+  caps |= FEWBIT_NEONDOT;  // every 64-bit Mac has it
+#elif defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) caps |= FEWBIT_NEONDOT;
+#endif
 #endif
   return caps;
 }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // fewbit_linear: checks, scratch, and the two phases that threads share. Activations are laid out for the kernel (the
 // panel) for a few tokens at a time, so that the panel stays in the second-level cache; then row tiles are handed out.
-#include <atomic>
 #include <cstddef>
 #include <new>
 
@@ -17,8 +16,6 @@ constexpr int64_t kMostTokens = 32;
 constexpr int64_t kTilesPerUnit = 4;
 constexpr int64_t kChunksPerUnit = 16;
 constexpr int64_t kSmall = 1 << 17;  // multiply-adds below which a second thread costs more than it brings
-
-std::atomic<int32_t> thread_limit{0};  // 0: each call says
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -82,6 +79,19 @@ void compute(void* context, int64_t unit) {
   call.kernel->run(call.task, begin, least(begin + kTilesPerUnit, tiles), call.tokens);
 }
 
+// Tiles of one fewbit_decode.
+struct Decoding {
+  Task task;
+  const Kernel* kernel;
+  int64_t first, stride;
+  float* out;
+};
+
+void decode_unit(void* context, int64_t unit) {
+  const Decoding& call = *static_cast<const Decoding*>(context);
+  call.kernel->decode(call.task, call.first + unit, call.out + unit * 16, call.stride);
+}
+
 bool sensible(const fewbit_matrix& w, const void* x, int64_t x_stride, int64_t tokens, const void* y, int64_t y_stride,
               int32_t threads) {
   const bool family = w.family == FEWBIT_AFFINE ? !w.table : w.family == FEWBIT_LUT && w.table && w.zero == 0.0f;
@@ -103,13 +113,11 @@ Task task_of(const fewbit_matrix& w, int64_t tokens) {
 }  // namespace
 }  // namespace fewbit
 
-extern "C" void fewbit_set_threads(int32_t threads) { fewbit::thread_limit.store(threads < 0 ? 0 : threads); }
-
 extern "C" int fewbit_linear(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens,
                              const float* bias, float* y, int64_t y_stride, int32_t isa, int32_t threads) {
   using namespace fewbit;
   if (!matrix || !sensible(*matrix, x, x_stride, tokens, y, y_stride, threads)) return FEWBIT_BAD_ARGUMENT;
-  if (const int32_t limit = thread_limit.load()) threads = limit;
+  threads = thread_count(threads);
   Call call{};
   call.kernel = find(matrix->family, isa);
   if (!call.kernel) return FEWBIT_NO_KERNEL;
@@ -142,5 +150,18 @@ extern "C" int fewbit_linear(const fewbit_matrix* matrix, const float* x, int64_
     parallel(ceil_div(ceil_div(task.rows, 16), kTilesPerUnit), used, compute, &call);
   }
   operator delete(scratch, std::align_val_t(64));
+  return FEWBIT_OK;
+}
+
+extern "C" int fewbit_decode(const fewbit_matrix* matrix, int64_t tile_begin, int64_t tile_end, float* out,
+                             int64_t stride, int32_t isa, int32_t threads) {
+  using namespace fewbit;
+  if (!matrix || !sensible(*matrix, nullptr, 0, 0, nullptr, 0, threads)) return FEWBIT_BAD_ARGUMENT;
+  if (tile_begin < 0 || tile_end > ceil_div(matrix->rows, 16) || tile_begin > tile_end || !out ||
+      stride < (tile_end - tile_begin) * 16)
+    return FEWBIT_BAD_ARGUMENT;
+  Decoding call = {task_of(*matrix, 1), find(matrix->family, isa), tile_begin, stride, out};
+  if (!call.kernel) return FEWBIT_NO_KERNEL;
+  parallel(tile_end - tile_begin, thread_count(threads), decode_unit, &call);
   return FEWBIT_OK;
 }

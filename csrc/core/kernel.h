@@ -49,7 +49,46 @@ struct Kernel {
                 float* out, int64_t stride);
   // Computes y for tiles [tile_begin, tile_end) and tokens [0, tokens) of the panel.
   void (*run)(const Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
+  // Writes the weights of one tile: out[column * stride + row of the tile].
+  void (*decode)(const Task& task, int64_t tile, float* out, int64_t stride);
 };
+
+// Work of a kernel that multiplies integers: codes by activations rounded to int8. A segment is a run of whole chunks,
+// at most kSegment columns, in one block of the weight and one of the activations; everything up to the scales is exact
+// in float32, because |code * activation| summed over a segment stays below 2^24.
+struct Int8Task {
+  int32_t bits;
+  int32_t scale_half, offset_half;
+  int64_t rows, columns, chunks;
+  int64_t segments, segment_chunks;   // segments a row; chunks a segment, the last one possibly short
+  int64_t blocks, block_segments;     // blocks of the weight a row; segments a block
+  int64_t x_blocks, x_block_segments; // likewise of the activations
+  float zero;
+  const uint8_t* codes;    // as in Task
+  const void* scale;
+  const void* offset;
+  int64_t together;        // tokens that are computed together
+  int8_t* activations;     // (tokens / together, chunks, together, 32)
+  float* x_scale;          // (padded tokens, x_blocks)
+  float* sums;             // (padded tokens, segments): sum of the int8 activations of a segment, an exact integer
+  const float* bias;
+  float* y;
+  int64_t y_stride;
+};
+
+enum : int64_t { kSegment = 256, kInt8Tokens = 64 };  // columns a segment; tokens prepared at a time: at most
+
+// Codes of one family times int8 activations on one instruction set.
+struct Int8Kernel {
+  int64_t most;  // tokens computed together where there are many
+  // Rounds token `token` of the task from x, or fills it with zeros where x is null.
+  void (*prepare)(const Int8Task& task, const float* x, int64_t token);
+  // Computes y for tiles [tile_begin, tile_end) and tokens [0, tokens) of the prepared activations.
+  void (*run)(const Int8Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
+};
+
+extern const Int8Kernel int8_linear_serial, int8_linear_avx2, int8_linear_avx512vnni, int8_linear_neon,
+    int8_linear_neondot;
 
 extern const Kernel affine_linear_serial, lut_linear_serial;
 extern const Kernel affine_linear_avx2, lut_linear_avx2;

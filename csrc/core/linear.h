@@ -186,6 +186,57 @@ void run_bits(const Task& task, int64_t tile_begin, int64_t tile_end, int64_t to
   }
 }
 
+// Columns [column, end) of one row group, which lie in one chunk and one block: out[column * stride + row].
+template <class K>
+FEWBIT_INLINE void decode_columns(const Task& task, const K& kernel, const Group& group, int64_t column, int64_t end,
+                                  float* out, int64_t stride) {
+  const int64_t at = group.parameters + column / task.block * 16;
+  const F scale = parameter(task.scale, task.scale_half, at), zero = broadcast(-task.zero);
+  const F offset = task.offset ? parameter(task.offset, task.offset_half, at) : zero;
+  const uint8_t* codes = group.codes + column / 32 * K::kBits * 64;
+  const auto put = [&](int64_t k) {
+    F w = multiply(scale, add(kernel.value(codes, static_cast<int>(k)), zero));
+    if (task.offset) w = add(w, offset);
+    store(out + (column / 32 * 32 + k) * stride, w);
+  };
+  if (end - column == 32) {
+#pragma GCC unroll kUnroll
+    for (int k = 0; k < 32; k++) put(k);
+  } else {
+    for (int64_t k = column % 32; k < column % 32 + end - column; k++) put(k);
+  }
+}
+
+template <class K>
+void decode_tile(const Task& task, int64_t tile, float* out, int64_t stride) {
+  const K kernel(task.table);
+  for (int64_t g = 0; g < kGroupsPerTile; g++) {
+    const Group group(task, tile * kGroupsPerTile + g);
+    for (int64_t column = 0; column < task.columns;) {
+      int64_t end = column / 32 * 32 + 32;
+      const int64_t block_end = (column / task.block + 1) * task.block;
+      if (end > block_end) end = block_end;
+      if (end > task.columns) end = task.columns;
+      decode_columns(task, kernel, group, column, end, out + g * kLanes, stride);
+      column = end;
+    }
+  }
+}
+
+template <template <int> class B>
+void decode(const Task& task, int64_t tile, float* out, int64_t stride) {
+  switch (task.bits) {
+    case 1: return decode_tile<B<1>>(task, tile, out, stride);
+    case 2: return decode_tile<B<2>>(task, tile, out, stride);
+    case 3: return decode_tile<B<3>>(task, tile, out, stride);
+    case 4: return decode_tile<B<4>>(task, tile, out, stride);
+    case 5: return decode_tile<B<5>>(task, tile, out, stride);
+    case 6: return decode_tile<B<6>>(task, tile, out, stride);
+    case 7: return decode_tile<B<7>>(task, tile, out, stride);
+    case 8: return decode_tile<B<8>>(task, tile, out, stride);
+  }
+}
+
 template <template <int> class S, template <int> class B>
 void run(const Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   switch (task.bits) {
@@ -212,10 +263,11 @@ FEWBIT_INLINE void plain_panel(const float (&x)[32], float* out) {
 // Column k of a chunk: its code in the low BITS bits of each lane, anything above them.
 template <int BITS>
 FEWBIT_INLINE U extract(const uint8_t* codes, int k) {
-  U code = shift_right(load_lanes(codes + k * part_width(BITS, 0) / 32 * 64), k * part_width(BITS, 0) % 32);
+  constexpr int kFirst = part_width(BITS, 0);
+  U code = shift_right(load_lanes(codes + part_vector(kFirst, k) * 64), part_shift(kFirst, k));
   for (int p = 1; p < part_count(BITS); p++) {
-    const int width = part_width(BITS, p), base = part_base(BITS, p), at = k * width % 32;
-    const U lanes = load_lanes(codes + (base + k * width / 32) * 64);
+    const int width = part_width(BITS, p), base = part_base(BITS, p), at = part_shift(width, k);
+    const U lanes = load_lanes(codes + (base + part_vector(width, k)) * 64);
     code = select((1u << base) - 1, code, at > base ? shift_right(lanes, at - base) : shift_left(lanes, base - at));
   }
   return code;

@@ -41,6 +41,13 @@ using Lut = LutOf<BITS, 2>;
 template <int BITS>
 using LutBatch = LutOf<BITS, 1>;
 
+template <int BITS>
+FEWBIT_INLINE void table_panel_of(const float* table, const float (&x)[32], float* out) {
+  float placed[32];
+  place<BITS>(x, placed);
+  table_panel<BITS>(table, placed, out);
+}
+
 inline int64_t lut_panel_floats(int32_t bits, Mode mode) {
   return mode == kSingle && lut_tabled(bits) ? table_floats(bits) : 32;
 }
@@ -51,8 +58,8 @@ inline void lut_panel_of(int32_t bits, Mode mode, const float* table, const floa
     float here[32];
     chunk_of(x + c * 32, columns - c * 32, here);
     if (mode != kSingle || !lut_tabled(bits)) plain_panel(here, out);
-    else if (bits == 1) table_panel<1>(table, here, out);
-    else table_panel<2>(table, here, out);
+    else if (bits == 1) table_panel_of<1>(table, here, out);
+    else table_panel_of<2>(table, here, out);
   }
 }
 

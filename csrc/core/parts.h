@@ -28,5 +28,16 @@ constexpr int part_count(int bits) {
   return count;
 }
 
+// Where a part of `width` bits holds column k of the chunk: which of its vectors, and the lowest bit within the lane.
+// Four neighbouring columns stand at the same place of a lane's four bytes.
+constexpr int part_vector(int width, int k) { return k / 4 * width / 8; }
+constexpr int part_shift(int width, int k) { return k % 4 * 8 + k / 4 * width % 8; }
+
+// The column that stands at bits [position * width, + width) of vector v: the inverse of both.
+constexpr int part_column(int width, int v, int position) {
+  const int fields = 8 / width;
+  return 4 * (v * fields + position % fields) + position / fields;
+}
+
 }  // namespace
 }  // namespace fewbit

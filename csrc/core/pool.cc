@@ -11,6 +11,8 @@
 #include <system_error>
 #include <thread>
 
+#include "fewbit.h"
+
 namespace fewbit {
 namespace {
 
@@ -100,7 +102,14 @@ Pool* pool = nullptr;
 std::atomic<pid_t> pool_process{0};
 std::atomic<bool> claimed{false};
 
+std::atomic<int32_t> thread_limit{0};  // 0: each call says
+
 }  // namespace
+
+int32_t thread_count(int32_t threads) {
+  const int32_t limit = thread_limit.load();
+  return limit ? limit : threads;
+}
 
 void parallel(int64_t units, int32_t threads, void (*work)(void*, int64_t), void* context) {
   const int64_t helpers = (threads < units ? threads : units) - 1;
@@ -125,3 +134,5 @@ void parallel(int64_t units, int32_t threads, void (*work)(void*, int64_t), void
 }
 
 }  // namespace fewbit
+
+extern "C" void fewbit_set_threads(int32_t threads) { fewbit::thread_limit.store(threads < 0 ? 0 : threads); }

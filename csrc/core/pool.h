@@ -10,4 +10,7 @@ namespace fewbit {
 // another is in flight runs on its caller alone.
 void parallel(int64_t units, int32_t threads, void (*work)(void* context, int64_t unit), void* context);
 
+// The threads that a call uses which asks for `threads`: those of fewbit_set_threads, where it was called.
+int32_t thread_count(int32_t threads);
+
 }  // namespace fewbit

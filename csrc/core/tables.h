@@ -33,7 +33,13 @@ FEWBIT_INLINE void table_chunk(const uint8_t* const (&codes)[T], int vector, con
   }
 }
 
-// The tables of one chunk: levels has 2^WIDTH entries, out gets table_floats(WIDTH).
+// Activations of one chunk in the order in which a part of WIDTH bits holds their columns.
+template <int WIDTH>
+FEWBIT_INLINE void place(const float (&x)[32], float (&out)[32]) {
+  for (int k = 0; k < 32; k++) out[k] = x[part_column(WIDTH, k * WIDTH / 32, k % (32 / WIDTH))];
+}
+
+// The tables of one chunk of placed activations: levels has 2^WIDTH entries, out gets table_floats(WIDTH).
 template <int WIDTH>
 FEWBIT_INLINE void table_panel(const float* levels, const float (&x)[32], float* out) {
   constexpr int kDigits = 4 / WIDTH;

@@ -9,6 +9,8 @@ namespace {
 
 using fewbit::part_base;
 using fewbit::part_count;
+using fewbit::part_shift;
+using fewbit::part_vector;
 using fewbit::part_width;
 
 bool sensible(int64_t rows, int64_t columns, int32_t bits) {
@@ -39,7 +41,8 @@ extern "C" int fewbit_tile16_pack(const uint8_t* codes, int64_t stride, int64_t 
           const int width = part_width(bits, p), base = part_base(bits, p);
           for (int64_t k = 0; k < here; k++) {
             const uint32_t field = (row[k] >> base) & ((1u << width) - 1);
-            lanes[base + k * width / 32][r] |= field << (k * width % 32);
+            const int at = static_cast<int>(k);
+            lanes[base + part_vector(width, at)][r] |= field << part_shift(width, at);
           }
         }
       }
@@ -64,7 +67,8 @@ extern "C" int fewbit_tile16_unpack(const uint8_t* packed, int64_t rows, int64_t
           uint32_t code = 0;
           for (int p = 0; p < part_count(bits); p++) {
             const int width = part_width(bits, p), base = part_base(bits, p);
-            code |= (lanes[base + k * width / 32][r] >> (k * width % 32) & ((1u << width) - 1)) << base;
+            const int at = static_cast<int>(k);
+            code |= (lanes[base + part_vector(width, at)][r] >> part_shift(width, at) & ((1u << width) - 1)) << base;
           }
           row[k] = static_cast<uint8_t>(code);
         }

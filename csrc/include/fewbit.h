@@ -12,8 +12,10 @@
  *   b      1    2    3      4    5      6      7        8
  *   parts  1    2    2+1    4    4+1    4+2    4+2+1    8
  *
- * A part of width w takes w vectors; column k of the chunk lies in vector k*w/32 of the part, at bits
- * [k*w % 32, k*w % 32 + w) of the lane. Chunks of a tile follow one another, then the next tile.
+ * A part of width w takes w vectors of 8/w fields a byte. Four neighbouring columns stand at the same place of the four
+ * bytes of a lane, so that a shift and a mask yield four codes as bytes, for products of bytes: with g = k/4, column k
+ * of the chunk lies in vector g*w/8 of the part, in byte k%4 of the lane, at its bits [g*w % 8, g*w % 8 + w). Chunks of
+ * a tile follow one another, then the next tile.
  * Bytes: ceil(rows/16) * ceil(columns/32) * b * 64.
  *
  * A matrix is w[row][column] = scale * (table[code] - zero) + offset, table[code] = code where there is no table.
@@ -28,7 +30,14 @@ extern "C" {
 #endif
 
 /* Bits of fewbit_caps(): what this machine can run of what this build contains. */
-enum { FEWBIT_SERIAL = 1, FEWBIT_AVX2 = 2, FEWBIT_AVX512 = 4, FEWBIT_VNNI = 8, FEWBIT_NEON = 16 };
+enum {
+  FEWBIT_SERIAL = 1,
+  FEWBIT_AVX2 = 2,
+  FEWBIT_AVX512 = 4,     /* F, BW, VL, DQ */
+  FEWBIT_AVX512VNNI = 8, /* the above and VNNI */
+  FEWBIT_NEON = 16,
+  FEWBIT_NEONDOT = 32    /* NEON with the dot product of ARMv8.2 */
+};
 
 /* Families and status codes. */
 enum { FEWBIT_AFFINE = 0, FEWBIT_LUT = 1 };
@@ -74,6 +83,25 @@ void fewbit_set_threads(int32_t threads);
  */
 int fewbit_linear(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens, const float* bias,
                   float* y, int64_t y_stride, int32_t isa, int32_t threads);
+
+/* The weights themselves, transposed: out[column * stride + row - 16 * tile_begin] for the rows of tiles
+ * [tile_begin, tile_end), 16 * (tile_end - tile_begin) entries a column, padding included. Computed in float32 as
+ * scale * (table[code] - zero) + offset, each operation rounded. */
+int fewbit_decode(const fewbit_matrix* matrix, int64_t tile_begin, int64_t tile_end, float* out, int64_t stride,
+                  int32_t isa, int32_t threads);
+
+/* As fewbit_linear for FEWBIT_AFFINE, with integer products: x is rounded to int8 first, `x_block` columns of a token
+ * sharing a scale (x_block >= columns: all of them), exactly as the format int8/g{x_block}/sym does it:
+ *
+ *   s = float16(clamp(2 max|x| / 255, 2^-24, 65504)),  q = clamp(round_half_even(x / s + 128), 0, 255) - 128
+ *
+ * and y is that of s * q. matrix->block and x_block must be multiples of 32, or whole rows. Products are summed in int32
+ * over at most 256 columns, where 255 * 128 * 256 < 2^24 excludes overflow and keeps the sum an exact float32; scales
+ * are applied to these sums. The result is the same on every ISA, at any number of threads and tokens. Error against the
+ * rounded x: at most about (segments + 6) * 2^-24 times the magnitude as above, with ceil(columns / 32) or fewer
+ * segments. A block that holds NaN or infinity makes its token's results NaN. */
+int fewbit_linear_int8(const fewbit_matrix* matrix, int64_t x_block, const float* x, int64_t x_stride, int64_t tokens,
+                       const float* bias, float* y, int64_t y_stride, int32_t isa, int32_t threads);
 
 /* Reads `bytes` of memory once and returns the exclusive or of its whole 128-byte groups, folded to 64 bits: a read
  * stream, to measure the machine's bandwidth beside a kernel. */

@@ -11,6 +11,8 @@
 
 #include "fewbit.h"
 
+int int8_failures();  // int8_test.cc
+
 namespace {
 
 struct Shape {
@@ -142,6 +144,26 @@ double check(const Case& c, const Isa& isa) {
   return worst;
 }
 
+// Decoded weights are those of the formula, rounded operation by operation.
+void check_decode(const Case& c, const Isa& isa) {
+  const int64_t tiles = (c.shape.rows + 15) / 16, blocks = (c.shape.columns + c.shape.block - 1) / c.shape.block;
+  for (int64_t first = 0; first < tiles; first += 2) {
+    const int64_t last = first + 2 < tiles ? first + 2 : tiles, stride = (last - first) * 16;
+    std::vector<float> out(c.shape.columns * stride, NAN);
+    if (fewbit_decode(&c.matrix, first, last, out.data(), stride, isa.flag, 2) != FEWBIT_OK)
+      return fail(c, isa.name, "decode status", 1, 0);
+    for (int64_t r = first * 16; r < last * 16 && r < c.shape.rows; r++)
+      for (int64_t k = 0; k < c.shape.columns; k++) {
+        const int64_t at = (r / 16 * blocks + k / c.shape.block) * 16 + r % 16;
+        const int code = c.codes[r * c.shape.columns + k];
+        const float level = (c.family == FEWBIT_LUT ? c.table[code] : static_cast<float>(code)) - c.zero;
+        const float scaled = c.scale[at] * level, expected = c.has_offset ? scaled + c.offset[at] : scaled;
+        const float found = out[k * stride + r - first * 16];
+        if (found != expected) return fail(c, isa.name, "decoded", found, expected);
+      }
+  }
+}
+
 void check_round_trip(const Case& c) {
   std::vector<uint8_t> back(c.codes.size());
   fewbit_tile16_unpack(c.packed.data(), c.shape.rows, c.shape.columns, c.bits, back.data(), c.shape.columns);
@@ -153,6 +175,7 @@ void check_refusals() {
   float y = 0;
   if (fewbit_linear(&bad, &y, 1, 1, nullptr, &y, 1, FEWBIT_SERIAL, 1) != FEWBIT_BAD_ARGUMENT) failures++;
   if (fewbit_linear(nullptr, &y, 1, 1, nullptr, &y, 1, FEWBIT_SERIAL, 1) != FEWBIT_BAD_ARGUMENT) failures++;
+  if (fewbit_decode(&bad, 0, 1, &y, 16, FEWBIT_SERIAL, 1) != FEWBIT_BAD_ARGUMENT) failures++;
   if (fewbit_tile16_bytes(0, 4, 4) != -1 || fewbit_tile16_bytes(4, 4, 9) != -1) failures++;
   if (fewbit_tile16_bytes(int64_t{1} << 40, int64_t{1} << 40, 4) != -1) failures++;
 }
@@ -169,10 +192,14 @@ int main() {
         const Case c(shape, bits, variant & 1, variant & 2, variant & 4, random);
         check_round_trip(c);
         for (int i = 0; i < 4; i++)
-          if (fewbit_caps() & kIsas[i].flag) worst[i] = fmax(worst[i], check(c, kIsas[i]));
+          if (fewbit_caps() & kIsas[i].flag) {
+            worst[i] = fmax(worst[i], check(c, kIsas[i]));
+            check_decode(c, kIsas[i]);
+          }
         cases++;
       }
   check_refusals();
+  failures += int8_failures();
   for (int i = 0; i < 4; i++)
     if (fewbit_caps() & kIsas[i].flag) printf("%s: at most %.2f of the bound\n", kIsas[i].name, worst[i]);
   printf("%d cases, %d failures\n", cases, failures);

@@ -45,6 +45,13 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Default: 
 Force = Annotated[
     bool, typer.Option("--force", help="Accept what the gates refuse (data-free below 3 bits, a blown-up result).")
 ]
+Activation = Annotated[
+    str | None,
+    typer.Option(
+        "--activation",
+        help="Round inputs of linear layers to this format, e.g. int8/g64, and multiply integers; default: float inputs.",
+    ),
+]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; `-` is stdout.")]
 Report = Annotated[
     Path | None,
@@ -136,6 +143,7 @@ def eval(
         int, typer.Option("--decode-tokens", min=0, help="Tokens whose generation is timed; 0 leaves speed out.")
     ] = 64,
     threads: Threads = None,
+    activation: Activation = None,
     json: Json = None,
     report: Report = None,
     debug: Debug = False,
@@ -143,7 +151,7 @@ def eval(
     """Measure OUT against the original; write evaluation.json, README.md and report.html into OUT."""
     from fewbit.commands import evaluate as command
 
-    command.run(out, reference, text, context, max_tokens, decode_tokens, threads, json, report)
+    command.run(out, reference, text, context, max_tokens, decode_tokens, threads, activation, json, report)
 
 
 @app.command()
@@ -156,13 +164,14 @@ def bench(
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to decode.")] = 64,
     prompt: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens to prefill.")] = 256,
     threads: Threads = None,
+    activation: Activation = None,
     json: Json = None,
     debug: Debug = False,
 ) -> None:
     """How fast OUT runs here: prefill, decode, and each kernel against torch fp32 and bf16 in the same minutes."""
     from fewbit.commands import bench as command
 
-    command.run(out, tuple(batch or (1, 128)), tokens, prompt, threads, json)
+    command.run(out, tuple(batch or (1, 128)), tokens, prompt, threads, activation, json)
 
 
 @app.command()
@@ -174,12 +183,13 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Seed = 0,
     threads: Threads = None,
+    activation: Activation = None,
     debug: Debug = False,
 ) -> None:
     """Continue a text with OUT, printed as it comes."""
     from fewbit.commands import generate as command
 
-    command.run(out, prompt, max_tokens, temperature, seed, threads)
+    command.run(out, prompt, max_tokens, temperature, seed, threads, activation)
 
 
 @app.command()

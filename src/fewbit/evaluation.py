@@ -110,6 +110,7 @@ def evaluate(
     unscored: int = 1,
     tokenizer: Any = None,
     dtype: torch.dtype = torch.float32,
+    activation: str | None = None,
 ) -> Evaluation:
     """Measure ``model`` beside ``reference``.
 
@@ -124,6 +125,7 @@ def evaluate(
         unscored: leading tokens of a window that are not scored (at least 1).
         tokenizer: for models in memory; by default that of the folder.
         dtype: of the reference and of whatever the model leaves in float.
+        activation: run the model, a fewbit folder, with inputs rounded to this format; see :func:`fewbit.load`.
 
     Neither the global random state nor the thread count changes.
 
@@ -142,7 +144,7 @@ def evaluate(
         )
     notes: list[str] = []
     report = progress or (lambda stage, done, total: None)
-    side = Side.of(model, dtype)
+    side = Side.of(model, dtype, activation)
     other = reference_of(side, dtype, notes) if reference is None else Side.of(reference, dtype)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         seen = _score(side, other, (text, tokenizer, context, max_tokens, unscored), notes, report)
@@ -307,6 +309,8 @@ def _protocol(
 ) -> dict[str, Any]:
     windows, context = seen.windows.ids.shape
     calibration = side.manifest.get("calibration") or {}
+    if side.activation is not None:
+        notes.append(f"inputs of linear layers were rounded to {side.activation}")
     if calibration.get("source") == seen.windows.source:
         notes.append("WARNING: this text also calibrated the model, so the figures flatter it")
     many = windows > 1

@@ -6,13 +6,21 @@ from __future__ import annotations
 import torch
 from raw_format import Raw
 
-from fewbit import kernels
+from fewbit import formats, kernels
+from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 
 SIZES = (1, 7, 31, 33, 97)
-BATCHES = (1, 3, 8, 33)
+BATCHES = (1, 3, 8, 33, 65)
 ROWS = [row.name for row in kernels.KERNELS if row.isa in kernels.native.isas() or row.isa is None]
 """Kernels that this machine can be forced to."""
+FLOAT_ROWS = [name for name in ROWS if not name.startswith("int8")]
+"""Those that leave activations alone."""
+
+
+def activation(kernel: str, block: str = "channel") -> Format | None:
+    """What the inputs of ``kernel`` are rounded to: int8 with ``block`` for a kernel of integers, else None."""
+    return formats.parse(f"int8/{block}/sym") if kernel.startswith("int8") else None
 
 
 def raw_matrix(

@@ -35,7 +35,7 @@ def test_the_reference_is_last_and_takes_everything() -> None:
 @pytest.mark.parametrize(("spelling", "family"), [("int4/g128/sym", "affine"), ("nf4/g64", "lut")])
 def test_the_best_row_is_chosen_and_better_ones_say_why_not(spelling: str, family: str) -> None:
     choice = kernels.choose(formats.parse(spelling), (4096, 4096))
-    assert choice.name == f"{family}_linear_{native.isas()[0]}"
+    assert choice.name == next(row.name for row in kernels.KERNELS if row.family == family and row.isa in native.isas())
     assert all(choice.reasons.values()) and choice.name not in choice.reasons
     assert set(choice.reasons) == set(NAMES[: NAMES.index(choice.name)])
 
@@ -45,9 +45,26 @@ def test_unknown_and_impossible_kernels_are_refused_with_a_reason() -> None:
         kernels.choose(formats.parse("nf4/g64"), (16, 64), "affine_linear_mmx")
     with pytest.raises(UnsupportedError, match="lut" if native.available() else "native"):
         kernels.choose(formats.parse("nf4/g64"), (16, 64), "affine_linear_serial")
-    absent = next(isa for isa in native.FLAGS if isa not in native.isas())
-    with pytest.raises(UnsupportedError, match=absent if native.available() else "native"):
-        kernels.choose(formats.parse("int4/g64"), (16, 64), f"affine_linear_{absent}")
+    absent = next(row for row in kernels.KERNELS if row.family == "affine" and row.isa not in native.isas())
+    with pytest.raises(UnsupportedError, match=str(absent.isa) if native.available() else "native"):
+        kernels.choose(formats.parse("int4/g64"), (16, 64), absent.name)
+
+
+@needs_native
+def test_integers_are_chosen_for_int8_activations_only() -> None:
+    int8 = formats.parse("int8/g64/sym")
+    chosen = kernels.choose(formats.parse("int4/g128/asym"), (64, 256), activation=int8)
+    assert chosen.kernel.family == "int8"
+    for format, activation, reason in [
+        ("nf4/g64", "int8/g64/sym", "affine family"),
+        ("int4/g128", "int4/g64/sym", "int4/g64/sym"),
+        ("int4/g128", "int8/g64/asym", "int8/g64/asym"),
+        ("int4/g48", "int8/channel/sym", "one of 48"),
+        ("int4/g64", "int8/g48/sym", "one of 48"),
+    ]:
+        choice = kernels.choose(formats.parse(format), (64, 256), activation=formats.parse(activation))
+        assert choice.kernel.family != "int8" and reason in choice.reasons["int8_linear_serial"]
+    assert "stay float" in kernels.choose(formats.parse("int4/g64"), (64, 256)).reasons["int8_linear_serial"]
 
 
 def test_without_the_native_module_the_reference_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,8 +115,8 @@ def test_the_core_refuses_what_contradicts_itself() -> None:
     for at, value in [(0, 0), (1, -1), (2, 9), (2, 0), (3, 9), (3, 0), (4, 1), (4, 7), (8, 0), (9, 0), (11, 1)]:
         bad = (*good[:at], value, *good[at + 1 :])
         with pytest.raises(ValueError, match="contradict"):
-            native.core().linear(bad, x.data_ptr(), 8, 1, 0, x.data_ptr(), 8, 1, 1)  # type: ignore[arg-type]
+            native.core().linear(bad, 0, x.data_ptr(), 8, 1, 0, x.data_ptr(), 8, 1, 1)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="instruction set"):
-        native.core().linear(good, x.data_ptr(), 8, 1, 0, x.data_ptr(), 8, 64, 1)
+        native.core().linear(good, 0, x.data_ptr(), 8, 1, 0, x.data_ptr(), 8, 64, 1)
     with pytest.raises(ValueError, match="contradict"):
-        native.core().linear(good, x.data_ptr(), 8, 1, 0, x.data_ptr(), 8, 1, 0)
+        native.core().linear(good, 0, x.data_ptr(), 8, 1, 0, x.data_ptr(), 8, 1, 0)

@@ -4,24 +4,34 @@ instruction set that this machine can be forced to."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from kernel_cases import BATCHES, ROWS, SIZES, raw_matrix
+from kernel_cases import BATCHES, FLOAT_ROWS, ROWS, SIZES, activation, raw_matrix
 from raw_format import exact
 
 from fewbit import formats, kernels
 from fewbit.core import format as F
+from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
+from fewbit.errors import UnsupportedError
+from fewbit.kernels.prepared import DECODED
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Half a unit in the last place of the dtype that y is rounded to."""
 
 
-def check(kernel: str, matrix: QTensor, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+def check(
+    kernel: str, matrix: QTensor, x: torch.Tensor, bias: torch.Tensor | None, activation: Format | None = None
+) -> None:
+    """``kernel`` on ``x`` against float64; where it rounds its inputs, against float64 on the rounded ones."""
     expected = exact(matrix)
-    y = kernels.prepare(matrix, kernel)(x, bias)
+    if x.numel() >= DECODED * matrix.shape[1]:  # torch adds up whole rows
+        expected = replace(expected, operations=max(expected.operations, matrix.shape[1] + 12))
+    y = kernels.prepare(matrix, kernel, activation)(x, bias)
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], matrix.shape[0])
-    answer, bound = expected.answer(x, bias)
+    answer, bound = expected.answer(kernels.reference.round_activations(x.float(), activation), bias)
     bound = bound + ROUNDING[x.dtype] * (answer.abs() + bound)
     error = (y.double() - answer).abs()
     assert bool((error <= bound).all()), (matrix.format.name, matrix.shape, x.shape, float((error - bound).max()))
@@ -37,7 +47,12 @@ def test_sizes_blocks_and_batches(kernel: str, bits: int) -> None:
                 matrix = raw_matrix(kernel, bits, block, (rows, columns), generator)
                 batch = BATCHES[(rows + columns + block) % len(BATCHES)]
                 x = torch.randn(batch, columns, generator=generator)
-                check(kernel, matrix, x, torch.randn(rows, generator=generator) if block else None)
+                inputs = activation(kernel, ("channel", "g32", "g96")[(rows + block) % 3])
+                if inputs is not None and block % 32 and block < columns:
+                    with pytest.raises(UnsupportedError, match="whole chunks"):
+                        kernels.prepare(matrix, kernel, inputs)
+                    continue
+                check(kernel, matrix, x, torch.randn(rows, generator=generator) if block else None, inputs)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -48,10 +63,11 @@ def test_dtypes_strides_and_unaligned_rows(kernel: str, dtype: torch.dtype, batc
     matrix = raw_matrix(kernel, 3, 32, (33, 97), generator)
     whole = torch.randn(2 * batch, 101, generator=generator).to(dtype)
     bias = torch.randn(33, generator=generator).to(dtype)
-    check(kernel, matrix, whole[::2, 1:98], bias)
-    check(kernel, matrix, whole[:1, 3:100].expand(batch, 97), bias)
-    check(kernel, matrix, whole.T[:97, :batch].T, None)
-    check(kernel, matrix, whole[:, 1:98].reshape(2, batch, 97), bias)
+    inputs = activation(kernel)
+    check(kernel, matrix, whole[::2, 1:98], bias, inputs)
+    check(kernel, matrix, whole[:1, 3:100].expand(batch, 97), bias, inputs)
+    check(kernel, matrix, whole.T[:97, :batch].T, None, inputs)
+    check(kernel, matrix, whole[:, 1:98].reshape(2, batch, 97), bias, inputs)
 
 
 @pytest.mark.parametrize("spelling", formats.EXAMPLES)
@@ -63,21 +79,41 @@ def test_every_format_that_can_be_spelt(spelling: str) -> None:
     matrix = QTensor.of(format, F.encode(format, weight, params), params)
     x = torch.randn(3, 512, generator=generator)
     rows = [row.name for row in kernels.KERNELS if row.refuse(format, matrix.shape) is None]
-    assert len(rows) == len(kernels.native.isas()) + 1
+    assert rows == [row for row in FLOAT_ROWS if row == "reference" or row.startswith(kernels.table.family(format))]
     for row in rows:
         check(row, matrix, x, None)
+        check(row, matrix, x, None, formats.parse("int8/g64/sym"))
+
+
+@pytest.mark.parametrize("spelling", formats.EXAMPLES)
+@pytest.mark.parametrize("inputs", ["int8/channel/sym", "int8/g32/sym", "int8/g128/sym"])
+def test_every_format_by_integers_or_with_a_reason(spelling: str, inputs: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randn(33, 512, generator=generator)
+    format = formats.parse(spelling).bind(weight)
+    params = F.fit(format, weight)
+    matrix = QTensor.of(format, F.encode(format, weight, params), params)
+    rounding = formats.parse(inputs)
+    x = torch.randn(3, 512, generator=generator)
+    integers = [row for row in kernels.KERNELS if row.family == "int8" and row.isa in kernels.native.isas()]
+    fits = kernels.table.family(format) == "affine" and format.block % 32 == 0
+    for row in integers:
+        assert (row.refuse(format, matrix.shape, rounding) is None) == fits
+        if fits:
+            check(row.name, matrix, x, None, rounding)
 
 
 @pytest.mark.parametrize("kernel", ROWS)
 def test_zeros_denormals_and_huge_scales_give_no_nan(kernel: str) -> None:
     generator = torch.Generator().manual_seed(0)
+    inputs = activation(kernel)
     for scale in (0.0, 2.0**-24, 1e-40, 65504.0, 1e30):
         for bits in (1, 3, 4, 8):
             matrix = raw_matrix(kernel, bits, 32, (17, 96), generator, scale=scale)
             for size in (0.0, 1e-42, 1.0, 1e4):
                 x = torch.randn(3, 96, generator=generator) * size
-                y = kernels.prepare(matrix, kernel)(x)
-                answer, bound = exact(matrix).answer(x, None)
+                y = kernels.prepare(matrix, kernel, inputs)(x)
+                answer, bound = exact(matrix).answer(kernels.reference.round_activations(x, inputs), None)
                 # Absolute part: products below the least normal float32 may vanish, and activations are scaled by
                 # up to 2^-30 before they meet their codes.
                 least = 96 * 256 * 2.0**-149 * (2.0**30 * scale + 1)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from kernel_cases import ROWS, raw_matrix
+from kernel_cases import ROWS, activation, raw_matrix
 
 from fewbit import formats, kernels, layouts
 from fewbit.core import format as F
@@ -28,7 +28,8 @@ def threads() -> Iterator[None]:
 
 
 def prepared(kernel: str, shape: tuple[int, int] = (530, 260)) -> kernels.Prepared:
-    return kernels.prepare(raw_matrix(kernel, 3, 64, shape, torch.Generator().manual_seed(2)), kernel)
+    matrix = raw_matrix(kernel, 3, 64, shape, torch.Generator().manual_seed(2))
+    return kernels.prepare(matrix, kernel, activation(kernel))
 
 
 @pytest.mark.usefixtures("threads")
@@ -117,6 +118,27 @@ def test_nothing_is_lost_and_rows_can_be_looked_up(spelling: str) -> None:
     for wrong in (37, -1):
         with pytest.raises(IndexError, match="37 rows"):
             kernels.embedding(torch.tensor([wrong]), matrix)
+
+
+@needs_native
+def test_kernels_of_integers_agree_bit_for_bit() -> None:
+    x = torch.randn(9, 260, generator=torch.Generator().manual_seed(4))
+    found = [prepared(name)(x) for name in NATIVE if name.startswith("int8")]
+    assert len(found) >= 2 and all(torch.equal(y, found[0]) for y in found)
+    assert torch.equal(found[0], torch.cat([prepared("int8_linear_serial")(token) for token in x.split(1)]))
+
+
+@needs_native
+def test_integers_round_activations_as_their_format_does() -> None:
+    format = formats.parse("int8/channel/sym")
+    one = QTensor.of(
+        formats.parse("int8/channel/sym"),
+        torch.eye(64, dtype=torch.uint8) + 128,
+        {"scale": torch.ones(64, 1, 1, dtype=torch.float16)},
+    )
+    x = torch.cat([torch.randn(5, 64), torch.linspace(-1, 1, 64)[None], torch.full((1, 64), 3e5), torch.zeros(1, 64)])
+    expected = kernels.reference.round_activations(x, format)
+    assert torch.equal(kernels.linear(x, one, activation=format), expected)
 
 
 def _repacked(matrix: QTensor) -> list[QTensor]:

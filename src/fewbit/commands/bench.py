@@ -7,6 +7,7 @@ the last-level cache where that takes at most ``COPIES`` of them, and medians ar
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor
 
 import fewbit
-from fewbit import doctor, kernels
+from fewbit import doctor
 from fewbit.commands.console import err, results, table, write_json
 from fewbit.commands.generate import prepare
 from fewbit.containers import manifest
-from fewbit.core.qtensor import QTensor
+from fewbit.kernels import Prepared
 from fewbit.measure.speed import Generator
 from fewbit.model.layers import QuantLinear
 from fewbit.report import numbers as N
@@ -54,7 +55,13 @@ class Row:
 
 
 def run(
-    out: Path, batches: tuple[int, ...], tokens: int, prompt: int, threads: int | None, json_target: str | None
+    out: Path,
+    batches: tuple[int, ...],
+    tokens: int,
+    prompt: int,
+    threads: int | None,
+    activation: str | None,
+    json_target: str | None,
 ) -> None:
     """Measure and print.
 
@@ -63,7 +70,7 @@ def run(
     """
     prepare(threads)
     manifest.read(out)
-    model = fewbit.load(out)
+    model = fewbit.load(out, activation=activation)
     speed = decode_speed(model, tokens, prompt)
     rows = [row for group in groups(model) for batch in batches for row in [kernel_row(*group, batch)]]
     found = {
@@ -96,35 +103,34 @@ def decode_speed(model: Any, tokens: int, prompt: int) -> dict[str, Any]:
     }
 
 
-def groups(model: Any) -> list[tuple[QTensor, int]]:
-    """One matrix for each format and shape among the linear layers, with the number of layers that share both."""
-    found: dict[tuple[str, tuple[int, int]], tuple[QTensor, int]] = {}
+def groups(model: Any) -> list[tuple[Prepared, int]]:
+    """One matrix for each format, shape and kernel among the linear layers, and the number of layers that share them."""
+    found: dict[tuple[str, tuple[int, int], str], tuple[Prepared, int]] = {}
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            key = (module.format.name, module.shape)
-            first, number = found.get(key, (None, 0))
-            found[key] = (first if first is not None else module.qtensor(), number + 1)
+            key = (module.format.name, module.shape, module.prepared.kernel)
+            first, number = found.get(key, (module.prepared, 0))
+            found[key] = (first, number + 1)
     return list(found.values())
 
 
-def kernel_row(qtensor: QTensor, layers: int, batch: int) -> Row:
+def kernel_row(prepared: Prepared, layers: int, batch: int) -> Row:
     """One matrix at one batch size, fewbit's kernel and torch's two in turns."""
-    rows, columns = qtensor.shape
+    rows, columns = prepared.shape
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, columns, generator=generator)
     weight = torch.randn(rows, columns, generator=generator)
-    prepared = kernels.prepare(qtensor)
     target = 2 * doctor.cache_bytes()
     low = x.bfloat16()
     candidates = [
-        _rotating([prepared, *(kernels.prepare(qtensor) for _ in range(_copies(prepared.nbytes, target) - 1))], x),
+        _rotating([prepared, *(copy.deepcopy(prepared) for _ in range(_copies(prepared.nbytes, target) - 1))], x),
         _float(weight, x, target),
         _float(weight.bfloat16(), low, target),
     ]
     with torch.inference_mode():
         ours, fp32, bf16 = interleaved(candidates)
     return Row(
-        qtensor.format.name,
+        prepared.qtensor().format.name,
         prepared.kernel,
         rows,
         columns,

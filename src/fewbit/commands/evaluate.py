@@ -22,13 +22,14 @@ def run(
     max_tokens: int | None,
     decode_tokens: int,
     threads: int | None,
+    activation: str | None,
     json_target: str | None,
     report: Path | None,
 ) -> None:
     """Measure, print the table, write ``evaluation.json``, ``README.md`` and ``report.html`` into ``out``."""
     prepare(threads)
     manifest.read(out)
-    measured = measure(out, reference, text, context, max_tokens, decode_tokens)
+    measured = measure(out, reference, text, context, max_tokens, decode_tokens, activation)
     written = write_reports(out, measured, report)
     write_json(json_target, measured)
     results(json_target).print(evaluation_table(measured))
@@ -36,7 +37,13 @@ def run(
 
 
 def measure(
-    out: Path, reference: str | None, text: Path | None, context: int, max_tokens: int | None, decode_tokens: int
+    out: Path,
+    reference: str | None,
+    text: Path | None,
+    context: int,
+    max_tokens: int | None,
+    decode_tokens: int,
+    activation: str | None = None,
 ) -> dict[str, Any]:
     """Plain data of :func:`fewbit.evaluate`; what it is at is shown on stderr."""
     console = err()
@@ -49,4 +56,7 @@ def measure(
                 console.print(stage, markup=False)
             shown.add(stage)
 
-        return fewbit.evaluate(out, reference, text, context, max_tokens, decode_tokens, progress).to_json()
+        found = fewbit.evaluate(
+            out, reference, text, context, max_tokens, decode_tokens, progress, activation=activation
+        )
+        return found.to_json()

@@ -16,11 +16,19 @@ from fewbit.commands.console import err
 from fewbit.errors import InputError
 
 
-def run(out: Path, prompt: str, max_tokens: int, temperature: float, seed: int, threads: int | None) -> None:
+def run(
+    out: Path,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    threads: int | None,
+    activation: str | None,
+) -> None:
     """Stream the continuation to stdout; tokens a second to stderr."""
     prepare(threads)
     tokenizer = tokenizer_of(out)
-    model = fewbit.load(out)
+    model = fewbit.load(out, activation=activation)
     began = time.perf_counter()
     added = stream(model, tokenizer, prompt, max_tokens, temperature, seed)
     seconds = time.perf_counter() - began

@@ -6,22 +6,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fewbit import formats
 from fewbit.containers import manifest as M
 
 
-def load(path: str | Path, *, check: bool = True, **kwargs: Any) -> Any:
+def load(path: str | Path, *, check: bool = True, activation: str | None = None, **kwargs: Any) -> Any:
     """The model in ``path`` in eval mode, layers prepared for the fastest kernels of this machine.
 
     Args:
-        check: compare every weight file with the hash in the manifest first. ``kwargs`` go to ``from_pretrained``.
+        check: compare every weight file with the hash in the manifest first.
+        activation: round the inputs of linear layers to this format, e.g. ``"int8/g64"``, and multiply integers where
+            a kernel can: faster, at a cost in accuracy that :func:`fewbit.evaluate` shows. Layers that were quantized
+            together with their inputs (W8A8) keep their own. None: inputs stay float.
+        kwargs: go to ``from_pretrained``.
 
     Raises:
         InputError: no fewbit folder. CorruptFileError: a file is missing or its bytes changed.
+        SpecError: ``activation`` spells no format.
     """
     from transformers import AutoModelForCausalLM
+
+    from fewbit.model.layers import round_inputs
 
     folder = Path(path)
     manifest = M.read(folder)
     if check:
         M.check_files(folder, manifest)
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **kwargs).eval()
+    rounding = None if activation is None else formats.parse(activation)
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **kwargs).eval()
+    if rounding is not None:
+        round_inputs(model, rounding)
+    return model

@@ -9,11 +9,10 @@ from typing import Literal, Protocol, cast
 
 from fewbit.errors import UnsupportedError
 
-Isa = Literal["avx512", "avx2", "neon", "serial"]
+Isa = Literal["avx512vnni", "avx512", "avx2", "neondot", "neon", "serial"]
 
-FLAGS: dict[Isa, int] = {"avx512": 4, "avx2": 2, "neon": 16, "serial": 1}
+FLAGS: dict[Isa, int] = {"avx512vnni": 8, "avx512": 4, "avx2": 2, "neondot": 32, "neon": 16, "serial": 1}
 """Bits of ``fewbit_caps()``, best first."""
-VNNI = 8
 FAMILIES = {"affine": 0, "lut": 1}
 
 Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int]
@@ -28,10 +27,14 @@ class Core(Protocol):
     def tile16_bytes(self, rows: int, columns: int, bits: int) -> int: ...
     def tile16_pack(self, codes: int, stride: int, rows: int, columns: int, bits: int, packed: int) -> None: ...
     def tile16_unpack(self, packed: int, rows: int, columns: int, bits: int, codes: int, stride: int) -> None: ...
+    def decode(
+        self, matrix: Matrix, tile_begin: int, tile_end: int, out: int, stride: int, isa: int, threads: int
+    ) -> None: ...
     def read_stream(self, data: int, nbytes: int, threads: int) -> int: ...
     def linear(
         self,
         matrix: Matrix,
+        x_block: int,
         x: int,
         x_stride: int,
         tokens: int,
@@ -77,7 +80,7 @@ def core() -> Core:
 
 @functools.cache
 def capabilities() -> int:
-    """Bits of :data:`FLAGS` and :data:`VNNI` that this machine can run; 0 without the native module."""
+    """Bits of :data:`FLAGS` that this machine can run; 0 without the native module."""
     return core().caps() if available() else 0
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import format as F
+from fewbit.core.format import Format
 from fewbit.core.layout import UNPACKED
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native
@@ -18,25 +19,36 @@ from fewbit.kernels.tile16 import TILE16, unpack_rows
 from fewbit.layouts.dense import DENSE, load_params
 
 
-def prepare(qtensor: QTensor, kernel: str | None = None) -> Prepared:
+def prepare(qtensor: QTensor, kernel: str | None = None, activation: Format | None = None) -> Prepared:
     """Repack ``qtensor`` for the best kernel here, or for the one named. Offline work: do it once a matrix.
+
+    Args:
+        qtensor: any layout.
+        kernel: a name of the kernel table.
+        activation: the format that inputs are rounded to, token by token, as they arrive; None leaves them alone.
 
     Raises:
         SpecError, UnsupportedError: as :func:`fewbit.kernels.choose`.
     """
-    choice = choose(qtensor.format, qtensor.shape, kernel)
+    choice = choose(qtensor.format, qtensor.shape, kernel, activation)
     if choice.isa is not None:
-        return NativePrepared(qtensor, choice.kernel)
+        return NativePrepared(qtensor, choice.kernel, activation)
     if kernel is None:
         reason = native.why_not() or next(reversed(choice.reasons.values()))
         warnings.warn(f"fewbit runs on its slow reference: {reason}", RuntimeWarning, stacklevel=2)
-    return ReferencePrepared(qtensor)
+    return ReferencePrepared(qtensor, activation)
 
 
-def linear(x: Tensor, qtensor: QTensor, bias: Tensor | None = None, kernel: str | None = None) -> Tensor:
-    """``x W^T + bias``: x (..., columns) -> (..., rows) in x's dtype. Repacks at every call: for one matrix and many
-    calls, :func:`prepare` it."""
-    return prepare(qtensor, kernel)(x, bias)
+def linear(
+    x: Tensor,
+    qtensor: QTensor,
+    bias: Tensor | None = None,
+    kernel: str | None = None,
+    activation: Format | None = None,
+) -> Tensor:
+    """``x W^T + bias``: x (..., columns) -> (..., rows) in x's dtype, x rounded to ``activation`` first. Repacks at
+    every call: for one matrix and many calls, :func:`prepare` it."""
+    return prepare(qtensor, kernel, activation)(x, bias)
 
 
 def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:

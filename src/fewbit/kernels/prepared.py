@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
+from fewbit.core.format import Format
 from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, UnsupportedError
@@ -20,12 +21,23 @@ from fewbit.kernels.tile16 import ROWS, TILE16
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+DECODED = 48
+"""Tokens from which on float products go through decoded weights: each is decoded once, and torch multiplies."""
+STRIP = 1 << 19
+"""Weights decoded at a time: 2 MiB of float32."""
+
+
 class Prepared(ABC):
     """Abstract. ``prepared(x, bias)`` is ``x W^T + bias``: x (..., columns) in float32, bfloat16 or float16 ->
-    (..., rows) in the same dtype, accumulated in float32. Differentiable in x."""
+    (..., rows) in the same dtype, accumulated in float32. Differentiable in x.
+
+    ``activation``: the format that x is rounded to first, token by token, or None. Gradients pass that rounding as if it
+    were not there.
+    """
 
     kernel: str
     shape: tuple[int, int]
+    activation: Format | None
 
     @abstractmethod
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -81,11 +93,11 @@ class ReferencePrepared(Prepared):
 
     kernel = "reference"
 
-    def __init__(self, qtensor: QTensor) -> None:
-        self._qtensor, self.shape = qtensor, qtensor.shape
+    def __init__(self, qtensor: QTensor, activation: Format | None = None) -> None:
+        self._qtensor, self.shape, self.activation = qtensor, qtensor.shape, activation
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return reference.linear(x, self._qtensor, bias)
+        return reference.linear(reference.round_activations(x, self.activation), self._qtensor, bias)
 
     def qtensor(self) -> QTensor:
         return self._qtensor
@@ -113,10 +125,16 @@ def _shared_zero(scale: Tensor, offset: Tensor) -> float | None:
 class NativePrepared(Prepared):
     """Codes in tile16; ``w = scale * (table[code] - zero) + offset`` with scale and offset (tiles, blocks, 16)."""
 
-    def __init__(self, qtensor: QTensor, kernel: Kernel) -> None:
+    def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
         assert kernel.isa is not None and kernel.family is not None
-        self.kernel, self.shape = kernel.name, qtensor.shape
-        self._isa, self._family = native.FLAGS[kernel.isa], native.FAMILIES[kernel.family]
+        self.kernel, self.shape, self.activation = kernel.name, qtensor.shape, activation
+        integers = kernel.family == "int8"
+        self._isa = native.FLAGS[kernel.isa]
+        self._family = native.FAMILIES["affine" if integers else kernel.family]
+        self._x_block = 0  # of float products; a kernel of integers rounds x itself
+        if integers:
+            assert activation is not None
+            self._x_block = B.width(self.shape[1], activation.block)
         self._stored = qtensor if qtensor.layout is TILE16 else qtensor.repack(TILE16)
         format = self._stored.format
         physical = format.physical(qtensor.logical()[1])
@@ -153,13 +171,18 @@ class NativePrepared(Prepared):
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x = x.detach().float()
+        if not self._x_block:
+            x = reference.round_activations(x, self.activation)
         if x.stride(1) != 1:
             x = x.contiguous()
         tokens, rows = x.shape[0], self.shape[0]
         bias = None if bias is None else bias.detach().float().contiguous()
         y = torch.empty(tokens, rows)
+        if tokens >= DECODED and not self._x_block:
+            return self._decoded(x, bias, y)
         native.core().linear(
             self._matrix(),
+            self._x_block,
             x.data_ptr(),
             x.stride(0),
             tokens,
@@ -170,6 +193,19 @@ class NativePrepared(Prepared):
             torch.get_num_threads(),
         )
         return y
+
+    def _decoded(self, x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+        """Decode strips of rows to float32, each once for all tokens, and let torch multiply."""
+        rows, columns = self.shape
+        strip = max(ROWS, STRIP // columns // ROWS * ROWS)
+        weight = torch.empty(columns, min(strip, -(-rows // ROWS) * ROWS))  # (columns, rows of the strip)
+        for row in range(0, rows, strip):
+            tiles = row // ROWS, min(row + strip, rows + ROWS - 1) // ROWS
+            native.core().decode(
+                self._matrix(), *tiles, weight.data_ptr(), weight.shape[1], self._isa, torch.get_num_threads()
+            )
+            torch.mm(x, weight[:, : min(strip, rows - row)], out=y[:, row : row + strip])
+        return y if bias is None else y.add_(bias)
 
     def qtensor(self) -> QTensor:
         return self._stored

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import format as F
+from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 
 CHUNK = 1 << 22
@@ -18,6 +19,15 @@ def oracle(x: Tensor, qtensor: QTensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` in float64: x (..., columns) -> (..., rows)."""
     y = x.double() @ qtensor.dequantize().double().T
     return y if bias is None else y + bias.double()
+
+
+def round_activations(x: Tensor, format: Format | None) -> Tensor:
+    """``x`` (..., columns) rounded to ``format`` token by token, as it arrives; itself when ``format`` is None."""
+    if format is None:
+        return x
+    flat = x.reshape(-1, x.shape[-1]).float()
+    params = F.fit(format, flat)
+    return F.decode(format, F.encode(format, flat, params), params).reshape(x.shape).to(x.dtype)
 
 
 def _chunks(qtensor: QTensor) -> list[tuple[slice, Tensor, dict[str, Tensor]]]:

@@ -13,20 +13,22 @@ from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.layout import Shape
 from fewbit.errors import FewbitError, SpecError, UnsupportedError
+from fewbit.formats.affine import Affine
 from fewbit.kernels import native
 from fewbit.kernels.native import Isa
-from fewbit.kernels.tile16 import TILE16
+from fewbit.kernels.tile16 import COLUMNS, TILE16
 
 
 @dataclass(frozen=True)
 class Kernel:
     """One row: ``y = x W^T + bias`` for weights of one family, on one instruction set, from one layout.
 
-    The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` and ``isa`` are None for the
-    reference, which takes everything.
+    The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "int8" multiplies affine codes by
+    activations rounded to int8, in integers; the others multiply float activations. ``family`` and ``isa`` are None for
+    the reference, which takes everything.
     """
 
-    family: Literal["affine", "lut"] | None
+    family: Literal["affine", "lut", "int8"] | None
     isa: Isa | None
     layout: str
 
@@ -34,8 +36,12 @@ class Kernel:
     def name(self) -> str:
         return f"{self.family}_linear_{self.isa}" if self.isa else "reference"
 
-    def refuse(self, format: Format, shape: Shape) -> str | None:
-        """None, or the reason why this row cannot run ``format`` of this ``shape`` (rows, columns) on this machine."""
+    def refuse(self, format: Format, shape: Shape, activation: Format | None = None) -> str | None:
+        """None, or the reason why this row cannot run ``format`` of this ``shape`` (rows, columns) on this machine.
+
+        ``activation``: the format that inputs are rounded to, token by token, or None where they stay float. A row of
+        float products takes any: its inputs are rounded beforehand.
+        """
         if self.isa is None:
             return None
         if not native.available():
@@ -46,10 +52,31 @@ class Kernel:
         if reason is not None:
             return f"layout tile16 {reason}"
         found = family(format)
+        if self.family == "int8":
+            return _refuse_integers(format, shape, activation, found)
         return None if found == self.family else f"runs the {self.family} family; {format.name} is {found}"
 
 
+def _refuse_integers(format: Format, shape: Shape, activation: Format | None, found: str) -> str | None:
+    """Why products of integers cannot serve ``format`` with inputs in ``activation``, or None."""
+    if activation is None:
+        return "multiplies int8 activations; these stay float"
+    if not (isinstance(activation, Affine) and activation.bits == 8 and activation.symmetric):
+        return f"rounds activations to int8/g{{N}}/sym; these are {activation.name}"
+    if found != "affine":
+        return f"runs the affine family; {format.name} is {found}"
+    for block in (format.block, activation.block):
+        if block % COLUMNS and block < shape[1]:
+            return f"needs groups of whole chunks of {COLUMNS} columns; there is one of {block}"
+    return None
+
+
 KERNELS: tuple[Kernel, ...] = (
+    Kernel("int8", "avx512vnni", "tile16"),
+    Kernel("int8", "avx2", "tile16"),
+    Kernel("int8", "neondot", "tile16"),
+    Kernel("int8", "neon", "tile16"),
+    Kernel("int8", "serial", "tile16"),
     Kernel("affine", "avx512", "tile16"),
     Kernel("lut", "avx512", "tile16"),
     Kernel("affine", "avx2", "tile16"),
@@ -88,8 +115,12 @@ class Choice:
         return KERNELS[NAMES.index(self.name)]
 
 
-def choose(format: Format, shape: Shape, kernel: str | None = None) -> Choice:
+def choose(
+    format: Format, shape: Shape, kernel: str | None = None, activation: Format | None = None
+) -> Choice:
     """The best row for ``format`` of ``shape`` (rows, columns) here, or the one named; no weight is needed.
+
+    ``activation``: the format that inputs are rounded to, or None.
 
     Raises:
         SpecError: no kernel has that name.
@@ -101,7 +132,7 @@ def choose(format: Format, shape: Shape, kernel: str | None = None) -> Choice:
     for row in KERNELS:
         if kernel not in (None, row.name):
             continue
-        reason = row.refuse(format, shape)
+        reason = row.refuse(format, shape, activation)
         if reason is None:
             return Choice(row.name, row.isa, reasons)
         reasons[row.name] = reason

@@ -3,9 +3,10 @@
 
 A chunk of 16 rows x 32 columns of b-bit codes takes b vectors of 64 bytes; each 32-bit lane of a vector belongs to one
 row. A code is split into parts of power-of-two width, lowest bits first and widest part first (3 = 2+1, 5 = 4+1,
-6 = 4+2, 7 = 4+2+1); a part of width w takes w vectors, and column k of the chunk lies in vector ``k w // 32`` of the
-part at bits ``k w % 32`` of the lane. Ragged edges are padded with code 0: ``16 ceil(rows/16) * 32 ceil(columns/32)``
-codes of b bits are stored. A kernel decodes 16 rows of a column at a time with a shift or a mask and nothing else.
+6 = 4+2, 7 = 4+2+1); a part of width w takes w vectors of 8/w fields a byte. Column k of the chunk, with g = k // 4, lies
+in vector ``g w // 8`` of the part, in byte ``k % 4`` of the lane, at its bits ``g w % 8``. Ragged edges are padded with
+code 0: ``16 ceil(rows/16) * 32 ceil(columns/32)`` codes of b bits are stored. A shift and a mask yield 16 rows of a column
+(for products of floats) or of four columns, one a byte (for products of bytes).
 
 Packing and unpacking exist twice, here and in ``csrc/core/tile16.cc``; they are tested against one another.
 """
@@ -39,6 +40,11 @@ def size(shape: Shape, bits: int) -> tuple[int, int]:
     return -(-shape[0] // ROWS), -(-shape[1] // COLUMNS) * bits * 64
 
 
+def _shifts(part: int) -> Tensor:
+    """Lowest bit within the lane of each field of a vector, (8 / part, 4): fields of a byte, bytes of the lane."""
+    return torch.arange(0, 8, part, dtype=torch.int32)[:, None] + torch.arange(0, 32, 8, dtype=torch.int32)
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes (rows, columns) -> uint8 (tiles, bytes a tile), with torch alone."""
     rows, columns = codes.shape
@@ -47,9 +53,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     chunks = padded.reshape(tiles, ROWS, -1, COLUMNS).permute(0, 2, 1, 3).int()
     vectors = []
     for part, base in parts(bits):
-        fields = ((chunks >> base) & (2**part - 1)).reshape(*chunks.shape[:3], part, 32 // part)
-        shifts = torch.arange(0, 32, part, dtype=torch.int32)
-        lanes = (fields << shifts).sum(-1, dtype=torch.int32)
+        fields = ((chunks >> base) & (2**part - 1)).reshape(*chunks.shape[:3], part, 8 // part, 4)
+        lanes = (fields << _shifts(part)).sum((-2, -1), dtype=torch.int32)
         vectors.append(lanes.permute(0, 1, 3, 2))
     return torch.cat(vectors, 2).contiguous().view(torch.uint8).reshape(tiles, width)
 
@@ -71,8 +76,7 @@ def unpack_rows(packed: Tensor, shape: Shape, bits: int, rows: Tensor) -> Tensor
     lanes = _lanes(packed, shape, bits)[rows // ROWS, :, :, rows % ROWS]
     codes = torch.zeros(lanes.shape[0], lanes.shape[1], COLUMNS, dtype=torch.int32)
     for part, base in parts(bits):
-        shifts = torch.arange(0, 32, part, dtype=torch.int32)
-        fields = (lanes[:, :, base : base + part, None] >> shifts) & (2**part - 1)
+        fields = (lanes[:, :, base : base + part, None, None] >> _shifts(part)) & (2**part - 1)
         codes |= fields.reshape(codes.shape) << base
     return codes.to(torch.uint8).reshape(codes.shape[0], -1)[:, : shape[1]].contiguous()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fewbit import formats
 from fewbit.containers import manifest as M
 from fewbit.errors import FewbitError, InputError, UnsupportedError
 
@@ -28,8 +29,9 @@ def find(model: str | Path) -> Path:
     raise InputError(f"model {model}", "there is no such folder or file", "give a folder, a .gguf file or a hub id")
 
 
-def load_model(path: Path, dtype: torch.dtype) -> Any:
-    """The causal language model at ``path`` in eval mode, floats in ``dtype``; a fewbit folder comes with its kernels.
+def load_model(path: Path, dtype: torch.dtype, activation: str | None = None) -> Any:
+    """The causal language model at ``path`` in eval mode, floats in ``dtype``; a fewbit folder comes with its kernels,
+    which round inputs to ``activation`` where the folder itself leaves them float (see :func:`fewbit.load`).
 
     A folder goes through transformers; a GGUF file through :mod:`fewbit.model`, which checks it first.
 
@@ -50,6 +52,10 @@ def load_model(path: Path, dtype: torch.dtype) -> Any:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise InputError(f"load {path}", f"transformers says: {error}") from error
+    if activation is not None:
+        from fewbit.model.layers import round_inputs
+
+        round_inputs(model, formats.parse(activation))
     return model.eval()
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbit.containers import manifest as M
+from fewbit.errors import InputError
 from fewbit.measure import load as L
 from fewbit.measure import size
 from fewbit.measure.speed import Generator
@@ -21,13 +22,15 @@ from fewbit.measure.worker import Child, Here, Job
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """``path`` or ``live`` is set, never both. ``manifest`` is empty unless ``path`` is a fewbit folder."""
+    """``path`` or ``live`` is set, never both. ``manifest`` is empty unless ``path`` is a fewbit folder; ``activation``
+    is what :func:`fewbit.load` knows by that name."""
 
     name: str
     path: Path | None
     live: Any
     manifest: Mapping[str, Any]
     dtype: torch.dtype
+    activation: str | None = None
 
     @property
     def short(self) -> str:
@@ -35,17 +38,23 @@ class Side:
         return self.name if self.path is None else self.path.name
 
     @staticmethod
-    def of(model: Any, dtype: torch.dtype) -> Side:
-        """From a folder, a GGUF file, a hub id or a loaded model."""
-        if not isinstance(model, str | Path):
+    def of(model: Any, dtype: torch.dtype, activation: str | None = None) -> Side:
+        """From a folder, a GGUF file, a hub id or a loaded model.
+
+        Raises:
+            InputError: ``activation`` for a model that is no fewbit folder.
+        """
+        path = L.find(model) if isinstance(model, str | Path) else None
+        manifest = M.read(path) if path is not None and path.is_dir() and (path / M.NAME).is_file() else {}
+        if activation is not None and not manifest:
+            raise InputError(f"activations in {activation}", "the model is no fewbit folder", "leave activation out")
+        if path is None:
             return Side(type(model).__name__, None, model, {}, model.dtype)
-        path = L.find(model)
-        manifest = M.read(path) if path.is_dir() and (path / M.NAME).is_file() else {}
-        return Side(str(model), path, None, manifest, dtype)
+        return Side(str(model), path, None, manifest, dtype, activation)
 
     def open(self) -> Any:
         """The model, in eval mode when it was loaded here."""
-        return self.live if self.path is None else L.load_model(self.path, self.dtype)
+        return self.live if self.path is None else L.load_model(self.path, self.dtype, self.activation)
 
     def tokenizer(self) -> Any | None:
         """Its tokenizer, or None for a model in memory."""
@@ -70,7 +79,8 @@ class Side:
         if self.path is None:
             return Here(Generator(self.live, prompt.unsqueeze(0), decode_tokens))
         dtype = str(self.dtype).removeprefix("torch.")
-        return Child(Job(str(self.path), dtype, prompt.tolist(), decode_tokens, torch.get_num_threads()))
+        job = Job(str(self.path), dtype, prompt.tolist(), decode_tokens, torch.get_num_threads(), self.activation)
+        return Child(job)
 
 
 def reference_of(side: Side, dtype: torch.dtype, notes: list[str]) -> Side | None:

@@ -36,6 +36,7 @@ class Job:
     prompt: Sequence[int]
     decode_tokens: int
     threads: int
+    activation: str | None = None
 
 
 class Here:
@@ -133,7 +134,7 @@ def _build(job: Job) -> Here:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     start = time.perf_counter()
-    model = L.load_model(Path(job.path), getattr(torch, job.dtype))
+    model = L.load_model(Path(job.path), getattr(torch, job.dtype), job.activation)
     seconds = time.perf_counter() - start
     return Here(Generator(model, torch.tensor([list(job.prompt)]), job.decode_tokens), seconds)
 

@@ -73,7 +73,7 @@ class QuantLinear(Store):
 
     def prepare(self, kernel: str | None = None) -> None:
         """Repack for the fastest kernel here (or the one named), once, before the first call."""
-        self._prepared = kernels.prepare(self.qtensor(), kernel)
+        self._prepared = kernels.prepare(self.qtensor(), kernel, self.activation)
         self.release()
 
     def qtensor(self) -> QTensor:
@@ -86,8 +86,15 @@ class QuantLinear(Store):
         assert self._prepared is not None
         return self._prepared
 
+    def round_inputs(self, format: Format | None) -> None:
+        """From now on round inputs to ``format``, token by token; the codes stay where they are."""
+        stored = self.qtensor()
+        self.activation = format
+        self._prepared = kernels.prepare(stored, activation=format)
+        self.release()
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.prepared(round_activations(x, self.activation), self.bias)
+        return self.prepared(x, self.bias)
 
 
 class QuantEmbedding(Store):
@@ -162,11 +169,8 @@ class ExpertMatrix:
         return matrix._prepared(x, *(bias or [(kwargs or {}).get("bias")]))
 
 
-def round_activations(x: Tensor, format: Format | None) -> Tensor:
-    """``x`` (..., columns) rounded to ``format`` token by token, dynamically; itself when ``format`` is None."""
-    if format is None:
-        return x
-    flat = x.reshape(-1, x.shape[-1]).float()
-    blocks = flat.unsqueeze(1)
-    params = format.fit(blocks, torch.ones(1, 1, 1))
-    return format.decode(format.encode(blocks, params), params).reshape(x.shape).to(x.dtype)
+def round_inputs(model: nn.Module, format: Format) -> None:
+    """Round the inputs of every quantized linear layer to ``format`` that was not quantized together with its inputs."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and module.activation is None:
+            module.round_inputs(format)

@@ -135,14 +135,20 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
         nbytes = storage_bytes(storage(format, layout_for(format), shape))
     except FewbitError as error:
         raise type(error)(f"layer {site.name}: {error.asked}", error.found, error.works) from None
-    return Decision(site, rule, kernels.choose(format, site.shape).name, nbytes)
+    return Decision(site, rule, _choice(rule, site).name, nbytes)
+
+
+def _choice(rule: Rule, site: Site) -> kernels.Choice:
+    """The kernel that will run ``site`` here, and why no better one does."""
+    activation = formats.parse(rule.activation) if rule.activation else None
+    return kernels.choose(formats.parse(rule.format), site.shape, activation=activation)
 
 
 def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> list[str]:
     found = []
     slow = [d for d in quantized if d.kernel == REFERENCE and d.site.kind != "embedding"]
     if slow:
-        choice = kernels.choose(formats.parse(slow[0].rule.format), slow[0].site.shape)  # type: ignore[union-attr]
+        choice = _choice(slow[0].rule, slow[0].site)  # type: ignore[arg-type]
         why = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:2])
         found.append(
             f"{len(slow)} of {len(quantized)} layers have no fast kernel here and will NOT be faster than float, "

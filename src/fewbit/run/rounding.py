@@ -11,7 +11,7 @@ from torch import nn
 
 from fewbit import formats
 from fewbit.core.format import Format
-from fewbit.model.layers import round_activations
+from fewbit.kernels.reference import round_activations
 from fewbit.model.stream import StreamedModel
 from fewbit.run.planning import Plan
 

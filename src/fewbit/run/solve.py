@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit import kernels, layouts, methods
+from fewbit import formats, kernels, layouts, methods
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.layout import Layout
@@ -34,6 +34,11 @@ class Task:
     weight: Tensor
     facts: list[Facts]
     seen: list[Tensor]
+
+    @property
+    def activation(self) -> Format | None:
+        """The format that inputs are rounded to at run time."""
+        return formats.parse(self.rule.activation) if self.rule.activation else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +84,7 @@ def solve(task: Task) -> Solved:
         "activation": task.rule.activation,
         "layout": packed.layout.name,
         "method": task.rule.method,
-        "kernel": kernels.choose(task.format, site.shape).name,
+        "kernel": kernels.choose(task.format, site.shape, activation=task.activation).name,
         "shape": list(site.shape),
         "experts": site.experts,
         "nbytes": packed.nbytes,
@@ -111,13 +116,17 @@ def relative_error(task: Task, decoded: Tensor) -> float:
     return (error / signal) ** 0.5 if signal else 0.0
 
 
-def check_outputs(qtensor: QTensor, reference: Tensor, x: Tensor, name: str) -> None:
-    """The kernel that will run this layer computes ``x @ reference.T`` within float32 accumulation error.
+def check_outputs(
+    qtensor: QTensor, reference: Tensor, x: Tensor, name: str, activation: Format | None = None
+) -> None:
+    """The kernel that will run this layer computes ``x @ reference.T`` within float32 accumulation error, x being
+    rounded to ``activation`` first.
 
     Raises:
         VerificationError: it does not.
     """
-    got = kernels.linear(x, qtensor).double()
+    got = kernels.linear(x, qtensor, activation=activation).double()
+    x = kernels.reference.round_activations(x, activation)
     expected = x.double() @ reference.double().T
     bound = (x.shape[1] + 64) * 2.0**-23 * (x.abs().double() @ spread(qtensor, reference).T) + 1e-30
     worst = float(((got - expected).abs() / bound).max()) if got.numel() else 0.0

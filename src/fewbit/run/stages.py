@@ -344,7 +344,8 @@ def _write(run: Run, stage: int, sites: list[Site], solved: list[Solved], tasks:
         again = read_back(path, item.record)
         task = seen.get(item.record["name"])
         if task is not None and task.site.experts == 1 and len(task.seen[0]):
-            check_outputs(again, item.qtensor.dequantize(), task.seen[0][:8], item.record["name"])
+            decoded = item.qtensor.dequantize()
+            check_outputs(again, decoded, task.seen[0][:8], item.record["name"], task.activation)
     return {
         "stage": stage,
         "file": path.name,

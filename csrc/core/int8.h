@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = x W^T for affine codes and activations rounded to int8: products of bytes, summed in int32. Included after an
+// ISA's simd.h and its dot.h, which offers
+//
+//   Dot<BITS>          sums of code * activation, four columns a lane:
+//     kGroups          groups of four columns after which `flush` must be called
+//     kOrigin          what the codes are shifted down by before they are multiplied
+//     add(u, x)        u: four codes a lane; x: four activations, the same in every lane
+//     flush(), value() the lanes' sums as floats
+//   kDirect1, kDirect2, kDirectChains    row groups beside one and two tokens, and sums a row group keeps then
+//   kMany, kManyTokens                   row groups and tokens computed together where there are many
+//
+// What is computed is the same everywhere, bit for bit: sums are exact integers, and scales are applied by separate
+// multiplications and additions in one order.
+#pragma once
+
+#include <string.h>
+
+#include "core/linear.h"
+
+namespace fewbit {
+namespace {
+
+// Codes of columns 4g .. 4g+3 of a chunk, one a byte.
+template <int BITS>
+FEWBIT_INLINE U quad(const uint8_t* codes, int g) {
+  if constexpr (BITS == 8) {
+    return load_lanes(codes + g * 64);
+  } else {
+    constexpr uint32_t kBytes = 0x01010101u;
+    constexpr int kFirst = part_width(BITS, 0);
+    const int shift = g * kFirst % 8;
+    const U lanes = load_lanes(codes + g * kFirst / 8 * 64);
+    U code = mask(shift ? shift_right(lanes, shift) : lanes, kBytes * ((1u << kFirst) - 1));
+    for (int p = 1; p < part_count(BITS); p++) {
+      const int width = part_width(BITS, p), base = part_base(BITS, p), at = g * width % 8;
+      const U part = load_lanes(codes + (base + g * width / 8) * 64);
+      const U moved = at > base ? shift_right(part, at - base) : at < base ? shift_left(part, base - at) : part;
+      code = combine(code, mask(moved, kBytes * (((1u << width) - 1) << base)));
+    }
+    return code;
+  }
+}
+
+// Tokens from `token`, computed together, of which `tokens` exist.
+struct Int8Strip {
+  int64_t group, groups, token, tokens;
+
+  FEWBIT_INLINE int64_t at(int64_t t) const { return group + (t < groups ? t : groups - 1); }
+  FEWBIT_INLINE const int8_t* activations(const Int8Task& task) const {
+    return task.activations + token * task.chunks * 32;
+  }
+};
+
+struct Int8Group {
+  const uint8_t* codes;
+  int64_t parameters, row;
+
+  FEWBIT_INLINE Int8Group(const Int8Task& task, int64_t index) {
+    const int64_t tile = index / kGroupsPerTile, first = index % kGroupsPerTile * kLanes;
+    codes = task.codes + tile * task.chunks * task.bits * 64 + first * 4;
+    parameters = tile * task.blocks * 16 + first;
+    row = tile * 16 + first;
+  }
+};
+
+// total += (scale * (dot - zero * sum) + offset * sum) * x_scale, for segment s of one token.
+FEWBIT_INLINE F settle(const Int8Task& task, F dot, F scale, F offset, int64_t token, int64_t s, float origin, F total) {
+  const float sum = task.sums[token * task.segments + s];
+  const float x_scale = task.x_scale[token * task.x_blocks + s / task.x_block_segments];
+  F value = multiply(scale, add(dot, broadcast((origin - task.zero) * sum)));
+  if (task.offset) value = add(value, multiply(offset, broadcast(sum)));
+  return add(total, multiply(value, broadcast(x_scale)));
+}
+
+FEWBIT_INLINE void put(const Int8Task& task, int64_t row, int64_t token, F total) {
+  float* y = task.y + token * task.y_stride + row;
+  const int64_t rows = task.rows - row;
+  if (rows >= kLanes) {
+    store(y, task.bias ? add(total, load(task.bias + row)) : total);
+    return;
+  }
+  float lanes[kLanes];
+  store(lanes, total);
+  for (int64_t r = 0; r < rows; r++) y[r] = lanes[r] + (task.bias ? task.bias[row + r] : 0.0f);
+}
+
+// T row groups x M tokens, decoded where they stand.
+template <int BITS, int T, int M>
+void direct(const Int8Task& task, const Int8Strip& strip) {
+  F total[T][M];
+  const uint8_t* codes[T];
+  const int8_t* x = strip.activations(task);
+  for (int t = 0; t < T; t++) codes[t] = Int8Group(task, strip.at(t)).codes;
+  for (int t = 0; t < T; t++)
+    for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
+  for (int64_t s = 0, chunk = 0; s < task.segments; s++) {
+    Dot<BITS> dot[kDirectChains][T][M];
+    const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
+    for (; chunk < end; chunk++, x += M * 32) {
+#pragma GCC unroll kUnroll
+      for (int g = 0; g < 8; g++) {
+        U u[T];
+        for (int t = 0; t < T; t++) u[t] = quad<BITS>(codes[t], g);
+        for (int m = 0; m < M; m++)
+          for (int t = 0; t < T; t++) dot[g % kDirectChains][t][m].add(u[t], x + m * 32 + g * 4);
+        if ((g + 1) % Dot<BITS>::kGroups == 0)
+          for (int t = 0; t < T; t++)
+            for (int m = 0; m < M; m++) dot[g % kDirectChains][t][m].flush();
+      }
+      for (int t = 0; t < T; t++) codes[t] += BITS * 64;
+    }
+    for (int t = 0; t < T; t++) {
+      const int64_t at = Int8Group(task, strip.at(t)).parameters + s / task.block_segments * 16;
+      const F scale = parameter(task.scale, task.scale_half, at);
+      const F offset = task.offset ? parameter(task.offset, task.offset_half, at) : scale;
+      for (int m = 0; m < M; m++) {
+        F sum = dot[0][t][m].value();
+        for (int c = 1; c < kDirectChains; c++) sum = add(sum, dot[c][t][m].value());
+        total[t][m] = settle(task, sum, scale, offset, strip.token + m, s, Dot<BITS>::kOrigin, total[t][m]);
+      }
+    }
+  }
+  for (int t = 0; t < T && t < strip.groups; t++)
+    for (int m = 0; m < M && m < strip.tokens; m++)
+      put(task, Int8Group(task, strip.at(t)).row, strip.token + m, total[t][m]);
+}
+
+// Codes of one segment of T row groups, a byte each: (groups of four columns, T, lanes of 4 bytes).
+template <int T>
+struct alignas(64) Decoded {
+  uint8_t bytes[kSegment / 4][T][kLanes * 4];
+};
+
+template <int BITS, int T>
+FEWBIT_INLINE void decode_segment(const Int8Task& task, const Int8Strip& strip, int64_t first, int64_t chunks, Decoded<T>& out) {
+  for (int t = 0; t < T; t++) {
+    const uint8_t* codes = Int8Group(task, strip.at(t)).codes + first * BITS * 64;
+    for (int64_t c = 0; c < chunks; c++, codes += BITS * 64) {
+#pragma GCC unroll 8
+      for (int g = 0; g < 8; g++) store_lanes(out.bytes[c * 8 + g][t], quad<BITS>(codes, g));
+    }
+  }
+}
+
+// T row groups x M tokens of a decoded segment.
+template <int BITS, int T, int M>
+FEWBIT_INLINE void multiply_decoded(const Decoded<T>& decoded, int64_t chunks, const int8_t* x, Dot<BITS> (&dot)[T][M]) {
+  for (int64_t c = 0; c < chunks; c++, x += M * 32) {
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; g++) {
+      U u[T];
+      for (int t = 0; t < T; t++) u[t] = load_lanes(decoded.bytes[c * 8 + g][t]);
+      for (int m = 0; m < M; m++)
+        for (int t = 0; t < T; t++) dot[t][m].add(u[t], x + m * 32 + g * 4);
+      if ((g + 1) % Dot<BITS>::kGroups == 0)
+        for (int t = 0; t < T; t++)
+          for (int m = 0; m < M; m++) dot[t][m].flush();
+    }
+  }
+}
+
+// T row groups x all tokens, M at a time: each segment is decoded once and serves every token.
+template <int BITS, int T, int M>
+void decoded_once(const Int8Task& task, int64_t group, int64_t groups, int64_t tokens) {
+  const Int8Strip rows = {group, groups, 0, tokens};
+  const int64_t padded = (tokens + M - 1) / M * M;
+  float totals[kInt8Tokens][T][kLanes];
+  Decoded<T> decoded;
+  for (int64_t m = 0; m < padded; m++)
+    for (int t = 0; t < T; t++) store(totals[m][t], broadcast(0.0f));
+  for (int64_t s = 0; s < task.segments; s++) {
+    const int64_t first = s * task.segment_chunks, left = task.chunks - first;
+    const int64_t chunks = left < task.segment_chunks ? left : task.segment_chunks;
+    decode_segment<BITS, T>(task, rows, first, chunks, decoded);
+    F scale[T], offset[T];
+    for (int t = 0; t < T; t++) {
+      const int64_t at = Int8Group(task, rows.at(t)).parameters + s / task.block_segments * 16;
+      scale[t] = parameter(task.scale, task.scale_half, at);
+      offset[t] = task.offset ? parameter(task.offset, task.offset_half, at) : scale[t];
+    }
+    for (int64_t token = 0; token < padded; token += M) {
+      Dot<BITS> dot[T][M];
+      multiply_decoded<BITS, T, M>(decoded, chunks, task.activations + (token * task.chunks + first * M) * 32, dot);
+      for (int m = 0; m < M; m++)
+        for (int t = 0; t < T; t++) {
+          float* total = totals[token + m][t];
+          store(total, settle(task, dot[t][m].value(), scale[t], offset[t], token + m, s, Dot<BITS>::kOrigin,
+                              load(total)));
+        }
+    }
+  }
+  for (int64_t m = 0; m < tokens; m++)
+    for (int t = 0; t < T && t < groups; t++) put(task, Int8Group(task, group + t).row, m, load(totals[m][t]));
+}
+
+template <int BITS>
+void int8_bits(const Int8Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  const int64_t end = tile_end * kGroupsPerTile;
+  for (int64_t g = tile_begin * kGroupsPerTile; g < end;) {
+    if (task.together == 1) {
+      direct<BITS, kDirect1, 1>(task, {g, end - g, 0, tokens});
+      g += kDirect1;
+    } else if (task.together == 2) {
+      direct<BITS, kDirect2, 2>(task, {g, end - g, 0, tokens});
+      g += kDirect2;
+    } else {
+      decoded_once<BITS, kMany, kManyTokens>(task, g, end - g, tokens);
+      g += kMany;
+    }
+  }
+}
+
+inline void int8_run(const Int8Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  switch (task.bits) {
+    case 1: return int8_bits<1>(task, tile_begin, tile_end, tokens);
+    case 2: return int8_bits<2>(task, tile_begin, tile_end, tokens);
+    case 3: return int8_bits<3>(task, tile_begin, tile_end, tokens);
+    case 4: return int8_bits<4>(task, tile_begin, tile_end, tokens);
+    case 5: return int8_bits<5>(task, tile_begin, tile_end, tokens);
+    case 6: return int8_bits<6>(task, tile_begin, tile_end, tokens);
+    case 7: return int8_bits<7>(task, tile_begin, tile_end, tokens);
+    case 8: return int8_bits<8>(task, tile_begin, tile_end, tokens);
+  }
+}
+
+}  // namespace
+}  // namespace fewbit

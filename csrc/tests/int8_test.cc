@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// fewbit_linear_int8 against float64 arithmetic on the rounded activations, on every ISA that this machine can run; the
+// bits must be the same on all of them, at any number of threads and tokens.
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <random>
+#include <vector>
+
+#include "fewbit.h"
+
+namespace {
+
+struct Shape {
+  int64_t rows, columns, block, x_block, tokens;
+};
+
+// Whole rows, blocks that divide one another either way, ragged ends, more tokens than are prepared at a time.
+const Shape kShapes[] = {
+    {1, 1, 1, 1, 1},        {7, 31, 31, 31, 3},     {31, 33, 32, 33, 2},    {33, 97, 32, 64, 5},   {97, 129, 64, 32, 8},
+    {16, 64, 64, 4096, 1},  {80, 256, 32, 256, 1},  {65, 512, 128, 512, 9}, {17, 800, 96, 64, 2},  {33, 161, 160, 161, 70},
+    {40, 600, 600, 32, 65}, {19, 1056, 352, 1056, 4}, {530, 260, 64, 260, 2},
+};
+
+const int32_t kIsas[] = {FEWBIT_SERIAL, FEWBIT_AVX2, FEWBIT_AVX512VNNI, FEWBIT_NEON, FEWBIT_NEONDOT};
+
+double half_of(double x) {
+  const int exponent = x < ldexp(1, -14) ? -14 : ilogb(x);
+  return ldexp(rint(ldexp(x, 10 - exponent)), exponent - 10);
+}
+
+// x as the kernel must round it, by the definition in fewbit.h.
+std::vector<double> rounded(const std::vector<float>& x, const Shape& s) {
+  std::vector<double> out(x.size());
+  for (int64_t t = 0; t < s.tokens; t++)
+    for (int64_t b = 0; b < s.columns; b += s.x_block) {
+      const int64_t end = b + s.x_block < s.columns ? b + s.x_block : s.columns;
+      float largest = 0;
+      for (int64_t k = b; k < end; k++) largest = fmaxf(largest, fabsf(x[t * s.columns + k]));
+      const double scale = half_of(fmin(fmax(2 * largest / 255.0f, ldexp(1, -24)), 65504.0));
+      for (int64_t k = b; k < end; k++) {
+        const float shifted = x[t * s.columns + k] / static_cast<float>(scale) + 128.0f;
+        out[t * s.columns + k] = scale * (fmin(fmax(rint(static_cast<double>(shifted)), 0.0), 255.0) - 128);
+      }
+    }
+  return out;
+}
+
+int failures = 0;
+
+void fail(const Shape& s, int32_t bits, int32_t isa, const char* what, double found, double allowed) {
+  failures++;
+  printf("FAILED int8 isa %d bits %d rows %lld columns %lld block %lld x_block %lld tokens %lld: %s %g, allowed %g\n", isa,
+         bits, static_cast<long long>(s.rows), static_cast<long long>(s.columns), static_cast<long long>(s.block),
+         static_cast<long long>(s.x_block), static_cast<long long>(s.tokens), what, found, allowed);
+}
+
+double check(const Shape& s, int32_t bits, bool has_offset, bool extreme, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  const int64_t tiles = (s.rows + 15) / 16, blocks = (s.columns + s.block - 1) / s.block;
+  std::vector<uint8_t> codes(s.rows * s.columns), packed(fewbit_tile16_bytes(s.rows, s.columns, bits));
+  for (auto& code : codes) code = extreme ? (1u << bits) - 1 : random() & ((1u << bits) - 1);
+  fewbit_tile16_pack(codes.data(), s.columns, s.rows, s.columns, bits, packed.data());
+  std::vector<float> scale(tiles * blocks * 16), offset(scale.size()), x(s.tokens * s.columns), bias(s.rows);
+  for (auto& value : scale) value = normal(random);
+  for (auto& value : offset) value = normal(random);
+  for (auto& value : bias) value = normal(random);
+  for (auto& value : x) value = extreme ? -3.0f : normal(random) * static_cast<float>(random() % 100);
+  const float zero = extreme ? 0 : static_cast<float>(random() % 9) / 2;
+  const fewbit_matrix matrix = {s.rows,        s.columns, s.block, bits, FEWBIT_AFFINE, 0, 0, zero, packed.data(),
+                                scale.data(), has_offset ? offset.data() : nullptr, nullptr};
+  const std::vector<double> inputs = rounded(x, s);
+  std::vector<float> first;
+  double worst = 0;
+  for (const int32_t isa : kIsas) {
+    if (!(fewbit_caps() & isa)) continue;
+    std::vector<float> y(s.tokens * s.rows, NAN), twin(y), single(s.rows);
+    const int code = fewbit_linear_int8(&matrix, s.x_block, x.data(), s.columns, s.tokens, bias.data(), y.data(), s.rows,
+                                        isa, 1);
+    if (code != FEWBIT_OK) {
+      fail(s, bits, isa, "status", code, 0);
+      continue;
+    }
+    for (int64_t t = 0; t < s.tokens; t++)
+      for (int64_t r = 0; r < s.rows; r++) {
+        double sum = bias[r], magnitude = fabs(sum);
+        for (int64_t c = 0; c < s.columns; c++) {
+          const int64_t at = (r / 16 * blocks + c / s.block) * 16 + r % 16;
+          const double level = codes[r * s.columns + c], o = has_offset ? offset[at] : 0;
+          sum += (scale[at] * (level - zero) + o) * inputs[t * s.columns + c];
+          magnitude += (fabs(scale[at]) * (level + zero) + fabs(o)) * fabs(inputs[t * s.columns + c]);
+        }
+        const double segments = static_cast<double>((s.columns + 31) / 32);
+        const double bound = ldexp(segments + 6, -24) * magnitude, error = fabs(y[t * s.rows + r] - sum);
+        if (!(error <= bound)) return fail(s, bits, isa, "error", error, bound), 1;
+        if (bound > 0) worst = fmax(worst, error / bound);
+      }
+    if (first.empty()) first = y;
+    if (memcmp(first.data(), y.data(), y.size() * sizeof(float))) fail(s, bits, isa, "differs from serial", 1, 0);
+    fewbit_linear_int8(&matrix, s.x_block, x.data(), s.columns, s.tokens, bias.data(), twin.data(), s.rows, isa, 2);
+    if (memcmp(y.data(), twin.data(), y.size() * sizeof(float))) fail(s, bits, isa, "two threads differ", 1, 0);
+    for (int64_t t = 0; t < s.tokens; t += 7) {
+      fewbit_linear_int8(&matrix, s.x_block, x.data() + t * s.columns, 0, 1, bias.data(), single.data(), s.rows, isa, 1);
+      if (memcmp(y.data() + t * s.rows, single.data(), s.rows * sizeof(float)))
+        fail(s, bits, isa, "token alone differs", static_cast<double>(t), 0);
+    }
+  }
+  return worst;
+}
+
+void check_refusals() {
+  uint8_t codes[64] = {};
+  float values[64] = {};
+  fewbit_matrix odd = {1, 48, 16, 1, FEWBIT_AFFINE, 0, 0, 0, codes, values, nullptr, nullptr};
+  const auto call = [&](int64_t x_block) {
+    return fewbit_linear_int8(&odd, x_block, values, 48, 1, nullptr, values, 1, FEWBIT_SERIAL, 1);
+  };
+  if (call(48) != FEWBIT_BAD_ARGUMENT) failures++;  // blocks of half a chunk
+  odd.block = 48;
+  if (call(0) != FEWBIT_BAD_ARGUMENT || call(16) != FEWBIT_BAD_ARGUMENT || call(32) != FEWBIT_OK) failures++;
+  odd.family = FEWBIT_LUT;
+  if (call(48) != FEWBIT_BAD_ARGUMENT) failures++;
+}
+
+// A token with NaN or infinity gives NaN, and nothing else does.
+void check_poison() {
+  const std::vector<uint8_t> codes(16 * 32 * 8 / 8 * 4, 3);
+  const std::vector<float> scale(16, 1.0f);
+  const fewbit_matrix matrix = {16, 32, 32, 4, FEWBIT_AFFINE, 0, 0, 0, codes.data(), scale.data(), nullptr, nullptr};
+  for (const int32_t isa : kIsas)
+    for (const float bad : {NAN, INFINITY, -INFINITY}) {
+      if (!(fewbit_caps() & isa)) continue;
+      std::vector<float> x(3 * 32, 1.0f), y(3 * 16);
+      x[32 + 5] = bad;
+      fewbit_linear_int8(&matrix, 32, x.data(), 32, 3, nullptr, y.data(), 16, isa, 1);
+      for (int i = 0; i < 48; i++)
+        if ((i / 16 == 1) != static_cast<bool>(isnan(y[i]))) failures++;
+    }
+}
+
+}  // namespace
+
+int int8_failures() {
+  std::mt19937 random(2);
+  double worst = 0;
+  for (const Shape& shape : kShapes)
+    for (int32_t bits = 1; bits <= 8; bits++)
+      for (int variant = 0; variant < 3; variant++)
+        worst = fmax(worst, check(shape, bits, variant == 1, variant == 2, random));
+  check_refusals();
+  check_poison();
+  printf("int8: at most %.2f of the bound\n", worst);
+  return failures;
+}
