@@ -6,7 +6,8 @@
 namespace fewbit {
 namespace {
 
-constexpr int kDirect1 = 4, kDirect2 = 2, kDirectChains = 1, kMany = 2, kManyTokens = 4;
+constexpr int kDirect1 = 4, kDirect2 = 2, kDirectChains = 1, kManyTokens = 4;
+constexpr int many(int bits) { return bits == 8 ? 1 : 2; }
 
 inline U four(const int8_t* x) {
   int32_t lane;

@@ -8,7 +8,7 @@
 //     add(u, x)        u: four codes a lane; x: four activations, the same in every lane
 //     flush(), value() the lanes' sums as floats
 //   kDirect1, kDirect2, kDirectChains    row groups beside one and two tokens, and sums a row group keeps then
-//   kMany, kManyTokens                   row groups and tokens computed together where there are many
+//   many(BITS), kManyTokens              row groups and tokens computed together where there are many
 //
 // What is computed is the same everywhere, bit for bit: sums are exact integers, and scales are applied by separate
 // multiplications and additions in one order.
@@ -146,16 +146,19 @@ FEWBIT_INLINE void decode_segment(const Int8Task& task, const Int8Strip& strip, 
 // T row groups x M tokens of a decoded segment.
 template <int BITS, int T, int M>
 FEWBIT_INLINE void multiply_decoded(const Decoded<T>& decoded, int64_t chunks, const int8_t* x, Dot<BITS> (&dot)[T][M]) {
+  constexpr int kGroups = Dot<BITS>::kGroups;
   for (int64_t c = 0; c < chunks; c++, x += M * 32) {
-#pragma GCC unroll 8
-    for (int g = 0; g < 8; g++) {
-      U u[T];
-      for (int t = 0; t < T; t++) u[t] = load_lanes(decoded.bytes[c * 8 + g][t]);
-      for (int m = 0; m < M; m++)
-        for (int t = 0; t < T; t++) dot[t][m].add(u[t], x + m * 32 + g * 4);
-      if ((g + 1) % Dot<BITS>::kGroups == 0)
-        for (int t = 0; t < T; t++)
-          for (int m = 0; m < M; m++) dot[t][m].flush();
+    for (int begin = 0; begin < 8; begin += kGroups) {
+      // Not unrolled: GCC would add the products up in an order that keeps all of them alive at once.
+#pragma GCC unroll 1
+      for (int g = begin; g < begin + kGroups; g++) {
+        U u[T];
+        for (int t = 0; t < T; t++) u[t] = load_lanes(decoded.bytes[c * 8 + g][t]);
+        for (int m = 0; m < M; m++)
+          for (int t = 0; t < T; t++) dot[t][m].add(u[t], x + m * 32 + g * 4);
+      }
+      for (int t = 0; t < T; t++)
+        for (int m = 0; m < M; m++) dot[t][m].flush();
     }
   }
 }
@@ -205,8 +208,8 @@ void int8_bits(const Int8Task& task, int64_t tile_begin, int64_t tile_end, int64
       direct<BITS, kDirect2, 2>(task, {g, end - g, 0, tokens});
       g += kDirect2;
     } else {
-      decoded_once<BITS, kMany, kManyTokens>(task, g, end - g, tokens);
-      g += kMany;
+      decoded_once<BITS, many(BITS), kManyTokens>(task, g, end - g, tokens);
+      g += many(BITS);
     }
   }
 }

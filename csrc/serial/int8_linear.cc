@@ -6,7 +6,8 @@
 namespace fewbit {
 namespace {
 
-constexpr int kDirect1 = 4, kDirect2 = 2, kDirectChains = 1, kMany = 2, kManyTokens = 4;
+constexpr int kDirect1 = 4, kDirect2 = 2, kDirectChains = 1, kManyTokens = 4;
+constexpr int many(int) { return 2; }
 
 template <int BITS>
 struct Dot {
