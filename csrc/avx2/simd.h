@@ -27,6 +27,7 @@ inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline U load_lanes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline U combine(U a, U b) { return _mm256_or_si256(a, b); }
 inline void store_lanes(uint8_t* p, U a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+inline void keep(U&) {}
 inline U mask(U a, uint32_t m) { return _mm256_and_si256(a, _mm256_set1_epi32(static_cast<int32_t>(m))); }
 inline U select(uint32_t m, U low, U high) {
   const U bits = _mm256_set1_epi32(static_cast<int32_t>(m));

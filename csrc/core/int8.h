@@ -21,26 +21,39 @@
 namespace fewbit {
 namespace {
 
-// Codes of columns 4g .. 4g+3 of a chunk, one a byte.
+// The vectors of a chunk that hold its columns 4g .. 4g+3, one for each part of a code. Going through g in order, each
+// is loaded once and stays in a register.
 template <int BITS>
-FEWBIT_INLINE U quad(const uint8_t* codes, int g) {
-  if constexpr (BITS == 8) {
-    return load_lanes(codes + g * 64);
-  } else {
-    constexpr uint32_t kBytes = 0x01010101u;
-    constexpr int kFirst = part_width(BITS, 0);
-    const int shift = g * kFirst % 8;
-    const U lanes = load_lanes(codes + g * kFirst / 8 * 64);
-    U code = mask(shift ? shift_right(lanes, shift) : lanes, kBytes * ((1u << kFirst) - 1));
-    for (int p = 1; p < part_count(BITS); p++) {
-      const int width = part_width(BITS, p), base = part_base(BITS, p), at = g * width % 8;
-      const U part = load_lanes(codes + (base + g * width / 8) * 64);
-      const U moved = at > base ? shift_right(part, at - base) : at < base ? shift_left(part, base - at) : part;
-      code = combine(code, mask(moved, kBytes * (((1u << width) - 1) << base)));
+struct Held {
+  U part[part_count(BITS)];
+
+  FEWBIT_INLINE void advance(const uint8_t* codes, int g) {
+    for (int p = 0; p < part_count(BITS); p++) {
+      const int width = part_width(BITS, p);
+      if (g * width % 8) continue;
+      part[p] = load_lanes(codes + (part_base(BITS, p) + g * width / 8) * 64);
+      keep(part[p]);
     }
-    return code;
   }
-}
+
+  // Codes of columns 4g .. 4g+3, one a byte.
+  FEWBIT_INLINE U quad(int g) const {
+    if constexpr (BITS == 8) {
+      return part[0];
+    } else {
+      U code = field(0, g);
+      for (int p = 1; p < part_count(BITS); p++) code = combine(code, field(p, g));
+      return code;
+    }
+  }
+
+  // What part p contributes: shifted to where it belongs in the code, anything else masked off.
+  FEWBIT_INLINE U field(int p, int g) const {
+    const int width = part_width(BITS, p), base = part_base(BITS, p), at = g * width % 8;
+    const U moved = at > base ? shift_right(part[p], at - base) : at < base ? shift_left(part[p], base - at) : part[p];
+    return mask(moved, 0x01010101u * (((1u << width) - 1) << base));
+  }
+};
 
 // Tokens from `token`, computed together, of which `tokens` exist.
 struct Int8Strip {
@@ -64,10 +77,19 @@ struct Int8Group {
   }
 };
 
-// total += (scale * (dot - zero * sum) + offset * sum) * x_scale, for segment s of one token.
-FEWBIT_INLINE F settle(const Int8Task& task, F dot, F scale, F offset, int64_t token, int64_t s, float origin, F total) {
-  const float sum = task.sums[token * task.segments + s];
-  const float x_scale = task.x_scale[token * task.x_blocks + s / task.x_block_segments];
+// Where segment s finds its parameters: of the weight, within a row group, and of a token's activations.
+struct Segment {
+  int64_t index, weight, activation;
+
+  FEWBIT_INLINE Segment(const Int8Task& task, int64_t s)
+      : index(s), weight(s / task.block_segments * 16), activation(s / task.x_block_segments) {}
+};
+
+// total += (scale * (dot - zero * sum) + offset * sum) * x_scale, for a segment of one token.
+FEWBIT_INLINE F settle(const Int8Task& task, const Segment& s, F dot, F scale, F offset, int64_t token, float origin,
+                       F total) {
+  const float sum = task.sums[token * task.segments + s.index];
+  const float x_scale = task.x_scale[token * task.x_blocks + s.activation];
   F value = multiply(scale, add(dot, broadcast((origin - task.zero) * sum)));
   if (task.offset) value = add(value, multiply(offset, broadcast(sum)));
   return add(total, multiply(value, broadcast(x_scale)));
@@ -96,12 +118,16 @@ void direct(const Int8Task& task, const Int8Strip& strip) {
     for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
   for (int64_t s = 0, chunk = 0; s < task.segments; s++) {
     Dot<BITS> dot[kDirectChains][T][M];
+    Held<BITS> held[T];
     const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
     for (; chunk < end; chunk++, x += M * 32) {
 #pragma GCC unroll kUnroll
       for (int g = 0; g < 8; g++) {
         U u[T];
-        for (int t = 0; t < T; t++) u[t] = quad<BITS>(codes[t], g);
+        for (int t = 0; t < T; t++) {
+          held[t].advance(codes[t], g);
+          u[t] = held[t].quad(g);
+        }
         for (int m = 0; m < M; m++)
           for (int t = 0; t < T; t++) dot[g % kDirectChains][t][m].add(u[t], x + m * 32 + g * 4);
         if ((g + 1) % Dot<BITS>::kGroups == 0)
@@ -110,14 +136,15 @@ void direct(const Int8Task& task, const Int8Strip& strip) {
       }
       for (int t = 0; t < T; t++) codes[t] += BITS * 64;
     }
+    const Segment segment(task, s);
     for (int t = 0; t < T; t++) {
-      const int64_t at = Int8Group(task, strip.at(t)).parameters + s / task.block_segments * 16;
+      const int64_t at = Int8Group(task, strip.at(t)).parameters + segment.weight;
       const F scale = parameter(task.scale, task.scale_half, at);
       const F offset = task.offset ? parameter(task.offset, task.offset_half, at) : scale;
       for (int m = 0; m < M; m++) {
         F sum = dot[0][t][m].value();
         for (int c = 1; c < kDirectChains; c++) sum = add(sum, dot[c][t][m].value());
-        total[t][m] = settle(task, sum, scale, offset, strip.token + m, s, Dot<BITS>::kOrigin, total[t][m]);
+        total[t][m] = settle(task, segment, sum, scale, offset, strip.token + m, Dot<BITS>::kOrigin, total[t][m]);
       }
     }
   }
@@ -136,9 +163,13 @@ template <int BITS, int T>
 FEWBIT_INLINE void decode_segment(const Int8Task& task, const Int8Strip& strip, int64_t first, int64_t chunks, Decoded<T>& out) {
   for (int t = 0; t < T; t++) {
     const uint8_t* codes = Int8Group(task, strip.at(t)).codes + first * BITS * 64;
+    Held<BITS> held;
     for (int64_t c = 0; c < chunks; c++, codes += BITS * 64) {
 #pragma GCC unroll 8
-      for (int g = 0; g < 8; g++) store_lanes(out.bytes[c * 8 + g][t], quad<BITS>(codes, g));
+      for (int g = 0; g < 8; g++) {
+        held.advance(codes, g);
+        store_lanes(out.bytes[c * 8 + g][t], held.quad(g));
+      }
     }
   }
 }
@@ -176,9 +207,10 @@ void decoded_once(const Int8Task& task, int64_t group, int64_t groups, int64_t t
     const int64_t first = s * task.segment_chunks, left = task.chunks - first;
     const int64_t chunks = left < task.segment_chunks ? left : task.segment_chunks;
     decode_segment<BITS, T>(task, rows, first, chunks, decoded);
+    const Segment segment(task, s);
     F scale[T], offset[T];
     for (int t = 0; t < T; t++) {
-      const int64_t at = Int8Group(task, rows.at(t)).parameters + s / task.block_segments * 16;
+      const int64_t at = Int8Group(task, rows.at(t)).parameters + segment.weight;
       scale[t] = parameter(task.scale, task.scale_half, at);
       offset[t] = task.offset ? parameter(task.offset, task.offset_half, at) : scale[t];
     }
@@ -188,7 +220,7 @@ void decoded_once(const Int8Task& task, int64_t group, int64_t groups, int64_t t
       for (int m = 0; m < M; m++)
         for (int t = 0; t < T; t++) {
           float* total = totals[token + m][t];
-          store(total, settle(task, dot[t][m].value(), scale[t], offset[t], token + m, s, Dot<BITS>::kOrigin,
+          store(total, settle(task, segment, dot[t][m].value(), scale[t], offset[t], token + m, Dot<BITS>::kOrigin,
                               load(total)));
         }
     }
