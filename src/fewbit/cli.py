@@ -49,7 +49,7 @@ Activation = Annotated[
     str | None,
     typer.Option(
         "--activation",
-        help="Round inputs of linear layers to this format, e.g. int8/g64, and multiply integers; default: float inputs.",
+        help="Round inputs of linear layers to this format, e.g. int8/g64, and multiply integers; default: float.",
     ),
 ]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; `-` is stdout.")]

@@ -125,7 +125,7 @@ def evaluate(
         unscored: leading tokens of a window that are not scored (at least 1).
         tokenizer: for models in memory; by default that of the folder.
         dtype: of the reference and of whatever the model leaves in float.
-        activation: run the model, a fewbit folder, with inputs rounded to this format; see :func:`fewbit.load`.
+        activation: run the model, a fewbit folder, as :func:`fewbit.load` does with it.
 
     Neither the global random state nor the thread count changes.
 
@@ -136,12 +136,7 @@ def evaluate(
     Example:
         ``fewbit.evaluate("out").to_json()["perplexity"]``
     """
-    if context < 2 or not 1 <= unscored < context or decode_tokens < 0:
-        raise SpecError(
-            f"evaluate with context={context}, unscored={unscored}, decode_tokens={decode_tokens}",
-            "out of range",
-            "context >= 2, 1 <= unscored < context, decode_tokens >= 0",
-        )
+    _check(context, unscored, decode_tokens)
     notes: list[str] = []
     report = progress or (lambda stage, done, total: None)
     side = Side.of(model, dtype, activation)
@@ -160,6 +155,15 @@ def evaluate(
         protocol=_protocol(side, seen, unscored, len(prompt), decode_tokens, notes),
         environment=environment(),
     )
+
+
+def _check(context: int, unscored: int, decode_tokens: int) -> None:
+    if context < 2 or not 1 <= unscored < context or decode_tokens < 0:
+        raise SpecError(
+            f"evaluate with context={context}, unscored={unscored}, decode_tokens={decode_tokens}",
+            "out of range",
+            "context >= 2, 1 <= unscored < context, decode_tokens >= 0",
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import fewbit
-from fewbit.errors import CorruptFileError, InputError
+import fewbit.containers.files
+from fewbit.errors import CorruptFileError, InputError, SpecError
+from fewbit.kernels import native
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.run.verify import read_back
@@ -106,7 +108,7 @@ def test_the_plug_in_registers_itself_whatever_is_imported_first(order: str) -> 
 
 
 def test_activations_are_rounded_token_by_token(tiny: Path, tmp_path: Path) -> None:
-    from fewbit.model.layers import round_activations
+    from fewbit.kernels.reference import round_activations
 
     result = fewbit.quantize(tiny, "W8A8", out=tmp_path / "out")
     assert {layer["activation"] for layer in result.manifest["layers"] if layer["kind"] == "linear"} == {
@@ -121,6 +123,36 @@ def test_activations_are_rounded_token_by_token(tiny: Path, tmp_path: Path) -> N
     assert torch.allclose(layer(x).double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     weights_only = fewbit.quantize(tiny, "W8A16", out=tmp_path / "other")
     assert result.manifest["check"]["kl_mean"] != weights_only.manifest["check"]["kl_mean"]
+
+
+def test_the_user_chooses_int8_activations_when_loading(tiny: Path, tmp_path: Path) -> None:
+    from fewbit.kernels.reference import round_activations
+
+    fewbit.quantize(tiny, "int4/g32/asym", out=tmp_path / "out")
+    exact, rounding = fewbit.load(tmp_path / "out"), fewbit.load(tmp_path / "out", activation="int8/g32")
+    layer, other = exact.model.layers[0].mlp.up_proj, rounding.model.layers[0].mlp.up_proj
+    assert other.activation.name == "int8/g32/sym" and layer.activation is None
+    assert native.available() == other.prepared.kernel.startswith("int8_linear")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    expected = round_activations(x, other.activation).double() @ layer.qtensor().dequantize().double().T
+    torch.testing.assert_close(other(x).double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    ids = torch.arange(3, 23).reshape(1, 20)
+    with torch.no_grad():
+        difference = (exact(ids).logits - rounding(ids).logits).norm() / exact(ids).logits.norm()
+    assert 0 < float(difference) < 0.1
+    rounding.save_pretrained(tmp_path / "again")
+    assert (
+        fewbit.containers.files.read_json(tmp_path / "again" / "config.json")["quantization_config"]
+        == (fewbit.containers.files.read_json(tmp_path / "out" / "config.json")["quantization_config"])
+    )
+    with pytest.raises(SpecError, match="int9"):
+        fewbit.load(tmp_path / "out", activation="int9")
+
+
+def test_layers_quantized_with_their_inputs_keep_them_whatever_is_asked(tiny: Path, tmp_path: Path) -> None:
+    fewbit.quantize(tiny, "W8A8", out=tmp_path / "out")
+    model = fewbit.load(tmp_path / "out", activation="int8/g32")
+    assert model.model.layers[0].mlp.up_proj.activation.name == "int8/channel/sym"
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "mixtral"])

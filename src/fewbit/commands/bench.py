@@ -104,7 +104,7 @@ def decode_speed(model: Any, tokens: int, prompt: int) -> dict[str, Any]:
 
 
 def groups(model: Any) -> list[tuple[Prepared, int]]:
-    """One matrix for each format, shape and kernel among the linear layers, and the number of layers that share them."""
+    """One matrix for each format, shape and kernel among the linear layers, and how many layers share them."""
     found: dict[tuple[str, tuple[int, int], str], tuple[Prepared, int]] = {}
     for module in model.modules():
         if isinstance(module, QuantLinear):

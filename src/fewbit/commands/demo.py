@@ -66,7 +66,7 @@ def run(
         str(source), format, method, None, None, None, "int8/g64", samples, 512, 0, threads, False
     )
     quantize.run(request, out, None, None)
-    evaluate.run(out, str(source), None, CONTEXT, max_tokens, 64, threads, json_target, None)
+    evaluate.run(out, str(source), None, CONTEXT, max_tokens, 64, threads, None, json_target, None)
     if json_target != "-":
         tokenizer = generate.tokenizer_of(out)
         generate.stream(fewbit.load(out), tokenizer, PROMPT, 40)

@@ -31,8 +31,8 @@ class Prepared(ABC):
     """Abstract. ``prepared(x, bias)`` is ``x W^T + bias``: x (..., columns) in float32, bfloat16 or float16 ->
     (..., rows) in the same dtype, accumulated in float32. Differentiable in x.
 
-    ``activation``: the format that x is rounded to first, token by token, or None. Gradients pass that rounding as if it
-    were not there.
+    ``activation``: the format that x is rounded to first, token by token, or None. Gradients pass that rounding as if
+    it were not there.
     """
 
     kernel: str

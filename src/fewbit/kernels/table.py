@@ -115,9 +115,7 @@ class Choice:
         return KERNELS[NAMES.index(self.name)]
 
 
-def choose(
-    format: Format, shape: Shape, kernel: str | None = None, activation: Format | None = None
-) -> Choice:
+def choose(format: Format, shape: Shape, kernel: str | None = None, activation: Format | None = None) -> Choice:
     """The best row for ``format`` of ``shape`` (rows, columns) here, or the one named; no weight is needed.
 
     ``activation``: the format that inputs are rounded to, or None.

@@ -170,7 +170,7 @@ class ExpertMatrix:
 
 
 def round_inputs(model: nn.Module, format: Format) -> None:
-    """Round the inputs of every quantized linear layer to ``format`` that was not quantized together with its inputs."""
+    """Round inputs to ``format`` in every quantized linear layer that was not quantized together with its inputs."""
     for module in model.modules():
         if isinstance(module, QuantLinear) and module.activation is None:
             module.round_inputs(format)

@@ -116,9 +116,7 @@ def relative_error(task: Task, decoded: Tensor) -> float:
     return (error / signal) ** 0.5 if signal else 0.0
 
 
-def check_outputs(
-    qtensor: QTensor, reference: Tensor, x: Tensor, name: str, activation: Format | None = None
-) -> None:
+def check_outputs(qtensor: QTensor, reference: Tensor, x: Tensor, name: str, activation: Format | None = None) -> None:
     """The kernel that will run this layer computes ``x @ reference.T`` within float32 accumulation error, x being
     rounded to ``activation`` first.
 
