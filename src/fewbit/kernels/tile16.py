@@ -5,8 +5,8 @@ A chunk of 16 rows x 32 columns of b-bit codes takes b vectors of 64 bytes; each
 row. A code is split into parts of power-of-two width, lowest bits first and widest part first (3 = 2+1, 5 = 4+1,
 6 = 4+2, 7 = 4+2+1); a part of width w takes w vectors of 8/w fields a byte. Column k of the chunk, with g = k // 4,
 lies in vector ``g w // 8`` of the part, in byte ``k % 4`` of the lane, at its bits ``g w % 8``. Ragged edges are padded
-with code 0: ``16 ceil(rows/16) * 32 ceil(columns/32)`` codes of b bits are stored. A shift and a mask yield 16 rows of a
-column (for products of floats) or of four columns, one a byte (for products of bytes).
+with code 0: ``16 ceil(rows/16) * 32 ceil(columns/32)`` codes of b bits are stored. A shift and a mask yield 16 rows of
+a column (for products of floats) or of four columns, one a byte (for products of bytes).
 
 Packing and unpacking exist twice, here and in ``csrc/core/tile16.cc``; they are tested against one another.
 """
