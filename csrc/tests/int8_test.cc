@@ -24,6 +24,7 @@ const Shape kShapes[] = {
 };
 
 const int32_t kIsas[] = {FEWBIT_SERIAL, FEWBIT_AVX2, FEWBIT_AVX512VNNI, FEWBIT_NEON, FEWBIT_NEONDOT};
+const char* const kNames[] = {"serial", "avx2", "avx512vnni", "neon", "neondot"};
 
 double half_of(double x) {
   const int exponent = x < ldexp(1, -14) ? -14 : ilogb(x);
@@ -110,7 +111,7 @@ double check(const Shape& s, int32_t bits, bool has_offset, bool extreme, std::m
 }
 
 void check_refusals() {
-  uint8_t codes[64] = {};
+  uint8_t codes[128] = {};
   float values[64] = {};
   fewbit_matrix odd = {1, 48, 16, 1, FEWBIT_AFFINE, 0, 0, 0, codes, values, nullptr, nullptr};
   const auto call = [&](int64_t x_block) {
@@ -150,6 +151,8 @@ int int8_failures() {
         worst = fmax(worst, check(shape, bits, variant == 1, variant == 2, random));
   check_refusals();
   check_poison();
+  for (int i = 0; i < 5; i++)
+    if (fewbit_caps() & kIsas[i]) printf("int8 on %s\n", kNames[i]);
   printf("int8: at most %.2f of the bound\n", worst);
   return failures;
 }
