@@ -15,7 +15,7 @@ from fewbit.containers.files import digest, read_json, write_json
 from fewbit.errors import QualityError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.recipe import Recipe
-from fewbit.run.stages import Run
+from fewbit.run.state import Run
 from fewbit.run.verify import INDEX, verify_folder
 
 MOST_KL = 1.0
@@ -74,6 +74,8 @@ def _config(run: Run, folder: Path, layers: list[dict[str, Any]]) -> None:
         entry = {key: record[key] for key in ("kind", "format", "layout", "shape")}
         if record["activation"] is not None:
             entry["activation"] = record["activation"]
+        if record["rewrites"]:
+            entry["rewrites"] = [rewrite["kind"] for rewrite in record["rewrites"]]
         if record["experts"] > 1 or record["kind"] == "experts":
             entry["experts"] = record["experts"]
         modules[record["name"]] = entry
