@@ -98,13 +98,13 @@ def test_a_kernel_with_the_wrong_group_size(short: Short, tmp_path: Path, monkey
 
     good = solve.kernels.linear
 
-    def bad(x: Tensor, qtensor: QTensor, *more: Any) -> Tensor:
+    def bad(x: Tensor, qtensor: QTensor, **more: Any) -> Tensor:
         codes, params = qtensor.logical()
         halves = {
             name: values.repeat_interleave(2, 1)[:, : -(-codes.shape[1] // 16)] for name, values in params.items()
         }
         halves = {name: values.roll(1, 1) for name, values in halves.items()}
-        return good(x, QTensor.of(replace(qtensor.format, block=16), codes, halves), *more)
+        return good(x, QTensor.of(replace(qtensor.format, block=16), codes, halves), **more)
 
     monkeypatch.setattr(solve.kernels, "linear", bad)
     refused(short, tmp_path / "out", VerificationError, "further from the reference")
