@@ -157,7 +157,7 @@ def spread(layers: Sequence[Layer]) -> Markup | None:
     if len(values) < 3:
         return None
     names = list(groups)
-    left = 14 + 6.6 * max(len(_label(name, names)) for name in names)
+    left = 16 + 7.6 * max(len(_label(name, names)) for name in names)
     step = 190 / len(names)
     x = Scale.of(values, left, 470, log=True)
     parts = [svg.line(x(value), 30, x(value), 226, "grid") for value in x.ticks()]
