@@ -7,7 +7,8 @@ namespace fewbit {
 namespace {
 
 constexpr int kDirect1 = 4, kDirect2 = 2, kDirectChains = 1, kManyTokens = 4;
-constexpr int many(int bits) { return bits == 8 ? 1 : 2; }
+constexpr int many(int) { return 2; }
+constexpr int planes(int bits) { return bits == 8 ? 2 : 1; }
 
 inline U four(const int8_t* x) {
   int32_t lane;
@@ -15,8 +16,8 @@ inline U four(const int8_t* x) {
   return _mm256_set1_epi32(lane);
 }
 
-// vpmaddubsw sums pairs in int16, which would saturate past 2 * 127 * 128; so codes of 8 bits are multiplied as two
-// nibbles. Narrow sums are widened before kGroups * 2 * (2^bits - 1) * 128 exceeds 32767.
+// vpmaddubsw sums pairs in int16, which would saturate past 2 * 127 * 128: codes of 8 bits are multiplied as nibbles.
+// Narrow sums are widened before kGroups * 2 * (2^bits - 1) * 128 exceeds 32767.
 template <int BITS>
 struct Dot {
   static constexpr int kGroups = BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;

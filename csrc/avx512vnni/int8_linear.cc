@@ -9,6 +9,7 @@ namespace {
 // 16 sums for many tokens, beside 2 vectors of codes, in 32 registers; 8 sums hide the latency for one token.
 constexpr int kDirect1 = 4, kDirect2 = 4, kDirectChains = 2, kManyTokens = 8;
 constexpr int many(int) { return 2; }
+constexpr int planes(int) { return 1; }
 
 // vpdpbusd adds four products of bytes to an int32 without an intermediate sum that could saturate.
 template <int BITS>

@@ -9,6 +9,7 @@
 //     flush(), value() the lanes' sums as floats
 //   kDirect1, kDirect2, kDirectChains    row groups beside one and two tokens, and sums a row group keeps then
 //   many(BITS), kManyTokens              row groups and tokens computed together where there are many
+//   planes(BITS)       2 where codes of 8 bits are then decoded to two planes of nibbles, else 1
 //
 // What is computed is the same everywhere, bit for bit: sums are exact integers, and scales are applied by separate
 // multiplications and additions in one order.
@@ -160,7 +161,8 @@ struct alignas(64) Decoded {
 };
 
 template <int BITS, int T>
-FEWBIT_INLINE void decode_segment(const Int8Task& task, const Int8Strip& strip, int64_t first, int64_t chunks, Decoded<T>& out) {
+FEWBIT_INLINE void decode_segment(const Int8Task& task, const Int8Strip& strip, int64_t first, int64_t chunks,
+                                  Decoded<T> (&out)[planes(BITS)]) {
   for (int t = 0; t < T; t++) {
     const uint8_t* codes = Int8Group(task, strip.at(t)).codes + first * BITS * 64;
     Held<BITS> held;
@@ -168,7 +170,13 @@ FEWBIT_INLINE void decode_segment(const Int8Task& task, const Int8Strip& strip, 
 #pragma GCC unroll 8
       for (int g = 0; g < 8; g++) {
         held.advance(codes, g);
-        store_lanes(out.bytes[c * 8 + g][t], held.quad(g));
+        const U codes_here = held.quad(g);
+        if constexpr (planes(BITS) == 1) {
+          store_lanes(out[0].bytes[c * 8 + g][t], codes_here);
+        } else {
+          store_lanes(out[0].bytes[c * 8 + g][t], mask(codes_here, 0x0f0f0f0fu));
+          store_lanes(out[1].bytes[c * 8 + g][t], mask(shift_right(codes_here, 4), 0x0f0f0f0fu));
+        }
       }
     }
   }
@@ -176,7 +184,8 @@ FEWBIT_INLINE void decode_segment(const Int8Task& task, const Int8Strip& strip, 
 
 // T row groups x M tokens of a decoded segment.
 template <int BITS, int T, int M>
-FEWBIT_INLINE void multiply_decoded(const Decoded<T>& decoded, int64_t chunks, const int8_t* x, Dot<BITS> (&dot)[T][M]) {
+FEWBIT_INLINE void multiply_decoded(const Decoded<T>& decoded, int64_t chunks, const int8_t* x,
+                                    Dot<BITS> (&dot)[T][M]) {
   constexpr int kGroups = Dot<BITS>::kGroups;
   for (int64_t c = 0; c < chunks; c++, x += M * 32) {
     for (int begin = 0; begin < 8; begin += kGroups) {
@@ -200,7 +209,8 @@ void decoded_once(const Int8Task& task, int64_t group, int64_t groups, int64_t t
   const Int8Strip rows = {group, groups, 0, tokens};
   const int64_t padded = (tokens + M - 1) / M * M;
   float totals[kInt8Tokens][T][kLanes];
-  Decoded<T> decoded;
+  constexpr int kPlanes = planes(BITS), kBits = kPlanes == 2 ? 4 : BITS;
+  Decoded<T> decoded[kPlanes];
   for (int64_t m = 0; m < padded; m++)
     for (int t = 0; t < T; t++) store(totals[m][t], broadcast(0.0f));
   for (int64_t s = 0; s < task.segments; s++) {
@@ -215,13 +225,15 @@ void decoded_once(const Int8Task& task, int64_t group, int64_t groups, int64_t t
       offset[t] = task.offset ? parameter(task.offset, task.offset_half, at) : scale[t];
     }
     for (int64_t token = 0; token < padded; token += M) {
-      Dot<BITS> dot[T][M];
-      multiply_decoded<BITS, T, M>(decoded, chunks, task.activations + (token * task.chunks + first * M) * 32, dot);
+      Dot<kBits> dot[kPlanes][T][M];
+      const int8_t* x = task.activations + (token * task.chunks + first * M) * 32;
+      for (int p = 0; p < kPlanes; p++) multiply_decoded<kBits, T, M>(decoded[p], chunks, x, dot[p]);
       for (int m = 0; m < M; m++)
         for (int t = 0; t < T; t++) {
+          F sum = dot[0][t][m].value();
+          if (kPlanes == 2) sum = add(sum, multiply(dot[kPlanes - 1][t][m].value(), broadcast(16.0f)));
           float* total = totals[token + m][t];
-          store(total, settle(task, segment, dot[t][m].value(), scale[t], offset[t], token + m, Dot<BITS>::kOrigin,
-                              load(total)));
+          store(total, settle(task, segment, sum, scale[t], offset[t], token + m, Dot<kBits>::kOrigin, load(total)));
         }
     }
   }

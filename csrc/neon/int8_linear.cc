@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kDirect1 = 4, kDirect2 = 4, kDirectChains = 1, kManyTokens = 4;
 constexpr int many(int) { return 2; }
+constexpr int planes(int) { return 1; }
 
 // Signed products of bytes, summed in pairs: codes of 8 bits are shifted down by 128 first. -128 * -128 twice does not
 // fit an int16, so pairs are widened before they are summed.

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kDirect1 = 4, kDirect2 = 4, kDirectChains = 2, kManyTokens = 4;
 constexpr int many(int) { return 4; }
+constexpr int planes(int) { return 1; }
 
 // sdot adds four signed products of bytes to an int32: codes of 8 bits are shifted down by 128 first.
 template <int BITS>

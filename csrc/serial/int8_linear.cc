@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kDirect1 = 4, kDirect2 = 2, kDirectChains = 1, kManyTokens = 4;
 constexpr int many(int) { return 2; }
+constexpr int planes(int) { return 1; }
 
 template <int BITS>
 struct Dot {
