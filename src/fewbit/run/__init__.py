@@ -26,7 +26,8 @@ from fewbit.run.ending import STATE, describe, finish
 from fewbit.run.events import Event, Progress
 from fewbit.run.journal import Journal
 from fewbit.run.planning import Plan, make_plan
-from fewbit.run.stages import Run, run_stages
+from fewbit.run.stages import run_stages
+from fewbit.run.state import Run
 from fewbit.run.workers import workers
 
 PROBE = (8, 256)

@@ -15,7 +15,7 @@ from fewbit.containers.files import digest, read_json, write_json
 from fewbit.errors import QualityError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.recipe import Recipe
-from fewbit.run.stages import Run
+from fewbit.run.state import Run
 from fewbit.run.verify import INDEX, verify_folder
 
 MOST_KL = 1.0

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a block is fed: facts of its sites over the calibration, and what the probe shows them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewbit import methods
+from fewbit.core.facts import Facts
+from fewbit.model.sites import in_block
+from fewbit.run.observe import Observer
+from fewbit.run.solve import SHOWN
+from fewbit.run.state import Run
+
+
+def probe_through(run: Run, index: int, hidden: Tensor) -> Tensor:
+    """Block ``index`` applied to the probe's windows (windows, tokens, width), a window a worker."""
+    inputs = run.inputs("probe")
+    return torch.cat(list(run.workers.map(lambda h: run.model.run_block(index, h, inputs), hidden.split(1))))
+
+
+def observe_probe(run: Run, index: int, hidden: Tensor) -> dict[str, list[Tensor]]:
+    """The first inputs that each site (and expert) of block ``index`` sees on the quantized path."""
+    seen: dict[tuple[str, int], Tensor] = {}
+
+    def keep(site: str, x: Tensor, expert: int | None) -> None:
+        seen.setdefault((site, expert or 0), x.reshape(-1, x.shape[-1])[:SHOWN].float().clone())
+
+    with run.model.observe(index, keep):
+        run.model.run_block(index, hidden, run.inputs("probe"))
+    return {
+        site.name: [seen.get((site.name, expert), torch.zeros(0, site.shape[1])) for expert in range(site.experts)]
+        for site in in_block(run.model.sites, index)
+    }
+
+
+def collect(run: Run, stage: int, index: int) -> dict[str, list[Facts]]:
+    """Facts of every site of block ``index`` over the calibration, merged in the order of the batches."""
+    needs = {
+        decision.site.name: methods.named(decision.rule.method).needs
+        for decision in run.plan.decisions
+        if decision.site.block == index and decision.rule is not None
+    }
+    if run.calibration is None or not set(needs.values()) - {"nothing"}:
+        return {}
+    routed = any(site.kind == "experts" for site in in_block(run.model.sites, index))
+    observer = Observer({name for name, need in needs.items() if need == "gram"}, 0 if routed else len(needs))
+    source, shared = run.hidden(stage - 1, "calibration"), run.inputs("calibration")
+
+    def step(batch: int) -> dict[tuple[str, int], Facts]:
+        with observer.batch() as found, run.arithmetic():
+            run.model.run_block(index, source.read(batch), shared)
+        return found
+
+    with run.model.observe(index, observer, set(needs)):
+        for found in run.workers.map(step, range(len(run.batches()))):
+            observer.merge(found)
+    source.close()
+    return {
+        site.name: [observer.facts(site.name, expert, site.shape[1]) for expert in range(site.experts)]
+        for site in in_block(run.model.sites, index)
+    }

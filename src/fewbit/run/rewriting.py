@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations of the quantized path, rounded as the quantized layers will do it when the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from fewbit import formats
+from fewbit.core.format import Format
+from fewbit.model.layers import round_activations
+from fewbit.model.stream import StreamedModel
+from fewbit.run.solve import Solved
+
+
+@contextmanager
+def as_run(model: StreamedModel, solved: Iterable[Solved]) -> Iterator[None]:
+    """While open, layers that hold the decoded weights of ``solved`` see their inputs rounded."""
+    handles = [
+        model.module.get_submodule(item.record["name"]).register_forward_pre_hook(
+            _inputs(formats.parse(activation) if activation else None)
+        )
+        for item in solved
+        if (activation := item.record["activation"])
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _inputs(activation: Format | None) -> Any:
+    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (round_activations(arguments[0], activation), *arguments[1:])
+
+    return hook

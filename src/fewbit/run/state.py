@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is: everything that its stages need."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.calibrate import Calibration
+from fewbit.model.stream import Inputs, StreamedModel
+from fewbit.run.events import Progress
+from fewbit.run.hidden import HiddenFile
+from fewbit.run.journal import Journal
+from fewbit.run.planning import Plan
+from fewbit.run.workers import Workers
+
+
+@dataclass
+class Run:
+    """Everything a stage needs. ``probe`` (windows, tokens) is held-out text that the run checks itself on."""
+
+    model: StreamedModel
+    plan: Plan
+    folder: Path
+    journal: Journal
+    calibration: Calibration | None
+    batch: int
+    probe: Tensor
+    workers: Workers
+    progress: Progress
+    calibration_dtype: torch.dtype
+    began: float = field(default_factory=time.monotonic)
+    calls: dict[str, Inputs] = field(default_factory=dict)
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """What calibration computes in: matrix products in ``calibration_dtype``, sums and facts in float32."""
+        return torch.autocast("cpu", self.calibration_dtype, enabled=self.calibration_dtype != torch.float32)
+
+    def inputs(self, what: str) -> Inputs:
+        """What blocks are called with for a batch of "probe" or "calibration"; equal for all batches of a kind."""
+        if what not in self.calls:
+            for path in self.model.before:
+                self.model.load(path)
+            ids = {"probe": self.probe[:1], "calibration": (self.batches() or [self.probe])[0]}
+            empty = torch.zeros(0)
+            self.calls = {key: replace(self.model.begin(value), hidden=empty) for key, value in ids.items()}
+            for path in self.model.before:
+                self.model.free(path)
+        return self.calls[what]
+
+    @property
+    def stages(self) -> int:
+        return len(self.model.blocks) + 2
+
+    def shard(self, stage: int) -> str:
+        return f"model-{stage + 1:05d}-of-{self.stages:05d}.safetensors"
+
+    def batches(self) -> list[Tensor]:
+        return [] if self.calibration is None else list(self.calibration.ids.split(self.batch))
+
+    def hidden(self, stage: int, what: str, create: bool = False) -> HiddenFile:
+        """Activations after ``stage``; the probe's file holds (quantized path, float path)."""
+        width = self.model.config.get_text_config().hidden_size
+        if what == "probe":
+            shape = (2, *self.probe.shape, width)
+        else:
+            ids = self.batches()
+            shape = (len(ids), *ids[0].shape, width)
+        return HiddenFile(self.folder / "state" / f"{what}-{stage:05d}.f32", shape, create)
+
+
+def peak_rss() -> int:
+    """Peak resident bytes of this process so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
