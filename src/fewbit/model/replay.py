@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block run group by group, with stored outputs in place of what was closed; see :mod:`fewbit.model.order`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.model.order import Closing, Order, find_order
+from fewbit.model.stream import Inputs, StreamedModel, with_replaced
+
+Step = Callable[[Tensor, Inputs, Mapping[str, Tensor]], Tensor]
+"""``step(hidden, inputs, outputs)``: ``outputs`` are those of the closed modules, by path, shaped as they gave them."""
+
+
+class Reached(Exception):
+    """Raised inside a block at the layer whose inputs were wanted."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+class _Stored(nn.Module):
+    """Stands for a closed module: gives the stored output of the batch that this thread is at."""
+
+    def __init__(self, local: threading.local, closing: Closing) -> None:
+        super().__init__()
+        self._local, self._closing = local, closing
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        output = self._local.outputs[self._closing.module]
+        return (output, *[None] * (self._closing.entries - 1)) if self._closing.entries else output
+
+
+@contextmanager
+def replaying(model: StreamedModel, index: int, order: Order, group: int) -> Iterator[Step]:
+    """A function that runs block ``index`` up to the inputs of ``group``, which it returns as the layer would get them;
+    for the number past the last group, to the block's end, (batch, tokens, width). Threads may share it.
+    """
+    name, local = model.blocks[index], threading.local()
+    stored: dict[str, nn.Module] = {
+        closing.module[len(name) + 1 :]: _Stored(local, closing) for closing in order.closed(group)
+    }
+    twin = with_replaced(model.module.get_submodule(name), stored)
+    handles = []
+    if group < len(order.groups):
+        handles.append(model.module.get_submodule(order.groups[group][0]).register_forward_pre_hook(_reached))
+
+    def step(hidden: Tensor, inputs: Inputs, outputs: Mapping[str, Tensor]) -> Tensor:
+        arguments, named = inputs.calls[index]
+        local.outputs = outputs
+        try:
+            out = twin(hidden, *arguments, **named)
+        except Reached as reached:
+            return reached.x
+        finally:
+            local.outputs = {}
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    try:
+        yield step
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reached(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    raise Reached(arguments[0])
+
+
+def checked_order(model: StreamedModel, index: int, hidden: Tensor, inputs: Inputs) -> Order | str:
+    """The order of block ``index`` once a replay of the sample ``hidden`` (batch, tokens, width) gave every layer the
+    very inputs of a direct run, bit for bit, and the same end; or the reason why the block has to run as a whole."""
+    order, direct = find_order(model, index, hidden, inputs)
+    if isinstance(order, str):
+        return order
+    outputs: dict[str, Tensor] = {}
+    for group in range(len(order.groups) + 1):
+        for closing in order.closings:
+            if closing.group == group - 1:
+                outputs[closing.module] = model.module.get_submodule(closing.site)(direct[closing.site])
+        at = order.groups[group][0] if group < len(order.groups) else ""
+        try:
+            with replaying(model, index, order, group) as step:
+                again = step(hidden, inputs, outputs)
+        except (AttributeError, TypeError) as error:
+            return f"it does not run with stored outputs ({error})"
+        if not _same(again, direct[at]):
+            return f"a replay changes {f'the inputs of {at}' if at else 'its output'}"
+    return order
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
