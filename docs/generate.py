@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes formats.md, layouts.md and methods.md from the tables in the code: ``python docs/generate.py``.
+"""Writes formats.md, layouts.md, methods.md and transforms.md from the tables in the code: ``python docs/generate.py``.
 
 ``python docs/generate.py --check`` writes nothing and fails when a page is out of date; a test does the same.
 """
@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from fewbit import formats, layouts, methods
+from fewbit import formats, layouts, methods, transforms
+from fewbit.core import rewrite
 from fewbit.core.format import Format
 from fewbit.core.qtensor import storage, storage_bytes
 from fewbit.run.solve import layout_for
@@ -24,6 +25,7 @@ SHOWN = 6
 UNPACKED = "One byte a code, parameters as they are: what methods return, before a layout is chosen."
 NEEDS = {
     "nothing": "no data",
+    "largest": "max|x| of each input",
     "mean_square": "E[x^2] of each input",
     "gram": "E[x x^T] of the inputs",
 }
@@ -126,10 +128,35 @@ def methods_page() -> str:
     )
 
 
+def transforms_page() -> str:
+    """Every transform, what it needs and stores."""
+    rows = []
+    for row in transforms.TRANSFORMS:
+        options = ", ".join(f"`{name}={value}`" for name, value in row.options.items()) or "none"
+        page = f"[{row.name}](transforms/{row.name}.md)"
+        bits = 8 * storage_bytes(rewrite.storage([row.makes], SHAPE[1])) / SHAPE[1]
+        stored = f"{row.makes}: {bits:g} bit{'' if bits == 1 else 's'} an input"
+        rows.append((page, summary(row.fit), NEEDS[row.needs], stored, options, row.source))
+    return "\n\n".join(
+        (
+            NOTICE,
+            "# Transforms",
+            "A transform rewrites the inputs of a layer and undoes that in its weight before the method chooses codes: "
+            "without quantizing, the output would stay what it was. `--transform NAME` on the command line, more than "
+            'once to do several in order; in a recipe `transforms = ["smooth"]`, or with options '
+            '`transforms = [{ name = "smooth", alpha = 0.7 }]`; in Python `transforms=[...]`.',
+            "Linear layers and a head that is not tied to the embedding can have them; experts and embeddings cannot, "
+            "because nothing rewrites their inputs when the model runs: the plan refuses a rule that asks for it.",
+            table(("transform", "what it does", "needs", "stores", "options and defaults", "source"), rows),
+        )
+    )
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "formats.md": formats_page,
     "layouts.md": layouts_page,
     "methods.md": methods_page,
+    "transforms.md": transforms_page,
 }
 
 

@@ -35,6 +35,15 @@ def test_every_method_has_a_page() -> None:
             assert f"`{option}`" in page, f"{method.name}.md does not explain {option}"
 
 
+def test_every_transform_has_a_page() -> None:
+    from fewbit.transforms import TRANSFORMS
+
+    for transform in TRANSFORMS:
+        page = (ROOT / "docs" / "transforms" / f"{transform.name}.md").read_text(encoding="utf-8")
+        for option in transform.options:
+            assert f"`{option}`" in page, f"{transform.name}.md does not explain {option}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):

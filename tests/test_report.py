@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fewbit.report import numbers
 from fewbit.report.card import card, licence_of
-from fewbit.report.rows import closeness, comparable, rows, verdict
+from fewbit.report.rows import closeness, comparable, procedure, rows, verdict
 from fewbit.report.table import compare_table, evaluation_table
 from fewbit.report.write import write_comparison, write_reports
 
@@ -114,6 +114,12 @@ def test_a_change_within_its_error_is_no_change() -> None:
 def test_the_verdict_names_the_damage(kl: float, word: str) -> None:
     assert verdict(evaluation(kl=kl)).headline.lower().startswith(word.lower())
     assert (closeness(kl)[1] == "bad") == (kl >= 0.2)
+
+
+def test_what_was_done_to_a_layer_is_said_in_order() -> None:
+    assert procedure({"method": "rtn"}) == "rtn" and procedure({"method": None}) is None
+    steps = [{"name": "smooth", "alpha": 0.7}, "rotate"]
+    assert procedure({"method": "gptq", "transforms": steps}) == "smooth(alpha=0.7) + rotate + gptq"
 
 
 def test_without_a_reference_the_verdict_warns() -> None:

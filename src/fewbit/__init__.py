@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import fewbit_autoload
-from fewbit import formats, kernels, layouts, methods
+from fewbit import formats, kernels, layouts, methods, transforms
 from fewbit.core.facts import Facts
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import FewbitError
@@ -63,4 +63,5 @@ __all__ = [
     "methods",
     "plan",
     "quantize",
+    "transforms",
 ]

@@ -34,6 +34,10 @@ Options = Annotated[
         "--option", metavar="NAME=VALUE", help="An option of the method, e.g. desc_act=true; may be repeated."
     ),
 ]
+Transform = Annotated[
+    list[str] | None,
+    typer.Option("--transform", metavar="NAME", help="smooth or rotate: done before the method; may be repeated."),
+]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", help="A text or JSONL file; default: the bundled text.")
 ]
@@ -73,6 +77,7 @@ def quantize(
     method: Method = "rtn",
     recipe: Recipe = None,
     option: Options = None,
+    transform: Transform = None,
     calibration: Calibration = None,
     head: Head = "int8/g64",
     samples: Samples = 128,
@@ -88,7 +93,7 @@ def quantize(
     from fewbit.commands import quantize as command
 
     request = command.Request(
-        model, format, method, recipe, option, calibration, head, samples, context, seed, threads, force
+        model, format, method, recipe, option, transform, calibration, head, samples, context, seed, threads, force
     )
     command.run(request, out, json, report)
 
@@ -101,6 +106,7 @@ def plan(
     method: Method = "rtn",
     recipe: Recipe = None,
     option: Options = None,
+    transform: Transform = None,
     calibration: Calibration = None,
     head: Head = "int8/g64",
     samples: Samples = 128,
@@ -115,9 +121,10 @@ def plan(
     from fewbit.commands import plan as command
     from fewbit.commands.quantize import Request
 
-    command.run(
-        Request(model, format, method, recipe, option, calibration, head, samples, context, seed, threads, force), json
+    request = Request(
+        model, format, method, recipe, option, transform, calibration, head, samples, context, seed, threads, force
     )
+    command.run(request, json)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from fewbit import formats, kernels, layouts, methods
+from fewbit import formats, kernels, layouts, methods, transforms
 from fewbit.kernels import native
 from fewbit.measure import energy
 
@@ -85,6 +85,7 @@ def examine() -> dict[str, Any]:
         },
         "kernels": [_kernel(format) for format in EXAMPLES],
         "formats": list(EXAMPLES),
+        "transforms": [transform.name for transform in transforms.TRANSFORMS],
         "methods": [method.name for method in methods.METHODS],
         "layouts": [layout.name for layout in layouts.LAYOUTS],
         "gpus": gpus(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: ordered rules from layer names to (format, method, options). TOML in and out.
+"""Recipes: ordered rules from layer names to (transforms, format, method, options). TOML in and out.
 
 ::
 
@@ -13,11 +13,13 @@
     format = "int4/g128/asym"
     method = "gptq"
     options = { desc_act = true }
+    transforms = ["rotate"]
 
 ``match`` is an exact name, a glob, ``re:`` and a regular expression (whole name), ``class:`` and a module class, or
 ``kind:`` and one of linear, experts, embedding, head. A glob never reaches the embedding or the head: name them or
 their kind. ``format = "float"`` keeps a layer as it is. A scheme that names activations (``W8A8``) sets ``activation``
-too: the format that a layer's inputs are rounded to, token by token, while it runs. A rule that matches no layer is an
+too: the format that a layer's inputs are rounded to, token by token, while it runs. ``transforms`` are done first, in
+order: names, or tables of a name and options, ``{ name = "smooth", alpha = 0.7 }``. A rule that matches no layer is an
 error.
 """
 
@@ -32,7 +34,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from fewbit import formats, methods
+from fewbit import formats, methods, transforms
+from fewbit.core.facts import Need, strongest
 from fewbit.errors import InputError, SpecError
 
 if sys.version_info >= (3, 11):
@@ -45,17 +48,54 @@ _KEYS = {"match", "format", "activation", "method", "options", "transforms"}
 
 
 @dataclass(frozen=True)
+class Step:
+    """One transform of a rule, with its options. Checked when built."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        transforms.named(self.name).check(self.options)
+
+    @staticmethod
+    def of(entry: Any) -> Step:
+        """From a name, or a dict of ``name`` and options.
+
+        Raises:
+            SpecError: it is neither, or the transform or an option does not exist.
+        """
+        if isinstance(entry, str):
+            return Step(entry)
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+            return Step(entry["name"], {key: value for key, value in entry.items() if key != "name"})
+        raise SpecError(f"transform {entry!r}", "not a name", 'e.g. "smooth" or { name = "smooth", alpha = 0.7 }')
+
+    def plain(self) -> str | dict[str, Any]:
+        """What :meth:`of` reads."""
+        return {"name": self.name, **self.options} if self.options else self.name
+
+
+@dataclass(frozen=True)
 class Rule:
-    """One line of a recipe. Checked when built: an unknown format, method or option never reaches a run."""
+    """One line of a recipe. Checked when built: an unknown format, method, transform or option never reaches a run."""
 
     match: str
     format: str
     method: str = "rtn"
     options: dict[str, Any] = field(default_factory=dict)
     activation: str | None = None
+    transforms: tuple[Step, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.match.startswith("re:"):
+            try:
+                re.compile(self.match[3:])
+            except re.error as error:
+                raise SpecError(f"rule match {self.match!r}", f"not a regular expression: {error}") from None
         if self.format == FLOAT:
+            if self.transforms:
+                found = "a layer in float stays as it is, so there is nothing to transform it for"
+                raise SpecError(f"rule {self.match!r} with transforms", found, "give it a format")
             return
         formats.parse(self.format)
         if self.activation is not None:
@@ -65,11 +105,23 @@ class Rule:
             if name not in known:
                 works = f"its options are {', '.join(known)}" if known else "it has no options"
                 raise SpecError(f"option {name!r} of method {self.method}", "no such option", works)
-        if self.match.startswith("re:"):
-            try:
-                re.compile(self.match[3:])
-            except re.error as error:
-                raise SpecError(f"rule match {self.match!r}", f"not a regular expression: {error}") from None
+        mixing = ""
+        for row in map(transforms.named, (step.name for step in self.transforms)):
+            if mixing and row.needs != "nothing":
+                found = f"after {mixing} the inputs are others than those that calibration sees"
+                raise SpecError(f"transform {row.name} after {mixing}", found, f"put {row.name} first")
+            mixing = row.name if row.mixes else mixing
+
+    @property
+    def needs(self) -> Need:
+        """What calibration has to collect at the inputs of a layer under this rule."""
+        if self.format == FLOAT:
+            return "nothing"
+        method = methods.named(self.method).needs
+        rows = [transforms.named(step.name) for step in self.transforms]
+        # E[x'^2] of mixed inputs follows from E[x x^T] only
+        mixed: Need = "gram" if method != "nothing" and any(row.mixes for row in rows) else "nothing"
+        return strongest(method, mixed, *(row.needs for row in rows))
 
     def matches(self, name: str, kind: str, module_class: str) -> bool:
         prefix, _, rest = self.match.partition(":")
@@ -92,11 +144,15 @@ class Recipe:
 
     @staticmethod
     def simple(
-        format: str, method: str = "rtn", head: str = "int8/g64", options: dict[str, Any] | None = None
+        format: str,
+        method: str = "rtn",
+        head: str = "int8/g64",
+        options: dict[str, Any] | None = None,
+        transforms: Sequence[str | dict[str, Any]] = (),
     ) -> Recipe:
-        """One format and method for every layer, embedding and head in ``head`` (a format, or "float")."""
+        """``transforms``, then one format and method for every layer; embedding and head in ``head`` (or "float")."""
         weight, activation = split_scheme(format)
-        every = Rule("*", weight, method, dict(options or {}), activation)
+        every = Rule("*", weight, method, dict(options or {}), activation, tuple(map(Step.of, transforms)))
         return Recipe((Rule("kind:embedding", head), Rule("kind:head", head), every))
 
     def rule_for(self, name: str, kind: str, module_class: str) -> Rule | None:
@@ -124,12 +180,7 @@ class Recipe:
         for rule in self.to_dict()["rule"]:
             lines.append("[[rule]]")
             for key, value in rule.items():
-                inline = (
-                    "{ " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items()) + " }"
-                    if key == "options"
-                    else json.dumps(value)
-                )
-                lines.append(f"{key} = {inline}")
+                lines.append(f"{key} = {_inline(value)}")
             lines.append("")
         return "\n".join(lines)
 
@@ -168,6 +219,15 @@ def split_scheme(format: str) -> tuple[str, str | None]:
     return (scheme.weight, scheme.activation) if scheme is not None else (format, None)
 
 
+def _inline(value: Any) -> str:
+    """``value`` as TOML on one line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_inline(entry)}" for key, entry in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    return json.dumps(value)
+
+
 def _rule_dict(rule: Rule) -> dict[str, Any]:
     entry: dict[str, Any] = {"match": rule.match, "format": rule.format}
     if rule.activation is not None:
@@ -176,6 +236,8 @@ def _rule_dict(rule: Rule) -> dict[str, Any]:
         entry["method"] = rule.method
     if rule.options:
         entry["options"] = dict(rule.options)
+    if rule.transforms:
+        entry["transforms"] = [step.plain() for step in rule.transforms]
     return entry
 
 
@@ -183,8 +245,16 @@ def _rule(entry: Any) -> Rule:
     if not isinstance(entry, dict) or not {"match", "format"} <= set(entry) or set(entry) - _KEYS:
         found = f"keys {sorted(entry)}" if isinstance(entry, dict) else f"{type(entry).__name__}"
         raise SpecError("recipe rule", found, "a rule has match and format, and may have method, options, transforms")
-    if entry.get("transforms"):
-        raise SpecError(f"transforms {entry['transforms']}", "no transform is available yet", "leave `transforms` out")
+    steps = entry.get("transforms", [])
+    if not isinstance(steps, list):
+        raise SpecError(f"transforms = {steps!r}", "not a list", 'e.g. transforms = ["smooth"]')
     weight, activation = split_scheme(entry["format"])
     options = dict(entry.get("options", {}))
-    return Rule(entry["match"], weight, entry.get("method", "rtn"), options, entry.get("activation", activation))
+    return Rule(
+        entry["match"],
+        weight,
+        entry.get("method", "rtn"),
+        options,
+        entry.get("activation", activation),
+        tuple(map(Step.of, steps)),
+    )

@@ -95,6 +95,9 @@ def test_a_recipe_goes_before_the_format(tiny: Path, command: Command, tmp_path:
         (("-f", "int4/g32", "-m", "gptq", "--option", "damp"), 2, "NAME=VALUE"),
         (("-f", "int4/g32", "-m", "gptq", "--option", "colour=1"), 2, "colour"),
         (("-f", "int2/g32"), 2, "--force"),
+        (("-f", "int4/g32", "--transform", "magic"), 2, "magic"),
+        (("-f", "int4/g32", "--transform", "rotate", "--transform", "smooth"), 2, "put smooth first"),
+        (("--recipe", "x.toml", "--transform", "smooth"), 3, "x.toml"),
         (("--recipe", "/nonexistent/recipe.toml"), 3, "recipe.toml"),
     ],
 )
@@ -106,6 +109,34 @@ def test_refusals_come_before_work(
     assert words in result.stderr
     assert result.stderr.count("\n") == 1 and result.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_transforms_are_named_in_plan_result_and_inspection(tiny: Path, command: Command, tmp_path: Path) -> None:
+    asked = ("-f", "W8A8", "--transform", "smooth", "--transform", "rotate", "--samples", "4", "--context", "64")
+    planned = command("plan", tiny, *asked, "--json", tmp_path / "plan.json")
+    assert "smooth + rotate + rtn" in " ".join(planned.stdout.split()), planned.stderr
+    done = command("quantize", tiny, *asked, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    inspected = command("inspect", tmp_path / "out", "--json", tmp_path / "found.json")
+    layer = next(x for x in loaded(tmp_path / "found.json")["layers"] if x["name"].endswith("0.mlp.up_proj"))
+    assert layer["transforms"] == ["smooth", "rotate"] and [r["kind"] for r in layer["rewrites"]] == [
+        "scale",
+        "rotation",
+    ]
+    compared = command("compare", tmp_path / "out", "--json", "-")
+    assert json.loads(compared.stdout)["rows"][0]["method"] == "smooth + rotate + rtn"
+    assert "smooth + rotate + rtn" in (tmp_path / "out" / "report.html").read_text()
+    assert inspected.exit_code == 0
+
+
+def test_a_recipe_names_its_own_transforms(tiny: Path, command: Command, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[[rule]]\nmatch = "*"\nformat = "int4/g32"\ntransforms = ["rotate"]\n')
+    result = command("plan", tiny, "--recipe", recipe, "--json", "-")
+    layers = {layer["name"]: layer["transforms"] for layer in json.loads(result.stdout)["layers"]}
+    assert layers["model.layers.0.mlp.up_proj"] == ["rotate"]
+    refused = command("plan", tiny, "--recipe", recipe, "--transform", "smooth")
+    assert refused.exit_code == 2 and "--transform without --format" in refused.stderr
 
 
 def test_missing_model(command: Command, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ import fewbit
 from fewbit.errors import CorruptFileError, InputError
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
-from fewbit.run.verify import read_back
+from fewbit.recipe import Recipe, Rule
+from fewbit.run.verify import read_back, read_rewrite
 
+BOTH = ["smooth", "rotate"]
 FAMILIES = ["llama-tied", "gpt2", "gemma2", "gemma3", "phi3", "mixtral", "qwen2-moe", "gpt-oss", "falcon"]
 
 
@@ -28,7 +30,8 @@ def dequantized_logits(model: Path, out: Path, manifest: dict, ids: torch.Tensor
     streamed.load("")
     where = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     for record in manifest["layers"]:
-        decoded = read_back(out / where[f"{record['name']}.weight_packed"], record).dequantize()
+        path = out / where[f"{record['name']}.weight_packed"]
+        decoded = read_rewrite(path, record).unweight(read_back(path, record).dequantize())
         for site in streamed.sites:
             if record["name"] in (site.name, site.tied_to):
                 streamed.set_weight(site.name, decoded.reshape(streamed.weight(site.name).shape))
@@ -51,6 +54,80 @@ def test_loaded_model_equals_its_dequantized_twin(
     expected = dequantized_logits(model, out, result.manifest, ids)
     assert float((got - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
     assert loaded.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (2, 24)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_model_with_rewrites_equals_its_dequantized_twin(
+    family: str, tiny_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, out = tiny_family(family), tmp_path / "out"
+    fused = [Rule("kind:experts", "int4/g16/asym")] if family in ("mixtral", "qwen2-moe", "gpt-oss") else []
+    recipe = Recipe((*fused, *Recipe.simple("int4/g16/asym", "gptq", "int8/g16", transforms=BOTH).rules))
+    result = fewbit.quantize(model, recipe, out=out, samples=4, context=32, force=True)
+    assert sum(len(record["rewrites"]) for record in result.manifest["layers"]) >= 8
+    ids = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got = fewbit.load(out)(ids).logits
+    expected = dequantized_logits(model, out, result.manifest, ids)
+    assert float((got - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
+def test_a_cast_does_not_touch_rewrites_and_saving_keeps_them(tiny: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    fewbit.quantize(tiny, "W8A8", transforms=BOTH, out=tmp_path / "out", samples=4, context=32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.input_0_scale.dtype == torch.float16 and layer.input_1_signs.dtype == torch.uint8
+    ids = torch.arange(8).reshape(1, 8)
+    with torch.no_grad():
+        assert model(ids).logits.dtype == torch.bfloat16
+    model = fewbit.load(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    before, after = (
+        {name: tensor for path in (tmp_path / folder).glob("*.safetensors") for name, tensor in load_file(path).items()}
+        for folder in ("out", "again")
+    )
+    assert before.keys() == after.keys() and sum(".input_0_" in name for name in before) == 14
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("rewrites", [["magic"], "scale", [3]])
+def test_rewrites_that_this_version_does_not_know_are_refused(tiny: Path, tmp_path: Path, rewrites: object) -> None:
+    fewbit.quantize(tiny, "int4/g32/asym", transforms=["rotate"], out=tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"]["rewrites"] = rewrites
+    path.write_text(json.dumps(config))
+    with pytest.raises(CorruptFileError, match=r"rewrites of model\.layers\.0\.mlp\.up_proj"):
+        fewbit.load(tmp_path / "out", check=False)
+
+
+def test_smoothing_and_rotating_help_where_a_channel_stands_out(tiny: Path, tmp_path: Path) -> None:
+    """A norm that makes one channel 300 times larger, and weights that make up for it: the same model, for which 8 bits
+    a token leave every other channel less than one step."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    for block in model.model.layers:
+        for norm, linears in (
+            (block.input_layernorm, (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)),
+            (block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj)),
+        ):
+            norm.weight.data[5] *= 300
+            for linear in linears:
+                linear.weight.data[:, 5] /= 300
+    words = AutoTokenizer.from_pretrained(tiny)
+    drift = {
+        "+".join(steps): fewbit.quantize(
+            model, "W8A8", out=tmp_path / f"out{len(steps)}", tokenizer=words, transforms=steps, samples=4, context=32
+        ).manifest["drift"][-1]["relative_error"]
+        for steps in ([], ["smooth"], BOTH)
+    }
+    assert drift["smooth"] < drift[""] / 2 and drift["smooth+rotate"] < drift[""] / 2
 
 
 def test_an_expert_without_tokens_is_rounded_and_reported(tiny_family: Callable[[str], Path], tmp_path: Path) -> None:

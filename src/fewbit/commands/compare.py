@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fewbit.commands.console import err, results, table, write_json
 from fewbit.containers import files, manifest
 from fewbit.report import numbers as N
-from fewbit.report.rows import comparable
+from fewbit.report.rows import comparable, procedure
 from fewbit.report.write import EVALUATION, write_comparison
 
 KEYS = (
@@ -54,20 +55,20 @@ def row(folder: Path) -> dict[str, Any]:
     measured = files.read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
     return {
         "folder": str(folder),
-        "format": most(described, "format"),
-        "method": most(described, "method"),
+        "format": most(described, lambda layer: str(layer["format"])),
+        "method": most(described, lambda layer: procedure(layer) or N.DASH),
         "size_bytes": described["size_bytes"],
         "bits_per_weight": described["bits_per_weight"],
         **{key: measured.get(key) for key in KEYS},
     }
 
 
-def most(described: dict[str, Any], key: str) -> str:
+def most(described: dict[str, Any], key: Callable[[dict[str, Any]], str]) -> str:
     """The value that most layers share, with ``+`` when others differ; embeddings and heads do not vote."""
-    votes = Counter(layer[key] for layer in described["layers"] if layer.get("kind") not in ("embedding", "head"))
+    votes = Counter(key(layer) for layer in described["layers"] if layer.get("kind") not in ("embedding", "head"))
     if not votes:
         return N.DASH
-    return str(votes.most_common(1)[0][0]) + (" +" if len(votes) > 1 else "")
+    return votes.most_common(1)[0][0] + (" +" if len(votes) > 1 else "")
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:

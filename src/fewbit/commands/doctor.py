@@ -38,6 +38,7 @@ def tables(found: dict[str, Any]) -> list[Any]:
         ),
         ("GPU", ", ".join(gpu["name"] for gpu in found["gpus"]) or found["gpu_reason"]),
         ("energy counters", found["energy"]),
+        ("transforms", ", ".join(found["transforms"])),
         ("methods", ", ".join(found["methods"])),
         ("layouts", ", ".join(found["layouts"])),
     ]

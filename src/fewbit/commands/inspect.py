@@ -14,6 +14,7 @@ from fewbit.containers.gguf import open_gguf
 from fewbit.containers.safetensors import open_safetensors
 from fewbit.errors import InputError
 from fewbit.report import numbers as N
+from fewbit.report.rows import procedure
 
 SHOWN = 40
 INDEX = "model.safetensors.index.json"
@@ -161,7 +162,7 @@ def tables(found: dict[str, Any]) -> Iterable[Any]:
         (
             x["name"],
             x["format"],
-            x.get("method"),
+            procedure(x),
             x.get("layout"),
             N.significant(x["bits"], 4),
             N.percent(x.get("relative_error"), 2),

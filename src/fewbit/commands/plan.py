@@ -9,6 +9,7 @@ import fewbit
 from fewbit.commands.console import err, results, table, write_json
 from fewbit.commands.quantize import Request
 from fewbit.report import numbers as N
+from fewbit.report.rows import procedure
 
 
 def run(request: Request, json_target: str | None) -> None:
@@ -43,7 +44,7 @@ def summary(planned: dict[str, Any]) -> Any:
 def layers(planned: dict[str, Any]) -> Any:
     """Every layer: what happens to it, who will compute it, or why it stays."""
     rows = [
-        (x["name"], x["format"], x["method"], x["kernel"] or None, N.size(x["nbytes"]), x["reason_skipped"])
+        (x["name"], x["format"], procedure(x), x["kernel"] or None, N.size(x["nbytes"]), x["reason_skipped"])
         for x in planned["layers"]
     ]
     rows += [(x["name"], "as it is", None, None, N.size(x["nbytes"]), x["reason"]) for x in planned["kept"]]

@@ -15,6 +15,7 @@ from fewbit.containers import files, manifest
 from fewbit.errors import SpecError
 from fewbit.recipe import Recipe
 from fewbit.report import numbers as N
+from fewbit.report.rows import procedure
 from fewbit.report.write import write_reports
 
 WORST = 5
@@ -29,6 +30,7 @@ class Request:
     method: str
     recipe_file: Path | None
     settings: list[str] | None
+    transforms: list[str] | None
     calibration: str | None
     head: str
     samples: int
@@ -41,13 +43,15 @@ class Request:
         """What to do with which layer: the recipe's rules first, then --format for what they leave.
 
         Raises:
-            SpecError: neither --format nor --recipe, or an option that the method does not have.
+            SpecError: neither --format nor --recipe, or an option or a transform that does not exist.
         """
         rules = () if self.recipe_file is None else Recipe.read(self.recipe_file).rules
         if self.format is not None:
-            rules += Recipe.simple(self.format, self.method, self.head, settings(self.settings or [])).rules
-        elif self.settings:
-            raise SpecError("--option without --format", "a recipe names its own options", "write them into its rules")
+            options, transforms = settings(self.settings or []), self.transforms or []
+            rules += Recipe.simple(self.format, self.method, self.head, options, transforms).rules
+        elif self.settings or self.transforms:
+            asked, what = ("--option", "options") if self.settings else ("--transform", "transforms")
+            raise SpecError(f"{asked} without --format", f"a recipe names its own {what}", "write them into its rules")
         if not rules:
             works = "--format int4/g128/asym, or --recipe FILE, or both"
             raise SpecError(f"quantizing {self.model}", "neither --format nor --recipe was given", works)
@@ -124,7 +128,7 @@ def tables(out: Path, described: dict[str, Any]) -> list[Any]:
         (
             layer["name"],
             layer["format"],
-            layer["method"],
+            procedure(layer),
             N.percent(layer["relative_error"], 2),
             layer.get("note") or None,
         )

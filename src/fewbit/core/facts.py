@@ -7,6 +7,7 @@ Sums, not means, so that merging is exact in the order it is done; every mean is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,11 +18,22 @@ TILE = 256
 """Columns of the second moment computed by one matrix product; see :class:`Accumulator`."""
 
 
+Need = Literal["nothing", "largest", "mean_square", "gram"]
+"""What is asked of calibration: max|x|, E[x^2], E[x x^T]."""
+_NEEDS: tuple[Need, ...] = ("nothing", "largest", "mean_square", "gram")
+
+
+def strongest(*needs: Need) -> Need:
+    """The need among these whose facts serve all of them."""
+    return max(needs, key=_NEEDS.index, default="nothing")
+
+
 @dataclass(frozen=True, eq=False)
 class Facts:
     """Statistics of the inputs ``x`` (tokens, columns) of one layer.
 
-    ``total``, ``total_square``, ``largest``: (columns,) sums of x and x^2 and max|x|, float32.
+    ``total``, ``total_square``, ``largest``: (columns,) sums of x and x^2 and max|x|, float32. ``largest`` is None
+    where it cannot be known: of inputs that were rotated after they were seen.
     ``gram``: (columns, columns) float32 sum of x x^T, symmetric bit for bit, or None when no method asked for it.
     """
 
@@ -29,7 +41,7 @@ class Facts:
     tokens: int
     total: Tensor
     total_square: Tensor
-    largest: Tensor
+    largest: Tensor | None
     gram: Tensor | None = None
 
     @staticmethod
@@ -57,12 +69,15 @@ class Facts:
                 "merge facts of one layer only",
             )
         gram = None if self.gram is None or other.gram is None else self.gram + other.gram
+        largest = None
+        if self.largest is not None and other.largest is not None:
+            largest = torch.maximum(self.largest, other.largest)
         return Facts(
             self.columns,
             self.tokens + other.tokens,
             self.total + other.total,
             self.total_square + other.total_square,
-            torch.maximum(self.largest, other.largest),
+            largest,
             gram,
         )
 

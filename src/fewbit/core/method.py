@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from fewbit.core.facts import Facts
+from fewbit.core.facts import Facts, Need
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 
@@ -25,7 +25,7 @@ class Method:
 
     name: str
     solve: Callable[..., QTensor]
-    needs: Literal["nothing", "mean_square", "gram"]
+    needs: Need
     options: dict[str, Any] = field(default_factory=dict)
     source: str = ""
 

@@ -11,6 +11,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fewbit.core.rewrite import STEPS
 from fewbit.errors import CorruptFileError, UnsupportedError
 from fewbit.model.layers import ExpertBank, QuantEmbedding, QuantLinear, Store
 
@@ -22,7 +23,7 @@ class FewbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` of a fewbit folder.
 
     ``modules``: module path -> ``{"kind", "format", "layout", "shape": [rows, columns]}`` and, where they apply,
-    ``"experts"``, ``"activation"``, ``"tied_to"``.
+    ``"experts"``, ``"activation"``, ``"rewrites"``, ``"tied_to"``.
     """
 
     def __init__(self, modules: dict[str, dict[str, Any]] | None = None, version: int = 1, **kwargs: Any) -> None:
@@ -32,6 +33,10 @@ class FewbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         for name, entry in self.modules.items():
             if not isinstance(entry, dict) or entry.get("kind") not in KINDS or len(entry.get("shape", ())) != 2:
                 raise CorruptFileError(f"quantization_config of {name}", f"found {entry!r}", "quantize again")
+            rewrites = entry.get("rewrites", [])
+            if not isinstance(rewrites, list) or not all(isinstance(k, str) and k in STEPS for k in rewrites):
+                works = f"this fewbit rewrites inputs by {', '.join(STEPS)}; quantize again, or use a newer one"
+                raise CorruptFileError(f"rewrites of {name}", f"found {rewrites!r}", works)
 
 
 class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -114,9 +119,10 @@ def _replace(model: nn.Module, name: str, entry: dict[str, Any], dtype: torch.dt
             new: nn.Module = QuantEmbedding(entry["format"], entry["layout"], shape, scale, dtype)
         else:
             bias = getattr(old, "bias", None)
-            new = QuantLinear(entry["format"], entry["layout"], shape, bias, entry.get("activation"))
+            rewrites = entry.get("rewrites", ())
+            new = QuantLinear(entry["format"], entry["layout"], shape, bias, entry.get("activation"), rewrites)
     for key, buffer in list(new.named_buffers(recurse=False)):
-        if key.startswith("weight_"):
+        if key.startswith(("weight_", "input_")):
             new.register_buffer(key, buffer.to("meta"), persistent="tied_to" not in entry)
     setattr(parent, leaf, new)
     # Some families initialise a child's `weight` from its parent (GPT-2's c_proj); there is none to initialise.

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewbit import formats, kernels, layouts
+from fewbit.core import rewrite as R
 from fewbit.core.format import Format
 from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor, stack, storage
-from fewbit.errors import VerificationError
+from fewbit.errors import InputError, VerificationError
 
 
 class Store(nn.Module):
@@ -58,14 +60,28 @@ class Store(nn.Module):
 
 
 class QuantLinear(Store):
-    """``y = x W^T + b`` with W in few bits. ``activation``: a format that inputs are rounded to per token, or None."""
+    """``y = x W^T + b`` with W in few bits.
+
+    ``activation``: a format that inputs are rounded to per token, or None. ``rewrites``: kinds of what inputs go
+    through before that, whose arrays are the buffers ``input_{position}_{array}``.
+    """
 
     bias: nn.Parameter | None
 
     def __init__(
-        self, format: str, layout: str, shape: tuple[int, int], bias: nn.Parameter | None, activation: str | None = None
+        self,
+        format: str,
+        layout: str,
+        shape: tuple[int, int],
+        bias: nn.Parameter | None,
+        activation: str | None = None,
+        rewrites: Sequence[str] = (),
     ) -> None:
         super().__init__(format, layout, shape)
+        self.rewrites = tuple(rewrites)
+        for array, (dtype, size) in R.storage(self.rewrites, shape[1]).items():
+            self.register_buffer(f"input_{array}", torch.empty(size, dtype=dtype))
+        self._rewrite: R.Chain | None = None
         self.bias = bias
         self.activation = formats.parse(activation) if activation else None
         self.in_features, self.out_features = shape[1], shape[0]
@@ -74,7 +90,22 @@ class QuantLinear(Store):
     def prepare(self, kernel: str | None = None) -> None:
         """Repack for the fastest kernel here (or the one named), once, before the first call."""
         self._prepared = kernels.prepare(self.qtensor(), kernel)
+        self._rewrite = self.rewrite()
         self.release()
+
+    def rewrite(self) -> R.Chain:
+        """What inputs go through first, sharing the buffers' memory.
+
+        Raises:
+            VerificationError: a buffer changed its dtype after loading, or holds what it cannot.
+        """
+        if self._rewrite is not None:
+            return self._rewrite
+        names = R.storage(self.rewrites, self.in_features)
+        try:
+            return R.restore(self.rewrites, self.in_features, {name: getattr(self, f"input_{name}") for name in names})
+        except InputError as error:
+            raise VerificationError(error.asked, error.found, error.works) from None
 
     def qtensor(self) -> QTensor:
         return super().qtensor() if self._prepared is None else self._prepared.qtensor()
@@ -87,7 +118,17 @@ class QuantLinear(Store):
         return self._prepared
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.prepared(round_activations(x, self.activation), self.bias)
+        prepared = self.prepared
+        if not self.rewrites:
+            return prepared(round_activations(x, self.activation), self.bias)
+        # Rewritten inputs stay in float32: rounding them to a shorter dtype of x would be one rounding more.
+        return prepared(round_activations(self.rewrite().apply(x), self.activation), self.bias).to(x.dtype)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """What is used is what is saved, also after a cast of the buffers."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._rewrite is not None:
+            destination.update({f"{prefix}input_{name}": tensor for name, tensor in self._rewrite.arrays.items()})
 
 
 class QuantEmbedding(Store):

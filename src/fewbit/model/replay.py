@@ -15,7 +15,7 @@ from fewbit.model.order import Closing, Order, find_order
 from fewbit.model.stream import Inputs, StreamedModel, with_replaced
 
 Step = Callable[[Tensor, Inputs, Mapping[str, Tensor]], Tensor]
-"""``step(hidden, inputs, outputs)``: ``outputs`` are those of the closed modules, by path, shaped as they gave them."""
+"""``step(hidden, inputs, outputs)``: ``outputs`` are those of the closed modules, by path, as :func:`output` gives them."""
 
 
 class Reached(Exception):
@@ -34,7 +34,7 @@ class _Stored(nn.Module):
         self._local, self._closing = local, closing
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        output = self._local.outputs[self._closing.module]
+        output = self._closing.outputs.shaped(self._local.outputs[self._closing.module])
         return (output, *[None] * (self._closing.entries - 1)) if self._closing.entries else output
 
 
@@ -75,6 +75,13 @@ def _reached(module: nn.Module, arguments: tuple[Any, ...]) -> None:
     raise Reached(arguments[0])
 
 
+def output(model: StreamedModel, closing: Closing, x: Tensor) -> Tensor:
+    """What the closed module gives for inputs ``x`` of its last layer: both float32 (batch, tokens, width), as files
+    keep them."""
+    made: Tensor = model.module.get_submodule(closing.site)(closing.inputs.shaped(x))
+    return made.float().reshape(*x.shape[:2], -1)
+
+
 def checked_order(model: StreamedModel, index: int, hidden: Tensor, inputs: Inputs) -> Order | str:
     """The order of block ``index`` once a replay of the sample ``hidden`` (batch, tokens, width) gave every layer the
     very inputs of a direct run, bit for bit, and the same end; or the reason why the block has to run as a whole."""
@@ -85,7 +92,8 @@ def checked_order(model: StreamedModel, index: int, hidden: Tensor, inputs: Inpu
     for group in range(len(order.groups) + 1):
         for closing in order.closings:
             if closing.group == group - 1:
-                outputs[closing.module] = model.module.get_submodule(closing.site)(direct[closing.site])
+                kept = closing.inputs.stored(direct[closing.site], hidden)
+                outputs[closing.module] = output(model, closing, kept)
         at = order.groups[group][0] if group < len(order.groups) else ""
         try:
             with replaying(model, index, order, group) as step:

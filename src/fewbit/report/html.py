@@ -88,7 +88,9 @@ def _render(**context: Any) -> str:
     script = folder.joinpath("report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(significant=N.significant, size=N.size, percent=N.percent, seconds=N.seconds)
+    environment.filters.update(
+        significant=N.significant, size=N.size, percent=N.percent, seconds=N.seconds, procedure=rows.procedure
+    )
     template = environment.from_string(folder.joinpath("report.html.jinja").read_text(encoding="utf-8"))
     return template.render(
         style=Markup(folder.joinpath("report.css").read_text(encoding="utf-8")),
@@ -247,7 +249,7 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("fewbit", f"{manifest.get('version')}, seed {manifest.get('seed')}"),
         ("Calibration", used),
         ("Formats", _count(layer.get("format") for layer in layers)),
-        ("Methods", _count(layer.get("method") for layer in layers)),
+        ("Methods", _count(rows.procedure(layer) for layer in layers)),
         ("Kernels of this machine when it was made", _count(layer.get("kernel") for layer in layers)),
     ]
 

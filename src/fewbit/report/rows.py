@@ -155,6 +155,19 @@ def faster(before: Figures, after: Figures, key: str) -> tuple[str, Tone]:
     return (f"{text} faster", "good") if ratio > 1 else (f"{text}: SLOWER", "bad")
 
 
+def procedure(layer: Figures) -> str | None:
+    """What was done to a layer, in order: its transforms, then its method. ``layer`` is of a plan or a manifest."""
+    if not layer.get("method"):
+        return None
+    steps = [step if isinstance(step, str) else _with_options(step) for step in layer.get("transforms") or []]
+    return " + ".join([*steps, str(layer["method"])])
+
+
+def _with_options(step: Figures) -> str:
+    given = ", ".join(f"{name}={value}" for name, value in step.items() if name != "name")
+    return f"{step['name']}({given})"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """``headline`` is one sentence; ``warnings`` must not be missed."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 import fewbit
-from fewbit import calibrate, methods
+from fewbit import calibrate
 from fewbit.calibrate import Calibration
 from fewbit.containers import manifest as M
 from fewbit.errors import InputError, SpecError
@@ -60,6 +60,7 @@ def quantize(
     samples: int = 128,
     context: int = 512,
     options: dict[str, Any] | None = None,
+    transforms: Sequence[str | dict[str, Any]] = (),
     calibration_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     progress: Progress | None = None,
     tokenizer: Any = None,
@@ -69,7 +70,7 @@ def quantize(
     Args:
         model: a Hugging Face folder, a ``.gguf`` file, a hub id, or a transformers model (with ``tokenizer``).
         recipe: a format such as ``"int4/g128/asym"``, a scheme such as ``"W4A16"``, or a :class:`Recipe`.
-        method: for a format: ``rtn``, ``clip``, ``gptq``, ... with ``options``.
+        method: for a format: ``rtn``, ``clip``, ``gptq``, ... with ``options``, after ``transforms`` (``["smooth"]``).
         calibration: a .txt or .jsonl file; bundled text when None.
         samples, context, seed: windows, tokens in each, and what they are drawn with.
         calibration_dtype: of the matrix products that calibration runs through the blocks; "auto" takes bfloat16 where
@@ -82,7 +83,7 @@ def quantize(
         FewbitError: see :mod:`fewbit.errors`. An interrupted or refused run leaves its work in ``OUT.partial``, from
             which the same call continues.
     """
-    chosen, target, tell = _recipe(recipe, method, head, options), Path(out), progress or _silent
+    chosen, target, tell = _recipe(recipe, method, head, options, transforms), Path(out), progress or _silent
     with _source(model, tokenizer, target) as path:
         checkpoint = open_checkpoint(path)
         streamed = StreamedModel.open(checkpoint)
@@ -100,7 +101,7 @@ def quantize(
         journal = Journal.open(folder / STATE / "journal.json", fingerprint)
         probe = calibrate.probe(words, PROBE[0], min(PROBE[1], _longest(checkpoint)))
         with workers(threads) as pool:
-            run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell, products)
+            run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed)
             run_stages(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)
     tell(Event("done", message=str(target)))
@@ -116,12 +117,13 @@ def plan(
     samples: int = 128,
     context: int = 512,
     options: dict[str, Any] | None = None,
+    transforms: Sequence[str | dict[str, Any]] = (),
     force: bool = False,
 ) -> Plan:
     """What :func:`quantize` would do with the same arguments; reads no weight. See :mod:`fewbit.run.planning`."""
     checkpoint = open_checkpoint(model)
     streamed = StreamedModel.open(checkpoint)
-    chosen = _recipe(recipe, method, head, options)
+    chosen = _recipe(recipe, method, head, options, transforms)
     return make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
 
 
@@ -129,8 +131,18 @@ def _silent(event: Event) -> None:
     """For callers that want no progress."""
 
 
-def _recipe(recipe: str | Recipe, method: str, head: str, options: dict[str, Any] | None) -> Recipe:
-    return Recipe.simple(recipe, method, head, options) if isinstance(recipe, str) else recipe
+def _recipe(
+    recipe: str | Recipe,
+    method: str,
+    head: str,
+    options: dict[str, Any] | None,
+    transforms: Sequence[str | dict[str, Any]],
+) -> Recipe:
+    if isinstance(recipe, str):
+        return Recipe.simple(recipe, method, head, options, transforms)
+    if transforms:
+        raise SpecError("transforms beside a Recipe", "a recipe names its own", "write them into its rules")
+    return recipe
 
 
 def _longest(checkpoint: Checkpoint) -> int:
@@ -173,12 +185,10 @@ def _calibration(
     seed: int,
     tell: Progress,
 ) -> Calibration | None:
-    """Text for the methods that need it; None when no rule does."""
-    if all(rule.format == "float" or methods.named(rule.method).needs == "nothing" for rule in recipe.rules):
+    """Text for the methods and transforms that need it; None when no rule does."""
+    if all(rule.needs == "nothing" for rule in recipe.rules):
         if source is not None:
-            tell(
-                Event("note", message=f"the calibration text {source} is not used: no method of the recipe needs data")
-            )
+            tell(Event("note", message=f"the calibration text {source} is not used: nothing in the recipe needs data"))
         return None
     if context > (longest := _longest(checkpoint)):
         tell(Event("note", message=f"calibrating with windows of {longest} tokens, the most this model takes"))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewbit import methods
 from fewbit.core.facts import Facts
 from fewbit.model.sites import in_block
 from fewbit.run.observe import Observer
@@ -38,7 +37,7 @@ def observe_probe(run: Run, index: int, hidden: Tensor) -> dict[str, list[Tensor
 def collect(run: Run, stage: int, index: int) -> dict[str, list[Facts]]:
     """Facts of every site of block ``index`` over the calibration, merged in the order of the batches."""
     needs = {
-        decision.site.name: methods.named(decision.rule.method).needs
+        decision.site.name: decision.rule.needs
         for decision in run.plan.decisions
         if decision.site.block == index and decision.rule is not None
     }

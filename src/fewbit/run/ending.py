@@ -74,6 +74,8 @@ def _config(run: Run, folder: Path, layers: list[dict[str, Any]]) -> None:
         entry = {key: record[key] for key in ("kind", "format", "layout", "shape")}
         if record["activation"] is not None:
             entry["activation"] = record["activation"]
+        if record["rewrites"]:
+            entry["rewrites"] = [rewrite["kind"] for rewrite in record["rewrites"]]
         if record["experts"] > 1 or record["kind"] == "experts":
             entry["experts"] = record["experts"]
         modules[record["name"]] = entry

@@ -20,7 +20,8 @@ FLAGS = {
 
 
 class HiddenFile:
-    """float32 activations (batches, batch, tokens, width) in one file, read and written a batch at a time, by any thread.
+    """float32 activations (batches, batch, tokens, width) in one file, read and written a batch at a time, by any
+    thread.
 
     ``mode``: "read" what was committed; "create" under a temporary name, to which :meth:`commit` gives ``path`` once
     it is durable; "scratch" has no name from the start, so that it is gone when it is closed or the process ends.
@@ -42,7 +43,7 @@ class HiddenFile:
     def read(self, index: int) -> Tensor:
         """Batch ``index``, (batch, tokens, width)."""
         batch = torch.empty(self.shape[1:])  # aligned as torch aligns, on which products may depend in the last bit
-        view, offset = memoryview(batch.view(-1).numpy()).cast("B"), index * self._stride
+        view, offset = _bytes(batch), index * self._stride
         while view:
             count = os.preadv(self._file, [view], offset)
             if not count:
@@ -56,7 +57,7 @@ class HiddenFile:
 
     def write(self, index: int, hidden: Tensor) -> None:
         """Batch ``index``, in any shape and float dtype."""
-        view = memoryview(hidden.detach().float().contiguous().view(-1).numpy()).cast("B")
+        view = _bytes(hidden.detach().float().contiguous())
         if len(view) != self._stride:
             raise InputError(f"writing {len(view)} bytes to {self.path}", f"a batch has {self._stride}")
         offset = index * self._stride
@@ -77,3 +78,7 @@ class HiddenFile:
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return memoryview(values.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

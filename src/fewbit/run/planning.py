@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fewbit import formats, kernels, methods
+from fewbit import formats, kernels, methods, transforms
+from fewbit.core import rewrite as R
 from fewbit.core.qtensor import storage, storage_bytes
 from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint
@@ -59,6 +60,7 @@ class Plan:
                     "name": decision.site.name,
                     "format": rule.format if rule else FLOAT,
                     "activation": rule.activation if rule else None,
+                    "transforms": [step.plain() for step in rule.transforms] if rule else [],
                     "method": rule.method if rule else None,
                     "kernel": decision.kernel,
                     "reason_skipped": decision.reason or None,
@@ -84,7 +86,8 @@ def make_plan(
 
     Raises:
         SpecError: a rule matches nothing; or a data-free method below 3 bits without ``force``.
-        UnsupportedError: a layout cannot hold a layer; the message names both.
+        UnsupportedError: a layout cannot hold a layer, or a transform or activation format cannot reach its inputs; the
+            message names both.
     """
     named = [(site.name, site.kind, _module_class(model, site)) for site in model.sites]
     recipe.check(named)
@@ -98,7 +101,7 @@ def make_plan(
         raise SpecError("quantizing", "every layer would stay in float", "give a rule with a format")
     size = sum(d.nbytes for d in decisions) + sum(size for _, _, size in kept)
     bits = 8 * sum(d.nbytes for d in quantized) / sum(d.weights for d in quantized)
-    calibrated = any(d.rule and methods.named(d.rule.method).needs != "nothing" for d in quantized)
+    calibrated = any(d.rule and d.rule.needs != "nothing" for d in quantized)
     seconds, memory = estimate(decisions, tokens if calibrated else 0, batch_tokens, model)
     return Plan(
         decisions, kept, dtype, size, checkpoint.nbytes, bits, memory, seconds, _warnings(quantized, size, checkpoint)
@@ -112,6 +115,8 @@ def _module_class(model: StreamedModel, site: Site) -> str:
 
 def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> Decision:
     weights = site.shape[0] * site.shape[1] * site.experts
+    if rule is not None:
+        _check_transforms(site, rule)
     if site.tied_to is not None:
         return Decision(site, None, "", 0, f"tied to {site.tied_to}: one matrix is stored for both")
     if rule is None or rule.format == FLOAT:
@@ -133,9 +138,27 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
     try:
         shape = (site.shape[0] * site.experts, site.shape[1])
         nbytes = storage_bytes(storage(format, layout_for(format), shape))
+        kinds = [transforms.named(step.name).makes for step in rule.transforms]
+        nbytes += storage_bytes(R.storage(kinds, site.shape[1]))
     except FewbitError as error:
         raise type(error)(f"layer {site.name}: {error.asked}", error.found, error.works) from None
     return Decision(site, rule, kernels.choose(format, site.shape).name, nbytes)
+
+
+def _check_transforms(site: Site, rule: Rule) -> None:
+    """Refuse transforms of inputs that nothing can rewrite when the model runs, or that nothing is known about."""
+    for row in (transforms.named(step.name) for step in rule.transforms):
+        works = "give this layer a rule without transforms, before the one that matches it now"
+        if site.kind in ("experts", "embedding"):
+            reason: str | None = f"inputs of {site.kind} are not rewritten at run time"
+        elif site.tied_to is not None:
+            reason = f"it shares its matrix with {site.tied_to}, whose inputs are not rewritten at run time"
+        elif site.kind == "head" and row.needs != "nothing":
+            reason, works = "calibration ends before the head, so nothing is known of its inputs", f"{works}, or rotate"
+        else:
+            reason, works = row.refuse(site.shape[1]), "leave the transform out for this layer"
+        if reason is not None:
+            raise UnsupportedError(f"transform {row.name} for {site.name}", reason, works)
 
 
 def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> list[str]:
@@ -172,7 +195,7 @@ def estimate(decisions: list[Decision], tokens: int, batch_tokens: int, model: S
         if decision.rule is None:
             continue
         seconds += decision.weights * 6e-8
-        if methods.named(decision.rule.method).needs == "gram":
+        if decision.rule.needs == "gram":
             flops += decision.site.experts * (2 * tokens * columns**2 + 4 * columns**3 + rows * columns**2)
             seconds += columns * 2.5e-4
             largest = max(largest, decision.site.experts * 4 * columns**2)

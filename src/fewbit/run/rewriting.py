@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations of the quantized path, rounded as the quantized layers will do it when the model runs."""
+"""Activations of the quantized path, rewritten and rounded as the quantized layers will do it when the model runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from fewbit import formats
 from fewbit.core.format import Format
+from fewbit.core.rewrite import Chain
 from fewbit.model.layers import round_activations
 from fewbit.model.stream import StreamedModel
 from fewbit.run.solve import Solved
@@ -18,13 +19,13 @@ from fewbit.run.solve import Solved
 
 @contextmanager
 def as_run(model: StreamedModel, solved: Iterable[Solved]) -> Iterator[None]:
-    """While open, layers that hold the decoded weights of ``solved`` see their inputs rounded."""
+    """While open, layers that hold the decoded weights of ``solved`` see their inputs rewritten, then rounded."""
     handles = [
         model.module.get_submodule(item.record["name"]).register_forward_pre_hook(
-            _inputs(formats.parse(activation) if activation else None)
+            _inputs(item.rewrite, formats.parse(activation) if activation else None)
         )
         for item in solved
-        if (activation := item.record["activation"])
+        if (activation := item.record["activation"]) or item.rewrite.steps
     ]
     try:
         yield
@@ -33,8 +34,8 @@ def as_run(model: StreamedModel, solved: Iterable[Solved]) -> Iterator[None]:
             handle.remove()
 
 
-def _inputs(activation: Format | None) -> Any:
+def _inputs(rewrite: Chain, activation: Format | None) -> Any:
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (round_activations(arguments[0], activation), *arguments[1:])
+        return (round_activations(rewrite.apply(arguments[0]), activation), *arguments[1:])
 
     return hook

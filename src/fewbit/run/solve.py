@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit import kernels, layouts, methods
+from fewbit import kernels, layouts, methods, transforms
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor, stack
+from fewbit.core.rewrite import Chain
 from fewbit.errors import UnsupportedError, VerificationError
 from fewbit.model.sites import Site
 from fewbit.recipe import Rule
@@ -26,7 +27,8 @@ SHOWN = 256
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """``weight`` float32 (experts * rows, columns); ``facts`` and ``seen`` (tokens, columns) one entry an expert."""
+    """``weight`` float32 (experts * rows, columns); ``facts`` and ``seen`` (tokens, columns) one entry an expert.
+    ``seed`` is the layer's own."""
 
     site: Site
     rule: Rule
@@ -34,12 +36,22 @@ class Task:
     weight: Tensor
     facts: list[Facts]
     seen: list[Tensor]
+    seed: int
 
 
 @dataclass(frozen=True, eq=False)
 class Solved:
+    """``qtensor`` works on inputs that went through ``rewrite``."""
+
     qtensor: QTensor
     record: dict[str, Any]
+    rewrite: Chain
+
+    def arrays(self) -> dict[str, Tensor]:
+        """What a file holds, by the name that follows the layer's."""
+        found = {f"weight_{name}": tensor for name, tensor in self.qtensor.params.items()}
+        found |= {f"input_{name}": tensor for name, tensor in self.rewrite.arrays.items()}
+        return {"weight_packed": self.qtensor.packed, **found}
 
 
 def layout_for(format: Format) -> Layout:
@@ -48,7 +60,7 @@ def layout_for(format: Format) -> Layout:
 
 
 def solve(task: Task) -> Solved:
-    """Choose codes with the rule's method, pack, and measure the relative error of the layer's outputs on ``seen``.
+    """Do the rule's transforms, choose codes with its method, pack, and measure the error of the outputs on ``seen``.
 
     Raises:
         UnsupportedError: a per-tensor format on fused experts.
@@ -60,9 +72,10 @@ def solve(task: Task) -> Solved:
             "its tensor-wide scale would have to differ between experts",
             "use a format whose scales are per block, such as mxfp4 or int4/g64",
         )
+    rewrite, rewritten, known = transformed(task)
     parts, starved = [], []
-    for expert, weight in enumerate(task.weight.split(site.shape[0])):
-        facts = task.facts[expert]
+    for expert, weight in enumerate(rewritten.split(site.shape[0])):
+        facts = known[expert]
         if method.needs != "nothing" and facts.tokens == 0:
             starved.append(expert)
             parts.append(methods.named("rtn")(weight, task.format, facts))
@@ -78,30 +91,56 @@ def solve(task: Task) -> Solved:
         "format": task.format.name,
         "activation": task.rule.activation,
         "layout": packed.layout.name,
+        "transforms": [step.plain() for step in task.rule.transforms],
+        "rewrites": [
+            {"kind": step.kind, "arrays": {name: digest(tensor) for name, tensor in step.arrays.items()}}
+            for step in rewrite.steps
+        ],
         "method": task.rule.method,
         "kernel": kernels.choose(task.format, site.shape).name,
         "shape": list(site.shape),
         "experts": site.experts,
-        "nbytes": packed.nbytes,
-        "bits_per_weight": packed.bits_per_weight,
-        "relative_error": relative_error(task, decoded),
+        "nbytes": packed.nbytes + rewrite.nbytes,
+        "bits_per_weight": 8 * (packed.nbytes + rewrite.nbytes) / task.weight.numel(),
+        "relative_error": relative_error(task, rewrite.unweight(decoded)),
         "tokens": min(facts.tokens for facts in task.facts),
         "decoded_sha256": digest(decoded),
-        "note": _note(starved, site, method.name),
+        "note": _note(starved, task),
         "seconds": round(time.monotonic() - began, 3),
     }
-    return Solved(packed, record)
+    return Solved(packed, record, rewrite)
 
 
-def digest(decoded: Tensor) -> str:
-    """SHA-256 of float32 values, so that a file can be checked to decode to exactly what was solved."""
-    return hashlib.sha256(decoded.contiguous().numpy().tobytes()).hexdigest()
+def transformed(task: Task) -> tuple[Chain, Tensor, list[Facts]]:
+    """The rule's rewrites, fitted one after the other, and the weight and facts for what comes out of them.
+
+    Facts of rewritten inputs are worked out only where something still asks for them. (Fused experts have no
+    transforms: the plan refuses them.)
+    """
+    rows = [transforms.named(step.name) for step in task.rule.transforms]
+    weight, known, steps = task.weight, task.facts, []
+    asking = [row.needs for row in rows[1:]] + [methods.named(task.rule.method).needs]
+    for i, row in enumerate(rows):
+        step = row(weight, known[0], task.seed ^ i, **task.rule.transforms[i].options)
+        steps.append(step)
+        weight = step.weight(weight)
+        if any(need != "nothing" for need in asking[i:]) and known[0].tokens:
+            known = [step.facts(known[0])]
+    return Chain(tuple(steps)), weight, known
 
 
-def relative_error(task: Task, decoded: Tensor) -> float:
-    """|X (W - W')^T| / |X W^T| over the tokens seen; over the weights themselves where no token was seen."""
+def digest(values: Tensor) -> str:
+    """SHA-256 of the bytes of ``values``, so that a file can be checked to hold exactly what was solved."""
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
+
+
+def relative_error(task: Task, effective: Tensor) -> float:
+    """|X (W - W')^T| / |X W^T| over the tokens seen; over the weights themselves where no token was seen.
+
+    W' is ``effective``: what stands for the weight on inputs as they are before any rewrite.
+    """
     error = signal = 0.0
-    pairs = zip(task.weight.split(task.site.shape[0]), decoded.split(task.site.shape[0]), task.seen, strict=True)
+    pairs = zip(task.weight.split(task.site.shape[0]), effective.split(task.site.shape[0]), task.seen, strict=True)
     for weight, quantized, x in pairs:
         delta = weight - quantized
         if len(x):
@@ -137,11 +176,15 @@ def spread(qtensor: QTensor, reference: Tensor) -> Tensor:
     return reference.abs().double() + 2 * wide.double()
 
 
-def _note(starved: list[int], site: Site, method: str) -> str:
+def _note(starved: list[int], task: Task) -> str:
+    site, method = task.site, task.rule.method
+    if site.experts == 1 and not task.facts[0].tokens:
+        idle = [row.name for step in task.rule.transforms if (row := transforms.named(step.name)).needs != "nothing"]
+        parts = [f"{name} left the inputs as they are" for name in idle]
+        parts += [f"rounded to nearest instead of {method}"] if starved else []
+        return f"no calibration token reached it: {', '.join(parts)}" if parts else ""
     if not starved:
         return ""
-    if site.experts == 1:
-        return f"no calibration token reached it: rounded to nearest instead of {method}"
     shown = ", ".join(str(expert) for expert in starved[:8]) + (", ..." if len(starved) > 8 else "")
     who = f"{len(starved)} of {site.experts} experts saw no calibration token ({shown})"
     return f"{who}: rounded to nearest instead of {method}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from fewbit import formats
 from fewbit.containers.safetensors import write_safetensors
 from fewbit.core.facts import Facts
+from fewbit.core.transform import seed_of
 from fewbit.model.sites import Site, in_block
 from fewbit.model.stream import StreamedModel
 from fewbit.run.collect import collect, observe_probe, probe_through
@@ -20,7 +21,7 @@ from fewbit.run.events import Event
 from fewbit.run.rewriting import as_run
 from fewbit.run.solve import Solved, Task, check_outputs, solve
 from fewbit.run.state import Run, peak_rss
-from fewbit.run.verify import read_back
+from fewbit.run.verify import read_back, read_rewrite
 
 
 def run_stages(run: Run) -> None:
@@ -138,7 +139,7 @@ def tail_stage(run: Run) -> dict[str, Any]:
 
 
 def _propagate(model: StreamedModel, item: Solved | None, name: str = "") -> None:
-    """Let the model go on with the decoded weights of ``item``."""
+    """Let the model go on with the decoded weights of ``item``; :func:`as_run` gives it the inputs they are for."""
     if item is not None:
         site = name or item.record["name"]
         model.set_weight(site, item.qtensor.dequantize().reshape(model.weight(site).shape))
@@ -148,7 +149,10 @@ def _embedding(run: Run, name: str) -> Solved | None:
     """The embedding as solved in stage 0, read back, which a tied head runs on; None where it stays in float."""
     stage = run.journal.stages[0]
     found = [record for record in stage["layers"] if record["name"] == name]
-    return Solved(read_back(run.folder / stage["file"], found[0]), found[0]) if found else None
+    if not found:
+        return None
+    path = run.folder / stage["file"]
+    return Solved(read_back(path, found[0]), found[0], read_rewrite(path, found[0]))
 
 
 def _task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[str, list[Tensor]]) -> Task | None:
@@ -165,6 +169,7 @@ def _task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[str, l
         run.model.weight(site.name).float().reshape(-1, site.shape[1]),
         facts.get(site.name, nothing),
         seen.get(site.name, unseen),
+        seed_of(run.seed, site.name),
     )
 
 
@@ -189,21 +194,18 @@ def _solve_all(run: Run, tasks: list[Task]) -> list[Solved]:
 
 def _write(run: Run, stage: int, sites: list[Site], solved: list[Solved], tasks: list[Task]) -> dict[str, Any]:
     """Write the stage's shard and check it: read back from disk, decode, run the kernel, compare."""
-    tensors = {
-        f"{item.record['name']}.weight_{array}": tensor
-        for item in solved
-        for array, tensor in {"packed": item.qtensor.packed, **item.qtensor.params}.items()
-    }
+    tensors = {f"{item.record['name']}.{key}": tensor for item in solved for key, tensor in item.arrays().items()}
     tensors |= _kept(run, stage, sites)
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))  # keeps all aligned
     path = run.folder / run.shard(stage)
     sha256 = write_safetensors(path, tensors, {"format": "pt"})
     seen = {task.site.name: task for task in tasks}
     for item in solved:
-        again = read_back(path, item.record)
+        again, rewrite = read_back(path, item.record), read_rewrite(path, item.record)
         task = seen.get(item.record["name"])
         if task is not None and task.site.experts == 1 and len(task.seen[0]):
-            check_outputs(again, item.qtensor.dequantize(), task.seen[0][:8], item.record["name"])
+            x = rewrite.apply(task.seen[0][:8])
+            check_outputs(again, item.qtensor.dequantize(), x, item.record["name"])
     return {
         "stage": stage,
         "file": path.name,

@@ -23,7 +23,8 @@ from fewbit.run.workers import Workers
 
 @dataclass
 class Run:
-    """Everything a stage needs. ``probe`` (windows, tokens) is held-out text that the run checks itself on."""
+    """Everything a stage needs. ``probe`` (windows, tokens) is held-out text that the run checks itself on; ``seed``
+    is what anything random is drawn from."""
 
     model: StreamedModel
     plan: Plan
@@ -35,6 +36,7 @@ class Run:
     workers: Workers
     progress: Progress
     calibration_dtype: torch.dtype
+    seed: int
     began: float = field(default_factory=time.monotonic)
     calls: dict[str, Inputs] = field(default_factory=dict)
 

@@ -13,8 +13,9 @@ from fewbit import formats, layouts
 from fewbit.containers import manifest as M
 from fewbit.containers.files import member, read_json
 from fewbit.containers.safetensors import open_safetensors
+from fewbit.core import rewrite as R
 from fewbit.core.qtensor import QTensor, storage
-from fewbit.errors import VerificationError
+from fewbit.errors import InputError, VerificationError
 from fewbit.run.solve import digest
 
 INDEX = "model.safetensors.index.json"
@@ -30,23 +31,53 @@ def read_back(path: Path, record: dict[str, Any]) -> QTensor:
     name, format = record["name"], formats.parse(record["format"])
     shape = (record["shape"][0] * record["experts"], record["shape"][1])
     layout = layouts.named(record["layout"])
-    arrays = {}
-    file = open_safetensors(path)
-    for array, (dtype, size) in storage(format, layout, shape).items():
-        key = f"{name}.weight_{array}"
-        if key not in file.entries:
-            raise VerificationError(f"reading {path.name} again", f"{key} is missing")
-        tensor = file.get(key)
-        if tensor.dtype != dtype or tuple(tensor.shape) != size:
-            raise VerificationError(f"{key} must be {dtype} {size}", f"it is {tensor.dtype} {tuple(tensor.shape)}")
-        _finite(key, tensor)
-        arrays[array] = tensor
+    arrays = _arrays(path, f"{name}.weight_", storage(format, layout, shape))
     qtensor = QTensor(format, layout, shape, arrays.pop("packed"), arrays)
     if digest(qtensor.dequantize()) != record["decoded_sha256"]:
         raise VerificationError(
             f"layer {name} in {path.name}", "it decodes to other values than those that were solved"
         )
     return qtensor
+
+
+def read_rewrite(path: Path, record: dict[str, Any]) -> R.Chain:
+    """What the layer of ``record`` does to its inputs, as ``path`` holds it.
+
+    Raises:
+        VerificationError: arrays are missing, of another shape or dtype, not finite, or not those that were fitted.
+    """
+    if not record["rewrites"]:
+        return R.Chain()
+    kinds, columns = _kinds(record), record["shape"][1]
+    arrays = _arrays(path, f"{record['name']}.input_", R.storage(kinds, columns))
+    for position, step in enumerate(record["rewrites"]):
+        for array, expected in step["arrays"].items():
+            if digest(arrays[f"{position}_{array}"]) != expected:
+                key = f"{record['name']}.input_{position}_{array}"
+                raise VerificationError(f"{key} in {path.name}", "it holds other values than those that were fitted")
+    try:
+        return R.restore(kinds, columns, arrays)
+    except InputError as error:
+        raise VerificationError(f"inputs of {record['name']} in {path.name}: {error.asked}", error.found) from None
+
+
+def _kinds(record: dict[str, Any]) -> list[str]:
+    return [step["kind"] for step in record["rewrites"]]
+
+
+def _arrays(path: Path, stem: str, sizes: R.Sizes) -> dict[str, Tensor]:
+    """The arrays of ``sizes``, each called ``stem`` and its own name in ``path``; see above for what is refused."""
+    found, file = {}, open_safetensors(path)
+    for array, (dtype, size) in sizes.items():
+        key = stem + array
+        if key not in file.entries:
+            raise VerificationError(f"reading {path.name} again", f"{key} is missing")
+        tensor = file.get(key)
+        if tensor.dtype != dtype or tuple(tensor.shape) != size:
+            raise VerificationError(f"{key} must be {dtype} {size}", f"it is {tensor.dtype} {tuple(tensor.shape)}")
+        _finite(key, tensor)
+        found[array] = tensor
+    return found
 
 
 def verify_folder(folder: Path, manifest: dict[str, Any]) -> None:
@@ -67,8 +98,11 @@ def verify_folder(folder: Path, manifest: dict[str, Any]) -> None:
         stem = f"{record['name']}.weight_"
         if f"{stem}packed" not in stored:
             raise VerificationError(f"layer {record['name']}", "no shard holds it")
-        read_back(folder / stored[f"{stem}packed"], record)
+        path = folder / stored[f"{stem}packed"]
+        read_back(path, record)
+        read_rewrite(path, record)
         accounted |= {key for key in stored if key.startswith(stem)}
+        accounted |= {f"{record['name']}.input_{array}" for array in R.storage(_kinds(record), record["shape"][1])}
     for key in stored.keys() - accounted:
         _finite(key, files[stored[key]].get(key))
     listed = {entry["name"] for entry in manifest["skipped"] if not entry.get("tied_to")}

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transform: which function-preserving rewrite to do first. One paper, one file; a transform never names a format."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fewbit.core.facts import Facts, Need
+from fewbit.core.rewrite import STEPS, Rotation, Scale
+from fewbit.errors import SpecError
+
+
+def _takes_all(columns: int) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One row of the transform table.
+
+    * ``fit(weight, facts, seed, **options)``: a rewrite for one layer, from its float32 weight (rows, columns), the
+      facts of its inputs, and a seed of its own (see :func:`seed_of`).
+    * ``makes``: kind of the rewrite, so that its bytes are known before it is fitted.
+    * ``needs``: "nothing" (data-free) or "largest" (max|x| of every input).
+    * ``options``: names and defaults; ``limits``: smallest and largest value of each.
+    * ``refuse(columns)``: None, or the reason why inputs of that width cannot be rewritten.
+    """
+
+    name: str
+    fit: Callable[..., Scale | Rotation]
+    makes: Literal["scale", "rotation"]
+    needs: Need
+    options: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, tuple[float, float]] = field(default_factory=dict)
+    refuse: Callable[[int], str | None] = _takes_all
+    source: str = ""
+
+    def __call__(self, weight: Tensor, facts: Facts, seed: int, **options: Any) -> Scale | Rotation:
+        return self.fit(weight, facts, seed, **{**self.options, **options})
+
+    @property
+    def mixes(self) -> bool:
+        """Whether columns are mixed: then E[x^2] after it needs E[x x^T] before it, and max|x| is lost."""
+        return STEPS[self.makes].mixes
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that do not exist or are out of range.
+
+        Raises:
+            SpecError: with what would work.
+        """
+        for name, value in options.items():
+            if name not in self.options:
+                works = f"its options are {', '.join(self.options)}" if self.options else "it has no options"
+                raise SpecError(f"option {name!r} of transform {self.name}", "no such option", works)
+            low, high = self.limits[name]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                works = f"a number from {low:g} to {high:g}, e.g. {self.options[name]:g}"
+                raise SpecError(f"option {name} = {value!r} of transform {self.name}", "out of range", works)
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of the layer ``name`` in a run with ``seed``: 64 bits of a hash, so layers are independent."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little")

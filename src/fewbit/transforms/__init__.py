@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transforms: which function-preserving rewrite to do first. One literal table."""
+
+from __future__ import annotations
+
+from fewbit.core.transform import Transform, seed_of
+from fewbit.errors import SpecError
+from fewbit.transforms.rotate import refuse, rotate
+from fewbit.transforms.smooth import smooth
+
+__all__ = ["TRANSFORMS", "named", "rotate", "seed_of", "smooth"]
+
+TRANSFORMS: tuple[Transform, ...] = (
+    Transform(
+        "smooth",
+        smooth,
+        makes="scale",
+        needs="largest",
+        options={"alpha": 0.5},
+        limits={"alpha": (0.0, 1.0)},
+        source="Xiao et al. 2022, arXiv:2211.10438",
+    ),
+    Transform(
+        "rotate",
+        rotate,
+        makes="rotation",
+        needs="nothing",
+        refuse=refuse,
+        source="Ashkboos et al. 2024, arXiv:2404.00456",
+    ),
+)
+
+
+def named(name: str) -> Transform:
+    """The transform called ``name``.
+
+    Raises:
+        SpecError: there is none; the message lists those that exist.
+    """
+    for transform in TRANSFORMS:
+        if transform.name == name:
+            return transform
+    raise SpecError(
+        f"transform {name!r}", "no such transform", f"transforms are {', '.join(t.name for t in TRANSFORMS)}"
+    )

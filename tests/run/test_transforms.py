@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transforms in a run: exact bytes, the same bytes, seeded faults, and refusals before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import fewbit
+from fewbit.core.facts import Facts
+from fewbit.errors import QualityError, ResumeError, SpecError, UnsupportedError, VerificationError
+from fewbit.model.sites import Site
+from fewbit.recipe import Recipe, Rule, Step
+from fewbit.run import stages
+from fewbit.run.events import Event
+from fewbit.run.solve import Task, solve
+
+Short = Callable[..., Any]
+Hashes = Callable[[Path], dict[str, str]]
+BOTH = ["smooth", "rotate"]
+
+
+def stored(out: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in sorted(out.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("transforms", [["smooth"], ["rotate"], BOTH])
+def test_law_5_plan_manifest_and_files_agree_on_every_byte(
+    short: Short, tiny: Path, tmp_path: Path, transforms: list[str]
+) -> None:
+    plan = fewbit.plan(tiny, "int4/g32/asym", transforms=transforms)
+    manifest = short(tmp_path / "out", method="rtn", transforms=transforms).manifest
+    arrays = stored(tmp_path / "out")
+    planned = {d.site.name: d for d in plan.decisions if d.rule}
+    for layer in manifest["layers"]:
+        own = {n: t for n, t in arrays.items() if n.startswith((f"{layer['name']}.weight_", f"{layer['name']}.input_"))}
+        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
+        assert nbytes == layer["nbytes"] == planned[layer["name"]].nbytes
+        assert layer["bits_per_weight"] == 8 * nbytes / (layer["shape"][0] * layer["shape"][1])
+        inputs = len([name for name in own if ".input_" in name])
+        assert inputs == (len(transforms) if layer["kind"] == "linear" else 0) == len(layer["rewrites"])
+        assert layer["transforms"] == (transforms if layer["kind"] == "linear" else [])
+    assert plan.bits_per_weight == manifest["bits_per_weight"]
+    entry = next(entry for entry in plan.to_json()["layers"] if entry["name"].endswith("0.mlp.up_proj"))
+    assert entry["transforms"] == transforms
+
+
+@pytest.mark.parametrize("method", ["rtn", "clip", "gptq"])
+def test_same_bytes_at_any_thread_count(short: Short, hashes: Hashes, tmp_path: Path, method: str) -> None:
+    for threads in (1, 3):
+        short(tmp_path / str(threads), method=method, threads=threads, transforms=BOTH)
+    assert hashes(tmp_path / "1") == hashes(tmp_path / "3")
+
+
+class Stop(Exception):
+    pass
+
+
+def test_stopped_after_every_stage_and_continued(short: Short, hashes: Hashes, tmp_path: Path) -> None:
+    whole = {"format": "W8A8", "method": "rtn", "transforms": BOTH}
+    short(tmp_path / "whole", **whole)
+    stops = 0
+
+    def interrupt(event: Event) -> None:
+        if event.kind == "block" or event.name.endswith("v_proj"):
+            raise Stop
+
+    while not (tmp_path / "out").exists():
+        try:
+            short(tmp_path / "out", progress=interrupt if stops < 4 else None, **whole)
+        except Stop:
+            stops += 1
+    assert stops == 4
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_other_transforms_are_another_run(short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbit.run import ending
+
+    monkeypatch.setattr(ending, "MOST_KL", -1.0)  # leaves a finished journal behind
+    with pytest.raises(QualityError):
+        short(tmp_path / "out", method="rtn", transforms=["rotate"])
+    with pytest.raises(ResumeError, match="recipe was"):
+        short(tmp_path / "out", method="rtn")
+
+
+def test_signs_follow_the_seed_of_the_run_and_the_name_of_the_layer(short: Short, tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    one, again, other = (
+        {
+            name: tensor.tolist()
+            for name, tensor in stored(
+                short(tmp_path / name, method="rtn", transforms=["rotate"], seed=seed).path
+            ).items()
+            if name.endswith(".input_0_signs")
+        }
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert one == again and all(one[name] != other[name] for name in one)
+    assert len({tuple(signs) for signs in one.values()}) == len(one) == 14
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_transform_decides_whether_text_is_needed(short: Short, tmp_path: Path) -> None:
+    assert short(tmp_path / "rotate", method="rtn", transforms=["rotate"]).manifest["calibration"] is None
+    manifest = short(tmp_path / "smooth", method="rtn", transforms=["smooth"]).manifest
+    assert manifest["calibration"]["tokens"] == 8 * 64
+    assert {layer["tokens"] for layer in manifest["layers"] if layer["kind"] == "linear"} == {8 * 64}
+
+
+def permuted(x: Tensor) -> Tensor:
+    return x.flip(0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [
+        (permuted, "other values than those that were fitted"),
+        (lambda x: x.float(), "it is torch.float32"),
+        (lambda x: x[:-1].contiguous(), "it is torch"),
+        (None, r"input_\d_.* is missing"),
+    ],
+    ids=["permuted", "wider", "shorter", "dropped"],
+)
+@pytest.mark.parametrize("array", ["input_0_scale", "input_1_signs"])
+def test_a_faulty_array_is_caught_when_it_is_read_back(
+    short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array: str, fault: Any, match: str
+) -> None:
+    good = stages.write_safetensors
+
+    def bad(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+        hit = {key: value for key, value in tensors.items() if key.endswith(f"down_proj.{array}")}
+        rest = {key: value for key, value in tensors.items() if key not in hit}
+        return good(path, rest if fault is None else {**rest, **{k: fault(v) for k, v in hit.items()}}, metadata)
+
+    monkeypatch.setattr(stages, "write_safetensors", bad)
+    with pytest.raises(VerificationError, match=match):
+        short(tmp_path / "out", method="rtn", transforms=BOTH)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("value", "match"), [(float("nan"), "NaN or Inf"), (0.0, "other values")])
+def test_a_scale_that_is_no_number_or_zero(
+    short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, match: str
+) -> None:
+    good = stages.write_safetensors
+
+    def bad(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+        return good(
+            path,
+            {k: v.index_fill(0, torch.tensor(1), value) if k.endswith("_scale") and ".input_" in k else v
+             for k, v in tensors.items()},
+            metadata,
+        )  # fmt: skip
+
+    monkeypatch.setattr(stages, "write_safetensors", bad)
+    with pytest.raises(VerificationError, match=match):
+        short(tmp_path / "out", method="rtn", transforms=["smooth"])
+
+
+def test_an_array_that_no_layer_names_is_found(short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = stages.write_safetensors
+
+    def bad(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+        more = {key.replace("0_signs", "1_signs"): value for key, value in tensors.items() if key.endswith("0_signs")}
+        return good(path, {**tensors, **more}, metadata)
+
+    monkeypatch.setattr(stages, "write_safetensors", bad)
+    with pytest.raises(VerificationError, match="1_signs"):
+        short(tmp_path / "out", method="rtn", transforms=["rotate"])
+
+
+def test_what_has_no_inputs_to_rewrite_is_refused_by_the_plan(
+    tiny: Path, tiny_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    steps = (Step("rotate"),)
+    for match, words in (
+        ("kind:embedding", "inputs of embedding are not rewritten"),
+        ("kind:head", "shares its matrix"),
+    ):
+        recipe = Recipe((Rule(match, "int8/g64", transforms=steps), *Recipe.simple("int4/g32").rules))
+        with pytest.raises(UnsupportedError, match=words):
+            fewbit.plan(tiny, recipe)
+    mixture = tiny_family("mixtral")
+    with pytest.raises(UnsupportedError, match=r"rotate for .*experts.*inputs of experts are not rewritten"):
+        fewbit.plan(mixture, "int4/g16", transforms=["rotate"])
+    head = Recipe((Rule("kind:head", "int8/g64", transforms=(Step("smooth"),)), *Recipe.simple("int4/g16").rules))
+    with pytest.raises(UnsupportedError, match="smooth for lm_head; calibration ends before the head"):
+        fewbit.plan(mixture, head)
+    with pytest.raises(SpecError, match="a recipe names its own"):
+        fewbit.plan(tiny, Recipe.simple("int4/g32"), transforms=["rotate"])
+
+
+def test_a_head_of_its_own_can_be_rotated(tiny_family: Callable[[str], Path], tmp_path: Path) -> None:
+    rule = Rule("kind:head", "int8/g32", activation="int8/channel/sym", transforms=(Step("rotate"),))
+    model = tiny_family("llama")
+    result = fewbit.quantize(model, Recipe((rule, *Recipe.simple("int8/g16").rules)), out=tmp_path / "out")
+    head = next(layer for layer in result.manifest["layers"] if layer["kind"] == "head")
+    assert [rewrite["kind"] for rewrite in head["rewrites"]] == ["rotation"]
+    assert result.manifest["check"]["kl_mean"] < 1e-3
+
+
+def test_a_layer_that_no_token_reached_is_named() -> None:
+    site = Site("up", "linear", "up.weight", (4, 32), 1, 0, None)
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    rule = Rule("*", "int8/g32", "gptq", transforms=(Step("smooth"), Step("rotate")))
+    format = fewbit.formats.parse("int8/g32")
+    done = solve(Task(site, rule, format, weight, [Facts.none(32, gram=True)], [torch.zeros(0, 32)], 5))
+    expected = "no calibration token reached it: smooth left the inputs as they are, rounded to nearest instead of gptq"
+    assert done.record["note"] == expected
+    assert bool(done.rewrite.arrays["0_scale"].eq(1).all())
+    assert done.record["relative_error"] < 0.01, "it is that of the effective weight"
+
+
+def test_the_error_of_a_layer_is_at_its_output_on_inputs_as_they_are() -> None:
+    site = Site("up", "linear", "up.weight", (6, 32), 1, 0, None)
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(6, 32, generator=generator), torch.randn(99, 32, generator=generator)
+    rule = Rule("*", "int4/g32", "gptq", transforms=(Step("smooth"), Step("rotate")))
+    format = fewbit.formats.parse("int4/g32")
+    done = solve(Task(site, rule, format, weight, [Facts.of(x, gram=True)], [x], 5))
+    y, kept = x.double() @ weight.double().T, done.rewrite.apply(x).double() @ done.qtensor.dequantize().double().T
+    assert abs(done.record["relative_error"] - float((y - kept).norm() / y.norm())) < 1e-6
+
+
+def test_the_check_of_a_run_is_what_the_loaded_model_does(short: Short, tmp_path: Path) -> None:
+    """The run propagates what will run: inputs rewritten, then rounded, then multiplied."""
+    from transformers import AutoTokenizer
+
+    from fewbit import calibrate
+
+    result = short(tmp_path / "out", "W8A8", "rtn", transforms=BOTH)
+    probe = calibrate.probe(AutoTokenizer.from_pretrained(tmp_path / "out"), 8, 256)
+    with torch.no_grad():
+        logits = fewbit.load(tmp_path / "out")(probe).logits[:, :-1].double().log_softmax(-1)
+    loss = -logits.gather(-1, probe[:, 1:].unsqueeze(-1)).mean()
+    assert abs(float(loss.exp()) / result.manifest["check"]["perplexity"] - 1) < 1e-4
