@@ -52,9 +52,7 @@ class Facts:
     @staticmethod
     def of(x: Tensor, gram: bool = False) -> Facts:
         """From inputs of shape (..., columns)."""
-        accumulator = Accumulator(x.shape[-1], gram)
-        accumulator.add(x)
-        return accumulator.facts()
+        return Accumulator.of(x, gram).facts()
 
     def merge(self, other: Facts) -> Facts:
         """Facts of both streams together.
@@ -136,6 +134,29 @@ class Accumulator:
             for first in range(0, self.columns, TILE):
                 last = min(first + TILE, self.columns)
                 self._upper[first:last, first:].addmm_(x[:, first:last].T, x[:, first:])
+
+    @staticmethod
+    def of(x: Tensor, gram: bool = False) -> Accumulator:
+        """One that has seen ``x`` (..., columns)."""
+        accumulator = Accumulator(x.shape[-1], gram)
+        accumulator.add(x)
+        return accumulator
+
+    def join(self, other: Accumulator) -> Accumulator:
+        """Add what ``other`` has seen, in place: bit for bit what :meth:`Facts.merge` of both makes."""
+        if self.columns != other.columns or (self._upper is None) != (other._upper is None):
+            raise InputError(
+                f"facts of {self.columns} columns joined with facts of {other.columns}",
+                "they describe different layers",
+                "join facts of one layer only",
+            )
+        self.tokens += other.tokens
+        self._total += other._total
+        self._total_square += other._total_square
+        self._largest = torch.maximum(self._largest, other._largest)
+        if self._upper is not None and other._upper is not None:
+            self._upper += other._upper
+        return self
 
     def facts(self) -> Facts:
         """What was seen so far; later :meth:`add` calls do not change it."""

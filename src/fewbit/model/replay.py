@@ -15,7 +15,7 @@ from fewbit.model.order import Closing, Order, find_order
 from fewbit.model.stream import Inputs, StreamedModel, with_replaced
 
 Step = Callable[[Tensor, Inputs, Mapping[str, Tensor]], Tensor]
-"""``step(hidden, inputs, outputs)``: ``outputs`` are those of the closed modules, by path, as :func:`output` gives them."""
+"""``step(hidden, inputs, outputs)``: ``outputs`` are the closed modules' by path, as :func:`output` gives them."""
 
 
 class Reached(Exception):

@@ -77,7 +77,9 @@ class HiddenFile:
         os.replace(self._partial, self.path)
 
     def close(self) -> None:
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
 
 
 def _bytes(values: Tensor) -> memoryview:
