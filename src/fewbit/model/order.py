@@ -12,8 +12,8 @@ All of this is found by watching one small sample pass through the block, not by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,15 +59,29 @@ class Closing:
 
 @dataclass(frozen=True)
 class Order:
-    """``groups`` of sites in order; ``closings`` by group. Every site multiplies each token exactly once."""
+    """``groups`` of sites in order; ``closings`` by group. Every site multiplies each token exactly once.
+
+    ``feeders``: modules without sites (norms) and the modules that take their output; once all of those are closed,
+    nobody needs it.
+    """
 
     groups: tuple[tuple[str, ...], ...]
     closings: tuple[Closing, ...]
+    feeders: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def closed(self, group: int) -> list[Closing]:
         """What is closed while the inputs of ``group`` are made, the outermost of nested ones."""
         known = [closing for closing in self.closings if closing.group < group]
         return [one for one in known if not any(other is not one and inside(one, other) for other in known)]
+
+    def idle(self, group: int) -> list[str]:
+        """Modules whose output nobody needs while the inputs of ``group`` are made."""
+        closed = self.closed(group)
+        return [
+            module
+            for module, takers in self.feeders
+            if all(_covered(taker, closed) for taker in takers) and not _covered(module, closed)
+        ]
 
 
 def inside(one: Closing, other: Closing) -> bool:
@@ -83,6 +97,7 @@ class _Watch:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
+    taken: dict[str, list[Tensor]] = field(default_factory=dict)
     odd: str = ""
 
 
@@ -106,7 +121,8 @@ def find_order(
         )
         for site in sites
     ]
-    handles += [module.register_forward_hook(_leaving(f"{name}.{path}", watch)) for path, module in _below(block)]
+    for path, module in _below(block):
+        handles.append(module.register_forward_hook(_leaving(f"{name}.{path}", watch), with_kwargs=True))
     try:
         result = model.run_block(index, hidden, inputs)
     finally:
@@ -138,8 +154,9 @@ def _entering(site: Site, watch: _Watch) -> Callable[..., None]:
 
 
 def _leaving(path: str, watch: _Watch) -> Callable[..., None]:
-    def note(module: nn.Module, arguments: Any, output: Any) -> None:
+    def note(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         watch.outputs[path] = output
+        watch.taken[path] = [value for value in (*arguments, *named.values()) if isinstance(value, Tensor)]
 
     return note
 
@@ -175,7 +192,21 @@ def _plan(watch: _Watch, groups: tuple[tuple[str, ...], ...], hidden: Tensor) ->
         else:
             uncovered = next(name for name in watch.calls if name in ran and not _covered(name, closed))
             return f"{uncovered} would have to run again for the layers after {groups[number][-1]}"
-    return order
+    return replace(order, feeders=tuple(_feeders(watch)))
+
+
+def _feeders(watch: _Watch) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Modules without sites whose output, shaped as their first input, other modules take."""
+    for path, output in watch.outputs.items():
+        if any(under(name, path) or under(path, name) for name in watch.calls) or not watch.taken[path]:
+            continue
+        takers = [
+            other
+            for other, taken in watch.taken.items()
+            if any(value is output for value in taken) and not under(other, path) and not under(path, other)
+        ]
+        if isinstance(output, Tensor) and output.shape == watch.taken[path][0].shape and takers:
+            yield path, tuple(takers)
 
 
 def _covered(name: str, closed: Sequence[Closing]) -> bool:

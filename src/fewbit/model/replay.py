@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,13 @@ class _Stored(nn.Module):
         return (output, *[None] * (self._closing.entries - 1)) if self._closing.entries else output
 
 
+class _Idle(nn.Module):
+    """Stands for a module whose output nobody needs."""
+
+    def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        return x
+
+
 @contextmanager
 def replaying(model: StreamedModel, index: int, order: Order, group: int) -> Iterator[Step]:
     """A function that runs block ``index`` up to the inputs of ``group``, which it returns as the layer would get them;
@@ -47,6 +55,7 @@ def replaying(model: StreamedModel, index: int, order: Order, group: int) -> Ite
     stored: dict[str, nn.Module] = {
         closing.module[len(name) + 1 :]: _Stored(local, closing) for closing in order.closed(group)
     }
+    stored |= {module[len(name) + 1 :]: _Idle() for module in order.idle(group)}
     twin = with_replaced(model.module.get_submodule(name), stored)
     handles = []
     if group < len(order.groups):
@@ -88,6 +97,17 @@ def checked_order(model: StreamedModel, index: int, hidden: Tensor, inputs: Inpu
     order, direct = find_order(model, index, hidden, inputs)
     if isinstance(order, str):
         return order
+    reason = _difference(model, index, order, hidden, inputs, direct)
+    if reason and order.feeders:  # something beside other modules may have used what they gave
+        order = replace(order, feeders=())
+        reason = _difference(model, index, order, hidden, inputs, direct)
+    return reason or order
+
+
+def _difference(
+    model: StreamedModel, index: int, order: Order, hidden: Tensor, inputs: Inputs, direct: Mapping[str, Tensor]
+) -> str:
+    """In what a replay of the sample differs from its direct run; empty when in nothing."""
     outputs: dict[str, Tensor] = {}
     for group in range(len(order.groups) + 1):
         for closing in order.closings:
@@ -102,7 +122,7 @@ def checked_order(model: StreamedModel, index: int, hidden: Tensor, inputs: Inpu
             return f"it does not run with stored outputs ({error})"
         if not _same(again, direct[at]):
             return f"a replay changes {f'the inputs of {at}' if at else 'its output'}"
-    return order
+    return ""
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

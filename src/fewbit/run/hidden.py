@@ -73,8 +73,10 @@ class HiddenFile:
             ) from None
 
     def commit(self) -> None:
+        """Make what was written durable, give the file its name, and close it."""
         os.fsync(self._file)
         os.replace(self._partial, self.path)
+        self.close()
 
     def close(self) -> None:
         if self._file >= 0:

@@ -30,37 +30,37 @@ BY_GROUP = "group by group"
 
 def quantize_block(
     run: Run, stage: int, index: int, sample: Tensor, seen: dict[str, list[Tensor]]
-) -> tuple[list[Solved], str]:
-    """Solve every site of the loaded block ``index``, put the decoded weights in place, and write the calibration's
-    activations after ``stage``. Returns what was solved, in the model's order, and how the calibration ran.
+) -> tuple[list[Solved], str, HiddenFile | None]:
+    """Solve every site of the loaded block ``index`` and put the decoded weights in place.
 
-    ``sample`` (1, tokens, width) is a window of the probe; ``seen`` what the sites see of it.
+    ``sample`` (1, tokens, width) is a window of the probe; ``seen`` what the sites see of it. Returns what was solved,
+    in the model's order, how the calibration ran, and its activations after ``stage``, to be committed.
     """
     sites = block_sites(run, index)
     if run.calibration is None or not set(needs(run, index).values()) - {"nothing"}:
         solved = solve_sites(run, sites, {}, seen)
-        if run.calibration is not None:
-            pass_on(run, stage, index, solved)
-        return solved, "no data"
+        return solved, "no data", None if run.calibration is None else pass_on(run, stage, index, solved)
     with run.arithmetic():
         order = checked_order(run.model, index, sample, run.inputs("probe"))
     if isinstance(order, Order):
-        return sorted(by_group(run, stage, index, order, seen), key=_place(run)), BY_GROUP
+        solved, after = by_group(run, stage, index, order, seen)
+        return sorted(solved, key=_place(run)), BY_GROUP, after
     before = run.journal.stages[-1].get("order", BY_GROUP)
     if before == BY_GROUP:
         run.progress(Event("note", message=f"{run.model.blocks[index]} runs as a whole, twice: {order}"))
     solved = solve_sites(run, sites, collect(run, stage, index), seen)
-    pass_on(run, stage, index, solved)
-    return solved, f"as a whole, twice: {order}"
+    return solved, f"as a whole, twice: {order}", pass_on(run, stage, index, solved)
 
 
-def pass_on(run: Run, stage: int, index: int, solved: list[Solved]) -> None:
+def pass_on(run: Run, stage: int, index: int, solved: list[Solved]) -> HiddenFile:
     """Take the calibration through the quantized block ``index``."""
     with Passes(run, stage, index, Order((), ())) as passes, as_run(run.model, solved):
-        passes.finish()
+        return passes.finish()
 
 
-def by_group(run: Run, stage: int, index: int, order: Order, seen: dict[str, list[Tensor]]) -> list[Solved]:
+def by_group(
+    run: Run, stage: int, index: int, order: Order, seen: dict[str, list[Tensor]]
+) -> tuple[list[Solved], HiddenFile]:
     """The block group by group, each with the facts of what the quantized groups before it make."""
     asked, solved = needs(run, index), list[Solved]()
     by_name = {site.name: site for site in block_sites(run, index)}
@@ -75,8 +75,7 @@ def by_group(run: Run, stage: int, index: int, order: Order, seen: dict[str, lis
                 facts = {name: [total if asked.get(name) == "gram" else bare] for name in names}
             solved += solve_sites(run, [by_name[name] for name in names], facts, seen)
         with as_run(run.model, solved):
-            passes.finish()
-    return solved
+            return solved, passes.finish()
 
 
 class Passes:
@@ -121,8 +120,8 @@ class Passes:
             self._inputs[closing.module] = keep
         return None if total is None else total.facts()
 
-    def finish(self) -> None:
-        """Write what the block makes of the calibration, all its groups being solved."""
+    def finish(self) -> HiddenFile:
+        """What the block makes of the calibration, all its groups being solved; to be committed."""
         run, shared, last = self._run, self._run.inputs("calibration"), len(self._order.groups)
         target = run.hidden(self._stage, "calibration", create=True)
 
@@ -133,14 +132,15 @@ class Passes:
         with replaying(run.model, self._index, self._order, last) as step:
             for _ in run.workers.map(one, range(len(run.batches()))):
                 pass
-        target.commit()
-        target.close()
+        return target
 
     def _prepare(self, group: int) -> None:
-        """Room for the outputs that a pass makes for the first time."""
+        """Room for the outputs that a pass makes for the first time: in place of the inputs, where they are as wide."""
         for closing in self._order.closed(group):
-            if closing.module in self._inputs:
-                self._outputs[closing.module] = self._run.scratch(f"outputs-{closing.group}", closing.outputs.width)
+            if (inputs := self._inputs.get(closing.module)) is not None:
+                width = closing.outputs.width
+                same = closing.inputs.width == width
+                self._outputs[closing.module] = inputs if same else self._run.scratch(f"outputs-{closing.group}", width)
 
     def _made(self, group: int, batch: int) -> dict[str, Tensor]:
         """Outputs of the closed modules for a batch: those of modules just closed from their last layer's inputs."""
@@ -158,7 +158,8 @@ class Passes:
     def _settle(self) -> None:
         """Drop the inputs of modules whose outputs are stored now."""
         for module in self._outputs.keys() & self._inputs.keys():
-            self._inputs.pop(module).close()
+            if (inputs := self._inputs.pop(module)) is not self._outputs[module]:
+                inputs.close()
 
 
 def _place(run: Run) -> Callable[[Solved], int]:

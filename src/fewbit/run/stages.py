@@ -11,7 +11,7 @@ from torch import Tensor
 from fewbit.containers.safetensors import write_safetensors
 from fewbit.model.sites import Site
 from fewbit.run.collect import observe_probe, probe_through
-from fewbit.run.compare import compare_logits
+from fewbit.run.compare import compare_logits, summary
 from fewbit.run.events import Event
 from fewbit.run.rewriting import as_run
 from fewbit.run.sequential import quantize_block
@@ -80,13 +80,15 @@ def block_stage(run: Run, stage: int) -> dict[str, Any]:
     floating = probe_through(run, index, before.read(1))
     sample = before.read(0)[:1]
     seen = observe_probe(run, index, sample)
-    solved, order = quantize_block(run, stage, index, sample, seen)
+    solved, order, passed_on = quantize_block(run, stage, index, sample, seen)
+    flushed = run.workers.start(lambda: None if passed_on is None else passed_on.commit())
     record = _write(run, stage, sites, solved, seen)
     with as_run(model, solved):
         quantized = probe_through(run, index, before.read(0))
     before.close()
     _store(run, stage, [quantized, floating], "probe")
     model.free(name)
+    flushed.result()
     record["order"] = order
     record["drift"] = float((quantized - floating).norm() / floating.norm())
     return record
@@ -98,8 +100,7 @@ def tail_stage(run: Run) -> dict[str, Any]:
     for path in model.after:
         model.load(path)
     last = run.hidden(run.stages - 2, "probe")
-    reference = (model.logits(hidden).float() for hidden in last.read(1).split(1))
-    floating = [logits.half() for logits in reference]
+    floating = list(run.workers.map(lambda hidden: model.logits(hidden).half(), last.read(1).split(1)))
     sites = [site for site in model.sites if site.block is None and site.kind != "embedding"]
     solved = solve_sites(run, sites, {}, {})
     record = _write(run, run.stages - 1, sites, solved, {})
@@ -107,8 +108,9 @@ def tail_stage(run: Run) -> dict[str, Any]:
         if site.tied_to is not None:
             propagate(model, _embedding(run, site.tied_to), site.name)
     with as_run(model, solved):
-        ours = (model.logits(hidden).float() for hidden in last.read(0).split(1))
-        record["check"] = compare_logits(ours, floating, run.probe)
+        triples = zip(last.read(0).split(1), floating, run.probe, strict=True)
+        compared = run.workers.map(lambda one: compare_logits(model.logits(one[0]).float(), one[1], one[2]), triples)
+        record["check"] = summary(compared)
     last.close()
     return record
 
@@ -132,12 +134,17 @@ def _write(
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))  # keeps all aligned
     path = run.folder / run.shard(stage)
     sha256 = write_safetensors(path, tensors, {"format": "pt"})
-    for item in solved:
+
+    def check(item: Solved) -> None:
+        name = item.record["name"]
         again, rewrite = read_back(path, item.record), read_rewrite(path, item.record)
-        shown = seen.get(item.record["name"], [])
+        shown = seen.get(name, [])
         if len(shown) == 1 and len(shown[0]):
-            x = rewrite.apply(shown[0][:8])
-            check_outputs(again, item.qtensor.dequantize(), x, item.record["name"])
+            # The model holds what was solved: the block goes on with it.
+            check_outputs(again, run.model.weight(name), rewrite.apply(shown[0][:8]), name)
+
+    for _ in run.workers.map(check, solved):
+        pass
     return {
         "stage": stage,
         "file": path.name,
@@ -172,4 +179,3 @@ def _store(run: Run, stage: int, batches: Any, what: str) -> None:
     for index, hidden in enumerate(batches):
         file.write(index, hidden)
     file.commit()
-    file.close()
