@@ -83,8 +83,8 @@ def _arrays(path: Path, stem: str, sizes: R.Sizes) -> dict[str, Tensor]:
 def verify_folder(folder: Path, manifest: dict[str, Any]) -> None:
     """The finished folder: hashes, kept tensors finite, nothing missing or left over.
 
-    Layers are not decoded once more: each was, from the disk, when its shard was written, and the shard's bytes have the
-    hash that they had then.
+    Layers are not decoded once more: each was, from the disk, when its shard was written, and the shard's bytes still
+    have the hash of then.
 
     Raises:
         VerificationError, CorruptFileError: what is wrong, by name.
