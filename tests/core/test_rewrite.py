@@ -114,7 +114,7 @@ def test_gradients_pass_and_inference_mode_leaves_nothing_behind() -> None:
     chain = R.Chain((scale(64), R.Rotation.random(64, 9)))
     R._sylvester.cache_clear()
     with torch.inference_mode():
-        chain.apply(torch.ones(1, 64))
+        chain.apply(torch.ones(1, 64, dtype=torch.float64))
     x = normal(2, 64).requires_grad_()
     weights = normal(2, 64, seed=4)
     (chain.apply(x) * weights).sum().backward()

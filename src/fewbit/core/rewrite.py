@@ -34,8 +34,8 @@ from torch import Tensor
 from fewbit.core.facts import Facts
 from fewbit.errors import InputError
 
-RADIX = 64
-"""Largest Hadamard matrix that is multiplied with; longer blocks take one product for each factor."""
+RADIX_BITS = 6
+"""Hadamard matrices of at most 2^6 are multiplied with; longer blocks take a product for each of several factors."""
 
 Sizes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -278,15 +278,16 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     """Every ``block`` consecutive entries of ``x`` (..., columns) times Sylvester's matrix: ``x H``, not normalised.
 
     ``H[i, j] = (-1)^popcount(i & j)``. Since H_ab is the Kronecker product of H_a and H_b, a block is multiplied by
-    one small matrix for each digit of its index, base :data:`RADIX`.
+    one small matrix for each digit of its index, the digits about equally wide.
     """
-    shape, inner = x.shape, 1
+    shape, inner, bits = x.shape, 1, block.bit_length() - 1
+    digits = -(-bits // RADIX_BITS)
     # Under autocast the products would be rounded to bfloat16; when the model runs they are not.
     device = x.device.type
     exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
     with exact:
-        while inner < block:
-            size = min(RADIX, block // inner)
+        for digit in range(digits):
+            size = 1 << (bits * (digit + 1) // digits - bits * digit // digits)
             matrix = _sylvester(size, x.dtype, x.device)
             x = x.reshape(-1, size) @ matrix if inner == 1 else matrix @ x.reshape(-1, size, inner)
             inner *= size
