@@ -171,16 +171,13 @@ def _groups(watch: _Watch) -> tuple[tuple[str, ...], ...]:
 
 
 def _plan(watch: _Watch, groups: tuple[tuple[str, ...], ...], hidden: Tensor) -> Order | str:
-    """Walk through the passes that the groups take, closing a module whenever something would run a second time."""
+    """Walk through the passes that the groups take; what ran in one must be closed before the next."""
     order = Order(groups, ())
     ran: set[str] = set()
     for number in range(len(groups) + 1):
         until = watch.calls.index(groups[number][0]) if number < len(groups) else len(watch.calls)
         closed = order.closed(number)
-        running = [name for name in watch.calls[:until] if not _covered(name, closed)]
-        if again := [name for name in running if name in ran]:
-            return f"{again[0]} would have to run again for the layers after it"
-        ran |= set(running)
+        ran |= {name for name in watch.calls[:until] if not _covered(name, closed)}
         if number == len(groups) or all(_covered(name, closed) for name in ran):
             continue
         for site in groups[number]:
