@@ -229,6 +229,19 @@ def test_decode_and_physical_against_float64(name: str) -> None:
         assert torch.equal(lowered, decoded), "a kernel's form must give the same float32"
 
 
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("name", NAMES)
+def test_nearest_is_encode_and_decode_bit_for_bit(name: str, kind: str) -> None:
+    weight = HOSTILE[kind](5, 97)
+    format = formats.parse(name).bind(weight)
+    blocks, params = B.split(weight, format.block), F.fit(format, weight)
+    codes = format.encode(blocks, params)
+    for given in (params, format.working(params)):
+        got, values = format.nearest(blocks, given)
+        assert torch.equal(got.to(torch.uint8), codes)
+        assert torch.equal(values, format.decode(codes, params))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_encode_is_the_nearest_by_brute_force(name: str) -> None:
     for shape in ((5, 33), (7, 97)):

@@ -50,6 +50,24 @@ def test_sums_of_a_stream(sizes: list[int], columns: int, seed: int) -> None:
     close(Facts.of(x, gram=True), x)
 
 
+@pytest.mark.parametrize("columns", [1, 7, 130, 300])
+def test_joining_in_place_is_merging_bit_for_bit(columns: int) -> None:
+    one, two, three = inputs(60, columns, 0).split([33, 20, 7])
+    joined = Accumulator.of(one, gram=True).join(Accumulator.of(two, gram=True)).join(Accumulator.of(three, gram=True))
+    merged = Facts.of(one, gram=True).merge(Facts.of(two, gram=True)).merge(Facts.of(three, gram=True))
+    got = joined.facts()
+    assert (got.tokens, got.columns) == (merged.tokens, merged.columns)
+    for name in ("total", "total_square", "largest", "gram"):
+        assert torch.equal(getattr(got, name), getattr(merged, name)), name
+    close(got, inputs(60, columns, 0))
+
+
+def test_facts_of_different_layers_are_not_joined() -> None:
+    for other in (Accumulator(4, gram=True), Accumulator(3)):
+        with pytest.raises(InputError, match="different layers"):
+            Accumulator(3, gram=True).join(other)
+
+
 @settings(max_examples=25, deadline=None)
 @given(sizes=st.tuples(*[st.integers(0, 12)] * 3), seed=st.integers(0, 10**6))
 def test_merging_is_a_monoid(sizes: tuple[int, int, int], seed: int) -> None:

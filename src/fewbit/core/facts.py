@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fewbit.errors import InputError
 
-TILE = 256
-"""Columns of the second moment computed by one matrix product; see :class:`Accumulator`."""
+TILE = 128
+"""Columns whose part of the second moment is one square product; see :class:`Accumulator`."""
 
 
 Need = Literal["nothing", "largest", "mean_square", "gram"]
@@ -52,9 +52,7 @@ class Facts:
     @staticmethod
     def of(x: Tensor, gram: bool = False) -> Facts:
         """From inputs of shape (..., columns)."""
-        accumulator = Accumulator(x.shape[-1], gram)
-        accumulator.add(x)
-        return accumulator.facts()
+        return Accumulator.of(x, gram).facts()
 
     def merge(self, other: Facts) -> Facts:
         """Facts of both streams together.
@@ -97,8 +95,8 @@ class Facts:
 class Accumulator:
     """Facts of a stream of inputs, summed in place: one matrix of memory, no copy a batch.
 
-    Only the upper triangle of the second moment is summed, by products of ``TILE`` columns with those at and right of
-    them (a little over half the work of the full product); the lower one is mirrored when the facts are read.
+    Only the upper triangle of the second moment is summed, cut in halves down to ``TILE`` columns (a little over half
+    the work of the full product); the lower one is mirrored when the facts are read.
 
     Args:
         columns: width of the inputs.
@@ -133,9 +131,30 @@ class Accumulator:
         self._total_square += x.square().sum(0)
         self._largest = torch.maximum(self._largest, x.abs().amax(0))
         if self._upper is not None:
-            for first in range(0, self.columns, TILE):
-                last = min(first + TILE, self.columns)
-                self._upper[first:last, first:].addmm_(x[:, first:last].T, x[:, first:])
+            _add_upper(self._upper, x, 0, self.columns)
+
+    @staticmethod
+    def of(x: Tensor, gram: bool = False) -> Accumulator:
+        """One that has seen ``x`` (..., columns)."""
+        accumulator = Accumulator(x.shape[-1], gram)
+        accumulator.add(x)
+        return accumulator
+
+    def join(self, other: Accumulator) -> Accumulator:
+        """Add what ``other`` has seen, in place: bit for bit what :meth:`Facts.merge` of both makes."""
+        if self.columns != other.columns or (self._upper is None) != (other._upper is None):
+            raise InputError(
+                f"facts of {self.columns} columns joined with facts of {other.columns}",
+                "they describe different layers",
+                "join facts of one layer only",
+            )
+        self.tokens += other.tokens
+        self._total += other._total
+        self._total_square += other._total_square
+        self._largest = torch.maximum(self._largest, other._largest)
+        if self._upper is not None and other._upper is not None:
+            self._upper += other._upper
+        return self
 
     def facts(self) -> Facts:
         """What was seen so far; later :meth:`add` calls do not change it."""
@@ -146,3 +165,15 @@ class Accumulator:
         return Facts(
             self.columns, self.tokens, self._total.clone(), self._total_square.clone(), self._largest.clone(), gram
         )
+
+
+def _add_upper(upper: Tensor, x: Tensor, first: int, last: int) -> None:
+    """Add the upper triangle of x^T x, columns ``first`` to ``last``, to ``upper``."""
+    columns = x[:, first:last].T
+    if last - first <= TILE:
+        upper[first:last, first:last].addmm_(columns, columns.T)
+        return
+    middle = first + -(-(last - first) // 32) * 16
+    _add_upper(upper, x, first, middle)
+    upper[first:middle, middle:last].addmm_(columns[: middle - first], x[:, middle:last])
+    _add_upper(upper, x, middle, last)

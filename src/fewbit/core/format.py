@@ -93,6 +93,18 @@ class Format(ABC):
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Float32 values of ``codes``; computed as ``physical`` says, in float32."""
 
+    def nearest(self, blocks: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        """Codes, in any dtype, and their values: those of :meth:`encode` and :meth:`decode`, bit for bit.
+
+        A format overrides it where it can spare the way through uint8; solvers call it once a column.
+        """
+        codes = self.encode(blocks, params)
+        return codes, self.decode(codes, params)
+
+    def working(self, params: Params) -> Params:
+        """``params`` as :meth:`nearest` computes with them, for many calls with the same ones."""
+        return params
+
     @abstractmethod
     def physical(self, params: Params) -> Physical:
         """The lossless lowering to a kernel family, from ``params`` of shape (rows, blocks, 1)."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,22 +82,27 @@ def storage(format: Format, layout: Layout, shape: tuple[int, int]) -> dict[str,
     Packs matrices of 16 and 32 rows and extrapolates: every layout is linear in the rows. The code array is called
     ``packed``. Raises UnsupportedError when the layout refuses.
     """
-    rows, columns = shape
+    one, two = _trials(format, layout, shape[1])
+    return {
+        name: (
+            dtype,
+            tuple(a + (b - a) * (shape[0] - _TRIAL) // _TRIAL for a, b in zip(size, two[name][1], strict=True)),
+        )
+        for name, (dtype, size) in one.items()
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def _trials(format: Format, layout: Layout, columns: int) -> list[dict[str, tuple[torch.dtype, torch.Size]]]:
+    """What 16 and 32 rows take. A model has hundreds of layers of a few widths, each asked for several times."""
     trials = []
     for number in (_TRIAL, 2 * _TRIAL):
         zeros = torch.zeros(number, columns)
         bound = format.bind(zeros)
         params = fit(bound, zeros)
         packed = QTensor.of(bound, encode(bound, zeros, params), params).repack(layout)
-        trials.append({"packed": packed.packed, **packed.params})
-    one, two = trials
-    sizes = {}
-    for name, tensor in one.items():
-        shape_of = tuple(
-            a + (b - a) * (rows - _TRIAL) // _TRIAL for a, b in zip(tensor.shape, two[name].shape, strict=True)
-        )
-        sizes[name] = (tensor.dtype, shape_of)
-    return sizes
+        trials.append({name: (t.dtype, t.shape) for name, t in {"packed": packed.packed, **packed.params}.items()})
+    return trials
 
 
 def storage_bytes(sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:

@@ -77,6 +77,16 @@ class Affine(Format):
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         return params["scale"].float() * (codes.float() - self._zero(params))
 
+    def nearest(self, blocks: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        zero = self._zero(params)
+        by = params["divisor"] if "divisor" in params else divisor(params["scale"])
+        codes = (blocks / by).add_(zero).round_().clamp_(0, self.levels - 1)
+        return codes, (codes - zero).mul_(params["scale"].float())
+
+    def working(self, params: Params) -> Params:
+        wide = {name: values.float() for name, values in params.items()}
+        return {**wide, "divisor": divisor(params["scale"])}
+
     def physical(self, params: Params) -> Physical:
         """Equal to ``decode`` bit for bit: every product and the sum fit in a float32's 24 bits."""
         scale = params["scale"].float()

@@ -65,10 +65,12 @@ def factorize(moment: Tensor, damping: float, by_activity: bool = False) -> Feed
     live = max(1, int((~dead).sum()))
     mean = float(diagonal.sum()) / live
     order = torch.argsort(diagonal, descending=True, stable=True) if by_activity else torch.arange(columns)
-    matrix = moment.double()[order][:, order]
-    silent = dead[order]
-    matrix[silent], matrix[:, silent] = 0, 0
-    matrix.diagonal()[silent] = mean or 1.0
+    last_first = order.flip(0)
+    matrix = moment[last_first][:, last_first].double()
+    silent = dead[last_first]
+    if silent.any():
+        matrix[silent], matrix[:, silent] = 0, 0
+        matrix.diagonal()[silent] = mean or 1.0
     noise = columns * torch.finfo(torch.float32).eps * mean
     for fraction in _ladder(damping):
         factor = _unit_upper(matrix, fraction * mean, noise)
@@ -89,19 +91,19 @@ def _ladder(damping: float) -> list[float]:
     return tries
 
 
-def _unit_upper(matrix: Tensor, added: float, noise: float) -> Tensor | None:
+def _unit_upper(backwards: Tensor, added: float, noise: float) -> Tensor | None:
     """N of ``matrix + added I = N diag(d) N^T`` as float32, or None if a ``d`` is not above ``added / 2 + noise``.
 
-    The factorization with the upper triangle on the left is the Cholesky one of the matrix read backwards. Every
+    The factorization with the upper triangle on the left is the Cholesky one of the matrix read ``backwards``. Every
     pivot of a positive semi-definite matrix is at least ``added``, so a smaller one means that rounding has taken over.
     """
-    backwards = matrix.flip(0, 1)
-    backwards.diagonal().add_(added)
-    factor, info = torch.linalg.cholesky_ex(backwards)
+    damped = backwards.clone()
+    damped.diagonal().add_(added)
+    factor, info = torch.linalg.cholesky_ex(damped)
     pivots = factor.diagonal().square()
     if int(info) != 0 or not bool((pivots > added / 2 + noise).all()):
         return None
-    unit: Tensor = (factor / factor.diagonal()).flip(0, 1).float()
+    unit: Tensor = factor.div_(factor.diagonal().clone()).float().flip(0, 1)
     return unit
 
 
@@ -129,19 +131,21 @@ def sweep(
     errors = torch.empty_like(original)
     order = feedback.order.tolist()
     upper = feedback.coefficients
+    wanted, lost = original.unbind(), errors.unbind()
     if enter is not None:
         batch = span * max(1, batch // span)
     for first in range(0, columns, batch):
         last = min(first + batch, columns)
         current = torch.addmm(original[first:last], upper[:first, first:last].T, errors[:first])
+        now = current.unbind()
         for k in range(first, last):
             here = k - first
             if enter is not None and k % span == 0:
                 stop = min(k + span, columns)
                 enter(k, _compensated(original[k:stop], current[here : here + span], upper[k:stop, k:stop]).T)
-            torch.sub(original[k], round(order[k], current[here]), out=errors[k])
+            torch.sub(wanted[k], round(order[k], now[here]), out=lost[k])
             if k + 1 < last:
-                current[here + 1 :].addr_(upper[k, k + 1 : last], errors[k])
+                current[here + 1 :].addr_(upper[k, k + 1 : last], lost[k])
 
 
 def _compensated(original: Tensor, current: Tensor, upper: Tensor) -> Tensor:

@@ -144,21 +144,23 @@ class _Columns:
             name: values.transpose(0, 1).clone(memory_format=torch.contiguous_format) for name, values in params.items()
         }
         self._at = [self._slice(block) for block in range(B.count(columns, format.block))]
+        self._column = self._codes.unbind()
 
-    def _slice(self, block: int) -> dict[str, Tensor]:
-        return {name: values[block].unsqueeze(-1) for name, values in self._params.items()}
+    def _slice(self, block: int) -> Params:
+        return self._format.working({name: values[block].unsqueeze(-1) for name, values in self._params.items()})
 
     def round(self, column: int, values: Tensor) -> Tensor:
-        params = self._at[column // self._width]
-        codes = self._format.encode(values.view(-1, 1, 1), params)
-        self._codes[column] = codes.view(-1)
-        return self._format.decode(codes, params).view(-1)
+        codes, chosen = self._format.nearest(values.view(-1, 1, 1), self._at[column // self._width])
+        self._column[column].copy_(codes.view(-1))
+        return chosen.view(-1)
 
     def refit(self, first: int, params: Params) -> None:
         """Replace the parameters of the blocks from column ``first`` on: ``params`` are (rows, blocks, 1)."""
         block = first // self._width
         for name, values in params.items():
             self._params[name][block : block + values.shape[1]] = values.transpose(0, 1)
+        for refitted in range(block, block + next(iter(params.values())).shape[1]):
+            self._at[refitted] = self._slice(refitted)
 
     def qtensor(self) -> QTensor:
         params = {name: values.transpose(0, 1).contiguous() for name, values in self._params.items()}

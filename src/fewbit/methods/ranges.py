@@ -74,8 +74,8 @@ def _search(
 
 def _span_errors(format: Format, blocks: Tensor, worth: Tensor, params: Params) -> Tensor:
     """Weighted squared error of every span, (rows, spans)."""
-    lost = blocks - format.decode(format.encode(blocks, params), params)
-    errors = (lost.square_() * worth).sum(-1)
+    lost = format.nearest(blocks, params)[1].sub_(blocks)
+    errors = lost.square_().mul_(worth).sum(-1)
     repeat = span_blocks(format, errors.shape[1])
     return errors if repeat == 1 else B.split(errors, repeat).sum(-1)
 

@@ -183,7 +183,7 @@ class StreamedModel:
 
     def _shell_of_beginning(self) -> nn.Module:
         replaced: dict[str, nn.Module] = {name: _Recorder(self._local, self._tuples) for name in self.blocks}
-        return _with_replaced(self.module, {**replaced, **{name: nn.Identity() for name in self.after}})
+        return with_replaced(self.module, {**replaced, **{name: nn.Identity() for name in self.after}})
 
     def _shell_of_ending(self) -> nn.Module:
         replaced: dict[str, nn.Module] = {name: _Feeder(self._local, self._tuples) for name in self.blocks}
@@ -195,7 +195,7 @@ class StreamedModel:
                 replaced[name] = _Nothing(module.out_features, axes=1)
             else:
                 replaced[name] = nn.Identity()
-        return _with_replaced(self.module, replaced)
+        return with_replaced(self.module, replaced)
 
 
 class _Recorder(nn.Module):
@@ -313,7 +313,7 @@ def _surroundings(model: PreTrainedModel, family: Family) -> tuple[list[str], li
     return before, after + [path for path, module in present.items() if module is head]
 
 
-def _with_replaced(module: nn.Module, replaced: Mapping[str, nn.Module], path: str = "") -> nn.Module:
+def with_replaced(module: nn.Module, replaced: Mapping[str, nn.Module], path: str = "") -> nn.Module:
     """A twin of ``module`` that shares everything with it but the submodules at the paths in ``replaced``."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
@@ -322,5 +322,5 @@ def _with_replaced(module: nn.Module, replaced: Mapping[str, nn.Module], path: s
         if own in replaced:
             twin._modules[name] = replaced[own]
         elif child is not None and any(under(other, own) for other in replaced):
-            twin._modules[name] = _with_replaced(child, replaced, own)
+            twin._modules[name] = with_replaced(child, replaced, own)
     return twin

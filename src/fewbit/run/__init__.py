@@ -166,6 +166,7 @@ def _fingerprint(
     """Everything that the bytes of the result depend on."""
     return {
         "version": fewbit.__version__,
+        "code": _code(),
         "weights": checkpoint.fingerprint(),
         "config": hashlib.sha256(checkpoint.config.to_json_string().encode()).hexdigest(),
         "recipe": describe(recipe),
@@ -173,6 +174,14 @@ def _fingerprint(
         "calibration_dtype": str(products) if data else "none",
         "seed": str(seed),
     }
+
+
+def _code() -> str:
+    """Hash of the package's own source: another fewbit of the same version must not continue this one's work."""
+    home, state = Path(fewbit.__file__).parent, hashlib.sha256()
+    for path in sorted(home.rglob("*.py")):
+        state.update(f"{path.relative_to(home).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return state.hexdigest()
 
 
 def _calibration(

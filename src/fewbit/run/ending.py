@@ -56,11 +56,11 @@ def finish(run: Run, checkpoint: Checkpoint, recipe: Recipe, seed: int, out: Pat
 
 def _log(run: Run) -> dict[str, Any]:
     """Times and memory, which differ from run to run: kept out of the folder, whose bytes do not."""
-    stages = run.journal.stages
+    stages, kept = run.journal.stages, ("file", "seconds", "peak_rss_bytes", "order")
     return {
         "seconds": round(sum(stage["seconds"] for stage in stages), 2),
         "peak_rss_bytes": max(stage["peak_rss_bytes"] for stage in stages),
-        "stages": [{key: stage[key] for key in ("file", "seconds", "peak_rss_bytes")} for stage in stages],
+        "stages": [{key: stage[key] for key in kept if key in stage} for stage in stages],
         "layers": [
             {"name": record["name"], "seconds": record["seconds"]} for stage in stages for record in stage["layers"]
         ],

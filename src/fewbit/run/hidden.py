@@ -5,45 +5,66 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
 
+FLAGS = {
+    "read": os.O_RDONLY,
+    "create": os.O_RDWR | os.O_CREAT | os.O_TRUNC,
+    "scratch": os.O_RDWR | os.O_CREAT | os.O_TRUNC,
+}
+
 
 class HiddenFile:
-    """float32 activations (batches, batch, tokens, width) in one file, read and written a batch at a time.
+    """float32 activations (batches, batch, tokens, width) in one file, read and written a batch at a time, by any
+    thread.
 
-    Written under a temporary name; :meth:`commit` makes it durable and gives it its name.
+    ``mode``: "read" what was committed; "create" under a temporary name, to which :meth:`commit` gives ``path`` once
+    it is durable; "scratch" has no name from the start, so that it is gone when it is closed or the process ends.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int, int], create: bool) -> None:
+    def __init__(
+        self, path: Path, shape: tuple[int, int, int, int], mode: Literal["read", "create", "scratch"]
+    ) -> None:
         self.path, self.shape = path, shape
         self._stride = 4 * shape[1] * shape[2] * shape[3]
-        self._partial = path.with_name(f".{path.name}.tmp") if create else path
+        self._partial = path if mode == "read" else path.with_name(f".{path.name}.tmp")
         try:
-            self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC if create else os.O_RDONLY, 0o644)
+            self._file = os.open(self._partial, FLAGS[mode], 0o644)
+            if mode == "scratch":
+                os.unlink(self._partial)
         except OSError as error:
             raise InputError(f"activation file {self._partial}", f"{error.strerror}") from None
 
     def read(self, index: int) -> Tensor:
         """Batch ``index``, (batch, tokens, width)."""
-        content = os.pread(self._file, self._stride, index * self._stride)
-        if len(content) != self._stride:
-            raise InputError(
-                f"activation file {self.path}", "it is shorter than when it was written", "remove the .partial folder"
-            )
-        return torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.float32).reshape(self.shape[1:]))
+        batch = torch.empty(self.shape[1:])  # aligned as torch aligns, on which products may depend in the last bit
+        view, offset = _bytes(batch), index * self._stride
+        while view:
+            count = os.preadv(self._file, [view], offset)
+            if not count:
+                raise InputError(
+                    f"activation file {self.path}",
+                    "it is shorter than when it was written",
+                    "remove the .partial folder",
+                )
+            view, offset = view[count:], offset + count
+        return batch
 
     def write(self, index: int, hidden: Tensor) -> None:
-        content = memoryview(hidden.float().contiguous().numpy().tobytes())
+        """Batch ``index``, in any shape and float dtype."""
+        view = _bytes(hidden.detach().float().contiguous())
+        if len(view) != self._stride:
+            raise InputError(f"writing {len(view)} bytes to {self.path}", f"a batch has {self._stride}")
         offset = index * self._stride
         try:
-            while content:
-                written = os.pwrite(self._file, content, offset)
-                content, offset = content[written:], offset + written
+            while view:
+                count = os.pwrite(self._file, view, offset)
+                view, offset = view[count:], offset + count
         except OSError as error:
             raise InputError(
                 f"writing activations to {self.path.parent}",
@@ -52,8 +73,16 @@ class HiddenFile:
             ) from None
 
     def commit(self) -> None:
+        """Make what was written durable, give the file its name, and close it."""
         os.fsync(self._file)
         os.replace(self._partial, self.path)
+        self.close()
 
     def close(self) -> None:
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return memoryview(values.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

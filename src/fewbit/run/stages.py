@@ -6,21 +6,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fewbit import formats
 from fewbit.containers.safetensors import write_safetensors
-from fewbit.core.facts import Facts
-from fewbit.core.transform import seed_of
-from fewbit.model.sites import Site, in_block
-from fewbit.model.stream import StreamedModel
-from fewbit.run.collect import collect, observe_probe, probe_through
-from fewbit.run.compare import compare_logits
+from fewbit.model.sites import Site
+from fewbit.run.collect import observe_probe, probe_through
+from fewbit.run.compare import compare_logits, summary
 from fewbit.run.events import Event
 from fewbit.run.rewriting import as_run
-from fewbit.run.solve import Solved, Task, check_outputs, solve
+from fewbit.run.sequential import quantize_block
+from fewbit.run.solve import Solved, check_outputs
 from fewbit.run.state import Run, peak_rss
+from fewbit.run.tasks import block_sites, propagate, solve_sites
 from fewbit.run.verify import read_back, read_rewrite
 
 
@@ -62,10 +59,8 @@ def embedding_stage(run: Run) -> dict[str, Any]:
         model.load(path)
     sites = [site for site in model.sites if site.block is None and site.kind == "embedding"]
     floating = model.begin(run.probe).hidden
-    solved = _solve_all(run, [task for site in sites if (task := _task(run, site, {}, {}))])
-    record = _write(run, 0, sites, solved, [])
-    for item in solved:
-        model.set_weight(item.record["name"], item.qtensor.dequantize())
+    solved = solve_sites(run, sites, {}, {})
+    record = _write(run, 0, sites, solved, {})
     _store(run, 0, [model.begin(run.probe).hidden, floating], "probe")
     if run.calibration is not None:
         _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "calibration")
@@ -80,38 +75,23 @@ def block_stage(run: Run, stage: int) -> dict[str, Any]:
     name = model.blocks[index]
     run.inputs("probe")  # needs the embedding for a moment, so before the block is loaded
     model.load(name)
-    sites = list(in_block(model.sites, index))
+    sites = block_sites(run, index)
     before = run.hidden(stage - 1, "probe")
     floating = probe_through(run, index, before.read(1))
-    seen = observe_probe(run, index, before.read(0)[:1])
-    facts = collect(run, stage, index)
-    tasks = [task for site in sites if (task := _task(run, site, facts, seen))]
-    solved = _solve_all(run, tasks)
-    record = _write(run, stage, sites, solved, tasks)
-    for item in solved:
-        _propagate(model, item)
+    sample = before.read(0)[:1]
+    seen = observe_probe(run, index, sample)
+    solved, order, passed_on = quantize_block(run, stage, index, sample, seen)
+    flushed = run.workers.start(lambda: None if passed_on is None else passed_on.commit())
+    record = _write(run, stage, sites, solved, seen)
     with as_run(model, solved):
         quantized = probe_through(run, index, before.read(0))
-        _pass_on(run, stage, index)
     before.close()
     _store(run, stage, [quantized, floating], "probe")
     model.free(name)
+    flushed.result()
+    record["order"] = order
     record["drift"] = float((quantized - floating).norm() / floating.norm())
     return record
-
-
-def _pass_on(run: Run, stage: int, index: int) -> None:
-    """Take the calibration through the quantized block ``index``."""
-    if run.calibration is None:
-        return
-    shared, calibration = run.inputs("calibration"), run.hidden(stage - 1, "calibration")
-
-    def step(batch: int) -> Tensor:
-        with run.arithmetic():
-            return run.model.run_block(index, calibration.read(batch), shared)
-
-    _store(run, stage, run.workers.map(step, range(len(run.batches()))), "calibration")
-    calibration.close()
 
 
 def tail_stage(run: Run) -> dict[str, Any]:
@@ -120,29 +100,19 @@ def tail_stage(run: Run) -> dict[str, Any]:
     for path in model.after:
         model.load(path)
     last = run.hidden(run.stages - 2, "probe")
-    reference = (model.logits(hidden).float() for hidden in last.read(1).split(1))
-    floating = [logits.half() for logits in reference]
+    floating = list(run.workers.map(lambda hidden: model.logits(hidden).half(), last.read(1).split(1)))
     sites = [site for site in model.sites if site.block is None and site.kind != "embedding"]
-    tasks = [task for site in sites if (task := _task(run, site, {}, {}))]
-    solved = _solve_all(run, tasks)
-    record = _write(run, run.stages - 1, sites, solved, tasks)
-    for item in solved:
-        _propagate(model, item)
+    solved = solve_sites(run, sites, {}, {})
+    record = _write(run, run.stages - 1, sites, solved, {})
     for site in sites:
         if site.tied_to is not None:
-            _propagate(model, _embedding(run, site.tied_to), site.name)
+            propagate(model, _embedding(run, site.tied_to), site.name)
     with as_run(model, solved):
-        ours = (model.logits(hidden).float() for hidden in last.read(0).split(1))
-        record["check"] = compare_logits(ours, floating, run.probe)
+        triples = zip(last.read(0).split(1), floating, run.probe, strict=True)
+        compared = run.workers.map(lambda one: compare_logits(model.logits(one[0]).float(), one[1], one[2]), triples)
+        record["check"] = summary(compared)
     last.close()
     return record
-
-
-def _propagate(model: StreamedModel, item: Solved | None, name: str = "") -> None:
-    """Let the model go on with the decoded weights of ``item``; :func:`as_run` gives it the inputs they are for."""
-    if item is not None:
-        site = name or item.record["name"]
-        model.set_weight(site, item.qtensor.dequantize().reshape(model.weight(site).shape))
 
 
 def _embedding(run: Run, name: str) -> Solved | None:
@@ -155,57 +125,26 @@ def _embedding(run: Run, name: str) -> Solved | None:
     return Solved(read_back(path, found[0]), found[0], read_rewrite(path, found[0]))
 
 
-def _task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[str, list[Tensor]]) -> Task | None:
-    """What to solve for ``site``, or None when the plan leaves it alone."""
-    decision = next(decision for decision in run.plan.decisions if decision.site == site)
-    if decision.rule is None:
-        return None
-    nothing = [Facts.none(site.shape[1]) for _ in range(site.experts)]
-    unseen = [torch.zeros(0, site.shape[1]) for _ in range(site.experts)]
-    return Task(
-        site,
-        decision.rule,
-        formats.parse(decision.rule.format),
-        run.model.weight(site.name).float().reshape(-1, site.shape[1]),
-        facts.get(site.name, nothing),
-        seen.get(site.name, unseen),
-        seed_of(run.seed, site.name),
-    )
-
-
-def _solve_all(run: Run, tasks: list[Task]) -> list[Solved]:
-    solved = []
-    for item in run.workers.map(solve, tasks):
-        solved.append(item)
-        record = item.record
-        run.progress(
-            Event(
-                "layer",
-                name=record["name"],
-                error=record["relative_error"],
-                bits=record["bits_per_weight"],
-                seconds=record["seconds"],
-                peak_rss_bytes=peak_rss(),
-                message=record["note"],
-            )
-        )
-    return solved
-
-
-def _write(run: Run, stage: int, sites: list[Site], solved: list[Solved], tasks: list[Task]) -> dict[str, Any]:
+def _write(
+    run: Run, stage: int, sites: list[Site], solved: list[Solved], seen: dict[str, list[Tensor]]
+) -> dict[str, Any]:
     """Write the stage's shard and check it: read back from disk, decode, run the kernel, compare."""
     tensors = {f"{item.record['name']}.{key}": tensor for item in solved for key, tensor in item.arrays().items()}
     tensors |= _kept(run, stage, sites)
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))  # keeps all aligned
     path = run.folder / run.shard(stage)
     sha256 = write_safetensors(path, tensors, {"format": "pt"})
-    seen = {task.site.name: task for task in tasks}
-    for item in solved:
+
+    def check(item: Solved) -> None:
+        name = item.record["name"]
         again, rewrite = read_back(path, item.record), read_rewrite(path, item.record)
-        task = seen.get(item.record["name"])
-        if task is not None and task.site.experts == 1 and len(task.seen[0]):
-            x = rewrite.apply(task.seen[0][:8])
-            check_outputs(again, item.qtensor.dequantize(), x, item.record["name"], task.activation)
+        shown = seen.get(name, [])
+        if len(shown) == 1 and len(shown[0]):
+            # The model holds what was solved: the block goes on with it.
+            check_outputs(again, run.model.weight(name), rewrite.apply(shown[0][:8]), name, item.activation)
+
+    for _ in run.workers.map(check, solved):
+        pass
     return {
         "stage": stage,
         "file": path.name,
@@ -240,4 +179,3 @@ def _store(run: Run, stage: int, batches: Any, what: str) -> None:
     for index, hidden in enumerate(batches):
         file.write(index, hidden)
     file.commit()
-    file.close()

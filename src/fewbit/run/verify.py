@@ -81,7 +81,10 @@ def _arrays(path: Path, stem: str, sizes: R.Sizes) -> dict[str, Tensor]:
 
 
 def verify_folder(folder: Path, manifest: dict[str, Any]) -> None:
-    """The finished folder: hashes, every layer decoded again, kept tensors finite, nothing missing or left over.
+    """The finished folder: hashes, kept tensors finite, nothing missing or left over.
+
+    Layers are not decoded once more: each was, from the disk, when its shard was written, and the shard's bytes still
+    have the hash of then.
 
     Raises:
         VerificationError, CorruptFileError: what is wrong, by name.
@@ -98,9 +101,6 @@ def verify_folder(folder: Path, manifest: dict[str, Any]) -> None:
         stem = f"{record['name']}.weight_"
         if f"{stem}packed" not in stored:
             raise VerificationError(f"layer {record['name']}", "no shard holds it")
-        path = folder / stored[f"{stem}packed"]
-        read_back(path, record)
-        read_rewrite(path, record)
         accounted |= {key for key in stored if key.startswith(stem)}
         accounted |= {f"{record['name']}.input_{array}" for array in R.storage(_kinds(record), record["shape"][1])}
     for key in stored.keys() - accounted:

@@ -25,6 +25,10 @@ class Workers:
     def __init__(self, pool: ThreadPoolExecutor, threads: int) -> None:
         self._pool, self.threads = pool, threads
 
+    def start(self, function: Callable[[], R]) -> Future[R]:
+        """Begin ``function``; its result, or what it raised, is awaited by the caller."""
+        return self._pool.submit(function)
+
     def map(self, function: Callable[[A], R], items: Iterable[A]) -> Iterator[R]:
         """``function`` of every item, in order, with at most ``threads + 1`` results waiting (bounded memory)."""
         waiting: deque[Future[R]] = deque()

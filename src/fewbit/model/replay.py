@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block run group by group, with stored outputs in place of what was closed; see :mod:`fewbit.model.order`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.model.order import Closing, Order, find_order
+from fewbit.model.stream import Inputs, StreamedModel, with_replaced
+
+Step = Callable[[Tensor, Inputs, Mapping[str, Tensor]], Tensor]
+"""``step(hidden, inputs, outputs)``: ``outputs`` are the closed modules' by path, as :func:`output` gives them."""
+
+
+class Reached(Exception):
+    """Raised inside a block at the layer whose inputs were wanted."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+class _Stored(nn.Module):
+    """Stands for a closed module: gives the stored output of the batch that this thread is at."""
+
+    def __init__(self, local: threading.local, closing: Closing) -> None:
+        super().__init__()
+        self._local, self._closing = local, closing
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        output = self._closing.outputs.shaped(self._local.outputs[self._closing.module])
+        return (output, *[None] * (self._closing.entries - 1)) if self._closing.entries else output
+
+
+class _Idle(nn.Module):
+    """Stands for a module whose output nobody needs."""
+
+    def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        return x
+
+
+@contextmanager
+def replaying(model: StreamedModel, index: int, order: Order, group: int) -> Iterator[Step]:
+    """A function that runs block ``index`` up to the inputs of ``group``, which it returns as the layer would get them;
+    for the number past the last group, to the block's end, (batch, tokens, width). Threads may share it.
+    """
+    name, local = model.blocks[index], threading.local()
+    stored: dict[str, nn.Module] = {
+        closing.module[len(name) + 1 :]: _Stored(local, closing) for closing in order.closed(group)
+    }
+    stored |= {module[len(name) + 1 :]: _Idle() for module in order.idle(group)}
+    twin = with_replaced(model.module.get_submodule(name), stored)
+    handles = []
+    if group < len(order.groups):
+        handles.append(model.module.get_submodule(order.groups[group][0]).register_forward_pre_hook(_reached))
+
+    def step(hidden: Tensor, inputs: Inputs, outputs: Mapping[str, Tensor]) -> Tensor:
+        arguments, named = inputs.calls[index]
+        local.outputs = outputs
+        try:
+            out = twin(hidden, *arguments, **named)
+        except Reached as reached:
+            return reached.x
+        finally:
+            local.outputs = {}
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    try:
+        yield step
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reached(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    raise Reached(arguments[0])
+
+
+def output(model: StreamedModel, closing: Closing, x: Tensor) -> Tensor:
+    """What the closed module gives for inputs ``x`` of its last layer: both float32 (batch, tokens, width), as files
+    keep them."""
+    made: Tensor = model.module.get_submodule(closing.site)(closing.inputs.shaped(x))
+    return made.float().reshape(*x.shape[:2], -1)
+
+
+def checked_order(model: StreamedModel, index: int, hidden: Tensor, inputs: Inputs) -> Order | str:
+    """The order of block ``index`` once a replay of the sample ``hidden`` (batch, tokens, width) gave every layer the
+    very inputs of a direct run, bit for bit, and the same end; or the reason why the block has to run as a whole."""
+    order, direct = find_order(model, index, hidden, inputs)
+    if isinstance(order, str):
+        return order
+    reason = _difference(model, index, order, hidden, inputs, direct)
+    if reason and order.feeders:  # something beside other modules may have used what they gave
+        order = replace(order, feeders=())
+        reason = _difference(model, index, order, hidden, inputs, direct)
+    return reason or order
+
+
+def _difference(
+    model: StreamedModel, index: int, order: Order, hidden: Tensor, inputs: Inputs, direct: Mapping[str, Tensor]
+) -> str:
+    """In what a replay of the sample differs from its direct run; empty when in nothing."""
+    outputs: dict[str, Tensor] = {}
+    for group in range(len(order.groups) + 1):
+        for closing in order.closings:
+            if closing.group == group - 1:
+                kept = closing.inputs.stored(direct[closing.site], hidden)
+                outputs[closing.module] = output(model, closing, kept)
+        at = order.groups[group][0] if group < len(order.groups) else ""
+        try:
+            with replaying(model, index, order, group) as step:
+                again = step(hidden, inputs, outputs)
+        except (AttributeError, TypeError) as error:
+            return f"it does not run with stored outputs ({error})"
+        if not _same(again, direct[at]):
+            return f"a replay changes {f'the inputs of {at}' if at else 'its output'}"
+    return ""
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of one block solved on the calibration, and the calibration taken through the quantized block.
+
+Group by group (GPTQ's "true sequential" order): the layers that share an input see what the layers before them,
+quantized already, make of the calibration. Modules whose last layer is solved are stood in for by their stored output,
+so that every layer multiplies each token once. A block that cannot be cut like that runs as a whole, twice: in float
+for the facts of all its layers, and quantized for what the next block sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from fewbit.core.facts import Accumulator, Facts
+from fewbit.model.order import Order
+from fewbit.model.replay import checked_order, output, replaying
+from fewbit.run.collect import collect
+from fewbit.run.events import Event
+from fewbit.run.hidden import HiddenFile
+from fewbit.run.rewriting import as_run
+from fewbit.run.solve import Solved
+from fewbit.run.state import Run
+from fewbit.run.tasks import block_sites, needs, solve_sites
+
+BY_GROUP = "group by group"
+
+
+def quantize_block(
+    run: Run, stage: int, index: int, sample: Tensor, seen: dict[str, list[Tensor]]
+) -> tuple[list[Solved], str, HiddenFile | None]:
+    """Solve every site of the loaded block ``index`` and put the decoded weights in place.
+
+    ``sample`` (1, tokens, width) is a window of the probe; ``seen`` what the sites see of it. Returns what was solved,
+    in the model's order, how the calibration ran, and its activations after ``stage``, to be committed.
+    """
+    sites = block_sites(run, index)
+    if run.calibration is None or not set(needs(run, index).values()) - {"nothing"}:
+        solved = solve_sites(run, sites, {}, seen)
+        return solved, "no data", None if run.calibration is None else pass_on(run, stage, index, solved)
+    with run.arithmetic():
+        order = checked_order(run.model, index, sample, run.inputs("probe"))
+    if isinstance(order, Order):
+        solved, after = by_group(run, stage, index, order, seen)
+        return sorted(solved, key=_place(run)), BY_GROUP, after
+    before = run.journal.stages[-1].get("order", BY_GROUP)
+    if before == BY_GROUP:
+        run.progress(Event("note", message=f"{run.model.blocks[index]} runs as a whole, twice: {order}"))
+    solved = solve_sites(run, sites, collect(run, stage, index), seen)
+    return solved, f"as a whole, twice: {order}", pass_on(run, stage, index, solved)
+
+
+def pass_on(run: Run, stage: int, index: int, solved: list[Solved]) -> HiddenFile:
+    """Take the calibration through the quantized block ``index``."""
+    with Passes(run, stage, index, Order((), ())) as passes, as_run(run.model, solved):
+        return passes.finish()
+
+
+def by_group(
+    run: Run, stage: int, index: int, order: Order, seen: dict[str, list[Tensor]]
+) -> tuple[list[Solved], HiddenFile]:
+    """The block group by group, each with the facts of what the quantized groups before it make."""
+    asked, solved = needs(run, index), list[Solved]()
+    by_name = {site.name: site for site in block_sites(run, index)}
+    with Passes(run, stage, index, order) as passes:
+        for group, names in enumerate(order.groups):
+            wanted = [asked[name] for name in names if asked.get(name, "nothing") != "nothing"]
+            facts: dict[str, list[Facts]] = {}
+            with as_run(run.model, solved):
+                total = passes.collect(group, bool(wanted), "gram" in wanted)
+            if total is not None:
+                bare = replace(total, gram=None)
+                facts = {name: [total if asked.get(name) == "gram" else bare] for name in names}
+            solved += solve_sites(run, [by_name[name] for name in names], facts, seen)
+        with as_run(run.model, solved):
+            return solved, passes.finish()
+
+
+class Passes:
+    """The calibration's passes through one block, and the files of what is kept between them, which go with it."""
+
+    def __init__(self, run: Run, stage: int, index: int, order: Order) -> None:
+        self._run, self._stage, self._index, self._order = run, stage, index, order
+        self._source = run.hidden(stage - 1, "calibration")
+        self._inputs: dict[str, HiddenFile] = {}
+        self._outputs: dict[str, HiddenFile] = {}
+
+    def __enter__(self) -> Passes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in (self._source, *self._inputs.values(), *self._outputs.values()):
+            file.close()
+
+    def collect(self, group: int, wanted: bool, gram: bool) -> Facts | None:
+        """Facts of the inputs of ``group``, where ``wanted``; keeps those inputs where a module is closed with it."""
+        run, shared = self._run, self._run.inputs("calibration")
+        closing = next((closing for closing in self._order.closings if closing.group == group), None)
+        if closing is None and not wanted:
+            return None
+        self._prepare(group)
+        keep = None if closing is None else run.scratch(f"inputs-{group}", closing.inputs.width)
+
+        def one(batch: int) -> Accumulator | None:
+            hidden = self._source.read(batch)
+            with run.arithmetic():
+                x = step(hidden, shared, self._made(group, batch))
+            if closing is not None and keep is not None:
+                keep.write(batch, closing.inputs.stored(x, hidden))
+            return Accumulator.of(x, gram) if wanted else None
+
+        total: Accumulator | None = None
+        with replaying(run.model, self._index, self._order, group) as step:
+            for found in run.workers.map(one, range(len(run.batches()))):
+                total = found if total is None or found is None else total.join(found)
+        self._settle()
+        if closing is not None and keep is not None:
+            self._inputs[closing.module] = keep
+        return None if total is None else total.facts()
+
+    def finish(self) -> HiddenFile:
+        """What the block makes of the calibration, all its groups being solved; to be committed."""
+        run, shared, last = self._run, self._run.inputs("calibration"), len(self._order.groups)
+        target = run.hidden(self._stage, "calibration", create=True)
+
+        def one(batch: int) -> None:
+            with run.arithmetic():
+                target.write(batch, step(self._source.read(batch), shared, self._made(last, batch)))
+
+        with replaying(run.model, self._index, self._order, last) as step:
+            for _ in run.workers.map(one, range(len(run.batches()))):
+                pass
+        return target
+
+    def _prepare(self, group: int) -> None:
+        """Room for the outputs that a pass makes for the first time: in place of the inputs, where they are as wide."""
+        for closing in self._order.closed(group):
+            if (inputs := self._inputs.get(closing.module)) is not None:
+                width = closing.outputs.width
+                same = closing.inputs.width == width
+                self._outputs[closing.module] = inputs if same else self._run.scratch(f"outputs-{closing.group}", width)
+
+    def _made(self, group: int, batch: int) -> dict[str, Tensor]:
+        """Outputs of the closed modules for a batch: those of modules just closed from their last layer's inputs."""
+        made = {}
+        for closing in self._order.closed(group):
+            module = closing.module
+            if module not in self._inputs:
+                made[module] = self._outputs[module].read(batch)
+                continue
+            made[module] = output(self._run.model, closing, self._inputs[module].read(batch))
+            if module in self._outputs:
+                self._outputs[module].write(batch, made[module])
+        return made
+
+    def _settle(self) -> None:
+        """Drop the inputs of modules whose outputs are stored now."""
+        for module in self._outputs.keys() & self._inputs.keys():
+            if (inputs := self._inputs.pop(module)) is not self._outputs[module]:
+                inputs.close()
+
+
+def _place(run: Run) -> Callable[[Solved], int]:
+    """Sorts by the model's own order."""
+    places = {site.name: place for place, site in enumerate(run.model.sites)}
+    return lambda item: places[item.record["name"]]

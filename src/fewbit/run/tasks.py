@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers to solve, solving them side by side, and going on with what came out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewbit import formats
+from fewbit.core.facts import Facts, Need
+from fewbit.core.transform import seed_of
+from fewbit.model.sites import Site, in_block
+from fewbit.model.stream import StreamedModel
+from fewbit.run.events import Event
+from fewbit.run.solve import Solved, Task, solve
+from fewbit.run.state import Run, peak_rss
+
+
+def needs(run: Run, index: int) -> dict[str, Need]:
+    """What the rule of each site of block ``index`` asks of calibration; sites that stay in float are left out."""
+    return {
+        decision.site.name: decision.rule.needs
+        for decision in run.plan.decisions
+        if decision.site.block == index and decision.rule is not None
+    }
+
+
+def make_task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[str, list[Tensor]]) -> Task | None:
+    """What to solve for ``site``, or None when the plan leaves it alone."""
+    decision = next(decision for decision in run.plan.decisions if decision.site == site)
+    if decision.rule is None:
+        return None
+    nothing = [Facts.none(site.shape[1]) for _ in range(site.experts)]
+    unseen = [torch.zeros(0, site.shape[1]) for _ in range(site.experts)]
+    return Task(
+        site,
+        decision.rule,
+        formats.parse(decision.rule.format),
+        run.model.weight(site.name).float().reshape(-1, site.shape[1]),
+        facts.get(site.name, nothing),
+        seen.get(site.name, unseen),
+        seed_of(run.seed, site.name),
+    )
+
+
+def solve_all(run: Run, tasks: list[Task]) -> list[Solved]:
+    """Solve ``tasks`` at once, in order, and tell of each."""
+    solved = []
+    for item in run.workers.map(solve, tasks):
+        solved.append(item)
+        record = item.record
+        run.progress(
+            Event(
+                "layer",
+                name=record["name"],
+                error=record["relative_error"],
+                bits=record["bits_per_weight"],
+                seconds=record["seconds"],
+                peak_rss_bytes=peak_rss(),
+                message=record["note"],
+            )
+        )
+    return solved
+
+
+def solve_sites(
+    run: Run, sites: list[Site], facts: dict[str, list[Facts]], seen: dict[str, list[Tensor]]
+) -> list[Solved]:
+    """Solve ``sites`` and put the decoded weights into the loaded model."""
+    solved = solve_all(run, [task for site in sites if (task := make_task(run, site, facts, seen))])
+    for item in solved:
+        propagate(run.model, item)
+    return solved
+
+
+def block_sites(run: Run, index: int) -> list[Site]:
+    return list(in_block(run.model.sites, index))
+
+
+def propagate(model: StreamedModel, item: Solved | None, name: str = "") -> None:
+    """Let the model go on with the decoded weights of ``item``; :func:`as_run` gives it the inputs they are for."""
+    if item is not None:
+        site = name or item.record["name"]
+        model.set_weight(site, item.qtensor.dequantize().reshape(model.weight(site).shape))
