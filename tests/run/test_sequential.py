@@ -16,8 +16,8 @@ import fewbit
 from fewbit import formats
 from fewbit.core.facts import Facts
 from fewbit.errors import ResumeError
+from fewbit.kernels.reference import round_activations
 from fewbit.model.checkpoint import open_checkpoint
-from fewbit.model.layers import round_activations
 from fewbit.model.stream import Inputs, StreamedModel
 from fewbit.recipe import Recipe, Rule
 from fewbit.run import tasks

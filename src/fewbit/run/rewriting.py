@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from fewbit import formats
 from fewbit.core.format import Format
 from fewbit.core.rewrite import Chain
 from fewbit.kernels.reference import round_activations
@@ -22,10 +21,10 @@ def as_run(model: StreamedModel, solved: Iterable[Solved]) -> Iterator[None]:
     """While open, layers that hold the decoded weights of ``solved`` see their inputs rewritten, then rounded."""
     handles = [
         model.module.get_submodule(item.record["name"]).register_forward_pre_hook(
-            _inputs(item.rewrite, formats.parse(activation) if activation else None)
+            _inputs(item.rewrite, item.activation)
         )
         for item in solved
-        if (activation := item.record["activation"]) or item.rewrite.steps
+        if item.activation is not None or item.rewrite.steps
     ]
     try:
         yield

@@ -52,6 +52,12 @@ class Solved:
     record: dict[str, Any]
     rewrite: Chain
 
+    @property
+    def activation(self) -> Format | None:
+        """The format that inputs are rounded to at run time."""
+        spelt = self.record["activation"]
+        return formats.parse(spelt) if spelt else None
+
     def arrays(self) -> dict[str, Tensor]:
         """What a file holds, by the name that follows the layer's."""
         found = {f"weight_{name}": tensor for name, tensor in self.qtensor.params.items()}
