@@ -16,8 +16,8 @@ from fewbit.core import format as F
 from fewbit.core.format import Format, Params
 from fewbit.errors import SpecError
 
-CHUNK = 1 << 16
-"""Weights searched at a time: the candidates' temporaries stay in the cache."""
+CHUNK = 1 << 17
+"""Weights searched at a time: the candidates' temporaries stay in the cache, and calls are not too many."""
 
 
 def grid(steps: int, floor: float) -> tuple[float, ...]:

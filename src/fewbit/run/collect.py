@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,8 +18,14 @@ from fewbit.run.state import Run
 
 def probe_through(run: Run, index: int, hidden: Tensor) -> Tensor:
     """Block ``index`` applied to the probe's windows (windows, tokens, width), a window a worker."""
+    return probe_started(run, index, hidden)()
+
+
+def probe_started(run: Run, index: int, hidden: Tensor) -> Callable[[], Tensor]:
+    """:func:`probe_through`, begun while the caller does something else; what is returned waits for the result."""
     inputs = run.inputs("probe")
-    return torch.cat(list(run.workers.map(lambda h: run.model.run_block(index, h, inputs), hidden.split(1))))
+    begun = [run.workers.start(partial(run.model.run_block, index, part, inputs)) for part in hidden.split(1)]
+    return lambda: torch.cat([window.result() for window in begun])
 
 
 def observe_probe(run: Run, index: int, hidden: Tensor) -> dict[str, list[Tensor]]:

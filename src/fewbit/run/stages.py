@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewbit.containers.safetensors import write_safetensors
 from fewbit.model.sites import Site
-from fewbit.run.collect import observe_probe, probe_through
+from fewbit.run.collect import observe_probe, probe_started, probe_through
 from fewbit.run.compare import compare_logits, summary
 from fewbit.run.events import Event
 from fewbit.run.rewriting import as_run
@@ -82,9 +82,10 @@ def block_stage(run: Run, stage: int) -> dict[str, Any]:
     seen = observe_probe(run, index, sample)
     solved, order, passed_on = quantize_block(run, stage, index, sample, seen)
     flushed = run.workers.start(lambda: None if passed_on is None else passed_on.commit())
-    record = _write(run, stage, sites, solved, seen)
     with as_run(model, solved):
-        quantized = probe_through(run, index, before.read(0))
+        quantized_when_ready = probe_started(run, index, before.read(0))
+        record = _write(run, stage, sites, solved, seen)
+        quantized = quantized_when_ready()
     before.close()
     _store(run, stage, [quantized, floating], "probe")
     model.free(name)
