@@ -197,6 +197,7 @@ def estimate(decisions: list[Decision], tokens: int, batch_tokens: int, model: S
         rows, columns = decision.site.shape
         # fp32 weights, their quantized form and the solver's copies live together
         blocks[decision.site.block] = blocks.get(decision.site.block, 0) + 4 * decision.weights
+        # a pass is 2 a weight and token; attention, activations and files take about as long again
         flops += 4 * tokens * rows * columns if decision.site.block is not None else 0
         if decision.rule is None:
             continue
