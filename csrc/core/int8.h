@@ -66,18 +66,6 @@ struct Int8Strip {
   }
 };
 
-struct Int8Group {
-  const uint8_t* codes;
-  int64_t parameters, row;
-
-  FEWBIT_INLINE Int8Group(const Int8Task& task, int64_t index) {
-    const int64_t tile = index / kGroupsPerTile, first = index % kGroupsPerTile * kLanes;
-    codes = task.codes + tile * task.chunks * task.bits * 64 + first * 4;
-    parameters = tile * task.blocks * 16 + first;
-    row = tile * 16 + first;
-  }
-};
-
 // Where segment s finds its parameters: of the weight, within a row group, and of a token's activations.
 struct Segment {
   int64_t index, weight, activation;
@@ -114,7 +102,7 @@ void direct(const Int8Task& task, const Int8Strip& strip) {
   F total[T][M];
   const uint8_t* codes[T];
   const int8_t* x = strip.activations(task);
-  for (int t = 0; t < T; t++) codes[t] = Int8Group(task, strip.at(t)).codes;
+  for (int t = 0; t < T; t++) codes[t] = Group(task, strip.at(t)).codes;
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
   for (int64_t s = 0, chunk = 0; s < task.segments; s++) {
@@ -139,7 +127,7 @@ void direct(const Int8Task& task, const Int8Strip& strip) {
     }
     const Segment segment(task, s);
     for (int t = 0; t < T; t++) {
-      const int64_t at = Int8Group(task, strip.at(t)).parameters + segment.weight;
+      const int64_t at = Group(task, strip.at(t)).parameters + segment.weight;
       const F scale = parameter(task.scale, task.scale_half, at);
       const F offset = task.offset ? parameter(task.offset, task.offset_half, at) : scale;
       for (int m = 0; m < M; m++) {
@@ -151,7 +139,7 @@ void direct(const Int8Task& task, const Int8Strip& strip) {
   }
   for (int t = 0; t < T && t < strip.groups; t++)
     for (int m = 0; m < M && m < strip.tokens; m++)
-      put(task, Int8Group(task, strip.at(t)).row, strip.token + m, total[t][m]);
+      put(task, Group(task, strip.at(t)).row, strip.token + m, total[t][m]);
 }
 
 // Codes of one segment of T row groups, a byte each: (groups of four columns, T, lanes of 4 bytes).
@@ -164,7 +152,7 @@ template <int BITS, int T>
 FEWBIT_INLINE void decode_segment(const Int8Task& task, const Int8Strip& strip, int64_t first, int64_t chunks,
                                   Decoded<T> (&out)[planes(BITS)]) {
   for (int t = 0; t < T; t++) {
-    const uint8_t* codes = Int8Group(task, strip.at(t)).codes + first * BITS * 64;
+    const uint8_t* codes = Group(task, strip.at(t)).codes + first * BITS * 64;
     Held<BITS> held;
     for (int64_t c = 0; c < chunks; c++, codes += BITS * 64) {
 #pragma GCC unroll 8
@@ -220,7 +208,7 @@ void decoded_once(const Int8Task& task, int64_t group, int64_t groups, int64_t t
     const Segment segment(task, s);
     F scale[T], offset[T];
     for (int t = 0; t < T; t++) {
-      const int64_t at = Int8Group(task, rows.at(t)).parameters + segment.weight;
+      const int64_t at = Group(task, rows.at(t)).parameters + segment.weight;
       scale[t] = parameter(task.scale, task.scale_half, at);
       offset[t] = task.offset ? parameter(task.offset, task.offset_half, at) : scale[t];
     }
@@ -238,7 +226,7 @@ void decoded_once(const Int8Task& task, int64_t group, int64_t groups, int64_t t
     }
   }
   for (int64_t m = 0; m < tokens; m++)
-    for (int t = 0; t < T && t < groups; t++) put(task, Int8Group(task, group + t).row, m, load(totals[m][t]));
+    for (int t = 0; t < T && t < groups; t++) put(task, Group(task, group + t).row, m, load(totals[m][t]));
 }
 
 template <int BITS>

@@ -33,12 +33,13 @@ FEWBIT_INLINE F parameter(const void* values, bool half, int64_t index) {
               : load(static_cast<const float*>(values) + index);
 }
 
-// Where a row group's codes and parameters lie.
+// Where a row group's codes and parameters lie, in a Task or an Int8Task.
 struct Group {
   const uint8_t* codes;
   int64_t parameters, row;
 
-  FEWBIT_INLINE Group(const Task& task, int64_t index) {
+  template <class T>
+  FEWBIT_INLINE Group(const T& task, int64_t index) {
     const int64_t tile = index / kGroupsPerTile, first = index % kGroupsPerTile * kLanes;
     codes = task.codes + tile * task.chunks * task.bits * 64 + first * 4;
     parameters = tile * task.blocks * 16 + first;
