@@ -2,11 +2,14 @@
 #include "avx2/simd.h"
 
 #include "core/kernel.h"
+#include "core/parts.h"
 
 namespace fewbit {
 namespace {
 
-constexpr int kDirect1 = 4, kDirect2 = 2, kDirectChains = 1, kManyTokens = 4;
+constexpr int kDirect2 = 2, kDirect4 = 1, kDirect8 = 0, kDirectChains = 1, kManyTokens = 4;
+constexpr bool kInPlace = false;
+constexpr int direct1(int bits) { return part_count(bits) == 1 && bits < 8 ? 4 : 2; }  // what 16 registers hold
 constexpr int many(int) { return 2; }
 constexpr int planes(int bits) { return bits == 8 ? 2 : 1; }
 

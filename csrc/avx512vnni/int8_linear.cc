@@ -7,7 +7,9 @@ namespace fewbit {
 namespace {
 
 // 16 sums for many tokens, beside 2 vectors of codes, in 32 registers; 8 sums hide the latency for one token.
-constexpr int kDirect1 = 4, kDirect2 = 4, kDirectChains = 2, kManyTokens = 8;
+constexpr int kDirect2 = 4, kDirect4 = 4, kDirect8 = 2, kDirectChains = 2, kManyTokens = 8;
+constexpr bool kInPlace = true;
+constexpr int direct1(int) { return 4; }
 constexpr int many(int) { return 2; }
 constexpr int planes(int) { return 1; }
 

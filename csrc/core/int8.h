@@ -7,7 +7,10 @@
 //     kOrigin          what the codes are shifted down by before they are multiplied
 //     add(u, x)        u: four codes a lane; x: four activations, the same in every lane
 //     flush(), value() the lanes' sums as floats
-//   kDirect1, kDirect2, kDirectChains    row groups beside one and two tokens, and sums a row group keeps then
+//   kInPlace           codes may stand at any bit of their byte beside one token: fewer shifts, a sum for each place
+//   direct1(BITS), kDirect2, kDirect4, kDirect8    row groups beside one, two, up to four and up to eight tokens; the
+//                      last two may be 0: computed as where there are many
+//   kDirectChains      sums a row group keeps beside one or two tokens
 //   many(BITS), kManyTokens              row groups and tokens computed together where there are many
 //   planes(BITS)       2 where codes of 8 bits are then decoded to two planes of nibbles, else 1
 //
@@ -46,6 +49,14 @@ struct Held {
       for (int p = 1; p < part_count(BITS); p++) code = combine(code, field(p, g));
       return code;
     }
+  }
+
+  // The same of a code of one part, not moved all the way: times 2^(g % C * BITS).
+  template <int C>
+  FEWBIT_INLINE U in_place(int g) const {
+    static_assert(part_count(BITS) == 1, "the parts of a code stand at different places");
+    const int at = g * BITS % 8, left = g % C * BITS;
+    return mask(at > left ? shift_right(part[0], at - left) : part[0], 0x01010101u * (((1u << BITS) - 1) << left));
   }
 
   // What part p contributes: shifted to where it belongs in the code, anything else masked off.
@@ -96,8 +107,9 @@ FEWBIT_INLINE void put(const Int8Task& task, int64_t row, int64_t token, F total
   for (int64_t r = 0; r < rows; r++) y[r] = lanes[r] + (task.bias ? task.bias[row + r] : 0.0f);
 }
 
-// T row groups x M tokens, decoded where they stand.
-template <int BITS, int T, int M>
+// T row groups x M tokens, decoded where they stand. A row group has C sums a token, which g takes in turn; IN_PLACE:
+// each for codes at one place of a byte.
+template <int BITS, int T, int M, int C, bool IN_PLACE>
 void direct(const Int8Task& task, const Int8Strip& strip) {
   F total[T][M];
   const uint8_t* codes[T];
@@ -106,7 +118,7 @@ void direct(const Int8Task& task, const Int8Strip& strip) {
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
   for (int64_t s = 0, chunk = 0; s < task.segments; s++) {
-    Dot<BITS> dot[kDirectChains][T][M];
+    Dot<BITS> dot[C][T][M];
     Held<BITS> held[T];
     const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
     for (; chunk < end; chunk++, x += M * 32) {
@@ -115,24 +127,31 @@ void direct(const Int8Task& task, const Int8Strip& strip) {
         U u[T];
         for (int t = 0; t < T; t++) {
           held[t].advance(codes[t], g);
-          u[t] = held[t].quad(g);
+          if constexpr (IN_PLACE) u[t] = held[t].template in_place<C>(g);
+          else u[t] = held[t].quad(g);
         }
         for (int m = 0; m < M; m++)
-          for (int t = 0; t < T; t++) dot[g % kDirectChains][t][m].add(u[t], x + m * 32 + g * 4);
+          for (int t = 0; t < T; t++) dot[g % C][t][m].add(u[t], x + m * 32 + g * 4);
         if ((g + 1) % Dot<BITS>::kGroups == 0)
           for (int t = 0; t < T; t++)
-            for (int m = 0; m < M; m++) dot[g % kDirectChains][t][m].flush();
+            for (int m = 0; m < M; m++) dot[g % C][t][m].flush();
       }
       for (int t = 0; t < T; t++) codes[t] += BITS * 64;
     }
     const Segment segment(task, s);
+#pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
       const int64_t at = Group(task, strip.at(t)).parameters + segment.weight;
       const F scale = parameter(task.scale, task.scale_half, at);
       const F offset = task.offset ? parameter(task.offset, task.offset_half, at) : scale;
+#pragma GCC unroll 4
       for (int m = 0; m < M; m++) {
         F sum = dot[0][t][m].value();
-        for (int c = 1; c < kDirectChains; c++) sum = add(sum, dot[c][t][m].value());
+#pragma GCC unroll 8
+        for (int c = 1; c < C; c++) {  // a sum of moved codes is a power of two times an integer below 2^24: exact
+          const F value = dot[c][t][m].value();
+          sum = add(sum, IN_PLACE ? multiply(value, broadcast(1.0f / (1 << c * BITS))) : value);
+        }
         total[t][m] = settle(task, segment, sum, scale, offset, strip.token + m, Dot<BITS>::kOrigin, total[t][m]);
       }
     }
@@ -229,21 +248,27 @@ void decoded_once(const Int8Task& task, int64_t group, int64_t groups, int64_t t
     for (int t = 0; t < T && t < groups; t++) put(task, Group(task, group + t).row, m, load(totals[m][t]));
 }
 
+// Row groups by T, for all M tokens of a task.
+template <int BITS, int T, int M, int C, bool IN_PLACE = false>
+FEWBIT_INLINE void strips_direct(const Int8Task& task, int64_t group, int64_t end, int64_t tokens) {
+  for (; group < end; group += T) direct<BITS, T, M, C, IN_PLACE>(task, {group, end - group, 0, tokens});
+}
+
 template <int BITS>
 void int8_bits(const Int8Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  const int64_t end = tile_end * kGroupsPerTile;
-  for (int64_t g = tile_begin * kGroupsPerTile; g < end;) {
-    if (task.together == 1) {
-      direct<BITS, kDirect1, 1>(task, {g, end - g, 0, tokens});
-      g += kDirect1;
-    } else if (task.together == 2) {
-      direct<BITS, kDirect2, 2>(task, {g, end - g, 0, tokens});
-      g += kDirect2;
-    } else {
-      decoded_once<BITS, many(BITS), kManyTokens>(task, g, end - g, tokens);
-      g += many(BITS);
-    }
+  constexpr bool kHere = kInPlace && part_count(BITS) == 1 && BITS < 8;
+  constexpr int kChains = !kHere ? kDirectChains : BITS == 1 ? 4 : 8 / BITS;
+  const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
+  switch (task.together) {
+    case 1: return strips_direct<BITS, direct1(BITS), 1, kChains, kHere>(task, begin, end, tokens);
+    case 2: return strips_direct<BITS, kDirect2, 2, kDirectChains>(task, begin, end, tokens);
   }
+  if (kDirect4 && task.together == 4 && tokens <= 4)
+    return strips_direct<BITS, kDirect4 ? kDirect4 : 1, 4, 1>(task, begin, end, tokens);
+  if (kDirect8 && task.together == 8 && tokens <= 8)
+    return strips_direct<BITS, kDirect8 ? kDirect8 : 1, 8, 1>(task, begin, end, tokens);
+  for (int64_t g = begin; g < end; g += many(BITS))
+    decoded_once<BITS, many(BITS), kManyTokens>(task, g, end - g, tokens);
 }
 
 inline void int8_run(const Int8Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {

@@ -101,7 +101,7 @@ extern "C" int fewbit_linear_int8(const fewbit_matrix* matrix, int64_t x_block, 
   Int8Task& task = call.task = task_of(*matrix, x_block);
   task.bias = bias, task.y_stride = y_stride;
   call.x_stride = x_stride;
-  task.together = tokens <= 2 ? tokens : call.kernel->most;
+  task.together = tokens <= 2 ? tokens : tokens <= 4 ? 4 : call.kernel->most;
   const int64_t bytes = task.chunks * 32, padded = ceil_div(tokens, task.together) * task.together;
   const int64_t fit = least(kInt8Tokens, kActivationBytes / bytes) / task.together * task.together;
   const int64_t group = least(padded, fit < task.together ? task.together : fit);

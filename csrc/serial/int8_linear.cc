@@ -6,7 +6,9 @@
 namespace fewbit {
 namespace {
 
-constexpr int kDirect1 = 4, kDirect2 = 2, kDirectChains = 1, kManyTokens = 4;
+constexpr int kDirect2 = 2, kDirect4 = 0, kDirect8 = 0, kDirectChains = 1, kManyTokens = 4;
+constexpr bool kInPlace = false;
+constexpr int direct1(int) { return 4; }
 constexpr int many(int) { return 2; }
 constexpr int planes(int) { return 1; }
 

@@ -11,7 +11,7 @@ from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 
 SIZES = (1, 7, 31, 33, 97)
-BATCHES = (1, 3, 8, 33, 65)
+BATCHES = (1, 3, 4, 5, 8, 33, 65)
 ROWS = [row.name for row in kernels.KERNELS if row.isa in kernels.native.isas() or row.isa is None]
 """Kernels that this machine can be forced to."""
 FLOAT_ROWS = [name for name in ROWS if not name.startswith("int8")]
