@@ -21,14 +21,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from fewbit.errors import InputError
 from fewbit.kernels import native, reference
-from fewbit.kernels.prepared import DECODED, Prepared, check_supported
+from fewbit.kernels.prepared import Prepared, check_supported
 from fewbit.kernels.window import Window
 
 UNFOLDED = 1 << 18
 """Elements of windows that are held at a time: 1 MiB of float32."""
+
+DIRECT = 256
+"""Positions from which on torch convolves float activations: fewer do not pay for bringing weights into its layout."""
 
 Route = Literal["strips", "direct", "rounded"]
 
@@ -37,7 +41,7 @@ def route(prepared: Prepared, window: Window, positions: int) -> Route:
     """How :func:`conv2d` computes ``positions`` output positions (images times height times width)."""
     if prepared.activation is not None:
         return "strips" if window.groups == 1 else "rounded"
-    return "strips" if window.groups == 1 and positions < DECODED else "direct"
+    return "strips" if window.groups == 1 and positions < DIRECT else "direct"
 
 
 def conv2d(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None = None) -> Tensor:
@@ -171,7 +175,7 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
         window, weight = ctx.window, _whole(ctx.prepared)
-        x = torch.nn.grad.conv2d_input(
+        x = conv2d_input(
             ctx.shape,
             weight.reshape(weight.shape[0], -1, *window.size),
             gradient.float(),
