@@ -8,6 +8,7 @@
 namespace fewbit {
 namespace {
 
+constexpr int64_t kTogether = 16;             // windows copied in one go
 constexpr int64_t kElementsPerUnit = 1 << 14;  // copied by a thread at a time
 
 // The taps [first, last) of one axis whose input at + tap * dilation lies in [0, size).
@@ -18,19 +19,25 @@ struct Taps {
         last(at < size ? std::min(count, (size - at + dilation - 1) / dilation) : 0) {}
 };
 
-// Window (h, w) of one image, top left corner at (top, left), to out (channels, kernel_h, kernel_w).
+// `count` neighbouring windows of one image, the first one's top left corner at (top, left), to out (count, channels,
+// kernel_h, kernel_w). Where columns of a window lie outside of the image, it comes alone. Windows are the inner loop:
+// they lie together in an image whose channels do not.
 template <class T>
-void copy_window(const fewbit_windows& g, const T* image, int64_t top, int64_t left, T* out) {
+void copy_windows(const fewbit_windows& g, const T* image, int64_t top, int64_t left, int64_t count, T* out) {
   const Taps rows(top, g.dilation_h, g.kernel_h, g.height), columns(left, g.dilation_w, g.kernel_w, g.width);
-  const int64_t taps = g.kernel_h * g.kernel_w, across = g.dilation_w * g.stride_column;
+  const int64_t taps = g.kernel_h * g.kernel_w, width = g.channels * taps;
+  const int64_t across = g.dilation_w * g.stride_column, apart = g.step_w * g.stride_column;
   const bool clipped = rows.first > 0 || columns.first > 0 || rows.last < g.kernel_h || columns.last < g.kernel_w;
-  if (clipped) std::fill(out, out + g.channels * taps, T{0});
+  if (clipped) std::fill(out, out + count * width, T{0});
   // Offsets, not pointers: the corner of a clipped window lies outside of the image.
   const int64_t corner = top * g.stride_row + left * g.stride_column;
   for (int64_t c = 0; c < g.channels; c++, out += taps) {
     for (int64_t i = rows.first; i < rows.last; i++) {
       const int64_t at = corner + c * g.stride_channel + i * g.dilation_h * g.stride_row;
-      for (int64_t j = columns.first; j < columns.last; j++) out[i * g.kernel_w + j] = image[at + j * across];
+      for (int64_t j = columns.first; j < columns.last; j++) {
+        const int64_t from = at + j * across, to = i * g.kernel_w + j;
+        for (int64_t n = 0; n < count; n++) out[to + n * width] = image[from + n * apart];
+      }
     }
   }
 }
@@ -48,10 +55,13 @@ void copy_unit(void* context, int64_t unit) {
   const fewbit_windows& g = *call.windows;
   const int64_t width = g.channels * g.kernel_h * g.kernel_w, first = call.begin + unit * call.per_unit;
   T* out = static_cast<T*>(call.out) + (first - call.begin) * width;
-  for (int64_t p = first; p < std::min(call.end, first + call.per_unit); p++, out += width) {
+  const int64_t end = std::min(call.end, first + call.per_unit), reach = (g.kernel_w - 1) * g.dilation_w;
+  for (int64_t p = first, count; p < end; p += count, out += count * width) {
     const int64_t row = p / g.out_w, top = row % g.out_h * g.step_h - g.padding_h;
+    const int64_t left = p % g.out_w * g.step_w - g.padding_w, whole = (g.width - 1 - reach - left) / g.step_w + 1;
     const T* image = static_cast<const T*>(call.x) + row / g.out_h * g.stride_image;
-    copy_window(g, image, top, p % g.out_w * g.step_w - g.padding_w, out);
+    count = std::min({kTogether, end - p, g.out_w - p % g.out_w, left < 0 ? 1 : std::max<int64_t>(whole, 1)});
+    copy_windows(g, image, top, left, count, out);
   }
 }
 

@@ -17,6 +17,7 @@ from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.kernels import Window, conv, native
+from fewbit.kernels import prepared as prepared_module
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -171,6 +172,21 @@ def test_strips_are_bounded_and_cut_anywhere(kernel: str, monkeypatch: pytest.Mo
             if inputs is not None and window.groups == 1:
                 assert torch.equal(y, whole)
         monkeypatch.setattr(conv, "UNFOLDED", 1 << 18)
+
+
+@pytest.mark.parametrize("kernel", FLOAT_ROWS)
+def test_weights_are_decoded_a_strip_at_a_time(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_module, "STRIP", 1)
+    monkeypatch.setattr(kernels.reference, "CHUNK", 1)
+    for window, rows, shape in (CASES[2], CASES[14]):
+        matrix, x, bias = case(window, rows, shape, kernel)
+        prepared = kernels.prepare(matrix, kernel)
+        assert len([rows for rows, _ in prepared.decoded()]) >= 3
+        for rows, weight in prepared.decoded():
+            torch.testing.assert_close(weight, matrix.dequantize()[rows])
+        check(kernel, x, matrix, window, bias)
+        y = check(kernel, x.to(memory_format=torch.channels_last), matrix, window, bias)
+        assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 @needs_native

@@ -10,8 +10,8 @@ output position is a token whose columns are the window that it sees.
 * ``direct``: float activations at many positions, and in groups: a few output channels of the weight at a time are
   decoded to float32 for torch's convolution, which unfolds nothing. Decoding costs little where many positions share
   it, while copying windows out costs as much for them as for few.
-* ``rounded``: rounded activations in groups, whose rows do not fill the tiles of a kernel: strips as above, rounded by
-  their format, times the decoded weight.
+* ``rounded``: rounded activations in groups, which no kernel of integers takes: strips as above, rounded by their
+  format group by group, times the decoded weight. Much slower than the same convolution of float activations.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fewbit.kernels.window import Window
 UNFOLDED = 1 << 18
 """Elements of windows that are held at a time: 1 MiB of float32."""
 
-DIRECT = 256
+DIRECT = 128
 """Positions from which on torch convolves float activations: fewer do not pay for bringing weights into its layout."""
 
 Route = Literal["strips", "direct", "rounded"]
