@@ -113,6 +113,34 @@ PyObject* decode(PyObject*, PyObject* args) {
   return status(code);
 }
 
+// Windows in Python: the members of fewbit_windows in their order.
+bool windows_of(PyObject* tuple, fewbit_windows* g) {
+  long long values[17];
+  if (!PyArg_ParseTuple(tuple, "LLLLLLLLLLLLLLLLLi", &values[0], &values[1], &values[2], &values[3], &values[4],
+                        &values[5], &values[6], &values[7], &values[8], &values[9], &values[10], &values[11],
+                        &values[12], &values[13], &values[14], &values[15], &values[16], &g->element_bytes))
+    return false;
+  int64_t* const members[] = {&g->channels, &g->height, &g->width, &g->stride_image, &g->stride_channel,
+                              &g->stride_row, &g->stride_column, &g->kernel_h, &g->kernel_w, &g->step_h, &g->step_w,
+                              &g->padding_h, &g->padding_w, &g->dilation_h, &g->dilation_w, &g->out_h, &g->out_w};
+  for (int i = 0; i < 17; i++) *members[i] = values[i];
+  return true;
+}
+
+PyObject* unfold(PyObject*, PyObject* args) {
+  fewbit_windows windows;
+  PyObject* tuple;
+  unsigned long long x, out;
+  long long begin, end;
+  int threads, code;
+  if (!PyArg_ParseTuple(args, "OKLLKi", &tuple, &x, &begin, &end, &out, &threads) || !windows_of(tuple, &windows))
+    return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_unfold(&windows, pointer<const void*>(x), begin, end, pointer<void*>(out), threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
 PyObject* read_stream(PyObject*, PyObject* args) {
   unsigned long long data, result;
   long long bytes;
@@ -132,6 +160,7 @@ PyMethodDef methods[] = {
     {"tile16_unpack", tile16_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, stride)"},
     {"linear", linear, METH_VARARGS, "(matrix, x_block, x, x_stride, tokens, bias, y, y_stride, isa, threads)"},
     {"decode", decode, METH_VARARGS, "(matrix, tile_begin, tile_end, out, stride, isa, threads)"},
+    {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},
     {"read_stream", read_stream, METH_VARARGS, "(data, bytes, threads) -> exclusive or of the bytes."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -103,6 +103,21 @@ int fewbit_decode(const fewbit_matrix* matrix, int64_t tile_begin, int64_t tile_
 int fewbit_linear_int8(const fewbit_matrix* matrix, int64_t x_block, const float* x, int64_t x_stride, int64_t tokens,
                        const float* bias, float* y, int64_t y_stride, int32_t isa, int32_t threads);
 
+/* Which elements of x (images, channels, height, width) the windows of a convolution see. `stride_*` are elements of x
+ * between neighbours on an axis, so that any memory order works; `step_*` are positions between windows, which others
+ * call the stride of a convolution. Zeros lie around an image, as far as windows reach. */
+typedef struct {
+  int64_t channels, height, width;
+  int64_t stride_image, stride_channel, stride_row, stride_column;
+  int64_t kernel_h, kernel_w, step_h, step_w, padding_h, padding_w, dilation_h, dilation_w;
+  int64_t out_h, out_w;  /* windows of an image, down and across */
+  int32_t element_bytes; /* 2 or 4 */
+} fewbit_windows;
+
+/* Windows [begin, end), counted across, then down, then by image, as rows for fewbit_linear:
+ * out: (end - begin, channels, kernel_h, kernel_w) elements, contiguous. A copy: bits are kept. */
+int fewbit_unfold(const fewbit_windows* windows, const void* x, int64_t begin, int64_t end, void* out, int32_t threads);
+
 /* Reads `bytes` of memory once and returns the exclusive or of its whole 128-byte groups, folded to 64 bits: a read
  * stream, to measure the machine's bandwidth beside a kernel. */
 uint64_t fewbit_read_stream(const void* data, int64_t bytes, int32_t threads);

@@ -11,7 +11,8 @@
 
 #include "fewbit.h"
 
-int int8_failures();  // int8_test.cc
+int int8_failures();    // int8_test.cc
+int unfold_failures();  // unfold_test.cc
 
 namespace {
 
@@ -200,6 +201,7 @@ int main() {
       }
   check_refusals();
   failures += int8_failures();
+  failures += unfold_failures();
   for (int i = 0; i < 4; i++)
     if (fewbit_caps() & kIsas[i].flag) printf("%s: at most %.2f of the bound\n", kIsas[i].name, worst[i]);
   printf("%d cases, %d failures\n", cases, failures);

@@ -2,10 +2,12 @@
 """Who computes: :data:`KERNELS` is the table, best first; ``reference`` takes everything and is the oracle."""
 
 from fewbit.kernels import native, reference
+from fewbit.kernels.conv import conv2d, route
 from fewbit.kernels.ops import embedding, linear, prepare, set_threads
 from fewbit.kernels.prepared import Prepared
 from fewbit.kernels.table import KERNELS, Choice, Kernel, choose
 from fewbit.kernels.tile16 import TILE16
+from fewbit.kernels.window import Window
 
 __all__ = [
     "KERNELS",
@@ -13,11 +15,14 @@ __all__ = [
     "Choice",
     "Kernel",
     "Prepared",
+    "Window",
     "choose",
+    "conv2d",
     "embedding",
     "linear",
     "native",
     "prepare",
     "reference",
+    "route",
     "set_threads",
 ]

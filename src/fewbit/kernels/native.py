@@ -18,6 +18,9 @@ FAMILIES = {"affine": 0, "lut": 1}
 Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int]
 """(rows, columns, block, bits, family, scale is half, offset is half, zero, codes, scale, offset, table)."""
 
+Windows = tuple[int, ...]
+"""The 18 members of ``fewbit_windows`` in ``csrc/include/fewbit.h``, in their order."""
+
 
 class Core(Protocol):
     """The functions of ``fewbit._native``; arguments as in ``csrc/bind.cc``."""
@@ -30,6 +33,7 @@ class Core(Protocol):
     def decode(
         self, matrix: Matrix, tile_begin: int, tile_end: int, out: int, stride: int, isa: int, threads: int
     ) -> None: ...
+    def unfold(self, windows: Windows, x: int, begin: int, end: int, out: int, threads: int) -> None: ...
     def read_stream(self, data: int, nbytes: int, threads: int) -> int: ...
     def linear(
         self,

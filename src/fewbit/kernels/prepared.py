@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,13 @@ STRIP = 1 << 19
 """Weights decoded at a time: 2 MiB of float32."""
 
 
+def check_supported(x: Tensor) -> None:
+    """Raises UnsupportedError where ``x`` is on another device than the CPU, or not of :data:`FLOATS`."""
+    if x.dtype not in FLOATS or x.device.type != "cpu":
+        works = "float32, bfloat16 and float16 on the CPU work"
+        raise UnsupportedError(f"x in {x.dtype} on {x.device}", "kernels run on the CPU", works)
+
+
 class Prepared(ABC):
     """Abstract. ``prepared(x, bias)`` is ``x W^T + bias``: x (..., columns) in float32, bfloat16 or float16 ->
     (..., rows) in the same dtype, accumulated in float32. Differentiable in x.
@@ -42,6 +50,10 @@ class Prepared(ABC):
     @abstractmethod
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (tokens, columns) in any of :data:`FLOATS` -> (tokens, rows), float32 or x's dtype."""
+
+    @abstractmethod
+    def decoded(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weights as float32, a few rows at a time: (which rows, their weights (rows of the strip, columns))."""
 
     @abstractmethod
     def qtensor(self) -> QTensor:
@@ -77,9 +89,7 @@ class Prepared(ABC):
             raise InputError(
                 f"bias of shape {tuple(bias.shape)}", f"the matrix is {self.shape}", f"({rows},) would work"
             )
-        if x.dtype not in FLOATS or x.device.type != "cpu":
-            works = "float32, bfloat16 and float16 on the CPU work"
-            raise UnsupportedError(f"x in {x.dtype} on {x.device}", "kernels run on the CPU", works)
+        check_supported(x)
         flat = x.reshape(-1, columns)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             y = _Differentiable.apply(flat, bias, self)  # type: ignore[no-untyped-call]
@@ -98,6 +108,9 @@ class ReferencePrepared(Prepared):
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return reference.linear(reference.round_activations(x, self.activation), self._qtensor, bias)
+
+    def decoded(self) -> Iterator[tuple[slice, Tensor]]:
+        return reference.decoded(self._qtensor)
 
     def qtensor(self) -> QTensor:
         return self._qtensor
@@ -179,7 +192,7 @@ class NativePrepared(Prepared):
         bias = None if bias is None else bias.detach().float().contiguous()
         y = torch.empty(tokens, rows)
         if tokens >= DECODED and not self._x_block:
-            return self._decoded(x, bias, y)
+            return self._long(x, bias, y)
         native.core().linear(
             self._matrix(),
             self._x_block,
@@ -194,8 +207,14 @@ class NativePrepared(Prepared):
         )
         return y
 
-    def _decoded(self, x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    def _long(self, x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
         """Decode strips of rows to float32, each once for all tokens, and let torch multiply."""
+        for rows, weight in self.decoded():
+            torch.mm(x, weight.T, out=y[:, rows])
+        return y if bias is None else y.add_(bias)
+
+    def decoded(self) -> Iterator[tuple[slice, Tensor]]:
+        """As :meth:`Prepared.decoded`; a strip is a view of memory that the next one overwrites."""
         rows, columns = self.shape
         strip = max(ROWS, STRIP // columns // ROWS * ROWS)
         weight = torch.empty(columns, min(strip, -(-rows // ROWS) * ROWS))  # (columns, rows of the strip)
@@ -204,8 +223,7 @@ class NativePrepared(Prepared):
             native.core().decode(
                 self._matrix(), *tiles, weight.data_ptr(), weight.shape[1], self._isa, torch.get_num_threads()
             )
-            torch.mm(x, weight[:, : min(strip, rows - row)], out=y[:, row : row + strip])
-        return y if bias is None else y.add_(bias)
+            yield slice(row, min(row + strip, rows)), weight[:, : min(strip, rows - row)].T
 
     def qtensor(self) -> QTensor:
         return self._stored

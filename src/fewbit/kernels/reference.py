@@ -4,12 +4,15 @@ can: a few rows at a time are dequantized and multiplied by torch, so that memor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
+from fewbit.kernels.window import Window
 
 CHUNK = 1 << 22
 """Weights dequantized at a time: 16 MiB of float32."""
@@ -38,21 +41,40 @@ def _chunks(qtensor: QTensor) -> list[tuple[slice, Tensor, dict[str, Tensor]]]:
     return [(cut, codes[cut], {name: values[cut] for name, values in params.items()}) for cut in cuts]
 
 
+def decoded(qtensor: QTensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their float32 weights (rows, columns)), cut as above."""
+    return ((cut, F.decode(qtensor.format, codes, params)) for cut, codes, params in _chunks(qtensor))
+
+
 def linear(x: Tensor, qtensor: QTensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with float32 arithmetic: x (..., columns) -> (..., rows) in x's dtype."""
     flat = x.reshape(-1, x.shape[-1]).float()
     y = torch.empty(flat.shape[0], qtensor.shape[0], device=x.device)
-    for cut, codes, params in _chunks(qtensor):
-        y[:, cut] = flat @ F.decode(qtensor.format, codes, params).T
+    for cut, weight in decoded(qtensor):
+        y[:, cut] = flat @ weight.T
     if bias is not None:
         y += bias.float()
     return y.reshape(*x.shape[:-1], qtensor.shape[0]).to(x.dtype)
+
+
+def unfold(x: Tensor, window: Window, begin: int, end: int) -> Tensor:
+    """Windows [begin, end) of x (images, channels, height, width), counted across, then down, then by image: (end -
+    begin, channels * taps) in x's dtype, columns in the order of ``weight.reshape(out, -1)``."""
+    (down, across), (high, wide) = window.padding, window.out(x)
+    padded = torch.nn.functional.pad(x, (across, across, down, down))
+    at = torch.arange(begin, end, device=x.device)
+    top, left = at // wide % high * window.stride[0], at % wide * window.stride[1]
+    rows = top[:, None] + torch.arange(window.size[0], device=x.device) * window.dilation[0]
+    columns = left[:, None] + torch.arange(window.size[1], device=x.device) * window.dilation[1]
+    images = (at // (wide * high))[:, None, None]
+    windows = padded[images, :, rows[:, :, None], columns[:, None, :]]  # (windows, down, across, channels)
+    return windows.permute(0, 3, 1, 2).reshape(end - begin, -1)
 
 
 def backward(gradient: Tensor, qtensor: QTensor) -> Tensor:
     """``gradient W``: gradient of the output (..., rows) -> that of x (..., columns)."""
     flat = gradient.reshape(-1, gradient.shape[-1]).float()
     x = torch.zeros(flat.shape[0], qtensor.shape[1], device=gradient.device)
-    for cut, codes, params in _chunks(qtensor):
-        x += flat[:, cut] @ F.decode(qtensor.format, codes, params)
+    for cut, weight in decoded(qtensor):
+        x += flat[:, cut] @ weight
     return x.reshape(*gradient.shape[:-1], qtensor.shape[1]).to(gradient.dtype)

@@ -59,53 +59,26 @@ class Store(nn.Module):
         return f"{self.shape[1]} -> {self.shape[0]}, {self.format.name}, {self.layout.name}"
 
 
-class QuantLinear(Store):
-    """``y = x W^T + b`` with W in few bits.
+class Multiplier(Store):
+    """A matrix that inputs are multiplied by, and a bias; abstract over what is a token of them.
 
-    ``activation``: a format that inputs are rounded to per token, or None. ``rewrites``: kinds of what inputs go
-    through before that, whose arrays are the buffers ``input_{position}_{array}``.
+    ``activation``: a format that inputs are rounded to per token, or None.
     """
 
     bias: nn.Parameter | None
 
     def __init__(
-        self,
-        format: str,
-        layout: str,
-        shape: tuple[int, int],
-        bias: nn.Parameter | None,
-        activation: str | None = None,
-        rewrites: Sequence[str] = (),
+        self, format: str, layout: str, shape: tuple[int, int], bias: nn.Parameter | None, activation: str | None
     ) -> None:
         super().__init__(format, layout, shape)
-        self.rewrites = tuple(rewrites)
-        for array, (dtype, size) in R.storage(self.rewrites, shape[1]).items():
-            self.register_buffer(f"input_{array}", torch.empty(size, dtype=dtype))
-        self._rewrite: R.Chain | None = None
         self.bias = bias
         self.activation = formats.parse(activation) if activation else None
-        self.in_features, self.out_features = shape[1], shape[0]
         self._prepared: kernels.Prepared | None = None
 
     def prepare(self, kernel: str | None = None) -> None:
         """Repack for the fastest kernel here (or the one named), once, before the first call."""
         self._prepared = kernels.prepare(self.qtensor(), kernel, self.activation)
-        self._rewrite = self.rewrite()
         self.release()
-
-    def rewrite(self) -> R.Chain:
-        """What inputs go through first, sharing the buffers' memory.
-
-        Raises:
-            VerificationError: a buffer changed its dtype after loading, or holds what it cannot.
-        """
-        if self._rewrite is not None:
-            return self._rewrite
-        names = R.storage(self.rewrites, self.in_features)
-        try:
-            return R.restore(self.rewrites, self.in_features, {name: getattr(self, f"input_{name}") for name in names})
-        except InputError as error:
-            raise VerificationError(error.asked, error.found, error.works) from None
 
     def qtensor(self) -> QTensor:
         return super().qtensor() if self._prepared is None else self._prepared.qtensor()
@@ -123,6 +96,48 @@ class QuantLinear(Store):
         self.activation = format
         self._prepared = kernels.prepare(stored, activation=format)
         self.release()
+
+
+class QuantLinear(Multiplier):
+    """``y = x W^T + b`` with W in few bits.
+
+    ``rewrites``: kinds of what inputs go through before they are rounded, whose arrays are the buffers
+    ``input_{position}_{array}``.
+    """
+
+    def __init__(
+        self,
+        format: str,
+        layout: str,
+        shape: tuple[int, int],
+        bias: nn.Parameter | None,
+        activation: str | None = None,
+        rewrites: Sequence[str] = (),
+    ) -> None:
+        super().__init__(format, layout, shape, bias, activation)
+        self.rewrites = tuple(rewrites)
+        for array, (dtype, size) in R.storage(self.rewrites, shape[1]).items():
+            self.register_buffer(f"input_{array}", torch.empty(size, dtype=dtype))
+        self._rewrite: R.Chain | None = None
+        self.in_features, self.out_features = shape[1], shape[0]
+
+    def prepare(self, kernel: str | None = None) -> None:
+        super().prepare(kernel)
+        self._rewrite = self.rewrite()
+
+    def rewrite(self) -> R.Chain:
+        """What inputs go through first, sharing the buffers' memory.
+
+        Raises:
+            VerificationError: a buffer changed its dtype after loading, or holds what it cannot.
+        """
+        if self._rewrite is not None:
+            return self._rewrite
+        names = R.storage(self.rewrites, self.in_features)
+        try:
+            return R.restore(self.rewrites, self.in_features, {name: getattr(self, f"input_{name}") for name in names})
+        except InputError as error:
+            raise VerificationError(error.asked, error.found, error.works) from None
 
     def forward(self, x: Tensor) -> Tensor:
         prepared = self.prepared
@@ -211,7 +226,7 @@ class ExpertMatrix:
 
 
 def round_inputs(model: nn.Module, format: Format) -> None:
-    """Round inputs to ``format`` in every quantized linear layer that was not quantized together with its inputs."""
+    """Round inputs to ``format`` in every layer that multiplies and was not quantized together with them."""
     for module in model.modules():
-        if isinstance(module, QuantLinear) and module.activation is None:
+        if isinstance(module, Multiplier) and module.activation is None:
             module.round_inputs(format)
