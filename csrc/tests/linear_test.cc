@@ -12,6 +12,7 @@
 #include "fewbit.h"
 
 int int8_failures();  // int8_test.cc
+int xnor_failures();  // xnor_test.cc
 
 namespace {
 
@@ -200,6 +201,7 @@ int main() {
       }
   check_refusals();
   failures += int8_failures();
+  failures += xnor_failures();
   for (int i = 0; i < 4; i++)
     if (fewbit_caps() & kIsas[i].flag) printf("%s: at most %.2f of the bound\n", kIsas[i].name, worst[i]);
   printf("%d cases, %d failures\n", cases, failures);
