@@ -7,11 +7,12 @@ namespace fewbit {
 namespace {
 
 constexpr int kWords = 2, kMost = 31;  // 31 chunks: a byte counts 8 bits of each, 248 at most
-constexpr int kDirect1 = 4, kDirect2 = 4, kDirectMany = 2, kManyTokens = 4;
+constexpr int kDirect1 = 4, kDirect2 = 2, kMany = 2, kManyTokens = 4;
 
 // Nibbles are taken apart before the exclusive or, so that this serves all tokens of the strip.
 struct Signs {
   U low, high;
+  Signs() = default;
   explicit Signs(U codes) : low(mask(codes, 0x0f0f0f0fu)), high(mask(shift_right(codes, 4), 0x0f0f0f0fu)) {}
 };
 

@@ -6,12 +6,13 @@
 namespace fewbit {
 namespace {
 
-constexpr int kWords = 1, kMost = 1 << 26;  // chunks whose bits an int32 counts
+constexpr int kWords = 1, kMost = 64;  // chunks: 8 KiB of signs at a time
 // 16 counts for many tokens, beside 2 vectors of signs, in 32 registers.
-constexpr int kDirect1 = 4, kDirect2 = 4, kDirectMany = 2, kManyTokens = 8;
+constexpr int kDirect1 = 4, kDirect2 = 4, kMany = 2, kManyTokens = 8;
 
 struct Signs {
   U codes;
+  Signs() = default;
   explicit Signs(U loaded) : codes(loaded) {}
 };
 

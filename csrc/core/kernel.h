@@ -103,6 +103,8 @@ struct XnorTask {
   int64_t y_stride;
 };
 
+enum : int64_t { kXnorTokens = 64 };  // tokens prepared at a time: at most
+
 // Signs times signs on one instruction set.
 struct XnorKernel {
   int64_t most;   // tokens computed together where there are many

@@ -4,12 +4,12 @@
 // Included after an ISA's simd.h and what its xnor_linear.cc defines:
 //
 //   kWords             words that a chunk takes of a token: 1, or 2 where nibbles are apart
-//   Signs(codes)       32 columns of a row group, as `add` wants them
-//   Count              bits that differ, of at most kMost chunks
+//   Signs(codes)       32 columns of a row group, as `add` wants them; Signs() is anything
+//   Count              bits that differ, of at most kMost chunks; none at first
 //     add(signs, x)    one chunk more; x: the token's words
 //     lanes()          as one number a row
 //   sum(a, b)          of two such numbers
-//   kDirect1, kDirect2, kDirectMany, kManyTokens    row groups beside one, two and kManyTokens tokens
+//   kDirect1, kDirect2, kMany    row groups beside one, two, and kManyTokens (3 or more) tokens
 //
 // Counts are integers, and scales are applied by one order of multiplications: the same bits everywhere.
 #pragma once
@@ -75,17 +75,33 @@ inline void sign_token(const XnorTask& task, const float* x, int64_t token) {
   }
 }
 
-// T row groups from `group`, of which `groups` exist, x M tokens from `token`, of which `tokens` do.
+// One row group of one token, from the bits that differ: exact until it meets the scales.
+FEWBIT_INLINE void settle(const XnorTask& task, const Group& group, int64_t token, U differing) {
+  const F dot = add(broadcast(static_cast<float>(task.columns)), multiply(broadcast(-2.0f), convert(differing)));
+  const F scale = parameter(task.scale, task.scale_half, group.parameters);
+  put(task, group.row, token, multiply(multiply(scale, broadcast(task.x_scale[token])), dot));
+}
+
+// T row groups from `group`, of which `groups` exist.
+struct XnorRows {
+  int64_t group, groups;
+
+  FEWBIT_INLINE Group at(const XnorTask& task, int64_t t) const {
+    return Group(task, group + (t < groups ? t : groups - 1));
+  }
+};
+
+// T row groups x M tokens, the only ones; signs are used where they are loaded.
 template <int T, int M>
-void count_signs(const XnorTask& task, int64_t group, int64_t groups, int64_t token, int64_t tokens) {
-  const auto at = [&](int64_t t) { return Group(task, group + (t < groups ? t : groups - 1)); };
-  const uint32_t* x = task.words + token * task.chunks * kWords;
+void direct(const XnorTask& task, const XnorRows& rows, int64_t tokens) {
+  const uint32_t* x = task.words;
   const uint8_t* codes[T];
   U differing[T][M];
-  for (int t = 0; t < T; t++) codes[t] = at(t).codes;
+  for (int t = 0; t < T; t++) codes[t] = rows.at(task, t).codes;
+  for (int t = 0; t < T; t++)
+    for (int m = 0; m < M; m++) differing[t][m] = Count().lanes();
   for (int64_t chunk = 0; chunk < task.chunks;) {
     const int64_t end = chunk + kMost < task.chunks ? chunk + kMost : task.chunks;
-    const bool first = chunk == 0;
     Count count[T][M];
     for (; chunk < end; chunk++, x += M * kWords) {
       for (int t = 0; t < T; t++) {
@@ -95,31 +111,54 @@ void count_signs(const XnorTask& task, int64_t group, int64_t groups, int64_t to
       }
     }
     for (int t = 0; t < T; t++)
-      for (int m = 0; m < M; m++) differing[t][m] = first ? count[t][m].lanes() : sum(differing[t][m], count[t][m].lanes());
+      for (int m = 0; m < M; m++) differing[t][m] = sum(differing[t][m], count[t][m].lanes());
   }
-  const F columns = broadcast(static_cast<float>(task.columns));
-  for (int t = 0; t < T && t < groups; t++) {
-    const Group here = at(t);
-    const F scale = parameter(task.scale, task.scale_half, here.parameters);
-    for (int m = 0; m < M && m < tokens; m++) {
-      const F dot = add(columns, multiply(broadcast(-2.0f), convert(differing[t][m])));
-      put(task, here.row, token + m, multiply(multiply(scale, broadcast(task.x_scale[token + m])), dot));
-    }
-  }
+  for (int t = 0; t < T && t < rows.groups; t++)
+    for (int m = 0; m < M && m < tokens; m++) settle(task, rows.at(task, t), m, differing[t][m]);
 }
 
+// T row groups x all tokens, M at a time: signs are taken apart once for all of them.
 template <int T, int M>
-void count_tiles(const XnorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  const int64_t end = tile_end * kGroupsPerTile;
-  for (int64_t g = tile_begin * kGroupsPerTile; g < end; g += T)
-    for (int64_t token = 0; token < tokens; token += M) count_signs<T, M>(task, g, end - g, token, tokens - token);
+void shared(const XnorTask& task, const XnorRows& rows, int64_t tokens) {
+  Signs signs[kMost][T];
+  U differing[kXnorTokens][T];
+  const int64_t padded = (tokens + M - 1) / M * M;
+  for (int64_t m = 0; m < padded; m++)
+    for (int t = 0; t < T; t++) differing[m][t] = Count().lanes();
+  for (int64_t first = 0; first < task.chunks; first += kMost) {
+    const int64_t left = task.chunks - first, chunks = left < kMost ? left : kMost;
+    for (int t = 0; t < T; t++) {
+      const uint8_t* codes = rows.at(task, t).codes + first * 64;
+      for (int64_t c = 0; c < chunks; c++) signs[c][t] = Signs(load_lanes(codes + c * 64));
+    }
+    for (int64_t token = 0; token < padded; token += M) {
+      const uint32_t* x = task.words + (token * task.chunks + first * M) * kWords;
+      Count count[T][M];
+      for (int64_t c = 0; c < chunks; c++, x += M * kWords)
+        for (int m = 0; m < M; m++)
+          for (int t = 0; t < T; t++) count[t][m].add(signs[c][t], x + m * kWords);
+      for (int m = 0; m < M; m++)
+        for (int t = 0; t < T; t++) differing[token + m][t] = sum(differing[token + m][t], count[t][m].lanes());
+    }
+  }
+  for (int64_t m = 0; m < tokens; m++)
+    for (int t = 0; t < T && t < rows.groups; t++) settle(task, rows.at(task, t), m, differing[m][t]);
 }
 
 inline void xnor_run(const XnorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  switch (task.together) {
-    case 1: return count_tiles<kDirect1, 1>(task, tile_begin, tile_end, tokens);
-    case 2: return count_tiles<kDirect2, 2>(task, tile_begin, tile_end, tokens);
-    default: return count_tiles<kDirectMany, kManyTokens>(task, tile_begin, tile_end, tokens);
+  const int64_t end = tile_end * kGroupsPerTile;
+  for (int64_t g = tile_begin * kGroupsPerTile; g < end;) {
+    const XnorRows rows = {g, end - g};
+    if (task.together == 1) {
+      direct<kDirect1, 1>(task, rows, tokens);
+      g += kDirect1;
+    } else if (task.together == 2) {
+      direct<kDirect2, 2>(task, rows, tokens);
+      g += kDirect2;
+    } else {
+      shared<kMany, kManyTokens>(task, rows, tokens);
+      g += kMany;
+    }
   }
 }
 

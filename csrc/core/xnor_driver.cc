@@ -79,7 +79,7 @@ extern "C" int fewbit_linear_xnor(const fewbit_matrix* matrix, const float* x, i
   task.together = tokens <= 2 ? tokens : call.kernel->most;
   const int64_t bytes = task.chunks * call.kernel->words * 4;
   const int64_t padded = ceil_div(tokens, task.together) * task.together;
-  const int64_t fit = kWordBytes / bytes / task.together * task.together;
+  const int64_t fit = least(kXnorTokens, kWordBytes / bytes) / task.together * task.together;
   const int64_t group = least(padded, fit < task.together ? task.together : fit);
   const std::size_t size = static_cast<std::size_t>(group * (bytes + 4));
   auto* scratch = static_cast<uint8_t*>(operator new(size, std::align_val_t(64), std::nothrow));

@@ -7,10 +7,11 @@ namespace fewbit {
 namespace {
 
 constexpr int kWords = 1, kMost = 31;  // 31 chunks: a byte counts 8 bits of each, 248 at most
-constexpr int kDirect1 = 4, kDirect2 = 4, kDirectMany = 4, kManyTokens = 4;
+constexpr int kDirect1 = 4, kDirect2 = 4, kMany = 4, kManyTokens = 4;
 
 struct Signs {
   U codes;
+  Signs() = default;
   explicit Signs(U loaded) : codes(loaded) {}
 };
 
