@@ -7,8 +7,9 @@ Every row is measured in the same loop, one call of each in turn. A product of t
 peak" is the share of exclusive or + popcount + add on registers (``xnor_peak.cc``, compiled here for this processor),
 "apart" of the same with nibbles taken apart beforehand, which is what our AVX2 kernel does. On one thread times are
 those of the thread's own clock, so that neighbours cost only what they share with it. Weights of fewbit rows are
-rotated through more than three times the last-level cache. The error is the norm of the difference to float64 over the
-norm of the answer, on the inputs as the row rounds them, on a sample of rows.
+rotated through more than three times the last-level cache, and "GB/s" is what they read of them at least, beside a
+plain read stream. The error is the norm of the difference to float64 over the norm of the answer, on the inputs as the
+row rounds them, on a sample of rows.
 """
 
 from __future__ import annotations
@@ -64,11 +65,13 @@ def peaks(folder: str, threads: int) -> list[tuple[Row, list[Call]]]:
             return peak(ROUNDS, apart)
         return list(pool.map(peak, [ROUNDS] * threads, [apart] * threads))
 
+    memory = torch.zeros(ROTATE, dtype=torch.uint8)
+    stream: Row = {"name": "read stream", "kernel": "-", "bytes": ROTATE, "operations": 0, "relative_error": None}
     signs = peak(1, 0) * ROUNDS * threads
     return [
         ({"name": name, "kernel": "-", "operations": 2 * signs, "relative_error": None}, [lambda a=apart: run(a)])  # type: ignore[misc]
         for apart, name in enumerate(("xor + popcount + add", "the same, apart"))
-    ]
+    ] + [(stream, [lambda: native.core().read_stream(memory.data_ptr(), ROTATE, threads)])]
 
 
 def fewbit_row(matrix: QTensor, x: torch.Tensor, name: str, inputs: Format | None) -> tuple[Row, list[Call]]:
@@ -79,8 +82,8 @@ def fewbit_row(matrix: QTensor, x: torch.Tensor, name: str, inputs: Format | Non
     answer = kernels.reference.oracle(kernels.reference.round_activations(x, inputs), few)
     error = float((first(x)[:, :SAMPLE].double() - answer).norm() / answer.norm())
     prepared = [first, *(copy.deepcopy(first) for _ in range(ROTATE // first.read_bytes))]
-    row = {"name": "signs x signs" if kernel else f"signs{name}", "kernel": first.kernel, "relative_error": error}
-    return row, [lambda p=p: p(x) for p in prepared]  # type: ignore[misc]
+    row = {"name": "signs x signs" if kernel else f"signs{name}", "kernel": first.kernel, "bytes": first.read_bytes}
+    return row | {"relative_error": error}, [lambda p=p: p(x) for p in prepared]  # type: ignore[misc]
 
 
 def torch_row(shape: tuple[int, int], x: torch.Tensor) -> tuple[Row, list[Call]]:
@@ -105,7 +108,13 @@ def measure(shape: tuple[int, int], tokens: int, limits: list[tuple[Row, list[Ca
             times.append(clock() - start)
     rows = [row for row, _ in made]
     for row, times in zip(rows, found, strict=True):
-        row |= {"shape": list(shape), "tokens": tokens, "seconds": statistics.median(times[1:]), "least": min(times[1:])}
+        row |= {
+            "shape": list(shape),
+            "tokens": tokens,
+            "seconds": statistics.median(times[1:]),
+            "least": min(times[1:]),
+        }
+        row["gbytes_per_s"] = row["bytes"] / row["seconds"] / 1e9 if "bytes" in row else None
         row["gops"] = row.setdefault("operations", 2 * tokens * shape[0] * shape[1]) / row["seconds"] / 1e9
     for row in rows:
         row["of_peak"], row["of_apart"] = row["gops"] / rows[0]["gops"], row["gops"] / rows[1]["gops"]
@@ -114,11 +123,12 @@ def measure(shape: tuple[int, int], tokens: int, limits: list[tuple[Row, list[Ca
 
 def show(rows: list[Row], title: str, console: Console) -> None:
     table = Table(title=title)
-    for name in ("", "kernel", "us", "least us", "Gop/s", "of peak", "of apart", "error"):
+    for name in ("", "kernel", "us", "least us", "GB/s", "Gop/s", "of peak", "of apart", "error"):
         table.add_column(name, justify="left" if name in ("", "kernel") else "right")
     for row in rows:
+        read = "" if row["gbytes_per_s"] is None else f"{row['gbytes_per_s']:.1f}"
         error = "" if row["relative_error"] is None else f"{row['relative_error']:.1e}"
-        speed = f"{row['seconds'] * 1e6:.0f}", f"{row['least'] * 1e6:.0f}", f"{row['gops']:.0f}"
+        speed = f"{row['seconds'] * 1e6:.0f}", f"{row['least'] * 1e6:.0f}", read, f"{row['gops']:.0f}"
         table.add_row(row["name"], row["kernel"], *speed, f"{row['of_peak']:.0%}", f"{row['of_apart']:.0%}", error)
     console.print(table)
 

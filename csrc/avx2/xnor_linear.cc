@@ -28,8 +28,13 @@ struct Count {
   U bytes = _mm256_setzero_si256();
 
   inline void add(const Signs& signs, const uint32_t* x) {
-    bytes = _mm256_add_epi8(bytes, bits_of(differ(signs.low, x[0])));
-    bytes = _mm256_add_epi8(bytes, bits_of(differ(signs.high, x[1])));
+    plus(bits_of(differ(signs.low, x[0])));
+    plus(bits_of(differ(signs.high, x[1])));
+  }
+  // One after the other: GCC would reorder the sums, and spill some for all the lookups that it then keeps alive.
+  inline void plus(U more) {
+    bytes = _mm256_add_epi8(bytes, more);
+    asm("" : "+x"(bytes));
   }
   inline U lanes() const {
     return _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));

@@ -111,8 +111,8 @@ int fewbit_linear_int8(const fewbit_matrix* matrix, int64_t x_block, const float
  *
  * and y is that of s * q: s * scale / 2 * (columns - 2 * signs that differ). The matrix holds signs: bits 1,
  * FEWBIT_AFFINE, zero 0.5, no offset, block = columns, so that a weight is -scale / 2 or +scale / 2. columns must be at
- * most 2^24: up to there the sum of signs is an exact float32 (an int32 holds it up to 2^31 - 1). The result is the same
- * on every ISA, at any number of threads and tokens. Error against the rounded x: at most about 3 * 2^-24 times
+ * most 2^24: up to there the sum of signs is an exact float32 (an int32 holds it up to 2^31 - 1). The result is the
+ * same on every ISA, at any number of threads and tokens. Error against the rounded x: at most about 3 * 2^-24 times
  * |scale / 2 * s * sum| + |bias|. A token that holds NaN gives NaN; infinity counts as its sign, at the largest s. */
 int fewbit_linear_xnor(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens, const float* bias,
                        float* y, int64_t y_stride, int32_t isa, int32_t threads);

@@ -2,8 +2,9 @@
 """What the field calls its schemes, and which formats they are.
 
 ``WxAy`` is x bits a weight and y bits an activation, 16 meaning float. Groups follow the presets of compressed-tensors:
-128 columns, but a whole row for W8A8 and W1A1 (signs times signs, XNOR-Net). Activations have one scale a token, found as they arrive: the format of a
-(tokens, features) matrix with whole rows. ggml's type names stand for the formats that those types store.
+128 columns, but a whole row for W8A8, and for W1A1 (signs times signs, XNOR-Net). Activations have one scale a token,
+found as they arrive: the format of a (tokens, features) matrix with whole rows. ggml's type names stand for the formats
+that those types store.
 """
 
 from __future__ import annotations
