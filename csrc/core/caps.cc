@@ -18,6 +18,7 @@ extern "C" int32_t fewbit_caps(void) {
   if (avx2) caps |= FEWBIT_AVX2;
   if (avx512) caps |= FEWBIT_AVX512;
   if (avx512 && __builtin_cpu_supports("avx512vnni")) caps |= FEWBIT_AVX512VNNI;
+  if (avx512 && __builtin_cpu_supports("avx512vpopcntdq")) caps |= FEWBIT_AVX512VPOPCNT;
 #elif defined(__aarch64__)
   caps |= FEWBIT_NEON;
 #if defined(__APPLE__)

@@ -87,6 +87,36 @@ struct Int8Kernel {
   void (*run)(const Int8Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
 };
 
+// Work of a kernel that counts signs which differ: one scale a row of the weight, and one a token.
+struct XnorTask {
+  static constexpr int32_t bits = 1;
+  static constexpr int64_t blocks = 1;
+  int32_t scale_half;
+  int64_t rows, columns, chunks;
+  const uint8_t* codes;  // as in Task
+  const void* scale;     // (tiles, 16)
+  int64_t together;      // tokens that are computed together
+  uint32_t* words;       // (tokens / together, chunks, together, words of the kernel)
+  float* x_scale;        // (padded tokens): half of what the format says, since scale is twice what it says
+  const float* bias;
+  float* y;
+  int64_t y_stride;
+};
+
+enum : int64_t { kXnorTokens = 64 };  // tokens prepared at a time: at most
+
+// Signs times signs on one instruction set.
+struct XnorKernel {
+  int64_t most;   // tokens computed together where there are many
+  int64_t words;  // that 32 columns of a token take
+  // Rounds token `token` of the task from x, or fills it with zeros where x is null.
+  void (*prepare)(const XnorTask& task, const float* x, int64_t token);
+  // Computes y for tiles [tile_begin, tile_end) and tokens [0, tokens) of the prepared activations.
+  void (*run)(const XnorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
+};
+
+extern const XnorKernel xnor_linear_serial, xnor_linear_avx2, xnor_linear_avx512vpopcnt, xnor_linear_neon;
+
 extern const Int8Kernel int8_linear_serial, int8_linear_avx2, int8_linear_avx512vnni, int8_linear_neon,
     int8_linear_neondot;
 

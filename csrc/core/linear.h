@@ -33,7 +33,7 @@ FEWBIT_INLINE F parameter(const void* values, bool half, int64_t index) {
               : load(static_cast<const float*>(values) + index);
 }
 
-// Where a row group's codes and parameters lie, in a Task or an Int8Task.
+// Where a row group's codes and parameters lie, in any task.
 struct Group {
   const uint8_t* codes;
   int64_t parameters, row;
@@ -46,6 +46,20 @@ struct Group {
     row = tile * 16 + first;
   }
 };
+
+// One row group of one token, of any task.
+template <class T>
+FEWBIT_INLINE void put(const T& task, int64_t row, int64_t token, F total) {
+  float* y = task.y + token * task.y_stride + row;
+  const int64_t rows = task.rows - row;
+  if (rows >= kLanes) {
+    store(y, task.bias ? add(total, load(task.bias + row)) : total);
+    return;
+  }
+  float lanes[kLanes];
+  store(lanes, total);
+  for (int64_t r = 0; r < rows; r++) y[r] = lanes[r] + (task.bias ? task.bias[row + r] : 0.0f);
+}
 
 template <int M>
 FEWBIT_INLINE void write(const Task& task, const Group& group, int64_t token, int64_t tokens, const F (&total)[M]) {

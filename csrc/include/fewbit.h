@@ -36,7 +36,8 @@ enum {
   FEWBIT_AVX512 = 4,     /* F, BW, VL, DQ */
   FEWBIT_AVX512VNNI = 8, /* the above and VNNI */
   FEWBIT_NEON = 16,
-  FEWBIT_NEONDOT = 32    /* NEON with the dot product of ARMv8.2 */
+  FEWBIT_NEONDOT = 32,      /* NEON with the dot product of ARMv8.2 */
+  FEWBIT_AVX512VPOPCNT = 64 /* that of FEWBIT_AVX512, and VPOPCNTDQ */
 };
 
 /* Families and status codes. */
@@ -102,6 +103,19 @@ int fewbit_decode(const fewbit_matrix* matrix, int64_t tile_begin, int64_t tile_
  * segments. A block that holds NaN or infinity makes its token's results NaN. */
 int fewbit_linear_int8(const fewbit_matrix* matrix, int64_t x_block, const float* x, int64_t x_stride, int64_t tokens,
                        const float* bias, float* y, int64_t y_stride, int32_t isa, int32_t threads);
+
+/* Signs times signs (XNOR-Net, Rastegari et al. 2016): x is rounded first, all columns of a token sharing a scale,
+ * exactly as the format sign/channel does it, with the mean in float64 and the quotient in float32,
+ *
+ *   s = float16(clamp(mean |x|, 2^-24, 65504)),  q = +1 where x / s > 0, else -1
+ *
+ * and y is that of s * q: s * scale / 2 * (columns - 2 * signs that differ). The matrix holds signs: bits 1,
+ * FEWBIT_AFFINE, zero 0.5, no offset, block = columns, so that a weight is -scale / 2 or +scale / 2. columns must be at
+ * most 2^24: up to there the sum of signs is an exact float32 (an int32 holds it up to 2^31 - 1). The result is the
+ * same on every ISA, at any number of threads and tokens. Error against the rounded x: at most about 3 * 2^-24 times
+ * |scale / 2 * s * sum| + |bias|. A token that holds NaN gives NaN; infinity counts as its sign, at the largest s. */
+int fewbit_linear_xnor(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens, const float* bias,
+                       float* y, int64_t y_stride, int32_t isa, int32_t threads);
 
 /* Which elements of x (images, channels, height, width) the windows of a convolution see. `stride_*` are elements of x
  * between neighbours on an axis, so that any memory order works; `step_*` are positions between windows, which others

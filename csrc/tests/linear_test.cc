@@ -13,6 +13,7 @@
 
 int int8_failures();    // int8_test.cc
 int unfold_failures();  // unfold_test.cc
+int xnor_failures();    // xnor_test.cc
 
 namespace {
 
@@ -202,6 +203,7 @@ int main() {
   check_refusals();
   failures += int8_failures();
   failures += unfold_failures();
+  failures += xnor_failures();
   for (int i = 0; i < 4; i++)
     if (fewbit_caps() & kIsas[i].flag) printf("%s: at most %.2f of the bound\n", kIsas[i].name, worst[i]);
   printf("%d cases, %d failures\n", cases, failures);

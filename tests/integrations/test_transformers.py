@@ -226,6 +226,19 @@ def test_the_user_chooses_int8_activations_when_loading(tiny: Path, tmp_path: Pa
         fewbit.load(tmp_path / "out", activation="int9")
 
 
+def test_signs_times_signs_by_scheme_or_by_choice(tiny: Path, tmp_path: Path) -> None:
+    fewbit.quantize(tiny, "W1A1", out=tmp_path / "both", force=True)
+    fewbit.quantize(tiny, "sign/channel", out=tmp_path / "weights", force=True)
+    layer = fewbit.load(tmp_path / "both").model.layers[0].mlp.up_proj
+    chosen = fewbit.load(tmp_path / "weights", activation="sign/channel").model.layers[0].mlp.up_proj
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    scale = x.double().abs().mean(1, keepdim=True).half().double()
+    expected = scale * x.sign().double() @ layer.qtensor().dequantize().double().T
+    for found in (layer, chosen):
+        assert native.available() == found.prepared.kernel.startswith("xnor_linear")
+        torch.testing.assert_close(found(x).double(), expected, rtol=1e-6, atol=0)
+
+
 def test_layers_quantized_with_their_inputs_keep_them_whatever_is_asked(tiny: Path, tmp_path: Path) -> None:
     fewbit.quantize(tiny, "W8A8", out=tmp_path / "out")
     model = fewbit.load(tmp_path / "out", activation="int8/g32")

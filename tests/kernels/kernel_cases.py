@@ -12,14 +12,20 @@ from fewbit.core.qtensor import QTensor
 
 SIZES = (1, 7, 31, 33, 97)
 BATCHES = (1, 3, 4, 5, 8, 33, 65)
-ROWS = [row.name for row in kernels.KERNELS if row.isa in kernels.native.isas() or row.isa is None]
-"""Kernels that this machine can be forced to."""
+HERE = [row for row in kernels.KERNELS if row.isa in kernels.native.isas() or row.isa is None]
+ROWS = [row.name for row in HERE if row.family != "xnor"]
+"""Kernels that this machine can be forced to, of any codes."""
+XNOR_ROWS = [row.name for row in HERE if row.family == "xnor"]
+"""Those that take signs alone."""
 FLOAT_ROWS = [name for name in ROWS if not name.startswith("int8")]
 """Those that leave activations alone."""
 
 
 def activation(kernel: str, block: str = "channel") -> Format | None:
-    """What the inputs of ``kernel`` are rounded to: int8 with ``block`` for a kernel of integers, else None."""
+    """What the inputs of ``kernel`` are rounded to: int8 with ``block`` for a kernel of integers, signs for one of
+    signs, else None."""
+    if kernel.startswith("xnor"):
+        return formats.parse("sign/channel")
     return formats.parse(f"int8/{block}/sym") if kernel.startswith("int8") else None
 
 
@@ -27,6 +33,8 @@ def raw_matrix(
     kernel: str, bits: int, block: int, shape: tuple[int, int], generator: torch.Generator, scale: float | None = None
 ) -> QTensor:
     """Random codes of the family that ``kernel`` runs; scale and offset random, or all ``scale`` and no offset."""
+    if kernel.startswith("xnor"):
+        return signs(shape, generator)
     levels = torch.randn(2**bits, generator=generator).tolist() if kernel.startswith("lut") else []
     format = Raw(bits, block, tuple(levels))
     blocks = (shape[0], -(-shape[1] // (block or shape[1])), 1)
@@ -42,3 +50,10 @@ def raw_matrix(
     if kind == 2:
         offsets = -scales * 2.5
     return QTensor.of(format, codes, {"scale": scales, "offset": offsets})
+
+
+def signs(shape: tuple[int, int], generator: torch.Generator) -> QTensor:
+    """Random signs with random scales, one a row."""
+    codes = torch.randint(0, 2, shape, dtype=torch.uint8, generator=generator)
+    scale = torch.rand(shape[0], 1, 1, generator=generator).half()
+    return QTensor.of(formats.parse("sign/channel"), codes, {"scale": scale})

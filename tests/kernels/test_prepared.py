@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from kernel_cases import ROWS, activation, raw_matrix
+from kernel_cases import ROWS, XNOR_ROWS, activation, raw_matrix
 
 from fewbit import formats, kernels, layouts
 from fewbit.core import format as F
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native
 
-NATIVE = [name for name in ROWS if name != "reference"]
+NATIVE = [*XNOR_ROWS, *(name for name in ROWS if name != "reference")]
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
 
 
@@ -73,7 +73,7 @@ def test_a_forked_child_computes() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("kernel", ROWS)
+@pytest.mark.parametrize("kernel", [*XNOR_ROWS, *ROWS])
 def test_a_copy_outlives_its_original(kernel: str) -> None:
     matrix = prepared(kernel, (33, 97))
     x = torch.randn(2, 97)
@@ -83,7 +83,7 @@ def test_a_copy_outlives_its_original(kernel: str) -> None:
     assert torch.equal(twin(x), expected)
 
 
-@pytest.mark.parametrize("kernel", ROWS)
+@pytest.mark.parametrize("kernel", [*XNOR_ROWS, *ROWS])
 def test_gradients_are_those_of_the_dequantized_weight(kernel: str) -> None:
     matrix = prepared(kernel, (33, 97))
     weight = matrix.qtensor().dequantize()
@@ -94,7 +94,7 @@ def test_gradients_are_those_of_the_dequantized_weight(kernel: str) -> None:
     torch.testing.assert_close(bias.grad, upstream.sum((0, 1)))
 
 
-@pytest.mark.parametrize("kernel", ROWS)
+@pytest.mark.parametrize("kernel", [*XNOR_ROWS, *ROWS])
 def test_no_token_gives_no_row(kernel: str) -> None:
     assert prepared(kernel, (33, 97))(torch.empty(2, 0, 97)).shape == (2, 0, 33)
 

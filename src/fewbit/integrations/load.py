@@ -16,8 +16,9 @@ def load(path: str | Path, *, check: bool = True, activation: str | None = None,
     Args:
         check: compare every weight file with the hash in the manifest first.
         activation: round the inputs of linear layers to this format, e.g. ``"int8/g64"``, and multiply integers where
-            a kernel can: faster, at a cost in accuracy that :func:`fewbit.evaluate` shows. Layers that were quantized
-            together with their inputs (W8A8) keep their own. None: inputs stay float.
+            a kernel can; or ``"sign/channel"``, and count signs where weights are ``sign/channel`` too. Faster, at a
+            cost in accuracy that :func:`fewbit.evaluate` shows. Layers that were quantized together with their inputs
+            (W8A8) keep their own. None: inputs stay float.
         kwargs: go to ``from_pretrained``.
 
     Raises:

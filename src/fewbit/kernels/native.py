@@ -9,9 +9,17 @@ from typing import Literal, Protocol, cast
 
 from fewbit.errors import UnsupportedError
 
-Isa = Literal["avx512vnni", "avx512", "avx2", "neondot", "neon", "serial"]
+Isa = Literal["avx512vpopcnt", "avx512vnni", "avx512", "avx2", "neondot", "neon", "serial"]
 
-FLAGS: dict[Isa, int] = {"avx512vnni": 8, "avx512": 4, "avx2": 2, "neondot": 32, "neon": 16, "serial": 1}
+FLAGS: dict[Isa, int] = {
+    "avx512vpopcnt": 64,
+    "avx512vnni": 8,
+    "avx512": 4,
+    "avx2": 2,
+    "neondot": 32,
+    "neon": 16,
+    "serial": 1,
+}
 """Bits of ``fewbit_caps()``, best first."""
 FAMILIES = {"affine": 0, "lut": 1}
 
@@ -39,6 +47,18 @@ class Core(Protocol):
         self,
         matrix: Matrix,
         x_block: int,
+        x: int,
+        x_stride: int,
+        tokens: int,
+        bias: int,
+        y: int,
+        y_stride: int,
+        isa: int,
+        threads: int,
+    ) -> None: ...
+    def linear_xnor(
+        self,
+        matrix: Matrix,
         x: int,
         x_stride: int,
         tokens: int,

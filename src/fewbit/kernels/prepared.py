@@ -141,11 +141,11 @@ class NativePrepared(Prepared):
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
         assert kernel.isa is not None and kernel.family is not None
         self.kernel, self.shape, self.activation = kernel.name, qtensor.shape, activation
-        integers = kernel.family == "int8"
+        self._signs, self._rounds = kernel.family == "xnor", kernel.rounds
         self._isa = native.FLAGS[kernel.isa]
-        self._family = native.FAMILIES["affine" if integers else kernel.family]
-        self._x_block = 0  # of float products; a kernel of integers rounds x itself
-        if integers:
+        self._family = native.FAMILIES["affine" if self._rounds else kernel.family]
+        self._x_block = 0  # of float products and of signs
+        if kernel.family == "int8":
             assert activation is not None
             self._x_block = B.width(self.shape[1], activation.block)
         self._stored = qtensor if qtensor.layout is TILE16 else qtensor.repack(TILE16)
@@ -154,8 +154,8 @@ class NativePrepared(Prepared):
         blocks = (self.shape[0], B.count(self.shape[1], format.block))
         scale = physical.scale.float().expand(blocks)
         offset = None if physical.offset is None else physical.offset.float().expand(blocks)
-        zero = None
-        if offset is not None and physical.table is None:
+        zero = 0.5 if self._signs else None
+        if offset is not None and physical.table is None and zero is None:
             zero = _shared_zero(scale, offset)
         self._zero = zero or 0.0
         self._scale = _tiles(scale)
@@ -184,18 +184,16 @@ class NativePrepared(Prepared):
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x = x.detach().float()
-        if not self._x_block:
+        if not self._rounds:
             x = reference.round_activations(x, self.activation)
         if x.stride(1) != 1:
             x = x.contiguous()
         tokens, rows = x.shape[0], self.shape[0]
         bias = None if bias is None else bias.detach().float().contiguous()
         y = torch.empty(tokens, rows)
-        if tokens >= DECODED and not self._x_block:
+        if tokens >= DECODED and not self._rounds:
             return self._long(x, bias, y)
-        native.core().linear(
-            self._matrix(),
-            self._x_block,
+        arguments = (
             x.data_ptr(),
             x.stride(0),
             tokens,
@@ -205,6 +203,10 @@ class NativePrepared(Prepared):
             self._isa,
             torch.get_num_threads(),
         )
+        if self._signs:
+            native.core().linear_xnor(self._matrix(), *arguments)
+        else:
+            native.core().linear(self._matrix(), self._x_block, *arguments)
         return y
 
     def _long(self, x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ from typing import Literal
 
 import torch
 
+from fewbit.core import blocks as B
 from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.layout import Shape
 from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.formats.affine import Affine
+from fewbit.formats.sign import Sign
 from fewbit.kernels import native
 from fewbit.kernels.native import Isa
 from fewbit.kernels.tile16 import COLUMNS, TILE16
@@ -24,17 +26,22 @@ class Kernel:
     """One row: ``y = x W^T + bias`` for weights of one family, on one instruction set, from one layout.
 
     The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "int8" multiplies affine codes by
-    activations rounded to int8, in integers; the others multiply float activations. ``family`` and ``isa`` are None for
-    the reference, which takes everything.
+    activations rounded to int8, in integers; "xnor" counts where signs of the weight and of the activations differ; the
+    others multiply float activations. ``family`` and ``isa`` are None for the reference, which takes everything.
     """
 
-    family: Literal["affine", "lut", "int8"] | None
+    family: Literal["affine", "lut", "int8", "xnor"] | None
     isa: Isa | None
     layout: str
 
     @property
     def name(self) -> str:
         return f"{self.family}_linear_{self.isa}" if self.isa else "reference"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the kernel rounds activations itself; others get them rounded already."""
+        return self.family in ("int8", "xnor")
 
     def refuse(self, format: Format, shape: Shape, activation: Format | None = None) -> str | None:
         """None, or the reason why this row cannot run ``format`` of this ``shape`` (rows, columns) on this machine.
@@ -51,6 +58,8 @@ class Kernel:
         reason = TILE16.refuse(format, shape)
         if reason is not None:
             return f"layout tile16 {reason}"
+        if self.family == "xnor":
+            return _refuse_signs(format, shape, activation)
         found = family(format)
         if self.family == "int8":
             return _refuse_integers(format, shape, activation, found)
@@ -71,7 +80,24 @@ def _refuse_integers(format: Format, shape: Shape, activation: Format | None, fo
     return None
 
 
+def _refuse_signs(format: Format, shape: Shape, activation: Format | None) -> str | None:
+    """Why counting signs cannot serve ``format`` with inputs in ``activation``, or None."""
+    if activation is None:
+        return "counts signs of activations; these stay float"
+    for what, found in (("weights", format), ("activations", activation)):
+        if not (isinstance(found, Sign) and B.count(shape[1], found.block) == 1):
+            return f"counts signs with one scale a row (sign/channel); {what} are {found.name}"
+    return None if shape[1] <= MOST_SIGNS else f"counts at most {MOST_SIGNS} columns; there are {shape[1]}"
+
+
+MOST_SIGNS = 2**24
+"""Columns whose signs add up to an exact float32."""
+
 KERNELS: tuple[Kernel, ...] = (
+    Kernel("xnor", "avx512vpopcnt", "tile16"),
+    Kernel("xnor", "avx2", "tile16"),
+    Kernel("xnor", "neon", "tile16"),
+    Kernel("xnor", "serial", "tile16"),
     Kernel("int8", "avx512vnni", "tile16"),
     Kernel("int8", "avx2", "tile16"),
     Kernel("int8", "neondot", "tile16"),
