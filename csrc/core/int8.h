@@ -84,18 +84,6 @@ FEWBIT_INLINE F settle(const Int8Task& task, const Segment& s, F dot, F scale, F
   return add(total, multiply(value, broadcast(x_scale)));
 }
 
-FEWBIT_INLINE void put(const Int8Task& task, int64_t row, int64_t token, F total) {
-  float* y = task.y + token * task.y_stride + row;
-  const int64_t rows = task.rows - row;
-  if (rows >= kLanes) {
-    store(y, task.bias ? add(total, load(task.bias + row)) : total);
-    return;
-  }
-  float lanes[kLanes];
-  store(lanes, total);
-  for (int64_t r = 0; r < rows; r++) y[r] = lanes[r] + (task.bias ? task.bias[row + r] : 0.0f);
-}
-
 // T row groups x M tokens, decoded where they stand.
 template <int BITS, int T, int M>
 void direct(const Int8Task& task, const Int8Strip& strip) {

@@ -3,7 +3,7 @@
 
 from fewbit.kernels import native, reference
 from fewbit.kernels.ops import embedding, linear, prepare, set_threads
-from fewbit.kernels.prepared import Prepared
+from fewbit.kernels.prepared import Prepared, linear_many
 from fewbit.kernels.table import KERNELS, Choice, Kernel, choose
 from fewbit.kernels.tile16 import TILE16
 
@@ -16,6 +16,7 @@ __all__ = [
     "choose",
     "embedding",
     "linear",
+    "linear_many",
     "native",
     "prepare",
     "reference",

@@ -7,6 +7,8 @@ import functools
 import importlib
 from typing import Literal, Protocol, cast
 
+import torch
+
 from fewbit.errors import UnsupportedError
 
 Isa = Literal["avx512vnni", "avx512", "avx2", "neondot", "neon", "serial"]
@@ -14,9 +16,17 @@ Isa = Literal["avx512vnni", "avx512", "avx2", "neondot", "neon", "serial"]
 FLAGS: dict[Isa, int] = {"avx512vnni": 8, "avx512": 4, "avx2": 2, "neondot": 32, "neon": 16, "serial": 1}
 """Bits of ``fewbit_caps()``, best first."""
 FAMILIES = {"affine": 0, "lut": 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Of activations and results."""
 
 Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int]
 """(rows, columns, block, bits, family, scale is half, offset is half, zero, codes, scale, offset, table)."""
+
+Output = tuple[Matrix, int, int, int]
+"""(matrix, bias, y, elements between its tokens)."""
+
+Input = tuple[int, int, int, int, int]
+"""(activations, tokens, elements between tokens, elements between columns, dtype)."""
 
 
 class Core(Protocol):
@@ -31,18 +41,8 @@ class Core(Protocol):
         self, matrix: Matrix, tile_begin: int, tile_end: int, out: int, stride: int, isa: int, threads: int
     ) -> None: ...
     def read_stream(self, data: int, nbytes: int, threads: int) -> int: ...
-    def linear(
-        self,
-        matrix: Matrix,
-        x_block: int,
-        x: int,
-        x_stride: int,
-        tokens: int,
-        bias: int,
-        y: int,
-        y_stride: int,
-        isa: int,
-        threads: int,
+    def linear_many(
+        self, outputs: tuple[Output, ...], x: Input, x_block: int, y_dtype: int, isa: int, threads: int
     ) -> None: ...
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,9 +19,6 @@ from fewbit.errors import InputError, UnsupportedError
 from fewbit.kernels import native, reference
 from fewbit.kernels.table import Kernel
 from fewbit.kernels.tile16 import ROWS, TILE16
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
 
 DECODED = 48
 """Tokens from which on float products go through decoded weights: each is decoded once, and torch multiplies."""
@@ -39,9 +38,12 @@ class Prepared(ABC):
     shape: tuple[int, int]
     activation: Format | None
 
+    company: tuple[object, ...] | None = None
+    """Matrices that agree in this are computed in one call of the core; None: each by itself."""
+
     @abstractmethod
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (tokens, columns) in any of :data:`FLOATS` -> (tokens, rows), float32 or x's dtype."""
+        """x (tokens, columns) in float32, bfloat16 or float16 -> (tokens, rows) in the same dtype."""
 
     @abstractmethod
     def qtensor(self) -> QTensor:
@@ -61,13 +63,8 @@ class Prepared(ABC):
         """The same codes and parameters in another layout."""
         return self.qtensor().repack(layout)
 
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x W^T + bias``.
-
-        Raises:
-            InputError: the last axis of x is not the number of columns, or bias is not (rows,).
-            UnsupportedError: x is on another device than the CPU, or not of a dtype above.
-        """
+    def check(self, x: Tensor, bias: Tensor | None) -> None:
+        """Raise what :meth:`__call__` says of wrong arguments."""
         rows, columns = self.shape
         if x.shape[-1:] != (columns,):
             raise InputError(
@@ -77,15 +74,40 @@ class Prepared(ABC):
             raise InputError(
                 f"bias of shape {tuple(bias.shape)}", f"the matrix is {self.shape}", f"({rows},) would work"
             )
-        if x.dtype not in FLOATS or x.device.type != "cpu":
+        if x.dtype not in native.DTYPES or x.device.type != "cpu":
             works = "float32, bfloat16 and float16 on the CPU work"
             raise UnsupportedError(f"x in {x.dtype} on {x.device}", "kernels run on the CPU", works)
-        flat = x.reshape(-1, columns)
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            y = _Differentiable.apply(flat, bias, self)  # type: ignore[no-untyped-call]
-        else:
-            y = self.run(flat, bias)
-        return y.to(x.dtype).reshape(*x.shape[:-1], rows)  # type: ignore[no-any-return]
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + bias``.
+
+        Raises:
+            InputError: the last axis of x is not the number of columns, or bias is not (rows,).
+            UnsupportedError: x is on another device than the CPU, or not of a dtype above.
+        """
+        return linear_many(x, [self], [bias])[0]
+
+
+def linear_many(x: Tensor, matrices: Sequence[Prepared], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """``[prepared(x, bias) for prepared, bias in zip(matrices, biases)]``, bit for bit: x (..., columns) -> one
+    (..., rows) a matrix, in x's dtype. Neighbours that one kernel runs, with inputs rounded alike, are computed
+    together: x is laid out or rounded once, and threads meet once.
+
+    Raises:
+        InputError, UnsupportedError: as :meth:`Prepared.__call__`.
+        ValueError: there are not as many biases as matrices.
+    """
+    pairs = list(zip(matrices, biases, strict=True))
+    for matrix, bias in pairs:
+        matrix.check(x, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    ys: list[Tensor] = []
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *biases)):
+        ys = [_Differentiable.apply(flat, bias, matrix) for matrix, bias in pairs]  # type: ignore[no-untyped-call]
+    else:
+        for company, run in groupby(pairs, lambda pair: pair[0].company):
+            ys += [matrix.run(flat, bias) for matrix, bias in run] if company is None else _run_native(flat, list(run))
+    return [y.reshape(*x.shape[:-1], y.shape[1]) for y in ys]
 
 
 class ReferencePrepared(Prepared):
@@ -152,6 +174,7 @@ class NativePrepared(Prepared):
             self._table = torch.zeros(2**format.bits)
             self._table[: physical.table.numel()] = physical.table
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
+        self.company = (self._isa, self._x_block, activation)
 
     def _matrix(self) -> native.Matrix:
         offset, table = self._offset, self._table
@@ -170,33 +193,12 @@ class NativePrepared(Prepared):
         )
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        x = x.detach().float()
-        if not self._x_block:
-            x = reference.round_activations(x, self.activation)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        tokens, rows = x.shape[0], self.shape[0]
-        bias = None if bias is None else bias.detach().float().contiguous()
-        y = torch.empty(tokens, rows)
-        if tokens >= DECODED and not self._x_block:
-            return self._decoded(x, bias, y)
-        native.core().linear(
-            self._matrix(),
-            self._x_block,
-            x.data_ptr(),
-            x.stride(0),
-            tokens,
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            rows,
-            self._isa,
-            torch.get_num_threads(),
-        )
-        return y
+        return _run_native(x, [(self, bias)])[0]
 
-    def _decoded(self, x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    def _decoded(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Decode strips of rows to float32, each once for all tokens, and let torch multiply."""
         rows, columns = self.shape
+        y = torch.empty(x.shape[0], rows)
         strip = max(ROWS, STRIP // columns // ROWS * ROWS)
         weight = torch.empty(columns, min(strip, -(-rows // ROWS) * ROWS))  # (columns, rows of the strip)
         for row in range(0, rows, strip):
@@ -220,13 +222,36 @@ class NativePrepared(Prepared):
         return self._stored.nbytes - self._stored.packed.numel() + self.read_bytes
 
 
+def _run_native(x: Tensor, pairs: Sequence[tuple[Any, Tensor | None]]) -> list[Tensor]:
+    """(matrix, bias) pairs of :class:`NativePrepared` of one company, as :meth:`Prepared.run`."""
+    first: NativePrepared = pairs[0][0]
+    x, dtype = x.detach(), x.dtype
+    if not first._x_block and first.activation is not None:
+        x = reference.round_activations(x.float(), first.activation)
+    biases = [None if bias is None else bias.detach().float().contiguous() for _, bias in pairs]
+    tokens = x.shape[0]
+    if tokens >= DECODED and not first._x_block:
+        x = x.float()
+        return [matrix._decoded(x, bias).to(dtype) for (matrix, _), bias in zip(pairs, biases, strict=True)]
+    ys = [torch.empty(tokens, matrix.shape[0], dtype=dtype) for matrix, _ in pairs]
+    outputs = tuple(
+        (matrix._matrix(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), matrix.shape[0])
+        for (matrix, _), bias, y in zip(pairs, biases, ys, strict=True)
+    )
+    given = (x.data_ptr(), tokens, *x.stride(), native.DTYPES[x.dtype])
+    native.core().linear_many(
+        outputs, given, first._x_block, native.DTYPES[dtype], first._isa, torch.get_num_threads()
+    )
+    return ys
+
+
 class _Differentiable(torch.autograd.Function):
     """Forward through the kernel, backward through the dequantized weight; the weight itself is constant."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, prepared: Prepared) -> Tensor:
         ctx.prepared, ctx.has_bias = prepared, bias is not None
-        return prepared.run(x, bias).to(x.dtype)
+        return prepared.run(x, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -15,6 +15,7 @@ from fewbit.core.format import Format
 from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor, stack, storage
 from fewbit.errors import InputError, VerificationError
+from fewbit.model.sharing import Sharing
 
 
 class Store(nn.Module):
@@ -86,6 +87,7 @@ class QuantLinear(Store):
         self.activation = formats.parse(activation) if activation else None
         self.in_features, self.out_features = shape[1], shape[0]
         self._prepared: kernels.Prepared | None = None
+        self.sharing: Sharing | None = None
 
     def prepare(self, kernel: str | None = None) -> None:
         """Repack for the fastest kernel here (or the one named), once, before the first call."""
@@ -125,11 +127,10 @@ class QuantLinear(Store):
         self.release()
 
     def forward(self, x: Tensor) -> Tensor:
-        prepared = self.prepared
-        if not self.rewrites:
-            return prepared(x, self.bias)
-        # Rewritten inputs stay in float32: rounding them to a shorter dtype of x would be one rounding more.
-        return prepared(self.rewrite().apply(x), self.bias).to(x.dtype)
+        if self.rewrites:
+            # Rewritten inputs stay in float32: rounding them to a shorter dtype of x would be one rounding more.
+            return self.prepared(self.rewrite().apply(x), self.bias).to(x.dtype)
+        return self.prepared(x, self.bias) if self.sharing is None else self.sharing(self, x)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """What is used is what is saved, also after a cast of the buffers."""
@@ -208,6 +209,14 @@ class ExpertMatrix:
             return NotImplemented
         x, matrix, *bias = args
         return matrix._prepared(x, *(bias or [(kwargs or {}).get("bias")]))
+
+
+def share_inputs(model: nn.Module) -> None:
+    """From now on compute quantized linear layers that are fed the same tensor together."""
+    sharing = Sharing()
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.sharing = sharing
 
 
 def round_inputs(model: nn.Module, format: Format) -> None:
