@@ -119,7 +119,8 @@ class ReferencePrepared(Prepared):
         self._qtensor, self.shape, self.activation = qtensor, qtensor.shape, activation
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return reference.linear(reference.round_activations(x, self.activation), self._qtensor, bias)
+        rounded = x if self.activation is None else reference.round_activations(x.float(), self.activation)
+        return reference.linear(rounded, self._qtensor, bias).to(x.dtype)
 
     def qtensor(self) -> QTensor:
         return self._qtensor
@@ -231,7 +232,7 @@ def _run_native(x: Tensor, pairs: Sequence[tuple[Any, Tensor | None]]) -> list[T
     biases = [None if bias is None else bias.detach().float().contiguous() for _, bias in pairs]
     tokens = x.shape[0]
     if tokens >= DECODED and not first._x_block:
-        x = x.float()
+        x = x.float().contiguous()  # torch's sums depend on strides
         return [matrix._decoded(x, bias).to(dtype) for (matrix, _), bias in zip(pairs, biases, strict=True)]
     ys = [torch.empty(tokens, matrix.shape[0], dtype=dtype) for matrix, _ in pairs]
     outputs = tuple(

@@ -127,10 +127,14 @@ class QuantLinear(Store):
         self.release()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.rewrites:
-            # Rewritten inputs stay in float32: rounding them to a shorter dtype of x would be one rounding more.
-            return self.prepared(self.rewrite().apply(x), self.bias).to(x.dtype)
-        return self.prepared(x, self.bias) if self.sharing is None else self.sharing(self, x)
+        return self.alone(x) if self.sharing is None else self.sharing(self, x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """:meth:`forward` without a look at other layers."""
+        if not self.rewrites:
+            return self.prepared(x, self.bias)
+        # Rewritten inputs stay in float32: rounding them to a shorter dtype of x would be one rounding more.
+        return self.prepared(self.rewrite().apply(x), self.bias).to(x.dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """What is used is what is saved, also after a cast of the buffers."""

@@ -3,8 +3,8 @@
 
 Who they are is learned by watching: a layer called with the very tensor object that the layer before was called with
 will next time be computed beside it, and its result waits until it is asked for. Being wrong costs time, never a bit: a
-result is given out only where all that it is a function of, the bits of x and of the bias and the prepared matrix, is
-what it was computed from; and a guess that failed once is not made again.
+result is given out only where all that it is a function of (the bits of x and of the bias, the prepared matrix, what
+inputs go through before it) is what it was computed from; and a guess that failed once is not made again.
 """
 
 from __future__ import annotations
@@ -17,17 +17,31 @@ import torch
 from torch import Tensor, nn
 
 from fewbit import kernels
+from fewbit.core.rewrite import Chain
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 class Layer(Protocol):
-    """What is shared: ``prepared(x, bias)``."""
+    """Computes ``prepared(rewrite().apply(x), bias)`` in x's dtype; :meth:`alone` is that."""
 
     bias: nn.Parameter | None
 
     @property
     def prepared(self) -> kernels.Prepared: ...
+    def rewrite(self) -> Chain: ...
+    def alone(self, x: Tensor) -> Tensor: ...
+
+
+def alike(a: Layer, b: Layer) -> bool:
+    """Whether one kernel computes both, from inputs that go through the same rewrites and rounding."""
+    here, there = a.rewrite(), b.rewrite()
+    return (
+        a.prepared.company is not None
+        and a.prepared.company == b.prepared.company
+        and here.kinds == there.kinds
+        and all(torch.equal(array, there.arrays[name]) for name, array in here.arrays.items())
+    )
 
 
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
@@ -43,12 +57,17 @@ class _Waiting:
 
     y: Tensor
     prepared: kernels.Prepared
+    rewrite: Chain
     bias: Tensor | None
 
     def serves(self, layer: Layer) -> bool:
         """Whether ``layer`` would compute the same from the same x, and in the same mode of torch."""
-        same_mode = self.y.is_inference() == torch.is_inference_mode_enabled()
-        return same_mode and self.prepared is layer.prepared and same_bits(self.bias, layer.bias)
+        return (
+            self.y.is_inference() == torch.is_inference_mode_enabled()
+            and self.prepared is layer.prepared
+            and self.rewrite is layer.rewrite()
+            and same_bits(self.bias, layer.bias)
+        )
 
 
 @dataclass(slots=True)
@@ -73,9 +92,9 @@ class Sharing:
         return (Sharing, ())
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
-        """``layer.prepared(x, layer.bias)``, perhaps computed beside an earlier layer."""
+        """``layer.alone(x)``, bit for bit; perhaps computed beside an earlier layer."""
         if torch.is_grad_enabled() or x.dtype not in INTEGERS:
-            return layer.prepared(x, layer.bias)
+            return layer.alone(x)
         fed = self._fed
         if fed is None or fed.x() is not x:
             return self._lead(layer, x, fed)
@@ -84,7 +103,7 @@ class Sharing:
             self._join(layer, fed.leader)
         elif waiting.serves(layer) and same_bits(fed.bits, x):
             return waiting.y
-        return layer.prepared(x, layer.bias)
+        return layer.alone(x)
 
     def _lead(self, layer: Layer, x: Tensor, before: _Fed | None) -> Tensor:
         """A new tensor: ``layer`` is computed, and so are those that followed it the last time."""
@@ -93,21 +112,19 @@ class Sharing:
             self._apart |= failed
             self._followers[before.leader] = [one for one in self._followers[before.leader] if one not in failed]
         followers = self._followers.get(layer, [])
+        fed = self._fed = _Fed(weakref.ref(x), x.clone() if followers else None, layer)
+        if not followers:
+            return layer.alone(x)
         together = [layer, *followers]
-        ys = kernels.linear_many(x, [one.prepared for one in together], [one.bias for one in together])
-        self._fed = _Fed(
-            weakref.ref(x),
-            x.clone() if followers else None,
-            layer,
-            {
-                one: _Waiting(y, one.prepared, None if one.bias is None else one.bias.clone())
-                for one, y in zip(followers, ys[1:], strict=True)
-            },
-        )
-        return ys[0]
+        given = layer.rewrite().apply(x)
+        ys = kernels.linear_many(given, [one.prepared for one in together], [one.bias for one in together])
+        for one, y in zip(followers, ys[1:], strict=True):
+            bias = None if one.bias is None else one.bias.clone()
+            fed.waiting[one] = _Waiting(y.to(x.dtype), one.prepared, one.rewrite(), bias)
+        return ys[0].to(x.dtype)
 
     def _join(self, layer: Layer, leader: Layer) -> None:
         """``layer`` was called with the tensor of ``leader``: next time it is computed beside it."""
         followers = self._followers.setdefault(leader, [])
-        if layer is not leader and layer not in followers and layer not in self._apart:
+        if layer is not leader and layer not in followers and layer not in self._apart and alike(layer, leader):
             followers.append(layer)
