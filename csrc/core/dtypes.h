@@ -25,13 +25,15 @@ inline uint32_t bits_of(float x) {
 
 inline float from_bfloat16(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
 
-// The exponent is rebiased by 112. Subnormal halves get the exponent of the least normal one, which is then subtracted:
-// no subnormal float appears, so that the result does not depend on how the processor treats those.
+// The exponent is rebiased by 112, by as much again for infinity and NaN. A subnormal half gets the exponent of the least
+// normal one, which is then subtracted: no subnormal float appears, so that the result does not depend on how the
+// processor treats those.
 inline float from_float16(uint16_t x) {
-  const uint32_t magnitude = x & 0x7fffu, bits = (magnitude << 13) + 0x38000000u;
-  const float subnormal = float_of(bits + 0x00800000u) - float_of(0x38800000u);
-  const float value = magnitude >= 0x7c00u ? float_of(bits + 0x38000000u) : float_of(bits);
-  return float_of(bits_of(magnitude < 0x0400u ? subnormal : value) | (x & 0x8000u) << 16);
+  const uint32_t magnitude = x & 0x7fffu, subnormal = magnitude < 0x0400u ? 0x00800000u : 0u;
+  const uint32_t special = magnitude >= 0x7c00u ? 0x38000000u : 0u;
+  const float value = float_of((magnitude << 13) + 0x38000000u + subnormal + special) -
+                      float_of(subnormal ? 0x38800000u : 0u);
+  return float_of(bits_of(value) | (x & 0x8000u) << 16);
 }
 
 // To nearest, ties to even; NaN stays NaN.

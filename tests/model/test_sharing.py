@@ -18,9 +18,11 @@ from fewbit.core.rewrite import Chain, Rotation
 from fewbit.kernels import native
 from fewbit.layouts import named
 from fewbit.model.layers import QuantLinear, share_inputs
+from fewbit.model.sharing import FEW
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
 ROTATION = Chain((Rotation.random(64, 3),))
+INT8 = "int8/g32/sym"
 
 
 def layer(rows: int, seed: int, chain: Chain = Chain(), bias: bool = False, activation: str | None = None) -> QuantLinear:
@@ -62,15 +64,23 @@ def trio(**options: object) -> nn.ModuleList:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"chain": ROTATION}, {"activation": "int8/g32/sym"}])
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({"activation": INT8}, FEW),
+        ({"activation": INT8, "bias": True}, FEW),
+        ({"chain": ROTATION}, 1),
+        ({"activation": INT8, "chain": ROTATION}, 1),
+    ],
+)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_from_the_second_time_on_one_call_computes_all(
-    options: dict[str, object], dtype: torch.dtype, mode: Callable[[], object], together: list[int]
+    options: dict[str, object], tokens: int, dtype: torch.dtype, mode: Callable[[], object], together: list[int]
 ) -> None:
     layers = trio(**options)
     with mode():  # type: ignore[attr-defined]
         for time in range(3):
-            x = torch.randn(1, 2, 64).to(dtype)
+            x = torch.randn(1, tokens, 64).to(dtype)
             together.clear()
             ys = [one(x) for one in layers]
             assert together == ([1, 1, 1] if time == 0 else [3])
@@ -79,10 +89,10 @@ def test_from_the_second_time_on_one_call_computes_all(
 
 def learned() -> tuple[nn.ModuleList, Tensor]:
     """Three layers that know one another, and a tensor of which the first has been computed."""
-    layers, x = trio(bias=True), torch.randn(2, 64)
+    layers, x = trio(bias=True, activation=INT8), torch.randn(FEW, 64)
     for one in layers:
         one(x)
-    x = torch.randn(2, 64)
+    x = torch.randn(FEW, 64)
     layers[0](x)
     assert len(layers[0].sharing._fed.waiting) == 2
     return layers, x
@@ -117,7 +127,7 @@ def test_a_tensor_changed_in_between_is_seen(change: Callable[..., object]) -> N
 def test_a_layer_changed_in_between_is_seen() -> None:
     layers, x = learned()
     layers[1].bias.data += 1
-    layers[2].round_inputs(formats.parse("int8/g32/sym"))
+    layers[2].round_inputs(formats.parse("int8/channel/sym"))
     for one in layers[1:]:
         assert torch.equal(one(x), one.alone(x))
 
@@ -136,7 +146,7 @@ def test_a_guess_that_failed_is_not_made_again(together: list[int]) -> None:
     layers[1](x)
     together.clear()
     for _ in range(3):
-        x = torch.randn(2, 64)
+        x = torch.randn(FEW, 64)
         for one in layers:
             one(x)
     assert together == [2, 1] * 3
@@ -146,20 +156,42 @@ def test_a_guess_that_failed_is_not_made_again(together: list[int]) -> None:
 def test_layers_that_differ_in_rounding_or_rewrites_stay_apart(together: list[int]) -> None:
     other = Chain((Rotation.random(64, 4),))
     layers = nn.ModuleList(
-        [layer(8, 1), layer(8, 2, ROTATION), layer(8, 3, other), layer(8, 4, activation="int8/g32/sym")]
+        [layer(8, 1), layer(8, 2, ROTATION), layer(8, 3, other), layer(8, 4, activation=INT8)]
     )
     share_inputs(layers)
     for _ in range(3):
-        x = torch.randn(2, 64)
+        x = torch.randn(FEW, 64)
         for one in layers:
             assert torch.equal(one(x), one.alone(x))
     assert max(together) == 1
 
 
+@torch.no_grad()
+def test_few_tokens_and_plain_inputs_are_not_worth_it(together: list[int]) -> None:
+    for layers, tokens in ((trio(activation=INT8), FEW - 1), (trio(), FEW)):
+        for _ in range(3):
+            x = torch.randn(tokens, 64)
+            for one in layers:
+                one(x)
+    assert max(together) == 1
+
+
+@torch.no_grad()
+def test_the_same_tensor_again_is_computed_again(together: list[int]) -> None:
+    layers, x = learned()
+    for one in layers[1:]:
+        one(x)
+    for _ in range(2):
+        together.clear()
+        ys = [one(x) for one in layers]
+        assert together == [3]
+        assert all(torch.equal(y, one.alone(x)) for y, one in zip(ys, layers, strict=True))
+
+
 def test_gradients_are_not_shared(together: list[int]) -> None:
-    layers = trio()
+    layers = trio(activation=INT8)
     for _ in range(3):
-        x = torch.randn(2, 64, requires_grad=True)
+        x = torch.randn(FEW, 64, requires_grad=True)
         sum(one(x).sum() for one in layers).backward()
     assert together == [1] * 9
     torch.testing.assert_close(x.grad[0], sum(one.qtensor().dequantize().sum(0) for one in layers))
@@ -169,7 +201,7 @@ def test_a_result_of_inference_mode_stays_in_it() -> None:
     with torch.no_grad():
         layers, x = learned()
     with torch.inference_mode():
-        x = torch.randn(2, 64)
+        x = torch.randn(FEW, 64)
         layers[0](x)
         assert layers[1](x).is_inference()
     with torch.no_grad():
@@ -184,20 +216,17 @@ def test_a_copy_learns_by_itself(twin: Callable[[nn.ModuleList], nn.ModuleList],
     assert {one.sharing for one in other} == {other[0].sharing} != {layers[0].sharing}
     together.clear()
     for _ in range(2):
-        x = torch.randn(2, 64)
+        x = torch.randn(FEW, 64)
         for mine, one in zip(layers, other, strict=True):
             assert torch.equal(one(x), mine.alone(x))
     assert 3 in together
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("activation", [None, "int8/g32"])
-def test_a_loaded_model_shares_and_answers_the_same(
-    tiny: Path, tmp_path: Path, activation: str | None, together: list[int]
-) -> None:
+def test_a_loaded_model_shares_and_answers_the_same(tiny: Path, tmp_path: Path, together: list[int]) -> None:
     fewbit.quantize(tiny, "int4/g32/asym", out=tmp_path / "out")
-    model = fewbit.load(tmp_path / "out", activation=activation)
-    ids = torch.arange(8).reshape(1, 8)
+    model = fewbit.load(tmp_path / "out", activation="int8/g32")
+    ids = torch.arange(FEW).reshape(1, FEW)
     first = model(ids).logits
     together.clear()
     assert torch.equal(model(ids).logits, first)

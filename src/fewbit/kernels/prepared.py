@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -43,7 +44,7 @@ class Prepared(ABC):
 
     @abstractmethod
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (tokens, columns) in float32, bfloat16 or float16 -> (tokens, rows) in the same dtype."""
+        """x (..., columns) in float32, bfloat16 or float16 -> (..., rows) in the same dtype; no gradients."""
 
     @abstractmethod
     def qtensor(self) -> QTensor:
@@ -66,7 +67,7 @@ class Prepared(ABC):
     def check(self, x: Tensor, bias: Tensor | None) -> None:
         """Raise what :meth:`__call__` says of wrong arguments."""
         rows, columns = self.shape
-        if x.shape[-1:] != (columns,):
+        if not x.ndim or x.shape[-1] != columns:
             raise InputError(
                 f"x of shape {tuple(x.shape)}", f"the matrix is {self.shape}", f"x of (..., {columns}) works"
             )
@@ -74,7 +75,7 @@ class Prepared(ABC):
             raise InputError(
                 f"bias of shape {tuple(bias.shape)}", f"the matrix is {self.shape}", f"({rows},) would work"
             )
-        if x.dtype not in native.DTYPES or x.device.type != "cpu":
+        if x.dtype not in native.DTYPES or not x.is_cpu:
             works = "float32, bfloat16 and float16 on the CPU work"
             raise UnsupportedError(f"x in {x.dtype} on {x.device}", "kernels run on the CPU", works)
 
@@ -85,7 +86,10 @@ class Prepared(ABC):
             InputError: the last axis of x is not the number of columns, or bias is not (rows,).
             UnsupportedError: x is on another device than the CPU, or not of a dtype above.
         """
-        return linear_many(x, [self], [bias])[0]
+        self.check(x, bias)
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _Differentiable.apply(x, bias, self)  # type: ignore[no-untyped-call,no-any-return]
+        return self.run(x, bias)
 
 
 def linear_many(x: Tensor, matrices: Sequence[Prepared], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -98,16 +102,14 @@ def linear_many(x: Tensor, matrices: Sequence[Prepared], biases: Sequence[Tensor
         ValueError: there are not as many biases as matrices.
     """
     pairs = list(zip(matrices, biases, strict=True))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *biases)):
+        return [matrix(x, bias) for matrix, bias in pairs]
     for matrix, bias in pairs:
         matrix.check(x, bias)
-    flat = x.reshape(-1, x.shape[-1])
     ys: list[Tensor] = []
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *biases)):
-        ys = [_Differentiable.apply(flat, bias, matrix) for matrix, bias in pairs]  # type: ignore[no-untyped-call]
-    else:
-        for company, run in groupby(pairs, lambda pair: pair[0].company):
-            ys += [matrix.run(flat, bias) for matrix, bias in run] if company is None else _run_native(flat, list(run))
-    return [y.reshape(*x.shape[:-1], y.shape[1]) for y in ys]
+    for company, run in groupby(pairs, lambda pair: pair[0].company):
+        ys += [matrix.run(x, bias) for matrix, bias in run] if company is None else _run_native(x, list(run))
+    return ys
 
 
 class ReferencePrepared(Prepared):
@@ -177,6 +179,11 @@ class NativePrepared(Prepared):
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
         self.company = (self._isa, self._x_block, activation)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses: a copy's arrays lie elsewhere."""
+        return {name: value for name, value in self.__dict__.items() if name != "_matrix"}
+
+    @cached_property
     def _matrix(self) -> native.Matrix:
         offset, table = self._offset, self._table
         return (
@@ -205,10 +212,10 @@ class NativePrepared(Prepared):
         for row in range(0, rows, strip):
             tiles = row // ROWS, min(row + strip, rows + ROWS - 1) // ROWS
             native.core().decode(
-                self._matrix(), *tiles, weight.data_ptr(), weight.shape[1], self._isa, torch.get_num_threads()
+                self._matrix, *tiles, weight.data_ptr(), weight.shape[1], self._isa, torch.get_num_threads()
             )
             torch.mm(x, weight[:, : min(strip, rows - row)], out=y[:, row : row + strip])
-        return y if bias is None else y.add_(bias)
+        return y if bias is None else y.add_(bias.float())
 
     def qtensor(self) -> QTensor:
         return self._stored
@@ -226,22 +233,30 @@ class NativePrepared(Prepared):
 def _run_native(x: Tensor, pairs: Sequence[tuple[Any, Tensor | None]]) -> list[Tensor]:
     """(matrix, bias) pairs of :class:`NativePrepared` of one company, as :meth:`Prepared.run`."""
     first: NativePrepared = pairs[0][0]
-    x, dtype = x.detach(), x.dtype
-    if not first._x_block and first.activation is not None:
+    leading, dtype, columns = x.shape[:-1], x.dtype, first.shape[1]
+    if first.activation is not None and not first._x_block:
         x = reference.round_activations(x.float(), first.activation)
-    biases = [None if bias is None else bias.detach().float().contiguous() for _, bias in pairs]
-    tokens = x.shape[0]
-    if tokens >= DECODED and not first._x_block:
-        x = x.float().contiguous()  # torch's sums depend on strides
-        return [matrix._decoded(x, bias).to(dtype) for (matrix, _), bias in zip(pairs, biases, strict=True)]
-    ys = [torch.empty(tokens, matrix.shape[0], dtype=dtype) for matrix, _ in pairs]
-    outputs = tuple(
-        (matrix._matrix(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), matrix.shape[0])
-        for (matrix, _), bias, y in zip(pairs, biases, ys, strict=True)
-    )
-    given = (x.data_ptr(), tokens, *x.stride(), native.DTYPES[x.dtype])
+    ys: list[Tensor] = []
+    if x.numel() >= DECODED * columns and not first._x_block:
+        x = x.float().contiguous().reshape(-1, columns)  # torch's sums depend on strides
+        for matrix, bias in pairs:
+            ys.append(matrix._decoded(x, bias).to(dtype).reshape(*leading, matrix.shape[0]))
+        return ys
+    if not x.is_contiguous():
+        x = x.reshape(-1, columns)  # a copy only where tokens do not lie equally far apart
+    stride, step = (columns, 1) if x.is_contiguous() else x.stride()
+    outputs, kept = [], []
+    for matrix, bias in pairs:
+        if bias is not None:
+            bias = bias.float().contiguous()
+            kept.append(bias)  # alive until the call
+        rows = matrix.shape[0]
+        y = torch.empty(*leading, rows, dtype=dtype)
+        ys.append(y)
+        outputs.append((matrix._matrix, 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows))
+    given = (x.data_ptr(), x.numel() // columns, stride, step, native.DTYPES[x.dtype])
     native.core().linear_many(
-        outputs, given, first._x_block, native.DTYPES[dtype], first._isa, torch.get_num_threads()
+        tuple(outputs), given, first._x_block, native.DTYPES[dtype], first._isa, torch.get_num_threads()
     )
     return ys
 
@@ -257,5 +272,5 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        bias = gradient.sum(0) if ctx.has_bias else None
+        bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.has_bias else None
         return reference.backward(gradient, ctx.prepared.qtensor()), bias, None

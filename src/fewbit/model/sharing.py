@@ -9,6 +9,7 @@ inputs go through before it) is what it was computed from; and a guess that fail
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 from fewbit import kernels
 from fewbit.core.rewrite import Chain
 
-INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+FEW = 32
+"""Tokens below which keeping watch costs more than rounding them once saves; rewriting them once always pays."""
 
 
 class Layer(Protocol):
     """Computes ``prepared(rewrite().apply(x), bias)`` in x's dtype; :meth:`alone` is that."""
 
     bias: nn.Parameter | None
+    rewrites: tuple[str, ...]
 
     @property
     def prepared(self) -> kernels.Prepared: ...
@@ -34,21 +38,23 @@ class Layer(Protocol):
 
 
 def alike(a: Layer, b: Layer) -> bool:
-    """Whether one kernel computes both, from inputs that go through the same rewrites and rounding."""
+    """Whether one kernel computes both, from inputs that something is done to first, and the same."""
     here, there = a.rewrite(), b.rewrite()
     return (
         a.prepared.company is not None
         and a.prepared.company == b.prepared.company
+        and (a.prepared.activation is not None or bool(a.rewrites))
         and here.kinds == there.kinds
         and all(torch.equal(array, there.arrays[name]) for name, array in here.arrays.items())
     )
 
 
-def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors have the same dtype, shape and bits; NaN equals itself and 0 is not -0."""
-    if a is None or b is None:
-        return a is b
-    return a.dtype == b.dtype and torch.equal(a.view(INTEGERS[a.dtype]), b.view(INTEGERS[b.dtype]))
+def bits(x: Tensor | None) -> tuple[Any, ...] | None:
+    """All that a tensor is, to be compared: NaN equals itself and 0 is not -0."""
+    if x is None:
+        return None
+    dense = x.contiguous()
+    return x.dtype, x.shape, x.stride(), ctypes.string_at(dense.data_ptr(), dense.nbytes)
 
 
 @dataclass(slots=True)
@@ -57,16 +63,14 @@ class _Waiting:
 
     y: Tensor
     prepared: kernels.Prepared
-    rewrite: Chain
-    bias: Tensor | None
+    bias: tuple[Any, ...] | None
 
     def serves(self, layer: Layer) -> bool:
         """Whether ``layer`` would compute the same from the same x, and in the same mode of torch."""
         return (
             self.y.is_inference() == torch.is_inference_mode_enabled()
             and self.prepared is layer.prepared
-            and self.rewrite is layer.rewrite()
-            and same_bits(self.bias, layer.bias)
+            and self.bias == bits(layer.bias)
         )
 
 
@@ -75,7 +79,7 @@ class _Fed:
     """The last tensor that layers were called with: the object, its bits, and who was called with it first."""
 
     x: weakref.ref[Tensor]
-    bits: Tensor | None
+    bits: tuple[Any, ...] | None
     leader: Layer
     waiting: dict[Layer, _Waiting] = field(default_factory=dict)
 
@@ -93,15 +97,16 @@ class Sharing:
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """``layer.alone(x)``, bit for bit; perhaps computed beside an earlier layer."""
-        if torch.is_grad_enabled() or x.dtype not in INTEGERS:
+        few = x.numel() < FEW * x.shape[-1] and not layer.rewrites
+        if few or torch.is_grad_enabled() or not x.is_cpu:
             return layer.alone(x)
         fed = self._fed
-        if fed is None or fed.x() is not x:
+        if fed is None or fed.x() is not x or layer is fed.leader:
             return self._lead(layer, x, fed)
         waiting = fed.waiting.pop(layer, None)  # once: what is given out may be changed by whoever has it
         if waiting is None:
             self._join(layer, fed.leader)
-        elif waiting.serves(layer) and same_bits(fed.bits, x):
+        elif waiting.serves(layer) and fed.bits == bits(x):
             return waiting.y
         return layer.alone(x)
 
@@ -111,20 +116,21 @@ class Sharing:
         if before is not None and failed:
             self._apart |= failed
             self._followers[before.leader] = [one for one in self._followers[before.leader] if one not in failed]
-        followers = self._followers.get(layer, [])
-        fed = self._fed = _Fed(weakref.ref(x), x.clone() if followers else None, layer)
+        followers = self._followers.get(layer)
+        fed = self._fed = _Fed(weakref.ref(x), bits(x) if followers else None, layer)
         if not followers:
             return layer.alone(x)
         together = [layer, *followers]
         given = layer.rewrite().apply(x)
         ys = kernels.linear_many(given, [one.prepared for one in together], [one.bias for one in together])
+        if given.dtype != x.dtype:
+            ys = [y.to(x.dtype) for y in ys]
         for one, y in zip(followers, ys[1:], strict=True):
-            bias = None if one.bias is None else one.bias.clone()
-            fed.waiting[one] = _Waiting(y.to(x.dtype), one.prepared, one.rewrite(), bias)
-        return ys[0].to(x.dtype)
+            fed.waiting[one] = _Waiting(y, one.prepared, bits(one.bias))
+        return ys[0]
 
     def _join(self, layer: Layer, leader: Layer) -> None:
         """``layer`` was called with the tensor of ``leader``: next time it is computed beside it."""
         followers = self._followers.setdefault(leader, [])
-        if layer is not leader and layer not in followers and layer not in self._apart and alike(layer, leader):
+        if layer not in followers and layer not in self._apart and alike(layer, leader):
             followers.append(layer)
