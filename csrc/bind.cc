@@ -6,6 +6,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <vector>
+
 #include "fewbit.h"
 
 namespace {
@@ -78,22 +80,33 @@ bool matrix_of(PyObject* tuple, fewbit_matrix* matrix) {
   return true;
 }
 
-// linear(matrix, x_block, x, x_stride, tokens, bias, y, y_stride, isa, threads); x_block 0: activations stay float
-PyObject* linear(PyObject*, PyObject* args) {
-  fewbit_matrix matrix;
+// An output in Python: (matrix, bias, y, y_stride).
+bool output_of(PyObject* tuple, fewbit_matrix* matrix, fewbit_output* output) {
+  PyObject* inner;
+  unsigned long long bias, y;
+  long long y_stride;
+  if (!PyArg_ParseTuple(tuple, "OKKL", &inner, &bias, &y, &y_stride) || !matrix_of(inner, matrix)) return false;
+  *output = {matrix, pointer<const float*>(bias), pointer<void*>(y), y_stride};
+  return true;
+}
+
+// linear_many(outputs, x, x_block, y_dtype, isa, threads); x: (data, tokens, stride, step, dtype)
+PyObject* linear_many(PyObject*, PyObject* args) {
   PyObject* tuple;
-  unsigned long long x, bias, y;
-  long long x_block, x_stride, tokens, y_stride;
-  int isa, threads, code;
-  if (!PyArg_ParseTuple(args, "OLKLLKKLii", &tuple, &x_block, &x, &x_stride, &tokens, &bias, &y, &y_stride, &isa,
-                        &threads) ||
-      !matrix_of(tuple, &matrix))
+  unsigned long long data;
+  long long tokens, stride, step, x_block;
+  int x_dtype, y_dtype, isa, threads, code;
+  if (!PyArg_ParseTuple(args, "O!(KLLLi)Liii", &PyTuple_Type, &tuple, &data, &tokens, &stride, &step, &x_dtype,
+                        &x_block, &y_dtype, &isa, &threads))
     return nullptr;
+  const Py_ssize_t count = PyTuple_Size(tuple);
+  std::vector<fewbit_matrix> matrices(static_cast<size_t>(count));
+  std::vector<fewbit_output> outputs(static_cast<size_t>(count));
+  for (Py_ssize_t i = 0; i < count; i++)
+    if (!output_of(PyTuple_GetItem(tuple, i), &matrices[i], &outputs[i])) return nullptr;
+  const fewbit_input x = {pointer<const void*>(data), tokens, stride, step, x_dtype};
   Py_BEGIN_ALLOW_THREADS
-  const auto *in = pointer<const float*>(x), *added = pointer<const float*>(bias);
-  auto* out = pointer<float*>(y);
-  code = x_block ? fewbit_linear_int8(&matrix, x_block, in, x_stride, tokens, added, out, y_stride, isa, threads)
-                 : fewbit_linear(&matrix, in, x_stride, tokens, added, out, y_stride, isa, threads);
+  code = fewbit_linear_many(outputs.data(), static_cast<int32_t>(count), &x, x_block, y_dtype, isa, threads);
   Py_END_ALLOW_THREADS
   return status(code);
 }
@@ -175,7 +188,7 @@ PyMethodDef methods[] = {
     {"tile16_bytes", tile16_bytes, METH_VARARGS, "(rows, columns, bits) -> bytes, or -1."},
     {"tile16_pack", tile16_pack, METH_VARARGS, "(codes, stride, rows, columns, bits, packed)"},
     {"tile16_unpack", tile16_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, stride)"},
-    {"linear", linear, METH_VARARGS, "(matrix, x_block, x, x_stride, tokens, bias, y, y_stride, isa, threads)"},
+    {"linear_many", linear_many, METH_VARARGS, "(outputs, x, x_block, y_dtype, isa, threads)"},
     {"linear_xnor", linear_xnor, METH_VARARGS, "(matrix, x, x_stride, tokens, bias, y, y_stride, isa, threads)"},
     {"decode", decode, METH_VARARGS, "(matrix, tile_begin, tile_end, out, stride, isa, threads)"},
     {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},

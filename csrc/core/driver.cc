@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// fewbit_linear: checks, scratch, and the two phases that threads share. Activations are laid out for the kernel (the
+// Float products: scratch, and the two phases that threads share. Activations are laid out for the kernel (the
 // panel) for a few tokens at a time, so that the panel stays in the second-level cache; then row tiles are handed out.
+#include <string.h>
+
 #include <cstddef>
 #include <new>
 
+#include "core/dtypes.h"
 #include "core/kernel.h"
 #include "core/pool.h"
+#include "core/products.h"
 #include "fewbit.h"
 
 namespace fewbit {
@@ -14,11 +18,13 @@ namespace {
 constexpr int64_t kPanelBytes = 512 * 1024;  // about half of a second-level cache
 constexpr int64_t kMostTokens = 32;
 constexpr int64_t kTilesPerUnit = 4;
-constexpr int64_t kChunksPerUnit = 16;
+constexpr int64_t kColumnsPerUnit = 512;
 constexpr int64_t kSmall = 1 << 17;  // multiply-adds below which a second thread costs more than it brings
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int64_t units_of(int64_t rows) { return ceil_div(rows, 16 * kTilesPerUnit); }
 
 const Kernel* find(int32_t family, int32_t isa) {
   if (!(fewbit_caps() & isa)) return nullptr;
@@ -37,46 +43,54 @@ const Kernel* find(int32_t family, int32_t isa) {
 
 // One group of tokens of one call.
 struct Call {
-  Task task;
+  Task task[kMostShared];  // one a matrix; what concerns the activations is the same in all
+  int32_t count;
   const Kernel* kernel;
-  const float* x;
-  int64_t x_stride, tokens, panel_floats, segments;
+  fewbit_input x;
+  int64_t panel_floats, segments;
   float *panel, *sums;
 };
 
-// Sum of the activations of one block, in eight chains.
-float block_sum(const float* x, int64_t count) {
-  float chain[8] = {};
-  int64_t k = 0;
-  for (; k + 8 <= count; k += 8)
-    for (int i = 0; i < 8; i++) chain[i] += x[k + i];
-  for (; k < count; k++) chain[k % 8] += x[k];
+// Sum of columns [first, first + count) of a token, in eight chains.
+float block_sum(const fewbit_input& source, int64_t token, int64_t first, int64_t count) {
+  float chain[8] = {}, buffer[kColumnsPerUnit];
+  for (int64_t begin = 0; begin < count; begin += kColumnsPerUnit) {
+    const int64_t here = least(kColumnsPerUnit, count - begin);
+    const float* x = floats(source, token, first + begin, here, buffer);
+    int64_t k = 0;
+    for (; k + 8 <= here; k += 8)
+      for (int i = 0; i < 8; i++) chain[i] += x[k + i];
+    for (; k < here; k++) chain[k % 8] += x[k];
+  }
   return ((chain[0] + chain[1]) + (chain[2] + chain[3])) + ((chain[4] + chain[5]) + (chain[6] + chain[7]));
 }
 
-// Unit = one segment of kChunksPerUnit chunks of one token: its panel, and the sums of the blocks that begin in it.
+// Unit = one segment of kColumnsPerUnit columns of one token: its panel, and the sums of the blocks that begin in it.
 // Tokens that pad a group are zeros.
 void prepare(void* context, int64_t unit) {
   const Call& call = *static_cast<const Call*>(context);
-  const Task& task = call.task;
-  const int64_t token = unit / call.segments, first = unit % call.segments * kChunksPerUnit;
-  const int64_t chunks = least(kChunksPerUnit, task.chunks - first), apart = task.together;
-  const bool exists = token < call.tokens;
-  const float* x = call.x + (exists ? token * call.x_stride : 0);
-  const int64_t at = (token / apart * task.chunks + first) * apart + token % apart;
-  call.kernel->panel(task.bits, task.mode, task.table, x + first * 32, exists ? task.columns - first * 32 : 0, chunks,
+  const Task& task = call.task[0];
+  const int64_t token = unit / call.segments, first = unit % call.segments * kColumnsPerUnit;
+  const bool exists = token < call.x.tokens;
+  const int64_t columns = least(kColumnsPerUnit, task.columns - first), apart = task.together;
+  float buffer[kColumnsPerUnit];
+  const float* x = exists ? floats(call.x, token, first, columns, buffer) : buffer;
+  const int64_t at = (token / apart * task.chunks + first / 32) * apart + token % apart;
+  call.kernel->panel(task.bits, task.mode, task.table, x, exists ? columns : 0, ceil_div(columns, 32),
                      call.panel + at * call.panel_floats, apart * call.panel_floats);
   if (!call.sums) return;
-  const int64_t end = least((first + chunks) * 32, task.columns);
-  for (int64_t b = ceil_div(first * 32, task.block); b * task.block < end; b++)
+  for (int64_t b = ceil_div(first, task.block); b * task.block < first + columns; b++)
     call.sums[token * task.blocks + b] =
-        exists ? block_sum(x + b * task.block, least(task.block, task.columns - b * task.block)) : 0.0f;
+        exists ? block_sum(call.x, token, b * task.block, least(task.block, task.columns - b * task.block)) : 0.0f;
 }
 
+// Unit = kTilesPerUnit row tiles of one matrix, counted through all of them.
 void compute(void* context, int64_t unit) {
   const Call& call = *static_cast<const Call*>(context);
-  const int64_t begin = unit * kTilesPerUnit, tiles = ceil_div(call.task.rows, 16);
-  call.kernel->run(call.task, begin, least(begin + kTilesPerUnit, tiles), call.tokens);
+  const Task* task = call.task;
+  for (; unit >= units_of(task->rows); task++) unit -= units_of(task->rows);
+  const int64_t begin = unit * kTilesPerUnit;
+  call.kernel->run(*task, begin, least(begin + kTilesPerUnit, ceil_div(task->rows, 16)), call.x.tokens);
 }
 
 // Tiles of one fewbit_decode.
@@ -92,12 +106,14 @@ void decode_unit(void* context, int64_t unit) {
   call.kernel->decode(call.task, call.first + unit, call.out + unit * 16, call.stride);
 }
 
-bool sensible(const fewbit_matrix& w, const void* x, int64_t x_stride, int64_t tokens, const void* y, int64_t y_stride,
-              int32_t threads) {
-  const bool family = w.family == FEWBIT_AFFINE ? !w.table : w.family == FEWBIT_LUT && w.table && w.zero == 0.0f;
-  return fewbit_tile16_bytes(w.rows, w.columns, w.bits) > 0 && w.block > 0 && w.block <= w.columns && family &&
-         w.codes && w.scale && threads > 0 && tokens >= 0 && (tokens == 0 || (x && y)) &&
-         (tokens <= 1 || (x_stride >= 0 && y_stride >= w.rows));
+bool sensible(const fewbit_matrix& w, int64_t) {
+  return w.family == FEWBIT_AFFINE ? !w.table : w.family == FEWBIT_LUT && w.table && w.zero == 0.0f;
+}
+
+// Whether the panel and the sums are the same. The kernel decides which of these they depend on; all of them may.
+bool shared(const fewbit_matrix& a, const fewbit_matrix& b, int64_t) {
+  return a.family == b.family && a.bits == b.bits && a.block == b.block &&
+         (!a.table || !memcmp(a.table, b.table, sizeof(float) << a.bits));
 }
 
 Task task_of(const fewbit_matrix& w, int64_t tokens) {
@@ -110,53 +126,66 @@ Task task_of(const fewbit_matrix& w, int64_t tokens) {
   return task;
 }
 
-}  // namespace
-}  // namespace fewbit
+bool needs_sums(const Task& task) { return task.offset || task.zero != 0.0f; }
 
-extern "C" int fewbit_linear(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens,
-                             const float* bias, float* y, int64_t y_stride, int32_t isa, int32_t threads) {
-  using namespace fewbit;
-  if (!matrix || !sensible(*matrix, x, x_stride, tokens, y, y_stride, threads)) return FEWBIT_BAD_ARGUMENT;
-  threads = thread_count(threads);
+// Tokens computed together.
+int64_t together(Mode mode, int64_t tokens) {
+  if (tokens == 1) return 1;
+  return mode == kSingle ? 2 : mode == kGeneric ? 4 : tokens <= 4 ? 4 : 8;
+}
+
+int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int64_t, int32_t y_dtype, int32_t isa,
+        int32_t threads) {
   Call call{};
-  call.kernel = find(matrix->family, isa);
+  Task& first = call.task[0];
+  call.kernel = find(outputs[0].matrix->family, isa);
   if (!call.kernel) return FEWBIT_NO_KERNEL;
-  if (tokens == 0) return FEWBIT_OK;
-  Task& task = call.task = task_of(*matrix, tokens);
-  task.bias = bias, task.y_stride = y_stride;
-  call.panel_floats = call.kernel->panel_floats(task.bits, task.mode);
-  call.segments = ceil_div(task.chunks, kChunksPerUnit);
-  call.x_stride = x_stride;
-  const int64_t panel = task.chunks * call.panel_floats;
-  // Tokens computed together, and tokens whose panels exist at a time: what fits the cache.
-  const int64_t most = task.mode == kSingle ? 2 : task.mode == kBatch ? 8 : 4;
-  task.together = tokens == 1 ? 1 : task.mode == kBatch && tokens <= 4 ? 4 : most;
-  const int64_t padded = ceil_div(tokens, task.together) * task.together;
-  const int64_t fit = least(kMostTokens, kPanelBytes / (panel * 4)) / task.together * task.together;
-  const int64_t group = least(padded, fit < task.together ? task.together : fit);
-  const bool sums = task.offset || task.zero != 0.0f;
-  const int64_t floats = group * (panel + (sums ? task.blocks : 0));
-  float* scratch =
-      static_cast<float*>(operator new(static_cast<std::size_t>(floats) * 4, std::align_val_t(64), std::nothrow));
+  int64_t units = 0, weights = 0;
+  bool sums = false;
+  for (Task* task = call.task; call.count < count; task++) {
+    const fewbit_output& output = outputs[call.count++];
+    *task = task_of(*output.matrix, x.tokens);
+    task->bias = output.bias, task->y_stride = output.y_stride, task->y_dtype = y_dtype;
+    task->together = together(task->mode, x.tokens);
+    units += units_of(task->rows), weights += task->rows * task->columns;
+    sums |= needs_sums(*task);
+  }
+  call.panel_floats = call.kernel->panel_floats(first.bits, first.mode);
+  call.segments = ceil_div(first.columns, kColumnsPerUnit);
+  // Tokens whose panels exist at a time: what fits the cache.
+  const int64_t panel = first.chunks * call.panel_floats, padded = round_up(x.tokens, first.together);
+  const int64_t fit = least(kMostTokens, kPanelBytes / (panel * 4)) / first.together * first.together;
+  const int64_t group = least(padded, fit < first.together ? first.together : fit);
+  const std::size_t size = static_cast<std::size_t>(group * (panel + (sums ? first.blocks : 0))) * 4;
+  float* scratch = static_cast<float*>(operator new(size, std::align_val_t(64), std::nothrow));
   if (!scratch) return FEWBIT_NO_MEMORY;
-  task.panel = call.panel = scratch;
-  task.sums = call.sums = sums ? scratch + group * panel : nullptr;
-  for (int64_t token = 0; token < tokens; token += group) {
-    call.tokens = least(group, tokens - token);
-    call.x = x + token * x_stride;
-    task.y = y + token * y_stride;
-    const int32_t used = task.rows * task.columns * call.tokens < kSmall ? 1 : threads;
-    parallel(ceil_div(call.tokens, task.together) * task.together * call.segments, used, prepare, &call);
-    parallel(ceil_div(ceil_div(task.rows, 16), kTilesPerUnit), used, compute, &call);
+  call.panel = scratch;
+  call.sums = sums ? scratch + group * panel : nullptr;
+  for (int64_t token = 0; token < x.tokens; token += group) {
+    call.x = tokens_of(x, token, group);
+    for (int32_t i = 0; i < count; i++) {
+      Task& task = call.task[i];
+      task.panel = call.panel, task.sums = needs_sums(task) ? call.sums : nullptr;
+      task.y = rows_of(outputs[i], y_dtype, token);
+    }
+    const int32_t used = weights * call.x.tokens < kSmall ? 1 : threads;
+    parallel(round_up(call.x.tokens, first.together) * call.segments, used, prepare, &call);
+    parallel(units, used, compute, &call);
   }
   operator delete(scratch, std::align_val_t(64));
   return FEWBIT_OK;
 }
 
+}  // namespace
+
+const Products float_products = {sensible, shared, run};
+
+}  // namespace fewbit
+
 extern "C" int fewbit_decode(const fewbit_matrix* matrix, int64_t tile_begin, int64_t tile_end, float* out,
                              int64_t stride, int32_t isa, int32_t threads) {
   using namespace fewbit;
-  if (!matrix || !sensible(*matrix, nullptr, 0, 0, nullptr, 0, threads)) return FEWBIT_BAD_ARGUMENT;
+  if (!matrix || !well_formed(*matrix) || !sensible(*matrix, 0) || threads < 1) return FEWBIT_BAD_ARGUMENT;
   if (tile_begin < 0 || tile_end > ceil_div(matrix->rows, 16) || tile_begin > tile_end || !out ||
       stride < (tile_end - tile_begin) * 16)
     return FEWBIT_BAD_ARGUMENT;

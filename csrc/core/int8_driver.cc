@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// fewbit_linear_int8: checks, scratch, and the two phases that threads share: tokens are rounded, then row tiles are
-// handed out.
+// Integer products: scratch, and the two phases that threads share: tokens are rounded, then row tiles are handed out.
 #include <cstddef>
 #include <new>
 
 #include "core/kernel.h"
 #include "core/pool.h"
+#include "core/products.h"
 #include "fewbit.h"
 
 namespace fewbit {
@@ -17,6 +17,8 @@ constexpr int64_t kSmall = 1 << 18;  // multiply-adds below which a second threa
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int64_t units_of(int64_t rows) { return ceil_div(rows, 16 * kTilesPerUnit); }
 int64_t divisor(int64_t a, int64_t b) { return b ? divisor(b, a % b) : a; }
 
 const Int8Kernel* find(int32_t isa) {
@@ -47,29 +49,32 @@ int64_t segment(int64_t columns, int64_t block, int64_t x_block) {
 }
 
 struct Call {
-  Int8Task task;
+  Int8Task task[kMostShared];  // one a matrix; what concerns the activations is the same in all
+  int32_t count;
   const Int8Kernel* kernel;
-  const float* x;
-  int64_t x_stride, tokens;
+  fewbit_input x;
 };
 
 void prepare(void* context, int64_t token) {
   const Call& call = *static_cast<const Call*>(context);
-  call.kernel->prepare(call.task, token < call.tokens ? call.x + token * call.x_stride : nullptr, token);
+  call.kernel->prepare(call.task[0], call.x, token);
 }
 
+// Unit = kTilesPerUnit row tiles of one matrix, counted through all of them.
 void compute(void* context, int64_t unit) {
   const Call& call = *static_cast<const Call*>(context);
-  const int64_t begin = unit * kTilesPerUnit, tiles = ceil_div(call.task.rows, 16);
-  call.kernel->run(call.task, begin, least(begin + kTilesPerUnit, tiles), call.tokens);
+  const Int8Task* task = call.task;
+  for (; unit >= units_of(task->rows); task++) unit -= units_of(task->rows);
+  const int64_t begin = unit * kTilesPerUnit;
+  call.kernel->run(*task, begin, least(begin + kTilesPerUnit, ceil_div(task->rows, 16)), call.x.tokens);
 }
 
-bool sensible(const fewbit_matrix& w, int64_t x_block, const void* x, int64_t x_stride, int64_t tokens, const void* y,
-              int64_t y_stride, int32_t threads) {
-  return fewbit_tile16_bytes(w.rows, w.columns, w.bits) > 0 && w.block > 0 && w.block <= w.columns && x_block > 0 &&
-         w.family == FEWBIT_AFFINE && !w.table && w.codes && w.scale && threads > 0 && tokens >= 0 &&
-         segment(w.columns, w.block, x_block) > 0 && (tokens == 0 || (x && y)) &&
-         (tokens <= 1 || (x_stride >= 0 && y_stride >= w.rows));
+bool sensible(const fewbit_matrix& w, int64_t x_block) {
+  return w.family == FEWBIT_AFFINE && !w.table && segment(w.columns, w.block, x_block) > 0;
+}
+
+bool shared(const fewbit_matrix& a, const fewbit_matrix& b, int64_t x_block) {
+  return segment(a.columns, a.block, x_block) == segment(b.columns, b.block, x_block);
 }
 
 Int8Task task_of(const fewbit_matrix& w, int64_t x_block) {
@@ -85,41 +90,47 @@ Int8Task task_of(const fewbit_matrix& w, int64_t x_block) {
   return task;
 }
 
-}  // namespace
-}  // namespace fewbit
-
-extern "C" int fewbit_linear_int8(const fewbit_matrix* matrix, int64_t x_block, const float* x, int64_t x_stride,
-                                  int64_t tokens, const float* bias, float* y, int64_t y_stride, int32_t isa,
-                                  int32_t threads) {
-  using namespace fewbit;
-  if (!matrix || !sensible(*matrix, x_block, x, x_stride, tokens, y, y_stride, threads)) return FEWBIT_BAD_ARGUMENT;
-  threads = thread_count(threads);
+int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int64_t x_block, int32_t y_dtype,
+        int32_t isa, int32_t threads) {
   Call call{};
   call.kernel = find(isa);
   if (!call.kernel) return FEWBIT_NO_KERNEL;
+  const int64_t tokens = x.tokens, together = tokens <= 2 ? tokens : tokens <= 4 ? 4 : call.kernel->most;
   if (tokens == 0) return FEWBIT_OK;
-  Int8Task& task = call.task = task_of(*matrix, x_block);
-  task.bias = bias, task.y_stride = y_stride;
-  call.x_stride = x_stride;
-  task.together = tokens <= 2 ? tokens : tokens <= 4 ? 4 : call.kernel->most;
-  const int64_t bytes = task.chunks * 32, padded = ceil_div(tokens, task.together) * task.together;
-  const int64_t fit = least(kInt8Tokens, kActivationBytes / bytes) / task.together * task.together;
-  const int64_t group = least(padded, fit < task.together ? task.together : fit);
-  const int64_t floats = task.segments + task.x_blocks;
+  int64_t units = 0, weights = 0;
+  for (Int8Task* task = call.task; call.count < count; task++) {
+    const fewbit_output& output = outputs[call.count++];
+    *task = task_of(*output.matrix, x_block);
+    task->bias = output.bias, task->y_stride = output.y_stride, task->y_dtype = y_dtype, task->together = together;
+    units += units_of(task->rows), weights += task->rows * task->columns;
+  }
+  const Int8Task& first = call.task[0];
+  const int64_t bytes = first.chunks * 32, padded = round_up(tokens, together);
+  const int64_t fit = least(kInt8Tokens, kActivationBytes / bytes) / together * together;
+  const int64_t group = least(padded, fit < together ? together : fit);
+  const int64_t floats = first.segments + first.x_blocks;
   const std::size_t size = static_cast<std::size_t>(group * (bytes + floats * 4));
   auto* scratch = static_cast<int8_t*>(operator new(size, std::align_val_t(64), std::nothrow));
   if (!scratch) return FEWBIT_NO_MEMORY;
-  task.activations = scratch;
-  task.sums = reinterpret_cast<float*>(scratch + group * bytes);
-  task.x_scale = task.sums + group * task.segments;
   for (int64_t token = 0; token < tokens; token += group) {
-    call.tokens = least(group, tokens - token);
-    call.x = x + token * x_stride;
-    task.y = y + token * y_stride;
-    const int32_t used = task.rows * task.columns * call.tokens < kSmall ? 1 : threads;
-    parallel(ceil_div(call.tokens, task.together) * task.together, used, prepare, &call);
-    parallel(ceil_div(ceil_div(task.rows, 16), kTilesPerUnit), used, compute, &call);
+    call.x = tokens_of(x, token, group);
+    for (int32_t i = 0; i < count; i++) {
+      Int8Task& task = call.task[i];
+      task.activations = scratch;
+      task.sums = reinterpret_cast<float*>(scratch + group * bytes);
+      task.x_scale = task.sums + group * task.segments;
+      task.y = rows_of(outputs[i], y_dtype, token);
+    }
+    const int32_t used = weights * call.x.tokens < kSmall ? 1 : threads;
+    parallel(round_up(call.x.tokens, together), used, prepare, &call);
+    parallel(units, used, compute, &call);
   }
   operator delete(scratch, std::align_val_t(64));
   return FEWBIT_OK;
 }
+
+}  // namespace
+
+const Products int8_products = {sensible, shared, run};
+
+}  // namespace fewbit

@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "fewbit.h"
+
 namespace fewbit {
 
 // How a call is computed. It depends on the shape, never on the threads.
@@ -15,6 +17,9 @@ enum Mode : int32_t {
 };
 
 enum : int64_t { kBatchTokens = 3 };
+
+// Matrices that are computed from one panel, or from activations rounded once: at most.
+enum : int32_t { kMostShared = 8 };
 
 // Work common to all calls of a kernel within one fewbit_linear. Shapes in words; tile = 16 rows, chunk = 32 columns.
 struct Task {
@@ -35,8 +40,9 @@ struct Task {
   int64_t together;
   const float* sums;       // (padded tokens, blocks): sum of the activations of a block; null when nothing needs it
   const float* bias;       // (rows) or null
-  float* y;                // (tokens, rows), y_stride floats apart
+  void* y;                 // (tokens, rows) of y_dtype, y_stride elements apart
   int64_t y_stride;
+  int32_t y_dtype;
 };
 
 // One family on one instruction set.
@@ -72,8 +78,9 @@ struct Int8Task {
   float* x_scale;          // (padded tokens, x_blocks)
   float* sums;             // (padded tokens, segments): sum of the int8 activations of a segment, an exact integer
   const float* bias;
-  float* y;
+  void* y;
   int64_t y_stride;
+  int32_t y_dtype;
 };
 
 enum : int64_t { kSegment = 256, kInt8Tokens = 64 };  // columns a segment; tokens prepared at a time: at most
@@ -81,15 +88,15 @@ enum : int64_t { kSegment = 256, kInt8Tokens = 64 };  // columns a segment; toke
 // Codes of one family times int8 activations on one instruction set.
 struct Int8Kernel {
   int64_t most;  // tokens computed together where there are many
-  // Rounds token `token` of the task from x, or fills it with zeros where x is null.
-  void (*prepare)(const Int8Task& task, const float* x, int64_t token);
+  // Rounds token `token` of x, or fills it with zeros where x has no such token.
+  void (*prepare)(const Int8Task& task, const fewbit_input& x, int64_t token);
   // Computes y for tiles [tile_begin, tile_end) and tokens [0, tokens) of the prepared activations.
   void (*run)(const Int8Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
 };
 
 // Work of a kernel that counts signs which differ: one scale a row of the weight, and one a token.
 struct XnorTask {
-  static constexpr int32_t bits = 1;
+  static constexpr int32_t bits = 1, y_dtype = FEWBIT_FLOAT32;
   static constexpr int64_t blocks = 1;
   int32_t scale_half;
   int64_t rows, columns, chunks;

@@ -17,6 +17,7 @@
 
 #include <stdint.h>
 
+#include "core/dtypes.h"
 #include "core/kernel.h"
 #include "core/parts.h"
 
@@ -47,33 +48,21 @@ struct Group {
   }
 };
 
-// One row group of one token, of any task.
+// One row group of one token, rows from `row`, to y, the bias added.
 template <class T>
 FEWBIT_INLINE void put(const T& task, int64_t row, int64_t token, F total) {
-  float* y = task.y + token * task.y_stride + row;
-  const int64_t rows = task.rows - row;
-  if (rows >= kLanes) {
-    store(y, task.bias ? add(total, load(task.bias + row)) : total);
-    return;
-  }
+  const int64_t rows = task.rows - row, at = token * task.y_stride + row;
+  if (rows >= kLanes && task.bias) total = add(total, load(task.bias + row));
+  if (rows >= kLanes && task.y_dtype == FEWBIT_FLOAT32) return store(static_cast<float*>(task.y) + at, total);
   float lanes[kLanes];
   store(lanes, total);
-  for (int64_t r = 0; r < rows; r++) y[r] = lanes[r] + (task.bias ? task.bias[row + r] : 0.0f);
+  for (int64_t r = 0; r < rows && r < kLanes; r++)
+    write_float(task.y, task.y_dtype, at + r, rows < kLanes && task.bias ? lanes[r] + task.bias[row + r] : lanes[r]);
 }
 
 template <int M>
 FEWBIT_INLINE void write(const Task& task, const Group& group, int64_t token, int64_t tokens, const F (&total)[M]) {
-  const int64_t rows = task.rows - group.row;
-  for (int m = 0; m < M && m < tokens; m++) {
-    float* y = task.y + (token + m) * task.y_stride + group.row;
-    if (rows >= kLanes) {
-      store(y, task.bias ? add(total[m], load(task.bias + group.row)) : total[m]);
-      continue;
-    }
-    float lanes[kLanes];
-    store(lanes, total[m]);
-    for (int64_t r = 0; r < rows; r++) y[r] = lanes[r] + (task.bias ? task.bias[group.row + r] : 0.0f);
-  }
+  for (int m = 0; m < M && m < tokens; m++) put(task, group.row, token + m, total[m]);
 }
 
 // What a strip computes: row groups from `group`, of which `groups` exist, and tokens from `token`, of which `tokens`

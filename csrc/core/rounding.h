@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "core/dtypes.h"
 #include "core/kernel.h"
 
 namespace fewbit {
@@ -17,29 +18,22 @@ namespace {
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 to integers
 
-inline float half_of(float x) {
-  if (!(x >= 6.103515625e-05f)) return (x + 0.5f) - 0.5f;  // subnormal halves are multiples of 2^-24
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  bits = (bits + 0xfffu + (bits >> 13 & 1)) & ~0x1fffu;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-inline float scale_of(const float* x, int64_t count) {
+// Scale of columns [first, first + count) of a token.
+inline float scale_of(const fewbit_input& source, int64_t token, int64_t first, int64_t count) {
   constexpr int kChains = 16;
-  float largest[kChains] = {}, poison[kChains] = {};
-  int64_t k = 0;
-  for (; k + kChains <= count; k += kChains)
-    for (int i = 0; i < kChains; i++) {
-      const float magnitude = x[k + i] < 0 ? -x[k + i] : x[k + i];
-      largest[i] = largest[i] > magnitude ? largest[i] : magnitude;
-      poison[i] += x[k + i] * 0.0f;
-    }
-  for (; k < count; k++) {
-    const float magnitude = x[k] < 0 ? -x[k] : x[k];
-    largest[0] = largest[0] > magnitude ? largest[0] : magnitude;
-    poison[0] += x[k] * 0.0f;
+  float largest[kChains] = {}, poison[kChains] = {}, buffer[kSegment];
+  const auto see = [&](int i, float x) {
+    const float magnitude = x < 0 ? -x : x;
+    largest[i] = largest[i] > magnitude ? largest[i] : magnitude;
+    poison[i] += x * 0.0f;
+  };
+  for (int64_t begin = 0; begin < count; begin += kSegment) {
+    const int64_t here = count - begin < kSegment ? count - begin : kSegment;
+    const float* x = floats(source, token, first + begin, here, buffer);
+    int64_t k = 0;
+    for (; k + kChains <= here; k += kChains)
+      for (int i = 0; i < kChains; i++) see(i, x[k + i]);
+    for (; k < here; k++) see(0, x[k]);
   }
   float most = 0, sum = 0;
   for (int i = 0; i < kChains; i++) {
@@ -48,7 +42,8 @@ inline float scale_of(const float* x, int64_t count) {
   }
   if (sum != 0.0f) return sum;  // NaN
   const float scale = 2 * most / 255;
-  return half_of(scale < 5.9604644775390625e-08f ? 5.9604644775390625e-08f : scale > 65504.0f ? 65504.0f : scale);
+  const float least = 5.9604644775390625e-08f, clamped = scale < least ? least : scale > 65504.0f ? 65504.0f : scale;
+  return from_float16(to_float16(clamped));
 }
 
 // 32 activations; returns the sum of what they became.
@@ -65,30 +60,33 @@ inline int32_t round_chunk(const float* x, float scale, int8_t* out) {
   return sum;
 }
 
-inline void round_token(const Int8Task& task, const float* x, int64_t token) {
+inline void round_token(const Int8Task& task, const fewbit_input& x, int64_t token) {
   const int64_t apart = task.together * 32;
   int8_t* out = task.activations + (token / task.together * task.chunks * task.together + token % task.together) * 32;
   float* sums = task.sums + token * task.segments;
   float* scales = task.x_scale + token * task.x_blocks;
+  const bool exists = token < x.tokens;
   for (int64_t s = 0; s < task.segments; s++) {
     const int64_t first = s * task.segment_chunks * 32, block = s / task.x_block_segments;
-    if (x && s % task.x_block_segments == 0) {
+    if (exists && s % task.x_block_segments == 0) {
       const int64_t whole = task.x_block_segments * task.segment_chunks * 32, left = task.columns - first;
-      scales[block] = scale_of(x + first, left < whole ? left : whole);
+      scales[block] = scale_of(x, token, first, left < whole ? left : whole);
     }
-    if (!x) scales[block] = 0;
+    if (!exists) scales[block] = 0;
     const int64_t left = task.chunks - s * task.segment_chunks;
     const int64_t chunks = left < task.segment_chunks ? left : task.segment_chunks;
     int32_t sum = 0;
     for (int64_t c = 0; c < chunks; c++, out += apart) {
       const int64_t column = first + c * 32;
-      if (!x) {
+      float buffer[32];
+      if (!exists) {
         memset(out, 0, 32);
       } else if (column + 32 <= task.columns) {
-        sum += round_chunk(x + column, scales[block], out);
+        sum += round_chunk(floats(x, token, column, 32, buffer), scales[block], out);
       } else {
+        const int64_t few = task.columns - column;
         float rest[32] = {};
-        memcpy(rest, x + column, static_cast<size_t>(task.columns - column) * sizeof(float));
+        memcpy(rest, floats(x, token, column, few, buffer), static_cast<size_t>(few) * sizeof(float));
         sum += round_chunk(rest, scales[block], out);
       }
     }

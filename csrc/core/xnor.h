@@ -16,8 +16,8 @@
 
 #include <string.h>
 
+#include "core/dtypes.h"
 #include "core/linear.h"
-#include "core/rounding.h"
 
 namespace fewbit {
 namespace {
@@ -33,7 +33,8 @@ inline float mean_magnitude(const float* x, int64_t count) {
   for (int apart = kChains / 2; apart > 0; apart /= 2)
     for (int i = 0; i < apart; i++) chain[i] += chain[i + apart];
   const float mean = static_cast<float>(chain[0] / static_cast<double>(count));
-  return half_of(mean < 5.9604644775390625e-08f ? 5.9604644775390625e-08f : mean > 65504.0f ? 65504.0f : mean);
+  const float least = 5.9604644775390625e-08f;
+  return from_float16(to_float16(mean < least ? least : mean > 65504.0f ? 65504.0f : mean));
 }
 
 // What x must exceed for x / scale to be a positive float32: all but zero does, unless the quotient rounds to zero,

@@ -40,8 +40,9 @@ enum {
   FEWBIT_AVX512VPOPCNT = 64 /* that of FEWBIT_AVX512, and VPOPCNTDQ */
 };
 
-/* Families and status codes. */
+/* Families, types of activations and results, status codes. */
 enum { FEWBIT_AFFINE = 0, FEWBIT_LUT = 1 };
+enum { FEWBIT_FLOAT32 = 0, FEWBIT_BFLOAT16 = 1, FEWBIT_FLOAT16 = 2 };
 enum { FEWBIT_OK = 0, FEWBIT_BAD_ARGUMENT = 1, FEWBIT_NO_KERNEL = 2, FEWBIT_NO_MEMORY = 3 };
 
 /* One matrix in tile16. Pointers need no alignment beyond that of their element type. */
@@ -103,6 +104,30 @@ int fewbit_decode(const fewbit_matrix* matrix, int64_t tile_begin, int64_t tile_
  * segments. A block that holds NaN or infinity makes its token's results NaN. */
 int fewbit_linear_int8(const fewbit_matrix* matrix, int64_t x_block, const float* x, int64_t x_stride, int64_t tokens,
                        const float* bias, float* y, int64_t y_stride, int32_t isa, int32_t threads);
+
+/* Activations: column c of token t is element t * stride + c * step of data. dtype: FEWBIT_FLOAT32, ... */
+typedef struct {
+  const void* data;
+  int64_t tokens, stride, step;
+  int32_t dtype;
+} fewbit_input;
+
+/* What one matrix makes of them: y (tokens, rows), tokens `y_stride` elements apart, plus bias (rows) or NULL. */
+typedef struct {
+  const fewbit_matrix* matrix;
+  const float* bias;
+  void* y;
+  int64_t y_stride;
+} fewbit_output;
+
+/* fewbit_linear (x_block 0) or fewbit_linear_int8 of several matrices of as many columns, bit for bit: x is laid out or
+ * rounded once for all matrices of a run that agree in what that depends on (family, bits, block and table for float
+ * products; the columns a segment for integer ones), and their row tiles are handed out together.
+ *
+ * x is widened to float32 as it is read, exactly; results are rounded to y_dtype as they are written, to nearest, ties
+ * to even, past the largest float16 to infinity: as if x and y were converted before and after, without the copies. */
+int fewbit_linear_many(const fewbit_output* outputs, int32_t count, const fewbit_input* x, int64_t x_block,
+                       int32_t y_dtype, int32_t isa, int32_t threads);
 
 /* Signs times signs (XNOR-Net, Rastegari et al. 2016): x is rounded first, all columns of a token sharing a scale,
  * exactly as the format sign/channel does it, with the mean in float64 and the quotient in float32,

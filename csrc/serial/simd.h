@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "core/dtypes.h"
+
 namespace fewbit {
 namespace {
 
@@ -36,24 +38,9 @@ inline U shift_right(U a, int n) { return a >> static_cast<uint32_t>(n); }
 inline U shift_left(U a, int n) { return a << static_cast<uint32_t>(n); }
 inline F convert(U a) { return __builtin_convertvector(reinterpret_cast<I>(a), F); }
 
-// IEEE float16 to float32, exact: the exponent is moved by a multiplication, which also handles subnormals.
 inline F load_half(const uint16_t* p) {
-  uint16_t half[4];
-  memcpy(half, p, sizeof half);
-  float r[4];
-  for (int i = 0; i < 4; i++) {
-    const uint32_t magnitude = half[i] & 0x7fffu;
-    uint32_t bits = magnitude << 13;
-    memcpy(&r[i], &bits, sizeof bits);
-    r[i] *= 5.192296858534828e33f;  // 2^112
-    memcpy(&bits, &r[i], sizeof bits);
-    if (magnitude >= 0x7c00u) bits |= 0x7f800000u;
-    bits |= static_cast<uint32_t>(half[i] & 0x8000u) << 16;
-    memcpy(&r[i], &bits, sizeof bits);
-  }
-  return load(r);
+  return F{from_float16(p[0]), from_float16(p[1]), from_float16(p[2]), from_float16(p[3])};
 }
-
 inline F lookup16(F table, U) { return table; }  // never called: see kSumTables
 
 // Levels of a code; bits of a lane above BITS are ignored.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -112,11 +113,26 @@ def test_wrong_inputs_are_refused() -> None:
 def test_the_core_refuses_what_contradicts_itself() -> None:
     x = torch.zeros(8)
     good = (8, 8, 8, 4, 0, 0, 0, 0.0, x.data_ptr(), x.data_ptr(), 0, 0)
+    given = (x.data_ptr(), 1, 8, 1, 0)
+
+    def call(*matrices: Any, x: Any = given, x_block: int = 0, dtype: int = 0, isa: int = 1, threads: int = 1) -> None:
+        outputs = tuple((matrix, 0, given[0], 8) for matrix in matrices)
+        native.core().linear_many(outputs, x, x_block, dtype, isa, threads)
+
+    wider = (8, 9, 8, 4, *good[4:])
     for at, value in [(0, 0), (1, -1), (2, 9), (2, 0), (3, 9), (3, 0), (4, 1), (4, 7), (8, 0), (9, 0), (11, 1)]:
         bad = (*good[:at], value, *good[at + 1 :])
+        for matrices in ((bad,), (good, bad)):
+            with pytest.raises(ValueError, match="contradict"):
+                call(*matrices)
+    for at, value in [(0, 0), (1, -1), (3, -1), (4, 3), (4, -1)]:
         with pytest.raises(ValueError, match="contradict"):
-            native.core().linear(bad, 0, x.data_ptr(), 8, 1, 0, x.data_ptr(), 8, 1, 1)  # type: ignore[arg-type]
+            call(good, x=(*given[:at], value, *given[at + 1 :]))
+    for wrong in ({"x_block": -1}, {"dtype": 3}, {"threads": 0}):
+        with pytest.raises(ValueError, match="contradict"):
+            call(good, **wrong)
+    for matrices in ((), (good, wider)):
+        with pytest.raises(ValueError, match="contradict"):
+            call(*matrices)
     with pytest.raises(RuntimeError, match="instruction set"):
-        native.core().linear(good, 0, x.data_ptr(), 8, 1, 0, x.data_ptr(), 8, 64, 1)
-    with pytest.raises(ValueError, match="contradict"):
-        native.core().linear(good, 0, x.data_ptr(), 8, 1, 0, x.data_ptr(), 8, 1, 0)
+        call(good, isa=64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ test program: under the address and undefined-behaviour sanitizers here, and for aarch64 under qemu-user."""
+"""The C++ test program: under sanitizers here (addresses and undefined behaviour; threads), for aarch64 under qemu."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def build(folder: Path, *options: str) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(bool(missing("cmake", "c++")), reason=f"not installed: {missing('cmake', 'c++')}")
-def test_kernels_touch_no_byte_that_is_not_theirs(tmp_path: Path) -> None:
-    program = build(tmp_path, "-DFEWBIT_SANITIZE=address,undefined", "-DCMAKE_CXX_FLAGS=-O0")
+@pytest.mark.parametrize(("sanitizer", "optimize"), [("address,undefined", "-O0"), ("thread", "-O1")])
+def test_kernels_touch_no_byte_that_is_not_theirs(tmp_path: Path, sanitizer: str, optimize: str) -> None:
+    program = build(tmp_path, f"-DFEWBIT_SANITIZE={sanitizer}", f"-DCMAKE_CXX_FLAGS={optimize}")
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "0 failures" in done.stdout and "serial: at most" in done.stdout

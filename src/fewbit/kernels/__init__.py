@@ -4,7 +4,7 @@
 from fewbit.kernels import native, reference
 from fewbit.kernels.conv import conv2d, route
 from fewbit.kernels.ops import embedding, linear, prepare, set_threads
-from fewbit.kernels.prepared import Prepared
+from fewbit.kernels.prepared import Prepared, linear_many
 from fewbit.kernels.table import KERNELS, Choice, Kernel, choose
 from fewbit.kernels.tile16 import TILE16
 from fewbit.kernels.window import Window
@@ -20,6 +20,7 @@ __all__ = [
     "conv2d",
     "embedding",
     "linear",
+    "linear_many",
     "native",
     "prepare",
     "reference",

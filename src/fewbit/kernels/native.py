@@ -7,6 +7,8 @@ import functools
 import importlib
 from typing import Literal, Protocol, cast
 
+import torch
+
 from fewbit.errors import UnsupportedError
 
 Isa = Literal["avx512vpopcnt", "avx512vnni", "avx512", "avx2", "neondot", "neon", "serial"]
@@ -22,9 +24,17 @@ FLAGS: dict[Isa, int] = {
 }
 """Bits of ``fewbit_caps()``, best first."""
 FAMILIES = {"affine": 0, "lut": 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Of activations and results."""
 
 Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int]
 """(rows, columns, block, bits, family, scale is half, offset is half, zero, codes, scale, offset, table)."""
+
+Output = tuple[Matrix, int, int, int]
+"""(matrix, bias, y, elements between its tokens)."""
+
+Input = tuple[int, int, int, int, int]
+"""(activations, tokens, elements between tokens, elements between columns, dtype)."""
 
 Windows = tuple[int, ...]
 """The 18 members of ``fewbit_windows`` in ``csrc/include/fewbit.h``, in their order."""
@@ -43,18 +53,8 @@ class Core(Protocol):
     ) -> None: ...
     def unfold(self, windows: Windows, x: int, begin: int, end: int, out: int, threads: int) -> None: ...
     def read_stream(self, data: int, nbytes: int, threads: int) -> int: ...
-    def linear(
-        self,
-        matrix: Matrix,
-        x_block: int,
-        x: int,
-        x_stride: int,
-        tokens: int,
-        bias: int,
-        y: int,
-        y_stride: int,
-        isa: int,
-        threads: int,
+    def linear_many(
+        self, outputs: tuple[Output, ...], x: Input, x_block: int, y_dtype: int, isa: int, threads: int
     ) -> None: ...
     def linear_xnor(
         self,

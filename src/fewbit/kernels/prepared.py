@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,9 +21,6 @@ from fewbit.kernels import native, reference
 from fewbit.kernels.table import Kernel
 from fewbit.kernels.tile16 import ROWS, TILE16
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
 DECODED = 48
 """Tokens from which on float products go through decoded weights: each is decoded once, and torch multiplies."""
 STRIP = 1 << 19
@@ -29,8 +28,8 @@ STRIP = 1 << 19
 
 
 def check_supported(x: Tensor) -> None:
-    """Raises UnsupportedError where ``x`` is on another device than the CPU, or not of :data:`FLOATS`."""
-    if x.dtype not in FLOATS or x.device.type != "cpu":
+    """Raises UnsupportedError where ``x`` is on another device than the CPU, or not of a float of 16 or 32 bits."""
+    if x.dtype not in native.DTYPES or not x.is_cpu:
         works = "float32, bfloat16 and float16 on the CPU work"
         raise UnsupportedError(f"x in {x.dtype} on {x.device}", "kernels run on the CPU", works)
 
@@ -47,9 +46,12 @@ class Prepared(ABC):
     shape: tuple[int, int]
     activation: Format | None
 
+    company: tuple[object, ...] | None = None
+    """Matrices that agree in this are computed in one call of the core; None: each by itself."""
+
     @abstractmethod
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (tokens, columns) in any of :data:`FLOATS` -> (tokens, rows), float32 or x's dtype."""
+        """x (..., columns) in float32, bfloat16 or float16 -> (..., rows) in the same dtype; no gradients."""
 
     @abstractmethod
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
@@ -73,15 +75,10 @@ class Prepared(ABC):
         """The same codes and parameters in another layout."""
         return self.qtensor().repack(layout)
 
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x W^T + bias``.
-
-        Raises:
-            InputError: the last axis of x is not the number of columns, or bias is not (rows,).
-            UnsupportedError: x is on another device than the CPU, or not of a dtype above.
-        """
+    def check(self, x: Tensor, bias: Tensor | None) -> None:
+        """Raise what :meth:`__call__` says of wrong arguments."""
         rows, columns = self.shape
-        if x.shape[-1:] != (columns,):
+        if not x.ndim or x.shape[-1] != columns:
             raise InputError(
                 f"x of shape {tuple(x.shape)}", f"the matrix is {self.shape}", f"x of (..., {columns}) works"
             )
@@ -90,12 +87,38 @@ class Prepared(ABC):
                 f"bias of shape {tuple(bias.shape)}", f"the matrix is {self.shape}", f"({rows},) would work"
             )
         check_supported(x)
-        flat = x.reshape(-1, columns)
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + bias``.
+
+        Raises:
+            InputError: the last axis of x is not the number of columns, or bias is not (rows,).
+            UnsupportedError: x is on another device than the CPU, or not of a dtype above.
+        """
+        self.check(x, bias)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            y = _Differentiable.apply(flat, bias, self)  # type: ignore[no-untyped-call]
-        else:
-            y = self.run(flat, bias)
-        return y.to(x.dtype).reshape(*x.shape[:-1], rows)  # type: ignore[no-any-return]
+            return _Differentiable.apply(x, bias, self)  # type: ignore[no-untyped-call,no-any-return]
+        return self.run(x, bias)
+
+
+def linear_many(x: Tensor, matrices: Sequence[Prepared], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """``[prepared(x, bias) for prepared, bias in zip(matrices, biases)]``, bit for bit: x (..., columns) -> one
+    (..., rows) a matrix, in x's dtype. Neighbours that one kernel runs, with inputs rounded alike, are computed
+    together: x is laid out or rounded once, and threads meet once.
+
+    Raises:
+        InputError, UnsupportedError: as :meth:`Prepared.__call__`.
+        ValueError: there are not as many biases as matrices.
+    """
+    pairs = list(zip(matrices, biases, strict=True))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *biases)):
+        return [matrix(x, bias) for matrix, bias in pairs]
+    for matrix, bias in pairs:
+        matrix.check(x, bias)
+    ys: list[Tensor] = []
+    for company, run in groupby(pairs, lambda pair: pair[0].company):
+        ys += [matrix.run(x, bias) for matrix, bias in run] if company is None else _run_native(x, list(run))
+    return ys
 
 
 class ReferencePrepared(Prepared):
@@ -107,7 +130,8 @@ class ReferencePrepared(Prepared):
         self._qtensor, self.shape, self.activation = qtensor, qtensor.shape, activation
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return reference.linear(reference.round_activations(x, self.activation), self._qtensor, bias)
+        rounded = x if self.activation is None else reference.round_activations(x.float(), self.activation)
+        return reference.linear(rounded, self._qtensor, bias).to(x.dtype)
 
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
         return reference.decoded(self._qtensor)
@@ -165,7 +189,13 @@ class NativePrepared(Prepared):
             self._table = torch.zeros(2**format.bits)
             self._table[: physical.table.numel()] = physical.table
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
+        self.company = None if self._signs else (self._isa, self._x_block, activation)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses: a copy's arrays lie elsewhere."""
+        return {name: value for name, value in self.__dict__.items() if name != "_matrix"}
+
+    @cached_property
     def _matrix(self) -> native.Matrix:
         offset, table = self._offset, self._table
         return (
@@ -183,37 +213,33 @@ class NativePrepared(Prepared):
         )
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        x = x.detach().float()
-        if not self._rounds:
-            x = reference.round_activations(x, self.activation)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        tokens, rows = x.shape[0], self.shape[0]
-        bias = None if bias is None else bias.detach().float().contiguous()
-        y = torch.empty(tokens, rows)
-        if tokens >= DECODED and not self._rounds:
-            return self._long(x, bias, y)
-        arguments = (
-            x.data_ptr(),
-            x.stride(0),
-            tokens,
+        return self._count(x, bias) if self._signs else _run_native(x, [(self, bias)])[0]
+
+    def _count(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Signs times signs, float32 on both sides of the core."""
+        rows, columns = self.shape
+        flat = x.float().reshape(-1, columns).contiguous()
+        bias = None if bias is None else bias.float().contiguous()
+        y = torch.empty(flat.shape[0], rows)
+        native.core().linear_xnor(
+            self._matrix,
+            flat.data_ptr(),
+            columns,
+            flat.shape[0],
             0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
             rows,
             self._isa,
             torch.get_num_threads(),
         )
-        if self._signs:
-            native.core().linear_xnor(self._matrix(), *arguments)
-        else:
-            native.core().linear(self._matrix(), self._x_block, *arguments)
-        return y
+        return y.reshape(*x.shape[:-1], rows).to(x.dtype)
 
-    def _long(self, x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    def long(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Decode strips of rows to float32, each once for all tokens, and let torch multiply."""
+        y = torch.empty(x.shape[0], self.shape[0])
         for rows, weight in self.decoded():
             torch.mm(x, weight.T, out=y[:, rows])
-        return y if bias is None else y.add_(bias)
+        return y if bias is None else y.add_(bias.float())
 
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
         """As :meth:`Prepared.decoded`; a strip is a view of memory that the next one overwrites."""
@@ -223,7 +249,7 @@ class NativePrepared(Prepared):
         for row in range(0, rows, strip):
             tiles = row // ROWS, min(row + strip, rows + ROWS - 1) // ROWS
             native.core().decode(
-                self._matrix(), *tiles, weight.data_ptr(), weight.shape[1], self._isa, torch.get_num_threads()
+                self._matrix, *tiles, weight.data_ptr(), weight.shape[1], self._isa, torch.get_num_threads()
             )
             yield slice(row, min(row + strip, rows)), weight[:, : min(strip, rows - row)].T
 
@@ -240,16 +266,47 @@ class NativePrepared(Prepared):
         return self._stored.nbytes - self._stored.packed.numel() + self.read_bytes
 
 
+def _run_native(x: Tensor, pairs: Sequence[tuple[Any, Tensor | None]]) -> list[Tensor]:
+    """(matrix, bias) pairs of :class:`NativePrepared` of one company, as :meth:`Prepared.run`."""
+    first: NativePrepared = pairs[0][0]
+    leading, dtype, columns = x.shape[:-1], x.dtype, first.shape[1]
+    if first.activation is not None and not first._x_block:
+        x = reference.round_activations(x.float(), first.activation)
+    ys: list[Tensor] = []
+    if x.numel() >= DECODED * columns and not first._x_block:
+        x = x.float().contiguous().reshape(-1, columns)  # torch's sums depend on strides
+        for matrix, bias in pairs:
+            ys.append(matrix.long(x, bias).to(dtype).reshape(*leading, matrix.shape[0]))
+        return ys
+    if not x.is_contiguous():
+        x = x.reshape(-1, columns)  # a copy only where tokens do not lie equally far apart
+    stride, step = (columns, 1) if x.is_contiguous() else x.stride()
+    outputs, kept = [], []
+    for matrix, bias in pairs:
+        if bias is not None:
+            bias = bias.float().contiguous()
+            kept.append(bias)  # alive until the call
+        rows = matrix.shape[0]
+        y = torch.empty(*leading, rows, dtype=dtype)
+        ys.append(y)
+        outputs.append((matrix._matrix, 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows))
+    given = (x.data_ptr(), x.numel() // columns, stride, step, native.DTYPES[x.dtype])
+    native.core().linear_many(
+        tuple(outputs), given, first._x_block, native.DTYPES[dtype], first._isa, torch.get_num_threads()
+    )
+    return ys
+
+
 class _Differentiable(torch.autograd.Function):
     """Forward through the kernel, backward through the dequantized weight; the weight itself is constant."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, prepared: Prepared) -> Tensor:
         ctx.prepared, ctx.has_bias = prepared, bias is not None
-        return prepared.run(x, bias).to(x.dtype)
+        return prepared.run(x, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        bias = gradient.sum(0) if ctx.has_bias else None
+        bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.has_bias else None
         return reference.backward(gradient, ctx.prepared.qtensor()), bias, None
