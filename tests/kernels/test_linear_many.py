@@ -84,7 +84,9 @@ def test_large_small_and_poisoned_values_round_as_torch_rounds(kernel: str, dtyp
     """Results past the largest half, subnormal ones, infinities and NaN."""
     generator = torch.Generator().manual_seed(1)
     for scale in (1e-7, 1.0, 3e3, 1e30):
-        matrix = kernels.prepare(raw_matrix(kernel, 4, 32, (33, 64), generator, scale=scale), kernel, activation(kernel))
+        matrix = kernels.prepare(
+            raw_matrix(kernel, 4, 32, (33, 64), generator, scale=scale), kernel, activation(kernel)
+        )
         x = torch.randn(9, 64, generator=generator)
         x[3, 5], x[4, 6], x[5] = torch.inf, torch.nan, 0
         y, expected = matrix(x.to(dtype)), matrix(x.to(dtype).float()).to(dtype)

@@ -21,11 +21,11 @@ from fewbit.model.layers import QuantLinear, share_inputs
 from fewbit.model.sharing import FEW
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
-ROTATION = Chain((Rotation.random(64, 3),))
+PLAIN, ROTATION = Chain(), Chain((Rotation.random(64, 3),))
 INT8 = "int8/g32/sym"
 
 
-def layer(rows: int, seed: int, chain: Chain = Chain(), bias: bool = False, activation: str | None = None) -> QuantLinear:
+def layer(rows: int, seed: int, chain: Chain = PLAIN, bias: bool = False, activation: str | None = None) -> QuantLinear:
     generator = torch.Generator().manual_seed(seed)
     added = nn.Parameter(torch.randn(rows, generator=generator)) if bias else None
     made = QuantLinear("int4/g32/asym", "dense", (rows, 64), added, activation, chain.kinds)
@@ -111,7 +111,9 @@ def _zero_sign(x: Tensor) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", [_write, _write_behind_the_back, _zero_sign, Tensor.zero_, Tensor.t_, Tensor.unsqueeze_])
+@pytest.mark.parametrize(
+    "change", [_write, _write_behind_the_back, _zero_sign, Tensor.zero_, Tensor.t_, Tensor.unsqueeze_]
+)
 def test_a_tensor_changed_in_between_is_seen(change: Callable[..., object]) -> None:
     layers, x = learned()
     if change is Tensor.t_:
@@ -155,9 +157,7 @@ def test_a_guess_that_failed_is_not_made_again(together: list[int]) -> None:
 @torch.no_grad()
 def test_layers_that_differ_in_rounding_or_rewrites_stay_apart(together: list[int]) -> None:
     other = Chain((Rotation.random(64, 4),))
-    layers = nn.ModuleList(
-        [layer(8, 1), layer(8, 2, ROTATION), layer(8, 3, other), layer(8, 4, activation=INT8)]
-    )
+    layers = nn.ModuleList([layer(8, 1), layer(8, 2, ROTATION), layer(8, 3, other), layer(8, 4, activation=INT8)])
     share_inputs(layers)
     for _ in range(3):
         x = torch.randn(FEW, 64)

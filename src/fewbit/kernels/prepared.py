@@ -117,7 +117,8 @@ def linear_many(x: Tensor, matrices: Sequence[Prepared], biases: Sequence[Tensor
         matrix.check(x, bias)
     ys: list[Tensor] = []
     for company, run in groupby(pairs, lambda pair: pair[0].company):
-        ys += [matrix.run(x, bias) for matrix, bias in run] if company is None else _run_native(x, list(run))
+        beside = list(run)
+        ys += [matrix.run(x, bias) for matrix, bias in beside] if company is None else _run_native(x, beside)
     return ys
 
 

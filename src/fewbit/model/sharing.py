@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from fewbit import kernels
 from fewbit.core.rewrite import Chain
 
-
 FEW = 32
 """Tokens below which keeping watch costs more than rounding them once saves; rewriting them once always pays."""
 
