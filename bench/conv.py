@@ -76,7 +76,7 @@ def rows_of(x: Tensor, weight: Tensor, window: Window) -> tuple[list[Row], list[
         error = float((kernels.conv2d(x, prepared, window) - exact).norm() / exact.norm())
         held = 0 if route == "direct" else 4 * max(width, min(conv.UNFOLDED // width, positions) * width)
         name = bits if inputs is None else f"{bits} x {inputs}"
-        kernel = "torch" if route == "direct" else prepared.kernel
+        kernel = prepared.kernel if route == "strips" else "torch"
         rows.append({"name": name, "route": route, "kernel": kernel, "held": held, "relative_error": error})
         calls.append(lambda prepared=prepared: kernels.conv2d(x, prepared, window))  # type: ignore[misc]
     for row in rows:
