@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fewbit.core.rewrite import STEPS
 from fewbit.errors import CorruptFileError, UnsupportedError
-from fewbit.model.layers import ExpertBank, QuantEmbedding, QuantLinear, Store, share_inputs
+from fewbit.model.layers import ExpertBank, QuantEmbedding, QuantLinear, Store
 
 METHOD = "fewbit"
 KINDS = ("linear", "conv1d", "head", "experts", "embedding")
@@ -91,7 +91,6 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
                     parameter.data = parameter.data.to(self._dtype)
         for name in tied:
             _tie(model, name, self.quantization_config.modules[name]["tied_to"])
-        share_inputs(model)
         return model
 
     def is_serializable(self) -> bool:

@@ -15,7 +15,6 @@ from fewbit.core.format import Format
 from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor, stack, storage
 from fewbit.errors import InputError, VerificationError
-from fewbit.model.sharing import Sharing
 
 
 class Store(nn.Module):
@@ -121,7 +120,6 @@ class QuantLinear(Multiplier):
             self.register_buffer(f"input_{array}", torch.empty(size, dtype=dtype))
         self._rewrite: R.Chain | None = None
         self.in_features, self.out_features = shape[1], shape[0]
-        self.sharing: Sharing | None = None
 
     def prepare(self, kernel: str | None = None) -> None:
         super().prepare(kernel)
@@ -142,10 +140,6 @@ class QuantLinear(Multiplier):
             raise VerificationError(error.asked, error.found, error.works) from None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.alone(x) if self.sharing is None else self.sharing(self, x)
-
-    def alone(self, x: Tensor) -> Tensor:
-        """:meth:`forward` without a look at other layers."""
         if not self.rewrites:
             return self.prepared(x, self.bias)
         # Rewritten inputs stay in float32: rounding them to a shorter dtype of x would be one rounding more.
@@ -228,14 +222,6 @@ class ExpertMatrix:
             return NotImplemented
         x, matrix, *bias = args
         return matrix._prepared(x, *(bias or [(kwargs or {}).get("bias")]))
-
-
-def share_inputs(model: nn.Module) -> None:
-    """From now on compute quantized linear layers that are fed the same tensor together."""
-    sharing = Sharing()
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.sharing = sharing
 
 
 def round_inputs(model: nn.Module, format: Format) -> None:
