@@ -19,16 +19,18 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t divisor(int64_t a, int64_t b) { return b ? divisor(b, a % b) : a; }
 
-const Int8Kernel* find(int32_t isa) {
+// `table`: that of FEWBIT_LUT, else null.
+const Int8Kernel* find(const FixedPoint* table, int32_t isa) {
   if (!(fewbit_caps() & isa)) return nullptr;
+  const int words = table && !table->bytes;
   switch (isa) {
-    case FEWBIT_SERIAL: return &int8_linear_serial;
+    case FEWBIT_SERIAL: return table ? &int8_lut_linear_serial[words] : &int8_linear_serial;
 #if defined(__x86_64__)
-    case FEWBIT_AVX2: return &int8_linear_avx2;
-    case FEWBIT_AVX512VNNI: return &int8_linear_avx512vnni;
+    case FEWBIT_AVX2: return table ? &int8_lut_linear_avx2[words] : &int8_linear_avx2;
+    case FEWBIT_AVX512VNNI: return table ? &int8_lut_linear_avx512vnni[words] : &int8_linear_avx512vnni;
 #elif defined(__aarch64__)
-    case FEWBIT_NEON: return &int8_linear_neon;
-    case FEWBIT_NEONDOT: return &int8_linear_neondot;
+    case FEWBIT_NEON: return table ? &int8_lut_linear_neon[words] : &int8_linear_neon;
+    case FEWBIT_NEONDOT: return table ? &int8_lut_linear_neondot[words] : &int8_linear_neondot;
 #endif
     default: return nullptr;
   }
@@ -48,6 +50,7 @@ int64_t segment(int64_t columns, int64_t block, int64_t x_block) {
 
 struct Call {
   Int8Task task;
+  FixedPoint table;
   const Int8Kernel* kernel;
   const float* x;
   int64_t x_stride, tokens;
@@ -66,8 +69,9 @@ void compute(void* context, int64_t unit) {
 
 bool sensible(const fewbit_matrix& w, int64_t x_block, const void* x, int64_t x_stride, int64_t tokens, const void* y,
               int64_t y_stride, int32_t threads) {
+  const bool family = w.family == FEWBIT_AFFINE ? !w.table : w.family == FEWBIT_LUT && w.table && w.zero == 0.0f;
   return fewbit_tile16_bytes(w.rows, w.columns, w.bits) > 0 && w.block > 0 && w.block <= w.columns && x_block > 0 &&
-         w.family == FEWBIT_AFFINE && !w.table && w.codes && w.scale && threads > 0 && tokens >= 0 &&
+         family && w.codes && w.scale && threads > 0 && tokens >= 0 &&
          segment(w.columns, w.block, x_block) > 0 && (tokens == 0 || (x && y)) &&
          (tokens <= 1 || (x_stride >= 0 && y_stride >= w.rows));
 }
@@ -95,14 +99,18 @@ extern "C" int fewbit_linear_int8(const fewbit_matrix* matrix, int64_t x_block, 
   if (!matrix || !sensible(*matrix, x_block, x, x_stride, tokens, y, y_stride, threads)) return FEWBIT_BAD_ARGUMENT;
   threads = thread_count(threads);
   Call call{};
-  call.kernel = find(isa);
+  Int8Task& task = call.task = task_of(*matrix, x_block);
+  if (matrix->table) {
+    if (!fixed_point(matrix->table, matrix->bits, &call.table)) return FEWBIT_BAD_ARGUMENT;
+    task.table = &call.table;
+  }
+  call.kernel = find(task.table, isa);
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   if (tokens == 0) return FEWBIT_OK;
-  Int8Task& task = call.task = task_of(*matrix, x_block);
   task.bias = bias, task.y_stride = y_stride;
   call.x_stride = x_stride;
   task.together = tokens <= 2 ? tokens : call.kernel->most;
-  const int64_t bytes = task.chunks * 32, padded = ceil_div(tokens, task.together) * task.together;
+  const int64_t bytes = task.chunks * 32 * call.kernel->bytes, padded = ceil_div(tokens, task.together) * task.together;
   const int64_t fit = least(kInt8Tokens, kActivationBytes / bytes) / task.together * task.together;
   const int64_t group = least(padded, fit < task.together ? task.together : fit);
   const int64_t floats = task.segments + task.x_blocks;

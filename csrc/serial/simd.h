@@ -34,6 +34,7 @@ inline U mask(U a, uint32_t m) { return a & m; }
 inline U select(uint32_t m, U low, U high) { return (low & m) | (high & ~m); }
 inline U shift_right(U a, int n) { return a >> static_cast<uint32_t>(n); }
 inline U shift_left(U a, int n) { return a << static_cast<uint32_t>(n); }
+inline U flip(U a, uint32_t m) { return a ^ m; }
 inline F convert(U a) { return __builtin_convertvector(reinterpret_cast<I>(a), F); }
 
 // IEEE float16 to float32, exact: the exponent is moved by a multiplication, which also handles subnormals.

@@ -14,6 +14,8 @@ SIZES = (1, 7, 31, 33, 97)
 BATCHES = (1, 3, 8, 33, 65)
 ROWS = [row.name for row in kernels.KERNELS if row.isa in kernels.native.isas() or row.isa is None]
 """Kernels that this machine can be forced to."""
+TABLED_ROWS = [name for name in ROWS if "lut_" in name]
+"""Those whose codes index a table."""
 FLOAT_ROWS = [name for name in ROWS if not name.startswith("int8")]
 """Those that leave activations alone."""
 
@@ -27,7 +29,7 @@ def raw_matrix(
     kernel: str, bits: int, block: int, shape: tuple[int, int], generator: torch.Generator, scale: float | None = None
 ) -> QTensor:
     """Random codes of the family that ``kernel`` runs; scale and offset random, or all ``scale`` and no offset."""
-    levels = torch.randn(2**bits, generator=generator).tolist() if kernel.startswith("lut") else []
+    levels = torch.randn(2**bits, generator=generator).tolist() if kernel in TABLED_ROWS else []
     format = Raw(bits, block, tuple(levels))
     blocks = (shape[0], -(-shape[1] // (block or shape[1])), 1)
     codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)
