@@ -69,9 +69,9 @@ void compute(void* context, int64_t unit) {
 
 bool sensible(const fewbit_matrix& w, int64_t x_block, const void* x, int64_t x_stride, int64_t tokens, const void* y,
               int64_t y_stride, int32_t threads) {
-  const bool family = w.family == FEWBIT_AFFINE ? !w.table : w.family == FEWBIT_LUT && w.table && w.zero == 0.0f;
+  const bool lut = w.family == FEWBIT_LUT && w.bits <= kLookedUp && w.table && w.zero == 0.0f;
   return fewbit_tile16_bytes(w.rows, w.columns, w.bits) > 0 && w.block > 0 && w.block <= w.columns && x_block > 0 &&
-         family && w.codes && w.scale && threads > 0 && tokens >= 0 &&
+         (lut || (w.family == FEWBIT_AFFINE && !w.table)) && w.codes && w.scale && threads > 0 && tokens >= 0 &&
          segment(w.columns, w.block, x_block) > 0 && (tokens == 0 || (x && y)) &&
          (tokens <= 1 || (x_stride >= 0 && y_stride >= w.rows));
 }

@@ -83,6 +83,8 @@ void int8_lut_run(const Int8Task& task, int64_t tile_begin, int64_t tile_end, in
     case 2: return int8_strips<K<2>>(task, tile_begin, tile_end, tokens);
     case 3: return int8_strips<K<3>>(task, tile_begin, tile_end, tokens);
     case 4: return int8_strips<K<4>>(task, tile_begin, tile_end, tokens);
+    case 5: return int8_strips<K<5>>(task, tile_begin, tile_end, tokens);
+    case 6: return int8_strips<K<6>>(task, tile_begin, tile_end, tokens);
   }
 }
 

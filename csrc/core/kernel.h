@@ -61,7 +61,7 @@ struct FixedPoint {
   bool bytes;  // all within +-kByteLevel
 };
 
-enum : int32_t { kByteLevel = 15 };
+enum : int32_t { kByteLevel = 15, kLookedUp = 6 };  // kLookedUp: bits of a code, at most
 
 // False where an entry of table, (2^bits), is NaN or infinity.
 bool fixed_point(const float* table, int32_t bits, FixedPoint* out);

@@ -64,7 +64,7 @@ def test_integers_are_chosen_for_int8_activations_only() -> None:
     ]:
         choice = kernels.choose(formats.parse(format), (64, 256), activation=formats.parse(activation))
         assert not choice.kernel.integers and reason in choice.reasons["int8_linear_serial"]
-    for format, reason in [("nvfp4", "one of 16"), ("pot5/g64", "at most 4 bits"), ("int4/g48", "lut family")]:
+    for format, reason in [("nvfp4", "one of 16"), ("pot7/g64", "at most 6 bits"), ("int4/g48", "lut family")]:
         choice = kernels.choose(formats.parse(format), (64, 256), activation=int8)
         assert not choice.kernel.integers and reason in choice.reasons["int8_lut_linear_serial"]
     assert "stay float" in kernels.choose(formats.parse("int4/g64"), (64, 256)).reasons["int8_linear_serial"]

@@ -56,7 +56,7 @@ def test_sizes_blocks_and_batches(kernel: str, bits: int) -> None:
                 x = torch.randn(batch, columns, generator=generator)
                 inputs = activation(kernel, ("channel", "g32", "g96")[(rows + block) % 3])
                 if kernel.startswith("int8_lut") and bits > LOOKED_UP:
-                    with pytest.raises(UnsupportedError, match="at most 4 bits"):
+                    with pytest.raises(UnsupportedError, match="at most 6 bits"):
                         kernels.prepare(matrix, kernel, inputs)
                     continue
                 if inputs is not None and block % 32 and block < columns:

@@ -19,7 +19,7 @@ from fewbit.kernels.native import Isa
 from fewbit.kernels.tile16 import COLUMNS, TILE16
 
 
-LOOKED_UP = 4
+LOOKED_UP = 6
 """Bits of a code whose levels "int8_lut" keeps in registers."""
 
 
