@@ -25,7 +25,10 @@ struct Dot {
   static constexpr float kOrigin = 0;
   U narrow = _mm256_setzero_si256(), wide = _mm256_setzero_si256();
 
-  inline void add(U u, const int8_t* x) { narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(u, four(x))); }
+  inline void add(U u, const int8_t* x) {
+    narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(u, four(x)));
+    asm("" : "+x"(narrow));  // GCC would delay the additions, and keep one of eight sums in memory for that
+  }
   inline void flush() {
     wide = _mm256_add_epi32(wide, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
     narrow = _mm256_setzero_si256();

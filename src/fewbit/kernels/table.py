@@ -18,7 +18,6 @@ from fewbit.kernels import native
 from fewbit.kernels.native import Isa
 from fewbit.kernels.tile16 import COLUMNS, TILE16
 
-
 LOOKED_UP = 6
 """Bits of a code whose levels "int8_lut" keeps in registers."""
 
