@@ -81,9 +81,10 @@ def fewbit_row(
     family = format.physical({name: values[:1] for name, values in params.items()}).family
     inputs = None if activation == FLOAT else formats.parse(activation)
     if inputs is not None:
-        if kernels.choose(format, shape, activation=inputs).kernel.family != "int8":
+        chosen = kernels.choose(format, shape, activation=inputs).kernel
+        if not chosen.integers:
             return None
-        family, isa = "int8", INTEGERS.get(str(isa), isa)
+        family, isa = str(chosen.family), INTEGERS.get(str(isa), isa)
     first = kernels.prepare(matrix, f"{family}_linear_{isa}" if isa else None, inputs)
     few = QTensor.of(format, codes[:SAMPLE], {name: values[:SAMPLE] for name, values in params.items()})
     error = relative(first(x)[:, :SAMPLE], kernels.reference.oracle(x, few))

@@ -2,7 +2,9 @@
 // fewbit._native: the C ABI of fewbit.h for Python, on the limited API of 3.10, so that one wheel serves every later
 // version. Pointers come in as integers; whoever calls owns the memory and has checked its size. The only file that
 // sees Python.
+#ifndef Py_LIMITED_API
 #define Py_LIMITED_API 0x030A0000
+#endif
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

@@ -35,6 +35,7 @@ inline U select(uint32_t m, U low, U high) {
 }
 inline U shift_right(U a, int n) { return _mm256_srli_epi32(a, n); }
 inline U shift_left(U a, int n) { return _mm256_slli_epi32(a, n); }
+inline U flip(U a, uint32_t m) { return _mm256_xor_si256(a, _mm256_set1_epi32(static_cast<int32_t>(m))); }
 inline F convert(U a) { return _mm256_cvtepi32_ps(a); }
 inline F load_half(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -34,6 +34,7 @@ inline U select(uint32_t m, U low, U high) {
 }
 inline U shift_right(U a, int n) { return _mm512_srli_epi32(a, static_cast<unsigned>(n)); }
 inline U shift_left(U a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }
+inline U flip(U a, uint32_t m) { return _mm512_xor_si512(a, _mm512_set1_epi32(static_cast<int32_t>(m))); }
 inline F convert(U a) { return _mm512_cvtepi32_ps(a); }
 inline F load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Integer products: scratch, and the two phases that threads share: tokens are rounded, then row tiles are handed out.
+#include <string.h>
+
 #include <cstddef>
 #include <new>
 
@@ -21,16 +23,18 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int64_t units_of(int64_t rows) { return ceil_div(rows, 16 * kTilesPerUnit); }
 int64_t divisor(int64_t a, int64_t b) { return b ? divisor(b, a % b) : a; }
 
-const Int8Kernel* find(int32_t isa) {
+// `table`: that of FEWBIT_LUT, else null.
+const Int8Kernel* find(const FixedPoint* table, int32_t isa) {
   if (!(fewbit_caps() & isa)) return nullptr;
+  const int words = table && !table->bytes;
   switch (isa) {
-    case FEWBIT_SERIAL: return &int8_linear_serial;
+    case FEWBIT_SERIAL: return table ? &int8_lut_linear_serial[words] : &int8_linear_serial;
 #if defined(__x86_64__)
-    case FEWBIT_AVX2: return &int8_linear_avx2;
-    case FEWBIT_AVX512VNNI: return &int8_linear_avx512vnni;
+    case FEWBIT_AVX2: return table ? &int8_lut_linear_avx2[words] : &int8_linear_avx2;
+    case FEWBIT_AVX512VNNI: return table ? &int8_lut_linear_avx512vnni[words] : &int8_linear_avx512vnni;
 #elif defined(__aarch64__)
-    case FEWBIT_NEON: return &int8_linear_neon;
-    case FEWBIT_NEONDOT: return &int8_linear_neondot;
+    case FEWBIT_NEON: return table ? &int8_lut_linear_neon[words] : &int8_linear_neon;
+    case FEWBIT_NEONDOT: return table ? &int8_lut_linear_neondot[words] : &int8_linear_neondot;
 #endif
     default: return nullptr;
   }
@@ -51,6 +55,7 @@ int64_t segment(int64_t columns, int64_t block, int64_t x_block) {
 struct Call {
   Int8Task task[kMostShared];  // one a matrix; what concerns the activations is the same in all
   int32_t count;
+  FixedPoint table;  // of all of them
   const Int8Kernel* kernel;
   fewbit_input x;
 };
@@ -70,10 +75,13 @@ void compute(void* context, int64_t unit) {
 }
 
 bool sensible(const fewbit_matrix& w, int64_t x_block) {
-  return w.family == FEWBIT_AFFINE && !w.table && segment(w.columns, w.block, x_block) > 0;
+  const bool lut = w.family == FEWBIT_LUT && w.bits <= kLookedUp && w.table && w.zero == 0.0f;
+  return (lut || (w.family == FEWBIT_AFFINE && !w.table)) && segment(w.columns, w.block, x_block) > 0;
 }
 
 bool shared(const fewbit_matrix& a, const fewbit_matrix& b, int64_t x_block) {
+  if (a.family != b.family) return false;
+  if (a.table && (a.bits != b.bits || memcmp(a.table, b.table, sizeof(float) << a.bits))) return false;
   return segment(a.columns, a.block, x_block) == segment(b.columns, b.block, x_block);
 }
 
@@ -93,7 +101,9 @@ Int8Task task_of(const fewbit_matrix& w, int64_t x_block) {
 int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int64_t x_block, int32_t y_dtype,
         int32_t isa, int32_t threads) {
   Call call{};
-  call.kernel = find(isa);
+  const float* table = outputs[0].matrix->table;
+  if (table && !fixed_point(table, outputs[0].matrix->bits, &call.table)) return FEWBIT_BAD_ARGUMENT;
+  call.kernel = find(table ? &call.table : nullptr, isa);
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   const int64_t tokens = x.tokens, together = tokens <= 2 ? tokens : tokens <= 4 ? 4 : call.kernel->most;
   if (tokens == 0) return FEWBIT_OK;
@@ -101,11 +111,12 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
   for (Int8Task* task = call.task; call.count < count; task++) {
     const fewbit_output& output = outputs[call.count++];
     *task = task_of(*output.matrix, x_block);
+    task->table = table ? &call.table : nullptr;
     task->bias = output.bias, task->y_stride = output.y_stride, task->y_dtype = y_dtype, task->together = together;
     units += units_of(task->rows), weights += task->rows * task->columns;
   }
   const Int8Task& first = call.task[0];
-  const int64_t bytes = first.chunks * 32, padded = round_up(tokens, together);
+  const int64_t bytes = first.chunks * 32 * call.kernel->bytes, padded = round_up(tokens, together);
   const int64_t fit = least(kInt8Tokens, kActivationBytes / bytes) / together * together;
   const int64_t group = least(padded, fit < together ? together : fit);
   const int64_t floats = first.segments + first.x_blocks;

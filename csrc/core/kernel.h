@@ -59,9 +59,23 @@ struct Kernel {
   void (*decode)(const Task& task, int64_t tile, float* out, int64_t stride);
 };
 
-// Work of a kernel that multiplies integers: codes by activations rounded to int8. A segment is a run of whole chunks,
-// at most kSegment columns, in one block of the weight and one of the activations; everything up to the scales is exact
-// in float32, because |code * activation| summed over a segment stays below 2^24.
+// A table of levels as integers: table[code] = step * level[code]. Exactly, where all entries are multiples of a step
+// of which the largest is at most 32767; else to within half a step of 1 / 32767 of the largest.
+struct FixedPoint {
+  int16_t level[256];
+  float step;
+  bool bytes;  // all within +-kByteLevel
+};
+
+enum : int32_t { kByteLevel = 15, kLookedUp = 6 };  // kLookedUp: bits of a code, at most
+
+// False where an entry of table, (2^bits), is NaN or infinity.
+bool fixed_point(const float* table, int32_t bits, FixedPoint* out);
+
+// Work of a kernel that multiplies integers: levels by activations rounded to int8. A segment is a run of whole chunks,
+// at most kSegment columns, in one block of the weight and one of the activations. Sums over a segment are exact: in
+// float32 for codes, because |code * activation| summed stays below 2^24; in int32 for levels of 16 bits, because
+// 32767 * 128 * 256 < 2^31.
 struct Int8Task {
   int32_t bits;
   int32_t scale_half, offset_half;
@@ -73,8 +87,9 @@ struct Int8Task {
   const uint8_t* codes;    // as in Task
   const void* scale;
   const void* offset;
+  const FixedPoint* table; // of FEWBIT_LUT, else null
   int64_t together;        // tokens that are computed together
-  int8_t* activations;     // (tokens / together, chunks, together, 32)
+  void* activations;       // (tokens / together, chunks, together, 32), each kernel->bytes
   float* x_scale;          // (padded tokens, x_blocks)
   float* sums;             // (padded tokens, segments): sum of the int8 activations of a segment, an exact integer
   const float* bias;
@@ -85,9 +100,10 @@ struct Int8Task {
 
 enum : int64_t { kSegment = 256, kInt8Tokens = 64 };  // columns a segment; tokens prepared at a time: at most
 
-// Codes of one family times int8 activations on one instruction set.
+// Levels of one family times int8 activations on one instruction set.
 struct Int8Kernel {
-  int64_t most;  // tokens computed together where there are many
+  int64_t most;   // tokens computed together where there are many
+  int64_t bytes;  // of a rounded activation
   // Rounds token `token` of x, or fills it with zeros where x has no such token.
   void (*prepare)(const Int8Task& task, const fewbit_input& x, int64_t token);
   // Computes y for tiles [tile_begin, tile_end) and tokens [0, tokens) of the prepared activations.
@@ -126,6 +142,9 @@ extern const XnorKernel xnor_linear_serial, xnor_linear_avx2, xnor_linear_avx512
 
 extern const Int8Kernel int8_linear_serial, int8_linear_avx2, int8_linear_avx512vnni, int8_linear_neon,
     int8_linear_neondot;
+// [0] for tables whose levels are bytes, [1] for any other.
+extern const Int8Kernel int8_lut_linear_serial[2], int8_lut_linear_avx2[2], int8_lut_linear_avx512vnni[2],
+    int8_lut_linear_neon[2], int8_lut_linear_neondot[2];
 
 extern const Kernel affine_linear_serial, lut_linear_serial;
 extern const Kernel affine_linear_avx2, lut_linear_avx2;

@@ -47,22 +47,25 @@ inline float scale_of(const fewbit_input& source, int64_t token, int64_t first, 
 }
 
 // 32 activations; returns the sum of what they became.
-inline int32_t round_chunk(const float* x, float scale, int8_t* out) {
+template <class X>
+inline int32_t round_chunk(const float* x, float scale, X* out) {
   int32_t sum = 0;
   for (int k = 0; k < 32; k++) {
     float v = x[k] / scale + 128.0f;
     v = v > 0.0f ? v : 0.0f;  // NaN becomes 0: the scale is NaN then
     v = v < 255.0f ? v : 255.0f;
     const int32_t q = static_cast<int32_t>((v + kRound) - kRound) - 128;
-    out[k] = static_cast<int8_t>(q);
+    out[k] = static_cast<X>(q);
     sum += q;
   }
   return sum;
 }
 
-inline void round_token(const Int8Task& task, const fewbit_input& x, int64_t token) {
+template <class X>
+void round_token(const Int8Task& task, const fewbit_input& x, int64_t token) {
   const int64_t apart = task.together * 32;
-  int8_t* out = task.activations + (token / task.together * task.chunks * task.together + token % task.together) * 32;
+  X* out = static_cast<X*>(task.activations);
+  out += (token / task.together * task.chunks * task.together + token % task.together) * 32;
   float* sums = task.sums + token * task.segments;
   float* scales = task.x_scale + token * task.x_blocks;
   const bool exists = token < x.tokens;
@@ -80,7 +83,7 @@ inline void round_token(const Int8Task& task, const fewbit_input& x, int64_t tok
       const int64_t column = first + c * 32;
       float buffer[32];
       if (!exists) {
-        memset(out, 0, 32);
+        memset(out, 0, 32 * sizeof(X));
       } else if (column + 32 <= task.columns) {
         sum += round_chunk(floats(x, token, column, 32, buffer), scales[block], out);
       } else {

@@ -1,45 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "neon/simd.h"
-
-#include "core/kernel.h"
-
-namespace fewbit {
-namespace {
-
-constexpr int kDirect2 = 4, kDirect4 = 0, kDirect8 = 0, kDirectChains = 1, kManyTokens = 4;
-constexpr bool kInPlace = false;
-constexpr int direct1(int) { return 4; }
-constexpr int many(int) { return 2; }
-constexpr int planes(int) { return 1; }
-
-// Signed products of bytes, summed in pairs: codes of 8 bits are shifted down by 128 first. -128 * -128 twice does not
-// fit an int16, so pairs are widened before they are summed.
-template <int BITS>
-struct Dot {
-  static constexpr int kGroups = 8;
-  static constexpr float kOrigin = BITS == 8 ? 128 : 0;
-  int32x4_t sum = vdupq_n_s32(0);
-
-  inline void add(U u, const int8_t* x) {
-    int32_t lane;
-    __builtin_memcpy(&lane, x, sizeof lane);
-    const int8x16_t a = vreinterpretq_s8_u32(BITS == 8 ? veorq_u32(u, vdupq_n_u32(0x80808080u)) : u);
-    const int8x8_t b = vreinterpret_s8_s32(vdup_n_s32(lane));
-    const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(a), b)), high = vpaddlq_s16(vmull_s8(vget_high_s8(a), b));
-    sum = vaddq_s32(sum, vpaddq_s32(low, high));
-  }
-  inline void flush() {}
-  inline F value() const { return vcvtq_f32_s32(sum); }
-};
-
-}  // namespace
-}  // namespace fewbit
+#include "neon/dot.h"
 
 #include "core/int8.h"
 #include "core/rounding.h"
 
 namespace fewbit {
 
-const Int8Kernel int8_linear_neon = {kManyTokens, round_token, int8_run};
+const Int8Kernel int8_linear_neon = {kManyTokens, 1, round_token<int8_t>, int8_run};
 
 }  // namespace fewbit

@@ -32,6 +32,7 @@ inline U mask(U a, uint32_t m) { return vandq_u32(a, vdupq_n_u32(m)); }
 inline U select(uint32_t m, U low, U high) { return vbslq_u32(vdupq_n_u32(m), low, high); }
 inline U shift_right(U a, int n) { return vshlq_u32(a, vdupq_n_s32(-n)); }
 inline U shift_left(U a, int n) { return vshlq_u32(a, vdupq_n_s32(n)); }
+inline U flip(U a, uint32_t m) { return veorq_u32(a, vdupq_n_u32(m)); }
 inline F convert(U a) { return vcvtq_f32_u32(a); }
 inline F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline F lookup16(F table, U) { return table; }  // never called: see kSumTables
@@ -70,6 +71,15 @@ template <> struct Lookup<1> : LookupShort { explicit Lookup(const float* table)
 template <> struct Lookup<2> : LookupShort { explicit Lookup(const float* table) : LookupShort(table, 2) {} };
 template <> struct Lookup<3> : LookupShort { explicit Lookup(const float* table) : LookupShort(table, 3) {} };
 template <> struct Lookup<4> : LookupShort { explicit Lookup(const float* table) : LookupShort(table, 4) {} };
+
+// 16 bytes; an index of 16 or more gives 0.
+struct Shuffle {
+  uint8x16_t table;
+  Shuffle() = default;
+  explicit Shuffle(const uint8_t* bytes) : table(vld1q_u8(bytes)) {}
+  U operator()(U index) const { return vreinterpretq_u32_u8(vqtbl1q_u8(table, vreinterpretq_u8_u32(index))); }
+  U within(U index) const { return (*this)(index); }
+};
 
 }  // namespace
 }  // namespace fewbit

@@ -36,6 +36,7 @@ inline U mask(U a, uint32_t m) { return a & m; }
 inline U select(uint32_t m, U low, U high) { return (low & m) | (high & ~m); }
 inline U shift_right(U a, int n) { return a >> static_cast<uint32_t>(n); }
 inline U shift_left(U a, int n) { return a << static_cast<uint32_t>(n); }
+inline U flip(U a, uint32_t m) { return a ^ m; }
 inline F convert(U a) { return __builtin_convertvector(reinterpret_cast<I>(a), F); }
 
 inline F load_half(const uint16_t* p) {

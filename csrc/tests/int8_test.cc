@@ -20,7 +20,8 @@ struct Shape {
 const Shape kShapes[] = {
     {1, 1, 1, 1, 1},        {7, 31, 31, 31, 3},     {31, 33, 32, 33, 2},    {33, 97, 32, 64, 5},   {97, 129, 64, 32, 8},
     {16, 64, 64, 4096, 1},  {80, 256, 32, 256, 1},  {65, 512, 128, 512, 9}, {17, 800, 96, 64, 2},  {33, 161, 160, 161, 70},
-    {40, 600, 600, 32, 65}, {19, 1056, 352, 1056, 4}, {530, 260, 64, 260, 2},
+    {17, 530, 530, 530, 3}, {40, 600, 600, 32, 65}, {19, 1056, 352, 1056, 4},
+    {530, 260, 64, 260, 2},
 };
 
 const int32_t kIsas[] = {FEWBIT_SERIAL, FEWBIT_AVX2, FEWBIT_AVX512VNNI, FEWBIT_NEON, FEWBIT_NEONDOT};
@@ -57,7 +58,35 @@ void fail(const Shape& s, int32_t bits, int32_t isa, const char* what, double fo
          static_cast<long long>(s.x_block), static_cast<long long>(s.tokens), what, found, allowed);
 }
 
-double check(const Shape& s, int32_t bits, bool has_offset, bool extreme, std::mt19937& random) {
+enum Table { kNone, kSmallIntegers, kReal };
+
+std::vector<float> table_of(Table kind, int32_t bits, bool extreme, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  std::vector<float> table(kind == kNone ? 0 : 1 << bits);
+  for (auto& value : table)
+    value = kind == kReal ? normal(random) : 0.375f * static_cast<float>(static_cast<int>(random() % 31) - 15);
+  if (extreme && !table.empty()) table.back() = kind == kReal ? -8.0f : -0.375f * 15;
+  return table;
+}
+
+// What a table must be computed as: small integers times a step exactly, else multiples of 1 / 32767 of the largest.
+std::vector<double> levels_of(Table kind, const std::vector<float>& table, int32_t bits) {
+  std::vector<double> levels(table.begin(), table.end());
+  for (int32_t code = 0; kind == kNone && code < 1 << bits; code++) levels.push_back(code);
+  if (kind != kReal) return levels;
+  double largest = 0;
+  for (const float value : table) largest = fmax(largest, fabs(value));
+  float step = static_cast<float>(largest / 32767);
+  if (step < largest / 32767) step = nextafterf(step, INFINITY);
+  for (auto& level : levels) {
+    const double exact = level;
+    level = step * rint(exact / step);
+    if (fabs(level - exact) > ldexp(largest, -15)) failures++;
+  }
+  return levels;
+}
+
+double check(const Shape& s, int32_t bits, Table kind, bool has_offset, bool extreme, std::mt19937& random) {
   std::normal_distribution<float> normal;
   const int64_t tiles = (s.rows + 15) / 16, blocks = (s.columns + s.block - 1) / s.block;
   std::vector<uint8_t> codes(s.rows * s.columns), packed(fewbit_tile16_bytes(s.rows, s.columns, bits));
@@ -68,9 +97,12 @@ double check(const Shape& s, int32_t bits, bool has_offset, bool extreme, std::m
   for (auto& value : offset) value = normal(random);
   for (auto& value : bias) value = normal(random);
   for (auto& value : x) value = extreme ? -3.0f : normal(random) * static_cast<float>(random() % 100);
-  const float zero = extreme ? 0 : static_cast<float>(random() % 9) / 2;
-  const fewbit_matrix matrix = {s.rows,        s.columns, s.block, bits, FEWBIT_AFFINE, 0, 0, zero, packed.data(),
-                                scale.data(), has_offset ? offset.data() : nullptr, nullptr};
+  const float zero = extreme || kind != kNone ? 0 : static_cast<float>(random() % 9) / 2;
+  const std::vector<float> table = table_of(kind, bits, extreme, random);
+  const std::vector<double> levels = levels_of(kind, table, bits);
+  const fewbit_matrix matrix = {s.rows, s.columns, s.block, bits, kind == kNone ? FEWBIT_AFFINE : FEWBIT_LUT, 0, 0, zero,
+                                packed.data(), scale.data(), has_offset ? offset.data() : nullptr,
+                                kind == kNone ? nullptr : table.data()};
   const std::vector<double> inputs = rounded(x, s);
   std::vector<float> first;
   double worst = 0;
@@ -88,9 +120,9 @@ double check(const Shape& s, int32_t bits, bool has_offset, bool extreme, std::m
         double sum = bias[r], magnitude = fabs(sum);
         for (int64_t c = 0; c < s.columns; c++) {
           const int64_t at = (r / 16 * blocks + c / s.block) * 16 + r % 16;
-          const double level = codes[r * s.columns + c], o = has_offset ? offset[at] : 0;
+          const double level = levels[codes[r * s.columns + c]], o = has_offset ? offset[at] : 0;
           sum += (scale[at] * (level - zero) + o) * inputs[t * s.columns + c];
-          magnitude += (fabs(scale[at]) * (level + zero) + fabs(o)) * fabs(inputs[t * s.columns + c]);
+          magnitude += (fabs(scale[at]) * (fabs(level) + zero) + fabs(o)) * fabs(inputs[t * s.columns + c]);
         }
         const double segments = static_cast<double>((s.columns + 31) / 32);
         const double bound = ldexp(segments + 6, -24) * magnitude, error = fabs(y[t * s.rows + r] - sum);
@@ -121,7 +153,18 @@ void check_refusals() {
   odd.block = 48;
   if (call(0) != FEWBIT_BAD_ARGUMENT || call(16) != FEWBIT_BAD_ARGUMENT || call(32) != FEWBIT_OK) failures++;
   odd.family = FEWBIT_LUT;
+  if (call(48) != FEWBIT_BAD_ARGUMENT) failures++;  // no table
+  float levels[128] = {};
+  odd.table = levels;
+  if (call(48) != FEWBIT_OK) failures++;
+  odd.bits = 7;
   if (call(48) != FEWBIT_BAD_ARGUMENT) failures++;
+  odd.bits = 1;
+  for (const float bad : {NAN, INFINITY}) {
+    const float table[2] = {1.0f, bad};
+    odd.table = table;
+    if (call(48) != FEWBIT_BAD_ARGUMENT) failures++;
+  }
 }
 
 // A token with NaN or infinity gives NaN, and nothing else does.
@@ -147,8 +190,9 @@ int int8_failures() {
   double worst = 0;
   for (const Shape& shape : kShapes)
     for (int32_t bits = 1; bits <= 8; bits++)
-      for (int variant = 0; variant < 3; variant++)
-        worst = fmax(worst, check(shape, bits, variant == 1, variant == 2, random));
+      for (const Table table : {kNone, kSmallIntegers, kReal})
+        for (int variant = 0; variant < 3 && (table == kNone || bits <= 6); variant++)
+          worst = fmax(worst, check(shape, bits, table, variant == 1, variant == 2, random));
   check_refusals();
   check_poison();
   for (int i = 0; i < 5; i++)

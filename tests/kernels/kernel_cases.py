@@ -17,6 +17,8 @@ ROWS = [row.name for row in HERE if row.family != "xnor"]
 """Kernels that this machine can be forced to, of any codes."""
 XNOR_ROWS = [row.name for row in HERE if row.family == "xnor"]
 """Those that take signs alone."""
+TABLED_ROWS = [name for name in ROWS if "lut_" in name]
+"""Those whose codes index a table."""
 FLOAT_ROWS = [name for name in ROWS if not name.startswith("int8")]
 """Those that leave activations alone."""
 
@@ -35,7 +37,7 @@ def raw_matrix(
     """Random codes of the family that ``kernel`` runs; scale and offset random, or all ``scale`` and no offset."""
     if kernel.startswith("xnor"):
         return signs(shape, generator)
-    levels = torch.randn(2**bits, generator=generator).tolist() if kernel.startswith("lut") else []
+    levels = torch.randn(2**bits, generator=generator).tolist() if kernel in TABLED_ROWS else []
     format = Raw(bits, block, tuple(levels))
     blocks = (shape[0], -(-shape[1] // (block or shape[1])), 1)
     codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)

@@ -55,21 +55,24 @@ class Raw(Format):
 
 @dataclass(frozen=True)
 class Exact:
-    """A matrix, and per weight the magnitude that its computation passes through, all float64 (rows, columns)."""
+    """A matrix, and per weight the magnitude that its computation passes through and the largest that its table could
+    give, all float64 (rows, columns)."""
 
     qtensor: QTensor
     weight: Tensor
     magnitude: Tensor
+    largest: Tensor
     operations: int
 
-    def answer(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def answer(self, x: Tensor, bias: Tensor | None, table_error: float = 0.0) -> tuple[Tensor, Tensor]:
         """(y, bound): float64 ``x W^T + bias``, and eps times the operations on a weight's longest path times the
-        sum of magnitudes."""
+        sum of magnitudes. ``table_error``: of a table's entries, relative to the largest."""
         y = x.double() @ self.weight.T
+        inexact = table_error * (x.double().abs() @ self.largest.T)
         size = x.double().abs() @ self.magnitude.T
         if bias is not None:
             y, size = y + bias.double(), size + bias.double().abs()
-        return y, 2.0**-24 * self.operations * size
+        return y, 2.0**-24 * self.operations * size + inexact
 
 
 def exact(qtensor: QTensor) -> Exact:
@@ -82,5 +85,6 @@ def exact(qtensor: QTensor) -> Exact:
     scale = physical.scale.double().expand(rows, -1)[:, at]
     offset = torch.zeros(()) if physical.offset is None else physical.offset.double().expand(rows, -1)[:, at]
     level = codes.double() if physical.table is None else physical.table.double()[codes.long()]
+    largest = scale.abs() * (0 if physical.table is None else physical.table.double().abs().max())
     operations = min(block, columns) + -(-columns // block) + 12
-    return Exact(qtensor, scale * level + offset, (scale * level).abs() + offset.abs(), operations)
+    return Exact(qtensor, scale * level + offset, (scale * level).abs() + offset.abs(), largest, operations)

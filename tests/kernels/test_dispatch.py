@@ -56,15 +56,18 @@ def test_integers_are_chosen_for_int8_activations_only() -> None:
     int8 = formats.parse("int8/g64/sym")
     chosen = kernels.choose(formats.parse("int4/g128/asym"), (64, 256), activation=int8)
     assert chosen.kernel.family == "int8"
+    assert kernels.choose(formats.parse("nf4/g64"), (64, 256), activation=int8).kernel.family == "int8_lut"
     for format, activation, reason in [
-        ("nf4/g64", "int8/g64/sym", "affine family"),
         ("int4/g128", "int4/g64/sym", "int4/g64/sym"),
         ("int4/g128", "int8/g64/asym", "int8/g64/asym"),
         ("int4/g48", "int8/channel/sym", "one of 48"),
         ("int4/g64", "int8/g48/sym", "one of 48"),
     ]:
         choice = kernels.choose(formats.parse(format), (64, 256), activation=formats.parse(activation))
-        assert choice.kernel.family != "int8" and reason in choice.reasons["int8_linear_serial"]
+        assert not choice.kernel.integers and reason in choice.reasons["int8_linear_serial"]
+    for format, reason in [("nvfp4", "one of 16"), ("pot7/g64", "at most 6 bits"), ("int4/g48", "lut family")]:
+        choice = kernels.choose(formats.parse(format), (64, 256), activation=int8)
+        assert not choice.kernel.integers and reason in choice.reasons["int8_lut_linear_serial"]
     assert "stay float" in kernels.choose(formats.parse("int4/g64"), (64, 256)).reasons["int8_linear_serial"]
 
 

@@ -17,9 +17,15 @@ from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import UnsupportedError
 from fewbit.kernels.prepared import DECODED
+from fewbit.kernels.table import LOOKED_UP
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Half a unit in the last place of the dtype that y is rounded to."""
+
+
+def table_error(kernel: str) -> float:
+    """Of the levels that ``kernel`` multiplies, relative to the largest: integers of 16 bits hold the table."""
+    return 2.0**-15 if kernel.startswith("int8_lut") else 0.0
 
 
 def check(
@@ -31,7 +37,8 @@ def check(
         expected = replace(expected, operations=max(expected.operations, matrix.shape[1] + 12))
     y = kernels.prepare(matrix, kernel, activation)(x, bias)
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], matrix.shape[0])
-    answer, bound = expected.answer(kernels.reference.round_activations(x.float(), activation), bias)
+    rounded = kernels.reference.round_activations(x.float(), activation)
+    answer, bound = expected.answer(rounded, bias, table_error(kernel))
     bound = bound + ROUNDING[x.dtype] * (answer.abs() + bound)
     error = (y.double() - answer).abs()
     assert bool((error <= bound).all()), (matrix.format.name, matrix.shape, x.shape, float((error - bound).max()))
@@ -48,6 +55,10 @@ def test_sizes_blocks_and_batches(kernel: str, bits: int) -> None:
                 batch = BATCHES[(rows + columns + block) % len(BATCHES)]
                 x = torch.randn(batch, columns, generator=generator)
                 inputs = activation(kernel, ("channel", "g32", "g96")[(rows + block) % 3])
+                if kernel.startswith("int8_lut") and bits > LOOKED_UP:
+                    with pytest.raises(UnsupportedError, match="at most 6 bits"):
+                        kernels.prepare(matrix, kernel, inputs)
+                    continue
                 if inputs is not None and block % 32 and block < columns:
                     with pytest.raises(UnsupportedError, match="whole chunks"):
                         kernels.prepare(matrix, kernel, inputs)
@@ -95,9 +106,11 @@ def test_every_format_by_integers_or_with_a_reason(spelling: str, inputs: str) -
     matrix = QTensor.of(format, F.encode(format, weight, params), params)
     rounding = formats.parse(inputs)
     x = torch.randn(3, 512, generator=generator)
-    integers = [row for row in kernels.KERNELS if row.family == "int8" and row.isa in kernels.native.isas()]
-    fits = kernels.table.family(format) == "affine" and format.block % 32 == 0
+    found = kernels.table.family(format)
+    integers = [row for row in kernels.KERNELS if row.integers and row.isa in kernels.native.isas()]
+    takes = {"int8": found == "affine", "int8_lut": found == "lut" and format.bits <= LOOKED_UP}
     for row in integers:
+        fits = takes[str(row.family)] and format.block % 32 == 0
         assert (row.refuse(format, matrix.shape, rounding) is None) == fits
         if fits:
             check(row.name, matrix, x, None, rounding)
@@ -108,12 +121,13 @@ def test_zeros_denormals_and_huge_scales_give_no_nan(kernel: str) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = activation(kernel)
     for scale in (0.0, 2.0**-24, 1e-40, 65504.0, 1e30):
-        for bits in (1, 3, 4, 8):
+        for bits in (1, 3, 4) if kernel.startswith("int8_lut") else (1, 3, 4, 8):
             matrix = raw_matrix(kernel, bits, 32, (17, 96), generator, scale=scale)
             for size in (0.0, 1e-42, 1.0, 1e4):
                 x = torch.randn(3, 96, generator=generator) * size
                 y = kernels.prepare(matrix, kernel, inputs)(x)
-                answer, bound = exact(matrix).answer(kernels.reference.round_activations(x, inputs), None)
+                rounded = kernels.reference.round_activations(x, inputs)
+                answer, bound = exact(matrix).answer(rounded, None, table_error(kernel))
                 # Absolute part: products below the least normal float32 may vanish, and activations are scaled by
                 # up to 2^-30 before they meet their codes.
                 least = 96 * 256 * 2.0**-149 * (2.0**30 * scale + 1)

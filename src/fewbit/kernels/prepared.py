@@ -164,13 +164,13 @@ class NativePrepared(Prepared):
     """Codes in tile16; ``w = scale * (table[code] - zero) + offset`` with scale and offset (tiles, blocks, 16)."""
 
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
-        assert kernel.isa is not None and kernel.family is not None
+        assert kernel.isa is not None and kernel.weights is not None
         self.kernel, self.shape, self.activation = kernel.name, qtensor.shape, activation
-        self._signs, self._rounds = kernel.family == "xnor", kernel.rounds
+        self._signs = kernel.family == "xnor"
         self._isa = native.FLAGS[kernel.isa]
-        self._family = native.FAMILIES["affine" if self._rounds else kernel.family]
+        self._family = native.FAMILIES[kernel.weights]
         self._x_block = 0  # of float products and of signs
-        if kernel.family == "int8":
+        if kernel.integers:
             assert activation is not None
             self._x_block = B.width(self.shape[1], activation.block)
         self._stored = qtensor if qtensor.layout is TILE16 else qtensor.repack(TILE16)

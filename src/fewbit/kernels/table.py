@@ -20,17 +20,21 @@ from fewbit.kernels import native
 from fewbit.kernels.native import Isa
 from fewbit.kernels.tile16 import COLUMNS, TILE16
 
+LOOKED_UP = 6
+"""Bits of a code whose levels "int8_lut" keeps in registers."""
+
 
 @dataclass(frozen=True)
 class Kernel:
     """One row: ``y = x W^T + bias`` for weights of one family, on one instruction set, from one layout.
 
     The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "int8" multiplies affine codes by
-    activations rounded to int8, in integers; "xnor" counts where signs of the weight and of the activations differ; the
-    others multiply float activations. ``family`` and ``isa`` are None for the reference, which takes everything.
+    activations rounded to int8, in integers, and "int8_lut" the levels of a table; "xnor" counts where signs of the
+    weight and of the activations differ; the others multiply float activations. ``family`` and ``isa`` are None for the
+    reference, which takes everything.
     """
 
-    family: Literal["affine", "lut", "int8", "xnor"] | None
+    family: Literal["affine", "lut", "int8", "int8_lut", "xnor"] | None
     isa: Isa | None
     layout: str
 
@@ -39,9 +43,14 @@ class Kernel:
         return f"{self.family}_linear_{self.isa}" if self.isa else "reference"
 
     @property
-    def rounds(self) -> bool:
-        """Whether the kernel rounds activations itself; others get them rounded already."""
-        return self.family in ("int8", "xnor")
+    def integers(self) -> bool:
+        """Whether activations are rounded to int8 by the kernel itself."""
+        return self.family in ("int8", "int8_lut")
+
+    @property
+    def weights(self) -> str | None:
+        """The family of weights that it runs: "affine" or "lut"."""
+        return {"int8": "affine", "int8_lut": "lut", "xnor": "affine"}.get(str(self.family), self.family)
 
     def refuse(self, format: Format, shape: Shape, activation: Format | None = None) -> str | None:
         """None, or the reason why this row cannot run ``format`` of this ``shape`` (rows, columns) on this machine.
@@ -61,19 +70,19 @@ class Kernel:
         if self.family == "xnor":
             return _refuse_signs(format, shape, activation)
         found = family(format)
-        if self.family == "int8":
-            return _refuse_integers(format, shape, activation, found)
-        return None if found == self.family else f"runs the {self.family} family; {format.name} is {found}"
+        if found != self.weights:
+            return f"runs the {self.weights} family; {format.name} is {found}"
+        if self.family == "int8_lut" and format.bits > LOOKED_UP:
+            return f"looks up at most {LOOKED_UP} bits a code; {format.name} has {format.bits}"
+        return _refuse_integers(format, shape, activation) if self.integers else None
 
 
-def _refuse_integers(format: Format, shape: Shape, activation: Format | None, found: str) -> str | None:
+def _refuse_integers(format: Format, shape: Shape, activation: Format | None) -> str | None:
     """Why products of integers cannot serve ``format`` with inputs in ``activation``, or None."""
     if activation is None:
         return "multiplies int8 activations; these stay float"
     if not (isinstance(activation, Affine) and activation.bits == 8 and activation.symmetric):
         return f"rounds activations to int8/g{{N}}/sym; these are {activation.name}"
-    if found != "affine":
-        return f"runs the affine family; {format.name} is {found}"
     for block in (format.block, activation.block):
         if block % COLUMNS and block < shape[1]:
             return f"needs groups of whole chunks of {COLUMNS} columns; there is one of {block}"
@@ -103,6 +112,11 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("int8", "neondot", "tile16"),
     Kernel("int8", "neon", "tile16"),
     Kernel("int8", "serial", "tile16"),
+    Kernel("int8_lut", "avx512vnni", "tile16"),
+    Kernel("int8_lut", "avx2", "tile16"),
+    Kernel("int8_lut", "neondot", "tile16"),
+    Kernel("int8_lut", "neon", "tile16"),
+    Kernel("int8_lut", "serial", "tile16"),
     Kernel("affine", "avx512", "tile16"),
     Kernel("lut", "avx512", "tile16"),
     Kernel("affine", "avx2", "tile16"),

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "avx2/simd.h"
+
+#include "core/kernel.h"
+#include "core/parts.h"
+
+namespace fewbit {
+namespace {
+
+constexpr int kDirect2 = 2, kDirect4 = 1, kDirect8 = 0, kDirectChains = 1, kMany = 2, kManyTokens = 4;
+constexpr int direct1(int bits) { return part_count(bits) == 1 && bits < 8 ? 4 : 2; }  // what 16 registers hold
+constexpr int planes(int bits) { return bits == 8 ? 2 : 1; }
+
+inline U four(const int8_t* x) {
+  int32_t lane;
+  __builtin_memcpy(&lane, x, sizeof lane);
+  return _mm256_set1_epi32(lane);
+}
+
+// vpmaddubsw sums pairs in int16, which would saturate past 2 * 127 * 128: codes of 8 bits are multiplied as nibbles.
+// Narrow sums are widened before kGroups * 2 * (2^bits - 1) * 128 exceeds 32767.
+template <int BITS>
+struct Dot {
+  static constexpr int kGroups = BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
+  static constexpr float kOrigin = 0;
+  U narrow = _mm256_setzero_si256(), wide = _mm256_setzero_si256();
+
+  inline void add(U u, const int8_t* x) {
+    narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(u, four(x)));
+    asm("" : "+x"(narrow));  // GCC would delay the additions, and keep one of eight sums in memory for that
+  }
+  inline void flush() {
+    wide = _mm256_add_epi32(wide, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
+    narrow = _mm256_setzero_si256();
+  }
+  inline F value() const { return _mm256_cvtepi32_ps(wide); }
+};
+
+// 16 bytes in both halves of a register; bit 7 of an index gives 0.
+struct Shuffle {
+  U table;
+  Shuffle() = default;
+  explicit Shuffle(const uint8_t* bytes)
+      : table(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)))) {}
+  inline U operator()(U index) const { return _mm256_shuffle_epi8(table, index); }
+  inline U within(U index) const { return (*this)(_mm256_adds_epu8(index, _mm256_set1_epi8(0x70))); }
+};
+
+// int16 levels times activations as int16, summed in pairs: each plane holds four columns of every other two
+// rows, whose halves are added up at the end. Nothing overflows: 32767 * 128 * 256 columns < 2^31.
+struct Words {
+  static constexpr int kHighOrigin = 0;
+  using X = int16_t;
+
+  struct Sum {
+    static constexpr int kGroups = 8;
+    U sum = _mm256_setzero_si256();
+
+    inline void add(U u, const int16_t* x) {
+      int64_t lanes;
+      __builtin_memcpy(&lanes, x, sizeof lanes);
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(u, _mm256_set1_epi64x(lanes)));
+    }
+    inline void flush() {}
+  };
+
+  static inline void split(U low, U high, U (&plane)[2]) {
+    plane[0] = _mm256_unpacklo_epi8(low, high);
+    plane[1] = _mm256_unpackhi_epi8(low, high);
+  }
+  static inline F value(const Sum (&dot)[2], float) {
+    return _mm256_cvtepi32_ps(_mm256_hadd_epi32(dot[0].sum, dot[1].sum));
+  }
+};
+
+}  // namespace
+}  // namespace fewbit

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "avx512/simd.h"
+
+#include "core/kernel.h"
+
+namespace fewbit {
+namespace {
+
+// 16 sums for many tokens, beside 2 vectors of codes, in 32 registers; 8 sums hide the latency for one token.
+constexpr int kDirect2 = 4, kDirect4 = 4, kDirect8 = 2, kDirectChains = 2, kMany = 2, kManyTokens = 8;
+constexpr int direct1(int) { return 4; }
+constexpr int planes(int) { return 1; }
+
+// vpdpbusd adds four products of bytes to an int32 without an intermediate sum that could saturate.
+template <int BITS>
+struct Dot {
+  static constexpr int kGroups = 8;
+  static constexpr float kOrigin = 0;
+  U sum = _mm512_setzero_si512();
+
+  inline void add(U u, const int8_t* x) {
+    int32_t lane;
+    __builtin_memcpy(&lane, x, sizeof lane);
+    sum = _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(lane));
+  }
+  inline void flush() {}
+  inline void merge(const Dot& other) { sum = _mm512_add_epi32(sum, other.sum); }
+  inline F value() const { return _mm512_cvtepi32_ps(sum); }
+};
+
+// 16 bytes in every quarter of a register; bit 7 of an index gives 0.
+struct Shuffle {
+  U table;
+  Shuffle() = default;
+  explicit Shuffle(const uint8_t* bytes)
+      : table(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)))) {}
+  inline U operator()(U index) const { return _mm512_shuffle_epi8(table, index); }
+  inline U within(U index) const { return (*this)(_mm512_adds_epu8(index, _mm512_set1_epi8(0x70))); }
+};
+
+}  // namespace
+}  // namespace fewbit
+
+#include "core/words.h"

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// Codes that index a table of fixed-point levels (see FixedPoint), as operands of int8.h. Included after an ISA's
+// dot.h, which offers for this
+//
+//   Shuffle            16 bytes, looked up by the bytes of a lane:
+//     Shuffle(bytes), operator()(index), and within(index), which is 0 where the index is 16 or more
+//   Words              levels of 16 bits as two planes, made of their low and high bytes:
+//     kHighOrigin      what is added to the high bytes before they are looked up
+//     X, Sum, split(low, high, plane), value(sums, sum)    as those of an operand
+#pragma once
+
+#include "core/int8.h"
+
+namespace fewbit {
+namespace {
+
+// One byte a code: 16 at a time are looked up, and those that other high bits of the code mean are dropped.
+template <int BITS>
+struct ByteTable {
+  static constexpr int kParts = BITS <= 4 ? 1 : 1 << (BITS - 4);
+  Shuffle part[kParts];
+
+  FEWBIT_INLINE U operator()(U codes) const {
+    if constexpr (BITS <= 4) {
+      return part[0](codes);
+    } else {
+      U found = part[0].within(codes);
+      for (uint32_t i = 1; i < kParts; i++) found = combine(found, part[i].within(flip(codes, i * 0x10101010u)));
+      return found;
+    }
+  }
+
+  // The byte of each level + origin that begins at bit `shift`.
+  FEWBIT_INLINE ByteTable(const FixedPoint& table, int origin, int shift) {
+    for (int i = 0; i < kParts; i++) {
+      uint8_t bytes[16] = {};
+      for (int j = 0; j < 16 && j < 1 << BITS; j++)
+        bytes[j] = static_cast<uint8_t>((table.level[i * 16 + j] + origin) >> shift);
+      part[i] = Shuffle(bytes);
+    }
+  }
+};
+
+// Levels within +-kByteLevel: bytes of 5 bits around 16.
+template <int BITS>
+struct LutBytes {
+  static constexpr int kBits = BITS, kPlanes = 1;
+  using X = int8_t;
+  using Sum = Dot<5>;
+  ByteTable<BITS> table;
+  float step;
+
+  explicit FEWBIT_INLINE LutBytes(const Int8Task& task) : table(*task.table, 16, 0), step(task.table->step) {}
+
+  FEWBIT_INLINE void split(U codes, U (&plane)[1]) const { plane[0] = table(codes); }
+  FEWBIT_INLINE F value(const Sum (&dot)[1], float sum) const {
+    return multiply(add(dot[0].value(), broadcast((Sum::kOrigin - 16) * sum)), broadcast(step));
+  }
+};
+
+// Any levels of 16 bits.
+template <int BITS>
+struct LutWords {
+  static constexpr int kBits = BITS, kPlanes = 2;
+  using X = Words::X;
+  using Sum = Words::Sum;
+  ByteTable<BITS> low, high;
+  float step;
+
+  explicit FEWBIT_INLINE LutWords(const Int8Task& task)
+      : low(*task.table, 0, 0), high(*task.table, Words::kHighOrigin * 256, 8), step(task.table->step) {}
+
+  FEWBIT_INLINE void split(U codes, U (&plane)[2]) const { Words::split(low(codes), high(codes), plane); }
+  FEWBIT_INLINE F value(const Sum (&dot)[2], float sum) const {
+    return multiply(Words::value(dot, sum), broadcast(step));
+  }
+};
+
+template <template <int> class K>
+void int8_lut_run(const Int8Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  switch (task.bits) {
+    case 1: return int8_strips<K<1>>(task, tile_begin, tile_end, tokens);
+    case 2: return int8_strips<K<2>>(task, tile_begin, tile_end, tokens);
+    case 3: return int8_strips<K<3>>(task, tile_begin, tile_end, tokens);
+    case 4: return int8_strips<K<4>>(task, tile_begin, tile_end, tokens);
+    case 5: return int8_strips<K<5>>(task, tile_begin, tile_end, tokens);
+    case 6: return int8_strips<K<6>>(task, tile_begin, tile_end, tokens);
+  }
+}
+
+}  // namespace
+}  // namespace fewbit

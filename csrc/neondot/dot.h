@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "neon/simd.h"
+
+#include "core/kernel.h"
+
+namespace fewbit {
+namespace {
+
+constexpr int kDirect2 = 4, kDirect4 = 0, kDirect8 = 0, kDirectChains = 2, kMany = 4, kManyTokens = 4;
+constexpr int direct1(int) { return 4; }
+constexpr int planes(int) { return 1; }
+
+// sdot adds four signed products of bytes to an int32: codes of 8 bits are shifted down by 128 first.
+template <int BITS>
+struct Dot {
+  static constexpr int kGroups = 8;
+  static constexpr float kOrigin = BITS == 8 ? 128 : 0;
+  int32x4_t sum = vdupq_n_s32(0);
+
+  inline void add(U u, const int8_t* x) {
+    int32_t lane;
+    __builtin_memcpy(&lane, x, sizeof lane);
+    const U a = BITS == 8 ? veorq_u32(u, vdupq_n_u32(0x80808080u)) : u;
+    sum = vdotq_s32(sum, vreinterpretq_s8_u32(a), vreinterpretq_s8_s32(vdupq_n_s32(lane)));
+  }
+  inline void flush() {}
+  inline void merge(const Dot& other) { sum = vaddq_s32(sum, other.sum); }
+  inline F value() const { return vcvtq_f32_s32(sum); }
+};
+
+}  // namespace
+}  // namespace fewbit
+
+#include "core/words.h"

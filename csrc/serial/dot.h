@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "serial/simd.h"
+
+#include "core/kernel.h"
+
+namespace fewbit {
+namespace {
+
+constexpr int kDirect2 = 2, kDirect4 = 0, kDirect8 = 0, kDirectChains = 1, kMany = 2, kManyTokens = 4;
+constexpr int direct1(int) { return 4; }
+constexpr int planes(int) { return 1; }
+
+template <int BITS>
+struct Dot {
+  static constexpr int kGroups = 8;
+  static constexpr float kOrigin = 0;
+  I sum = {};
+
+  inline void add(U u, const int8_t* x) {
+    for (uint32_t i = 0; i < 4; i++) sum += reinterpret_cast<I>(u >> (8 * i) & 255u) * x[i];
+  }
+  inline void flush() {}
+  inline F value() const { return __builtin_convertvector(sum, F); }
+};
+
+struct Shuffle {
+  uint8_t table[16];
+  Shuffle() = default;
+  explicit Shuffle(const uint8_t* bytes) { memcpy(table, bytes, sizeof table); }
+  U operator()(U index) const {
+    uint8_t at[16];
+    memcpy(at, &index, sizeof at);
+    for (uint8_t& byte : at) byte = table[byte];
+    memcpy(&index, at, sizeof at);
+    return index;
+  }
+  U within(U index) const {
+    uint8_t at[16];
+    memcpy(at, &index, sizeof at);
+    for (uint8_t& byte : at) byte = byte < 16 ? table[byte] : 0;
+    memcpy(&index, at, sizeof at);
+    return index;
+  }
+};
+
+}  // namespace
+}  // namespace fewbit
+
+#include "core/words.h"
