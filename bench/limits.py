@@ -5,6 +5,7 @@ and how many multiplications and additions of bytes and of floats it does."""
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -42,6 +43,7 @@ def read_stream(threads: int) -> Limit:
     return Limit("read stream", "memory", size, 0, calls)
 
 
+@functools.cache
 def compiled() -> ctypes.CDLL:
     """``peak.cc`` as a library, for this very processor.
 

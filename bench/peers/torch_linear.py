@@ -39,7 +39,10 @@ def int4pack(problem: Problem) -> Prepared:
     codes, scale = round_affine(problem.weight, 4, GROUP)
     x, scale = problem.x.bfloat16(), scale.bfloat16()
     pairs = torch.stack([scale.T, torch.zeros_like(scale.T)], -1).contiguous()
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    try:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    except RuntimeError as error:
+        raise Unavailable(f"torch refuses: {str(error).splitlines()[0]}") from error
 
     def copy() -> Call:
         mine, its_scales = packed.clone(), pairs.clone()
