@@ -47,13 +47,16 @@ FORMATS = [*(f"int{bits}/g128" for bits in range(1, 9)), "ternary/g128", "int4/g
 ACTIVATIONS = [fewbit_kernels.FLOAT, "int8/channel"]
 SHAPES = ["11008x4096", "4096x11008", "4096x4096"]
 PEERS = ("llama.cpp", "onnxruntime", "torchao")
+CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 PAUSE = 0.003
 """Seconds between calls of several threads: longer than anybody's idle workers spin."""
 
 Found = dict[str, Any]
 
 
-def interleaved(calls: list[list[Call]], seconds: float, pause: float, warm: bool) -> list[list[float]]:
+def interleaved(
+    calls: list[list[Call]], seconds: float, pause: float, warm: bool, clock: Callable[[], float]
+) -> list[list[float]]:
     """Seconds of every call: rounds of one call a row, each row rotating through its own, until time is up.
 
     ``warm``: a call that is not timed goes before each. A row that has had three times its share of ``seconds`` sits
@@ -71,9 +74,9 @@ def interleaved(calls: list[list[Call]], seconds: float, pause: float, warm: boo
             time.sleep(pause)
             if warm:
                 call()
-            start = time.perf_counter()
+            start = clock()
             call()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         turn += 1
     return found
 
@@ -137,7 +140,9 @@ def measure(shape: tuple[int, int], batch: int, rows: list[Row], arguments: argp
     except Unavailable as reason:
         missing.append(f"not measured: the arithmetic peaks: {reason}")
     calls = [limit.calls for limit in bounds] + [ready.calls for _, ready in made]
-    times = interleaved(calls, arguments.seconds, PAUSE if threads > 1 else 0, arguments.cached)
+    times = interleaved(
+        calls, arguments.seconds, PAUSE if threads > 1 else 0, arguments.cached, CLOCKS[arguments.clock]
+    )
     known = {}
     for limit, found in zip(bounds, times[: len(bounds)], strict=True):
         known[limit.name] = {"how": limit.how} | timed(found)
@@ -232,11 +237,16 @@ def parse(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", action="append", choices=[*PEERS, "none"], help=f"default {', '.join(PEERS)}")
     parser.add_argument("--ggml", type=Path, help="folder that holds libggml-cpu, where it is not llama-cpp-python's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    help = "thread: processor time of the calling thread, which a busy machine does not stretch; for --threads 1 only"
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help=help)
     parser.add_argument("--cached", action="store_true", help="weights stay in the cache, instead of being rotated")
     parser.add_argument("--seconds", type=float, default=30, help="measuring time a table")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="a picture, e.g. kernels.png: time against true bits")
-    return parser.parse_args(words if words is None else list(words))
+    arguments = parser.parse_args(words if words is None else list(words))
+    if arguments.clock == "thread" and arguments.threads != 1:
+        parser.error(f"--clock thread sees one thread, not {arguments.threads}; --threads 1 or --clock wall would work")
+    return arguments
 
 
 def chosen(arguments: argparse.Namespace) -> list[Row]:
