@@ -47,7 +47,7 @@ FORMATS = [*(f"int{bits}/g128" for bits in range(1, 9)), "ternary/g128", "int4/g
 ACTIVATIONS = [fewbit_kernels.FLOAT, "int8/channel"]
 SHAPES = ["11008x4096", "4096x11008", "4096x4096"]
 PEERS = ("llama.cpp", "onnxruntime", "torchao")
-CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 PAUSE = 0.003
 """Seconds between calls of several threads: longer than anybody's idle workers spin."""
 
@@ -237,15 +237,15 @@ def parse(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", action="append", choices=[*PEERS, "none"], help=f"default {', '.join(PEERS)}")
     parser.add_argument("--ggml", type=Path, help="folder that holds libggml-cpu, where it is not llama-cpp-python's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    help = "thread: processor time of the calling thread, which a busy machine does not stretch; for --threads 1 only"
+    help = "processor: what all threads of this process used, whatever else the machine does; for --threads 1 only"
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help=help)
     parser.add_argument("--cached", action="store_true", help="weights stay in the cache, instead of being rotated")
     parser.add_argument("--seconds", type=float, default=30, help="measuring time a table")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="a picture, e.g. kernels.png: time against true bits")
     arguments = parser.parse_args(words if words is None else list(words))
-    if arguments.clock == "thread" and arguments.threads != 1:
-        parser.error(f"--clock thread sees one thread, not {arguments.threads}; --threads 1 or --clock wall would work")
+    if arguments.clock == "processor" and arguments.threads != 1:
+        parser.error(f"--clock processor would add up {arguments.threads} threads; --threads 1 or --clock wall works")
     return arguments
 
 
