@@ -9,7 +9,8 @@ Every row of a table is measured in the same loop, one call of each in turn, so 
 kernels, torch's float ``linear``, llama.cpp, onnxruntime and torchao (what is not installed is said, with how to get
 it), a plain read stream and the arithmetic peaks. Weights are rotated through more than three times the last-level
 cache: at batch 1 each call streams its weight from memory. With several threads there is a pause between calls, for
-the idle workers of others to fall asleep.
+the idle workers of others to fall asleep. On a machine that others use, "--clock processor" keeps their share of long
+calls out; a busy memory still slows every row.
 
 "x" is what activations are rounded to inside: "int8/g32" one scale a token and 32 columns, "int8/channel" one a token;
 these rows multiply integers and are held against the int8 peak, others against that of float32. The error is the norm
