@@ -59,3 +59,8 @@ def signs(shape: tuple[int, int], generator: torch.Generator) -> QTensor:
     codes = torch.randint(0, 2, shape, dtype=torch.uint8, generator=generator)
     scale = torch.rand(shape[0], 1, 1, generator=generator).half()
     return QTensor.of(formats.parse("sign/channel"), codes, {"scale": scale})
+
+
+def table_error(kernel: str) -> float:
+    """Of the levels that ``kernel`` multiplies, relative to the largest: integers of 16 bits hold the table."""
+    return 2.0**-15 if kernel.startswith("int8_lut") else 0.0

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import BATCHES, FLOAT_ROWS, ROWS, SIZES, activation, raw_matrix
+from kernel_cases import BATCHES, FLOAT_ROWS, ROWS, SIZES, activation, raw_matrix, table_error
 from raw_format import exact
 
 from fewbit import formats, kernels
@@ -21,11 +21,6 @@ from fewbit.kernels.table import LOOKED_UP
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Half a unit in the last place of the dtype that y is rounded to."""
-
-
-def table_error(kernel: str) -> float:
-    """Of the levels that ``kernel`` multiplies, relative to the largest: integers of 16 bits hold the table."""
-    return 2.0**-15 if kernel.startswith("int8_lut") else 0.0
 
 
 def check(
