@@ -163,7 +163,7 @@ void check_isa(int32_t isa, bool integers, std::mt19937& random) {
 
 // Every value of a dtype times one, and results on either side of every tie.
 void check_conversions() {
-  uint8_t codes[64] = {1};
+  uint8_t codes[8 * 64] = {};
   for (int i = 0; i < 16; i++) codes[4 * i] = 1;
   const std::vector<float> scale(16, 1.0f);
   const fewbit_matrix one = {1, 1, 1, 8, FEWBIT_AFFINE, 0, 0, 0, codes, scale.data(), nullptr, nullptr};
