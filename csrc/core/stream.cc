@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int64_t kUnit = 1 << 18;
+constexpr int kAtOnce = 4;  // places of a unit that are read in turn: one stream alone does not keep memory busy
 
 struct Stream {
   const uint8_t* data;
@@ -19,13 +20,17 @@ struct Stream {
 
 void read_unit(void* context, int64_t unit) {
   Stream& stream = *static_cast<Stream*>(context);
-  const int64_t end = (unit + 1) * kUnit < stream.bytes ? (unit + 1) * kUnit : stream.bytes;
+  const int64_t left = stream.bytes - unit * kUnit, groups = (left < kUnit ? left : kUnit) / 128, part = groups / kAtOnce;
+  const uint8_t* data = stream.data + unit * kUnit;
   uint64_t chain[16] = {};
-  for (int64_t at = unit * kUnit; at + 128 <= end; at += 128) {
+  const auto take = [&](int64_t group) {
     uint64_t words[16];
-    memcpy(words, stream.data + at, sizeof words);
+    memcpy(words, data + group * 128, sizeof words);
     for (int i = 0; i < 16; i++) chain[i] ^= words[i];
-  }
+  };
+  for (int64_t group = 0; group < part; group++)
+    for (int p = 0; p < kAtOnce; p++) take(p * part + group);
+  for (int64_t group = part * kAtOnce; group < groups; group++) take(group);
   uint64_t all = 0;
   for (const uint64_t word : chain) all ^= word;
   stream.result.fetch_xor(all, std::memory_order_relaxed);
