@@ -125,7 +125,5 @@ def draw(found: dict[str, Any], path: Path) -> None:
         panel(axes, table, found["about"]["threads"])
     for axes in panels[len(tables) :]:
         axes.set_visible(False)
-    figure.suptitle(
-        f"Linear layers on {found['about']['machine']}: nothing is faster than the black lines", fontsize=11
-    )
+    figure.suptitle(f"Linear layers on {found['about']['machine']}, beside what the machine can do", fontsize=11)
     figure.savefig(path, dpi=150)
