@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that is free goes back to the system at once."""
+"""Memory that is free goes back to the system."""
 
 from __future__ import annotations
 
 import ctypes
 
-_M_MMAP_THRESHOLD = -3
-"""The parameter's number in glibc's malloc.h."""
-LARGE = 1 << 22
-"""Bytes from which on a block of memory is the system's own, taken and given back as a whole."""
 
+def give_back() -> None:
+    """Return what malloc keeps of freed memory; does nothing but under glibc.
 
-def return_large_blocks() -> None:
-    """Keep large tensors out of malloc's own pools, for the rest of the process; does nothing but under glibc.
-
-    Left alone, glibc serves ever larger blocks from its pools, one a thread, as it sees them freed: activations of many
-    shapes leave holes there, and a run over many blocks ends up with twice the memory that it uses.
+    Activations of many shapes leave holes in its pools, one a thread: left alone, a run over many blocks ends up with
+    twice the memory that it uses.
     """
     try:
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE)
+        ctypes.CDLL(None).malloc_trim(0)
     except (OSError, TypeError, AttributeError):
-        return  # no C library by that name (Windows), or none with mallopt (macOS, musl)
+        return  # no C library by that name (Windows), or none with malloc_trim (macOS, musl)

@@ -20,6 +20,7 @@ from fewbit.model.replay import checked_order, output, replaying
 from fewbit.run.collect import collect
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenFile
+from fewbit.run.memory import give_back
 from fewbit.run.rewriting import as_run
 from fewbit.run.solve import Solved
 from fewbit.run.state import Run
@@ -116,6 +117,7 @@ class Passes:
             for found in run.workers.map(one, range(len(run.batches()))):
                 total = found if total is None or found is None else total.join(found)
         self._settle()
+        give_back()
         if closing is not None and keep is not None:
             self._inputs[closing.module] = keep
         return None if total is None else total.facts()
@@ -132,6 +134,7 @@ class Passes:
         with replaying(run.model, self._index, self._order, last) as step:
             for _ in run.workers.map(one, range(len(run.batches()))):
                 pass
+        give_back()
         return target
 
     def _prepare(self, group: int) -> None:

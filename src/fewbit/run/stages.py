@@ -13,6 +13,7 @@ from fewbit.model.sites import Site
 from fewbit.run.collect import observe_probe, probe_started, probe_through
 from fewbit.run.compare import compare_logits, summary
 from fewbit.run.events import Event
+from fewbit.run.memory import give_back
 from fewbit.run.rewriting import as_run
 from fewbit.run.sequential import quantize_block
 from fewbit.run.solve import Solved, check_outputs
@@ -38,6 +39,7 @@ def run_stages(run: Run) -> None:
         record["seconds"] = round(time.monotonic() - began, 3)
         record["peak_rss_bytes"] = peak_rss()
         run.journal.finish(record)
+        give_back()
         for old in (run.folder / "state").glob(f"*-{stage - 1:05d}.f32"):
             old.unlink()
         pace = (time.monotonic() - run.began) / (stage + 1 - done)

@@ -15,8 +15,6 @@ from typing import TypeVar
 
 import torch
 
-from fewbit.run.memory import return_large_blocks
-
 A = TypeVar("A")
 R = TypeVar("R")
 
@@ -55,7 +53,6 @@ def _alone() -> None:
 @contextmanager
 def workers(threads: int | None) -> Iterator[Workers]:
     """Open a pool; the caller's torch thread count is put back on exit. ``None`` takes that count."""
-    return_large_blocks()
     before = torch.get_num_threads()
     number = max(1, threads or before)
     torch.set_num_threads(1)
