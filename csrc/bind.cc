@@ -113,23 +113,6 @@ PyObject* linear_many(PyObject*, PyObject* args) {
   return status(code);
 }
 
-// linear_xnor(matrix, x, x_stride, tokens, bias, y, y_stride, isa, threads)
-PyObject* linear_xnor(PyObject*, PyObject* args) {
-  fewbit_matrix matrix;
-  PyObject* tuple;
-  unsigned long long x, bias, y;
-  long long x_stride, tokens, y_stride;
-  int isa, threads, code;
-  if (!PyArg_ParseTuple(args, "OKLLKKLii", &tuple, &x, &x_stride, &tokens, &bias, &y, &y_stride, &isa, &threads) ||
-      !matrix_of(tuple, &matrix))
-    return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_linear_xnor(&matrix, pointer<const float*>(x), x_stride, tokens, pointer<const float*>(bias),
-                            pointer<float*>(y), y_stride, isa, threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
-}
-
 PyObject* decode(PyObject*, PyObject* args) {
   fewbit_matrix matrix;
   PyObject* tuple;
@@ -191,7 +174,6 @@ PyMethodDef methods[] = {
     {"tile16_pack", tile16_pack, METH_VARARGS, "(codes, stride, rows, columns, bits, packed)"},
     {"tile16_unpack", tile16_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, stride)"},
     {"linear_many", linear_many, METH_VARARGS, "(outputs, x, x_block, y_dtype, isa, threads)"},
-    {"linear_xnor", linear_xnor, METH_VARARGS, "(matrix, x, x_stride, tokens, bias, y, y_stride, isa, threads)"},
     {"decode", decode, METH_VARARGS, "(matrix, tile_begin, tile_end, out, stride, isa, threads)"},
     {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},
     {"read_stream", read_stream, METH_VARARGS, "(data, bytes, threads) -> exclusive or of the bytes."},

@@ -16,8 +16,6 @@ struct Signs {
   explicit Signs(U codes) : low(mask(codes, 0x0f0f0f0fu)), high(mask(shift_right(codes, 4), 0x0f0f0f0fu)) {}
 };
 
-inline U differ(U nibbles, uint32_t x) { return _mm256_xor_si256(nibbles, _mm256_set1_epi32(static_cast<int32_t>(x))); }
-
 // Set bits of each byte, which holds a nibble.
 inline U bits_of(U nibbles) {
   const __m128i bits = _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
@@ -28,8 +26,8 @@ struct Count {
   U bytes = _mm256_setzero_si256();
 
   inline void add(const Signs& signs, const uint32_t* x) {
-    plus(bits_of(differ(signs.low, x[0])));
-    plus(bits_of(differ(signs.high, x[1])));
+    plus(bits_of(flip(signs.low, x[0])));
+    plus(bits_of(flip(signs.high, x[1])));
   }
   // One after the other: GCC would reorder the sums, and spill some for all the lookups that it then keeps alive.
   inline void plus(U more) {

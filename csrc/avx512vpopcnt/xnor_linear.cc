@@ -10,11 +10,7 @@ constexpr int kWords = 1, kMost = 64;  // chunks: 8 KiB of signs at a time
 // 16 counts for many tokens, beside 2 vectors of signs, in 32 registers.
 constexpr int kDirect1 = 4, kDirect2 = 4, kMany = 2, kManyTokens = 8;
 
-struct Signs {
-  U codes;
-  Signs() = default;
-  explicit Signs(U loaded) : codes(loaded) {}
-};
+using Signs = U;
 
 inline U sum(U a, U b) { return _mm512_add_epi32(a, b); }
 
@@ -22,7 +18,7 @@ struct Count {
   U bits = _mm512_setzero_si512();
 
   inline void add(const Signs& signs, const uint32_t* x) {
-    bits = sum(bits, _mm512_popcnt_epi32(_mm512_xor_si512(signs.codes, _mm512_set1_epi32(static_cast<int32_t>(*x)))));
+    bits = sum(bits, _mm512_popcnt_epi32(flip(signs, *x)));
   }
   inline U lanes() const { return bits; }
 };

@@ -17,14 +17,8 @@ namespace {
 
 constexpr int64_t kPanelBytes = 512 * 1024;  // about half of a second-level cache
 constexpr int64_t kMostTokens = 32;
-constexpr int64_t kTilesPerUnit = 4;
 constexpr int64_t kColumnsPerUnit = 512;
 constexpr int64_t kSmall = 1 << 17;  // multiply-adds below which a second thread costs more than it brings
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-int64_t units_of(int64_t rows) { return ceil_div(rows, 16 * kTilesPerUnit); }
 
 const Kernel* find(int32_t family, int32_t isa) {
   if (!(fewbit_caps() & isa)) return nullptr;
@@ -50,7 +44,6 @@ int32_t decoder(int32_t isa) {
 // One group of tokens of one call.
 struct Call {
   Task task[kMostShared];  // one a matrix; what concerns the activations is the same in all
-  int32_t count;
   const Kernel* kernel;
   fewbit_input x;
   int64_t panel_floats, segments;
@@ -88,15 +81,6 @@ void prepare(void* context, int64_t unit) {
   for (int64_t b = ceil_div(first, task.block); b * task.block < first + columns; b++)
     call.sums[token * task.blocks + b] =
         exists ? block_sum(call.x, token, b * task.block, least(task.block, task.columns - b * task.block)) : 0.0f;
-}
-
-// Unit = kTilesPerUnit row tiles of one matrix, counted through all of them.
-void compute(void* context, int64_t unit) {
-  const Call& call = *static_cast<const Call*>(context);
-  const Task* task = call.task;
-  for (; unit >= units_of(task->rows); task++) unit -= units_of(task->rows);
-  const int64_t begin = unit * kTilesPerUnit;
-  call.kernel->run(*task, begin, least(begin + kTilesPerUnit, ceil_div(task->rows, 16)), call.x.tokens);
 }
 
 // Tiles of one fewbit_decode.
@@ -148,20 +132,18 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   int64_t units = 0, weights = 0;
   bool sums = false;
-  for (Task* task = call.task; call.count < count; task++) {
-    const fewbit_output& output = outputs[call.count++];
-    *task = task_of(*output.matrix, x.tokens);
-    task->bias = output.bias, task->y_stride = output.y_stride, task->y_dtype = y_dtype;
-    task->together = together(task->mode, x.tokens);
-    units += units_of(task->rows), weights += task->rows * task->columns;
-    sums |= needs_sums(*task);
+  for (int32_t i = 0; i < count; i++) {
+    Task& task = call.task[i] = task_of(*outputs[i].matrix, x.tokens);
+    task.bias = outputs[i].bias, task.y_stride = outputs[i].y_stride, task.y_dtype = y_dtype;
+    task.together = together(task.mode, x.tokens);
+    units += units_of(task.rows), weights += task.rows * task.columns;
+    sums |= needs_sums(task);
   }
   call.panel_floats = call.kernel->panel_floats(first.bits, first.mode);
   call.segments = ceil_div(first.columns, kColumnsPerUnit);
   // Tokens whose panels exist at a time: what fits the cache.
-  const int64_t panel = first.chunks * call.panel_floats, padded = round_up(x.tokens, first.together);
-  const int64_t fit = least(kMostTokens, kPanelBytes / (panel * 4)) / first.together * first.together;
-  const int64_t group = least(padded, fit < first.together ? first.together : fit);
+  const int64_t panel = first.chunks * call.panel_floats;
+  const int64_t group = group_of(x.tokens, first.together, least(kMostTokens, kPanelBytes / (panel * 4)));
   const std::size_t size = static_cast<std::size_t>(group * (panel + (sums ? first.blocks : 0))) * 4;
   float* scratch = static_cast<float*>(operator new(size, std::align_val_t(64), std::nothrow));
   if (!scratch) return FEWBIT_NO_MEMORY;
@@ -176,7 +158,7 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
     }
     const int32_t used = weights * call.x.tokens < kSmall ? 1 : threads;
     parallel(round_up(call.x.tokens, first.together) * call.segments, used, prepare, &call);
-    parallel(units, used, compute, &call);
+    parallel(units, used, compute<Call>, &call);
   }
   operator delete(scratch, std::align_val_t(64));
   return FEWBIT_OK;

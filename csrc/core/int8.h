@@ -233,7 +233,7 @@ void decoded_once(const Int8Task& task, int64_t group, int64_t groups, int64_t t
   const K kernel(task);
   const Int8Strip rows = {group, groups, 0, tokens};
   const int64_t padded = (tokens + M - 1) / M * M;
-  float totals[kInt8Tokens][T][kLanes];
+  float totals[kRoundedTokens][T][kLanes];
   Decoded<T> decoded[P];
   for (int64_t m = 0; m < padded; m++)
     for (int t = 0; t < T; t++) store(totals[m][t], broadcast(0.0f));

@@ -98,7 +98,7 @@ struct Int8Task {
   int32_t y_dtype;
 };
 
-enum : int64_t { kSegment = 256, kInt8Tokens = 64 };  // columns a segment; tokens prepared at a time: at most
+enum : int64_t { kSegment = 256, kRoundedTokens = 64 };  // columns a segment; tokens rounded at a time: at most
 
 // Levels of one family times int8 activations on one instruction set.
 struct Int8Kernel {
@@ -112,7 +112,7 @@ struct Int8Kernel {
 
 // Work of a kernel that counts signs which differ: one scale a row of the weight, and one a token.
 struct XnorTask {
-  static constexpr int32_t bits = 1, y_dtype = FEWBIT_FLOAT32;
+  static constexpr int32_t bits = 1;
   static constexpr int64_t blocks = 1;
   int32_t scale_half;
   int64_t rows, columns, chunks;
@@ -122,18 +122,17 @@ struct XnorTask {
   uint32_t* words;       // (tokens / together, chunks, together, words of the kernel)
   float* x_scale;        // (padded tokens): half of what the format says, since scale is twice what it says
   const float* bias;
-  float* y;
+  void* y;
   int64_t y_stride;
+  int32_t y_dtype;
 };
-
-enum : int64_t { kXnorTokens = 64 };  // tokens prepared at a time: at most
 
 // Signs times signs on one instruction set.
 struct XnorKernel {
   int64_t most;   // tokens computed together where there are many
   int64_t words;  // that 32 columns of a token take
-  // Rounds token `token` of the task from x, or fills it with zeros where x is null.
-  void (*prepare)(const XnorTask& task, const float* x, int64_t token);
+  // As that of Int8Kernel.
+  void (*prepare)(const XnorTask& task, const fewbit_input& x, int64_t token);
   // Computes y for tiles [tile_begin, tile_end) and tokens [0, tokens) of the prepared activations.
   void (*run)(const XnorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
 };

@@ -40,10 +40,10 @@ void* rows_of(const fewbit_output& output, int32_t dtype, int64_t token) {
 extern "C" int fewbit_linear_many(const fewbit_output* outputs, int32_t count, const fewbit_input* x, int64_t x_block,
                                   int32_t y_dtype, int32_t isa, int32_t threads) {
   using namespace fewbit;
-  if (!outputs || count < 1 || !x || x_block < 0 || threads < 1 || !known(x->dtype) || !known(y_dtype) ||
+  if (!outputs || count < 1 || !x || x_block < FEWBIT_SIGNS || threads < 1 || !known(x->dtype) || !known(y_dtype) ||
       x->tokens < 0 || x->step < 0 || (x->tokens > 0 && !x->data) || (x->tokens > 1 && x->stride < 0))
     return FEWBIT_BAD_ARGUMENT;
-  const Products& products = x_block ? int8_products : float_products;
+  const Products& products = x_block == FEWBIT_SIGNS ? sign_products : x_block ? int8_products : float_products;
   for (int32_t i = 0; i < count; i++)
     if (!sensible(outputs[i], outputs[0].matrix, *x, x_block, products)) return FEWBIT_BAD_ARGUMENT;
   for (int32_t begin = 0, end; begin < count; begin = end) {
@@ -55,18 +55,31 @@ extern "C" int fewbit_linear_many(const fewbit_output* outputs, int32_t count, c
   return FEWBIT_OK;
 }
 
-extern "C" int fewbit_linear(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens,
-                             const float* bias, float* y, int64_t y_stride, int32_t isa, int32_t threads) {
+namespace {
+
+// One matrix, float32 on both sides.
+int linear(const fewbit_matrix* matrix, int64_t x_block, const float* x, int64_t x_stride, int64_t tokens,
+           const float* bias, float* y, int64_t y_stride, int32_t isa, int32_t threads) {
   const fewbit_output output = {matrix, bias, y, y_stride};
   const fewbit_input input = {x, tokens, x_stride, 1, FEWBIT_FLOAT32};
-  return fewbit_linear_many(&output, 1, &input, 0, FEWBIT_FLOAT32, isa, threads);
+  return fewbit_linear_many(&output, 1, &input, x_block, FEWBIT_FLOAT32, isa, threads);
+}
+
+}  // namespace
+
+extern "C" int fewbit_linear(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens,
+                             const float* bias, float* y, int64_t y_stride, int32_t isa, int32_t threads) {
+  return linear(matrix, 0, x, x_stride, tokens, bias, y, y_stride, isa, threads);
 }
 
 extern "C" int fewbit_linear_int8(const fewbit_matrix* matrix, int64_t x_block, const float* x, int64_t x_stride,
                                   int64_t tokens, const float* bias, float* y, int64_t y_stride, int32_t isa,
                                   int32_t threads) {
-  const fewbit_output output = {matrix, bias, y, y_stride};
-  const fewbit_input input = {x, tokens, x_stride, 1, FEWBIT_FLOAT32};
   if (x_block < 1) return FEWBIT_BAD_ARGUMENT;
-  return fewbit_linear_many(&output, 1, &input, x_block, FEWBIT_FLOAT32, isa, threads);
+  return linear(matrix, x_block, x, x_stride, tokens, bias, y, y_stride, isa, threads);
+}
+
+extern "C" int fewbit_linear_xnor(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens,
+                                  const float* bias, float* y, int64_t y_stride, int32_t isa, int32_t threads) {
+  return linear(matrix, FEWBIT_SIGNS, x, x_stride, tokens, bias, y, y_stride, isa, threads);
 }

@@ -23,13 +23,18 @@ namespace fewbit {
 namespace {
 
 // Scale of a token as the format sign/channel fits it: float16(clamp(mean |x|, 2^-24, 65504)), NaN where one is.
-inline float mean_magnitude(const float* x, int64_t count) {
+inline float mean_magnitude(const fewbit_input& source, int64_t token, int64_t count) {
   constexpr int kChains = 16;
   double chain[kChains] = {};
-  int64_t k = 0;
-  for (; k + kChains <= count; k += kChains)
-    for (int i = 0; i < kChains; i++) chain[i] += __builtin_fabsf(x[k + i]);
-  for (; k < count; k++) chain[k % kChains] += __builtin_fabsf(x[k]);
+  float buffer[kSegment];
+  for (int64_t begin = 0; begin < count; begin += kSegment) {
+    const int64_t here = count - begin < kSegment ? count - begin : kSegment;
+    const float* x = floats(source, token, begin, here, buffer);
+    int64_t k = 0;
+    for (; k + kChains <= here; k += kChains)
+      for (int i = 0; i < kChains; i++) chain[i] += __builtin_fabsf(x[k + i]);
+    for (; k < here; k++) chain[k % kChains] += __builtin_fabsf(x[k]);
+  }
   for (int apart = kChains / 2; apart > 0; apart /= 2)
     for (int i = 0; i < apart; i++) chain[i] += chain[i + apart];
   const float mean = static_cast<float>(chain[0] / static_cast<double>(count));
@@ -40,10 +45,7 @@ inline float mean_magnitude(const float* x, int64_t count) {
 // What x must exceed for x / scale to be a positive float32: all but zero does, unless the quotient rounds to zero,
 // which below the normal numbers x = n 2^-149 does for n <= scale / 2.
 inline float least_positive(float scale) {
-  const uint32_t bits = scale >= 2.0f ? static_cast<uint32_t>(scale / 2) : 0;
-  float least;
-  memcpy(&least, &bits, sizeof least);
-  return least;
+  return float_of(scale >= 2.0f ? static_cast<uint32_t>(scale / 2) : 0);
 }
 
 // The word of a chunk's 32 columns, laid out as a lane of tile16: bit 8 (k % 4) + k / 4 says that x[k] > least, which
@@ -57,19 +59,19 @@ inline uint32_t sign_word(const float* x, float least) {
   return word;
 }
 
-inline void sign_token(const XnorTask& task, const float* x, int64_t token) {
+inline void sign_token(const XnorTask& task, const fewbit_input& x, int64_t token) {
   uint32_t* out = task.words + (token / task.together * task.chunks * task.together + token % task.together) * kWords;
-  const float scale = x ? mean_magnitude(x, task.columns) : 0.0f, least = least_positive(scale);
+  const bool exists = token < x.tokens;
+  const float scale = exists ? mean_magnitude(x, token, task.columns) : 0.0f, least = least_positive(scale);
   task.x_scale[token] = scale / 2;
   for (int64_t c = 0; c < task.chunks; c++, out += task.together * kWords) {
-    const int64_t left = task.columns - c * 32;
+    const int64_t left = task.columns - c * 32, few = left < 32 ? left : 32;
     uint32_t word = 0;
-    if (x && left >= 32) {
-      word = sign_word(x + c * 32, least);
-    } else if (x) {
-      float rest[32] = {};
-      memcpy(rest, x + c * 32, static_cast<size_t>(left) * sizeof(float));
-      word = sign_word(rest, least);
+    float buffer[32], rest[32] = {};
+    if (exists) {
+      const float* here = floats(x, token, c * 32, few, buffer);
+      if (few < 32) here = static_cast<const float*>(memcpy(rest, here, static_cast<size_t>(few) * sizeof(float)));
+      word = sign_word(here, least);
     }
     out[0] = kWords == 2 ? word & 0x0f0f0f0fu : word;
     if (kWords == 2) out[kWords - 1] = word >> 4 & 0x0f0f0f0fu;
@@ -122,7 +124,7 @@ void direct(const XnorTask& task, const XnorRows& rows, int64_t tokens) {
 template <int T, int M>
 void shared(const XnorTask& task, const XnorRows& rows, int64_t tokens) {
   Signs signs[kMost][T];
-  U differing[kXnorTokens][T];
+  U differing[kRoundedTokens][T];
   const int64_t padded = (tokens + M - 1) / M * M;
   for (int64_t m = 0; m < padded; m++)
     for (int t = 0; t < T; t++) differing[m][t] = Count().lanes();

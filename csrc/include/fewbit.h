@@ -43,6 +43,7 @@ enum {
 /* Families, types of activations and results, status codes. */
 enum { FEWBIT_AFFINE = 0, FEWBIT_LUT = 1 };
 enum { FEWBIT_FLOAT32 = 0, FEWBIT_BFLOAT16 = 1, FEWBIT_FLOAT16 = 2 };
+enum { FEWBIT_SIGNS = -1 }; /* an x_block: activations become signs */
 enum { FEWBIT_OK = 0, FEWBIT_BAD_ARGUMENT = 1, FEWBIT_NO_KERNEL = 2, FEWBIT_NO_MEMORY = 3 };
 
 /* One matrix in tile16. Pointers need no alignment beyond that of their element type. */
@@ -110,6 +111,19 @@ int fewbit_decode(const fewbit_matrix* matrix, int64_t tile_begin, int64_t tile_
 int fewbit_linear_int8(const fewbit_matrix* matrix, int64_t x_block, const float* x, int64_t x_stride, int64_t tokens,
                        const float* bias, float* y, int64_t y_stride, int32_t isa, int32_t threads);
 
+/* Signs times signs (XNOR-Net, Rastegari et al. 2016): x is rounded first, all columns of a token sharing a scale,
+ * exactly as the format sign/channel does it, with the mean in float64 and the quotient in float32,
+ *
+ *   s = float16(clamp(mean |x|, 2^-24, 65504)),  q = +1 where x / s > 0, else -1
+ *
+ * and y is that of s * q: s * scale / 2 * (columns - 2 * signs that differ). The matrix holds signs: bits 1,
+ * FEWBIT_AFFINE, zero 0.5, no offset, block = columns, so that a weight is -scale / 2 or +scale / 2. columns must be at
+ * most 2^24: up to there the sum of signs is an exact float32 (an int32 holds it up to 2^31 - 1). The result is the
+ * same on every ISA, at any number of threads and tokens. Error against the rounded x: at most about 3 * 2^-24 times
+ * |scale / 2 * s * sum| + |bias|. A token that holds NaN gives NaN; infinity counts as its sign, at the largest s. */
+int fewbit_linear_xnor(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens, const float* bias,
+                       float* y, int64_t y_stride, int32_t isa, int32_t threads);
+
 /* Activations: column c of token t is element t * stride + c * step of data. dtype: FEWBIT_FLOAT32, ... */
 typedef struct {
   const void* data;
@@ -125,27 +139,15 @@ typedef struct {
   int64_t y_stride;
 } fewbit_output;
 
-/* fewbit_linear (x_block 0) or fewbit_linear_int8 of several matrices of as many columns, bit for bit: x is laid out or
- * rounded once for all matrices of a run that agree in what that depends on (family, bits, block and table for float
- * products; the columns a segment for integer ones), and their row tiles are handed out together.
+/* fewbit_linear (x_block 0), fewbit_linear_xnor (FEWBIT_SIGNS) or fewbit_linear_int8 of several matrices of as many
+ * columns, bit for bit: x is laid out or rounded once for all matrices of a run that agree in what that depends on
+ * (family, bits, block and table for float products; the columns a segment for integer ones; nothing for signs), and
+ * their row tiles are handed out together.
  *
  * x is widened to float32 as it is read, exactly; results are rounded to y_dtype as they are written, to nearest, ties
  * to even, past the largest float16 to infinity: as if x and y were converted before and after, without the copies. */
 int fewbit_linear_many(const fewbit_output* outputs, int32_t count, const fewbit_input* x, int64_t x_block,
                        int32_t y_dtype, int32_t isa, int32_t threads);
-
-/* Signs times signs (XNOR-Net, Rastegari et al. 2016): x is rounded first, all columns of a token sharing a scale,
- * exactly as the format sign/channel does it, with the mean in float64 and the quotient in float32,
- *
- *   s = float16(clamp(mean |x|, 2^-24, 65504)),  q = +1 where x / s > 0, else -1
- *
- * and y is that of s * q: s * scale / 2 * (columns - 2 * signs that differ). The matrix holds signs: bits 1,
- * FEWBIT_AFFINE, zero 0.5, no offset, block = columns, so that a weight is -scale / 2 or +scale / 2. columns must be at
- * most 2^24: up to there the sum of signs is an exact float32 (an int32 holds it up to 2^31 - 1). The result is the
- * same on every ISA, at any number of threads and tokens. Error against the rounded x: at most about 3 * 2^-24 times
- * |scale / 2 * s * sum| + |bias|. A token that holds NaN gives NaN; infinity counts as its sign, at the largest s. */
-int fewbit_linear_xnor(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens, const float* bias,
-                       float* y, int64_t y_stride, int32_t isa, int32_t threads);
 
 /* Which elements of x (images, channels, height, width) the windows of a convolution see. `stride_*` are elements of x
  * between neighbours on an axis, so that any memory order works; `step_*` are positions between windows, which others

@@ -23,7 +23,7 @@ struct Dot {
   inline void add(U u, const int8_t* x) {
     int32_t lane;
     __builtin_memcpy(&lane, x, sizeof lane);
-    const int8x16_t a = vreinterpretq_s8_u32(BITS == 8 ? veorq_u32(u, vdupq_n_u32(0x80808080u)) : u);
+    const int8x16_t a = vreinterpretq_s8_u32(BITS == 8 ? flip(u, 0x80808080u) : u);
     const int8x8_t b = vreinterpret_s8_s32(vdup_n_s32(lane));
     const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(a), b)), high = vpaddlq_s16(vmull_s8(vget_high_s8(a), b));
     sum = vaddq_s32(sum, vpaddq_s32(low, high));

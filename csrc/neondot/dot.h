@@ -22,7 +22,7 @@ struct Dot {
   inline void add(U u, const int8_t* x) {
     int32_t lane;
     __builtin_memcpy(&lane, x, sizeof lane);
-    const U a = BITS == 8 ? veorq_u32(u, vdupq_n_u32(0x80808080u)) : u;
+    const U a = BITS == 8 ? flip(u, 0x80808080u) : u;
     sum = vdotq_s32(sum, vreinterpretq_s8_u32(a), vreinterpretq_s8_s32(vdupq_n_s32(lane)));
   }
   inline void flush() {}

@@ -9,18 +9,14 @@ namespace {
 constexpr int kWords = 1, kMost = 31;  // 31 chunks: a byte counts 8 bits of each, 248 at most
 constexpr int kDirect1 = 4, kDirect2 = 2, kMany = 2, kManyTokens = 4;
 
-struct Signs {
-  U codes;
-  Signs() = default;
-  explicit Signs(U loaded) : codes(loaded) {}
-};
+using Signs = U;
 
 struct Count {
   U bytes = {};
 
   // Set bits of pairs, nibbles and bytes, in place.
   inline void add(const Signs& signs, const uint32_t* x) {
-    U v = signs.codes ^ *x;
+    U v = flip(signs, *x);
     v -= v >> 1 & 0x55555555u;
     v = (v & 0x33333333u) + (v >> 2 & 0x33333333u);
     bytes += (v + (v >> 4)) & 0x0f0f0f0fu;

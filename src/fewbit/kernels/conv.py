@@ -25,7 +25,7 @@ from torch.nn.grad import conv2d_input
 
 from fewbit.errors import InputError
 from fewbit.kernels import native, reference
-from fewbit.kernels.prepared import Prepared, check_supported
+from fewbit.kernels.prepared import Prepared, check_supported, wants_gradients
 from fewbit.kernels.window import Window
 
 UNFOLDED = 1 << 18
@@ -63,7 +63,7 @@ def conv2d(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None = 
         UnsupportedError: x is on another device than the CPU, or of another dtype.
     """
     _check(x, prepared, window, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if wants_gradients(x, bias):
         return _Differentiable.apply(x, bias, prepared, window)  # type: ignore[no-untyped-call, no-any-return]
     return _run(x.detach(), prepared, window, bias)
 

@@ -26,6 +26,8 @@ FLAGS: dict[Isa, int] = {
 FAMILIES = {"affine": 0, "lut": 1}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of activations and results."""
+SIGNS = -1
+"""``x_block`` of ``linear_many`` where activations are rounded to signs."""
 
 Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int]
 """(rows, columns, block, bits, family, scale is half, offset is half, zero, codes, scale, offset, table)."""
@@ -55,18 +57,6 @@ class Core(Protocol):
     def read_stream(self, data: int, nbytes: int, threads: int) -> int: ...
     def linear_many(
         self, outputs: tuple[Output, ...], x: Input, x_block: int, y_dtype: int, isa: int, threads: int
-    ) -> None: ...
-    def linear_xnor(
-        self,
-        matrix: Matrix,
-        x: int,
-        x_stride: int,
-        tokens: int,
-        bias: int,
-        y: int,
-        y_stride: int,
-        isa: int,
-        threads: int,
     ) -> None: ...
 
 

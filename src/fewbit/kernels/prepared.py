@@ -34,6 +34,11 @@ def check_supported(x: Tensor) -> None:
         raise UnsupportedError(f"x in {x.dtype} on {x.device}", "kernels run on the CPU", works)
 
 
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd must hear of what is computed from ``tensors``."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 class Prepared(ABC):
     """Abstract. ``prepared(x, bias)`` is ``x W^T + bias``: x (..., columns) in float32, bfloat16 or float16 ->
     (..., rows) in the same dtype, accumulated in float32. Differentiable in x.
@@ -96,7 +101,7 @@ class Prepared(ABC):
             UnsupportedError: x is on another device than the CPU, or not of a dtype above.
         """
         self.check(x, bias)
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        if wants_gradients(x, bias):
             return _Differentiable.apply(x, bias, self)  # type: ignore[no-untyped-call,no-any-return]
         return self.run(x, bias)
 
@@ -111,7 +116,7 @@ def linear_many(x: Tensor, matrices: Sequence[Prepared], biases: Sequence[Tensor
         ValueError: there are not as many biases as matrices.
     """
     pairs = list(zip(matrices, biases, strict=True))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *biases)):
+    if wants_gradients(x, *biases):
         return [matrix(x, bias) for matrix, bias in pairs]
     for matrix, bias in pairs:
         matrix.check(x, bias)
@@ -166,11 +171,12 @@ class NativePrepared(Prepared):
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
         assert kernel.isa is not None and kernel.weights is not None
         self.kernel, self.shape, self.activation = kernel.name, qtensor.shape, activation
-        self._signs = kernel.family == "xnor"
         self._isa = native.FLAGS[kernel.isa]
         self._family = native.FAMILIES[kernel.weights]
-        self._x_block = 0  # of float products and of signs
-        if kernel.integers:
+        self._x_block = 0  # of float products; any other kernel rounds x itself
+        if kernel.family == "xnor":
+            self._x_block = native.SIGNS
+        elif kernel.integers:
             assert activation is not None
             self._x_block = B.width(self.shape[1], activation.block)
         self._stored = qtensor if qtensor.layout is TILE16 else qtensor.repack(TILE16)
@@ -179,7 +185,7 @@ class NativePrepared(Prepared):
         blocks = (self.shape[0], B.count(self.shape[1], format.block))
         scale = physical.scale.float().expand(blocks)
         offset = None if physical.offset is None else physical.offset.float().expand(blocks)
-        zero = 0.5 if self._signs else None
+        zero = 0.5 if self._x_block == native.SIGNS else None
         if offset is not None and physical.table is None and zero is None:
             zero = _shared_zero(scale, offset)
         self._zero = zero or 0.0
@@ -190,7 +196,7 @@ class NativePrepared(Prepared):
             self._table = torch.zeros(2**format.bits)
             self._table[: physical.table.numel()] = physical.table
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
-        self.company = None if self._signs else (self._isa, self._x_block, activation)
+        self.company = (self._isa, self._x_block, activation)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without addresses: a copy's arrays lie elsewhere."""
@@ -214,26 +220,7 @@ class NativePrepared(Prepared):
         )
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self._count(x, bias) if self._signs else _run_native(x, [(self, bias)])[0]
-
-    def _count(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Signs times signs, float32 on both sides of the core."""
-        rows, columns = self.shape
-        flat = x.float().reshape(-1, columns).contiguous()
-        bias = None if bias is None else bias.float().contiguous()
-        y = torch.empty(flat.shape[0], rows)
-        native.core().linear_xnor(
-            self._matrix,
-            flat.data_ptr(),
-            columns,
-            flat.shape[0],
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            rows,
-            self._isa,
-            torch.get_num_threads(),
-        )
-        return y.reshape(*x.shape[:-1], rows).to(x.dtype)
+        return _run_native(x, [(self, bias)])[0]
 
     def long(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Decode strips of rows to float32, each once for all tokens, and let torch multiply."""
