@@ -34,6 +34,7 @@ from torch.nn.functional import conv2d
 import cifar_resnets
 from fewbit import formats, kernels, methods
 from fewbit.kernels import Window, conv, native
+from timing import interleaved
 
 ONE = Window((1, 1))
 THREE = Window((3, 3), padding=(1, 1))
@@ -85,19 +86,6 @@ def rows_of(x: Tensor, weight: Tensor, window: Window) -> tuple[list[Row], list[
     return rows, calls
 
 
-def interleaved(calls: list[Callable[[], object]], seconds: float, threads: int) -> list[list[float]]:
-    """Seconds of every call: rounds of one call each until time is up."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    found: list[list[float]] = [[] for _ in calls]
-    stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(found[0]) < 5:
-        for call, times in zip(calls, found, strict=True):
-            start = clock()
-            call()
-            times.append(clock() - start)
-    return found
-
-
 @torch.no_grad()
 def layers(arguments: argparse.Namespace, console: Console) -> list[Row]:
     columns = ("", "route", "kernel", "ms", "GOPS", "x torch", "held kB", "unfolded kB", "error")
@@ -107,7 +95,9 @@ def layers(arguments: argparse.Namespace, console: Console) -> list[Row]:
         if arguments.channels_last:
             x = x.to(memory_format=torch.channels_last)
         rows, calls = rows_of(x, torch.randn(outputs, inputs // window.groups, *window.size), window)
-        for row, times in zip(rows, interleaved(calls, arguments.seconds, arguments.threads), strict=True):
+        clock = time.thread_time if arguments.threads == 1 else time.perf_counter
+        timed = interleaved([[call] for call in calls], arguments.seconds, 0.0, False, clock, least=5)
+        for row, times in zip(rows, timed, strict=True):
             row |= {"seconds": statistics.median(times), "seconds_least": min(times), "calls": len(times)}
         table = Table(title=f"x {tuple(x.shape)}, {outputs} outputs, {window}, {arguments.threads} threads")
         for name in columns:

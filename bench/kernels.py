@@ -42,7 +42,8 @@ import plot
 from fewbit import kernels
 from fewbit.kernels import native
 from peers import fewbit_kernels, llama_cpp, onnx_runtime, torch_ao, torch_linear
-from peers.row import Call, Prepared, Problem, Row, Unavailable, grouped
+from peers.row import Prepared, Problem, Row, Unavailable, grouped
+from timing import interleaved
 
 FORMATS = [*(f"int{bits}/g128" for bits in range(1, 9)), "ternary/g128", "int4/g64/asym", "nf4/g64"]
 ACTIVATIONS = [fewbit_kernels.FLOAT, "int8/channel"]
@@ -53,33 +54,6 @@ PAUSE = 0.003
 """Seconds between calls of several threads: longer than anybody's idle workers spin."""
 
 Found = dict[str, Any]
-
-
-def interleaved(
-    calls: list[list[Call]], seconds: float, pause: float, warm: bool, clock: Callable[[], float]
-) -> list[list[float]]:
-    """Seconds of every call: rounds of one call a row, each row rotating through its own, until time is up.
-
-    ``warm``: a call that is not timed goes before each. A row that has had three times its share of ``seconds`` sits
-    out the rounds after the third.
-    """
-    found: list[list[float]] = [[] for _ in calls]
-    for each in calls:
-        each[0]()
-    stop, turn = time.perf_counter() + seconds, 0
-    while time.perf_counter() < stop or turn < 3:
-        for each, times in zip(calls, found, strict=True):
-            if turn >= 3 and sum(times) > 3 * seconds / len(calls):
-                continue
-            call = each[turn % len(each)]
-            time.sleep(pause)
-            if warm:
-                call()
-            start = clock()
-            call()
-            times.append(clock() - start)
-        turn += 1
-    return found
 
 
 def prepared(rows: Iterable[Row], problem: Problem) -> tuple[list[tuple[Row, Prepared]], list[str]]:

@@ -44,21 +44,21 @@ def read_stream(threads: int) -> Limit:
 
 
 @functools.cache
-def compiled() -> ctypes.CDLL:
-    """``peak.cc`` as a library, for this very processor.
+def compiled(source: Path) -> ctypes.CDLL:
+    """``source`` as a library, for this very processor.
 
     Raises:
-        Unavailable: there is no compiler, or it knows no product of bytes for this processor.
+        Unavailable: there is no compiler, or it knows no instruction for this processor that the source wants.
     """
     compiler = shutil.which("c++")
     if compiler is None:
         raise Unavailable("no C++ compiler is found (c++); install one, e.g. apt-get install g++")
     with TemporaryDirectory() as folder:
-        library = Path(folder) / "peak.so"
-        command = [compiler, "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", str(SOURCE), "-o", str(library)]
+        library = Path(folder) / f"{source.stem}.so"
+        command = [compiler, "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise Unavailable(f"{SOURCE.name} does not compile here: {done.stderr.strip().splitlines()[0]}")
+            raise Unavailable(f"{source.name} does not compile here: {done.stderr.strip().splitlines()[0]}")
         return ctypes.CDLL(str(library))
 
 
@@ -68,7 +68,7 @@ def peaks(threads: int) -> list[Limit]:
     Raises:
         Unavailable: as :func:`compiled`.
     """
-    library = compiled()
+    library = compiled(SOURCE)
     rounds = ROUNDS if threads == 1 else 10 * ROUNDS  # for waking the others to cost little
     pool = ThreadPoolExecutor(threads)
     found = []

@@ -18,14 +18,10 @@ import argparse
 import copy
 import ctypes
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,29 +30,25 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import limits
 from fewbit import formats, kernels
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native
+from peers.row import ROTATE, SAMPLE, Call
 
-ROTATE = 3 * 32 * 2**20 + 2**20
-SAMPLE = 64
+SOURCE = Path(__file__).with_name("xnor_peak.cc")
 ROUNDS = 100_000
 """Of the peak's loop: a millisecond or less."""
 SIGN = formats.parse("sign/channel")
 INPUTS = {"": None, " x int8": formats.parse("int8/channel"), " x signs": SIGN}
 
-Call = Callable[[], object]
 Row = dict[str, Any]
 
 
-def peaks(folder: str, threads: int) -> list[tuple[Row, list[Call]]]:
+def peaks(threads: int) -> list[tuple[Row, list[Call]]]:
     """The limit, computed on every thread at once."""
-    library = Path(folder) / "xnor_peak.so"
-    source = Path(__file__).with_name("xnor_peak.cc")
-    compiler = os.environ.get("CXX", "c++")
-    subprocess.run([compiler, "-O3", "-march=native", "-shared", "-fPIC", source, "-o", library], check=True)
-    peak = ctypes.CDLL(str(library)).xnor_peak
+    peak = limits.compiled(SOURCE).xnor_peak
     peak.restype, peak.argtypes = ctypes.c_int64, [ctypes.c_int64, ctypes.c_int]
     pool = ThreadPoolExecutor(threads)
 
@@ -65,13 +57,13 @@ def peaks(folder: str, threads: int) -> list[tuple[Row, list[Call]]]:
             return peak(ROUNDS, apart)
         return list(pool.map(peak, [ROUNDS] * threads, [apart] * threads))
 
-    memory = torch.zeros(ROTATE, dtype=torch.uint8)
-    stream: Row = {"name": "read stream", "kernel": "-", "bytes": ROTATE, "operations": 0, "relative_error": None}
+    memory = limits.read_stream(threads)
+    stream: Row = {"name": memory.name, "kernel": "-", "bytes": memory.nbytes, "operations": 0, "relative_error": None}
     signs = peak(1, 0) * ROUNDS * threads
     return [
         ({"name": name, "kernel": "-", "operations": 2 * signs, "relative_error": None}, [lambda a=apart: run(a)])  # type: ignore[misc]
         for apart, name in enumerate(("xor + popcount + add", "the same, apart"))
-    ] + [(stream, [lambda: native.core().read_stream(memory.data_ptr(), ROTATE, threads)])]
+    ] + [(stream, memory.calls)]
 
 
 def fewbit_row(matrix: QTensor, x: torch.Tensor, name: str, inputs: Format | None) -> tuple[Row, list[Call]]:
@@ -92,11 +84,11 @@ def torch_row(shape: tuple[int, int], x: torch.Tensor) -> tuple[Row, list[Call]]
     return row, [lambda: torch.nn.functional.linear(x, weight)]
 
 
-def measure(shape: tuple[int, int], tokens: int, limits: list[tuple[Row, list[Call]]], options: Any) -> list[Row]:
+def measure(shape: tuple[int, int], tokens: int, bounds: list[tuple[Row, list[Call]]], options: Any) -> list[Row]:
     x = torch.randn(tokens, shape[1])
     codes = torch.randint(0, 2, shape, dtype=torch.uint8)
     matrix = QTensor.of(SIGN, codes, {"scale": (torch.rand(shape[0], 1, 1) + 0.5).half()})
-    made = [({**row}, calls) for row, calls in limits]
+    made = [({**row}, calls) for row, calls in bounds]
     made += [fewbit_row(matrix, x, name, inputs) for name, inputs in INPUTS.items()]
     made += [fewbit_row(matrix, x, "xnor_linear_serial", SIGN), torch_row(shape, x)]
     clock = time.thread_time if options.threads == 1 else time.perf_counter
@@ -149,14 +141,13 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     kernels.set_threads(options.threads)
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        limits = peaks(folder, options.threads)
-        for text in options.shape or ["4096x4096"]:
-            for tokens in options.tokens or [1, 8, 512]:
-                height, width = (int(part) for part in text.split("x"))
-                found = measure((height, width), tokens, limits, options)
-                show(found, f"{text}, {tokens} tokens, {options.threads} threads", console)
-                rows += found
+    bounds = peaks(options.threads)
+    for text in options.shape or ["4096x4096"]:
+        for tokens in options.tokens or [1, 8, 512]:
+            height, width = (int(part) for part in text.split("x"))
+            found = measure((height, width), tokens, bounds, options)
+            show(found, f"{text}, {tokens} tokens, {options.threads} threads", console)
+            rows += found
     if options.json:
         about = {"command": sys.argv, "torch": torch.__version__, "isas": native.isas(), "machine": platform.machine()}
         options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows timed in one loop, so that a noisy moment hits all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from peers.row import Call
+
+
+def interleaved(
+    calls: list[list[Call]], seconds: float, pause: float, warm: bool, clock: Callable[[], float], least: int = 3
+) -> list[list[float]]:
+    """Seconds of every call: rounds of one call a row, each row rotating through its own, until time is up.
+
+    ``warm``: a call that is not timed goes before each. A row that has had three times its share of ``seconds`` sits
+    out the rounds after the first ``least``.
+    """
+    found: list[list[float]] = [[] for _ in calls]
+    for each in calls:
+        each[0]()
+    stop, turn = time.perf_counter() + seconds, 0
+    while time.perf_counter() < stop or turn < least:
+        for each, times in zip(calls, found, strict=True):
+            if turn >= least and sum(times) > 3 * seconds / len(calls):
+                continue
+            call = each[turn % len(each)]
+            time.sleep(pause)
+            if warm:
+                call()
+            start = clock()
+            call()
+            times.append(clock() - start)
+        turn += 1
+    return found
