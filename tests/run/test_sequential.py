@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -54,9 +54,11 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Facts]]:
 
 
 class Twin:
-    """The model run block by block as a whole, with the layers quantized that a folder holds."""
+    """The model run block by block as a whole, with the layers quantized that a folder holds, its matrix products in
+    ``dtype``."""
 
-    def __init__(self, source: Path, out: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, source: Path, out: Path, manifest: dict[str, Any], dtype: str) -> None:
+        self.dtype = getattr(torch, dtype)
         self.model = StreamedModel.open(open_checkpoint(source))
         self.records = {record["name"]: record for record in manifest["layers"]}
         self.out, self.where = out, json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
@@ -80,6 +82,10 @@ class Twin:
                 lambda module, x: round_activations(x[0], format)
             )
 
+    def run(self, index: int, x: Tensor, more: Inputs) -> Tensor:
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            return self.model.run_block(index, x, more)
+
     def facts(self, index: int, name: str, hidden: list[Tensor], inputs: list[Inputs]) -> Facts | None:
         """Of what ``name`` (its first expert) sees, merged batch by batch."""
         total: Facts | None = None
@@ -91,19 +97,27 @@ class Twin:
                     seen.append(x.clone())
 
             with self.model.observe(index, keep):
-                self.model.run_block(index, x, more)
+                self.run(index, x, more)
             if seen:
                 found = Facts.of(seen[0], gram=True)
                 total = found if total is None else total.merge(found)
         return total
 
 
-def check(source: Path, out: Path, groups: list[list[str]], solved: dict[str, list[Facts]], **arguments: Any) -> None:
+def check(
+    source: Path,
+    out: Path,
+    groups: list[list[str]],
+    solved: dict[str, list[Facts]],
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    **arguments: Any,
+) -> None:
     """Quantize ``source`` and compare the facts of every layer with those of direct runs, bit for bit."""
-    manifest = fewbit.quantize(source, out=out, samples=8, context=32, threads=2, force=True, **arguments).manifest
+    few: dict[str, Any] = {"samples": 8, "context": 32, "threads": 2, "force": True}
+    manifest = fewbit.quantize(source, out=out, calibration_dtype=dtype, **few, **arguments).manifest
     words = open_checkpoint(source).tokenizer()
     ids = fewbit.run.calibrate.calibration(words, None, 8, 32, 0).ids
-    twin, batches = Twin(source, out, manifest), list(ids.split(2))
+    twin, batches = Twin(source, out, manifest, dtype), list(ids.split(2))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -127,19 +141,25 @@ def check(source: Path, out: Path, groups: list[list[str]], solved: dict[str, li
                         assert torch.equal(expected.total_square, got.total_square), name
                     for name in names:
                         twin.quantize(name)
-                hidden = [twin.model.run_block(index, x, more) for x, more in zip(hidden, inputs, strict=True)]
+                hidden = [twin.run(index, x, more) for x, more in zip(hidden, inputs, strict=True)]
                 twin.model.free(path)
     finally:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", GROUPS)
 def test_facts_are_those_of_a_direct_run(
-    family: str, tiny_family: Callable[[str], Path], tmp_path: Path, solved: dict[str, list[Facts]], monkeypatch: Any
+    family: str,
+    dtype: Literal["float32", "bfloat16"],
+    tiny_family: Callable[[str], Path],
+    tmp_path: Path,
+    solved: dict[str, list[Facts]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fewbit.run, "BATCH_TOKENS", 64)  # four batches of two windows
     source = tiny_family(family)
-    check(source, tmp_path / "out", GROUPS[family], solved, recipe="int4/g16/asym", method="gptq")
+    check(source, tmp_path / "out", GROUPS[family], solved, dtype, recipe="int4/g16/asym", method="gptq")
     stages = json.loads((tmp_path / "out.log.json").read_text())["stages"]
     orders = [stage["order"] for stage in stages if "order" in stage]
     assert len(orders) == 2
