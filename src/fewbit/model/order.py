@@ -33,12 +33,12 @@ class Form:
     dtype: torch.dtype
 
     def shaped(self, x: Tensor) -> Tensor:
-        """``x`` (batch, tokens, width) float32 as the module has it."""
+        """``x`` (batch, tokens, width) as the module has it."""
         return (x.reshape(-1, self.width) if self.flat else x).to(self.dtype)
 
     def stored(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """What the module has, as float32 (batch, tokens, width); ``hidden`` has the same first two axes."""
-        return x.float().reshape(*hidden.shape[:2], self.width)
+        """What the module has, as (batch, tokens, width); ``hidden`` has the same first two axes."""
+        return x.reshape(*hidden.shape[:2], self.width)
 
 
 @dataclass(frozen=True)

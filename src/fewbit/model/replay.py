@@ -85,10 +85,10 @@ def _reached(module: nn.Module, arguments: tuple[Any, ...]) -> None:
 
 
 def output(model: StreamedModel, closing: Closing, x: Tensor) -> Tensor:
-    """What the closed module gives for inputs ``x`` of its last layer: both float32 (batch, tokens, width), as files
-    keep them."""
+    """What the closed module gives for inputs ``x`` of its last layer: both (batch, tokens, width), as files keep
+    them."""
     made: Tensor = model.module.get_submodule(closing.site)(closing.inputs.shaped(x))
-    return made.float().reshape(*x.shape[:2], -1)
+    return made.reshape(*x.shape[:2], -1)
 
 
 def checked_order(model: StreamedModel, index: int, hidden: Tensor, inputs: Inputs) -> Order | str:

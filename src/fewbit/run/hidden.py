@@ -20,7 +20,7 @@ FLAGS = {
 
 
 class HiddenFile:
-    """float32 activations (batches, batch, tokens, width) in one file, read and written a batch at a time, by any
+    """Activations (batches, batch, tokens, width) of ``dtype`` in one file, read and written a batch at a time, by any
     thread.
 
     ``mode``: "read" what was committed; "create" under a temporary name, to which :meth:`commit` gives ``path`` once
@@ -28,10 +28,14 @@ class HiddenFile:
     """
 
     def __init__(
-        self, path: Path, shape: tuple[int, int, int, int], mode: Literal["read", "create", "scratch"]
+        self,
+        path: Path,
+        shape: tuple[int, int, int, int],
+        mode: Literal["read", "create", "scratch"],
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.path, self.shape = path, shape
-        self._stride = 4 * shape[1] * shape[2] * shape[3]
+        self.path, self.shape, self.dtype = path, shape, dtype
+        self._stride = dtype.itemsize * shape[1] * shape[2] * shape[3]
         self._partial = path if mode == "read" else path.with_name(f".{path.name}.tmp")
         try:
             self._file = os.open(self._partial, FLAGS[mode], 0o644)
@@ -42,7 +46,8 @@ class HiddenFile:
 
     def read(self, index: int) -> Tensor:
         """Batch ``index``, (batch, tokens, width)."""
-        batch = torch.empty(self.shape[1:])  # aligned as torch aligns, on which products may depend in the last bit
+        # Aligned as torch aligns, on which products may depend in the last bit.
+        batch = torch.empty(self.shape[1:], dtype=self.dtype)
         view, offset = _bytes(batch), index * self._stride
         while view:
             count = os.preadv(self._file, [view], offset)
@@ -56,8 +61,10 @@ class HiddenFile:
         return batch
 
     def write(self, index: int, hidden: Tensor) -> None:
-        """Batch ``index``, in any shape and float dtype."""
-        view = _bytes(hidden.detach().float().contiguous())
+        """Batch ``index``, in any shape, and of a dtype that the file's holds without loss."""
+        if torch.promote_types(hidden.dtype, self.dtype) != self.dtype:
+            raise InputError(f"writing activations of {hidden.dtype} to {self.path}", f"the file holds {self.dtype}")
+        view = _bytes(hidden.detach().to(self.dtype).contiguous())
         if len(view) != self._stride:
             raise InputError(f"writing {len(view)} bytes to {self.path}", f"a batch has {self._stride}")
         offset = index * self._stride

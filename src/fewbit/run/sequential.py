@@ -102,7 +102,7 @@ class Passes:
         if closing is None and not wanted:
             return None
         self._prepare(group)
-        keep = None if closing is None else run.scratch(f"inputs-{group}", closing.inputs.width)
+        keep = None if closing is None else run.scratch(f"inputs-{group}", closing.inputs.width, closing.inputs.dtype)
 
         def one(batch: int) -> Accumulator | None:
             hidden = self._source.read(batch)
@@ -141,9 +141,11 @@ class Passes:
         """Room for the outputs that a pass makes for the first time: in place of the inputs, where they are as wide."""
         for closing in self._order.closed(group):
             if (inputs := self._inputs.get(closing.module)) is not None:
-                width = closing.outputs.width
-                same = closing.inputs.width == width
-                self._outputs[closing.module] = inputs if same else self._run.scratch(f"outputs-{closing.group}", width)
+                width, dtype = closing.outputs.width, closing.outputs.dtype
+                same = (closing.inputs.width, closing.inputs.dtype) == (width, dtype)
+                self._outputs[closing.module] = (
+                    inputs if same else self._run.scratch(f"outputs-{closing.group}", width, dtype)
+                )
 
     def _made(self, group: int, batch: int) -> dict[str, Tensor]:
         """Outputs of the closed modules for a batch: those of modules just closed from their last layer's inputs."""

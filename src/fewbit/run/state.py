@@ -76,10 +76,10 @@ class Run:
             shape = (len(ids), *ids[0].shape, width)
         return HiddenFile(self.folder / "state" / f"{what}-{stage:05d}.f32", shape, "create" if create else "read")
 
-    def scratch(self, name: str, width: int) -> HiddenFile:
+    def scratch(self, name: str, width: int, dtype: torch.dtype) -> HiddenFile:
         """Room on disk for the calibration's activations inside of a block, (batches, batch, tokens, ``width``)."""
         ids = self.batches()
-        return HiddenFile(self.folder / "state" / f"{name}.f32", (len(ids), *ids[0].shape, width), "scratch")
+        return HiddenFile(self.folder / "state" / name, (len(ids), *ids[0].shape, width), "scratch", dtype)
 
 
 def peak_rss() -> int:
