@@ -38,7 +38,10 @@ class Limit:
 def read_stream(threads: int) -> Limit:
     """Every byte of more memory than the last-level cache holds."""
     size = ROTATE // 16
-    parts = [torch.zeros(size, dtype=torch.uint8) for _ in range(16)]
+    parts = [torch.empty(size, dtype=torch.uint8) for _ in range(16)]
+    for part in parts:
+        native.core().large_pages(part.data_ptr(), size)
+        part.zero_()
     calls: list[Call] = [lambda p=p: native.core().read_stream(p.data_ptr(), size, threads) for p in parts]  # type: ignore[misc]
     return Limit("read stream", "memory", size, 0, calls)
 

@@ -156,6 +156,14 @@ PyObject* unfold(PyObject*, PyObject* args) {
   return status(code);
 }
 
+PyObject* large_pages(PyObject*, PyObject* args) {
+  unsigned long long data;
+  long long bytes;
+  if (!PyArg_ParseTuple(args, "KL", &data, &bytes)) return nullptr;
+  fewbit_large_pages(pointer<void*>(data), bytes);
+  Py_RETURN_NONE;
+}
+
 PyObject* read_stream(PyObject*, PyObject* args) {
   unsigned long long data, result;
   long long bytes;
@@ -176,6 +184,7 @@ PyMethodDef methods[] = {
     {"linear_many", linear_many, METH_VARARGS, "(outputs, x, x_block, y_dtype, isa, threads)"},
     {"decode", decode, METH_VARARGS, "(matrix, tile_begin, tile_end, out, stride, isa, threads)"},
     {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},
+    {"large_pages", large_pages, METH_VARARGS, "(data, bytes) -> None."},
     {"read_stream", read_stream, METH_VARARGS, "(data, bytes, threads) -> exclusive or of the bytes."},
     {nullptr, nullptr, 0, nullptr},
 };

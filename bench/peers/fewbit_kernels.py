@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 
 import torch
@@ -41,7 +40,8 @@ def prepare(format: Format, activation: Format | None, isa: str | None, problem:
         first = kernels.prepare(matrix, f"{family}_linear_{isa}" if isa else None, activation)
     except FewbitError as error:
         raise Unavailable(str(error)) from error
-    calls = rotated(problem, first.read_bytes, lambda: functools.partial(copy.deepcopy(first), problem.x))
+    again = functools.partial(kernels.prepare, matrix, first.kernel, activation)
+    calls = rotated(problem, first.read_bytes, lambda: functools.partial(again(), problem.x))
     return Prepared(first.kernel, first.read_bytes, calls, first(problem.x), few.dequantize())
 
 

@@ -23,6 +23,7 @@ inline void store(float* p, F x) { _mm256_storeu_ps(p, x); }
 inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 inline F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F fused(F a, F b, F c) { return fma(a, b, c); }
 
 inline U load_lanes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline U combine(U a, U b) { return _mm256_or_si256(a, b); }

@@ -23,6 +23,7 @@ inline void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F fused(F a, F b, F c) { return fma(a, b, c); }
 
 inline U load_lanes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline U combine(U a, U b) { return _mm512_or_si512(a, b); }

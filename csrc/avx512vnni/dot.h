@@ -13,7 +13,13 @@ constexpr int kDirect2 = 4, kDirect4 = 4, kDirect8 = 2, kDirectChains = 2, kMany
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 
-// vpdpbusd adds four products of bytes to an int32 without an intermediate sum that could saturate.
+// vpdpbusd: adds four products of bytes to an int32, without an intermediate sum that could saturate. Not by its intrinsic,
+// for which GCC 12 copies every sum to another register and back, and runs out of registers.
+inline U multiply_add(U sum, U u, U x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(x));
+  return sum;
+}
+
 template <int BITS>
 struct Dot {
   static constexpr int kGroups = 8;
@@ -23,7 +29,7 @@ struct Dot {
   inline void add(U u, const int8_t* x) {
     int32_t lane;
     __builtin_memcpy(&lane, x, sizeof lane);
-    sum = _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(lane));
+    sum = multiply_add(sum, u, _mm512_set1_epi32(lane));
   }
   inline void flush() {}
   inline void merge(const Dot& other) { sum = _mm512_add_epi32(sum, other.sum); }

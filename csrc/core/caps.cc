@@ -17,7 +17,10 @@ extern "C" int32_t fewbit_caps(void) {
   // Every processor with AVX2 has F16C; the compiler's name for the check is not understood by older compilers.
   if (avx2) caps |= FEWBIT_AVX2;
   if (avx512) caps |= FEWBIT_AVX512;
-  if (avx512 && __builtin_cpu_supports("avx512vnni")) caps |= FEWBIT_AVX512VNNI;
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (vnni) caps |= FEWBIT_AVX512VNNI;
+  if (vnni && __builtin_cpu_supports("avx512vbmi")) caps |= FEWBIT_AVX512VBMI;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) caps |= FEWBIT_AVX512BF16;
   if (avx512 && __builtin_cpu_supports("avx512vpopcntdq")) caps |= FEWBIT_AVX512VPOPCNT;
 #elif defined(__aarch64__)
   caps |= FEWBIT_NEON;

@@ -37,7 +37,7 @@ const Kernel* find(int32_t family, int32_t isa) {
 
 // Weights are decoded by the float kernel of the same machine, whichever kernel multiplies them.
 int32_t decoder(int32_t isa) {
-  if (isa == FEWBIT_AVX512VNNI || isa == FEWBIT_AVX512VPOPCNT) return FEWBIT_AVX512;
+  if (isa & (FEWBIT_AVX512VNNI | FEWBIT_AVX512VBMI | FEWBIT_AVX512VPOPCNT | FEWBIT_AVX512BF16)) return FEWBIT_AVX512;
   return isa == FEWBIT_NEONDOT ? FEWBIT_NEON : isa;
 }
 

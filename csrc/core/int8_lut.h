@@ -50,7 +50,7 @@ struct LutBytes {
   ByteTable<BITS> table;
   float step;
 
-  explicit FEWBIT_INLINE LutBytes(const Int8Task& task) : table(*task.table, 16, 0), step(task.table->step) {}
+  explicit FEWBIT_INLINE LutBytes(const SegmentTask& task) : table(*task.table, 16, 0), step(task.table->step) {}
 
   FEWBIT_INLINE void split(U codes, U (&plane)[1]) const { plane[0] = table(codes); }
   FEWBIT_INLINE F value(const Sum (&dot)[1], float sum) const {
@@ -67,7 +67,7 @@ struct LutWords {
   ByteTable<BITS> low, high;
   float step;
 
-  explicit FEWBIT_INLINE LutWords(const Int8Task& task)
+  explicit FEWBIT_INLINE LutWords(const SegmentTask& task)
       : low(*task.table, 0, 0), high(*task.table, Words::kHighOrigin * 256, 8), step(task.table->step) {}
 
   FEWBIT_INLINE void split(U codes, U (&plane)[2]) const { Words::split(low(codes), high(codes), plane); }
@@ -77,7 +77,7 @@ struct LutWords {
 };
 
 template <template <int> class K>
-void int8_lut_run(const Int8Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+void int8_lut_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   switch (task.bits) {
     case 1: return int8_strips<K<1>>(task, tile_begin, tile_end, tokens);
     case 2: return int8_strips<K<2>>(task, tile_begin, tile_end, tokens);

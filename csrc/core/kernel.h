@@ -72,11 +72,11 @@ enum : int32_t { kByteLevel = 15, kLookedUp = 6 };  // kLookedUp: bits of a code
 // False where an entry of table, (2^bits), is NaN or infinity.
 bool fixed_point(const float* table, int32_t bits, FixedPoint* out);
 
-// Work of a kernel that multiplies integers: levels by activations rounded to int8. A segment is a run of whole chunks,
-// at most kSegment columns, in one block of the weight and one of the activations. Sums over a segment are exact: in
-// float32 for codes, because |code * activation| summed stays below 2^24; in int32 for levels of 16 bits, because
-// 32767 * 128 * 256 < 2^31.
-struct Int8Task {
+// Work of a kernel that sums segments up: levels times activations that were rounded to int8, or came as bfloat16. A
+// segment is a run of whole chunks, at most kSegment columns, in one block of the weight and one of the activations. Sums
+// of integers over a segment are exact: in float32 for codes, because |code * activation| summed stays below 2^24; in
+// int32 for levels of 16 bits, because 32767 * 128 * 256 < 2^31.
+struct SegmentTask {
   int32_t bits;
   int32_t scale_half, offset_half;
   int64_t rows, columns, chunks;
@@ -84,6 +84,8 @@ struct Int8Task {
   int64_t blocks, block_segments;     // blocks of the weight a row; segments a block
   int64_t x_blocks, x_block_segments; // likewise of the activations
   float zero;
+  float centre;            // what a code is lessened by before it is multiplied
+  bool shifted;            // whether there is an offset, or a zero that is not 0
   const uint8_t* codes;    // as in Task
   const void* scale;
   const void* offset;
@@ -98,16 +100,16 @@ struct Int8Task {
   int32_t y_dtype;
 };
 
-enum : int64_t { kSegment = 256, kRoundedTokens = 64 };  // columns a segment; tokens rounded at a time: at most
+enum : int64_t { kSegment = 256, kRoundedTokens = 128 };  // columns a segment; tokens rounded at a time: at most
 
 // Levels of one family times int8 activations on one instruction set.
-struct Int8Kernel {
+struct SegmentKernel {
   int64_t most;   // tokens computed together where there are many
   int64_t bytes;  // of a rounded activation
   // Rounds token `token` of x, or fills it with zeros where x has no such token.
-  void (*prepare)(const Int8Task& task, const fewbit_input& x, int64_t token);
+  void (*prepare)(const SegmentTask& task, const fewbit_input& x, int64_t token);
   // Computes y for tiles [tile_begin, tile_end) and tokens [0, tokens) of the prepared activations.
-  void (*run)(const Int8Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
+  void (*run)(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
 };
 
 // Work of a kernel that counts signs which differ: one scale a row of the weight, and one a token.
@@ -131,7 +133,7 @@ struct XnorTask {
 struct XnorKernel {
   int64_t most;   // tokens computed together where there are many
   int64_t words;  // that 32 columns of a token take
-  // As that of Int8Kernel.
+  // As that of SegmentKernel.
   void (*prepare)(const XnorTask& task, const fewbit_input& x, int64_t token);
   // Computes y for tiles [tile_begin, tile_end) and tokens [0, tokens) of the prepared activations.
   void (*run)(const XnorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
@@ -139,10 +141,14 @@ struct XnorKernel {
 
 extern const XnorKernel xnor_linear_serial, xnor_linear_avx2, xnor_linear_avx512vpopcnt, xnor_linear_neon;
 
-extern const Int8Kernel int8_linear_serial, int8_linear_avx2, int8_linear_avx512vnni, int8_linear_neon,
+// For codes of one bit and one token at a time.
+// For bfloat16 activations.
+extern const SegmentKernel bf16_linear_avx512bf16;
+extern const SegmentKernel planes_linear_avx512vbmi;
+extern const SegmentKernel int8_linear_serial, int8_linear_avx2, int8_linear_avx512vnni, int8_linear_neon,
     int8_linear_neondot;
 // [0] for tables whose levels are bytes, [1] for any other.
-extern const Int8Kernel int8_lut_linear_serial[2], int8_lut_linear_avx2[2], int8_lut_linear_avx512vnni[2],
+extern const SegmentKernel int8_lut_linear_serial[2], int8_lut_linear_avx2[2], int8_lut_linear_avx512vnni[2],
     int8_lut_linear_neon[2], int8_lut_linear_neondot[2];
 
 extern const Kernel affine_linear_serial, lut_linear_serial;

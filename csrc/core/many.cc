@@ -40,10 +40,11 @@ void* rows_of(const fewbit_output& output, int32_t dtype, int64_t token) {
 extern "C" int fewbit_linear_many(const fewbit_output* outputs, int32_t count, const fewbit_input* x, int64_t x_block,
                                   int32_t y_dtype, int32_t isa, int32_t threads) {
   using namespace fewbit;
-  if (!outputs || count < 1 || !x || x_block < FEWBIT_SIGNS || threads < 1 || !known(x->dtype) || !known(y_dtype) ||
+  if (!outputs || count < 1 || !x || x_block < FEWBIT_BFLOAT16S || threads < 1 || !known(x->dtype) || !known(y_dtype) ||
       x->tokens < 0 || x->step < 0 || (x->tokens > 0 && !x->data) || (x->tokens > 1 && x->stride < 0))
     return FEWBIT_BAD_ARGUMENT;
-  const Products& products = x_block == FEWBIT_SIGNS ? sign_products : x_block ? int8_products : float_products;
+  const Products& products = x_block == FEWBIT_SIGNS ? sign_products : x_block ? segment_products : float_products;
+  if (x_block == FEWBIT_BFLOAT16S && x->dtype != FEWBIT_BFLOAT16) return FEWBIT_BAD_ARGUMENT;
   for (int32_t i = 0; i < count; i++)
     if (!sensible(outputs[i], outputs[0].matrix, *x, x_block, products)) return FEWBIT_BAD_ARGUMENT;
   for (int32_t begin = 0, end; begin < count; begin = end) {

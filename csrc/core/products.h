@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What fewbit_linear_many asks of the drivers of float products, of integer ones, and of signs; and what these share.
+// What fewbit_linear_many asks of the drivers of float products, of those summed by segments (integers, bfloat16), and of
+// signs; and what these share.
 #pragma once
 
 #include <stdint.h>
@@ -18,7 +19,7 @@ struct Products {
              int32_t isa, int32_t threads);
 };
 
-extern const Products float_products, int8_products, sign_products;
+extern const Products float_products, segment_products, sign_products;
 
 // What any matrix must be.
 bool well_formed(const fewbit_matrix& matrix);

@@ -13,7 +13,7 @@
 namespace fewbit {
 namespace {
 
-constexpr int64_t kRoundedBytes = 256 * 1024;  // of rounded tokens: they stay in a second-level cache
+constexpr int64_t kRoundedBytes = 512 * 1024;  // of rounded tokens: they stay in a second-level cache
 
 template <class Task, class Kernel>
 struct RoundedCall {

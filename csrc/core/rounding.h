@@ -16,32 +16,25 @@
 namespace fewbit {
 namespace {
 
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 to integers
+// Adding kRound rounds |x| < 2^22 to an integer, by which the bits of the sum differ from those of kRound; where x is
+// larger, they differ by more. So both rounding and clamping are of integers.
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
+constexpr int32_t kRoundBits = 0x4b400000, kInfinityBits = 0x7f800000;
 
 // Scale of columns [first, first + count) of a token.
 inline float scale_of(const fewbit_input& source, int64_t token, int64_t first, int64_t count) {
-  constexpr int kChains = 16;
-  float largest[kChains] = {}, poison[kChains] = {}, buffer[kSegment];
-  const auto see = [&](int i, float x) {
-    const float magnitude = x < 0 ? -x : x;
-    largest[i] = largest[i] > magnitude ? largest[i] : magnitude;
-    poison[i] += x * 0.0f;
-  };
+  int32_t most = 0;  // bits of the largest magnitude, which are in the order of the magnitudes
+  float buffer[kSegment];
   for (int64_t begin = 0; begin < count; begin += kSegment) {
     const int64_t here = count - begin < kSegment ? count - begin : kSegment;
     const float* x = floats(source, token, first + begin, here, buffer);
-    int64_t k = 0;
-    for (; k + kChains <= here; k += kChains)
-      for (int i = 0; i < kChains; i++) see(i, x[k + i]);
-    for (; k < here; k++) see(0, x[k]);
+    for (int64_t k = 0; k < here; k++) {
+      const int32_t magnitude = static_cast<int32_t>(bits_of(x[k]) & 0x7fffffffu);
+      most = most > magnitude ? most : magnitude;
+    }
   }
-  float most = 0, sum = 0;
-  for (int i = 0; i < kChains; i++) {
-    most = most > largest[i] ? most : largest[i];
-    sum += poison[i];
-  }
-  if (sum != 0.0f) return sum;  // NaN
-  const float scale = 2 * most / 255;
+  if (most >= kInfinityBits) return float_of(0x7fc00000u);  // NaN
+  const float scale = 2 * float_of(static_cast<uint32_t>(most)) / 255;
   const float least = 5.9604644775390625e-08f, clamped = scale < least ? least : scale > 65504.0f ? 65504.0f : scale;
   return from_float16(to_float16(clamped));
 }
@@ -49,20 +42,20 @@ inline float scale_of(const fewbit_input& source, int64_t token, int64_t first, 
 // 32 activations; returns the sum of what they became.
 template <class X>
 inline int32_t round_chunk(const float* x, float scale, X* out) {
-  int32_t sum = 0;
+  int32_t q[32], sum = 0;
   for (int k = 0; k < 32; k++) {
-    float v = x[k] / scale + 128.0f;
-    v = v > 0.0f ? v : 0.0f;  // NaN becomes 0: the scale is NaN then
-    v = v < 255.0f ? v : 255.0f;
-    const int32_t q = static_cast<int32_t>((v + kRound) - kRound) - 128;
-    out[k] = static_cast<X>(q);
-    sum += q;
+    int32_t bits = static_cast<int32_t>(bits_of(x[k] / scale + 128.0f + kRound));
+    bits = bits > kRoundBits ? bits : kRoundBits;
+    bits = bits < kRoundBits + 255 ? bits : kRoundBits + 255;
+    q[k] = bits - kRoundBits - 128;
   }
+  for (int k = 0; k < 32; k++) sum += q[k];
+  for (int k = 0; k < 32; k++) out[k] = static_cast<X>(q[k]);
   return sum;
 }
 
 template <class X>
-void round_token(const Int8Task& task, const fewbit_input& x, int64_t token) {
+void round_token(const SegmentTask& task, const fewbit_input& x, int64_t token) {
   const int64_t apart = task.together * 32;
   X* out = static_cast<X*>(task.activations);
   out += (token / task.together * task.chunks * task.together + token % task.together) * 32;

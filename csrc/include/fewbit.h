@@ -37,13 +37,15 @@ enum {
   FEWBIT_AVX512VNNI = 8, /* the above and VNNI */
   FEWBIT_NEON = 16,
   FEWBIT_NEONDOT = 32,      /* NEON with the dot product of ARMv8.2 */
-  FEWBIT_AVX512VPOPCNT = 64 /* that of FEWBIT_AVX512, and VPOPCNTDQ */
+  FEWBIT_AVX512VPOPCNT = 64, /* that of FEWBIT_AVX512, and VPOPCNTDQ */
+  FEWBIT_AVX512VBMI = 128,   /* that of FEWBIT_AVX512VNNI, and VBMI */
+  FEWBIT_AVX512BF16 = 256    /* that of FEWBIT_AVX512, and BF16 */
 };
 
 /* Families, types of activations and results, status codes. */
 enum { FEWBIT_AFFINE = 0, FEWBIT_LUT = 1 };
 enum { FEWBIT_FLOAT32 = 0, FEWBIT_BFLOAT16 = 1, FEWBIT_FLOAT16 = 2 };
-enum { FEWBIT_SIGNS = -1 }; /* an x_block: activations become signs */
+enum { FEWBIT_SIGNS = -1, FEWBIT_BFLOAT16S = -2 }; /* an x_block: activations become signs, or are bfloat16 */
 enum { FEWBIT_OK = 0, FEWBIT_BAD_ARGUMENT = 1, FEWBIT_NO_KERNEL = 2, FEWBIT_NO_MEMORY = 3 };
 
 /* One matrix in tile16. Pointers need no alignment beyond that of their element type. */
@@ -106,7 +108,7 @@ int fewbit_decode(const fewbit_matrix* matrix, int64_t tile_begin, int64_t tile_
  * otherwise with entries rounded to 16 bits, wrong by at most 2^-15 of the largest entry (and 2^-149). 32767 * 128 * 256
  * < 2^30 excludes overflow, as it would up to 512 columns; that sum is rounded to float32 once. Entries must be finite.
  * The result is the same on every ISA, at any number of threads and tokens. Error against the rounded x and table: at
- * most about (segments + 6) * 2^-24 times the magnitude as above, with ceil(columns / 32) or fewer segments. A block
+ * most about (2 segments + 6) * 2^-24 times the magnitude as above, with ceil(columns / 32) or fewer segments. A block
  * that holds NaN or infinity makes its token's results NaN. */
 int fewbit_linear_int8(const fewbit_matrix* matrix, int64_t x_block, const float* x, int64_t x_stride, int64_t tokens,
                        const float* bias, float* y, int64_t y_stride, int32_t isa, int32_t threads);
@@ -145,7 +147,13 @@ typedef struct {
  * their row tiles are handed out together.
  *
  * x is widened to float32 as it is read, exactly; results are rounded to y_dtype as they are written, to nearest, ties
- * to even, past the largest float16 to infinity: as if x and y were converted before and after, without the copies. */
+ * to even, past the largest float16 to infinity: as if x and y were converted before and after, without the copies.
+ *
+ * FEWBIT_BFLOAT16S is for x of FEWBIT_BFLOAT16 and FEWBIT_AFFINE, on FEWBIT_AVX512BF16: codes less the zero (where these
+ * have 8 significant bits, else codes) times activations are exact products, of which two columns at a time are added in
+ * float32 within at most 256 columns, then scaled. Blocks must be multiples of 32, or whole rows. It is meant for many
+ * tokens; the result does not depend on their number, nor on the threads. Error: as that of fewbit_linear. Numbers below
+ * 2^-126 count as 0. */
 int fewbit_linear_many(const fewbit_output* outputs, int32_t count, const fewbit_input* x, int64_t x_block,
                        int32_t y_dtype, int32_t isa, int32_t threads);
 
@@ -163,6 +171,10 @@ typedef struct {
 /* Windows [begin, end), counted across, then down, then by image, as rows for fewbit_linear:
  * out: (end - begin, channels, kernel_h, kernel_w) elements, contiguous. A copy: bits are kept. */
 int fewbit_unfold(const fewbit_windows* windows, const void* x, int64_t begin, int64_t end, void* out, int32_t threads);
+
+/* Asks the system to hold [data, data + bytes), which should not have been written yet, in large pages: what is read from
+ * end to end is read faster. Nothing else changes, and nothing happens where the system knows no such thing. */
+void fewbit_large_pages(void* data, int64_t bytes);
 
 /* Reads `bytes` of memory once and returns the exclusive or of its whole 128-byte groups, folded to 64 bits: a read
  * stream, to measure the machine's bandwidth beside a kernel. */

@@ -6,7 +6,7 @@
 
 namespace fewbit {
 
-const Int8Kernel int8_lut_linear_neon[2] = {
+const SegmentKernel int8_lut_linear_neon[2] = {
     {kManyTokens, 1, round_token<int8_t>, int8_lut_run<LutBytes>},
     {kManyTokens, sizeof(Words::X), round_token<Words::X>, int8_lut_run<LutWords>}};
 

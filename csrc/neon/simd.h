@@ -23,6 +23,7 @@ inline void store(float* p, F x) { vst1q_f32(p, x); }
 inline F add(F a, F b) { return vaddq_f32(a, b); }
 inline F multiply(F a, F b) { return vmulq_f32(a, b); }
 inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+inline F fused(F a, F b, F c) { return fma(a, b, c); }
 
 inline U load_lanes(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
 inline U combine(U a, U b) { return vorrq_u32(a, b); }

@@ -27,6 +27,11 @@ inline void store(float* p, F x) { memcpy(p, &x, sizeof x); }
 inline F add(F a, F b) { return a + b; }
 inline F multiply(F a, F b) { return a * b; }
 inline F fma(F a, F b, F c) { return a * b + c; }
+// Rounded once, as other instruction sets do it: where a result must have the same bits everywhere.
+inline F fused(F a, F b, F c) {
+  for (int i = 0; i < kLanes; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
 
 inline U load_lanes(const uint8_t* p) { U r; memcpy(&r, p, sizeof r); return r; }
 inline U combine(U a, U b) { return a | b; }

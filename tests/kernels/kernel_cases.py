@@ -19,7 +19,9 @@ XNOR_ROWS = [row.name for row in HERE if row.family == "xnor"]
 """Those that take signs alone."""
 TABLED_ROWS = [name for name in ROWS if "lut_" in name]
 """Those whose codes index a table."""
-FLOAT_ROWS = [name for name in ROWS if not name.startswith("int8")]
+INTEGERS = ("int8", "planes")
+"""How the names of rows begin that round activations to int8."""
+FLOAT_ROWS = [name for name in ROWS if not name.startswith(INTEGERS)]
 """Those that leave activations alone."""
 
 
@@ -28,15 +30,17 @@ def activation(kernel: str, block: str = "channel") -> Format | None:
     signs, else None."""
     if kernel.startswith("xnor"):
         return formats.parse("sign/channel")
-    return formats.parse(f"int8/{block}/sym") if kernel.startswith("int8") else None
+    return formats.parse(f"int8/{block}/sym") if kernel.startswith(INTEGERS) else None
 
 
 def raw_matrix(
     kernel: str, bits: int, block: int, shape: tuple[int, int], generator: torch.Generator, scale: float | None = None
 ) -> QTensor:
-    """Random codes of the family that ``kernel`` runs; scale and offset random, or all ``scale`` and no offset."""
+    """Random codes of the family that ``kernel`` runs, of one bit where it runs no others; scale and offset random, or
+    all ``scale`` and no offset."""
     if kernel.startswith("xnor"):
         return signs(shape, generator)
+    bits = 1 if kernel.startswith("planes") else bits
     levels = torch.randn(2**bits, generator=generator).tolist() if kernel in TABLED_ROWS else []
     format = Raw(bits, block, tuple(levels))
     blocks = (shape[0], -(-shape[1] // (block or shape[1])), 1)

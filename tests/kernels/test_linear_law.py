@@ -43,6 +43,10 @@ def check(
 @pytest.mark.parametrize("kernel", ROWS)
 def test_sizes_blocks_and_batches(kernel: str, bits: int) -> None:
     generator = torch.Generator().manual_seed(bits)
+    if kernel.startswith("planes") and bits > 1:
+        with pytest.raises(UnsupportedError, match="1 bit"):
+            kernels.prepare(raw_matrix("int8", bits, 32, (33, 97), generator), kernel, activation(kernel))
+        return
     for rows in SIZES:
         for columns in SIZES:
             for block in (0, 16, 32, 64):
@@ -104,6 +108,7 @@ def test_every_format_by_integers_or_with_a_reason(spelling: str, inputs: str) -
     found = kernels.table.family(format)
     integers = [row for row in kernels.KERNELS if row.integers and row.isa in kernels.native.isas()]
     takes = {"int8": found == "affine", "int8_lut": found == "lut" and format.bits <= LOOKED_UP}
+    takes["planes"] = takes["int8"] and format.bits == 1
     for row in integers:
         fits = takes[str(row.family)] and format.block % 32 == 0
         assert (row.refuse(format, matrix.shape, rounding) is None) == fits

@@ -11,11 +11,15 @@ import torch
 
 from fewbit.errors import UnsupportedError
 
-Isa = Literal["avx512vpopcnt", "avx512vnni", "avx512", "avx2", "neondot", "neon", "serial"]
+Isa = Literal[
+    "avx512vpopcnt", "avx512vbmi", "avx512vnni", "avx512bf16", "avx512", "avx2", "neondot", "neon", "serial"
+]
 
 FLAGS: dict[Isa, int] = {
     "avx512vpopcnt": 64,
+    "avx512vbmi": 128,
     "avx512vnni": 8,
+    "avx512bf16": 256,
     "avx512": 4,
     "avx2": 2,
     "neondot": 32,
@@ -28,6 +32,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of activations and results."""
 SIGNS = -1
 """``x_block`` of ``linear_many`` where activations are rounded to signs."""
+BFLOAT16S = -2
+"""``x_block`` of ``linear_many`` where activations are bfloat16 and multiplied as such."""
 
 Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int]
 """(rows, columns, block, bits, family, scale is half, offset is half, zero, codes, scale, offset, table)."""
@@ -54,6 +60,7 @@ class Core(Protocol):
         self, matrix: Matrix, tile_begin: int, tile_end: int, out: int, stride: int, isa: int, threads: int
     ) -> None: ...
     def unfold(self, windows: Windows, x: int, begin: int, end: int, out: int, threads: int) -> None: ...
+    def large_pages(self, data: int, nbytes: int) -> None: ...
     def read_stream(self, data: int, nbytes: int, threads: int) -> int: ...
     def linear_many(
         self, outputs: tuple[Output, ...], x: Input, x_block: int, y_dtype: int, isa: int, threads: int

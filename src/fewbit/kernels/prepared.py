@@ -19,10 +19,12 @@ from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.kernels import native, reference
 from fewbit.kernels.table import Kernel
-from fewbit.kernels.tile16 import ROWS, TILE16
+from fewbit.kernels.tile16 import COLUMNS, ROWS, TILE16
 
 DECODED = 48
 """Tokens from which on float products go through decoded weights: each is decoded once, and torch multiplies."""
+BFLOAT16S = 8
+"""Tokens from which on bfloat16 activations are multiplied as such, where the processor does that natively."""
 STRIP = 1 << 19
 """Weights decoded at a time: 2 MiB of float32."""
 
@@ -196,7 +198,12 @@ class NativePrepared(Prepared):
             self._table = torch.zeros(2**format.bits)
             self._table[: physical.table.numel()] = physical.table
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
-        self.company = (self._isa, self._x_block, activation)
+        self._bfloat16s = (
+            kernel.name == "affine_linear_avx512"
+            and "avx512bf16" in native.isas()
+            and (self._block % COLUMNS == 0 or self._block == self.shape[1])
+        )
+        self.company = (self._isa, self._x_block, activation, self._bfloat16s)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without addresses: a copy's arrays lie elsewhere."""
@@ -261,7 +268,10 @@ def _run_native(x: Tensor, pairs: Sequence[tuple[Any, Tensor | None]]) -> list[T
     if first.activation is not None and not first._x_block:
         x = reference.round_activations(x.float(), first.activation)
     ys: list[Tensor] = []
-    if x.numel() >= DECODED * columns and not first._x_block:
+    x_block, isa, tokens = first._x_block, first._isa, x.numel() // columns
+    if first._bfloat16s and x.dtype == torch.bfloat16 and tokens >= BFLOAT16S:
+        x_block, isa = native.BFLOAT16S, native.FLAGS["avx512bf16"]
+    if tokens >= DECODED and not x_block:
         x = x.float().contiguous().reshape(-1, columns)  # torch's sums depend on strides
         for matrix, bias in pairs:
             ys.append(matrix.long(x, bias).to(dtype).reshape(*leading, matrix.shape[0]))
@@ -278,10 +288,8 @@ def _run_native(x: Tensor, pairs: Sequence[tuple[Any, Tensor | None]]) -> list[T
         y = torch.empty(*leading, rows, dtype=dtype)
         ys.append(y)
         outputs.append((matrix._matrix, 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows))
-    given = (x.data_ptr(), x.numel() // columns, stride, step, native.DTYPES[x.dtype])
-    native.core().linear_many(
-        tuple(outputs), given, first._x_block, native.DTYPES[dtype], first._isa, torch.get_num_threads()
-    )
+    given = (x.data_ptr(), tokens, stride, step, native.DTYPES[x.dtype])
+    native.core().linear_many(tuple(outputs), given, x_block, native.DTYPES[dtype], isa, torch.get_num_threads())
     return ys
 
 

@@ -29,12 +29,12 @@ class Kernel:
     """One row: ``y = x W^T + bias`` for weights of one family, on one instruction set, from one layout.
 
     The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "int8" multiplies affine codes by
-    activations rounded to int8, in integers, and "int8_lut" the levels of a table; "xnor" counts where signs of the
-    weight and of the activations differ; the others multiply float activations. ``family`` and ``isa`` are None for the
-    reference, which takes everything.
+    activations rounded to int8, in integers, and "int8_lut" the levels of a table; "planes" looks up the sums of such
+    activations that codes of one bit choose; "xnor" counts where signs of the weight and of the activations differ;
+    the others multiply float activations. ``family`` and ``isa`` are None for the reference, which takes everything.
     """
 
-    family: Literal["affine", "lut", "int8", "int8_lut", "xnor"] | None
+    family: Literal["affine", "lut", "int8", "int8_lut", "planes", "xnor"] | None
     isa: Isa | None
     layout: str
 
@@ -45,12 +45,14 @@ class Kernel:
     @property
     def integers(self) -> bool:
         """Whether activations are rounded to int8 by the kernel itself."""
-        return self.family in ("int8", "int8_lut")
+        return self.family in ("int8", "int8_lut", "planes")
 
     @property
     def weights(self) -> str | None:
         """The family of weights that it runs: "affine" or "lut"."""
-        return {"int8": "affine", "int8_lut": "lut", "xnor": "affine"}.get(str(self.family), self.family)
+        if self.family in ("int8", "planes", "xnor"):
+            return "affine"
+        return "lut" if self.family == "int8_lut" else self.family
 
     def refuse(self, format: Format, shape: Shape, activation: Format | None = None) -> str | None:
         """None, or the reason why this row cannot run ``format`` of this ``shape`` (rows, columns) on this machine.
@@ -74,6 +76,8 @@ class Kernel:
             return f"runs the {self.weights} family; {format.name} is {found}"
         if self.family == "int8_lut" and format.bits > LOOKED_UP:
             return f"looks up at most {LOOKED_UP} bits a code; {format.name} has {format.bits}"
+        if self.family == "planes" and format.bits != 1:
+            return f"looks up sums for codes of 1 bit; {format.name} has {format.bits}"
         return _refuse_integers(format, shape, activation) if self.integers else None
 
 
@@ -107,6 +111,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("xnor", "avx2", "tile16"),
     Kernel("xnor", "neon", "tile16"),
     Kernel("xnor", "serial", "tile16"),
+    Kernel("planes", "avx512vbmi", "tile16"),
     Kernel("int8", "avx512vnni", "tile16"),
     Kernel("int8", "avx2", "tile16"),
     Kernel("int8", "neondot", "tile16"),

@@ -93,6 +93,7 @@ def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[
         return pack_codes(codes, format.bits), stored
     codes = codes.contiguous()
     packed = torch.empty(size(shape, format.bits), dtype=torch.uint8)
+    native.core().large_pages(packed.data_ptr(), packed.numel())
     native.core().tile16_pack(codes.data_ptr(), shape[1], *shape, format.bits, packed.data_ptr())
     return packed, stored
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of levels and activations rounded to int8.
+// Products of levels and activations that were rounded to int8, or came as bfloat16.
 #include <string.h>
 
 #include "core/rounded.h"
@@ -11,14 +11,27 @@ constexpr int64_t kSmall = 1 << 18;  // multiply-adds below which a second threa
 
 int64_t divisor(int64_t a, int64_t b) { return b ? divisor(b, a % b) : a; }
 
+// Whether sums of activations can be looked up instead of adding products up: codes of one bit.
+bool looks_up(const fewbit_matrix& w) { return w.bits == 1 && !w.table; }
+
+const SegmentKernel* find_bfloat16(int32_t isa) {
+#if defined(__x86_64__)
+  if (fewbit_caps() & isa & FEWBIT_AVX512BF16) return &bf16_linear_avx512bf16;
+#endif
+  return nullptr;
+}
+
 // `table`: that of FEWBIT_LUT, else null.
-const Int8Kernel* find(const FixedPoint* table, int32_t isa) {
+const SegmentKernel* find(const fewbit_matrix& w, const FixedPoint* table, int64_t tokens, int32_t isa) {
   if (!(fewbit_caps() & isa)) return nullptr;
   const int words = table && !table->bytes;
   switch (isa) {
     case FEWBIT_SERIAL: return table ? &int8_lut_linear_serial[words] : &int8_linear_serial;
 #if defined(__x86_64__)
     case FEWBIT_AVX2: return table ? &int8_lut_linear_avx2[words] : &int8_linear_avx2;
+    case FEWBIT_AVX512VBMI:
+      if (looks_up(w) && tokens == 1) return &planes_linear_avx512vbmi;
+      [[fallthrough]];
     case FEWBIT_AVX512VNNI: return table ? &int8_lut_linear_avx512vnni[words] : &int8_linear_avx512vnni;
 #elif defined(__aarch64__)
     case FEWBIT_NEON: return table ? &int8_lut_linear_neon[words] : &int8_linear_neon;
@@ -28,8 +41,20 @@ const Int8Kernel* find(const FixedPoint* table, int32_t isa) {
   }
 }
 
+// Columns that share a scale of the activations, `x_block` being an argument of fewbit_linear_many.
+int64_t columns_of(int64_t x_block, int64_t columns) { return x_block == FEWBIT_BFLOAT16S ? columns : x_block; }
+
+// Whether every code less the zero has at most 8 significant bits.
+bool centred(const fewbit_matrix& w) {
+  if (!(w.zero >= 0 && w.zero <= 256)) return false;
+  const auto whole = [](float x) { return x == static_cast<float>(static_cast<int32_t>(x)); };
+  const float top = static_cast<float>((1 << w.bits) - 1) - w.zero, most = top > w.zero ? top : w.zero;
+  return whole(w.zero) ? most <= 256 : whole(2 * w.zero) && 2 * most <= 256;
+}
+
 // Columns a segment: the longest that stays within a block of either side; 0 where blocks are not whole chunks.
 int64_t segment(int64_t columns, int64_t block, int64_t x_block) {
+  x_block = columns_of(x_block, columns);
   int64_t common = 0;  // of the blocks that are no whole row; those that are end where the row does
   if (block < columns) common = divisor(block, common);
   if (x_block < columns) common = divisor(x_block, common);
@@ -41,45 +66,49 @@ int64_t segment(int64_t columns, int64_t block, int64_t x_block) {
 }
 
 bool sensible(const fewbit_matrix& w, int64_t x_block) {
-  const bool lut = w.family == FEWBIT_LUT && w.bits <= kLookedUp && w.table && w.zero == 0.0f;
+  const bool lut = w.family == FEWBIT_LUT && x_block != FEWBIT_BFLOAT16S && w.bits <= kLookedUp && w.table && w.zero == 0.0f;
   return (lut || (w.family == FEWBIT_AFFINE && !w.table)) && segment(w.columns, w.block, x_block) > 0;
 }
 
 bool shared(const fewbit_matrix& a, const fewbit_matrix& b, int64_t x_block) {
-  if (a.family != b.family) return false;
+  if (a.family != b.family || looks_up(a) != looks_up(b)) return false;
   if (a.table && (a.bits != b.bits || memcmp(a.table, b.table, sizeof(float) << a.bits))) return false;
   return segment(a.columns, a.block, x_block) == segment(b.columns, b.block, x_block);
 }
 
-Int8Task task_of(const fewbit_matrix& w, int64_t x_block) {
-  Int8Task task{};
+SegmentTask task_of(const fewbit_matrix& w, int64_t x_block) {
+  SegmentTask task{};
   const int64_t columns = segment(w.columns, w.block, x_block);
+  const bool centre = x_block == FEWBIT_BFLOAT16S && centred(w);
+  x_block = columns_of(x_block, w.columns);
   task.bits = w.bits, task.scale_half = w.scale_half, task.offset_half = w.offset_half;
   task.rows = w.rows, task.columns = w.columns, task.chunks = ceil_div(w.columns, 32);
   task.segments = ceil_div(w.columns, columns), task.segment_chunks = columns / 32;
   task.blocks = ceil_div(w.columns, w.block), task.x_blocks = ceil_div(w.columns, x_block);
   task.block_segments = w.block < w.columns ? w.block / columns : task.segments;
   task.x_block_segments = x_block < w.columns ? x_block / columns : task.segments;
-  task.zero = w.zero, task.codes = w.codes, task.scale = w.scale, task.offset = w.offset;
+  task.zero = centre ? 0 : w.zero, task.centre = centre ? w.zero : 0;
+  task.shifted = w.offset || task.zero != 0.0f, task.codes = w.codes, task.scale = w.scale, task.offset = w.offset;
   return task;
 }
 
 int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int64_t x_block, int32_t y_dtype,
         int32_t isa, int32_t threads) {
-  RoundedCall<Int8Task, Int8Kernel> call{};
+  RoundedCall<SegmentTask, SegmentKernel> call{};
   FixedPoint levels;  // of all matrices
   const float* table = outputs[0].matrix->table;
   if (table && !fixed_point(table, outputs[0].matrix->bits, &levels)) return FEWBIT_BAD_ARGUMENT;
-  call.kernel = find(table ? &levels : nullptr, isa);
+  const bool bfloat16s = x_block == FEWBIT_BFLOAT16S;
+  call.kernel = bfloat16s ? find_bfloat16(isa) : find(*outputs[0].matrix, table ? &levels : nullptr, x.tokens, isa);
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   for (int32_t i = 0; i < count; i++) {
-    Int8Task& task = call.task[i] = task_of(*outputs[i].matrix, x_block);
+    SegmentTask& task = call.task[i] = task_of(*outputs[i].matrix, x_block);
     task.table = table ? &levels : nullptr;
-    task.together = x.tokens <= 2 ? x.tokens : x.tokens <= 4 ? 4 : call.kernel->most;
+    task.together = bfloat16s || x.tokens > 4 ? call.kernel->most : x.tokens <= 2 ? x.tokens : 4;
   }
-  const Int8Task& first = call.task[0];
+  const SegmentTask& first = call.task[0];
   const int64_t bytes = first.chunks * 32 * call.kernel->bytes, floats = first.segments + first.x_blocks;
-  const auto place = [&](Int8Task& task, char* scratch, int64_t tokens) {
+  const auto place = [&](SegmentTask& task, char* scratch, int64_t tokens) {
     task.activations = scratch;
     task.sums = reinterpret_cast<float*>(scratch + tokens * bytes);
     task.x_scale = task.sums + tokens * task.segments;
@@ -89,6 +118,6 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
 
 }  // namespace
 
-const Products int8_products = {sensible, shared, run};
+const Products segment_products = {sensible, shared, run};
 
 }  // namespace fewbit

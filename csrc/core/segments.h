@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products that are summed segment by segment, of levels and of what activations were made into. Included after an ISA's
+// simd.h. What codes stand for is said by an operand K, of which a strip makes one:
+//
+//   kBits, kPlanes     bits of a code; vectors that it is multiplied as
+//   X                  what it takes activations as
+//   Sum                the sums of one plane:
+//     kGroups          groups of four columns after which `flush` must be called
+//     add(u, x)        u: a plane of four columns; x: four activations
+//     flush()
+//   K(task)            what is loaded once, e.g. a table in registers
+//   split(codes, out)  the planes of four codes a lane
+//   value(sums, sum)   the dot product of levels and activations, of which `sum` is the sum of the activations
+#pragma once
+
+#include <string.h>
+
+#include "core/linear.h"
+
+namespace fewbit {
+namespace {
+
+constexpr int64_t kShortRun = 24 * 1024;  // bytes of a tile
+
+// The vectors of a chunk that hold its columns 4g .. 4g+3, one for each part of a code. Going through g in order, each
+// is loaded once and stays in a register.
+template <int BITS>
+struct Held {
+  U part[part_count(BITS)];
+
+  FEWBIT_INLINE void advance(const uint8_t* codes, int g) {
+    for (int p = 0; p < part_count(BITS); p++) {
+      const int width = part_width(BITS, p);
+      if (g * width % 8) continue;
+      part[p] = load_lanes(codes + (part_base(BITS, p) + g * width / 8) * 64);
+      keep(part[p]);
+    }
+  }
+
+  // Codes of columns 4g .. 4g+3, one a byte.
+  FEWBIT_INLINE U quad(int g) const {
+    if constexpr (BITS == 8) {
+      return part[0];
+    } else {
+      U code = field(0, g);
+      for (int p = 1; p < part_count(BITS); p++) code = combine(code, field(p, g));
+      return code;
+    }
+  }
+
+  // What part p contributes: shifted to where it belongs in the code, anything else masked off.
+  FEWBIT_INLINE U field(int p, int g) const {
+    const int width = part_width(BITS, p), base = part_base(BITS, p), at = g * width % 8;
+    const U moved = at > base ? shift_right(part[p], at - base) : at < base ? shift_left(part[p], base - at) : part[p];
+    return mask(moved, 0x01010101u * (((1u << width) - 1) << base));
+  }
+};
+
+// Tokens from `token`, computed together, of which `tokens` exist.
+struct SegmentStrip {
+  int64_t group, groups, token, tokens;
+
+  FEWBIT_INLINE int64_t at(int64_t t) const { return group + (t < groups ? t : groups - 1); }
+  template <class X>
+  FEWBIT_INLINE const X* activations(const SegmentTask& task) const {
+    return static_cast<const X*>(task.activations) + token * task.chunks * 32;
+  }
+};
+
+// How far ahead of a strip of `groups` row groups beside one another the next one lies, where that is worth fetching
+// early; else 0. Processors fetch a long run of memory by themselves, but learn of a short one when it is half over.
+FEWBIT_INLINE int64_t next_strip(const SegmentTask& task, int64_t groups) {
+  const int64_t bytes = task.chunks * task.bits * 64;
+  return bytes <= kShortRun ? groups / kGroupsPerTile * bytes : 0;
+}
+
+// `bits` lines of memory, into the second-level cache.
+template <int bits>
+FEWBIT_INLINE void prefetch(const uint8_t* codes) {
+  for (int i = 0; i < bits; i++) __builtin_prefetch(codes + i * 64, 0, 2);
+}
+
+// Where segment s finds its parameters: of the weight, within a row group, and of a token's activations.
+struct Segment {
+  int64_t index, weight, activation;
+
+  FEWBIT_INLINE Segment(const SegmentTask& task, int64_t s)
+      : index(s), weight(s / task.block_segments * 16), activation(s / task.x_block_segments) {}
+};
+
+// What a row group's levels are multiplied by in one segment, and what is added to them: offset - scale * zero.
+struct Line {
+  F scale, shift;
+
+  FEWBIT_INLINE Line() = default;
+  FEWBIT_INLINE Line(const SegmentTask& task, int64_t at) : scale(parameter(task.scale, task.scale_half, at)) {
+    const F zero = broadcast(-task.zero);
+    shift = task.offset ? fused(scale, zero, parameter(task.offset, task.offset_half, at)) : multiply(scale, zero);
+  }
+};
+
+// total += scale * (dot of levels) + shift * sum, for a segment of one token; times x_scale, where a token has several.
+enum Settling { kPlain, kShifted, kScaled };
+
+FEWBIT_INLINE Settling settling(const SegmentTask& task) {
+  return task.x_blocks > 1 ? kScaled : task.shifted ? kShifted : kPlain;
+}
+
+template <Settling how, class K>
+FEWBIT_INLINE F settle(const SegmentTask& task, const K& kernel, const Segment& s,
+                       const typename K::Sum (&dot)[K::kPlanes], const Line& line, int64_t token, F total) {
+  const float sum = task.sums[token * task.segments + s.index];
+  const F value = kernel.value(dot, sum);
+  if constexpr (how == kScaled) {
+    const F here = fused(line.shift, broadcast(sum), multiply(line.scale, value));
+    return fused(here, broadcast(task.x_scale[token * task.x_blocks + s.activation]), total);
+  }
+  total = fused(line.scale, value, total);
+  return how == kShifted ? fused(line.shift, broadcast(sum), total) : total;
+}
+
+template <class K>
+FEWBIT_INLINE F settle(const SegmentTask& task, const K& kernel, const Segment& s,
+                       const typename K::Sum (&dot)[K::kPlanes], const Line& line, int64_t token, F total) {
+  switch (settling(task)) {
+    case kPlain: return settle<kPlain>(task, kernel, s, dot, line, token, total);
+    case kShifted: return settle<kShifted>(task, kernel, s, dot, line, token, total);
+    default: return settle<kScaled>(task, kernel, s, dot, line, token, total);
+  }
+}
+
+// A row group of one token, whose segments have been settled.
+FEWBIT_INLINE void finish(const SegmentTask& task, int64_t row, int64_t token, F total) {
+  if (task.x_blocks == 1) total = multiply(total, broadcast(task.x_scale[token]));
+  put(task, row, token, total);
+}
+
+// One plane of one segment of T row groups, a byte a code: (groups of four columns, T, lanes of 4 bytes).
+template <int T>
+struct alignas(64) Decoded {
+  uint8_t bytes[kSegment / 4][T][kLanes * 4];
+};
+
+template <class K, int T>
+FEWBIT_INLINE void decode_segment(const SegmentTask& task, const K& kernel, const SegmentStrip& strip, int64_t first,
+                                  int64_t chunks, Decoded<T> (&out)[K::kPlanes]) {
+  for (int t = 0; t < T; t++) {
+    const uint8_t* codes = Group(task, strip.at(t)).codes + first * K::kBits * 64;
+    const int64_t ahead = task.segment_chunks * K::kBits * 64;
+    Held<K::kBits> held;
+    for (int64_t c = 0; c < chunks; c++, codes += K::kBits * 64) {
+      // The next segment, which is decoded when this one has been multiplied by all tokens.
+      prefetch<K::kBits>(codes + ahead);
+#pragma GCC unroll 8
+      for (int g = 0; g < 8; g++) {
+        U plane[K::kPlanes];
+        held.advance(codes, g);
+        kernel.split(held.quad(g), plane);
+        for (int p = 0; p < K::kPlanes; p++) store_lanes(out[p].bytes[c * 8 + g][t], plane[p]);
+      }
+    }
+  }
+}
+
+// Unrolled: sums that are indexed by what a compiler does not know lie in memory.
+template <Settling how, class K, int T, int M>
+FEWBIT_INLINE void settle_all(const SegmentTask& task, const K& kernel, const Segment& segment,
+                              const typename K::Sum (&dot)[T][M][K::kPlanes], int64_t token, const Line (&line)[T],
+                              float (*totals)[T][kLanes]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) {
+      float* total = totals[m][t];
+      store(total, settle<how>(task, kernel, segment, dot[t][m], line[t], token + m, load(total)));
+    }
+}
+
+// Adds T row groups x M tokens of a decoded segment to their totals. A call of its own: what surrounds it would keep
+// registers that its sums need.
+template <class K, int T, int M>
+__attribute__((noinline)) void add_segment(const SegmentTask& task, const K& kernel, const Segment& segment,
+                                           const Decoded<T> (&decoded)[K::kPlanes], int64_t chunks, int64_t token,
+                                           const Line (&line)[T], float (*totals)[T][kLanes]) {
+  constexpr int P = K::kPlanes;
+  using Sum = typename K::Sum;
+  Sum dot[T][M][P];
+  const auto* x = static_cast<const typename K::X*>(task.activations);
+  x += (token * task.chunks + segment.index * task.segment_chunks * M) * 32;
+  for (int64_t c = 0; c < chunks; c++, x += M * 32) {
+    for (int begin = 0; begin < 8; begin += Sum::kGroups) {
+      // Not unrolled: GCC would add the products up in an order that keeps all of them alive at once.
+#pragma GCC unroll 1
+      for (int g = begin; g < begin + Sum::kGroups; g++) {
+        U u[T][P];
+        for (int t = 0; t < T; t++)
+          for (int p = 0; p < P; p++) u[t][p] = load_lanes(decoded[p].bytes[c * 8 + g][t]);
+        for (int m = 0; m < M; m++)
+          for (int t = 0; t < T; t++)
+            for (int p = 0; p < P; p++) dot[t][m][p].add(u[t][p], x + m * 32 + g * 4);
+      }
+      for (int t = 0; t < T; t++)
+        for (int m = 0; m < M; m++)
+          for (int p = 0; p < P; p++) dot[t][m][p].flush();
+    }
+  }
+  switch (settling(task)) {
+    case kPlain: return settle_all<kPlain>(task, kernel, segment, dot, token, line, totals);
+    case kShifted: return settle_all<kShifted>(task, kernel, segment, dot, token, line, totals);
+    case kScaled: return settle_all<kScaled>(task, kernel, segment, dot, token, line, totals);
+  }
+}
+
+// T row groups x all tokens, M at a time: each segment is decoded once and serves every token.
+template <class K, int T, int M>
+void decoded_once(const SegmentTask& task, int64_t group, int64_t groups, int64_t tokens) {
+  const K kernel(task);
+  const SegmentStrip rows = {group, groups, 0, tokens};
+  const int64_t padded = (tokens + M - 1) / M * M;
+  float totals[kRoundedTokens][T][kLanes];
+  Decoded<T> decoded[K::kPlanes];
+  for (int64_t m = 0; m < padded; m++)
+    for (int t = 0; t < T; t++) store(totals[m][t], broadcast(0.0f));
+  for (int64_t s = 0; s < task.segments; s++) {
+    const int64_t first = s * task.segment_chunks, left = task.chunks - first;
+    const int64_t chunks = left < task.segment_chunks ? left : task.segment_chunks;
+    decode_segment<K, T>(task, kernel, rows, first, chunks, decoded);
+    const Segment segment(task, s);
+    Line line[T];
+    for (int t = 0; t < T; t++) line[t] = Line(task, Group(task, rows.at(t)).parameters + segment.weight);
+    for (int64_t token = 0; token < padded; token += M)
+      add_segment<K, T, M>(task, kernel, segment, decoded, chunks, token, line, totals + token);
+  }
+  for (int64_t m = 0; m < tokens; m++)
+    for (int t = 0; t < T && t < groups; t++) finish(task, Group(task, group + t).row, m, load(totals[m][t]));
+}
+
+// Row groups [begin, end) by as many as share the registers of `groups` whose codes are one plane.
+template <class K, int groups, int M>
+void strips_decoded(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens) {
+  constexpr int T = groups > K::kPlanes ? groups / K::kPlanes : 1;
+  for (; begin < end; begin += T) decoded_once<K, T, M>(task, begin, end - begin, tokens);
+}
+
+}  // namespace
+}  // namespace fewbit
