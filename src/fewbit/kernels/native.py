@@ -38,6 +38,9 @@ Output = tuple[Matrix, int, int, int]
 Input = tuple[int, int, int, int, int]
 """(activations, tokens, elements between tokens, elements between columns, dtype)."""
 
+SparseMatrix = tuple[int, int, int, int, int, int, int, int]
+"""(rows, columns, bytes of an index, value is half, start, order, index, value)."""
+
 Windows = tuple[int, ...]
 """The 18 members of ``fewbit_windows`` in ``csrc/include/fewbit.h``, in their order."""
 
@@ -53,6 +56,7 @@ class Core(Protocol):
     def decode(
         self, matrix: Matrix, tile_begin: int, tile_end: int, out: int, stride: int, isa: int, threads: int
     ) -> None: ...
+    def sparse_add(self, matrix: SparseMatrix, x: Input, y: int, y_stride: int, isa: int, threads: int) -> None: ...
     def unfold(self, windows: Windows, x: int, begin: int, end: int, out: int, threads: int) -> None: ...
     def read_stream(self, data: int, nbytes: int, threads: int) -> int: ...
     def linear_many(
