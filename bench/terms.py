@@ -43,6 +43,8 @@ from timing import interleaved
 OUTLIERS, RANK = 0.0045, 512
 SIGN = formats.parse("sign/channel")
 Found = dict[str, Any]
+Row = tuple[Found, Callable[[], Call]]
+"""What a row is, and a maker of calls, each with a copy of its own."""
 
 
 def outliers(shape: tuple[int, int]) -> Sparse:
@@ -61,11 +63,7 @@ def error(y: Tensor, x: Tensor, weight: Tensor) -> float:
     return float((y[:, :SAMPLE].double() - answer).norm() / answer.norm())
 
 
-def rotated(nbytes: int, make: Callable[[], Call]) -> list[Call]:
-    return [make() for _ in range(-(-ROTATE // nbytes))]
-
-
-def ours(name: str, term: Term, x: Tensor, activation: str) -> tuple[Found, list[Call]]:
+def ours(name: str, term: Term, x: Tensor, activation: str) -> Row:
     inputs = None if activation == fewbit_kernels.FLOAT else formats.parse(activation)
     ready = kernels.prepare(Terms(term.shape, (term,)) if not isinstance(term, Terms) else term, activation=inputs)
     row = {"name": name, "kernel": ready.kernel, "x": activation, "bytes": ready.read_bytes}
@@ -75,10 +73,10 @@ def ours(name: str, term: Term, x: Tensor, activation: str) -> tuple[Found, list
         twin = copy.deepcopy(ready)
         return lambda: twin(x)
 
-    return row, rotated(ready.read_bytes, make)
+    return row, make
 
 
-def torch_csr(sparse: Sparse, x: Tensor) -> tuple[Found, list[Call]]:
+def torch_csr(sparse: Sparse, x: Tensor) -> Row:
     def matrix() -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "in beta state"
@@ -94,18 +92,23 @@ def torch_csr(sparse: Sparse, x: Tensor) -> tuple[Found, list[Call]]:
         held = matrix()
         return lambda: held @ columns
 
-    return row, rotated(nbytes, make)
+    return row, make
 
 
-def torch_float(weight: Tensor, x: Tensor) -> tuple[Found, list[Call]]:
+def torch_float(weight: Tensor, x: Tensor) -> Row:
     row = {"name": "torch float32", "kernel": "torch", "x": fewbit_kernels.FLOAT, "bytes": 4 * weight.numel()}
     row["error"] = error(x @ weight.T, x, weight)
-    return row, [lambda: torch.nn.functional.linear(x, weight)]
+
+    def make() -> Call:
+        held = weight.clone()
+        return lambda: torch.nn.functional.linear(x, held)
+
+    return row, make
 
 
-def with_outliers(shape: tuple[int, int], x: Tensor, spellings: list[str], activations: list[str]) -> list[Any]:
+def with_outliers(shape: tuple[int, int], x: Tensor, spellings: list[str], activations: list[str]) -> list[Row]:
     few = outliers(shape)
-    made: list[Any] = [ours("sparse", few, x, fewbit_kernels.FLOAT), torch_csr(few, x)]
+    made = [ours("sparse", few, x, fewbit_kernels.FLOAT), torch_csr(few, x)]
     for spelling in spellings:
         dense = Dense(fewbit_kernels.random(formats.parse(spelling), shape))
         for activation in activations:
@@ -114,8 +117,8 @@ def with_outliers(shape: tuple[int, int], x: Tensor, spellings: list[str], activ
     return made
 
 
-def low_rank(shape: tuple[int, int], x: Tensor, activations: list[str]) -> list[Any]:
-    (rows, columns), made = shape, []
+def low_rank(shape: tuple[int, int], x: Tensor, activations: list[str]) -> list[Row]:
+    (rows, columns), made = shape, list[Row]()
     product = Product(signs(rows, RANK), torch.rand(RANK), signs(RANK, columns))
     same = Dense(signs(RANK * (rows + columns) // columns, columns))
     for activation in activations:
@@ -124,17 +127,19 @@ def low_rank(shape: tuple[int, int], x: Tensor, activations: list[str]) -> list[
     return [*made, torch_float(torch.randn(shape), x)]
 
 
-def measure(made: list[Any], shape: tuple[int, int], options: argparse.Namespace) -> list[Found]:
+def measure(made: list[Row], shape: tuple[int, int], options: argparse.Namespace) -> list[Found]:
     stream = limits.read_stream(options.threads)
     first = {"name": stream.name, "kernel": "-", "x": "-", "bytes": stream.nbytes, "error": None}
-    rows = [(first, stream.calls), *made]
-    times = interleaved([calls for _, calls in rows], options.seconds, 0.0, False, time.perf_counter)
-    for (row, _), found in zip(rows, times, strict=True):
+    rows = [first, *(row for row, _ in made)]
+    turns = [1 if options.cached else -(-ROTATE // row["bytes"]) for row in rows[1:]]
+    calls = [[make() for _ in range(turn)] for (_, make), turn in zip(made, turns, strict=True)]
+    times = interleaved([stream.calls, *calls], options.seconds, 0.0, options.cached, time.perf_counter)
+    for row, found in zip(rows, times, strict=True):
         row |= {"seconds": statistics.median(found), "least": min(found), "shape": list(shape)}
         row["gbytes_per_s"] = row["bytes"] / row["seconds"] / 1e9
-        row["of_stream"] = row["gbytes_per_s"] / first["gbytes_per_s"]  # type: ignore[operator]
+        row["of_stream"] = row["gbytes_per_s"] / first["gbytes_per_s"]
         row["bits"] = 8 * row["bytes"] / (shape[0] * shape[1])
-    return [row for row, _ in rows]
+    return rows
 
 
 def show(rows: list[Found], title: str, console: Console) -> None:
@@ -157,6 +162,7 @@ def main() -> int:
     parser.add_argument("--activation", action="append", help="default float32 and int8/channel")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=10.0, help="a table; default 10")
+    parser.add_argument("--cached", action="store_true", help="one copy of each weight, which may stay in the cache")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     console = Console() if sys.stdout.isatty() else Console(width=140)

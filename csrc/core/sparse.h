@@ -23,33 +23,55 @@ inline void widen(const uint16_t* value, float (&out)[kSlice]) {
   for (int i = 0; i < kSlice; i += kLanes) store(out + i, load_half(value + i));
 }
 
-// sum[lane] of one token, over `steps` steps.
+// Steps of one slice, of the types in which a matrix holds them; y points at the window's first row.
 template <class Index, class Value>
-inline void sum_one(const Index* index, const Value* value, int64_t steps, const float* x, float (&sum)[kSlice]) {
-  for (int64_t k = 0; k < steps; k++, index += kSlice, value += kSlice) {
+struct Slice {
+  const Index* index;
+  const Value* value;
+  int64_t steps, rows;   // rows of the window
+  const uint8_t* order;
+  float* y;
+};
+
+template <class Index, class Value>
+inline void add_one(const SparseTask& task, const Slice<Index, Value>& slice) {
+  const Index* index = slice.index;
+  const Value* value = slice.value;
+  float sum[kSlice] = {};
+  for (int64_t k = 0; k < slice.steps; k++, index += kSlice, value += kSlice) {
     __builtin_prefetch(index + kAhead);
     __builtin_prefetch(value + kAhead);
     float w[kSlice];
     widen(value, w);
 #pragma GCC unroll 8
-    for (int i = 0; i < kSlice; i++) sum[i] += w[i] * x[index[i]];
+    for (int i = 0; i < kSlice; i++) sum[i] += w[i] * task.panel[index[i]];
   }
+  for (int i = 0; i < kSlice; i++)
+    if (slice.order[i] < slice.rows) slice.y[slice.order[i]] += sum[i];
 }
 
-// sum[lane] of kSparseTokens tokens.
 template <class Index, class Value>
-inline void sum_many(const Index* index, const Value* value, int64_t steps, const float* x,
-                     F (&sum)[kSlice][kVectors]) {
-  for (int64_t k = 0; k < steps; k++, index += kSlice, value += kSlice) {
+inline void add_many(const SparseTask& task, const Slice<Index, Value>& slice) {
+  const Index* index = slice.index;
+  const Value* value = slice.value;
+  F sum[kSlice][kVectors];
+  for (auto& lane : sum)
+    for (F& part : lane) part = broadcast(0.0f);
+  for (int64_t k = 0; k < slice.steps; k++, index += kSlice, value += kSlice) {
     float w[kSlice];
     widen(value, w);
 #pragma GCC unroll 8
     for (int i = 0; i < kSlice; i++) {
       const F here = broadcast(w[i]);
-      const float* column = x + static_cast<int64_t>(index[i]) * kSparseTokens;
-      for (int v = 0; v < kVectors; v++)
-        sum[i][v] = add(sum[i][v], multiply(here, load(column + v * kLanes)));
+      const float* x = task.panel + static_cast<int64_t>(index[i]) * kSparseTokens;
+      for (int v = 0; v < kVectors; v++) sum[i][v] = add(sum[i][v], multiply(here, load(x + v * kLanes)));
     }
+  }
+  for (int i = 0; i < kSlice; i++) {
+    if (slice.order[i] >= slice.rows) continue;
+    float tokens[kSparseTokens];
+    for (int v = 0; v < kVectors; v++) store(tokens + v * kLanes, sum[i][v]);
+    for (int64_t t = 0; t < task.tokens; t++) slice.y[t * task.y_stride + slice.order[i]] += tokens[t];
   }
 }
 
@@ -59,28 +81,16 @@ void add_slices(const SparseTask& task, int64_t window) {
   const int64_t slices = (w.rows + kSlice - 1) / kSlice, first = window * (kWindow / kSlice);
   const int64_t last = first + kWindow / kSlice < slices ? first + kWindow / kSlice : slices;
   for (int64_t s = first; s < last; s++) {
-    const int64_t at = w.start[s] * kSlice, steps = w.start[s + 1] - w.start[s];
-    if (!steps) continue;
-    const Index* index = static_cast<const Index*>(w.index) + at;
-    const Value* value = static_cast<const Value*>(w.value) + at;
-    float sums[kSlice][kSparseTokens] = {};
-    if (task.together == 1) {
-      float sum[kSlice] = {};
-      sum_one(index, value, steps, task.panel, sum);
-      for (int i = 0; i < kSlice; i++) sums[i][0] = sum[i];
-    } else {
-      F sum[kSlice][kVectors];
-      for (auto& lane : sum)
-        for (F& part : lane) part = broadcast(0.0f);
-      sum_many(index, value, steps, task.panel, sum);
-      for (int i = 0; i < kSlice; i++)
-        for (int v = 0; v < kVectors; v++) store(sums[i] + v * kLanes, sum[i][v]);
-    }
-    for (int i = 0; i < kSlice; i++) {
-      const int64_t row = window * kWindow + w.order[s * kSlice + i];
-      if (row >= w.rows) continue;
-      for (int64_t t = 0; t < task.tokens; t++) task.y[t * task.y_stride + row] += sums[i][t];
-    }
+    const int64_t at = w.start[s] * kSlice, row = window * kWindow;
+    const Slice<Index, Value> slice = {static_cast<const Index*>(w.index) + at,
+                                       static_cast<const Value*>(w.value) + at,
+                                       w.start[s + 1] - w.start[s],
+                                       w.rows - row,
+                                       w.order + s * kSlice,
+                                       task.y + row};
+    if (!slice.steps) continue;
+    if (task.together == 1) add_one(task, slice);
+    else add_many(task, slice);
   }
 }
 

@@ -15,9 +15,9 @@ namespace {
 
 constexpr int64_t kColumnsPerUnit = 512;
 constexpr int64_t kSmall = 1 << 16;  // entries times tokens below which a second thread costs more than it brings
-constexpr int64_t kMany = 3;         // tokens from which on a vector of them is faster than one after another
 
-int64_t together_of(int64_t tokens) { return tokens < kMany ? int64_t{1} : kSparseTokens; }
+// Two tokens one after the other already take longer than a vector of eight.
+int64_t together_of(int64_t tokens) { return tokens < 2 ? int64_t{1} : kSparseTokens; }
 
 const SparseKernel* find(int32_t isa) {
   if (!(fewbit_caps() & isa)) return nullptr;

@@ -83,7 +83,7 @@ class PreparedSparse:
     def __init__(self, sparse: Sparse, kernel: SparseKernel) -> None:
         self.sparse, self.kernel = sparse, kernel.name
         self._isa = native.FLAGS[kernel.isa] if kernel.isa else 0
-        self._arrays = _slices(sparse) if kernel.isa else ()
+        self._slices = _slices(sparse) if kernel.isa else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without addresses: a copy's arrays lie elsewhere."""
@@ -91,7 +91,8 @@ class PreparedSparse:
 
     @cached_property
     def _matrix(self) -> native.SparseMatrix:
-        start, order, index, value = self._arrays
+        assert self._slices is not None
+        start, order, index, value = self._slices
         return (
             *self.sparse.shape,
             index.element_size(),
@@ -105,10 +106,10 @@ class PreparedSparse:
     def add(self, x: Tensor, y: Tensor) -> None:
         """``y += x W^T`` in place: x (tokens, columns) in float32, bfloat16 or float16 with any strides, y (tokens,
         rows) float32 with rows next to one another. Sums are float32, added to y once."""
-        if not self._isa:
+        if self._slices is None:
             y += (self._torch(False) @ x.float().T).T
             return
-        given = (x.data_ptr(), x.shape[0], *x.stride(), native.DTYPES[x.dtype])
+        given = (x.data_ptr(), x.shape[0], x.stride(0), x.stride(1), native.DTYPES[x.dtype])
         native.core().sparse_add(self._matrix, given, y.data_ptr(), y.stride(0), self._isa, torch.get_num_threads())
 
     def backward(self, gradient: Tensor) -> Tensor:
@@ -125,10 +126,10 @@ class PreparedSparse:
     @property
     def read_bytes(self) -> int:
         """Bytes that one call with one token reads."""
-        arrays = self._arrays or (self.sparse.pointers, self.sparse.columns, self.sparse.values)
+        arrays = self._slices or (self.sparse.pointers, self.sparse.columns, self.sparse.values)
         return sum(array.numel() * array.element_size() for array in arrays)
 
     @property
     def nbytes(self) -> int:
         """Bytes held: entries both as stored and as the kernel reads them."""
-        return self.sparse.nbytes + (self.read_bytes if self._arrays else 0)
+        return self.sparse.nbytes + (self.read_bytes if self._slices else 0)
