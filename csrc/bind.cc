@@ -113,6 +113,31 @@ PyObject* linear_many(PyObject*, PyObject* args) {
   return status(code);
 }
 
+// sparse_add(matrix, x, y, y_stride, isa, threads); matrix: (rows, columns, index_bytes, value_half, start, order, index,
+// value), x as in linear_many
+PyObject* sparse_add(PyObject*, PyObject* args) {
+  fewbit_sparse matrix;
+  fewbit_input input;
+  unsigned long long start, order, index, value, data, y;
+  long long rows, columns, tokens, stride, step, y_stride;
+  int isa, threads, code;
+  if (!PyArg_ParseTuple(args, "(LLiiKKKK)(KLLLi)KLii", &rows, &columns, &matrix.index_bytes, &matrix.value_half, &start,
+                        &order, &index, &value, &data, &tokens, &stride, &step, &input.dtype, &y, &y_stride, &isa,
+                        &threads))
+    return nullptr;
+  matrix.rows = rows, matrix.columns = columns;
+  matrix.start = pointer<const int64_t*>(start);
+  matrix.order = pointer<const uint8_t*>(order);
+  matrix.index = pointer<const void*>(index);
+  matrix.value = pointer<const void*>(value);
+  input.data = pointer<const void*>(data);
+  input.tokens = tokens, input.stride = stride, input.step = step;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_sparse_add(&matrix, &input, pointer<float*>(y), y_stride, isa, threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
 PyObject* decode(PyObject*, PyObject* args) {
   fewbit_matrix matrix;
   PyObject* tuple;
@@ -182,6 +207,7 @@ PyMethodDef methods[] = {
     {"tile16_pack", tile16_pack, METH_VARARGS, "(codes, stride, rows, columns, bits, packed)"},
     {"tile16_unpack", tile16_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, stride)"},
     {"linear_many", linear_many, METH_VARARGS, "(outputs, x, x_block, y_dtype, isa, threads)"},
+    {"sparse_add", sparse_add, METH_VARARGS, "(matrix, x, y, y_stride, isa, threads)"},
     {"decode", decode, METH_VARARGS, "(matrix, tile_begin, tile_end, out, stride, isa, threads)"},
     {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},
     {"large_pages", large_pages, METH_VARARGS, "(data, bytes) -> None."},

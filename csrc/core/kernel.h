@@ -139,6 +139,25 @@ struct XnorKernel {
   void (*run)(const XnorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
 };
 
+// Work of a kernel that adds sparse entries to y.
+struct SparseTask {
+  const fewbit_sparse* matrix;
+  const float* panel;  // activations (columns + 1, together); the last column is zeros, for entries that pad
+  int64_t together;    // 1 or kSparseTokens
+  int64_t tokens;      // of these, that exist
+  float* y;            // (tokens, rows), y_stride apart
+  int64_t y_stride;
+};
+
+enum : int64_t { kSparseTokens = 8, kSlice = 8, kWindow = 256 };
+
+// One instruction set: adds the rows of one window, kWindow rows.
+struct SparseKernel {
+  void (*run)(const SparseTask& task, int64_t window);
+};
+
+extern const SparseKernel sparse_add_serial, sparse_add_avx2, sparse_add_neon;
+
 extern const XnorKernel xnor_linear_serial, xnor_linear_avx2, xnor_linear_avx512vpopcnt, xnor_linear_neon;
 
 // For codes of one bit and one token at a time.

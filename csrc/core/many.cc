@@ -24,6 +24,10 @@ bool well_formed(const fewbit_matrix& w) {
   return fewbit_tile16_bytes(w.rows, w.columns, w.bits) > 0 && w.block > 0 && w.block <= w.columns && w.codes && w.scale;
 }
 
+bool well_formed(const fewbit_input& x) {
+  return known(x.dtype) && x.tokens >= 0 && x.step >= 0 && (x.tokens == 0 || x.data) && (x.tokens <= 1 || x.stride >= 0);
+}
+
 fewbit_input tokens_of(const fewbit_input& x, int64_t token, int64_t tokens) {
   fewbit_input part = x;
   part.data = static_cast<const char*>(x.data) + token * x.stride * bytes_of(x.dtype);
@@ -40,8 +44,7 @@ void* rows_of(const fewbit_output& output, int32_t dtype, int64_t token) {
 extern "C" int fewbit_linear_many(const fewbit_output* outputs, int32_t count, const fewbit_input* x, int64_t x_block,
                                   int32_t y_dtype, int32_t isa, int32_t threads) {
   using namespace fewbit;
-  if (!outputs || count < 1 || !x || x_block < FEWBIT_BFLOAT16S || threads < 1 || !known(x->dtype) || !known(y_dtype) ||
-      x->tokens < 0 || x->step < 0 || (x->tokens > 0 && !x->data) || (x->tokens > 1 && x->stride < 0))
+  if (!outputs || count < 1 || !x || x_block < FEWBIT_BFLOAT16S || threads < 1 || !well_formed(*x) || !known(y_dtype))
     return FEWBIT_BAD_ARGUMENT;
   const Products& products = x_block == FEWBIT_SIGNS ? sign_products : x_block ? segment_products : float_products;
   if (x_block == FEWBIT_BFLOAT16S && x->dtype != FEWBIT_BFLOAT16) return FEWBIT_BAD_ARGUMENT;

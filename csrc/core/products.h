@@ -21,8 +21,9 @@ struct Products {
 
 extern const Products float_products, segment_products, sign_products;
 
-// What any matrix must be.
+// What any matrix must be, and any activations.
 bool well_formed(const fewbit_matrix& matrix);
+bool well_formed(const fewbit_input& x);
 
 // Tokens of x from `token`, at most `tokens`.
 fewbit_input tokens_of(const fewbit_input& x, int64_t token, int64_t tokens);

@@ -157,6 +157,33 @@ typedef struct {
 int fewbit_linear_many(const fewbit_output* outputs, int32_t count, const fewbit_input* x, int64_t x_block,
                        int32_t y_dtype, int32_t isa, int32_t threads);
 
+/* Few entries of a matrix of many, in the layout slice8: SELL-C-sigma (Kreutzer et al. 2014, arXiv:1307.6209) with
+ * slices of 8 rows out of windows of 256. The rows of a window are sorted by how many entries they have, most first,
+ * and cut into slices; a slice takes as many steps as its longest row has entries, and step k holds the k-th entry of
+ * each of its rows. Where a row has fewer, the column is `columns` and the value 0. Lanes that have no row (the last
+ * slice) are such rows.
+ * Bytes: 8 * (steps * (index + value bytes) + slices) + 8 * (slices + 1), slices = ceil(rows / 8). */
+typedef struct {
+  int64_t rows, columns;
+  int32_t index_bytes;  /* 2: uint16, where columns < 65536; or 4: int32 */
+  int32_t value_half;   /* 1: value is IEEE float16, 0: float32 */
+  const int64_t* start; /* (slices + 1): a slice's first step, and the number of all steps */
+  const uint8_t* order; /* (slices, 8): row of a lane within its window; a lane whose row is no row of the matrix counts
+                           for nothing */
+  const void* index;    /* (steps, 8), at most `columns` */
+  const void* value;    /* (steps, 8) */
+} fewbit_sparse;
+
+/* y[token][row] += sum over the entries of the row of value * x[token][column]: y (tokens, rows) float32, `y_stride`
+ * apart, holds what to add to, so that outliers join a dense product without a buffer of their own. x is widened to
+ * float32 as by fewbit_linear_many. isa: as in fewbit_linear; AVX-512 brings nothing here and runs what AVX2 runs.
+ *
+ * A row's entries are added up in the order of the layout, product and sum each rounded to float32, then once onto y.
+ * The result is the same on every ISA, at any number of threads and tokens. Error: at most about (entries of the row +
+ * 2) * 2^-24 times the sum of |value x|, and 2^-24 |y|. Indices are not checked here. */
+int fewbit_sparse_add(const fewbit_sparse* matrix, const fewbit_input* x, float* y, int64_t y_stride, int32_t isa,
+                      int32_t threads);
+
 /* Which elements of x (images, channels, height, width) the windows of a convolution see. `stride_*` are elements of x
  * between neighbours on an axis, so that any memory order works; `step_*` are positions between windows, which others
  * call the stride of a convolution. Zeros lie around an image, as far as windows reach. */

@@ -83,7 +83,7 @@ def examine() -> dict[str, Any]:
             "why_not": native.why_not() or "",
             "isas": list(native.isas()),
         },
-        "kernels": [_kernel(format) for format in EXAMPLES],
+        "kernels": [*map(_kernel, EXAMPLES), _sparse_kernel()],
         "formats": list(EXAMPLES),
         "transforms": [transform.name for transform in transforms.TRANSFORMS],
         "methods": [method.name for method in methods.METHODS],
@@ -176,6 +176,13 @@ def _no_gpu() -> str:
 def _kernel(format: str) -> dict[str, Any]:
     choice = kernels.choose(formats.parse(format), EXAMPLE_SHAPE)
     return {"format": format, "kernel": choice.name, "isa": choice.isa, "refused": dict(choice.reasons)}
+
+
+def _sparse_kernel() -> dict[str, Any]:
+    """The row that adds outliers onto any of the others."""
+    chosen = kernels.choose_sparse()
+    refused = {row.name: reason for row in kernels.SPARSE_KERNELS if (reason := row.refuse()) is not None}
+    return {"format": "sparse outliers", "kernel": chosen.name, "isa": chosen.isa, "refused": refused}
 
 
 def _energy() -> str:

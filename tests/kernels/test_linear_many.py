@@ -14,6 +14,7 @@ from fewbit.errors import InputError
 from fewbit.kernels import native
 from fewbit.kernels.prepared import BFLOAT16S
 
+
 def multiplies_bfloat16(matrix: kernels.Prepared) -> bool:
     """Whether many bfloat16 activations are summed in another order than float32 ones."""
     return matrix.kernel == "affine_linear_avx512" and "avx512bf16" in native.isas()

@@ -24,7 +24,7 @@ from fewbit import doctor
 from fewbit.commands.console import err, results, table, write_json
 from fewbit.commands.generate import prepare
 from fewbit.containers import manifest
-from fewbit.kernels import Prepared
+from fewbit.kernels import PreparedMatrix
 from fewbit.measure.speed import Generator
 from fewbit.model.layers import QuantLinear
 from fewbit.report import numbers as N
@@ -103,9 +103,9 @@ def decode_speed(model: Any, tokens: int, prompt: int) -> dict[str, Any]:
     }
 
 
-def groups(model: Any) -> list[tuple[Prepared, int]]:
+def groups(model: Any) -> list[tuple[PreparedMatrix, int]]:
     """One matrix for each format, shape and kernel among the linear layers, and how many layers share them."""
-    found: dict[tuple[str, tuple[int, int], str], tuple[Prepared, int]] = {}
+    found: dict[tuple[str, tuple[int, int], str], tuple[PreparedMatrix, int]] = {}
     for module in model.modules():
         if isinstance(module, QuantLinear):
             key = (module.format.name, module.shape, module.prepared.kernel)
@@ -114,7 +114,7 @@ def groups(model: Any) -> list[tuple[Prepared, int]]:
     return list(found.values())
 
 
-def kernel_row(prepared: Prepared, layers: int, batch: int) -> Row:
+def kernel_row(prepared: PreparedMatrix, layers: int, batch: int) -> Row:
     """One matrix at one batch size, fewbit's kernel and torch's two in turns."""
     rows, columns = prepared.shape
     generator = torch.Generator().manual_seed(1)

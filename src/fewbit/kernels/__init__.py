@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who computes: :data:`KERNELS` is the table, best first; ``reference`` takes everything and is the oracle."""
+"""Who computes: :data:`KERNELS` is the table, best first; ``reference`` takes everything and is the oracle.
+:data:`SPARSE_KERNELS` add few entries onto what these compute."""
 
 from fewbit.kernels import native, reference
 from fewbit.kernels.conv import conv2d, route
 from fewbit.kernels.ops import embedding, linear, prepare, set_threads
-from fewbit.kernels.prepared import Prepared, linear_many
+from fewbit.kernels.prepared import Prepared, PreparedMatrix, linear_many
+from fewbit.kernels.sparse import SPARSE_KERNELS, SparseKernel, choose_sparse
 from fewbit.kernels.table import KERNELS, Choice, Kernel, choose
+from fewbit.kernels.terms import PreparedTerms
 from fewbit.kernels.tile16 import TILE16
 from fewbit.kernels.window import Window
 
 __all__ = [
     "KERNELS",
+    "SPARSE_KERNELS",
     "TILE16",
     "Choice",
     "Kernel",
     "Prepared",
+    "PreparedMatrix",
+    "PreparedTerms",
+    "SparseKernel",
     "Window",
     "choose",
+    "choose_sparse",
     "conv2d",
     "embedding",
     "linear",

@@ -25,7 +25,7 @@ from torch.nn.grad import conv2d_input
 
 from fewbit.errors import InputError
 from fewbit.kernels import native, reference
-from fewbit.kernels.prepared import Prepared, check_supported, wants_gradients
+from fewbit.kernels.prepared import PreparedMatrix, check_supported, wants_gradients
 from fewbit.kernels.window import Window
 
 UNFOLDED = 1 << 18
@@ -37,14 +37,14 @@ DIRECT = 128
 Route = Literal["strips", "direct", "rounded"]
 
 
-def route(prepared: Prepared, window: Window, positions: int) -> Route:
+def route(prepared: PreparedMatrix, window: Window, positions: int) -> Route:
     """How :func:`conv2d` computes ``positions`` output positions (images times height times width)."""
     if prepared.activation is not None:
         return "strips" if window.groups == 1 else "rounded"
     return "strips" if window.groups == 1 and positions < DIRECT else "direct"
 
 
-def conv2d(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None = None) -> Tensor:
+def conv2d(x: Tensor, prepared: PreparedMatrix, window: Window, bias: Tensor | None = None) -> Tensor:
     """What ``torch.nn.functional.conv2d`` computes, for the weight of ``prepared``, accumulated in float32.
 
     Args:
@@ -56,7 +56,7 @@ def conv2d(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None = 
         bias: (out,) or None.
 
     Returns:
-        (images, out, height, width) in x's dtype. Differentiable in x and bias, as :class:`Prepared` is.
+        (images, out, height, width) in x's dtype. Differentiable in x and bias, as :class:`PreparedMatrix` is.
 
     Raises:
         InputError: shapes contradict one another, or no window fits into the image.
@@ -68,7 +68,7 @@ def conv2d(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None = 
     return _run(x.detach(), prepared, window, bias)
 
 
-def _check(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -> None:
+def _check(x: Tensor, prepared: PreparedMatrix, window: Window, bias: Tensor | None) -> None:
     check_supported(x)
     rows, columns = prepared.shape
     asked, matrix = f"convolution of x {tuple(x.shape)}", f"the matrix is {prepared.shape} in {window.groups} groups"
@@ -84,7 +84,7 @@ def _check(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -
         raise InputError(asked, f"no {window} fits into {tuple(x.shape[2:])}", "larger images or more padding would")
 
 
-def _run(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -> Tensor:
+def _run(x: Tensor, prepared: PreparedMatrix, window: Window, bias: Tensor | None) -> Tensor:
     high, wide = window.out(x)
     rows = prepared.shape[0]
     way = route(prepared, window, x.shape[0] * high * wide)
@@ -123,7 +123,7 @@ def _strips(x: Tensor, window: Window, rows: int, multiply: Callable[[Tensor], T
     return y
 
 
-def _rounded(prepared: Prepared, groups: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+def _rounded(prepared: PreparedMatrix, groups: int) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Multiplies windows (tokens, groups * columns), rounded group by group, by the decoded weight."""
     rows, columns = prepared.shape
     weight = _whole(prepared).reshape(groups, rows // groups, columns).transpose(1, 2)
@@ -136,7 +136,7 @@ def _rounded(prepared: Prepared, groups: int) -> Callable[[Tensor, Tensor | None
     return multiply
 
 
-def _whole(prepared: Prepared) -> Tensor:
+def _whole(prepared: PreparedMatrix) -> Tensor:
     """All of the weight in float32: of a convolution in groups, which holds ``groups`` times fewer than another."""
     weight = torch.empty(prepared.shape)
     for rows, strip in prepared.decoded():
@@ -144,7 +144,7 @@ def _whole(prepared: Prepared) -> Tensor:
     return weight
 
 
-def _direct(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -> Tensor:
+def _direct(x: Tensor, prepared: PreparedMatrix, window: Window, bias: Tensor | None) -> Tensor:
     """Torch's convolution by decoded weights, a strip of output channels at a time where there are no groups."""
     parts = prepared.decoded() if window.groups == 1 else [(slice(None), _whole(prepared))]
     image, bias = x.float(), None if bias is None else bias.detach().float()
@@ -167,7 +167,7 @@ class _Differentiable(torch.autograd.Function):
     """Forward as above, backward through the dequantized weight; the weight itself is constant."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, prepared: Prepared, window: Window) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, prepared: PreparedMatrix, window: Window) -> Tensor:
         ctx.prepared, ctx.window, ctx.shape, ctx.has_bias = prepared, window, x.shape, bias is not None
         return _run(x, prepared, window, bias)
 

@@ -11,9 +11,7 @@ import torch
 
 from fewbit.errors import UnsupportedError
 
-Isa = Literal[
-    "avx512vpopcnt", "avx512vbmi", "avx512vnni", "avx512bf16", "avx512", "avx2", "neondot", "neon", "serial"
-]
+Isa = Literal["avx512vpopcnt", "avx512vbmi", "avx512vnni", "avx512bf16", "avx512", "avx2", "neondot", "neon", "serial"]
 
 FLAGS: dict[Isa, int] = {
     "avx512vpopcnt": 64,
@@ -44,6 +42,9 @@ Output = tuple[Matrix, int, int, int]
 Input = tuple[int, int, int, int, int]
 """(activations, tokens, elements between tokens, elements between columns, dtype)."""
 
+SparseMatrix = tuple[int, int, int, int, int, int, int, int]
+"""(rows, columns, bytes of an index, value is half, start, order, index, value)."""
+
 Windows = tuple[int, ...]
 """The 18 members of ``fewbit_windows`` in ``csrc/include/fewbit.h``, in their order."""
 
@@ -59,6 +60,7 @@ class Core(Protocol):
     def decode(
         self, matrix: Matrix, tile_begin: int, tile_end: int, out: int, stride: int, isa: int, threads: int
     ) -> None: ...
+    def sparse_add(self, matrix: SparseMatrix, x: Input, y: int, y_stride: int, isa: int, threads: int) -> None: ...
     def unfold(self, windows: Windows, x: int, begin: int, end: int, out: int, threads: int) -> None: ...
     def large_pages(self, data: int, nbytes: int) -> None: ...
     def read_stream(self, data: int, nbytes: int, threads: int) -> int: ...

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -12,43 +13,65 @@ from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.layout import UNPACKED
 from fewbit.core.qtensor import QTensor
+from fewbit.core.terms import Terms
 from fewbit.kernels import native
-from fewbit.kernels.prepared import NativePrepared, Prepared, ReferencePrepared
-from fewbit.kernels.table import choose
+from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix, ReferencePrepared
+from fewbit.kernels.sparse import choose_sparse
+from fewbit.kernels.table import choose, named
+from fewbit.kernels.terms import PreparedTerms
 from fewbit.kernels.tile16 import TILE16, unpack_rows
 from fewbit.layouts.dense import DENSE, load_params
 
 
-def prepare(qtensor: QTensor, kernel: str | None = None, activation: Format | None = None) -> Prepared:
-    """Repack ``qtensor`` for the best kernel here, or for the one named. Offline work: do it once a matrix.
+@overload
+def prepare(weight: QTensor, kernel: str | None = None, activation: Format | None = None) -> PreparedMatrix: ...
+
+
+@overload
+def prepare(weight: Terms, kernel: str | None = None, activation: Format | None = None) -> PreparedTerms: ...
+
+
+def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Format | None = None) -> Prepared:
+    """Repack ``weight`` for the best kernels here, or for the one named. Offline work: do it once a weight.
 
     Args:
-        qtensor: any layout.
-        kernel: a name of the kernel table.
+        weight: one matrix in any layout, or a sum of terms.
+        kernel: a name of the kernel table. It runs every matrix of a sum, whose sparse entries run on its instruction
+            set.
         activation: the format that inputs are rounded to, token by token, as they arrive; None leaves them alone.
+            What that means for a sum is said at :class:`fewbit.kernels.PreparedTerms`.
 
     Raises:
         SpecError, UnsupportedError: as :func:`fewbit.kernels.choose`.
     """
+    if isinstance(weight, QTensor):
+        return _prepare_matrix(weight, kernel, activation)
+    beside = None if kernel is None else named(kernel)
+    return PreparedTerms(
+        weight, lambda matrix: _prepare_matrix(matrix, kernel, activation), choose_sparse(beside), activation
+    )
+
+
+def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | None) -> PreparedMatrix:
     choice = choose(qtensor.format, qtensor.shape, kernel, activation)
     if choice.isa is not None:
         return NativePrepared(qtensor, choice.kernel, activation)
     if kernel is None:
         reason = native.why_not() or next(reversed(choice.reasons.values()))
-        warnings.warn(f"fewbit runs on its slow reference: {reason}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"fewbit runs on its slow reference: {reason}", RuntimeWarning, stacklevel=3)
     return ReferencePrepared(qtensor, activation)
 
 
 def linear(
     x: Tensor,
-    qtensor: QTensor,
+    weight: QTensor | Terms,
     bias: Tensor | None = None,
     kernel: str | None = None,
     activation: Format | None = None,
 ) -> Tensor:
     """``x W^T + bias``: x (..., columns) -> (..., rows) in x's dtype, x rounded to ``activation`` first. Repacks at
-    every call: for one matrix and many calls, :func:`prepare` it."""
-    return prepare(qtensor, kernel, activation)(x, bias)
+    every call: for one weight and many calls, :func:`prepare` it."""
+    return prepare(weight, kernel, activation)(x, bias)
 
 
 def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -42,8 +42,8 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 
 class Prepared(ABC):
-    """Abstract. ``prepared(x, bias)`` is ``x W^T + bias``: x (..., columns) in float32, bfloat16 or float16 ->
-    (..., rows) in the same dtype, accumulated in float32. Differentiable in x.
+    """Abstract: a weight ready to multiply. ``prepared(x, bias)`` is ``x W^T + bias``: x (..., columns) in float32,
+    bfloat16 or float16 -> (..., rows) in the same dtype, accumulated in float32. Differentiable in x.
 
     ``activation``: the format that x is rounded to first, token by token, or None. Gradients pass that rounding as if
     it were not there.
@@ -57,16 +57,12 @@ class Prepared(ABC):
     """Matrices that agree in this are computed in one call of the core; None: each by itself."""
 
     @abstractmethod
-    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (..., columns) in float32, bfloat16 or float16 -> (..., rows) in the same dtype; no gradients."""
+    def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        """x (..., columns) in float32, bfloat16 or float16 -> (..., rows) in ``dtype``, or that of x; no gradients."""
 
     @abstractmethod
-    def decoded(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weights as float32, a few rows at a time: (which rows, their weights (rows of the strip, columns))."""
-
-    @abstractmethod
-    def qtensor(self) -> QTensor:
-        """The very codes and parameters that this was made from, in the layout that is held here."""
+    def backward(self, gradient: Tensor) -> Tensor:
+        """``gradient W``, of the dequantized weight: gradient of the output (..., rows) -> that of x (..., columns)."""
 
     @property
     @abstractmethod
@@ -77,10 +73,6 @@ class Prepared(ABC):
     def read_bytes(self) -> int:
         """Bytes of the matrix that one call with one token reads."""
         return self.nbytes
-
-    def repack(self, layout: Layout) -> QTensor:
-        """The same codes and parameters in another layout."""
-        return self.qtensor().repack(layout)
 
     def check(self, x: Tensor, bias: Tensor | None) -> None:
         """Raise what :meth:`__call__` says of wrong arguments."""
@@ -108,6 +100,25 @@ class Prepared(ABC):
         return self.run(x, bias)
 
 
+class PreparedMatrix(Prepared):
+    """Abstract: one quantized matrix."""
+
+    @abstractmethod
+    def decoded(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weights as float32, a few rows at a time: (which rows, their weights (rows of the strip, columns))."""
+
+    @abstractmethod
+    def qtensor(self) -> QTensor:
+        """The very codes and parameters that this was made from, in the layout that is held here."""
+
+    def repack(self, layout: Layout) -> QTensor:
+        """The same codes and parameters in another layout."""
+        return self.qtensor().repack(layout)
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        return reference.backward(gradient, self.qtensor())
+
+
 def linear_many(x: Tensor, matrices: Sequence[Prepared], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """``[prepared(x, bias) for prepared, bias in zip(matrices, biases)]``, bit for bit: x (..., columns) -> one
     (..., rows) a matrix, in x's dtype. Neighbours that one kernel runs, with inputs rounded alike, are computed
@@ -129,7 +140,7 @@ def linear_many(x: Tensor, matrices: Sequence[Prepared], biases: Sequence[Tensor
     return ys
 
 
-class ReferencePrepared(Prepared):
+class ReferencePrepared(PreparedMatrix):
     """Any format and layout, dequantized a few rows at a time at every call."""
 
     kernel = "reference"
@@ -137,9 +148,9 @@ class ReferencePrepared(Prepared):
     def __init__(self, qtensor: QTensor, activation: Format | None = None) -> None:
         self._qtensor, self.shape, self.activation = qtensor, qtensor.shape, activation
 
-    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        rounded = x if self.activation is None else reference.round_activations(x.float(), self.activation)
-        return reference.linear(rounded, self._qtensor, bias).to(x.dtype)
+    def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        rounded = reference.round_activations(x.float(), self.activation)
+        return reference.linear(rounded, self._qtensor, bias).to(dtype or x.dtype)
 
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
         return reference.decoded(self._qtensor)
@@ -167,7 +178,7 @@ def _shared_zero(scale: Tensor, offset: Tensor) -> float | None:
     return zero if torch.equal(-scale * zero, offset) else None
 
 
-class NativePrepared(Prepared):
+class NativePrepared(PreparedMatrix):
     """Codes in tile16; ``w = scale * (table[code] - zero) + offset`` with scale and offset (tiles, blocks, 16)."""
 
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
@@ -226,8 +237,8 @@ class NativePrepared(Prepared):
             0 if table is None else table.data_ptr(),
         )
 
-    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _run_native(x, [(self, bias)])[0]
+    def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        return _run_native(x, [(self, bias)], dtype)[0]
 
     def long(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Decode strips of rows to float32, each once for all tokens, and let torch multiply."""
@@ -261,10 +272,12 @@ class NativePrepared(Prepared):
         return self._stored.nbytes - self._stored.packed.numel() + self.read_bytes
 
 
-def _run_native(x: Tensor, pairs: Sequence[tuple[Any, Tensor | None]]) -> list[Tensor]:
+def _run_native(
+    x: Tensor, pairs: Sequence[tuple[Any, Tensor | None]], dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """(matrix, bias) pairs of :class:`NativePrepared` of one company, as :meth:`Prepared.run`."""
     first: NativePrepared = pairs[0][0]
-    leading, dtype, columns = x.shape[:-1], x.dtype, first.shape[1]
+    leading, dtype, columns = x.shape[:-1], dtype or x.dtype, first.shape[1]
     if first.activation is not None and not first._x_block:
         x = reference.round_activations(x.float(), first.activation)
     ys: list[Tensor] = []
@@ -305,4 +318,4 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
         bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.has_bias else None
-        return reference.backward(gradient, ctx.prepared.qtensor()), bias, None
+        return ctx.prepared.backward(gradient), bias, None

@@ -157,7 +157,18 @@ class Choice:
 
     @property
     def kernel(self) -> Kernel:
-        return KERNELS[NAMES.index(self.name)]
+        return named(self.name)
+
+
+def named(kernel: str) -> Kernel:
+    """The row of that name.
+
+    Raises:
+        SpecError: there is none.
+    """
+    if kernel not in NAMES:
+        raise SpecError(f"kernel {kernel!r}", "there is none of that name", f"these exist: {', '.join(NAMES)}")
+    return KERNELS[NAMES.index(kernel)]
 
 
 def choose(format: Format, shape: Shape, kernel: str | None = None, activation: Format | None = None) -> Choice:
@@ -169,12 +180,8 @@ def choose(format: Format, shape: Shape, kernel: str | None = None, activation: 
         SpecError: no kernel has that name.
         UnsupportedError: the kernel named cannot run this here; the reason is in the message.
     """
-    if kernel is not None and kernel not in NAMES:
-        raise SpecError(f"kernel {kernel!r}", "there is none of that name", f"these exist: {', '.join(NAMES)}")
     reasons: dict[str, str] = {}
-    for row in KERNELS:
-        if kernel not in (None, row.name):
-            continue
+    for row in KERNELS if kernel is None else (named(kernel),):
         reason = row.refuse(format, shape, activation)
         if reason is None:
             return Choice(row.name, row.isa, reasons)

@@ -73,7 +73,7 @@ class Multiplier(Store):
         super().__init__(format, layout, shape)
         self.bias = bias
         self.activation = formats.parse(activation) if activation else None
-        self._prepared: kernels.Prepared | None = None
+        self._prepared: kernels.PreparedMatrix | None = None
 
     def prepare(self, kernel: str | None = None) -> None:
         """Repack for the fastest kernel here (or the one named), once, before the first call."""
@@ -84,7 +84,7 @@ class Multiplier(Store):
         return super().qtensor() if self._prepared is None else self._prepared.qtensor()
 
     @property
-    def prepared(self) -> kernels.Prepared:
+    def prepared(self) -> kernels.PreparedMatrix:
         if self._prepared is None:
             self.prepare()
         assert self._prepared is not None
@@ -182,7 +182,7 @@ class ExpertBank(Store):
     def __init__(self, format: str, layout: str, shape: tuple[int, int], experts: int) -> None:
         super().__init__(format, layout, (shape[0] * experts, shape[1]))
         self.experts, self.rows = experts, shape[0]
-        self._prepared: dict[int, kernels.Prepared] = {}
+        self._prepared: dict[int, kernels.PreparedMatrix] = {}
 
     def prepare(self, kernel: str | None = None) -> None:
         """As :meth:`QuantLinear.prepare`, for every expert."""
@@ -210,7 +210,7 @@ class ExpertMatrix:
     """Stands where a family's own code writes ``F.linear(x, self.gate_up_proj[e])`` or ``x @ self.gate_up_proj[e]``
     (families that keep their experts transposed): runs the kernel instead."""
 
-    def __init__(self, prepared: kernels.Prepared) -> None:
+    def __init__(self, prepared: kernels.PreparedMatrix) -> None:
         self._prepared = prepared
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
