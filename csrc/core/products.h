@@ -20,8 +20,10 @@ struct Products {
 
 extern const Products float_products, int8_products, sign_products;
 
-// What any matrix must be.
+// What any matrix, and any activations, must be.
 bool well_formed(const fewbit_matrix& matrix);
+bool well_formed(const fewbit_input& x);
+bool known_dtype(int32_t dtype);
 
 // Tokens of x from `token`, at most `tokens`.
 fewbit_input tokens_of(const fewbit_input& x, int64_t token, int64_t tokens);
