@@ -2,6 +2,7 @@
 """Who computes: :data:`KERNELS` is the table, best first; ``reference`` takes everything and is the oracle."""
 
 from fewbit.kernels import native, reference
+from fewbit.kernels.column8 import COLUMN8
 from fewbit.kernels.conv import conv2d, route
 from fewbit.kernels.ops import embedding, linear, prepare, set_threads
 from fewbit.kernels.prepared import Prepared, linear_many
@@ -10,6 +11,7 @@ from fewbit.kernels.tile16 import TILE16
 from fewbit.kernels.window import Window
 
 __all__ = [
+    "COLUMN8",
     "KERNELS",
     "TILE16",
     "Choice",

@@ -32,6 +32,9 @@ SIGNS = -1
 Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int]
 """(rows, columns, block, bits, family, scale is half, offset is half, zero, codes, scale, offset, table)."""
 
+VectorMatrix = tuple[int, ...]
+"""(rows, columns, block, height, bits, bits of the residual, books are half, codes, book, residual)."""
+
 Output = tuple[Matrix, int, int, int]
 """(matrix, bias, y, elements between its tokens)."""
 
@@ -52,6 +55,12 @@ class Core(Protocol):
     def tile16_unpack(self, packed: int, rows: int, columns: int, bits: int, codes: int, stride: int) -> None: ...
     def decode(
         self, matrix: Matrix, tile_begin: int, tile_end: int, out: int, stride: int, isa: int, threads: int
+    ) -> None: ...
+    def vector_linear(
+        self, matrix: VectorMatrix, x: Input, bias: int, y: int, y_stride: int, y_dtype: int, isa: int, threads: int
+    ) -> None: ...
+    def vector_decode(
+        self, matrix: VectorMatrix, tile_begin: int, tile_end: int, out: int, stride: int, isa: int, threads: int
     ) -> None: ...
     def unfold(self, windows: Windows, x: int, begin: int, end: int, out: int, threads: int) -> None: ...
     def read_stream(self, data: int, nbytes: int, threads: int) -> int: ...

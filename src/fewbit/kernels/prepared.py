@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
-from fewbit.core.format import Format
+from fewbit.core.format import Format, Physical
 from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, UnsupportedError
@@ -182,6 +182,7 @@ class NativePrepared(Prepared):
         self._stored = qtensor if qtensor.layout is TILE16 else qtensor.repack(TILE16)
         format = self._stored.format
         physical = format.physical(qtensor.logical()[1])
+        assert isinstance(physical, Physical)
         blocks = (self.shape[0], B.count(self.shape[1], format.block))
         scale = physical.scale.float().expand(blocks)
         offset = None if physical.offset is None else physical.offset.float().expand(blocks)
@@ -222,13 +223,6 @@ class NativePrepared(Prepared):
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return _run_native(x, [(self, bias)])[0]
 
-    def long(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Decode strips of rows to float32, each once for all tokens, and let torch multiply."""
-        y = torch.empty(x.shape[0], self.shape[0])
-        for rows, weight in self.decoded():
-            torch.mm(x, weight.T, out=y[:, rows])
-        return y if bias is None else y.add_(bias.float())
-
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
         """As :meth:`Prepared.decoded`; a strip is a view of memory that the next one overwrites."""
         rows, columns = self.shape
@@ -254,6 +248,25 @@ class NativePrepared(Prepared):
         return self._stored.nbytes - self._stored.packed.numel() + self.read_bytes
 
 
+def multiply_decoded(matrix: Prepared, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + bias`` for x (..., columns), float32 (tokens, rows): strips of rows are decoded to float32, each once
+    for all tokens, and torch multiplies."""
+    x = x.float().contiguous().reshape(-1, matrix.shape[1])  # torch's sums depend on strides
+    y = torch.empty(x.shape[0], matrix.shape[0])
+    for rows, weight in matrix.decoded():
+        torch.mm(x, weight.T, out=y[:, rows])
+    return y if bias is None else y.add_(bias.float())
+
+
+def given(x: Tensor) -> tuple[Tensor, native.Input]:
+    """x (..., columns), and where the core finds its tokens; copied only where they do not lie equally far apart."""
+    columns = x.shape[-1]
+    if not x.is_contiguous():
+        x = x.reshape(-1, columns)
+    stride, step = (columns, 1) if x.is_contiguous() else x.stride()
+    return x, (x.data_ptr(), x.numel() // columns, stride, step, native.DTYPES[x.dtype])
+
+
 def _run_native(x: Tensor, pairs: Sequence[tuple[Any, Tensor | None]]) -> list[Tensor]:
     """(matrix, bias) pairs of :class:`NativePrepared` of one company, as :meth:`Prepared.run`."""
     first: NativePrepared = pairs[0][0]
@@ -262,13 +275,10 @@ def _run_native(x: Tensor, pairs: Sequence[tuple[Any, Tensor | None]]) -> list[T
         x = reference.round_activations(x.float(), first.activation)
     ys: list[Tensor] = []
     if x.numel() >= DECODED * columns and not first._x_block:
-        x = x.float().contiguous().reshape(-1, columns)  # torch's sums depend on strides
         for matrix, bias in pairs:
-            ys.append(matrix.long(x, bias).to(dtype).reshape(*leading, matrix.shape[0]))
+            ys.append(multiply_decoded(matrix, x, bias).to(dtype).reshape(*leading, matrix.shape[0]))
         return ys
-    if not x.is_contiguous():
-        x = x.reshape(-1, columns)  # a copy only where tokens do not lie equally far apart
-    stride, step = (columns, 1) if x.is_contiguous() else x.stride()
+    x, address = given(x)
     outputs, kept = [], []
     for matrix, bias in pairs:
         if bias is not None:
@@ -278,9 +288,8 @@ def _run_native(x: Tensor, pairs: Sequence[tuple[Any, Tensor | None]]) -> list[T
         y = torch.empty(*leading, rows, dtype=dtype)
         ys.append(y)
         outputs.append((matrix._matrix, 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows))
-    given = (x.data_ptr(), x.numel() // columns, stride, step, native.DTYPES[x.dtype])
     native.core().linear_many(
-        tuple(outputs), given, first._x_block, native.DTYPES[dtype], first._isa, torch.get_num_threads()
+        tuple(outputs), address, first._x_block, native.DTYPES[dtype], first._isa, torch.get_num_threads()
     )
     return ys
 

@@ -17,8 +17,12 @@ from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.formats.affine import Affine
 from fewbit.formats.sign import Sign
 from fewbit.kernels import native
+from fewbit.kernels.column8 import COLUMN8
 from fewbit.kernels.native import Isa
 from fewbit.kernels.tile16 import COLUMNS, TILE16
+
+LAYOUTS = {layout.name: layout for layout in (TILE16, COLUMN8)}
+"""Those of native rows."""
 
 LOOKED_UP = 6
 """Bits of a code whose levels "int8_lut" keeps in registers."""
@@ -30,11 +34,11 @@ class Kernel:
 
     The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "int8" multiplies affine codes by
     activations rounded to int8, in integers, and "int8_lut" the levels of a table; "xnor" counts where signs of the
-    weight and of the activations differ; the others multiply float activations. ``family`` and ``isa`` are None for the
-    reference, which takes everything.
+    weight and of the activations differ; the others multiply float activations, "vector" by vectors of a codebook.
+    ``family`` and ``isa`` are None for the reference, which takes everything.
     """
 
-    family: Literal["affine", "lut", "int8", "int8_lut", "xnor"] | None
+    family: Literal["affine", "lut", "vector", "int8", "int8_lut", "xnor"] | None
     isa: Isa | None
     layout: str
 
@@ -49,7 +53,7 @@ class Kernel:
 
     @property
     def weights(self) -> str | None:
-        """The family of weights that it runs: "affine" or "lut"."""
+        """The family of weights that it runs: "affine", "lut" or "vector"."""
         return {"int8": "affine", "int8_lut": "lut", "xnor": "affine"}.get(str(self.family), self.family)
 
     def refuse(self, format: Format, shape: Shape, activation: Format | None = None) -> str | None:
@@ -64,9 +68,9 @@ class Kernel:
             return native.why_not()
         if self.isa not in native.isas():
             return f"this machine or build has no {self.isa}; it has {', '.join(native.isas())}"
-        reason = TILE16.refuse(format, shape)
+        reason = LAYOUTS[self.layout].refuse(format, shape)
         if reason is not None:
-            return f"layout tile16 {reason}"
+            return f"layout {self.layout} {reason}"
         if self.family == "xnor":
             return _refuse_signs(format, shape, activation)
         found = family(format)
@@ -119,12 +123,16 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("int8_lut", "serial", "tile16"),
     Kernel("affine", "avx512", "tile16"),
     Kernel("lut", "avx512", "tile16"),
+    Kernel("vector", "avx512", "column8"),
     Kernel("affine", "avx2", "tile16"),
     Kernel("lut", "avx2", "tile16"),
+    Kernel("vector", "avx2", "column8"),
     Kernel("affine", "neon", "tile16"),
     Kernel("lut", "neon", "tile16"),
+    Kernel("vector", "neon", "column8"),
     Kernel("affine", "serial", "tile16"),
     Kernel("lut", "serial", "tile16"),
+    Kernel("vector", "serial", "column8"),
     Kernel(None, None, "any"),
 )
 
@@ -133,7 +141,7 @@ NAMES = tuple(kernel.name for kernel in KERNELS)
 
 @functools.lru_cache(maxsize=256)
 def family(format: Format) -> str:
-    """The family that ``format`` lowers to: "affine" or "lut", or the reason why it lowers to none."""
+    """The family that ``format`` lowers to: "affine", "lut" or "vector", or the reason why it lowers to none."""
     weight = torch.linspace(-1, 1, max(format.fit_block, format.block, 32)).reshape(1, -1)
     try:
         bound = format.bind(weight)
@@ -162,8 +170,13 @@ def choose(format: Format, shape: Shape, kernel: str | None = None, activation: 
 
     Raises:
         SpecError: no kernel has that name.
-        UnsupportedError: the kernel named cannot run this here; the reason is in the message.
+        UnsupportedError: the kernel named cannot run this here, the reason is in the message; or a code of
+            ``activation`` would stand for several tokens.
     """
+    if activation is not None and activation.height > 1:
+        raise UnsupportedError(
+            f"activations in {activation.name}", f"a code would stand for {activation.height} tokens", "int8/g64 works"
+        )
     if kernel is not None and kernel not in NAMES:
         raise SpecError(f"kernel {kernel!r}", "there is none of that name", f"these exist: {', '.join(NAMES)}")
     reasons: dict[str, str] = {}
