@@ -27,6 +27,11 @@ STRIP = 1 << 19
 """Weights decoded at a time: 2 MiB of float32."""
 
 
+def rows_of_strip(columns: int, tile: int) -> int:
+    """Rows that are decoded at a time: whole tiles of ``tile`` rows, one at least."""
+    return max(tile, STRIP // columns // tile * tile)
+
+
 def check_supported(x: Tensor) -> None:
     """Raises UnsupportedError where ``x`` is on another device than the CPU, or not of a float of 16 or 32 bits."""
     if x.dtype not in native.DTYPES or not x.is_cpu:
@@ -226,7 +231,7 @@ class NativePrepared(Prepared):
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
         """As :meth:`Prepared.decoded`; a strip is a view of memory that the next one overwrites."""
         rows, columns = self.shape
-        strip = max(ROWS, STRIP // columns // ROWS * ROWS)
+        strip = rows_of_strip(columns, ROWS)
         weight = torch.empty(columns, min(strip, -(-rows // ROWS) * ROWS))  # (columns, rows of the strip)
         for row in range(0, rows, strip):
             tiles = row // ROWS, min(row + strip, rows + ROWS - 1) // ROWS

@@ -15,7 +15,7 @@ from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, reference
 from fewbit.kernels.column8 import COLUMN8, TILE, checked, tiles
-from fewbit.kernels.prepared import DECODED, STRIP, Prepared, given, multiply_decoded
+from fewbit.kernels.prepared import DECODED, Prepared, given, multiply_decoded, rows_of_strip
 from fewbit.kernels.table import Kernel
 from fewbit.layouts.dense import load_params
 
@@ -82,7 +82,7 @@ class VectorPrepared(Prepared):
         """As :meth:`Prepared.decoded`; a strip is a view of memory that the next one overwrites."""
         rows, columns = self.shape
         tile, count = TILE * self._stored.format.height, tiles(self._stored.format, self.shape)
-        step = min(count, max(1, STRIP // columns // tile))
+        step = min(count, rows_of_strip(columns, tile) // tile)
         weight = torch.empty(columns, step * tile)  # (columns, rows of the strip)
         for first in range(0, count, step):
             last, row = min(first + step, count), first * tile
