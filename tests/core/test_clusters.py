@@ -111,3 +111,10 @@ def test_the_bits_depend_on_no_thread() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_a_centroid_without_points_goes_to_the_costliest_one() -> None:
+    points = torch.tensor([[0.0], [2], [10], [30]], dtype=torch.float64)
+    owner, weights = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 1, 1, 3], dtype=torch.float64)
+    moved = clusters._means_of(points, weights, owner, torch.zeros(3, 1, dtype=torch.float64))
+    assert moved.squeeze(1).tolist() == [1.0, 25.0, 10.0]  # costs 1, 1, 225, 75
