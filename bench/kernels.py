@@ -45,7 +45,7 @@ from peers import fewbit_kernels, llama_cpp, onnx_runtime, torch_ao, torch_linea
 from peers.row import Prepared, Problem, Row, Unavailable, grouped
 from timing import interleaved
 
-FORMATS = [*(f"int{bits}/g128" for bits in range(1, 9)), "ternary/g128", "int4/g64/asym", "nf4/g64"]
+FORMATS = [*(f"int{bits}/g128" for bits in range(1, 9)), "ternary/g128", "int4/g64/asym", "nf4/g64", "vector8x12"]
 ACTIVATIONS = [fewbit_kernels.FLOAT, "int8/channel"]
 SHAPES = ["11008x4096", "4096x11008", "4096x4096"]
 PEERS = ("llama.cpp", "onnxruntime", "torchao")

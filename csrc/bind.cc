@@ -153,6 +153,54 @@ PyObject* decode(PyObject*, PyObject* args) {
   return status(code);
 }
 
+// A matrix of vectors in Python: (rows, columns, block, dim, bits, residual_bits, half, codes, book, residual).
+bool vectors_of(PyObject* tuple, fewbit_vectors* matrix) {
+  unsigned long long codes, book, residual;
+  long long rows, columns, block;
+  if (!PyArg_ParseTuple(tuple, "LLLiiiiKKK", &rows, &columns, &block, &matrix->dim, &matrix->bits,
+                        &matrix->residual_bits, &matrix->half, &codes, &book, &residual))
+    return false;
+  matrix->rows = rows, matrix->columns = columns, matrix->block = block;
+  matrix->codes = pointer<const uint8_t*>(codes);
+  matrix->book = pointer<const void*>(book);
+  matrix->residual = pointer<const void*>(residual);
+  return true;
+}
+
+// vector_linear(matrix, x, bias, y, y_stride, y_dtype, isa, threads); x as above
+PyObject* vector_linear(PyObject*, PyObject* args) {
+  fewbit_vectors matrix;
+  PyObject* tuple;
+  unsigned long long data, bias, y;
+  long long tokens, stride, step, y_stride;
+  int x_dtype, y_dtype, isa, threads, code;
+  if (!PyArg_ParseTuple(args, "O(KLLLi)KKLiii", &tuple, &data, &tokens, &stride, &step, &x_dtype, &bias, &y, &y_stride,
+                        &y_dtype, &isa, &threads) ||
+      !vectors_of(tuple, &matrix))
+    return nullptr;
+  const fewbit_input x = {pointer<const void*>(data), tokens, stride, step, x_dtype};
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_vector_linear(&matrix, &x, pointer<const float*>(bias), pointer<void*>(y), y_stride, y_dtype, isa,
+                              threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+PyObject* vector_decode(PyObject*, PyObject* args) {
+  fewbit_vectors matrix;
+  PyObject* tuple;
+  unsigned long long out;
+  long long begin, end, stride;
+  int isa, threads, code;
+  if (!PyArg_ParseTuple(args, "OLLKLii", &tuple, &begin, &end, &out, &stride, &isa, &threads) ||
+      !vectors_of(tuple, &matrix))
+    return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_vector_decode(&matrix, begin, end, pointer<float*>(out), stride, isa, threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
 // Windows in Python: the members of fewbit_windows in their order.
 bool windows_of(PyObject* tuple, fewbit_windows* g) {
   long long values[17];
@@ -209,6 +257,8 @@ PyMethodDef methods[] = {
     {"linear_many", linear_many, METH_VARARGS, "(outputs, x, x_block, y_dtype, isa, threads)"},
     {"sparse_add", sparse_add, METH_VARARGS, "(matrix, x, y, y_stride, isa, threads)"},
     {"decode", decode, METH_VARARGS, "(matrix, tile_begin, tile_end, out, stride, isa, threads)"},
+    {"vector_linear", vector_linear, METH_VARARGS, "(matrix, x, bias, y, y_stride, y_dtype, isa, threads)"},
+    {"vector_decode", vector_decode, METH_VARARGS, "(matrix, tile_begin, tile_end, out, stride, isa, threads)"},
     {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},
     {"large_pages", large_pages, METH_VARARGS, "(data, bytes) -> None."},
     {"read_stream", read_stream, METH_VARARGS, "(data, bytes, threads) -> exclusive or of the bytes."},

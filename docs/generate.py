@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fewbit import formats, layouts, methods, transforms
 from fewbit.core import rewrite
-from fewbit.core.format import Format
+from fewbit.core.format import Format, Param
 from fewbit.core.qtensor import storage, storage_bytes
 from fewbit.run.solve import layout_for
 
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 SHAPE = (4096, 4096)
 NOTICE = "<!-- Written by docs/generate.py from the tables in the code; do not edit. -->"
 SHOWN = 6
-UNPACKED = "One byte a code, parameters as they are: what methods return, before a layout is chosen."
+UNPACKED = "A byte a code (four above 8 bits), parameters as they are: what methods return, before a layout is chosen."
 NEEDS = {
     "nothing": "no data",
     "largest": "max|x| of each input",
@@ -54,10 +54,9 @@ def formats_page() -> str:
     rows = []
     for name in formats.EXAMPLES:
         format = formats.parse(name)
-        stored = "; ".join(f"{p.name} {p.bits} bits a {p.per}" for p in format.params) or "nothing"
-        rows.append(
-            (f"`{name}`", format.levels, "row" if format.block == 0 else format.block, stored, true_bits(format))
-        )
+        stored = "; ".join(map(described, format.params)) or "nothing"
+        whole = "tensor" if all(param.shared for param in format.params) else "row"
+        rows.append((f"`{name}`", format.levels, format.block or whole, stored, true_bits(format)))
     kinds = {type(formats.parse(name)): None for name in formats.EXAMPLES}
     about = "\n".join(f"- **{kind.__name__}**: {summary(kind)}" for kind in kinds)
     schemes = table(
@@ -82,6 +81,13 @@ def formats_page() -> str:
             schemes,
         )
     )
+
+
+def described(param: Param) -> str:
+    """A parameter, its bits, and how many there are of it."""
+    per = "block of columns" if param.per == "columns" else param.per
+    numbers = " x ".join(map(str, param.entry))
+    return f"{param.name} {f'{numbers} x ' if numbers else ''}{param.bits} bits a {per}"
 
 
 def true_bits(format: Format) -> str:

@@ -8,6 +8,8 @@ import functools
 import torch
 
 from fewbit import formats, kernels
+from fewbit.core import blocks as B
+from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import FewbitError
@@ -19,11 +21,19 @@ INTEGERS = {"avx512": "avx512vnni"}
 
 
 def random(format: Format, shape: tuple[int, int]) -> QTensor:
-    blocks = (shape[0], -(-shape[1] // format.block), 1)
-    params = {"scale": (torch.rand(blocks) + 0.5).half() / format.levels}
-    if len(format.params) > 1:
-        params["zero_point"] = torch.randint(0, format.levels, blocks, dtype=torch.uint8)
-    return QTensor.of(format, torch.randint(0, format.levels, shape, dtype=torch.uint8), params)
+    rows, columns = F.code_shape(format, shape)
+    codes = torch.randint(0, format.levels, (rows, columns)).to(F.code_dtype(format))
+    blocks = B.count(columns, format.block)
+    params = {}
+    for param in format.params:
+        if param.entry:
+            books = torch.randn(1, blocks, 1, *param.entry).half()
+            params[param.name] = books.expand(rows, *books.shape[1:])
+        elif param.name == "scale":
+            params[param.name] = (torch.rand(rows, blocks, 1) + 0.5).half() / format.levels
+        else:
+            params[param.name] = torch.randint(0, format.levels, (rows, blocks, 1), dtype=torch.uint8)
+    return QTensor.of(format, codes, params, rows=shape[0])
 
 
 def prepare(format: Format, activation: Format | None, isa: str | None, problem: Problem) -> Prepared:
@@ -35,7 +45,8 @@ def prepare(format: Format, activation: Format | None, isa: str | None, problem:
     isa = INTEGERS.get(str(isa), isa) if activation else isa
     matrix = random(format, problem.shape)
     codes, params = matrix.logical()
-    few = QTensor.of(format, codes[:SAMPLE], {name: values[:SAMPLE] for name, values in params.items()})
+    first_codes = torch.arange(-(-SAMPLE // format.height))
+    few = QTensor.of(format, codes[first_codes], F.params_of_rows(format, params, first_codes), rows=SAMPLE)
     try:
         first = kernels.prepare(matrix, f"{family}_linear_{isa}" if isa else None, activation)
     except FewbitError as error:
@@ -53,5 +64,6 @@ def rows(spellings: list[str], activations: list[str], isa: str | None) -> list[
         for spelling in spellings:
             format = formats.parse(spelling)
             make = functools.partial(prepare, format, inputs, isa)
-            made.append(Row("fewbit", spelling, (format.levels - 1).bit_length(), activation, make))
+            codes = (format.levels - 1).bit_length() / (format.dim * format.height)
+            made.append(Row("fewbit", spelling, codes, activation, make))
     return made

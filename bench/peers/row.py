@@ -67,14 +67,14 @@ class Prepared:
 class Row:
     """One kernel to measure.
 
-    ``engine``: whose it is. ``codes``: bits of a code, which rows are compared by. ``activations``: what x is rounded
-    to inside ("float32" where it is not); "int" in front means products of integers. ``prepare`` raises
-    :class:`Unavailable`.
+    ``engine``: whose it is. ``codes``: bits of a code over the weights that it stands for, by which rows are compared.
+    ``activations``: what x is rounded to inside ("float32" where it is not); "int" in front means products of integers.
+    ``prepare`` raises :class:`Unavailable`.
     """
 
     engine: str
     name: str
-    codes: int
+    codes: float
     activations: str
     prepare: Callable[[Problem], Prepared]
 

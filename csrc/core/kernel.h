@@ -158,6 +158,34 @@ struct SparseKernel {
 
 extern const SparseKernel sparse_add_serial, sparse_add_avx2, sparse_add_neon;
 
+// Work of a kernel whose codes index vectors: see fewbit_vectors. A tile is eight codes of every column.
+struct VectorTask {
+  int32_t bits, residual_bits;
+  int32_t dim, width;       // rows of a code; floats of an entry: dim rounded up to 4, 8 or 16
+  int32_t half;
+  int64_t rows, columns, block;
+  const uint8_t* codes;     // (tiles, columns, bits + residual_bits)
+  const void* book;         // (blocks, 2^bits, width)
+  const void* residual;     // (blocks, 2^residual_bits, width) or null
+  int64_t tokens, together; // tokens that are computed together: 1, 2, 4 or 8
+  const float* panel;       // activations: (tokens / together, columns, together), padded with zeros
+  const float* bias;
+  void* y;
+  int64_t y_stride;
+  int32_t y_dtype;
+};
+
+// Vectors of a codebook on one instruction set.
+struct VectorKernel {
+  int64_t most;  // tokens computed together where there are many
+  // Computes y for one tile.
+  void (*run)(const VectorTask& task, int64_t tile);
+  // Writes the weights of one tile: out[column * stride + row of the tile].
+  void (*decode)(const VectorTask& task, int64_t tile, float* out, int64_t stride);
+};
+
+extern const VectorKernel vector_linear_serial, vector_linear_avx2, vector_linear_avx512, vector_linear_neon;
+
 extern const XnorKernel xnor_linear_serial, xnor_linear_avx2, xnor_linear_avx512vpopcnt, xnor_linear_neon;
 
 // For codes of one bit and one token at a time.

@@ -9,8 +9,6 @@
 namespace fewbit {
 namespace {
 
-bool known(int32_t dtype) { return dtype >= FEWBIT_FLOAT32 && dtype <= FEWBIT_FLOAT16; }
-
 bool sensible(const fewbit_output& output, const fewbit_matrix* first, const fewbit_input& x, int64_t x_block,
               const Products& products) {
   const fewbit_matrix* w = output.matrix;
@@ -24,8 +22,11 @@ bool well_formed(const fewbit_matrix& w) {
   return fewbit_tile16_bytes(w.rows, w.columns, w.bits) > 0 && w.block > 0 && w.block <= w.columns && w.codes && w.scale;
 }
 
+bool known_dtype(int32_t dtype) { return dtype >= FEWBIT_FLOAT32 && dtype <= FEWBIT_FLOAT16; }
+
 bool well_formed(const fewbit_input& x) {
-  return known(x.dtype) && x.tokens >= 0 && x.step >= 0 && (x.tokens == 0 || x.data) && (x.tokens <= 1 || x.stride >= 0);
+  return known_dtype(x.dtype) && x.tokens >= 0 && x.step >= 0 && (x.tokens == 0 || x.data) &&
+         (x.tokens <= 1 || x.stride >= 0);
 }
 
 fewbit_input tokens_of(const fewbit_input& x, int64_t token, int64_t tokens) {
@@ -44,7 +45,8 @@ void* rows_of(const fewbit_output& output, int32_t dtype, int64_t token) {
 extern "C" int fewbit_linear_many(const fewbit_output* outputs, int32_t count, const fewbit_input* x, int64_t x_block,
                                   int32_t y_dtype, int32_t isa, int32_t threads) {
   using namespace fewbit;
-  if (!outputs || count < 1 || !x || x_block < FEWBIT_BFLOAT16S || threads < 1 || !well_formed(*x) || !known(y_dtype))
+  if (!outputs || count < 1 || !x || x_block < FEWBIT_BFLOAT16S || threads < 1 || !well_formed(*x) ||
+      !known_dtype(y_dtype))
     return FEWBIT_BAD_ARGUMENT;
   const Products& products = x_block == FEWBIT_SIGNS ? sign_products : x_block ? segment_products : float_products;
   if (x_block == FEWBIT_BFLOAT16S && x->dtype != FEWBIT_BFLOAT16) return FEWBIT_BAD_ARGUMENT;

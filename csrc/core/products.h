@@ -21,9 +21,10 @@ struct Products {
 
 extern const Products float_products, segment_products, sign_products;
 
-// What any matrix must be, and any activations.
+// What any matrix, and any activations, must be.
 bool well_formed(const fewbit_matrix& matrix);
 bool well_formed(const fewbit_input& x);
+bool known_dtype(int32_t dtype);
 
 // Tokens of x from `token`, at most `tokens`.
 fewbit_input tokens_of(const fewbit_input& x, int64_t token, int64_t tokens);

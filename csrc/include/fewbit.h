@@ -32,7 +32,7 @@ extern "C" {
 /* Bits of fewbit_caps(): what this machine can run of what this build contains. */
 enum {
   FEWBIT_SERIAL = 1,
-  FEWBIT_AVX2 = 2,
+  FEWBIT_AVX2 = 2,       /* and FMA, F16C, BMI2 */
   FEWBIT_AVX512 = 4,     /* F, BW, VL, DQ */
   FEWBIT_AVX512VNNI = 8, /* the above and VNNI */
   FEWBIT_NEON = 16,
@@ -183,6 +183,36 @@ typedef struct {
  * 2) * 2^-24 times the sum of |value x|, and 2^-24 |y|. Indices are not checked here. */
 int fewbit_sparse_add(const fewbit_sparse* matrix, const fewbit_input* x, float* y, int64_t y_stride, int32_t isa,
                       int32_t threads);
+
+/* A matrix of vectors: w[dim r + d][column] = book[column / block][i][d] + residual[column / block][j][d], where code
+ * (r, column) is i + 2^bits j; without a residual i alone (VPTQ, Liu et al. 2024, arXiv:2409.17066).
+ *
+ * Layout column8: eight codes, of neighbouring r, lie together as dense fields: their i in `bits` bytes, index n at bits
+ * [n bits, n bits + bits) counted from the lowest bit of the first byte, then their j in `residual_bits` bytes. Columns
+ * follow one another, then the next eight r. Bytes: ceil(ceil(rows / dim) / 8) * columns * (bits + residual_bits).
+ * Every index is below 2^bits, the entries of a book, whatever the bytes are. */
+typedef struct {
+  int64_t rows, columns;
+  int64_t block;                /* columns that share books; `columns` when all do */
+  int32_t dim;                  /* rows that a code spans: 2, 4, 6, 8, 12 or 16 */
+  int32_t bits, residual_bits;  /* 4 to 16; residual_bits 0: there is no residual */
+  int32_t half;                 /* 1: entries are IEEE float16, 0: float32 */
+  const uint8_t* codes;
+  const void* book;             /* (blocks, 2^bits, width) with width = dim rounded up to 4, 8 or 16 by zeros */
+  const void* residual;         /* (blocks, 2^residual_bits, width), or NULL */
+} fewbit_vectors;
+
+/* y[token][row] = sum over columns of x[token][column] * w[row][column] + bias[row], with w as above in float32 and
+ * each product added in float32, column after column: the result depends on neither `threads` nor `tokens`. Activations
+ * are not rounded. Error: at most about (columns + 2) * 2^-24 times the sum of |w| |x| and |bias|.
+ * y: (tokens, rows) of y_dtype, tokens `y_stride` elements apart; all else as in fewbit_linear_many. */
+int fewbit_vector_linear(const fewbit_vectors* matrix, const fewbit_input* x, const float* bias, void* y,
+                         int64_t y_stride, int32_t y_dtype, int32_t isa, int32_t threads);
+
+/* The weights transposed: out[column * stride + row - 8 dim tile_begin] for the rows of tiles [tile_begin, tile_end) of
+ * 8 dim rows, padding included. */
+int fewbit_vector_decode(const fewbit_vectors* matrix, int64_t tile_begin, int64_t tile_end, float* out, int64_t stride,
+                         int32_t isa, int32_t threads);
 
 /* Which elements of x (images, channels, height, width) the windows of a convolution see. `stride_*` are elements of x
  * between neighbours on an axis, so that any memory order works; `step_*` are positions between windows, which others

@@ -29,6 +29,7 @@ EXAMPLES = (
     "nf4/g64",
     "mxfp4",
     "ternary/g128",
+    "vector8x12",
 )
 EXAMPLE_SHAPE = (4096, 4096)
 _UNKNOWN_CACHE = 32 << 20

@@ -63,8 +63,9 @@ def test_padding_moves_no_parameter(name: str) -> None:
         pytest.skip("a whole row has no padding")
     for weight in (normal(4, 3), normal(4, 3) + 9):
         format = format.bind(weight)
-        padded = format.fit(B.split(weight, format.block), B.present(3, format.block))
-        alone = format.fit(weight.unsqueeze(1), torch.ones(1, 1, 3))
+        mask, height = B.present(3, format.block).expand(4, -1, -1), format.height
+        padded = format.fit(B.fold(B.split(weight, format.block), height), B.fold(mask, height))
+        alone = format.fit(B.fold(weight.unsqueeze(1), height), torch.ones(4 // height, 1, 3 * height))
         for key in padded:
             assert torch.equal(padded[key], alone[key]), key
 

@@ -7,8 +7,11 @@ import torch
 from raw_format import Raw
 
 from fewbit import formats, kernels
+from fewbit.core import blocks as B
+from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
+from fewbit.formats.vector import LENGTHS, Vector
 
 SIZES = (1, 7, 31, 33, 97)
 BATCHES = (1, 3, 4, 5, 8, 33, 65)
@@ -41,6 +44,9 @@ def raw_matrix(
     if kernel.startswith("xnor"):
         return signs(shape, generator)
     bits = 1 if kernel.startswith("planes") else bits
+    if kernel.startswith("vector"):
+        residual = int(torch.randint(4, 10, (), generator=generator)) if bits % 2 else 0
+        return vectors(Vector(LENGTHS[bits % 6], bits + 4, residual, block), shape, generator, scale)
     levels = torch.randn(2**bits, generator=generator).tolist() if kernel in TABLED_ROWS else []
     format = Raw(bits, block, tuple(levels))
     blocks = (shape[0], -(-shape[1] // (block or shape[1])), 1)
@@ -56,6 +62,18 @@ def raw_matrix(
     if kind == 2:
         offsets = -scales * 2.5
     return QTensor.of(format, codes, {"scale": scales, "offset": offsets})
+
+
+def vectors(format: Vector, shape: tuple[int, int], generator: torch.Generator, scale: float | None = None) -> QTensor:
+    """Random codes of random books, as large as ``scale`` where float16 holds it."""
+    rows, columns = F.code_shape(format, shape)
+    codes = torch.randint(0, format.levels, (rows, columns), generator=generator).to(F.code_dtype(format))
+    params = {}
+    for param in format.params:
+        book = torch.randn(B.count(columns, format.block), *param.entry, generator=generator)
+        book = (book * (1.0 if scale is None else scale)).clamp(-6e4, 6e4).half()
+        params[param.name] = book[None, :, None].expand(rows, *[-1] * 4)
+    return QTensor.of(format, codes, params, rows=shape[0])
 
 
 def signs(shape: tuple[int, int], generator: torch.Generator) -> QTensor:

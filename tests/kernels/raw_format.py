@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbit.core.format import Format, Param, Params, Physical
+from fewbit.core import format as F
+from fewbit.core.format import Format, Param, Params, Physical, Vectors
 from fewbit.core.qtensor import QTensor
 
 
@@ -80,6 +81,9 @@ def exact(qtensor: QTensor) -> Exact:
     format, (rows, columns) = qtensor.format, qtensor.shape
     codes, params = qtensor.logical()
     physical = format.physical(params)
+    if isinstance(physical, Vectors):
+        weight = F.decode(format, codes, params)[:rows].double()
+        return Exact(qtensor, weight, weight.abs(), torch.zeros_like(weight), columns + 2)
     block = format.block or columns
     at = torch.arange(columns) // block
     scale = physical.scale.double().expand(rows, -1)[:, at]

@@ -192,7 +192,8 @@ def test_weights_are_decoded_a_strip_at_a_time(kernel: str, monkeypatch: pytest.
     for window, rows, shape in (CASES[2], CASES[14]):
         matrix, x, bias = case(window, rows, shape, kernel)
         prepared = kernels.prepare(matrix, kernel)
-        assert len([rows for rows, _ in prepared.decoded()]) >= 3
+        least = 1 if kernel.startswith("vector") else 3  # a tile of vectors has more rows than these matrices
+        assert len([rows for rows, _ in prepared.decoded()]) >= least
         for rows, weight in prepared.decoded():
             torch.testing.assert_close(weight, matrix.dequantize()[rows])
         check(kernel, x, matrix, window, bias)

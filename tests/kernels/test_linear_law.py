@@ -86,7 +86,7 @@ def test_every_format_that_can_be_spelt(spelling: str) -> None:
     weight = torch.randn(33, 512, generator=generator)
     format = formats.parse(spelling).bind(weight)
     params = F.fit(format, weight)
-    matrix = QTensor.of(format, F.encode(format, weight, params), params)
+    matrix = QTensor.of(format, F.encode(format, weight, params), params, rows=33)
     x = torch.randn(3, 512, generator=generator)
     rows = [row.name for row in kernels.KERNELS if row.refuse(format, matrix.shape) is None]
     assert rows == [row for row in FLOAT_ROWS if row == "reference" or row.startswith(kernels.table.family(format))]
@@ -102,7 +102,7 @@ def test_every_format_by_integers_or_with_a_reason(spelling: str, inputs: str) -
     weight = torch.randn(33, 512, generator=generator)
     format = formats.parse(spelling).bind(weight)
     params = F.fit(format, weight)
-    matrix = QTensor.of(format, F.encode(format, weight, params), params)
+    matrix = QTensor.of(format, F.encode(format, weight, params), params, rows=33)
     rounding = formats.parse(inputs)
     x = torch.randn(3, 512, generator=generator)
     found = kernels.table.family(format)

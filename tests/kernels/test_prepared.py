@@ -104,7 +104,7 @@ def test_nothing_is_lost_and_rows_can_be_looked_up(spelling: str) -> None:
     weight = torch.randn(37, 512, generator=torch.Generator().manual_seed(3))
     format = formats.parse(spelling).bind(weight)
     params = F.fit(format, weight)
-    matrix = QTensor.of(format, F.encode(format, weight, params), params)
+    matrix = QTensor.of(format, F.encode(format, weight, params), params, rows=37)
     ready = kernels.prepare(matrix)
     codes, back = ready.qtensor().logical()
     assert torch.equal(codes, matrix.packed)

@@ -66,5 +66,6 @@ def test_neon_under_qemu(tmp_path: Path) -> None:
     done = subprocess.run(["qemu-aarch64", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "0 failures" in done.stdout and "neon: at most" in done.stdout
+    assert "vector on neon\n" in done.stdout
     assert "int8 on neon\n" in done.stdout and "int8 on neondot\n" in done.stdout and "xnor on neon\n" in done.stdout
     assert "sparse on neon\n" in done.stdout

@@ -71,6 +71,9 @@ def test_both_implementations_agree_and_invert(bits: int) -> None:
 def test_every_format_survives_the_layout(spelling: str) -> None:
     weight = torch.randn(19, 512, generator=torch.Generator().manual_seed(1))
     format = formats.parse(spelling).bind(weight)
+    if format.height > 1:
+        assert str(format.height) in str(TILE16.refuse(format, (19, 512)))
+        return
     params = F.fit(format, weight)
     matrix = QTensor.of(format, F.encode(format, weight, params), params)
     codes, back = matrix.repack(TILE16).repack(DENSE).logical()

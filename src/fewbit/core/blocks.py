@@ -36,6 +36,25 @@ def join(blocks: Tensor, columns: int) -> Tensor:
     return blocks.reshape(blocks.shape[0], -1)[:, :columns]
 
 
+def fold(blocks: Tensor, height: int) -> Tensor:
+    """``(rows, blocks, block) -> (ceil(rows / height), blocks, block * height)``: ``height`` neighbours of a column
+    become neighbours of a row; rows are padded with zeros at the end."""
+    if height == 1:
+        return blocks
+    rows, number, size = blocks.shape
+    padded = torch.nn.functional.pad(blocks, (0, 0, 0, 0, 0, -rows % height))
+    return padded.reshape(-1, height, number, size).permute(0, 2, 3, 1).reshape(-1, number, size * height)
+
+
+def unfold(blocks: Tensor, height: int) -> Tensor:
+    """Inverse of :func:`fold`, padding rows included."""
+    if height == 1:
+        return blocks
+    rows, number, size = blocks.shape
+    folded = blocks.reshape(rows, number, size // height, height)
+    return folded.permute(0, 3, 1, 2).reshape(rows * height, number, size // height)
+
+
 def present(columns: int, block: int, device: torch.device | None = None) -> Tensor:
     """``(1, blocks, block)`` float32: 1 where a column exists, 0 on padding."""
     return split(torch.ones(1, columns, device=device), block)

@@ -5,6 +5,11 @@ A format is a frozen value. It never sees a model, a file, a layout or a kernel.
 ``(rows, blocks, block)``; codes are unsigned integers of the same shape (last axis divided by ``dim``); every
 parameter is ``(rows, blocks, 1)``, already in the dtype in which it is stored, so that what is decoded is exactly
 what a file decodes to.
+
+A code may stand for ``dim`` neighbours of a row (AQLM), or for ``height`` neighbours of a column (VPTQ). The second is
+the first after a fold (:func:`fewbit.core.blocks.fold`): :func:`fit`, :func:`encode` and :func:`decode` below fold, and
+a format sees blocks ``(ceil(rows / height), blocks, block * height)`` in which the values of a code are neighbours
+either way. Rows of codes and of parameters are then ``ceil(rows / height)``; columns and blocks count as ever.
 """
 
 from __future__ import annotations
@@ -26,14 +31,22 @@ Params = Mapping[str, Tensor]
 class Param:
     """One stored parameter array of a format.
 
-    ``bits`` are the bits an entry takes when stored; ``dtype`` is that of the array in memory. ``per`` says how
-    many entries exist: one a block, one a span of ``fit_block`` columns, or one for the whole tensor.
+    ``bits`` are the bits a number takes when stored; ``dtype`` is that of the array in memory. ``per`` says how
+    many entries exist: one a block, one a span of ``fit_block`` columns, one a block of columns for all rows
+    ("columns"), or one for the whole tensor. ``entry``: the shape of an entry that is more than a number; such a
+    parameter is ``(rows, blocks, 1, *entry)``. What all rows share is a view that repeats one row.
     """
 
     name: str
     bits: int
     dtype: torch.dtype
-    per: Literal["block", "span", "tensor"] = "block"
+    per: Literal["block", "span", "columns", "tensor"] = "block"
+    entry: tuple[int, ...] = ()
+
+    @property
+    def shared(self) -> bool:
+        """Whether all rows have the same."""
+        return self.per in ("columns", "tensor")
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,32 @@ class Physical:
     def family(self) -> Literal["affine", "lut"]:
         return "affine" if self.table is None else "lut"
 
+    def magnitude(self, weight: Tensor, block: int) -> Tensor:
+        """What a kernel adds up for each of ``weight`` (rows, columns), in float64: |scale * code| + |offset|."""
+        magnitude = weight.abs().double()
+        if self.offset is None:
+            return magnitude
+        wide = self.offset.abs().double().repeat_interleave(block, dim=1)[:, : weight.shape[1]]
+        return magnitude + 2 * wide
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What a kernel of vectors runs: ``w[height r + d, column] = sum over books of book[block, index, d]``.
+
+    ``books``: float32 (blocks, entries, height) each. The indices into them are the fields of a code, ``bits`` wide,
+    lowest bits first.
+    """
+
+    books: tuple[Tensor, ...]
+    bits: tuple[int, ...]
+
+    family: Literal["vector"] = "vector"
+
+    def magnitude(self, weight: Tensor, block: int) -> Tensor:
+        """As :meth:`Physical.magnitude`: a weight is summed before it is multiplied."""
+        return weight.abs().double()
+
 
 class Format(ABC):
     """Abstract; every concrete format is a frozen dataclass in :mod:`fewbit.formats`, and final.
@@ -61,7 +100,8 @@ class Format(ABC):
     * ``name``: the one-line spelling; ``formats.parse(f.name) == f``.
     * ``bits``: bits a code takes in a plain n-bit field. ``levels``: number of distinct codes (3 for ternary).
     * ``block``: columns that share block parameters, 0 for a whole row. ``fit_block``: columns whose parameters must
-      be fitted together (0 whole row; at least ``block``). ``dim``: weights that one code stands for.
+      be fitted together (0 whole row; at least ``block``). ``dim``: columns that one code stands for. ``height``: rows
+      that it stands for.
     * ``params``: what is stored beside the codes.
     """
 
@@ -72,6 +112,7 @@ class Format(ABC):
     fit_block: int
     dim: int
     params: tuple[Param, ...]
+    height: int = 1
 
     def bind(self, weight: Tensor) -> Format:
         """This format with its tensor-wide constants fixed from ``weight`` (rows, columns); itself when it has none."""
@@ -87,7 +128,8 @@ class Format(ABC):
 
     @abstractmethod
     def encode(self, blocks: Tensor, params: Params) -> Tensor:
-        """Nearest code of every value, uint8; ``params`` broadcast against ``blocks``. Ties go to the even level."""
+        """Nearest code of every value, in :func:`code_dtype`; ``params`` broadcast against ``blocks``. Ties go to the
+        even level."""
 
     @abstractmethod
     def decode(self, codes: Tensor, params: Params) -> Tensor:
@@ -96,7 +138,7 @@ class Format(ABC):
     def nearest(self, blocks: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """Codes, in any dtype, and their values: those of :meth:`encode` and :meth:`decode`, bit for bit.
 
-        A format overrides it where it can spare the way through uint8; solvers call it once a column.
+        A format overrides it where it can spare the way through integers; solvers call it once a column.
         """
         codes = self.encode(blocks, params)
         return codes, self.decode(codes, params)
@@ -106,8 +148,28 @@ class Format(ABC):
         return params
 
     @abstractmethod
-    def physical(self, params: Params) -> Physical:
+    def physical(self, params: Params) -> Physical | Vectors:
         """The lossless lowering to a kernel family, from ``params`` of shape (rows, blocks, 1)."""
+
+
+def code_dtype(format: Format) -> torch.dtype:
+    """What codes are in memory: a byte each up to 8 bits, else int32 (torch can do little with uint16)."""
+    return torch.uint8 if format.bits <= 8 else torch.int32
+
+
+def code_shape(format: Format, shape: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of the codes of a (rows, columns) matrix."""
+    return -(-shape[0] // format.height), shape[1] // format.dim
+
+
+def params_of_rows(format: Format, params: Params, rows: Tensor) -> dict[str, Tensor]:
+    """Those of the rows of codes ``rows`` (n,); what all rows share is not copied."""
+    return {
+        param.name: params[param.name][:1].expand(len(rows), *params[param.name].shape[1:])
+        if param.shared
+        else params[param.name][rows]
+        for param in format.params
+    }
 
 
 def fit(format: Format, weight: Tensor, importance: Tensor | None = None) -> dict[str, Tensor]:
@@ -116,16 +178,18 @@ def fit(format: Format, weight: Tensor, importance: Tensor | None = None) -> dic
     mask = B.present(columns, format.block, weight.device)
     if importance is not None:
         mask = B.split(importance.float().reshape(-1, columns), format.block)
-    return format.fit(B.split(weight.float(), format.block), mask)
+    mask = mask.expand(weight.shape[0], -1, -1) if format.height > 1 else mask
+    return format.fit(B.fold(B.split(weight.float(), format.block), format.height), B.fold(mask, format.height))
 
 
 def encode(format: Format, weight: Tensor, params: Params) -> Tensor:
-    """Codes of a whole ``weight``: (rows, columns) -> uint8 (rows, columns / dim)."""
-    codes = format.encode(B.split(weight.float(), format.block), params)
+    """Codes of a whole ``weight``: (rows, columns) -> (rows / height, columns / dim)."""
+    codes = format.encode(B.fold(B.split(weight.float(), format.block), format.height), params)
     return B.join(codes, weight.shape[1] // format.dim).contiguous()
 
 
 def decode(format: Format, codes: Tensor, params: Params) -> Tensor:
-    """Float32 (rows, columns) from codes (rows, columns / dim)."""
+    """Float32 (rows, columns) from codes (rows / height, columns / dim); rows are whole codes."""
     size = format.block // format.dim
-    return B.join(format.decode(B.split(codes, size), params), codes.shape[1] * format.dim)
+    values = B.unfold(format.decode(B.split(codes, size), params), format.height)
+    return B.join(values, codes.shape[1] * format.dim)

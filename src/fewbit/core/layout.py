@@ -18,8 +18,8 @@ class Layout:
     """One row of the layout table.
 
     * ``refuse(format, shape)``: None, or the reason why this layout cannot hold it.
-    * ``pack(format, shape, codes, params) -> (packed, stored)``: ``codes`` (rows, columns / dim) uint8 and logical
-      ``params`` (rows, blocks, 1) to the bytes and parameter arrays as they lie in a file.
+    * ``pack(format, shape, codes, params) -> (packed, stored)``: ``codes`` (rows / height, columns / dim) and logical
+      ``params`` (rows / height, blocks, 1) to the bytes and parameter arrays as they lie in a file.
     * ``unpack(format, shape, packed, stored) -> (codes, params)``: the inverse, bit-exact.
     """
 
@@ -35,4 +35,4 @@ UNPACKED = Layout(
     pack=lambda format, shape, codes, params: (codes, dict(params)),
     unpack=lambda format, shape, packed, stored: (packed, dict(stored)),
 )
-"""One byte a code, parameters as they are: what methods return, before a layout is chosen."""
+"""A byte a code (four above 8 bits), parameters as they are: what methods return, before a layout is chosen."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbit.core.format import Format, decode, encode, fit
+from fewbit.core.format import Format, code_shape, decode, encode, fit
 from fewbit.core.layout import UNPACKED, Layout
 from fewbit.errors import UnsupportedError
 
@@ -32,17 +32,19 @@ class QTensor:
     params: Mapping[str, Tensor]
 
     @staticmethod
-    def of(format: Format, codes: Tensor, params: Mapping[str, Tensor]) -> QTensor:
-        """From logical codes (rows, columns / dim) and parameters (rows, blocks, 1), unpacked."""
-        return QTensor(format, UNPACKED, (codes.shape[0], codes.shape[1] * format.dim), codes, dict(params))
+    def of(format: Format, codes: Tensor, params: Mapping[str, Tensor], rows: int | None = None) -> QTensor:
+        """From logical codes (rows / height, columns / dim) and parameters (rows / height, blocks, 1), unpacked.
+        ``rows`` of the matrix need saying only where they are not whole codes."""
+        shape = (codes.shape[0] * format.height if rows is None else rows, codes.shape[1] * format.dim)
+        return QTensor(format, UNPACKED, shape, codes, dict(params))
 
     def logical(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Codes (rows, columns / dim) uint8 and parameters (rows, blocks, 1)."""
+        """Codes (rows / height, columns / dim) and parameters (rows / height, blocks, 1)."""
         return self.layout.unpack(self.format, self.shape, self.packed, self.params)
 
     def dequantize(self) -> Tensor:
         """The float32 (rows, columns) matrix that this stands for."""
-        return decode(self.format, *self.logical())
+        return decode(self.format, *self.logical())[: self.shape[0]]
 
     def repack(self, layout: Layout) -> QTensor:
         """The same codes and parameters in another layout; nothing is fitted again.
@@ -68,9 +70,17 @@ class QTensor:
 
 
 def stack(parts: Sequence[QTensor]) -> QTensor:
-    """Matrices of one format and width as one, by rows, unpacked."""
+    """Matrices of one format and width as one, by rows, unpacked.
+
+    Raises:
+        UnsupportedError: several matrices, with parameters that all rows of a matrix share.
+    """
     if len(parts) == 1:
         return parts[0]
+    if any(param.shared for param in parts[0].format.params):
+        raise UnsupportedError(
+            f"{len(parts)} matrices in {parts[0].format.name} as one", "each has parameters that all its rows share"
+        )
     logical = [part.logical() for part in parts]
     params = {name: torch.cat([values[name] for _, values in logical]) for name in logical[0][1]}
     return QTensor.of(parts[0].format, torch.cat([codes for codes, _ in logical]), params)
@@ -79,14 +89,15 @@ def stack(parts: Sequence[QTensor]) -> QTensor:
 def storage(format: Format, layout: Layout, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of every array that a (rows, columns) matrix will take, without making it.
 
-    Packs matrices of 16 and 32 rows and extrapolates: every layout is linear in the rows. The code array is called
-    ``packed``. Raises UnsupportedError when the layout refuses.
+    Packs matrices of 16 and 32 rows of codes and extrapolates: every layout is linear in these. The code array is
+    called ``packed``. Raises UnsupportedError when the layout refuses.
     """
     one, two = _trials(format, layout, shape[1])
+    rows = code_shape(format, shape)[0]
     return {
         name: (
             dtype,
-            tuple(a + (b - a) * (shape[0] - _TRIAL) // _TRIAL for a, b in zip(size, two[name][1], strict=True)),
+            tuple(a + (b - a) * (rows - _TRIAL) // _TRIAL for a, b in zip(size, two[name][1], strict=True)),
         )
         for name, (dtype, size) in one.items()
     }
@@ -94,10 +105,10 @@ def storage(format: Format, layout: Layout, shape: tuple[int, int]) -> dict[str,
 
 @functools.lru_cache(maxsize=256)
 def _trials(format: Format, layout: Layout, columns: int) -> list[dict[str, tuple[torch.dtype, torch.Size]]]:
-    """What 16 and 32 rows take. A model has hundreds of layers of a few widths, each asked for several times."""
+    """What 16 and 32 rows of codes take. A model has hundreds of layers of few widths, each asked for several times."""
     trials = []
     for number in (_TRIAL, 2 * _TRIAL):
-        zeros = torch.zeros(number, columns)
+        zeros = torch.zeros(number * format.height, columns)
         bound = format.bind(zeros)
         params = fit(bound, zeros)
         packed = QTensor.of(bound, encode(bound, zeros, params), params).repack(layout)

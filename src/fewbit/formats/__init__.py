@@ -13,6 +13,7 @@ from fewbit.formats.spelling import EXAMPLES, parse
 from fewbit.formats.superblock import Superblock
 from fewbit.formats.table import Table
 from fewbit.formats.ternary import Ternary
+from fewbit.formats.vector import Vector
 
 __all__ = [
     "EXAMPLES",
@@ -26,6 +27,7 @@ __all__ = [
     "Superblock",
     "Table",
     "Ternary",
+    "Vector",
     "parse",
     "scheme",
 ]

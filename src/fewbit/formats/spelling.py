@@ -8,6 +8,8 @@
     nf4 | fp4 | pot{2-8}  [/g{N} | /channel]            group 64 unless said
     sign | ternary  [/g{N} | /channel]                  group 128 unless said
     mxfp4[/g32]   nvfp4[/g16]
+    vector{2,4,6,8,12,16}x{4-16}[+{4-16}][/g{N}]        length x bits of an index, + bits of a residual's; one codebook
+                                                        a tensor unless said, else one a group of columns
     W4A16, Q4_K, ...                                    a scheme that leaves activations alone
 """
 
@@ -27,6 +29,7 @@ from fewbit.formats.sign import Sign
 from fewbit.formats.superblock import Superblock
 from fewbit.formats.table import TABLES, Table
 from fewbit.formats.ternary import Ternary
+from fewbit.formats.vector import LEAST_BITS, LENGTHS, MOST_BITS, MOST_CODE, Vector
 
 LARGEST_GROUP = 8192
 """A row is padded to whole groups while it is fitted; longer groups are spelt ``channel``."""
@@ -54,6 +57,10 @@ _GRAMMAR: tuple[tuple[re.Pattern[str], Callable[..., Format]], ...] = (
     (re.compile(rf"ternary{_GROUP}"), lambda group, channel: Ternary(_block(group, channel, 128))),
     (re.compile(r"mxfp4(?:/g32)?"), MXFP4),
     (re.compile(r"nvfp4(?:/g16)?"), NVFP4),
+    (
+        re.compile(r"vector([1-9]\d?)x([1-9]\d?)(?:\+([1-9]\d?))?(?:/g([1-9]\d{0,4}))?"),
+        lambda length, bits, residual, group: _vector(int(length), int(bits), int(residual or 0), group),
+    ),
 )
 
 EXAMPLES: tuple[str, ...] = (
@@ -76,6 +83,9 @@ EXAMPLES: tuple[str, ...] = (
     "sign/channel",
     "ternary/g128",
     "ternary/g256",
+    "vector8x12",
+    "vector4x8/g64",
+    "vector6x6+5",
 )
 """One spelling of every kind of format, in canonical form: what the laws are tested on."""
 
@@ -119,3 +129,14 @@ def _superblock(bits: int, group: int, repeat: int, kind: str | None, scale_bits
     if group * repeat > LARGEST_GROUP:
         raise SpecError(f"group g{group}x{repeat}", f"spans have at most {LARGEST_GROUP} columns", "for example g32x8")
     return Superblock(bits, group, repeat, kind != "asym", int(scale_bits or 6))
+
+
+def _vector(length: int, bits: int, residual: int, group: str | None) -> Vector:
+    known = length in LENGTHS and all(LEAST_BITS <= n <= MOST_BITS for n in (bits, residual or bits))
+    if not known or bits + residual > MOST_CODE:
+        raise SpecError(
+            f"vectors of {length} weights by indices of {bits} and {residual} bits",
+            f"weights are {', '.join(map(str, LENGTHS))}, bits {LEAST_BITS} to {MOST_BITS}, at most {MOST_CODE} in all",
+            "for example vector8x12 or vector8x12+8",
+        )
+    return Vector(length, bits, residual, _block(group, "channel" if group is None else None, 0))

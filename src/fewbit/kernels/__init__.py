@@ -3,6 +3,7 @@
 :data:`SPARSE_KERNELS` add few entries onto what these compute."""
 
 from fewbit.kernels import native, reference
+from fewbit.kernels.column8 import COLUMN8
 from fewbit.kernels.conv import conv2d, route
 from fewbit.kernels.ops import embedding, linear, prepare, set_threads
 from fewbit.kernels.prepared import Prepared, PreparedMatrix, linear_many
@@ -13,6 +14,7 @@ from fewbit.kernels.tile16 import TILE16
 from fewbit.kernels.window import Window
 
 __all__ = [
+    "COLUMN8",
     "KERNELS",
     "SPARSE_KERNELS",
     "TILE16",

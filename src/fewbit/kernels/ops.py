@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fewbit.core import format as F
 from fewbit.core.format import Format
-from fewbit.core.layout import UNPACKED
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Terms
 from fewbit.kernels import native
@@ -20,6 +19,7 @@ from fewbit.kernels.sparse import choose_sparse
 from fewbit.kernels.table import choose, named
 from fewbit.kernels.terms import PreparedTerms
 from fewbit.kernels.tile16 import TILE16, unpack_rows
+from fewbit.kernels.vectors import VectorPrepared
 from fewbit.layouts.dense import DENSE, load_params
 
 
@@ -55,7 +55,8 @@ def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Form
 def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | None) -> PreparedMatrix:
     choice = choose(qtensor.format, qtensor.shape, kernel, activation)
     if choice.isa is not None:
-        return NativePrepared(qtensor, choice.kernel, activation)
+        made = VectorPrepared if choice.kernel.family == "vector" else NativePrepared
+        return made(qtensor, choice.kernel, activation)
     if kernel is None:
         reason = native.why_not() or next(reversed(choice.reasons.values()))
         warnings.warn(f"fewbit runs on its slow reference: {reason}", RuntimeWarning, stacklevel=3)
@@ -86,20 +87,22 @@ def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32)
     if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= qtensor.shape[0]):
         raise IndexError(f"ids go from {int(rows.min())} to {int(rows.max())}; the matrix has {qtensor.shape[0]} rows")
     format, shape = qtensor.format, qtensor.shape
+    units, within = rows // format.height, rows % format.height
     if qtensor.layout is TILE16:
-        codes = unpack_rows(qtensor.packed, shape, format.bits, rows)
-        params = {name: values[rows] for name, values in load_params(format, shape, qtensor.params).items()}
-    elif qtensor.layout is DENSE or qtensor.layout is UNPACKED:
+        codes = unpack_rows(qtensor.packed, shape, format.bits, units)
+        params = F.params_of_rows(format, load_params(format, shape, qtensor.params), units)
+    elif qtensor.layout is DENSE:
         stored = dict(qtensor.params)
         for param in format.params:
-            if param.per != "tensor" or qtensor.layout is UNPACKED:
-                stored[param.name] = stored[param.name][rows]
-        few = QTensor(format, qtensor.layout, (rows.numel(), shape[1]), qtensor.packed[rows], stored)
+            if not param.shared:
+                stored[param.name] = stored[param.name][units]
+        few = QTensor(format, DENSE, (units.numel() * format.height, shape[1]), qtensor.packed[units], stored)
         codes, params = few.logical()
     else:
         codes, params = qtensor.logical()
-        codes, params = codes[rows], {name: values[rows] for name, values in params.items()}
-    return F.decode(format, codes, params).to(dtype).reshape(*ids.shape, shape[1])
+        codes, params = codes[units], F.params_of_rows(format, params, units)
+    decoded = F.decode(format, codes, params).reshape(-1, format.height, shape[1])
+    return decoded[torch.arange(len(rows)), within].to(dtype).reshape(*ids.shape, shape[1])
 
 
 def set_threads(threads: int | None) -> None:

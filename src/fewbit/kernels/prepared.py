@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
-from fewbit.core.format import Format
+from fewbit.core.format import Format, Physical
 from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, UnsupportedError
@@ -27,6 +27,11 @@ BFLOAT16S = 8
 """Tokens from which on bfloat16 activations are multiplied as such, where the processor does that natively."""
 STRIP = 1 << 19
 """Weights decoded at a time: 2 MiB of float32."""
+
+
+def rows_of_strip(columns: int, tile: int) -> int:
+    """Rows that are decoded at a time: whole tiles of ``tile`` rows, one at least."""
+    return max(tile, STRIP // columns // tile * tile)
 
 
 def check_supported(x: Tensor) -> None:
@@ -195,6 +200,7 @@ class NativePrepared(PreparedMatrix):
         self._stored = qtensor if qtensor.layout is TILE16 else qtensor.repack(TILE16)
         format = self._stored.format
         physical = format.physical(qtensor.logical()[1])
+        assert isinstance(physical, Physical)
         blocks = (self.shape[0], B.count(self.shape[1], format.block))
         scale = physical.scale.float().expand(blocks)
         offset = None if physical.offset is None else physical.offset.float().expand(blocks)
@@ -240,17 +246,10 @@ class NativePrepared(PreparedMatrix):
     def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         return _run_native(x, [(self, bias)], dtype)[0]
 
-    def long(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Decode strips of rows to float32, each once for all tokens, and let torch multiply."""
-        y = torch.empty(x.shape[0], self.shape[0])
-        for rows, weight in self.decoded():
-            torch.mm(x, weight.T, out=y[:, rows])
-        return y if bias is None else y.add_(bias.float())
-
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
-        """As :meth:`Prepared.decoded`; a strip is a view of memory that the next one overwrites."""
+        """As :meth:`PreparedMatrix.decoded`; a strip is a view of memory that the next one overwrites."""
         rows, columns = self.shape
-        strip = max(ROWS, STRIP // columns // ROWS * ROWS)
+        strip = rows_of_strip(columns, ROWS)
         weight = torch.empty(columns, min(strip, -(-rows // ROWS) * ROWS))  # (columns, rows of the strip)
         for row in range(0, rows, strip):
             tiles = row // ROWS, min(row + strip, rows + ROWS - 1) // ROWS
@@ -272,6 +271,25 @@ class NativePrepared(PreparedMatrix):
         return self._stored.nbytes - self._stored.packed.numel() + self.read_bytes
 
 
+def multiply_decoded(matrix: PreparedMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + bias`` for x (..., columns), float32 (tokens, rows): strips of rows are decoded to float32, each once
+    for all tokens, and torch multiplies."""
+    x = x.float().contiguous().reshape(-1, matrix.shape[1])  # torch's sums depend on strides
+    y = torch.empty(x.shape[0], matrix.shape[0])
+    for rows, weight in matrix.decoded():
+        torch.mm(x, weight.T, out=y[:, rows])
+    return y if bias is None else y.add_(bias.float())
+
+
+def given(x: Tensor) -> tuple[Tensor, native.Input]:
+    """x (..., columns), and where the core finds its tokens; copied only where they do not lie equally far apart."""
+    columns = x.shape[-1]
+    if not x.is_contiguous():
+        x = x.reshape(-1, columns)
+    stride, step = (columns, 1) if x.is_contiguous() else x.stride()
+    return x, (x.data_ptr(), x.numel() // columns, stride, step, native.DTYPES[x.dtype])
+
+
 def _run_native(
     x: Tensor, pairs: Sequence[tuple[Any, Tensor | None]], dtype: torch.dtype | None = None
 ) -> list[Tensor]:
@@ -285,13 +303,10 @@ def _run_native(
     if first._bfloat16s and x.dtype == torch.bfloat16 and tokens >= BFLOAT16S:
         x_block, isa = native.BFLOAT16S, native.FLAGS["avx512bf16"]
     if tokens >= DECODED and not x_block:
-        x = x.float().contiguous().reshape(-1, columns)  # torch's sums depend on strides
         for matrix, bias in pairs:
-            ys.append(matrix.long(x, bias).to(dtype).reshape(*leading, matrix.shape[0]))
+            ys.append(multiply_decoded(matrix, x, bias).to(dtype).reshape(*leading, matrix.shape[0]))
         return ys
-    if not x.is_contiguous():
-        x = x.reshape(-1, columns)  # a copy only where tokens do not lie equally far apart
-    stride, step = (columns, 1) if x.is_contiguous() else x.stride()
+    x, address = given(x)
     outputs, kept = [], []
     for matrix, bias in pairs:
         if bias is not None:
@@ -301,8 +316,7 @@ def _run_native(
         y = torch.empty(*leading, rows, dtype=dtype)
         ys.append(y)
         outputs.append((matrix._matrix, 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows))
-    given = (x.data_ptr(), tokens, stride, step, native.DTYPES[x.dtype])
-    native.core().linear_many(tuple(outputs), given, x_block, native.DTYPES[dtype], isa, torch.get_num_threads())
+    native.core().linear_many(tuple(outputs), address, x_block, native.DTYPES[dtype], isa, torch.get_num_threads())
     return ys
 
 

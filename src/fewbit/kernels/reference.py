@@ -34,16 +34,23 @@ def round_activations(x: Tensor, format: Format | None) -> Tensor:
 
 
 def _chunks(qtensor: QTensor) -> list[tuple[slice, Tensor, dict[str, Tensor]]]:
-    """(rows, their codes, their parameters), cut so that no part has more than :data:`CHUNK` weights."""
+    """(rows, their codes, their parameters), cut so that no part has more than :data:`CHUNK` weights, or one row of
+    codes."""
     codes, params = qtensor.logical()
-    step = max(1, CHUNK // qtensor.shape[1])
-    cuts = [slice(row, row + step) for row in range(0, qtensor.shape[0], step)]
-    return [(cut, codes[cut], {name: values[cut] for name, values in params.items()}) for cut in cuts]
+    (rows, columns), height = qtensor.shape, qtensor.format.height
+    step = max(1, CHUNK // columns // height)
+    parts = []
+    for first in range(0, len(codes), step):
+        cut = slice(first, first + step)
+        which = slice(first * height, min((first + step) * height, rows))
+        parts.append((which, codes[cut], {name: values[cut] for name, values in params.items()}))
+    return parts
 
 
 def decoded(qtensor: QTensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their float32 weights (rows, columns)), cut as above."""
-    return ((cut, F.decode(qtensor.format, codes, params)) for cut, codes, params in _chunks(qtensor))
+    parts = _chunks(qtensor)
+    return ((rows, F.decode(qtensor.format, codes, params)[: rows.stop - rows.start]) for rows, codes, params in parts)
 
 
 def linear(x: Tensor, qtensor: QTensor, bias: Tensor | None = None) -> Tensor:

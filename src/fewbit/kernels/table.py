@@ -17,8 +17,12 @@ from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.formats.affine import Affine
 from fewbit.formats.sign import Sign
 from fewbit.kernels import native
+from fewbit.kernels.column8 import COLUMN8
 from fewbit.kernels.native import Isa
 from fewbit.kernels.tile16 import COLUMNS, TILE16
+
+LAYOUTS = {layout.name: layout for layout in (TILE16, COLUMN8)}
+"""Those of native rows."""
 
 LOOKED_UP = 6
 """Bits of a code whose levels "int8_lut" keeps in registers."""
@@ -31,10 +35,11 @@ class Kernel:
     The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "int8" multiplies affine codes by
     activations rounded to int8, in integers, and "int8_lut" the levels of a table; "planes" looks up the sums of such
     activations that codes of one bit choose; "xnor" counts where signs of the weight and of the activations differ;
-    the others multiply float activations. ``family`` and ``isa`` are None for the reference, which takes everything.
+    the others multiply float activations, "vector" by vectors of a codebook. ``family`` and ``isa`` are None for the
+    reference, which takes everything.
     """
 
-    family: Literal["affine", "lut", "int8", "int8_lut", "planes", "xnor"] | None
+    family: Literal["affine", "lut", "vector", "int8", "int8_lut", "planes", "xnor"] | None
     isa: Isa | None
     layout: str
 
@@ -49,7 +54,7 @@ class Kernel:
 
     @property
     def weights(self) -> str | None:
-        """The family of weights that it runs: "affine" or "lut"."""
+        """The family of weights that it runs: "affine", "lut" or "vector"."""
         if self.family in ("int8", "planes", "xnor"):
             return "affine"
         return "lut" if self.family == "int8_lut" else self.family
@@ -66,9 +71,9 @@ class Kernel:
             return native.why_not()
         if self.isa not in native.isas():
             return f"this machine or build has no {self.isa}; it has {', '.join(native.isas())}"
-        reason = TILE16.refuse(format, shape)
+        reason = LAYOUTS[self.layout].refuse(format, shape)
         if reason is not None:
-            return f"layout tile16 {reason}"
+            return f"layout {self.layout} {reason}"
         if self.family == "xnor":
             return _refuse_signs(format, shape, activation)
         found = family(format)
@@ -124,12 +129,16 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("int8_lut", "serial", "tile16"),
     Kernel("affine", "avx512", "tile16"),
     Kernel("lut", "avx512", "tile16"),
+    Kernel("vector", "avx512", "column8"),
     Kernel("affine", "avx2", "tile16"),
     Kernel("lut", "avx2", "tile16"),
+    Kernel("vector", "avx2", "column8"),
     Kernel("affine", "neon", "tile16"),
     Kernel("lut", "neon", "tile16"),
+    Kernel("vector", "neon", "column8"),
     Kernel("affine", "serial", "tile16"),
     Kernel("lut", "serial", "tile16"),
+    Kernel("vector", "serial", "column8"),
     Kernel(None, None, "any"),
 )
 
@@ -138,7 +147,7 @@ NAMES = tuple(kernel.name for kernel in KERNELS)
 
 @functools.lru_cache(maxsize=256)
 def family(format: Format) -> str:
-    """The family that ``format`` lowers to: "affine" or "lut", or the reason why it lowers to none."""
+    """The family that ``format`` lowers to: "affine", "lut" or "vector", or the reason why it lowers to none."""
     weight = torch.linspace(-1, 1, max(format.fit_block, format.block, 32)).reshape(1, -1)
     try:
         bound = format.bind(weight)
@@ -178,8 +187,13 @@ def choose(format: Format, shape: Shape, kernel: str | None = None, activation: 
 
     Raises:
         SpecError: no kernel has that name.
-        UnsupportedError: the kernel named cannot run this here; the reason is in the message.
+        UnsupportedError: the kernel named cannot run this here, the reason is in the message; or a code of
+            ``activation`` would stand for several tokens.
     """
+    if activation is not None and activation.height > 1:
+        raise UnsupportedError(
+            f"activations in {activation.name}", f"a code would stand for {activation.height} tokens", "int8/g64 works"
+        )
     reasons: dict[str, str] = {}
     for row in KERNELS if kernel is None else (named(kernel),):
         reason = row.refuse(format, shape, activation)

@@ -82,8 +82,8 @@ def unpack_rows(packed: Tensor, shape: Shape, bits: int, rows: Tensor) -> Tensor
 
 
 def _refuse(format: Format, shape: Shape) -> str | None:
-    if format.dim != 1:
-        return f"holds one code a weight; a code of {format.name} stands for {format.dim}"
+    if format.dim * format.height != 1:
+        return f"holds one code a weight; a code of {format.name} stands for {format.dim * format.height}"
     return None if format.bits <= 8 else f"holds codes of at most 8 bits; {format.name} has {format.bits}"
 
 

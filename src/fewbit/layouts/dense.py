@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense n-bit fields, 1 to 8 bits: no bit wasted but the padding of a row to whole bytes.
+"""Dense n-bit fields, 1 to 24 bits: no bit wasted but the padding of a row to whole bytes.
 
 Code ``j`` of a row occupies bits ``[n j, n j + n)`` of that row's bit string; bit ``i`` of the string is bit ``i % 8``
 of byte ``i // 8`` (little-endian, least significant bit first). A row takes ``ceil(columns * n / 8)`` bytes::
@@ -7,7 +7,7 @@ of byte ``i // 8`` (little-endian, least significant bit first). A row takes ``c
     n = 3:   byte 0          byte 1          byte 2
              c2c2c1c1c1c0c0c0 c5c4c4c4c3c3c3c2 c7c7c7c6c6c6c5c5
 
-Eight codes are always n bytes, so rows are packed eight codes at a time with byte-wide shifts and nothing wider.
+Eight codes are always n bytes, so rows are packed eight codes at a time with shifts as wide as a code in memory.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
-from fewbit.core.format import Format, Params
+from fewbit.core.format import Format, Params, code_shape
 from fewbit.core.layout import Layout, Shape
 from fewbit.layouts.arrays import expect, take
+
+MOST = 24
+"""Bits of a code: with a shift of up to 7, all there is room for in an int32."""
 
 
 def row_bytes(columns: int, bits: int) -> int:
@@ -27,7 +30,8 @@ def row_bytes(columns: int, bits: int) -> int:
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes (rows, n) -> uint8 (rows, ceil(n * bits / 8)). Codes must be below ``2^bits``."""
+    """Codes (rows, n), uint8 up to 8 bits and int32 above -> uint8 (rows, ceil(n * bits / 8)). Codes must be below
+    ``2^bits``."""
     if bits == 8:
         return codes.to(torch.uint8).contiguous()
     rows, columns = codes.shape
@@ -42,23 +46,23 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
         field = parts[0]
         for part in parts[1:]:
             field = field | part
-        packed[..., byte] = field
+        packed[..., byte] = field & 255
     return packed.reshape(rows, -1)[:, : row_bytes(columns, bits)].contiguous()
 
 
 def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Inverse of :func:`pack_rows`: uint8 (rows, columns)."""
+    """Inverse of :func:`pack_rows`: (rows, columns), uint8 up to 8 bits and int32 above."""
     expect("packed codes", packed, (packed.shape[0], row_bytes(columns, bits)))
     if bits == 8:
         return packed
     rows = packed.shape[0]
     groups = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).reshape(rows, -1, bits)
-    codes = torch.empty(rows, groups.shape[1], 8, dtype=torch.uint8, device=packed.device)
+    codes = torch.empty(rows, groups.shape[1], 8, dtype=torch.uint8 if bits < 8 else torch.int32, device=packed.device)
     for code, start in enumerate(range(0, 8 * bits, bits)):
         byte, shift = divmod(start, 8)
-        field = groups[..., byte] >> shift
-        if shift + bits > 8:
-            field = field | groups[..., byte + 1] << (8 - shift)
+        field = groups[..., byte].to(codes.dtype) >> shift
+        for more in range(byte + 1, -(-(start + bits) // 8)):
+            field = field | groups[..., more].to(codes.dtype) << (8 * more - start)
         codes[..., code] = field & (2**bits - 1)
     return codes.reshape(rows, -1)[:, :columns].contiguous()
 
@@ -69,9 +73,13 @@ def _repeat(format: Format) -> int:
 
 
 def store_params(format: Format, params: Params) -> dict[str, Tensor]:
-    """Logical (rows, blocks, 1) parameters as they lie in a file: one entry a block, span or tensor, n-bit packed."""
+    """Logical (rows, blocks, 1) parameters as they lie in a file: one entry a block, span, block of columns or
+    tensor, n-bit packed. Entries of columns are (blocks, *entry)."""
     stored = {}
     for param in format.params:
+        if param.per == "columns":
+            stored[param.name] = params[param.name][0, :, 0].contiguous()
+            continue
         values = params[param.name].squeeze(-1)
         if param.per == "tensor":
             values = values[:1, :1]
@@ -84,10 +92,13 @@ def store_params(format: Format, params: Params) -> dict[str, Tensor]:
 
 def load_params(format: Format, shape: Shape, stored: Params) -> dict[str, Tensor]:
     """Inverse of :func:`store_params`."""
-    rows, columns = shape
-    blocks = B.count(columns, format.block)
+    rows, blocks = code_shape(format, shape)[0], B.count(shape[1], format.block)
     params = {}
     for param in format.params:
+        if param.per == "columns":
+            values = take(stored, param.name, (blocks, *param.entry))
+            params[param.name] = values[None, :, None].expand(rows, *[-1] * (2 + len(param.entry)))
+            continue
         repeat = _repeat(format) if param.per == "span" else 1
         height, entries = (1, 1) if param.per == "tensor" else (rows, -(-blocks // repeat))
         if param.bits < 8:
@@ -106,13 +117,13 @@ def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[
 
 
 def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tuple[Tensor, dict[str, Tensor]]:
-    columns = shape[1] // format.dim
-    expect("packed codes", packed, (shape[0], row_bytes(columns, format.bits)))
+    rows, columns = code_shape(format, shape)
+    expect("packed codes", packed, (rows, row_bytes(columns, format.bits)))
     return unpack_rows(packed, format.bits, columns), load_params(format, shape, stored)
 
 
 def _refuse(format: Format, shape: Shape) -> str | None:
-    return None if format.bits <= 8 else f"packs codes of at most 8 bits; {format.name} has {format.bits}"
+    return None if format.bits <= MOST else f"packs codes of at most {MOST} bits; {format.name} has {format.bits}"
 
 
 DENSE = Layout("dense", _refuse, _pack, _unpack)

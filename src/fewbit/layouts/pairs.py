@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fewbit.core.format import Format, Params
+from fewbit.core.format import Format, Params, code_shape
 from fewbit.core.layout import Layout, Shape
 from fewbit.layouts.arrays import expect
 from fewbit.layouts.dense import load_params, pack_rows, row_bytes, store_params, unpack_rows
@@ -28,8 +28,8 @@ def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[
 
 
 def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tuple[Tensor, dict[str, Tensor]]:
-    columns = shape[1] // format.dim
-    expect("nibbles", packed, (shape[0], row_bytes(columns, 4)))
+    rows, columns = code_shape(format, shape)
+    expect("nibbles", packed, (rows, row_bytes(columns, 4)))
     return unpack_rows(packed, 4, columns), load_params(format, shape, stored)
 
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewbit.core.format import Format, Params
+from fewbit.core.format import Format, Params, code_dtype, code_shape
 from fewbit.core.layout import Layout, Shape
 from fewbit.layouts.arrays import expect
-from fewbit.layouts.dense import load_params, pack_rows, row_bytes, store_params, unpack_rows
+from fewbit.layouts.dense import MOST, load_params, pack_rows, row_bytes, store_params, unpack_rows
 
 
 def _refuse(format: Format, shape: Shape) -> str | None:
-    return None if format.bits <= 8 else f"packs codes of at most 8 bits; {format.name} has {format.bits}"
+    return None if format.bits <= MOST else f"packs codes of at most {MOST} bits; {format.name} has {format.bits}"
 
 
 def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[Tensor, dict[str, Tensor]]:
@@ -30,11 +30,11 @@ def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[
 
 
 def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tuple[Tensor, dict[str, Tensor]]:
-    columns = shape[1] // format.dim
-    expect("bit planes", packed, (format.bits, shape[0], row_bytes(columns, 1)))
-    codes = unpack_rows(packed[0], 1, columns)
-    for bit in range(1, format.bits):
-        codes = codes | unpack_rows(packed[bit], 1, columns) << bit
+    rows, columns = code_shape(format, shape)
+    expect("bit planes", packed, (format.bits, rows, row_bytes(columns, 1)))
+    codes = torch.zeros(rows, columns, dtype=code_dtype(format))
+    for bit in range(format.bits):
+        codes |= unpack_rows(packed[bit], 1, columns).to(codes.dtype) << bit
     return codes, load_params(format, shape, stored)
 
 

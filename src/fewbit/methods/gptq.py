@@ -137,7 +137,7 @@ class _Columns:
     def __init__(self, format: Format, shape: torch.Size, params: Params) -> None:
         rows, columns = shape
         self._format, self._width = format, B.width(columns, format.block)
-        self._codes = torch.empty(columns, rows, dtype=torch.uint8)
+        self._codes = torch.empty(columns, rows, dtype=F.code_dtype(format))
         # One contiguous (rows, 1, 1) slice a block: columns lie in rows here, and a step reads one entry a row.
         # A copy always: the transpose of one row is contiguous as it is, and refits write here.
         self._params = {

@@ -82,9 +82,10 @@ def check_scalar(method: str, format: Format) -> None:
     """Refuse formats whose codes stand for several weights.
 
     Raises:
-        UnsupportedError: ``format.dim`` is not 1.
+        UnsupportedError: they do.
     """
-    if format.dim != 1:
+    weights = format.dim * format.height
+    if weights != 1:
         raise UnsupportedError(
-            f"{method} to {format.name}", f"one code stands for {format.dim} weights", "method rtn takes such formats"
+            f"{method} to {format.name}", f"one code stands for {weights} weights", "method rtn takes such formats"
         )

@@ -129,7 +129,7 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
             f"inputs of {site.kind} are not rounded at run time",
             "give these layers a rule with a weight format alone, such as W8A16",
         )
-    if format.bits < 3 and methods.named(rule.method).needs == "nothing" and not force:
+    if format.bits / (format.dim * format.height) < 3 and methods.named(rule.method).needs == "nothing" and not force:
         raise SpecError(
             f"{rule.format} by {rule.method} for {site.name}",
             "below 3 bits rounding without data destroys a model",

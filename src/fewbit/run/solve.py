@@ -77,10 +77,10 @@ def solve(task: Task) -> Solved:
         UnsupportedError: a per-tensor format on fused experts.
     """
     began, site, method = time.monotonic(), task.site, methods.named(task.rule.method)
-    if site.experts > 1 and any(param.per == "tensor" for param in task.format.params):
+    if site.experts > 1 and any(param.shared for param in task.format.params):
         raise UnsupportedError(
             f"{task.format.name} for the fused experts {site.name}",
-            "its tensor-wide scale would have to differ between experts",
+            "what all its rows share would have to differ between experts",
             "use a format whose scales are per block, such as mxfp4 or int4/g64",
         )
     rewrite, rewritten, known = transformed(task)
@@ -182,11 +182,7 @@ def check_outputs(qtensor: QTensor, reference: Tensor, x: Tensor, name: str, act
 def spread(qtensor: QTensor, reference: Tensor) -> Tensor:
     """Magnitudes (rows, columns) that a kernel adds up: |scale * code| + |offset|, which bound |w|."""
     _, params = qtensor.logical()
-    physical = qtensor.format.physical(params)
-    offset = torch.zeros_like(physical.scale) if physical.offset is None else physical.offset
-    size = qtensor.format.block or qtensor.shape[1]
-    wide = offset.abs().repeat_interleave(size, dim=1)[:, : qtensor.shape[1]]
-    return reference.abs().double() + 2 * wide.double()
+    return qtensor.format.physical(params).magnitude(reference, qtensor.format.block or qtensor.shape[1])
 
 
 def _note(starved: list[int], task: Task) -> str:

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vectors of a codebook: a code stands for ``length`` weights down a column, ``w = codebook[i]``, or with a residual
+codebook ``w = codebook[i] + residual[j]`` (VPTQ, Liu et al. 2024, arXiv:2409.17066).
+
+A code is ``i + 2^index_bits j``. Books are float16; all columns share them, or each group of columns has its own. The
+fit is plain vector quantization: k-means of the vectors, seeded, each weighing as much as the least important of its
+weights (with importance by column, as the paper has it, all of a vector weigh the same); the residual book is the
+k-means of what the first leaves. Encoding is greedy, as in the paper: the nearest vector, then the nearest residual. So
+without a residual every value comes back as its code (the lowest, of equal vectors); with one, a sum of two vectors may
+come back as the sum of two others.
+
+VPTQ's scale and bias of a column are not part of the format: a scale is a diagonal rewrite of the layer's inputs. AQLM
+(Egiazarian et al. 2024, arXiv:2401.06118) cuts along rows instead: the same format with ``dim`` and ``height`` swapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.core import clusters
+from fewbit.core.format import Format, Param, Params, Vectors, code_dtype
+from fewbit.formats.scales import LARGEST_SCALE
+
+LENGTHS = (2, 4, 6, 8, 12, 16)
+LEAST_BITS, MOST_BITS, MOST_CODE = 4, 16, 24
+"""Of an index; of a whole code."""
+
+
+@dataclass(frozen=True)
+class Vector(Format):
+    """``vector{length}x{index_bits}[+{residual_bits}][/g{block}]``.
+
+    True bits per weight: ``(index_bits + residual_bits) / length``; and bits a group of columns: ``16 length
+    (2^index_bits + 2^residual_bits)``, the second power only with a residual.
+    """
+
+    length: int
+    index_bits: int
+    residual_bits: int = 0
+    block: int = 0
+
+    dim = 1
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        residual = f"+{self.residual_bits}" if self.residual_bits else ""
+        return f"vector{self.length}x{self.index_bits}{residual}{f'/g{self.block}' if self.block else ''}"
+
+    @property
+    def height(self) -> int:  # type: ignore[override]
+        return self.length
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        return self.index_bits + self.residual_bits
+
+    @property
+    def levels(self) -> int:  # type: ignore[override]
+        return 1 << self.bits
+
+    @property
+    def fit_block(self) -> int:  # type: ignore[override]
+        return self.block
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """Bits of the indices in a code, by the name of their book, lowest first."""
+        fields = {"codebook": self.index_bits, "residual": self.residual_bits}
+        return {name: bits for name, bits in fields.items() if bits}
+
+    @property
+    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+        return tuple(
+            Param(name, 16, torch.float16, "columns", (1 << bits, self.length)) for name, bits in self.fields.items()
+        )
+
+    def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
+        vectors = self._vectors(blocks.clamp(-LARGEST_SCALE, LARGEST_SCALE))
+        worth = self._vectors(importance.expand_as(blocks))
+        shares, some = worth.amin(-1), worth.amax(-1)  # zero where a vector is padded: those count only where all are
+        found: dict[str, list[Tensor]] = {name: [] for name in self.fields}
+        for block in range(blocks.shape[1]):
+            generator = torch.Generator().manual_seed(0)
+            points, weights = vectors[:, block].reshape(-1, self.length), shares[:, block].reshape(-1)
+            weights = weights if bool((weights > 0).any()) else some[:, block].reshape(-1)
+            points, weights = clusters.sample(points, weights, 1 << max(self.fields.values()), generator)
+            for name, bits in self.fields.items():
+                book = clusters.means(points, weights, 1 << bits, generator).to(torch.float16)
+                found[name].append(book)
+                points = points - book[clusters.nearest(points, book)]
+        return {name: _shared(torch.stack(books), len(blocks)) for name, books in found.items()}
+
+    def encode(self, blocks: Tensor, params: Params) -> Tensor:
+        vectors = self._vectors(blocks)
+        codes = torch.empty(vectors.shape[:3], dtype=code_dtype(self), device=blocks.device)
+        for block in range(blocks.shape[1]):
+            points, code, base = vectors[:, block].reshape(-1, self.length), torch.tensor(0), 0
+            for name, bits in self.fields.items():
+                book = params[name][0, block, 0].float()
+                index = clusters.nearest(points, book)
+                points, code, base = points - book[index], code + (index << base), base + bits
+            codes[:, block] = code.reshape(len(vectors), -1)
+        return codes
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        block = torch.arange(codes.shape[1], device=codes.device)[:, None]
+        values, rest = torch.zeros((), device=codes.device), codes.long()
+        for name, bits in self.fields.items():
+            values = params[name][0, :, 0].float()[block, rest & ((1 << bits) - 1)] + values
+            rest = rest >> bits
+        return values.reshape(*codes.shape[:2], -1)
+
+    def physical(self, params: Params) -> Vectors:
+        books = tuple(params[name][0, :, 0].float() for name in self.fields)
+        return Vectors(books, tuple(self.fields.values()))
+
+    def _vectors(self, blocks: Tensor) -> Tensor:
+        """(rows, blocks, block) -> (rows, blocks, vectors, length)."""
+        return blocks.reshape(*blocks.shape[:2], -1, self.length)
+
+
+def _shared(books: Tensor, rows: int) -> Tensor:
+    """(blocks, entries, length) -> (rows, blocks, 1, entries, length), a view."""
+    return books[None, :, None].expand(rows, -1, -1, -1, -1)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layout of the native kernels of vectors: codes in tiles of eight rows, column by column.
+
+The eight codes of a tile and a column lie together: their indices into the codebook as a dense string of 8
+``index_bits`` bits, which are ``index_bits`` bytes (:mod:`fewbit.layouts.dense` draws it), then those into the residual
+book in ``residual_bits`` bytes. Columns follow one another, then the next tile: (tiles, columns * bits of a code)
+bytes, tight but for rows of codes that are no multiple of eight, padded with code 0. While a kernel walks the columns
+of a tile, its eight vectors of outputs stay in registers. Every index is below the entries of its book, whatever the
+bytes are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewbit.core.format import Format, Params, code_dtype, code_shape
+from fewbit.core.layout import Layout, Shape
+from fewbit.errors import InputError
+from fewbit.formats.vector import Vector
+from fewbit.layouts.arrays import expect
+from fewbit.layouts.dense import load_params, pack_rows, store_params, unpack_rows
+
+TILE = 8
+"""Codes that lie together."""
+
+
+def tiles(format: Format, shape: Shape) -> int:
+    """Tiles of a (rows, columns) matrix."""
+    return -(-code_shape(format, shape)[0] // TILE)
+
+
+def checked(format: Format, shape: Shape, packed: Tensor) -> Tensor:
+    """``packed``, contiguous.
+
+    Raises:
+        InputError: it is not the bytes of a (rows, columns) matrix: a kernel would read beyond them.
+    """
+    expect("column8 codes", packed, (tiles(format, shape), shape[1] * format.bits))
+    if packed.dtype != torch.uint8:
+        raise InputError("column8 codes", f"found {packed.dtype}", "uint8 would work")
+    return packed.contiguous()
+
+
+def _fields(format: Format) -> list[int]:
+    assert isinstance(format, Vector)
+    return list(format.fields.values())
+
+
+def _refuse(format: Format, shape: Shape) -> str | None:
+    return None if isinstance(format, Vector) else f"holds vectors down columns; {format.name} is something else"
+
+
+def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[Tensor, dict[str, Tensor]]:
+    columns = codes.shape[1]
+    padded = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[0] % TILE))
+    eights = padded.reshape(-1, TILE, columns).transpose(1, 2).reshape(-1, TILE)
+    parts = []
+    for bits in _fields(format):
+        index = eights & ((1 << bits) - 1)
+        parts.append(pack_rows(index.to(torch.uint8) if bits <= 8 else index, bits))
+        eights = eights >> bits
+    return torch.cat(parts, 1).reshape(-1, columns * format.bits), store_params(format, params)
+
+
+def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tuple[Tensor, dict[str, Tensor]]:
+    rows, columns = code_shape(format, shape)
+    packed = checked(format, shape, packed)
+    eights = torch.zeros(packed.shape[0] * columns, TILE, dtype=code_dtype(format))
+    base = 0
+    for bits in _fields(format):
+        field = packed.reshape(-1, format.bits)[:, base : base + bits].contiguous()
+        eights |= unpack_rows(field, bits, TILE).to(eights.dtype) << base
+        base += bits
+    codes = eights.reshape(-1, columns, TILE).transpose(1, 2).reshape(-1, columns)
+    return codes[:rows].contiguous(), load_params(format, shape, stored)
+
+
+COLUMN8 = Layout("column8", _refuse, _pack, _unpack)

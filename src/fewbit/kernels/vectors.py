@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A matrix of vectors ready to multiply: codes in column8, codebooks as the kernel reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.core import blocks as B
+from fewbit.core.format import Format, Vectors
+from fewbit.core.qtensor import QTensor
+from fewbit.kernels import native, reference
+from fewbit.kernels.column8 import COLUMN8, TILE, checked, tiles
+from fewbit.kernels.prepared import DECODED, PreparedMatrix, given, multiply_decoded, rows_of_strip
+from fewbit.kernels.table import Kernel
+from fewbit.layouts.dense import load_params
+
+SINGLE = 1 << 15
+"""Bytes that the books of a block may take as float32: more leave the first-level cache, so float16 is read."""
+
+
+def _width(height: int) -> int:
+    """Numbers that an entry takes in memory."""
+    return 4 if height <= 4 else 8 if height <= 8 else 16
+
+
+class VectorPrepared(PreparedMatrix):
+    """Codes in column8; ``w`` is an entry of a book, or the sum of two, of ``height`` rows of a column."""
+
+    def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
+        assert kernel.isa is not None
+        self.kernel, self.shape, self.activation = kernel.name, qtensor.shape, activation
+        self._isa = native.FLAGS[kernel.isa]
+        self._stored = qtensor if qtensor.layout is COLUMN8 else qtensor.repack(COLUMN8)
+        format = self._stored.format
+        self._packed = checked(format, self.shape, self._stored.packed)
+        physical = format.physical(load_params(format, self.shape, self._stored.params))
+        assert isinstance(physical, Vectors)
+        self._bits = (*physical.bits, 0)[:2]
+        width = _width(format.height)
+        single = 4 * width * sum(1 << bits for bits in physical.bits) <= SINGLE or kernel.isa == "serial"
+        dtype = torch.float32 if single else torch.float16  # what serial would convert by hand
+        self._books = [torch.nn.functional.pad(book.to(dtype), (0, width - format.height)) for book in physical.books]
+        self._block = min(B.width(self.shape[1], format.block), self.shape[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses: a copy's arrays lie elsewhere."""
+        return {name: value for name, value in self.__dict__.items() if name != "_matrix"}
+
+    @cached_property
+    def _matrix(self) -> native.VectorMatrix:
+        half = int(self._books[0].dtype == torch.float16)
+        addresses = (*(book.data_ptr() for book in self._books), 0)[:2]
+        height = self._stored.format.height
+        return (*self.shape, self._block, height, *self._bits, half, self._packed.data_ptr(), *addresses)
+
+    def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        leading, dtype, (rows, columns) = x.shape[:-1], dtype or x.dtype, self.shape
+        x = reference.round_activations(x.float(), self.activation) if self.activation else x
+        bias = None if bias is None else bias.float().contiguous()
+        if x.numel() >= DECODED * columns:
+            return multiply_decoded(self, x, bias).to(dtype).reshape(*leading, rows)
+        x, address = given(x)
+        y = torch.empty(*leading, rows, dtype=dtype)
+        native.core().vector_linear(
+            self._matrix,
+            address,
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            rows,
+            native.DTYPES[dtype],
+            self._isa,
+            torch.get_num_threads(),
+        )
+        return y
+
+    def decoded(self) -> Iterator[tuple[slice, Tensor]]:
+        """As :meth:`PreparedMatrix.decoded`; a strip is a view of memory that the next one overwrites."""
+        rows, columns = self.shape
+        tile, count = TILE * self._stored.format.height, tiles(self._stored.format, self.shape)
+        step = min(count, rows_of_strip(columns, tile) // tile)
+        weight = torch.empty(columns, step * tile)  # (columns, rows of the strip)
+        for first in range(0, count, step):
+            last, row = min(first + step, count), first * tile
+            native.core().vector_decode(
+                self._matrix, first, last, weight.data_ptr(), weight.shape[1], self._isa, torch.get_num_threads()
+            )
+            yield slice(row, min(last * tile, rows)), weight[:, : min(step * tile, rows - row)].T
+
+    def qtensor(self) -> QTensor:
+        return self._stored
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self._packed, *self._books))
+
+    @property
+    def nbytes(self) -> int:
+        return self._stored.nbytes + self.read_bytes - self._packed.numel()
