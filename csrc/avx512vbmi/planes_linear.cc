@@ -14,7 +14,7 @@
 namespace fewbit {
 namespace {
 
-constexpr int kStreams = 4;        // row groups beside one another
+constexpr int kStreams = 2;        // row groups beside one another
 constexpr int64_t kTables = 256;   // bytes of a chunk: for its low and its high 16 columns, low and high bytes of sums
 constexpr int32_t kRaised = 512;   // what a sum is raised by, to be no less than 0
 constexpr int64_t kPerColumn = kTables / 32;
@@ -55,12 +55,14 @@ void prepare(const SegmentTask& task, const fewbit_input& x, int64_t token) {
   }
 }
 
+// Two chains a row group, one for each half of a chunk, hide the latency.
 template <int T>
 struct Sums {
-  U low[T], high[T];
+  U low[T][2], high[T][2];
 
   FEWBIT_INLINE Sums() {
-    for (int t = 0; t < T; t++) low[t] = high[t] = _mm512_setzero_si512();
+    for (int t = 0; t < T; t++)
+      for (int half = 0; half < 2; half++) low[t][half] = high[t][half] = _mm512_setzero_si512();
   }
 
   // One chunk of every row group.
@@ -77,18 +79,20 @@ struct Sums {
       for (int half = 0; half < 2; half++) {
         constexpr int kMasked = 0xea;  // bits & nibble | table
         const U index = _mm512_ternarylogic_epi32(half ? shift_right(bits, 4) : bits, nibble, table, kMasked);
-        low[t] = multiply_add(low[t], _mm512_permutexvar_epi8(index, sums[half * 2]), ones);
-        high[t] = _mm512_add_epi8(high[t], _mm512_permutexvar_epi8(index, sums[half * 2 + 1]));
+        low[t][half] = multiply_add(low[t][half], _mm512_permutexvar_epi8(index, sums[half * 2]), ones);
+        high[t][half] = _mm512_add_epi8(high[t][half], _mm512_permutexvar_epi8(index, sums[half * 2 + 1]));
       }
     }
   }
 
   // The sum of the activations whose bit is 1, of `chunks` chunks.
   FEWBIT_INLINE Dot<1> total(int t, int64_t chunks) const {
-    const U over = multiply_add(_mm512_setzero_si512(), high[t], _mm512_set1_epi8(1));
+    const U ones = _mm512_set1_epi8(1), upper = _mm512_add_epi8(high[t][0], high[t][1]);
+    const U over = multiply_add(_mm512_setzero_si512(), upper, ones);
     const U raised = _mm512_set1_epi32(static_cast<int32_t>(chunks) * 8 * kRaised);
     Dot<1> dot;
-    dot.sum = _mm512_sub_epi32(_mm512_add_epi32(low[t], shift_left(over, 8)), raised);
+    const U lower = _mm512_add_epi32(low[t][0], low[t][1]);
+    dot.sum = _mm512_sub_epi32(_mm512_add_epi32(lower, shift_left(over, 8)), raised);
     return dot;
   }
 };

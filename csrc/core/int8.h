@@ -7,10 +7,10 @@
 //     kOrigin          what the bytes are shifted down by before they are multiplied
 //     add(u, x)        u: four bytes a lane; x: four activations, the same in every lane
 //     flush(), value() the lanes' sums as floats
-//     merge(dot)       adds another chain's sums; where kDirectChains > 1
+//     merge(dot)       adds another chain's sums; where a row group keeps more than one
 //   direct1(BITS), kDirect2, kDirect4, kDirect8    row groups beside one, two, up to four and up to eight tokens; the
 //                      last two may be 0: computed as where there are many
-//   kDirectChains      sums a row group keeps beside one or two tokens
+//   kDirectChains, kDirectChains2        sums a row group keeps beside one token, and beside two
 //   kMany, kManyTokens                   row groups and tokens computed together where there are many
 //   planes(BITS)       2 where codes of 8 bits are multiplied as two planes of nibbles, else 1
 //
@@ -117,7 +117,7 @@ void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, 
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
   switch (task.together) {
     case 1: return strips_direct<K, direct1(K::kBits), 1, kDirectChains>(task, begin, end, tokens);
-    case 2: return strips_direct<K, kDirect2, 2, kDirectChains>(task, begin, end, tokens);
+    case 2: return strips_direct<K, kDirect2, 2, kDirectChains2>(task, begin, end, tokens);
   }
   if (kDirect4 && task.together == 4 && tokens <= 4)
     return strips_direct<K, share(kDirect4), 4, 1>(task, begin, end, tokens);
