@@ -196,7 +196,7 @@ int int8_failures() {
           worst = fmax(worst, check(shape, bits, table, variant == 1, variant == 2, random));
   check_refusals();
   check_poison();
-  for (int i = 0; i < 5; i++)
+  for (int i = 0; i < 6; i++)
     if (fewbit_caps() & kIsas[i]) printf("int8 on %s\n", kNames[i]);
   printf("int8: at most %.2f of the bound\n", worst);
   return failures;
