@@ -207,7 +207,9 @@ def parse(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", action="append", help=f"rows x columns; default {', '.join(SHAPES)}")
     parser.add_argument("--batch", action="append", type=int, help="tokens; default 1")
     parser.add_argument("--format", action="append", help=f"default {', '.join(FORMATS)}")
-    parser.add_argument("--activation", action="append", help=f"default {', '.join(ACTIVATIONS)}; or int8/g64, ...")
+    parser.add_argument(
+        "--activation", action="append", help=f"default {', '.join(ACTIVATIONS)}; or bfloat16, int8/g64, ..."
+    )
     parser.add_argument("--kernel", help="force an instruction set: avx512, avx2, neon, serial")
     parser.add_argument("--peer", action="append", choices=[*PEERS, "none"], help=f"default {', '.join(PEERS)}")
     parser.add_argument("--ggml", type=Path, help="folder that holds libggml-cpu, where it is not llama-cpp-python's")

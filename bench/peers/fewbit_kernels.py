@@ -16,6 +16,8 @@ from fewbit.errors import FewbitError
 from peers.row import SAMPLE, Prepared, Problem, Row, Unavailable, rotated
 
 FLOAT = "float32"
+DTYPES = {FLOAT: torch.float32, "bfloat16": torch.bfloat16}
+"""Of activations that stay float."""
 INTEGERS = {"avx512": "avx512vnni"}
 """The instruction set that multiplies integers where another name was asked for."""
 
@@ -36,7 +38,9 @@ def random(format: Format, shape: tuple[int, int]) -> QTensor:
     return QTensor.of(format, codes, params, rows=shape[0])
 
 
-def prepare(format: Format, activation: Format | None, isa: str | None, problem: Problem) -> Prepared:
+def prepare(
+    format: Format, activation: Format | None, dtype: torch.dtype, isa: str | None, problem: Problem
+) -> Prepared:
     family = kernels.choose(format, problem.shape, activation=activation).kernel.family
     if activation and family == kernels.table.family(format):
         raise Unavailable(
@@ -52,18 +56,19 @@ def prepare(format: Format, activation: Format | None, isa: str | None, problem:
     except FewbitError as error:
         raise Unavailable(str(error)) from error
     again = functools.partial(kernels.prepare, matrix, first.kernel, activation)
-    calls = rotated(problem, first.read_bytes, lambda: functools.partial(again(), problem.x))
-    return Prepared(first.kernel, first.read_bytes, calls, first(problem.x), few.dequantize())
+    x = problem.x.to(dtype)
+    calls = rotated(problem, first.read_bytes, lambda: functools.partial(again(), x))
+    return Prepared(first.kernel, first.read_bytes, calls, first(x).float(), few.dequantize())
 
 
 def rows(spellings: list[str], activations: list[str], isa: str | None) -> list[Row]:
     """Every format with every activation format; ``isa`` forces an instruction set."""
     made = []
     for activation in activations:
-        inputs = None if activation == FLOAT else formats.parse(activation)
+        inputs = None if activation in DTYPES else formats.parse(activation)
         for spelling in spellings:
             format = formats.parse(spelling)
-            make = functools.partial(prepare, format, inputs, isa)
+            make = functools.partial(prepare, format, inputs, DTYPES.get(activation, torch.float32), isa)
             codes = (format.levels - 1).bit_length() / (format.dim * format.height)
             made.append(Row("fewbit", spelling, codes, activation, make))
     return made

@@ -24,6 +24,8 @@ from fewbit.kernels.tile16 import COLUMNS, TILE16
 LAYOUTS = {layout.name: layout for layout in (TILE16, COLUMN8)}
 """Those of native rows."""
 
+MANY = 1 << 25
+"""Weights from which on tables of sums are worth building: smaller ones lie in a cache, where products are as fast."""
 LOOKED_UP = 6
 """Bits of a code whose levels "int8_lut" keeps in registers."""
 
@@ -84,6 +86,13 @@ class Kernel:
         if self.family == "planes" and format.bits != 1:
             return f"looks up sums for codes of 1 bit; {format.name} has {format.bits}"
         return _refuse_integers(format, shape, activation) if self.integers else None
+
+
+def _too_few(row: Kernel, shape: Shape) -> str | None:
+    """Why another row is faster than ``row`` for so few weights, or None."""
+    if row.family != "planes" or shape[0] * shape[1] >= MANY:
+        return None
+    return f"is faster from about {MANY} weights on; there are {shape[0] * shape[1]}"
 
 
 def _refuse_integers(format: Format, shape: Shape, activation: Format | None) -> str | None:
@@ -196,7 +205,7 @@ def choose(format: Format, shape: Shape, kernel: str | None = None, activation: 
         )
     reasons: dict[str, str] = {}
     for row in KERNELS if kernel is None else (named(kernel),):
-        reason = row.refuse(format, shape, activation)
+        reason = row.refuse(format, shape, activation) or (_too_few(row, shape) if kernel is None else None)
         if reason is None:
             return Choice(row.name, row.isa, reasons)
         reasons[row.name] = reason
