@@ -1,11 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // What this machine can run: CPUID says what the processor has, XGETBV what the system saves for it.
+#include "core/kernel.h"
 #include "fewbit.h"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
+
+// Measured on Zen 4 (codes of 4 bits, one token: 31 GB/s, 25 from four places) and on Sapphire Rapids (9 and 13).
+bool fewbit::reads_straight() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
 
 extern "C" int32_t fewbit_caps(void) {
   int32_t caps = FEWBIT_SERIAL;
@@ -20,7 +31,8 @@ extern "C" int32_t fewbit_caps(void) {
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   if (vnni) caps |= FEWBIT_AVX512VNNI;
   if (vnni && __builtin_cpu_supports("avx512vbmi")) caps |= FEWBIT_AVX512VBMI;
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) caps |= FEWBIT_AVX512BF16;
+  // On Sapphire Rapids its products are half as fast as those of float32.
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd")) caps |= FEWBIT_AVX512BF16;
   if (avx512 && __builtin_cpu_supports("avx512vpopcntdq")) caps |= FEWBIT_AVX512VPOPCNT;
 #elif defined(__aarch64__)
   caps |= FEWBIT_NEON;

@@ -10,7 +10,8 @@
 //     merge(dot)       adds another chain's sums; where a row group keeps more than one
 //   direct1(BITS), kDirect2, kDirect4, kDirect8    row groups beside one, two, up to four and up to eight tokens; the
 //                      last two may be 0: computed as where there are many
-//   kDirectChains, kDirectChains2        sums a row group keeps beside one token, and beside two
+//   kDirectChains      sums a row group keeps beside one or two tokens
+//   kAlone, kAlone2    the same where row groups are taken one by one (see SegmentTask); 0: they never are
 //   kMany, kManyTokens                   row groups and tokens computed together where there are many
 //   planes(BITS)       2 where codes of 8 bits are multiplied as two planes of nibbles, else 1
 //
@@ -111,13 +112,21 @@ FEWBIT_INLINE void strips_direct(const SegmentTask& task, int64_t group, int64_t
   for (; group < end; group += T) direct<K, T, M, C>(task, {group, end - group, 0, tokens});
 }
 
+// Row groups one by one with `alone` sums each, or by T.
+template <class K, int T, int M, int alone>
+FEWBIT_INLINE void strips_few(const SegmentTask& task, int64_t group, int64_t end, int64_t tokens) {
+  if constexpr (alone > 0)
+    if (task.alone) return strips_direct<K, 1, M, alone>(task, group, end, tokens);
+  strips_direct<K, T, M, kDirectChains>(task, group, end, tokens);
+}
+
 template <class K>
 void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   constexpr auto share = [](int groups) { return groups > K::kPlanes ? groups / K::kPlanes : 1; };  // of the registers
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
   switch (task.together) {
-    case 1: return strips_direct<K, direct1(K::kBits), 1, kDirectChains>(task, begin, end, tokens);
-    case 2: return strips_direct<K, kDirect2, 2, kDirectChains2>(task, begin, end, tokens);
+    case 1: return strips_few<K, direct1(K::kBits), 1, kAlone>(task, begin, end, tokens);
+    case 2: return strips_few<K, kDirect2, 2, kAlone2>(task, begin, end, tokens);
   }
   if (kDirect4 && task.together == 4 && tokens <= 4)
     return strips_direct<K, share(kDirect4), 4, 1>(task, begin, end, tokens);

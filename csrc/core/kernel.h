@@ -18,6 +18,9 @@ enum Mode : int32_t {
 
 enum : int64_t { kBatchTokens = 3 };
 
+// Whether this processor reads memory fastest from end to end, and not from several places in turn.
+bool reads_straight();
+
 // Matrices that are computed from one panel, or from activations rounded once: at most.
 enum : int32_t { kMostShared = 8 };
 
@@ -91,6 +94,7 @@ struct SegmentTask {
   const void* offset;
   const FixedPoint* table; // of FEWBIT_LUT, else null
   int64_t together;        // tokens that are computed together
+  bool alone;              // whether few tokens take row groups one by one, as they lie in memory
   void* activations;       // (tokens / together, chunks, together, 32), each kernel->bytes
   float* x_scale;          // (padded tokens, x_blocks)
   float* sums;             // (padded tokens, segments): sum of the int8 activations of a segment, an exact integer

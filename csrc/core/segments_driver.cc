@@ -104,6 +104,7 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
   for (int32_t i = 0; i < count; i++) {
     SegmentTask& task = call.task[i] = task_of(*outputs[i].matrix, x_block);
     task.table = table ? &levels : nullptr;
+    task.alone = reads_straight();
     task.together = bfloat16s || x.tokens > 4 ? call.kernel->most : x.tokens <= 2 ? x.tokens : 4;
   }
   const SegmentTask& first = call.task[0];

@@ -8,7 +8,7 @@
 namespace fewbit {
 namespace {
 
-constexpr int kDirect2 = 4, kDirect4 = 0, kDirect8 = 0, kDirectChains = 1, kDirectChains2 = 1, kMany = 2, kManyTokens = 4;
+constexpr int kDirect2 = 4, kDirect4 = 0, kDirect8 = 0, kDirectChains = 1, kAlone = 0, kAlone2 = 0, kMany = 2, kManyTokens = 4;
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 
