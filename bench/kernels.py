@@ -39,10 +39,10 @@ from rich.table import Table
 
 import limits
 import plot
-from fewbit import kernels
 from fewbit.kernels import native
 from peers import fewbit_kernels, llama_cpp, onnx_runtime, torch_ao, torch_linear
 from peers.row import Prepared, Problem, Row, Unavailable, grouped
+from session import begun
 from timing import interleaved
 
 FORMATS = [*(f"int{bits}/g128" for bits in range(1, 9)), "ternary/g128", "int4/g64/asym", "nf4/g64", "vector8x12"]
@@ -239,13 +239,7 @@ def chosen(arguments: argparse.Namespace) -> list[Row]:
 
 def main() -> int:
     arguments = parse()
-    console = Console() if sys.stdout.isatty() else Console(width=165)
-    if not native.available():
-        console.print(f"nothing to measure: {native.why_not()}")
-        return 4
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
-    kernels.set_threads(arguments.threads)
+    console = begun(arguments.threads, 165)
     about: Found = {
         "command": sys.argv,
         "threads": arguments.threads,

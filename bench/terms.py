@@ -16,7 +16,6 @@ on a sample of rows.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import sys
@@ -38,6 +37,7 @@ from fewbit.core.terms import Dense, Product, Sparse, Term, Terms
 from fewbit.kernels import native
 from peers import fewbit_kernels
 from peers.row import ROTATE, SAMPLE, Call
+from session import begun
 from timing import interleaved
 
 OUTLIERS, RANK = 0.0045, 512
@@ -65,12 +65,13 @@ def error(y: Tensor, x: Tensor, weight: Tensor) -> float:
 
 def ours(name: str, term: Term, x: Tensor, activation: str) -> Row:
     inputs = None if activation == fewbit_kernels.FLOAT else formats.parse(activation)
-    ready = kernels.prepare(Terms(term.shape, (term,)) if not isinstance(term, Terms) else term, activation=inputs)
+    whole = term if isinstance(term, Terms) else Terms(term.shape, (term,))
+    ready = kernels.prepare(whole, activation=inputs)
     row = {"name": name, "kernel": ready.kernel, "x": activation, "bytes": ready.read_bytes}
     row["error"] = error(ready(x), x, term.dequantize())
 
     def make() -> Call:
-        twin = copy.deepcopy(ready)
+        twin = kernels.prepare(whole, activation=inputs)
         return lambda: twin(x)
 
     return row, make
@@ -165,12 +166,7 @@ def main() -> int:
     parser.add_argument("--cached", action="store_true", help="one copy of each weight, which may stay in the cache")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    if not native.available():
-        console.print(f"nothing to measure: {native.why_not()}")
-        return 4
-    torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
+    console = begun(options.threads, 140)
     activations = options.activation or [fewbit_kernels.FLOAT, "int8/channel"]
     rows = []
     for text in options.shape or ["4096x4096", "11008x4096"]:

@@ -36,6 +36,7 @@ from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native
 from peers.row import ROTATE, SAMPLE, Call
+from session import begun
 
 SOURCE = Path(__file__).with_name("xnor_peak.cc")
 ROUNDS = 100_000
@@ -133,13 +134,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    if not native.available():
-        console.print(f"nothing to measure: {native.why_not()}")
-        return 4
-    torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
-    kernels.set_threads(options.threads)
+    console = begun(options.threads, 120)
     rows = []
     bounds = peaks(options.threads)
     for text in options.shape or ["4096x4096"]:

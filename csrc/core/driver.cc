@@ -35,12 +35,6 @@ const Kernel* find(int32_t family, int32_t isa) {
   }
 }
 
-// Weights are decoded by the float kernel of the same machine, whichever kernel multiplies them.
-int32_t decoder(int32_t isa) {
-  if (isa & (FEWBIT_AVX512VNNI | FEWBIT_AVX512VBMI | FEWBIT_AVX512VPOPCNT | FEWBIT_AVX512BF16)) return FEWBIT_AVX512;
-  return isa == FEWBIT_NEONDOT ? FEWBIT_NEON : isa;
-}
-
 // One group of tokens of one call.
 struct Call {
   Task task[kMostShared];  // one a matrix; what concerns the activations is the same in all
@@ -177,7 +171,7 @@ extern "C" int fewbit_decode(const fewbit_matrix* matrix, int64_t tile_begin, in
   if (tile_begin < 0 || tile_end > ceil_div(matrix->rows, 16) || tile_begin > tile_end || !out ||
       stride < (tile_end - tile_begin) * 16)
     return FEWBIT_BAD_ARGUMENT;
-  Decoding call = {task_of(*matrix, 1), find(matrix->family, decoder(isa)), tile_begin, stride, out};
+  Decoding call = {task_of(*matrix, 1), find(matrix->family, float_isa(isa)), tile_begin, stride, out};
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   parallel(tile_end - tile_begin, thread_count(threads), decode_unit, &call);
   return FEWBIT_OK;

@@ -18,13 +18,12 @@
 #include <stdint.h>
 
 #include "core/dtypes.h"
+#include "core/inline.h"
 #include "core/kernel.h"
 #include "core/parts.h"
 
 namespace fewbit {
 namespace {
-
-#define FEWBIT_INLINE inline __attribute__((always_inline))
 
 constexpr int kGroupsPerTile = 16 / kLanes;
 

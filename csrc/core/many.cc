@@ -29,6 +29,11 @@ bool well_formed(const fewbit_input& x) {
          (x.tokens <= 1 || x.stride >= 0);
 }
 
+int32_t float_isa(int32_t isa) {
+  if (isa & (FEWBIT_AVX512VNNI | FEWBIT_AVX512VBMI | FEWBIT_AVX512VPOPCNT | FEWBIT_AVX512BF16)) return FEWBIT_AVX512;
+  return isa == FEWBIT_NEONDOT ? FEWBIT_NEON : isa;
+}
+
 fewbit_input tokens_of(const fewbit_input& x, int64_t token, int64_t tokens) {
   fewbit_input part = x;
   part.data = static_cast<const char*>(x.data) + token * x.stride * bytes_of(x.dtype);

@@ -21,6 +21,9 @@ struct Products {
 
 extern const Products float_products, segment_products, sign_products;
 
+// The instruction set of float kernels on a machine that has `isa`: weights are decoded by it, whichever multiplies them.
+int32_t float_isa(int32_t isa);
+
 // What any matrix, and any activations, must be.
 bool well_formed(const fewbit_matrix& matrix);
 bool well_formed(const fewbit_input& x);

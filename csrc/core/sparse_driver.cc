@@ -21,16 +21,13 @@ int64_t together_of(int64_t tokens) { return tokens < 2 ? int64_t{1} : kSparseTo
 
 const SparseKernel* find(int32_t isa) {
   if (!(fewbit_caps() & isa)) return nullptr;
-  switch (isa) {
+  switch (float_isa(isa)) {
     case FEWBIT_SERIAL: return &sparse_add_serial;
 #if defined(__x86_64__)
     case FEWBIT_AVX2:
-    case FEWBIT_AVX512:
-    case FEWBIT_AVX512VNNI:
-    case FEWBIT_AVX512VPOPCNT: return &sparse_add_avx2;
+    case FEWBIT_AVX512: return &sparse_add_avx2;
 #elif defined(__aarch64__)
-    case FEWBIT_NEON:
-    case FEWBIT_NEONDOT: return &sparse_add_neon;
+    case FEWBIT_NEON: return &sparse_add_neon;
 #endif
     default: return nullptr;
   }

@@ -15,12 +15,11 @@
 #include <type_traits>
 
 #include "core/dtypes.h"
+#include "core/inline.h"
 #include "core/kernel.h"
 
 namespace fewbit {
 namespace {
-
-#define FEWBIT_INLINE inline __attribute__((always_inline))
 
 template <class T>
 FEWBIT_INLINE T load_word(const uint8_t* p) {

@@ -259,6 +259,11 @@ def test_activations_are_rounded_where_a_matrix_is_multiplied(inputs: str) -> No
     assert ready.kernel == " + ".join(dict.fromkeys([a.kernel, c.kernel, kernels.choose_sparse().name]))
 
 
+@pytest.mark.parametrize("row", [row for row in kernels.KERNELS if row.isa in native.isas()], ids=lambda row: row.name)
+def test_every_row_brings_a_row_for_sparse_entries_along(row: kernels.Kernel) -> None:
+    assert kernels.choose_sparse(row).refuse() is None
+
+
 @pytest.mark.parametrize("kernel", BESIDE.values(), ids=BESIDE)
 def test_gradients_are_those_of_the_dequantized_weight(kernel: str) -> None:
     generator = torch.Generator().manual_seed(7)
@@ -354,4 +359,4 @@ def test_the_core_refuses_what_contradicts_itself() -> None:
         with pytest.raises(ValueError, match="contradict"):
             native.core().sparse_add(good, x, y, stride, 1, threads)
     with pytest.raises(RuntimeError, match="instruction set"):
-        native.core().sparse_add(good, given, at, 8, 128, 1)
+        native.core().sparse_add(good, given, at, 8, 1 << 20, 1)  # of no instruction set

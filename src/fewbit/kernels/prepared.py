@@ -46,6 +46,13 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+class Addressed:
+    """Abstract: holds arrays, and their addresses as ``_matrix``, which is cached. A copy's arrays lie elsewhere."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_matrix"}
+
+
 class Prepared(ABC):
     """Abstract: a weight ready to multiply. ``prepared(x, bias)`` is ``x W^T + bias``: x (..., columns) in float32,
     bfloat16 or float16 -> (..., rows) in the same dtype, accumulated in float32. Differentiable in x.
@@ -183,7 +190,7 @@ def _shared_zero(scale: Tensor, offset: Tensor) -> float | None:
     return zero if torch.equal(-scale * zero, offset) else None
 
 
-class NativePrepared(PreparedMatrix):
+class NativePrepared(Addressed, PreparedMatrix):
     """Codes in tile16; ``w = scale * (table[code] - zero) + offset`` with scale and offset (tiles, blocks, 16)."""
 
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
@@ -221,10 +228,6 @@ class NativePrepared(PreparedMatrix):
             and (self._block % COLUMNS == 0 or self._block == self.shape[1])
         )
         self.company = (self._isa, self._x_block, activation, self._bfloat16s)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without addresses: a copy's arrays lie elsewhere."""
-        return {name: value for name, value in self.__dict__.items() if name != "_matrix"}
 
     @cached_property
     def _matrix(self) -> native.Matrix:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from fewbit.core.terms import Sparse
 from fewbit.kernels import native
 from fewbit.kernels.native import Isa
+from fewbit.kernels.prepared import Addressed, given
 from fewbit.kernels.table import Kernel
 
 SLICE, WINDOW = 8, 256
@@ -44,14 +44,15 @@ class SparseKernel:
 
 SPARSE_KERNELS = (SparseKernel("avx2"), SparseKernel("neon"), SparseKernel("serial"), SparseKernel(None))
 """Best first. AVX-512 brought nothing over AVX2: activations are loaded one by one, or eight tokens at a time."""
-_SERVES: dict[Isa, Isa] = {"avx512vpopcnt": "avx2", "avx512vnni": "avx2", "avx512": "avx2", "neondot": "neon"}
 
 
 def choose_sparse(beside: Kernel | None = None) -> SparseKernel:
     """The best row here, or the one on the instruction set of a row of the kernel table."""
     if beside is None:
         return next(row for row in SPARSE_KERNELS if row.refuse() is None)
-    isa = beside.isa and _SERVES.get(beside.isa, beside.isa)
+    isa: str | None = beside.isa
+    if isa is not None:
+        isa = "avx2" if isa.startswith("avx512") else isa.removesuffix("dot")
     return next(row for row in SPARSE_KERNELS if row.isa == isa)
 
 
@@ -77,17 +78,13 @@ def _slices(sparse: Sparse) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return start, (place % WINDOW).to(torch.uint8), index.to(narrow), value
 
 
-class PreparedSparse:
+class PreparedSparse(Addressed):
     """Entries ready to be added, by one row of :data:`SPARSE_KERNELS`."""
 
     def __init__(self, sparse: Sparse, kernel: SparseKernel) -> None:
         self.sparse, self.kernel = sparse, kernel.name
         self._isa = native.FLAGS[kernel.isa] if kernel.isa else 0
         self._slices = _slices(sparse) if kernel.isa else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without addresses: a copy's arrays lie elsewhere."""
-        return {name: value for name, value in self.__dict__.items() if name != "_matrix"}
 
     @cached_property
     def _matrix(self) -> native.SparseMatrix:
@@ -109,8 +106,8 @@ class PreparedSparse:
         if self._slices is None:
             y += (self._torch(False) @ x.float().T).T
             return
-        given = (x.data_ptr(), x.shape[0], x.stride(0), x.stride(1), native.DTYPES[x.dtype])
-        native.core().sparse_add(self._matrix, given, y.data_ptr(), y.stride(0), self._isa, torch.get_num_threads())
+        x, address = given(x)
+        native.core().sparse_add(self._matrix, address, y.data_ptr(), y.stride(0), self._isa, torch.get_num_threads())
 
     def backward(self, gradient: Tensor) -> Tensor:
         """``gradient W``: float32 (tokens, rows) -> (tokens, columns)."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, reference
 from fewbit.kernels.column8 import COLUMN8, TILE, checked, tiles
-from fewbit.kernels.prepared import DECODED, PreparedMatrix, given, multiply_decoded, rows_of_strip
+from fewbit.kernels.prepared import DECODED, Addressed, PreparedMatrix, given, multiply_decoded, rows_of_strip
 from fewbit.kernels.table import Kernel
 from fewbit.layouts.dense import load_params
 
@@ -28,7 +27,7 @@ def _width(height: int) -> int:
     return 4 if height <= 4 else 8 if height <= 8 else 16
 
 
-class VectorPrepared(PreparedMatrix):
+class VectorPrepared(Addressed, PreparedMatrix):
     """Codes in column8; ``w`` is an entry of a book, or the sum of two, of ``height`` rows of a column."""
 
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
@@ -46,10 +45,6 @@ class VectorPrepared(PreparedMatrix):
         dtype = torch.float32 if single else torch.float16  # what serial would convert by hand
         self._books = [torch.nn.functional.pad(book.to(dtype), (0, width - format.height)) for book in physical.books]
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without addresses: a copy's arrays lie elsewhere."""
-        return {name: value for name, value in self.__dict__.items() if name != "_matrix"}
 
     @cached_property
     def _matrix(self) -> native.VectorMatrix:
