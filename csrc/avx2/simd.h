@@ -29,6 +29,8 @@ inline U load_lanes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_ca
 inline U combine(U a, U b) { return _mm256_or_si256(a, b); }
 inline void store_lanes(uint8_t* p, U a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 inline void keep(U&) {}
+inline U repeat(uint32_t bits) { return _mm256_set1_epi32(static_cast<int32_t>(bits)); }
+inline U mask(U a, U b) { return _mm256_and_si256(a, b); }
 inline U mask(U a, uint32_t m) { return _mm256_and_si256(a, _mm256_set1_epi32(static_cast<int32_t>(m))); }
 inline U select(uint32_t m, U low, U high) {
   const U bits = _mm256_set1_epi32(static_cast<int32_t>(m));

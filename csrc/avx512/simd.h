@@ -29,6 +29,8 @@ inline U load_lanes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline U combine(U a, U b) { return _mm512_or_si512(a, b); }
 inline void store_lanes(uint8_t* p, U a) { _mm512_storeu_si512(p, a); }
 inline void keep(U& a) { asm("" : "+v"(a)); }  // in a register: no folding of its load into its uses
+inline U repeat(uint32_t bits) { return _mm512_set1_epi32(static_cast<int32_t>(bits)); }
+inline U mask(U a, U b) { return _mm512_and_si512(a, b); }
 inline U mask(U a, uint32_t m) { return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int32_t>(m))); }
 inline U select(uint32_t m, U low, U high) {
   return _mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int32_t>(m)), low, high, 0xca);

@@ -13,6 +13,7 @@ namespace {
 constexpr int kDirect2 = 4, kDirect4 = 4, kDirect8 = 2, kDirectChains = 2, kAlone = 4, kAlone2 = 2, kMany = 2, kManyTokens = 8;
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
+constexpr bool kInPlace = true;
 
 // vpdpbusd: adds four products of bytes to an int32, without an intermediate sum that could saturate. Not by its intrinsic,
 // for which GCC 12 copies every sum to another register and back, and runs out of registers.
@@ -32,8 +33,12 @@ struct Dot {
     __builtin_memcpy(&lane, x, sizeof lane);
     sum = multiply_add(sum, u, _mm512_set1_epi32(lane));
   }
+  inline void add_once(U u, const int8_t* x) {
+    typedef int32_t Lane __attribute__((may_alias));
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(*reinterpret_cast<const Lane*>(x)));
+  }
   inline void flush() {}
-  inline void merge(const Dot& other) { sum = _mm512_add_epi32(sum, other.sum); }
+  inline void merge(const Dot& other, int bits) { sum = _mm512_add_epi32(sum, _mm512_srai_epi32(other.sum, bits)); }
   inline F value() const { return _mm512_cvtepi32_ps(sum); }
 };
 

@@ -7,13 +7,15 @@
 //     kOrigin          what the bytes are shifted down by before they are multiplied
 //     add(u, x)        u: four bytes a lane; x: four activations, the same in every lane
 //     flush(), value() the lanes' sums as floats
-//     merge(dot)       adds another chain's sums; where a row group keeps more than one
+//     merge(dot, bits) adds another chain's sums, divided by 2^bits; where a row group keeps more than one
 //   direct1(BITS), kDirect2, kDirect4, kDirect8    row groups beside one, two, up to four and up to eight tokens; the
 //                      last two may be 0: computed as where there are many
 //   kDirectChains      sums a row group keeps beside one or two tokens
 //   kAlone, kAlone2    the same where row groups are taken one by one (see SegmentTask); 0: they never are
 //   kMany, kManyTokens                   row groups and tokens computed together where there are many
 //   planes(BITS)       2 where codes of 8 bits are multiplied as two planes of nibbles, else 1
+//   kInPlace           whether any byte may be multiplied: a field of several in a byte then need not be shifted, and
+//     add_once(u, x)   is add where no other sum takes these activations
 //
 // An operand's (see segments.h) activations are int8_t, or int16_t where widening them once spares many times, and its
 // value is rounded to float32 once. What is computed is the same everywhere, bit for bit: sums are exact integers, and
@@ -29,10 +31,24 @@ namespace {
 template <int BITS>
 struct Codes {
   static constexpr int kBits = BITS, kPlanes = planes(BITS);
+  // Fields of a byte that are multiplied where they stand; of 1 bit the upper four are shifted down, for fewer sums.
+  static constexpr int kFields = !kInPlace || part_count(BITS) > 1 ? 1 : BITS == 1 ? 4 : 8 / BITS;
   using X = int8_t;
   using Sum = Dot<kPlanes == 2 ? 4 : BITS>;
+  U field[kFields];  // masks, in registers
 
-  explicit FEWBIT_INLINE Codes(const SegmentTask&) {}
+  explicit FEWBIT_INLINE Codes(const SegmentTask&) {
+    for (int i = 0; i < kFields; i++) {
+      field[i] = repeat(0x01010101u * (((1u << BITS) - 1) << i * BITS));
+      keep(field[i]);
+    }
+  }
+
+  // Codes of columns 4g .. 4g+3, times 2^(g % kFields * BITS).
+  FEWBIT_INLINE U in_place(U part, int g) const {
+    const int extra = g * BITS % 8 - g % kFields * BITS;
+    return mask(extra ? shift_right(part, extra) : part, field[g % kFields]);
+  }
 
   FEWBIT_INLINE void split(U codes, U (&plane)[kPlanes]) const {
     if constexpr (kPlanes == 1) {
@@ -51,10 +67,12 @@ struct Codes {
   }
 };
 
-// T row groups x M tokens, decoded where they stand; C sums a row group and token, which g takes in turn.
+// T row groups x M tokens, decoded where they stand; C sums a row group and token, which g takes in turn: where they are
+// as many as K multiplies fields in place, one for each of them, divided when all has been added up.
 template <class K, int T, int M, int C>
 void direct(const SegmentTask& task, const SegmentStrip& strip) {
   constexpr int P = K::kPlanes;
+  constexpr bool kShiftLast = C > 1 && C == K::kFields;
   using Sum = typename K::Sum;
   const K kernel(task);
   F total[T][M];
@@ -64,23 +82,33 @@ void direct(const SegmentTask& task, const SegmentStrip& strip) {
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
   const int64_t ahead = next_strip(task, T);
-  for (int64_t s = 0, chunk = 0; s < task.segments; s++) {
+  int64_t chunk = 0;
+  for (Segment segment(task); segment.index < task.segments; segment.advance(task)) {
     Sum dot[C][T][M][P];
     Held<K::kBits> held[T];
     const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
     for (; chunk < end; chunk++, x += M * 32) {
-      if (ahead)
+      if (T > 1 && ahead)  // one row group follows another in memory, as the processor expects
         for (int t = 0; t < T; t++) prefetch<K::kBits>(codes[t] + ahead);
 #pragma GCC unroll kUnroll
       for (int g = 0; g < 8; g++) {
         U u[T][P];
         for (int t = 0; t < T; t++) {
           held[t].advance(codes[t], g);
-          kernel.split(held[t].quad(g), u[t]);
+          if constexpr (kShiftLast)
+            u[t][0] = kernel.in_place(held[t].part[0], g);
+          else
+            kernel.split(held[t].quad(g), u[t]);
         }
         for (int m = 0; m < M; m++)
           for (int t = 0; t < T; t++)
-            for (int p = 0; p < P; p++) dot[g % C][t][m][p].add(u[t][p], x + m * 32 + g * 4);
+            for (int p = 0; p < P; p++) {
+              Sum& sum = dot[g % C][t][m][p];
+              if constexpr (kShiftLast && T == 1)
+                sum.add_once(u[t][p], x + m * 32 + g * 4);
+              else
+                sum.add(u[t][p], x + m * 32 + g * 4);
+            }
         if ((g + 1) % Sum::kGroups == 0)
           for (int t = 0; t < T; t++)
             for (int m = 0; m < M; m++)
@@ -88,15 +116,16 @@ void direct(const SegmentTask& task, const SegmentStrip& strip) {
       }
       for (int t = 0; t < T; t++) codes[t] += K::kBits * 64;
     }
-    const Segment segment(task, s);
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
       const Line line(task, Group(task, strip.at(t)).parameters + segment.weight);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
         if constexpr (C > 1)
+#pragma GCC unroll 8
           for (int c = 1; c < C; c++)
-            for (int p = 0; p < P; p++) dot[0][t][m][p].merge(dot[c][t][m][p]);
+#pragma GCC unroll 2
+            for (int p = 0; p < P; p++) dot[0][t][m][p].merge(dot[c][t][m][p], kShiftLast ? c * K::kBits : 0);
         total[t][m] = settle(task, kernel, segment, dot[0][t][m], line, strip.token + m, total[t][m]);
       }
     }
@@ -115,8 +144,10 @@ FEWBIT_INLINE void strips_direct(const SegmentTask& task, int64_t group, int64_t
 // Row groups one by one with `alone` sums each, or by T.
 template <class K, int T, int M, int alone>
 FEWBIT_INLINE void strips_few(const SegmentTask& task, int64_t group, int64_t end, int64_t tokens) {
+  constexpr int fields = K::kFields, room = 16 / (fields * M);  // 16 sums leave registers for codes and masks
   if constexpr (alone > 0)
-    if (task.alone) return strips_direct<K, 1, M, alone>(task, group, end, tokens);
+    if (task.alone) return strips_direct<K, 1, M, (fields > 1 ? fields : alone)>(task, group, end, tokens);
+  if constexpr (fields > 1) return strips_direct<K, (room < T ? room : T), M, fields>(task, group, end, tokens);
   strips_direct<K, T, M, kDirectChains>(task, group, end, tokens);
 }
 

@@ -192,10 +192,8 @@ extern const VectorKernel vector_linear_serial, vector_linear_avx2, vector_linea
 
 extern const XnorKernel xnor_linear_serial, xnor_linear_avx2, xnor_linear_avx512vpopcnt, xnor_linear_neon;
 
-// For codes of one bit and one token at a time.
 // For bfloat16 activations.
 extern const SegmentKernel bf16_linear_avx512bf16;
-extern const SegmentKernel planes_linear_avx512vbmi;
 extern const SegmentKernel int8_linear_serial, int8_linear_avx2, int8_linear_avx512vnni, int8_linear_neon,
     int8_linear_neondot;
 // [0] for tables whose levels are bytes, [1] for any other.

@@ -80,12 +80,20 @@ FEWBIT_INLINE void prefetch(const uint8_t* codes) {
   for (int i = 0; i < bits; i++) __builtin_prefetch(codes + i * 64, 0, 2);
 }
 
-// Where segment s finds its parameters: of the weight, within a row group, and of a token's activations.
+// A segment, and where it finds its parameters: of the weight, within a row group, and of a token's activations.
 struct Segment {
-  int64_t index, weight, activation;
+  int64_t index = 0, weight = 0, activation = 0;
+  int64_t weight_left, activation_left;  // segments that share them, with this one
 
-  FEWBIT_INLINE Segment(const SegmentTask& task, int64_t s)
-      : index(s), weight(s / task.block_segments * 16), activation(s / task.x_block_segments) {}
+  explicit FEWBIT_INLINE Segment(const SegmentTask& task)
+      : weight_left(task.block_segments), activation_left(task.x_block_segments) {}
+
+  // The next one: counted, since dividing takes as long as two chunks.
+  FEWBIT_INLINE void advance(const SegmentTask& task) {
+    index++;
+    if (--weight_left == 0) weight += 16, weight_left = task.block_segments;
+    if (--activation_left == 0) activation++, activation_left = task.x_block_segments;
+  }
 };
 
 // What a row group's levels are multiplied by in one segment, and what is added to them: offset - scale * zero.
@@ -221,11 +229,10 @@ void decoded_once(const SegmentTask& task, int64_t group, int64_t groups, int64_
   Decoded<T> decoded[K::kPlanes];
   for (int64_t m = 0; m < padded; m++)
     for (int t = 0; t < T; t++) store(totals[m][t], broadcast(0.0f));
-  for (int64_t s = 0; s < task.segments; s++) {
-    const int64_t first = s * task.segment_chunks, left = task.chunks - first;
+  for (Segment segment(task); segment.index < task.segments; segment.advance(task)) {
+    const int64_t first = segment.index * task.segment_chunks, left = task.chunks - first;
     const int64_t chunks = left < task.segment_chunks ? left : task.segment_chunks;
     decode_segment<K, T>(task, kernel, rows, first, chunks, decoded);
-    const Segment segment(task, s);
     Line line[T];
     for (int t = 0; t < T; t++) line[t] = Line(task, Group(task, rows.at(t)).parameters + segment.weight);
     for (int64_t token = 0; token < padded; token += M)

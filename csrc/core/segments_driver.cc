@@ -11,9 +11,6 @@ constexpr int64_t kSmall = 1 << 18;  // multiply-adds below which a second threa
 
 int64_t divisor(int64_t a, int64_t b) { return b ? divisor(b, a % b) : a; }
 
-// Whether sums of activations can be looked up instead of adding products up: codes of one bit.
-bool looks_up(const fewbit_matrix& w) { return w.bits == 1 && !w.table; }
-
 const SegmentKernel* find_bfloat16(int32_t isa) {
 #if defined(__x86_64__)
   if (fewbit_caps() & isa & FEWBIT_AVX512BF16) return &bf16_linear_avx512bf16;
@@ -22,16 +19,13 @@ const SegmentKernel* find_bfloat16(int32_t isa) {
 }
 
 // `table`: that of FEWBIT_LUT, else null.
-const SegmentKernel* find(const fewbit_matrix& w, const FixedPoint* table, int64_t tokens, int32_t isa) {
+const SegmentKernel* find(const FixedPoint* table, int32_t isa) {
   if (!(fewbit_caps() & isa)) return nullptr;
   const int words = table && !table->bytes;
   switch (isa) {
     case FEWBIT_SERIAL: return table ? &int8_lut_linear_serial[words] : &int8_linear_serial;
 #if defined(__x86_64__)
     case FEWBIT_AVX2: return table ? &int8_lut_linear_avx2[words] : &int8_linear_avx2;
-    case FEWBIT_AVX512VBMI:
-      if (looks_up(w) && tokens == 1) return &planes_linear_avx512vbmi;
-      [[fallthrough]];
     case FEWBIT_AVX512VNNI: return table ? &int8_lut_linear_avx512vnni[words] : &int8_linear_avx512vnni;
 #elif defined(__aarch64__)
     case FEWBIT_NEON: return table ? &int8_lut_linear_neon[words] : &int8_linear_neon;
@@ -71,7 +65,7 @@ bool sensible(const fewbit_matrix& w, int64_t x_block) {
 }
 
 bool shared(const fewbit_matrix& a, const fewbit_matrix& b, int64_t x_block) {
-  if (a.family != b.family || looks_up(a) != looks_up(b)) return false;
+  if (a.family != b.family) return false;
   if (a.table && (a.bits != b.bits || memcmp(a.table, b.table, sizeof(float) << a.bits))) return false;
   return segment(a.columns, a.block, x_block) == segment(b.columns, b.block, x_block);
 }
@@ -99,7 +93,7 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
   const float* table = outputs[0].matrix->table;
   if (table && !fixed_point(table, outputs[0].matrix->bits, &levels)) return FEWBIT_BAD_ARGUMENT;
   const bool bfloat16s = x_block == FEWBIT_BFLOAT16S;
-  call.kernel = bfloat16s ? find_bfloat16(isa) : find(*outputs[0].matrix, table ? &levels : nullptr, x.tokens, isa);
+  call.kernel = bfloat16s ? find_bfloat16(isa) : find(table ? &levels : nullptr, isa);
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   for (int32_t i = 0; i < count; i++) {
     SegmentTask& task = call.task[i] = task_of(*outputs[i].matrix, x_block);

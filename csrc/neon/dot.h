@@ -11,6 +11,7 @@ namespace {
 constexpr int kDirect2 = 4, kDirect4 = 0, kDirect8 = 0, kDirectChains = 1, kAlone = 0, kAlone2 = 0, kMany = 2, kManyTokens = 4;
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
+constexpr bool kInPlace = false;
 
 // Signed products of bytes, summed in pairs: codes of 8 bits are shifted down by 128 first. -128 * -128 twice does not
 // fit an int16, so pairs are widened before they are summed.

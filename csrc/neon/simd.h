@@ -29,6 +29,8 @@ inline U load_lanes(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p))
 inline U combine(U a, U b) { return vorrq_u32(a, b); }
 inline void store_lanes(uint8_t* p, U a) { vst1q_u8(p, vreinterpretq_u8_u32(a)); }
 inline void keep(U&) {}
+inline U repeat(uint32_t bits) { return vdupq_n_u32(bits); }
+inline U mask(U a, U b) { return vandq_u32(a, b); }
 inline U mask(U a, uint32_t m) { return vandq_u32(a, vdupq_n_u32(m)); }
 inline U select(uint32_t m, U low, U high) { return vbslq_u32(vdupq_n_u32(m), low, high); }
 inline U shift_right(U a, int n) { return vshlq_u32(a, vdupq_n_s32(-n)); }

@@ -11,6 +11,7 @@ namespace {
 constexpr int kDirect2 = 4, kDirect4 = 0, kDirect8 = 0, kDirectChains = 2, kAlone = 0, kAlone2 = 0, kMany = 4, kManyTokens = 4;
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
+constexpr bool kInPlace = false;
 
 // sdot adds four signed products of bytes to an int32: codes of 8 bits are shifted down by 128 first.
 template <int BITS>
@@ -26,7 +27,7 @@ struct Dot {
     sum = vdotq_s32(sum, vreinterpretq_s8_u32(a), vreinterpretq_s8_s32(vdupq_n_s32(lane)));
   }
   inline void flush() {}
-  inline void merge(const Dot& other) { sum = vaddq_s32(sum, other.sum); }
+  inline void merge(const Dot& other, int) { sum = vaddq_s32(sum, other.sum); }
   inline F value() const { return vcvtq_f32_s32(sum); }
 };
 

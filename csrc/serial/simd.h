@@ -37,6 +37,8 @@ inline U load_lanes(const uint8_t* p) { U r; memcpy(&r, p, sizeof r); return r; 
 inline U combine(U a, U b) { return a | b; }
 inline void store_lanes(uint8_t* p, U a) { memcpy(p, &a, sizeof a); }
 inline void keep(U&) {}
+inline U repeat(uint32_t bits) { return U{} | bits; }
+inline U mask(U a, U b) { return a & b; }
 inline U mask(U a, uint32_t m) { return a & m; }
 inline U select(uint32_t m, U low, U high) { return (low & m) | (high & ~m); }
 inline U shift_right(U a, int n) { return a >> static_cast<uint32_t>(n); }

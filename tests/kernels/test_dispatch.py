@@ -139,12 +139,3 @@ def test_the_core_refuses_what_contradicts_itself() -> None:
             call(*matrices)
     with pytest.raises(RuntimeError, match="instruction set"):
         call(good, isa=64)
-
-
-@pytest.mark.skipif("avx512vbmi" not in kernels.native.isas(), reason="no row looks sums up here")
-def test_sums_are_looked_up_for_many_weights_alone() -> None:
-    signs, inputs = formats.parse("int1/g128"), formats.parse("int8/channel")
-    assert kernels.choose(signs, (11008, 4096), activation=inputs).name == "planes_linear_avx512vbmi"
-    few = kernels.choose(signs, (4096, 4096), activation=inputs)
-    assert few.name == "int8_linear_avx512vnni" and "faster from" in few.reasons["planes_linear_avx512vbmi"]
-    assert kernels.choose(signs, (64, 64), "planes_linear_avx512vbmi", inputs).name == "planes_linear_avx512vbmi"

@@ -24,8 +24,6 @@ from fewbit.kernels.tile16 import COLUMNS, TILE16
 LAYOUTS = {layout.name: layout for layout in (TILE16, COLUMN8)}
 """Those of native rows."""
 
-MANY = 1 << 25
-"""Weights from which on tables of sums are worth building: smaller ones lie in a cache, where products are as fast."""
 LOOKED_UP = 6
 """Bits of a code whose levels "int8_lut" keeps in registers."""
 
@@ -35,13 +33,12 @@ class Kernel:
     """One row: ``y = x W^T + bias`` for weights of one family, on one instruction set, from one layout.
 
     The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "int8" multiplies affine codes by
-    activations rounded to int8, in integers, and "int8_lut" the levels of a table; "planes" looks up the sums of such
-    activations that codes of one bit choose; "xnor" counts where signs of the weight and of the activations differ;
-    the others multiply float activations, "vector" by vectors of a codebook. ``family`` and ``isa`` are None for the
-    reference, which takes everything.
+    activations rounded to int8, in integers, and "int8_lut" the levels of a table; "xnor" counts where signs of the
+    weight and of the activations differ; the others multiply float activations, "vector" by vectors of a codebook.
+    ``family`` and ``isa`` are None for the reference, which takes everything.
     """
 
-    family: Literal["affine", "lut", "vector", "int8", "int8_lut", "planes", "xnor"] | None
+    family: Literal["affine", "lut", "vector", "int8", "int8_lut", "xnor"] | None
     isa: Isa | None
     layout: str
 
@@ -52,12 +49,12 @@ class Kernel:
     @property
     def integers(self) -> bool:
         """Whether activations are rounded to int8 by the kernel itself."""
-        return self.family in ("int8", "int8_lut", "planes")
+        return self.family in ("int8", "int8_lut")
 
     @property
     def weights(self) -> str | None:
         """The family of weights that it runs: "affine", "lut" or "vector"."""
-        if self.family in ("int8", "planes", "xnor"):
+        if self.family in ("int8", "xnor"):
             return "affine"
         return "lut" if self.family == "int8_lut" else self.family
 
@@ -83,16 +80,7 @@ class Kernel:
             return f"runs the {self.weights} family; {format.name} is {found}"
         if self.family == "int8_lut" and format.bits > LOOKED_UP:
             return f"looks up at most {LOOKED_UP} bits a code; {format.name} has {format.bits}"
-        if self.family == "planes" and format.bits != 1:
-            return f"looks up sums for codes of 1 bit; {format.name} has {format.bits}"
         return _refuse_integers(format, shape, activation) if self.integers else None
-
-
-def _too_few(row: Kernel, shape: Shape) -> str | None:
-    """Why another row is faster than ``row`` for so few weights, or None."""
-    if row.family != "planes" or shape[0] * shape[1] >= MANY:
-        return None
-    return f"is faster from about {MANY} weights on; there are {shape[0] * shape[1]}"
 
 
 def _refuse_integers(format: Format, shape: Shape, activation: Format | None) -> str | None:
@@ -125,7 +113,6 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("xnor", "avx2", "tile16"),
     Kernel("xnor", "neon", "tile16"),
     Kernel("xnor", "serial", "tile16"),
-    Kernel("planes", "avx512vbmi", "tile16"),
     Kernel("int8", "avx512vnni", "tile16"),
     Kernel("int8", "avx2", "tile16"),
     Kernel("int8", "neondot", "tile16"),
@@ -205,7 +192,7 @@ def choose(format: Format, shape: Shape, kernel: str | None = None, activation: 
         )
     reasons: dict[str, str] = {}
     for row in KERNELS if kernel is None else (named(kernel),):
-        reason = row.refuse(format, shape, activation) or (_too_few(row, shape) if kernel is None else None)
+        reason = row.refuse(format, shape, activation)
         if reason is None:
             return Choice(row.name, row.isa, reasons)
         reasons[row.name] = reason
