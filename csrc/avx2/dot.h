@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "avx2/shuffle.h"
 #include "avx2/simd.h"
 
 #include "core/kernel.h"
@@ -13,6 +14,7 @@ constexpr int kDirect2 = 2, kDirect4 = 1, kDirect8 = 0, kDirectChains = 1, kAlon
 constexpr int direct1(int bits) { return part_count(bits) == 1 && bits < 8 ? 4 : 2; }  // what 16 registers hold
 constexpr int planes(int bits) { return bits == 8 ? 2 : 1; }
 constexpr bool kInPlace = false;
+constexpr int kSums = 0;
 
 inline U four(const int8_t* x) {
   int32_t lane;
@@ -37,16 +39,6 @@ struct Dot {
     narrow = _mm256_setzero_si256();
   }
   inline F value() const { return _mm256_cvtepi32_ps(wide); }
-};
-
-// 16 bytes in both halves of a register; bit 7 of an index gives 0.
-struct Shuffle {
-  U table;
-  Shuffle() = default;
-  explicit Shuffle(const uint8_t* bytes)
-      : table(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)))) {}
-  inline U operator()(U index) const { return _mm256_shuffle_epi8(table, index); }
-  inline U within(U index) const { return (*this)(_mm256_adds_epu8(index, _mm256_set1_epi8(0x70))); }
 };
 
 // int16 levels times activations as int16, summed in pairs: each plane holds four columns of every other two

@@ -14,6 +14,7 @@ constexpr int kDirect2 = 4, kDirect4 = 4, kDirect8 = 2, kDirectChains = 2, kAlon
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = true;
+constexpr int kSums = 16;
 
 // vpdpbusd: adds four products of bytes to an int32, without an intermediate sum that could saturate. Not by its intrinsic,
 // for which GCC 12 copies every sum to another register and back, and runs out of registers.

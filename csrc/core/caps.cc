@@ -3,7 +3,9 @@
 #include "core/kernel.h"
 #include "fewbit.h"
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
@@ -18,6 +20,18 @@ bool fewbit::reads_straight() {
 #endif
 }
 
+#if defined(__x86_64__)
+namespace {
+
+// Of which older compilers know no name.
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 4 & 1;
+}
+
+}  // namespace
+#endif
+
 extern "C" int32_t fewbit_caps(void) {
   int32_t caps = FEWBIT_SERIAL;
 #if defined(__x86_64__)
@@ -27,6 +41,7 @@ extern "C" int32_t fewbit_caps(void) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   // Every processor with AVX2 has F16C; the compiler's name for the check is not understood by older compilers.
   if (avx2) caps |= FEWBIT_AVX2;
+  if (avx2 && has_avx_vnni()) caps |= FEWBIT_AVXVNNI;
   if (avx512) caps |= FEWBIT_AVX512;
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   if (vnni) caps |= FEWBIT_AVX512VNNI;

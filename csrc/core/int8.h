@@ -14,8 +14,9 @@
 //   kAlone, kAlone2    the same where row groups are taken one by one (see SegmentTask); 0: they never are
 //   kMany, kManyTokens                   row groups and tokens computed together where there are many
 //   planes(BITS)       2 where codes of 8 bits are multiplied as two planes of nibbles, else 1
-//   kInPlace           whether any byte may be multiplied: a field of several in a byte then need not be shifted, and
-//     add_once(u, x)   is add where no other sum takes these activations
+//   kInPlace           whether any byte may be multiplied: a field of several in a byte then need not be shifted
+//     kSums            sums beside which masks of fields have room in registers
+//     add_once(u, x)   add, where no other sum takes these activations
 //
 // An operand's (see segments.h) activations are int8_t, or int16_t where widening them once spares many times, and its
 // value is rounded to float32 once. What is computed is the same everywhere, bit for bit: sums are exact integers, and
@@ -144,11 +145,11 @@ FEWBIT_INLINE void strips_direct(const SegmentTask& task, int64_t group, int64_t
 // Row groups one by one with `alone` sums each, or by T.
 template <class K, int T, int M, int alone>
 FEWBIT_INLINE void strips_few(const SegmentTask& task, int64_t group, int64_t end, int64_t tokens) {
-  constexpr int fields = K::kFields, room = 16 / (fields * M);  // 16 sums leave registers for codes and masks
+  constexpr int fields = K::kFields, chains = fields > 1 ? fields : kDirectChains;
   if constexpr (alone > 0)
     if (task.alone) return strips_direct<K, 1, M, (fields > 1 ? fields : alone)>(task, group, end, tokens);
-  if constexpr (fields > 1) return strips_direct<K, (room < T ? room : T), M, fields>(task, group, end, tokens);
-  strips_direct<K, T, M, kDirectChains>(task, group, end, tokens);
+  constexpr int room = kSums / (fields * M), beside = fields == 1 || room > T ? T : room > 1 ? room : 1;
+  strips_direct<K, beside, M, chains>(task, group, end, tokens);
 }
 
 template <class K>

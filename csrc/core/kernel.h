@@ -194,11 +194,11 @@ extern const XnorKernel xnor_linear_serial, xnor_linear_avx2, xnor_linear_avx512
 
 // For bfloat16 activations.
 extern const SegmentKernel bf16_linear_avx512bf16;
-extern const SegmentKernel int8_linear_serial, int8_linear_avx2, int8_linear_avx512vnni, int8_linear_neon,
-    int8_linear_neondot;
+extern const SegmentKernel int8_linear_serial, int8_linear_avx2, int8_linear_avxvnni, int8_linear_avx512vnni,
+    int8_linear_neon, int8_linear_neondot;
 // [0] for tables whose levels are bytes, [1] for any other.
-extern const SegmentKernel int8_lut_linear_serial[2], int8_lut_linear_avx2[2], int8_lut_linear_avx512vnni[2],
-    int8_lut_linear_neon[2], int8_lut_linear_neondot[2];
+extern const SegmentKernel int8_lut_linear_serial[2], int8_lut_linear_avx2[2], int8_lut_linear_avxvnni[2],
+    int8_lut_linear_avx512vnni[2], int8_lut_linear_neon[2], int8_lut_linear_neondot[2];
 
 extern const Kernel affine_linear_serial, lut_linear_serial;
 extern const Kernel affine_linear_avx2, lut_linear_avx2;

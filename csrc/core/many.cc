@@ -31,6 +31,7 @@ bool well_formed(const fewbit_input& x) {
 
 int32_t float_isa(int32_t isa) {
   if (isa & (FEWBIT_AVX512VNNI | FEWBIT_AVX512VBMI | FEWBIT_AVX512VPOPCNT | FEWBIT_AVX512BF16)) return FEWBIT_AVX512;
+  if (isa == FEWBIT_AVXVNNI) return FEWBIT_AVX2;
   return isa == FEWBIT_NEONDOT ? FEWBIT_NEON : isa;
 }
 

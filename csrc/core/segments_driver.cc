@@ -26,6 +26,7 @@ const SegmentKernel* find(const FixedPoint* table, int32_t isa) {
     case FEWBIT_SERIAL: return table ? &int8_lut_linear_serial[words] : &int8_linear_serial;
 #if defined(__x86_64__)
     case FEWBIT_AVX2: return table ? &int8_lut_linear_avx2[words] : &int8_linear_avx2;
+    case FEWBIT_AVXVNNI: return table ? &int8_lut_linear_avxvnni[words] : &int8_linear_avxvnni;
     case FEWBIT_AVX512VNNI: return table ? &int8_lut_linear_avx512vnni[words] : &int8_linear_avx512vnni;
 #elif defined(__aarch64__)
     case FEWBIT_NEON: return table ? &int8_lut_linear_neon[words] : &int8_linear_neon;

@@ -39,7 +39,8 @@ enum {
   FEWBIT_NEONDOT = 32,      /* NEON with the dot product of ARMv8.2 */
   FEWBIT_AVX512VPOPCNT = 64, /* that of FEWBIT_AVX512, and VPOPCNTDQ */
   FEWBIT_AVX512VBMI = 128,   /* that of FEWBIT_AVX512VNNI, and VBMI */
-  FEWBIT_AVX512BF16 = 256    /* that of FEWBIT_AVX512, and BF16, where it is faster than float32: on AMD */
+  FEWBIT_AVX512BF16 = 256,   /* that of FEWBIT_AVX512, and BF16, where it is faster than float32: on AMD */
+  FEWBIT_AVXVNNI = 512       /* that of FEWBIT_AVX2, and AVX-VNNI */
 };
 
 /* Families, types of activations and results, status codes. */

@@ -12,6 +12,7 @@ constexpr int kDirect2 = 4, kDirect4 = 0, kDirect8 = 0, kDirectChains = 2, kAlon
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;
+constexpr int kSums = 0;
 
 // sdot adds four signed products of bytes to an int32: codes of 8 bits are shifted down by 128 first.
 template <int BITS>

@@ -12,6 +12,7 @@ constexpr int kDirect2 = 2, kDirect4 = 0, kDirect8 = 0, kDirectChains = 1, kAlon
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;
+constexpr int kSums = 0;
 
 template <int BITS>
 struct Dot {

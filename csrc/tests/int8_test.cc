@@ -24,8 +24,8 @@ const Shape kShapes[] = {
     {530, 260, 64, 260, 2},
 };
 
-const int32_t kIsas[] = {FEWBIT_SERIAL, FEWBIT_AVX2, FEWBIT_AVX512VNNI, FEWBIT_NEON, FEWBIT_NEONDOT};
-const char* const kNames[] = {"serial", "avx2", "avx512vnni", "neon", "neondot"};
+const int32_t kIsas[] = {FEWBIT_SERIAL, FEWBIT_AVX2, FEWBIT_AVXVNNI, FEWBIT_AVX512VNNI, FEWBIT_NEON, FEWBIT_NEONDOT};
+const char* const kNames[] = {"serial", "avx2", "avxvnni", "avx512vnni", "neon", "neondot"};
 
 double half_of(double x) {
   const int exponent = x < ldexp(1, -14) ? -14 : ilogb(x);

@@ -15,8 +15,8 @@
 namespace {
 
 const int32_t kIsas[] = {FEWBIT_SERIAL,     FEWBIT_AVX2,       FEWBIT_AVX512,        FEWBIT_AVX512VNNI,
-                         FEWBIT_AVX512VBMI, FEWBIT_AVX512BF16, FEWBIT_AVX512VPOPCNT, FEWBIT_NEON,
-                         FEWBIT_NEONDOT};
+                         FEWBIT_AVX512VBMI, FEWBIT_AVX512BF16, FEWBIT_AVX512VPOPCNT, FEWBIT_AVXVNNI,
+                         FEWBIT_NEON,       FEWBIT_NEONDOT};
 
 int failures = 0;
 

@@ -11,7 +11,9 @@ import torch
 
 from fewbit.errors import UnsupportedError
 
-Isa = Literal["avx512vpopcnt", "avx512vbmi", "avx512vnni", "avx512bf16", "avx512", "avx2", "neondot", "neon", "serial"]
+Isa = Literal[
+    "avx512vpopcnt", "avx512vbmi", "avx512vnni", "avx512bf16", "avx512", "avxvnni", "avx2", "neondot", "neon", "serial"
+]
 
 FLAGS: dict[Isa, int] = {
     "avx512vpopcnt": 64,
@@ -19,6 +21,7 @@ FLAGS: dict[Isa, int] = {
     "avx512vnni": 8,
     "avx512bf16": 256,
     "avx512": 4,
+    "avxvnni": 512,
     "avx2": 2,
     "neondot": 32,
     "neon": 16,

@@ -52,7 +52,7 @@ def choose_sparse(beside: Kernel | None = None) -> SparseKernel:
         return next(row for row in SPARSE_KERNELS if row.refuse() is None)
     isa: str | None = beside.isa
     if isa is not None:
-        isa = "avx2" if isa.startswith("avx512") else isa.removesuffix("dot")
+        isa = "avx2" if isa.startswith("avx") else isa.removesuffix("dot")
     return next(row for row in SPARSE_KERNELS if row.isa == isa)
 
 

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "avxvnni/dot.h"
+
+#include "core/int8.h"
+#include "core/rounding.h"
+
+namespace fewbit {
+
+const SegmentKernel int8_linear_avxvnni = {kManyTokens, 1, round_token<int8_t>, int8_run};
+
+}  // namespace fewbit

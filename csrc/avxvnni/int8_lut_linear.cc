@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "avxvnni/dot.h"
+
+#include "core/int8_lut.h"
+#include "core/rounding.h"
+
+namespace fewbit {
+
+const SegmentKernel int8_lut_linear_avxvnni[2] = {
+    {kManyTokens, 1, round_token<int8_t>, int8_lut_run<LutBytes>},
+    {kManyTokens, sizeof(Words::X), round_token<Words::X>, int8_lut_run<LutWords>}};
+
+}  // namespace fewbit
