@@ -10,92 +10,90 @@
 namespace fewbit {
 namespace {
 
-// 16 sums beside 2 vectors of codes, in 32 registers.
-constexpr int kMany = 2, kManyTokens = 8;
+// 16 sums beside 2 vectors of codes, in 32 registers; as many for two tokens, half of them for one.
+constexpr int kMany = 2, kManyTokens = 8, kChains = 4;
 
-// Four columns of every other two rows: pairs of columns in neighbouring lanes, which are added up at the end.
+// Two columns a lane.
 struct Pairs {
   static constexpr int kGroups = 8;
   F sum = _mm512_setzero_ps();
 
   inline void add(U u, const uint16_t* x) {
-    int64_t four;
-    memcpy(&four, x, sizeof four);
-    const U columns = _mm512_set1_epi64(four);
+    int32_t two;
+    memcpy(&two, x, sizeof two);
+    const U columns = _mm512_set1_epi32(two);
     sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(u), reinterpret_cast<__m512bh>(columns));
   }
   inline void flush() {}
+  inline void merge(const Pairs& other, int) { sum = fewbit::add(sum, other.sum); }
 };
 
-// The upper halves of two floats that are bfloat16 exactly, as one lane.
-inline U paired(F low, F high) {
-  return select(0xffff0000u, reinterpret_cast<U>(high), shift_right(reinterpret_cast<U>(low), 16));
-}
-
-// Codes up to 4 bits are looked up: the low and the high bytes of what they stand for.
+// Codes of the even columns of four, then those of the odd ones: each pair takes two of the activations.
 template <int BITS>
 struct Halves {
-  static constexpr int kBits = BITS, kPlanes = 2;
-  static constexpr bool kLookedUp = BITS <= 4;
+  static constexpr int kBits = BITS, kPlanes = 2, kFields = 1, kApart = 2;
+  static constexpr int kTables = BITS <= 5 ? 1 : BITS == 6 ? 2 : 0;  // registers that hold what codes stand for
   using X = uint16_t;
   using Sum = Pairs;
   float centre;
-  U low, high;
+  U table[kTables > 0 ? kTables : 1];
 
   explicit FEWBIT_INLINE Halves(const SegmentTask& task) : centre(task.centre) {
-    uint8_t bytes[2][16] = {};
-    for (int code = 0; kLookedUp && code < 1 << BITS; code++) {
-      const uint32_t bits = bits_of(static_cast<float>(code) - centre);
-      bytes[0][code] = static_cast<uint8_t>(bits >> 16), bytes[1][code] = static_cast<uint8_t>(bits >> 24);
-    }
-    low = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes[0])));
-    high = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes[1])));
+    uint16_t levels[64] = {};
+    for (int i = 0; kTables > 0 && i < 32 * kTables; i++)
+      levels[i] = static_cast<uint16_t>(bits_of(static_cast<float>(i % (1 << BITS)) - centre) >> 16);
+    for (int i = 0; i < kTables; i++) table[i] = _mm512_loadu_si512(levels + i * 32);
   }
 
+  // Two codes a lane, in the lower halves of words, below other bits, as two bfloat16.
   FEWBIT_INLINE U words(U two) const {
-    const F zero = broadcast(centre);
-    return paired(_mm512_sub_ps(convert(mask(two, 0xffffu)), zero), _mm512_sub_ps(convert(shift_right(two, 16)), zero));
+    if constexpr (kTables == 1) {
+      return _mm512_permutexvar_epi16(two, table[0]);
+    } else if constexpr (kTables == 2) {
+      return _mm512_permutex2var_epi16(table[0], two, table[1]);
+    } else {
+      const U codes = mask(two, 0x00ff00ffu);
+      const F zero = broadcast(centre), high = _mm512_sub_ps(convert(shift_right(codes, 16)), zero);
+      const F low = _mm512_sub_ps(convert(mask(codes, 0xffffu)), zero);
+      return select(0xffff0000u, reinterpret_cast<U>(high), shift_right(reinterpret_cast<U>(low), 16));
+    }
   }
 
   FEWBIT_INLINE void split(U codes, U (&plane)[2]) const {
-    if constexpr (kLookedUp) {
-      const U lows = _mm512_shuffle_epi8(low, codes), highs = _mm512_shuffle_epi8(high, codes);
-      plane[0] = _mm512_unpacklo_epi8(lows, highs), plane[1] = _mm512_unpackhi_epi8(lows, highs);
-    } else {
-      const U none = _mm512_setzero_si512();
-      plane[0] = words(_mm512_unpacklo_epi8(codes, none)), plane[1] = words(_mm512_unpackhi_epi8(codes, none));
-    }
+    plane[0] = words(codes), plane[1] = words(shift_right(codes, 8));
   }
 
-  FEWBIT_INLINE F value(const Pairs (&dot)[2], float) const {
-    return add(_mm512_shuffle_ps(dot[0].sum, dot[1].sum, 0x88), _mm512_shuffle_ps(dot[0].sum, dot[1].sum, 0xdd));
-  }
+  FEWBIT_INLINE F value(const Pairs (&dot)[2], float) const { return add(dot[0].sum, dot[1].sum); }
 };
 
 // Lays a token out as the kernel reads it, and sums up its segments.
 void lay_out(const SegmentTask& task, const fewbit_input& x, int64_t token) {
-  constexpr int kChains = 16;
+  constexpr int kAtOnce = 16;
   auto* out = static_cast<uint16_t*>(task.activations);
   out += (token / task.together * task.chunks * task.together + token % task.together) * 32;
   task.x_scale[token] = 1;
   for (int64_t s = 0, chunk = 0; s < task.segments; s++) {
-    float sum[kChains] = {};
+    float sum[kAtOnce] = {};
     const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
     for (; chunk < end; chunk++, out += task.together * 32) {
       const int64_t left = token < x.tokens ? task.columns - chunk * 32 : 0, columns = left < 32 ? left : 32;
       const auto* here = static_cast<const uint16_t*>(x.data) + token * x.stride + chunk * 32 * x.step;
       if (columns < 32) memset(out, 0, 64);
-      for (int64_t k = 0; k < columns; k++) out[k] = here[k * x.step];
-      for (int64_t k = 0; k < 32; k++) sum[k % kChains] += from_bfloat16(out[k]);
+      for (int64_t k = 0; k < columns; k++) out[k % 4 == 1 ? k + 1 : k % 4 == 2 ? k - 1 : k] = here[k * x.step];
+      for (int64_t k = 0; k < 32; k++) sum[k % kAtOnce] += from_bfloat16(out[k]);
     }
-    for (int i = 1; i < kChains; i++) sum[0] += sum[i];
+    for (int i = 1; i < kAtOnce; i++) sum[0] += sum[i];
     task.sums[token * task.segments + s] = sum[0];
   }
 }
 
 template <int BITS>
 void strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  strips_decoded<Halves<BITS>, kMany, kManyTokens>(task, tile_begin, tile_end, tokens);
+  switch (task.together) {
+    case 1: return strips_direct<Halves<BITS>, 1, 1, kChains>(task, tile_begin, tile_end, tokens);
+    case 2: return strips_direct<Halves<BITS>, 1, 2, kChains>(task, tile_begin, tile_end, tokens);
+    default: return strips_decoded<Halves<BITS>, kMany, kManyTokens>(task, tile_begin, tile_end, tokens);
+  }
 }
 
 void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {

@@ -31,7 +31,7 @@ namespace {
 // Codes that are their own levels.
 template <int BITS>
 struct Codes {
-  static constexpr int kBits = BITS, kPlanes = planes(BITS);
+  static constexpr int kBits = BITS, kPlanes = planes(BITS), kApart = 0;
   // Fields of a byte that are multiplied where they stand; of 1 bit the upper four are shifted down, for fewer sums.
   static constexpr int kFields = !kInPlace || part_count(BITS) > 1 ? 1 : BITS == 1 ? 4 : 8 / BITS;
   using X = int8_t;
@@ -67,80 +67,6 @@ struct Codes {
     return codes;
   }
 };
-
-// T row groups x M tokens, decoded where they stand; C sums a row group and token, which g takes in turn: where they are
-// as many as K multiplies fields in place, one for each of them, divided when all has been added up.
-template <class K, int T, int M, int C>
-void direct(const SegmentTask& task, const SegmentStrip& strip) {
-  constexpr int P = K::kPlanes;
-  constexpr bool kShiftLast = C > 1 && C == K::kFields;
-  using Sum = typename K::Sum;
-  const K kernel(task);
-  F total[T][M];
-  const uint8_t* codes[T];
-  const auto* x = strip.activations<typename K::X>(task);
-  for (int t = 0; t < T; t++) codes[t] = Group(task, strip.at(t)).codes;
-  for (int t = 0; t < T; t++)
-    for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
-  const int64_t ahead = next_strip(task, T);
-  int64_t chunk = 0;
-  for (Segment segment(task); segment.index < task.segments; segment.advance(task)) {
-    Sum dot[C][T][M][P];
-    Held<K::kBits> held[T];
-    const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
-    for (; chunk < end; chunk++, x += M * 32) {
-      if (T > 1 && ahead)  // one row group follows another in memory, as the processor expects
-        for (int t = 0; t < T; t++) prefetch<K::kBits>(codes[t] + ahead);
-#pragma GCC unroll kUnroll
-      for (int g = 0; g < 8; g++) {
-        U u[T][P];
-        for (int t = 0; t < T; t++) {
-          held[t].advance(codes[t], g);
-          if constexpr (kShiftLast)
-            u[t][0] = kernel.in_place(held[t].part[0], g);
-          else
-            kernel.split(held[t].quad(g), u[t]);
-        }
-        for (int m = 0; m < M; m++)
-          for (int t = 0; t < T; t++)
-            for (int p = 0; p < P; p++) {
-              Sum& sum = dot[g % C][t][m][p];
-              if constexpr (kShiftLast && T == 1)
-                sum.add_once(u[t][p], x + m * 32 + g * 4);
-              else
-                sum.add(u[t][p], x + m * 32 + g * 4);
-            }
-        if ((g + 1) % Sum::kGroups == 0)
-          for (int t = 0; t < T; t++)
-            for (int m = 0; m < M; m++)
-              for (int p = 0; p < P; p++) dot[g % C][t][m][p].flush();
-      }
-      for (int t = 0; t < T; t++) codes[t] += K::kBits * 64;
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++) {
-      const Line line(task, Group(task, strip.at(t)).parameters + segment.weight);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        if constexpr (C > 1)
-#pragma GCC unroll 8
-          for (int c = 1; c < C; c++)
-#pragma GCC unroll 2
-            for (int p = 0; p < P; p++) dot[0][t][m][p].merge(dot[c][t][m][p], kShiftLast ? c * K::kBits : 0);
-        total[t][m] = settle(task, kernel, segment, dot[0][t][m], line, strip.token + m, total[t][m]);
-      }
-    }
-  }
-  for (int t = 0; t < T && t < strip.groups; t++)
-    for (int m = 0; m < M && m < strip.tokens; m++)
-      finish(task, Group(task, strip.at(t)).row, strip.token + m, total[t][m]);
-}
-
-// Row groups by T, for all M tokens of a task.
-template <class K, int T, int M, int C>
-FEWBIT_INLINE void strips_direct(const SegmentTask& task, int64_t group, int64_t end, int64_t tokens) {
-  for (; group < end; group += T) direct<K, T, M, C>(task, {group, end - group, 0, tokens});
-}
 
 // Row groups one by one with `alone` sums each, or by T.
 template <class K, int T, int M, int alone>

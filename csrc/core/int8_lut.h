@@ -44,7 +44,7 @@ struct ByteTable {
 // Levels within +-kByteLevel: bytes of 5 bits around 16.
 template <int BITS>
 struct LutBytes {
-  static constexpr int kBits = BITS, kPlanes = 1, kFields = 1;
+  static constexpr int kBits = BITS, kPlanes = 1, kFields = 1, kApart = 0;
   using X = int8_t;
   using Sum = Dot<5>;
   ByteTable<BITS> table;
@@ -61,7 +61,7 @@ struct LutBytes {
 // Any levels of 16 bits.
 template <int BITS>
 struct LutWords {
-  static constexpr int kBits = BITS, kPlanes = 2, kFields = 1;
+  static constexpr int kBits = BITS, kPlanes = 2, kFields = 1, kApart = 0;
   using X = Words::X;
   using Sum = Words::Sum;
   ByteTable<BITS> low, high;

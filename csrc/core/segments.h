@@ -4,10 +4,14 @@
 //
 //   kBits, kPlanes     bits of a code; vectors that it is multiplied as
 //   X                  what it takes activations as
+//   kApart             what of a plane's four activations lies before those of the next; 0: all take the same
+//   kFields            fields of a byte that are multiplied where they stand, by `in_place(part, g)`; 1: none
 //   Sum                the sums of one plane:
 //     kGroups          groups of four columns after which `flush` must be called
-//     add(u, x)        u: a plane of four columns; x: four activations
+//     add(u, x)        u: a plane of four columns; x: activations
 //     flush()
+//     merge(sum, bits) adds another's, divided by 2^bits; where a row group keeps more than one
+//     add_once(u, x)   add, where no other sum takes these activations; where there are fields
 //   K(task)            what is loaded once, e.g. a table in registers
 //   split(codes, out)  the planes of four codes a lane
 //   value(sums, sum)   the dot product of levels and activations, of which `sum` is the sum of the activations
@@ -143,6 +147,80 @@ FEWBIT_INLINE void finish(const SegmentTask& task, int64_t row, int64_t token, F
   put(task, row, token, total);
 }
 
+// T row groups x M tokens, decoded where they stand; C sums a row group and token, which g takes in turn: where they are
+// as many as K multiplies fields in place, one for each of them, divided when all has been added up.
+template <class K, int T, int M, int C>
+void direct(const SegmentTask& task, const SegmentStrip& strip) {
+  constexpr int P = K::kPlanes;
+  constexpr bool kShiftLast = C > 1 && C == K::kFields;
+  using Sum = typename K::Sum;
+  const K kernel(task);
+  F total[T][M];
+  const uint8_t* codes[T];
+  const auto* x = strip.activations<typename K::X>(task);
+  for (int t = 0; t < T; t++) codes[t] = Group(task, strip.at(t)).codes;
+  for (int t = 0; t < T; t++)
+    for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
+  const int64_t ahead = next_strip(task, T);
+  int64_t chunk = 0;
+  for (Segment segment(task); segment.index < task.segments; segment.advance(task)) {
+    Sum dot[C][T][M][P];
+    Held<K::kBits> held[T];
+    const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
+    for (; chunk < end; chunk++, x += M * 32) {
+      if (T > 1 && ahead)  // one row group follows another in memory, as the processor expects
+        for (int t = 0; t < T; t++) prefetch<K::kBits>(codes[t] + ahead);
+#pragma GCC unroll kUnroll
+      for (int g = 0; g < 8; g++) {
+        U u[T][P];
+        for (int t = 0; t < T; t++) {
+          held[t].advance(codes[t], g);
+          if constexpr (kShiftLast)
+            u[t][0] = kernel.in_place(held[t].part[0], g);
+          else
+            kernel.split(held[t].quad(g), u[t]);
+        }
+        for (int m = 0; m < M; m++)
+          for (int t = 0; t < T; t++)
+            for (int p = 0; p < P; p++) {
+              Sum& sum = dot[g % C][t][m][p];
+              if constexpr (kShiftLast && T == 1)
+                sum.add_once(u[t][p], x + m * 32 + g * 4 + p * K::kApart);
+              else
+                sum.add(u[t][p], x + m * 32 + g * 4 + p * K::kApart);
+            }
+        if ((g + 1) % Sum::kGroups == 0)
+          for (int t = 0; t < T; t++)
+            for (int m = 0; m < M; m++)
+              for (int p = 0; p < P; p++) dot[g % C][t][m][p].flush();
+      }
+      for (int t = 0; t < T; t++) codes[t] += K::kBits * 64;
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      const Line line(task, Group(task, strip.at(t)).parameters + segment.weight);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        if constexpr (C > 1)
+#pragma GCC unroll 8
+          for (int c = 1; c < C; c++)
+#pragma GCC unroll 2
+            for (int p = 0; p < P; p++) dot[0][t][m][p].merge(dot[c][t][m][p], kShiftLast ? c * K::kBits : 0);
+        total[t][m] = settle(task, kernel, segment, dot[0][t][m], line, strip.token + m, total[t][m]);
+      }
+    }
+  }
+  for (int t = 0; t < T && t < strip.groups; t++)
+    for (int m = 0; m < M && m < strip.tokens; m++)
+      finish(task, Group(task, strip.at(t)).row, strip.token + m, total[t][m]);
+}
+
+// Row groups by T, for all M tokens of a task.
+template <class K, int T, int M, int C>
+FEWBIT_INLINE void strips_direct(const SegmentTask& task, int64_t group, int64_t end, int64_t tokens) {
+  for (; group < end; group += T) direct<K, T, M, C>(task, {group, end - group, 0, tokens});
+}
+
 // One plane of one segment of T row groups, a byte a code: (groups of four columns, T, lanes of 4 bytes).
 template <int T>
 struct alignas(64) Decoded {
@@ -205,7 +283,7 @@ __attribute__((noinline)) void add_segment(const SegmentTask& task, const K& ker
           for (int p = 0; p < P; p++) u[t][p] = load_lanes(decoded[p].bytes[c * 8 + g][t]);
         for (int m = 0; m < M; m++)
           for (int t = 0; t < T; t++)
-            for (int p = 0; p < P; p++) dot[t][m][p].add(u[t][p], x + m * 32 + g * 4);
+            for (int p = 0; p < P; p++) dot[t][m][p].add(u[t][p], x + m * 32 + g * 4 + p * K::kApart);
       }
       for (int t = 0; t < T; t++)
         for (int m = 0; m < M; m++)

@@ -100,7 +100,7 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
     SegmentTask& task = call.task[i] = task_of(*outputs[i].matrix, x_block);
     task.table = table ? &levels : nullptr;
     task.alone = reads_straight();
-    task.together = bfloat16s || x.tokens > 4 ? call.kernel->most : x.tokens <= 2 ? x.tokens : 4;
+    task.together = x.tokens <= 2 ? x.tokens : bfloat16s || x.tokens > 4 ? call.kernel->most : 4;
   }
   const SegmentTask& first = call.task[0];
   const int64_t bytes = first.chunks * 32 * call.kernel->bytes, floats = first.segments + first.x_blocks;

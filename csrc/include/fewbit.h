@@ -152,9 +152,9 @@ typedef struct {
  *
  * FEWBIT_BFLOAT16S is for x of FEWBIT_BFLOAT16 and FEWBIT_AFFINE, on FEWBIT_AVX512BF16: codes less the zero (where these
  * have 8 significant bits, else codes) times activations are exact products, of which two columns at a time are added in
- * float32 within at most 256 columns, then scaled. Blocks must be multiples of 32, or whole rows. It is meant for many
- * tokens; the result does not depend on their number, nor on the threads. Error: as that of fewbit_linear. Numbers below
- * 2^-126 count as 0. */
+ * float32 within at most 256 columns (in four chains where there are one or two tokens), then scaled. Blocks must be
+ * multiples of 32, or whole rows. The result does not depend on the threads, nor on the tokens beyond whether there are
+ * more than two. Error: as that of fewbit_linear. Numbers below 2^-126 count as 0. */
 int fewbit_linear_many(const fewbit_output* outputs, int32_t count, const fewbit_input* x, int64_t x_block,
                        int32_t y_dtype, int32_t isa, int32_t threads);
 

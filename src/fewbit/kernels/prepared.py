@@ -23,8 +23,11 @@ from fewbit.kernels.tile16 import COLUMNS, ROWS, TILE16
 
 DECODED = 48
 """Tokens from which on float products go through decoded weights: each is decoded once, and torch multiplies."""
-BFLOAT16S = 8
-"""Tokens from which on bfloat16 activations are multiplied as such, where the processor does that natively."""
+WIDENED = range(3, 8)
+"""How many tokens' bfloat16 activations become float32, where the processor can multiply them as such: that is faster
+for these."""
+LOOKED_UP_AS_BFLOAT16 = range(2, 7)
+"""Bits of a code for which it is not faster at fewer tokens."""
 STRIP = 1 << 19
 """Weights decoded at a time: 2 MiB of float32."""
 
@@ -222,12 +225,14 @@ class NativePrepared(Addressed, PreparedMatrix):
             self._table = torch.zeros(2**format.bits)
             self._table[: physical.table.numel()] = physical.table
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
-        self._bfloat16s = (
+        self._widened: range | None = None
+        if (
             kernel.name == "affine_linear_avx512"
             and "avx512bf16" in native.isas()
             and (self._block % COLUMNS == 0 or self._block == self.shape[1])
-        )
-        self.company = (self._isa, self._x_block, activation, self._bfloat16s)
+        ):
+            self._widened = WIDENED if format.bits in LOOKED_UP_AS_BFLOAT16 else range(WIDENED.stop)
+        self.company = (self._isa, self._x_block, activation, self._widened)
 
     @cached_property
     def _matrix(self) -> native.Matrix:
@@ -303,7 +308,7 @@ def _run_native(
         x = reference.round_activations(x.float(), first.activation)
     ys: list[Tensor] = []
     x_block, isa, tokens = first._x_block, first._isa, x.numel() // columns
-    if first._bfloat16s and x.dtype == torch.bfloat16 and tokens >= BFLOAT16S:
+    if first._widened is not None and x.dtype == torch.bfloat16 and tokens not in first._widened:
         x_block, isa = native.BFLOAT16S, native.FLAGS["avx512bf16"]
     if tokens >= DECODED and not x_block:
         for matrix, bias in pairs:
