@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -263,6 +264,23 @@ class NativePrepared(Addressed, PreparedMatrix):
 
     def qtensor(self) -> QTensor:
         return self._stored
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the kernel itself rounds activations, to int8 or to signs."""
+        return self._x_block != 0
+
+    def tiles(self, begin: int, end: int) -> NativePrepared:
+        """Tiles of 16 rows [begin, end) as a matrix of its own, in the same memory."""
+        stored, made = self._stored, copy.copy(self)
+        rows = slice(begin * ROWS, min(end * ROWS, self.shape[0]))
+        shared = {param.name for param in stored.format.params if param.shared}
+        params = {name: values if name in shared else values[rows] for name, values in stored.params.items()}
+        made.shape = rows.stop - rows.start, self.shape[1]
+        made._stored = QTensor(stored.format, stored.layout, made.shape, stored.packed[begin:end], params)
+        made._scale = self._scale[begin:end]
+        made._offset = None if self._offset is None else self._offset[begin:end]
+        return made
 
     @property
     def read_bytes(self) -> int:
