@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fewbit import formats, kernels, methods
+from fewbit.containers import terms as T
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, UnsupportedError, VerificationError
 from fewbit.kernels import Window
@@ -49,7 +50,7 @@ def test_what_is_saved_loads_and_gives_the_same() -> None:
     layer = QuantConv2d.of(conv, quantized(conv), A8)
     before = layer.state_dict()
     expected = layer(x)
-    twin = QuantConv2d(W8, "dense", (8, 18), window_of(conv), nn.Parameter(torch.zeros(8)), A8)
+    twin = QuantConv2d(T.dense(W8, "dense", (8, 18)), window_of(conv), nn.Parameter(torch.zeros(8)), A8)
     twin.load_state_dict(layer.state_dict())
     assert torch.equal(twin(x), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())

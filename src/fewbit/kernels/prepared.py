@@ -17,6 +17,7 @@ from fewbit.core import blocks as B
 from fewbit.core.format import Format, Physical
 from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor
+from fewbit.core.terms import Terms
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.kernels import native, reference
 from fewbit.kernels.table import Kernel
@@ -77,6 +78,10 @@ class Prepared(ABC):
     def backward(self, gradient: Tensor) -> Tensor:
         """``gradient W``, of the dequantized weight: gradient of the output (..., rows) -> that of x (..., columns)."""
 
+    @abstractmethod
+    def weight(self) -> QTensor | Terms:
+        """The very codes and parameters that this was made from, in the layouts that are held here."""
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -123,6 +128,9 @@ class PreparedMatrix(Prepared):
     @abstractmethod
     def qtensor(self) -> QTensor:
         """The very codes and parameters that this was made from, in the layout that is held here."""
+
+    def weight(self) -> QTensor:
+        return self.qtensor()
 
     def repack(self, layout: Layout) -> QTensor:
         """The same codes and parameters in another layout."""
