@@ -196,7 +196,20 @@ def test_windows_are_rounded_bit_for_bit_as_the_format_does_it(dtype: torch.dtyp
         )
         x = torch.randn(shape, generator=generator)
         size = 2.0 ** torch.randint(-30, 20, shape[:2], generator=generator)  # scales below and above those of float16
-        for image in (x, x * size[:, :, None, None], (x * 8).round() / 2, x * 2.0**-23, torch.zeros(shape)):
+        # Halfway between integers, and the floats beside: the largest gives the scale, which is no power of two.
+        scale = (0.5 + 0.5 * torch.rand(shape[0], 1, 1, 1, generator=generator)).half().float()
+        half = torch.randint(-127, 128, shape, generator=generator) - 0.5
+        half = torch.where(torch.rand(shape, generator=generator) < 0.5, half, 127.5) * scale
+        beside = torch.nextafter(half, torch.randn(shape, generator=generator) * 1e4)
+        for image in (
+            half,
+            beside,
+            x,
+            x * size[:, :, None, None],
+            (x * 8).round() / 2,
+            x * 2.0**-23,
+            torch.zeros(shape),
+        ):
             image = image.clamp(-6e4, 6e4).to(dtype)
             answer, _ = definition(image, matrix, window, None, inputs)
             for kernel in WINDOW_ROWS:

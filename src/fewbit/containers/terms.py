@@ -127,19 +127,20 @@ def _restore(plain: Plain, found: Mapping[str, Tensor]) -> Term:
         )
         for name, part in plain["parts"].items()
     }
+    own: dict[str, Tensor] = {name: found[name] for name in plain["arrays"]}
     term: Term
     if kind == "product":
         left, right = parts["left"], parts["right"]
         if not isinstance(left, Dense) or not isinstance(right, Dense):
             raise _corrupt(plain)
-        term = Product(left.qtensor, found.get("middle"), right.qtensor)
+        term = Product(left.qtensor, own.get("middle"), right.qtensor)
     elif kind == "sparse":
-        term = Sparse(shape, found["pointers"], found["columns"], found["values"])
+        term = Sparse(shape, own["pointers"], own["columns"], own["values"])
     elif kind == "columns":
-        term = Columns(found["permutation"], tuple(parts[str(i)] for i in range(len(parts))))
+        term = Columns(own["permutation"], tuple(parts[str(i)] for i in range(len(parts))))
     elif kind == "sum":
         terms = tuple(parts[str(i)] for i in range(len(parts)))
-        term = Terms(shape, terms, found.get("row_scale"), found.get("column_scale"))
+        term = Terms(shape, terms, own.get("row_scale"), own.get("column_scale"))
     else:
         raise _corrupt(plain)
     if term.shape != shape:
