@@ -76,7 +76,8 @@ class Store(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """The arrays as a file holds them, whatever form they have in memory."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if any(f"{prefix}weight_{array}" in destination for array in self.arrays):
+        there = [key for array in self.arrays if (key := f"{prefix}weight_{array}") in destination]
+        if there and not any(destination[key].is_meta for key in there):  # before loading there are but names and sizes
             for array, tensor in T.arrays(self.weight_of(), self.plain).items():
                 destination[f"{prefix}weight_{array}"] = tensor
 
