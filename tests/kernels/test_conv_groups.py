@@ -43,7 +43,7 @@ def test_windows_are_rounded_bit_for_bit_as_the_format_does_it(dtype: torch.dtyp
     generator = torch.Generator().manual_seed(3)
     inputs = formats.parse("int8/channel/sym")
     assert len(WINDOW_ROWS) >= 2
-    for window, rows, shape in (case for case in CASES if case[0].groups > 1):
+    for window, rows, shape in (entry for entry in CASES if entry[0].groups > 1):
         matrix = raw_matrix(
             "affine", 4, 0, (rows, shape[1] // window.groups * window.size[0] * window.size[1]), generator, 1.0
         )
@@ -76,7 +76,7 @@ def test_windows_are_rounded_bit_for_bit_as_the_format_does_it(dtype: torch.dtyp
 
 @needs_native
 def test_windows_of_any_weight_agree_bit_for_bit_on_every_instruction_set() -> None:
-    for window, rows, shape in (case for case in CASES if case[0].groups > 1):
+    for window, rows, shape in (entry for entry in CASES if entry[0].groups > 1):
         found = []
         for kernel in WINDOW_ROWS:
             matrix, x, bias = case(window, rows, shape, kernel)
