@@ -8,6 +8,8 @@ Layers: every row of a table is measured in the same loop, one call of each in t
 thread's own CPU time, so that other work on the machine counts less, else wall time. The error is the norm of the
 difference to float64 (of the very weight that the row holds, on the activations as they came) over the norm of the
 answer. "held" are the bytes of windows that exist at a time, "unfolded" those of all windows.
+With --fallback, groups with rounded inputs also go the way "rounded" (rows with a star), which empties the cache for
+the rows after it.
 
 Networks: top-1 of the CIFAR-10 test images by ResNets of which every convolution is rounded to nearest, one scale an
 output channel; rows "x int8" round every window to int8. Needs Pillow, and the folder of assets beside this checkout.
@@ -38,7 +40,7 @@ from timing import interleaved
 
 ONE = Window((1, 1))
 THREE = Window((3, 3), padding=(1, 1))
-# (images, inputs, height and width, outputs, window): of ResNets for CIFAR and ImageNet, MobileNetV2 and ResNeXt.
+# (images, inputs, height and width, outputs, window): of ResNets for CIFAR and ImageNet, ResNeXt, AlexNet, MobileNets.
 LAYERS: list[tuple[int, int, int, int, Window]] = [
     (1, 3, 224, 64, Window((7, 7), (2, 2), (3, 3))),
     (1, 64, 56, 64, THREE),
@@ -50,7 +52,11 @@ LAYERS: list[tuple[int, int, int, int, Window]] = [
     (16, 64, 8, 64, THREE),
     (1, 256, 28, 1024, ONE),
     (1, 128, 28, 128, Window((3, 3), padding=(1, 1), groups=32)),
+    (1, 512, 14, 512, Window((3, 3), padding=(1, 1), groups=32)),
+    (1, 256, 28, 256, Window((3, 3), padding=(1, 1), groups=2)),
     (1, 576, 14, 576, Window((3, 3), padding=(1, 1), groups=576)),
+    (1, 144, 56, 144, Window((3, 3), (2, 2), (1, 1), groups=144)),
+    (1, 240, 28, 240, Window((5, 5), padding=(2, 2), groups=240)),
 ]
 SCHEMES = (("int8", None), ("int4", None), ("int8", "int8"), ("int4", "int8"))
 Row = dict[str, Any]
@@ -60,8 +66,20 @@ def spelling(name: str | None) -> str | None:
     return None if name is None else f"{name}/channel/sym"
 
 
-def rows_of(x: Tensor, weight: Tensor, window: Window) -> tuple[list[Row], list[Callable[[], object]]]:
-    """What is measured on one layer, and how to call it."""
+def windows_kernel(row: str) -> str:
+    """The kernel of windows on the instruction set of a row of the table."""
+    isa = row.rpartition("_")[2]
+    return f"int8_windows_{'avx512' if isa.startswith('avx512') else isa.removesuffix('dot')}"
+
+
+def fallback(x: Tensor, prepared: kernels.PreparedMatrix, window: Window) -> Tensor:
+    """The way "rounded", whichever :func:`kernels.route` would take."""
+    multiply = conv._rounded(prepared, window.groups)
+    return conv._strips(x, window, prepared.shape[0], lambda strip: multiply(strip, None))
+
+
+def rows_of(x: Tensor, weight: Tensor, window: Window, slow: bool) -> tuple[list[Row], list[Callable[[], object]]]:
+    """What is measured on one layer, and how to call it. ``slow``: the fallback of groups as well."""
     arguments = (window.stride, window.padding, window.dilation, window.groups)
     positions = x.shape[0] * window.out(x)[0] * window.out(x)[1]
     width = x.shape[1] * window.size[0] * window.size[1]
@@ -75,11 +93,15 @@ def rows_of(x: Tensor, weight: Tensor, window: Window) -> tuple[list[Row], list[
         route = kernels.route(prepared, window, positions)
         exact = conv2d(x.double(), matrix.dequantize().double().reshape(weight.shape), None, *arguments)
         error = float((kernels.conv2d(x, prepared, window) - exact).norm() / exact.norm())
-        held = 0 if route == "direct" else 4 * max(width, min(conv.UNFOLDED // width, positions) * width)
+        strips = 4 * max(width, min(conv.UNFOLDED // width, positions) * width)
+        held = 0 if route in ("direct", "windows") else strips
         name = bits if inputs is None else f"{bits} x {inputs}"
-        kernel = prepared.kernel if route == "strips" else "torch"
+        kernel = {"strips": prepared.kernel, "windows": windows_kernel(prepared.kernel)}.get(route, "torch")
         rows.append({"name": name, "route": route, "kernel": kernel, "held": held, "relative_error": error})
         calls.append(lambda prepared=prepared: kernels.conv2d(x, prepared, window))  # type: ignore[misc]
+        if slow and inputs is not None and window.groups > 1:
+            rows.append(rows[-1] | {"name": f"{name} *", "route": "rounded", "kernel": "torch", "held": strips})
+            calls.append(lambda prepared=prepared: fallback(x, prepared, window))  # type: ignore[misc]
     for row in rows:
         row |= {"x": list(x.shape), "weight": list(weight.shape), "window": str(window)}
         row |= {"unfolded": 4 * width * positions, "operations": 2 * positions * weight.numel()}
@@ -94,7 +116,9 @@ def layers(arguments: argparse.Namespace, console: Console) -> list[Row]:
         x = torch.randn(images, inputs, side, side)
         if arguments.channels_last:
             x = x.to(memory_format=torch.channels_last)
-        rows, calls = rows_of(x, torch.randn(outputs, inputs // window.groups, *window.size), window)
+        rows, calls = rows_of(
+            x, torch.randn(outputs, inputs // window.groups, *window.size), window, arguments.fallback
+        )
         clock = time.thread_time if arguments.threads == 1 else time.perf_counter
         timed = interleaved([[call] for call in calls], arguments.seconds, 0.0, False, clock, least=5)
         for row, times in zip(rows, timed, strict=True):
@@ -144,6 +168,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3, help="measuring time a layer; 0 leaves layers out")
     parser.add_argument("--channels-last", action="store_true", help="of the images that layers get")
+    parser.add_argument("--fallback", action="store_true", help='measure the way "rounded" as well')
     parser.add_argument("--network", action="append", type=int, default=[], choices=(20, 32, 44, 56))
     parser.add_argument("--images", type=int, default=10000)
     parser.add_argument("--assets", type=Path, default=cifar_resnets.ASSETS)

@@ -229,6 +229,24 @@ PyObject* unfold(PyObject*, PyObject* args) {
   return status(code);
 }
 
+// int8_windows(windows, x, dtype, images, groups, weight, rows, bias, y, isa, threads)
+PyObject* int8_windows(PyObject*, PyObject* args) {
+  fewbit_windows windows;
+  PyObject* tuple;
+  unsigned long long x, weight, bias, y;
+  long long images, groups, rows;
+  int dtype, isa, threads, code;
+  if (!PyArg_ParseTuple(args, "OKiLLKLKKii", &tuple, &x, &dtype, &images, &groups, &weight, &rows, &bias, &y, &isa,
+                        &threads) ||
+      !windows_of(tuple, &windows))
+    return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_int8_windows(&windows, pointer<const void*>(x), dtype, images, groups, pointer<const float*>(weight), rows,
+                             pointer<const float*>(bias), pointer<void*>(y), isa, threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
 PyObject* large_pages(PyObject*, PyObject* args) {
   unsigned long long data;
   long long bytes;
@@ -260,6 +278,8 @@ PyMethodDef methods[] = {
     {"vector_linear", vector_linear, METH_VARARGS, "(matrix, x, bias, y, y_stride, y_dtype, isa, threads)"},
     {"vector_decode", vector_decode, METH_VARARGS, "(matrix, tile_begin, tile_end, out, stride, isa, threads)"},
     {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},
+    {"int8_windows", int8_windows, METH_VARARGS,
+     "(windows, x, dtype, images, groups, weight, rows, bias, y, isa, threads)"},
     {"large_pages", large_pages, METH_VARARGS, "(data, bytes) -> None."},
     {"read_stream", read_stream, METH_VARARGS, "(data, bytes, threads) -> exclusive or of the bytes."},
     {nullptr, nullptr, 0, nullptr},

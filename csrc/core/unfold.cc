@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/pool.h"
+#include "core/windows.h"
 #include "fewbit.h"
 
 namespace fewbit {
@@ -65,20 +66,21 @@ void copy_unit(void* context, int64_t unit) {
   }
 }
 
-bool sensible(const fewbit_windows& g) {
+}  // namespace
+
+bool well_formed(const fewbit_windows& g) {
   for (int64_t positive : {g.channels, g.height, g.width, g.kernel_h, g.kernel_w, g.step_h, g.step_w, g.dilation_h,
                            g.dilation_w, g.out_h, g.out_w})
     if (positive <= 0) return false;
   return g.padding_h >= 0 && g.padding_w >= 0 && (g.element_bytes == 2 || g.element_bytes == 4);
 }
 
-}  // namespace
 }  // namespace fewbit
 
 extern "C" int fewbit_unfold(const fewbit_windows* windows, const void* x, int64_t begin, int64_t end, void* out,
                              int32_t threads) {
   using namespace fewbit;
-  if (!windows || !x || !out || !sensible(*windows) || begin < 0 || end < begin || threads <= 0)
+  if (!windows || !x || !out || !well_formed(*windows) || begin < 0 || end < begin || threads <= 0)
     return FEWBIT_BAD_ARGUMENT;
   const int64_t width = windows->channels * windows->kernel_h * windows->kernel_w;
   Call call = {windows, x, begin, end, std::max<int64_t>(1, kElementsPerUnit / width), out};

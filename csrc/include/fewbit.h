@@ -230,6 +230,18 @@ typedef struct {
  * out: (end - begin, channels, kernel_h, kernel_w) elements, contiguous. A copy: bits are kept. */
 int fewbit_unfold(const fewbit_windows* windows, const void* x, int64_t begin, int64_t end, void* out, int32_t threads);
 
+/* Convolution in groups of activations rounded to int8, each window of each group by a scale of its own, exactly as
+ * fewbit_linear_int8 rounds a token of one block: x (images, channels, height, width) of `dtype`, element_bytes each ->
+ * y (images, rows, out_h, out_w) of the same dtype, contiguous, by weight (rows, channels / groups, kernel_h, kernel_w)
+ * and bias (rows) or NULL. channels and rows are multiples of groups, whose outputs are neighbours.
+ *
+ * A row's products q * w are added in the order of the weight, product and sum each rounded to float32, then multiplied
+ * by the scale; the bias is added last. The result is the same on every ISA and at any number of threads. Error against
+ * the rounded x: at most about (columns + 2) * 2^-24 times the sum of |w| |x| and |bias|. NaN and infinity make NaN of
+ * the windows that see them. isa: as in fewbit_linear. */
+int fewbit_int8_windows(const fewbit_windows* windows, const void* x, int32_t dtype, int64_t images, int64_t groups,
+                        const float* weight, int64_t rows, const float* bias, void* y, int32_t isa, int32_t threads);
+
 /* Asks the system to hold [data, data + bytes), which should not have been written yet, in large pages: what is read from
  * end to end is read faster. Nothing else changes, and nothing happens where the system knows no such thing. */
 void fewbit_large_pages(void* data, int64_t bytes);

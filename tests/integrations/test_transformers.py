@@ -15,9 +15,13 @@ import torch
 
 import fewbit
 import fewbit.containers.files
-from fewbit.errors import CorruptFileError, InputError, SpecError
+from fewbit import formats, layouts, methods
+from fewbit.containers.safetensors import open_safetensors
+from fewbit.core.terms import Dense, Sparse, Terms
+from fewbit.errors import CorruptFileError, InputError, SpecError, UnsupportedError
 from fewbit.kernels import native
 from fewbit.model.checkpoint import open_checkpoint
+from fewbit.model.layers import QuantLinear
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Recipe, Rule
 from fewbit.run.verify import read_back, read_rewrite
@@ -260,3 +264,52 @@ def test_saving_a_loaded_model_gives_the_same_arrays(
     )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("activation", [None, "int8/channel/sym"])
+@torch.no_grad()
+def test_a_layer_that_is_a_sum_of_terms_is_saved_and_loaded(
+    activation: str | None, tiny_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from fewbit.integrations.transformers import FewbitConfig
+
+    model, out = AutoModelForCausalLM.from_pretrained(tiny_family("llama")), tmp_path / "out"
+    modules, plain = {}, {}
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        linear = model.get_submodule(name)
+        weight = linear.weight.detach()
+        outliers = torch.where(weight.abs() > 2 * weight.std(), weight, 0.0)
+        base = methods.rtn(weight - outliers, formats.parse("int4/g16/asym")).repack(layouts.named("dense"))
+        terms = Terms(base.shape, (Dense(base), Sparse.of(outliers)), None, torch.full((base.shape[1],), 1.5))
+        layer = QuantLinear.of(linear, terms, activation)
+        plain[name] = terms.dequantize()
+        modules[name] = {"kind": "linear", "shape": list(terms.shape), "terms": layer.plain, "activation": activation}
+        model.get_submodule(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], layer)
+    model.config.quantization_config = FewbitConfig(modules)
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = model(ids).logits
+    model.save_pretrained(out)
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]["modules"]
+    file = open_safetensors(out / "model.safetensors")
+    assert stored.keys() == modules.keys() and "model.layers.1.mlp.down_proj.weight_1_pointers" in file.entries
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(loaded(ids).logits, expected)
+    for name, weight in plain.items():
+        layer = loaded.get_submodule(name)
+        assert isinstance(layer, QuantLinear) and torch.equal(layer.weight_of().dequantize(), weight)
+        with pytest.raises(UnsupportedError, match="sum of terms"):
+            layer.qtensor()
+
+
+def test_a_layer_of_no_known_term_is_refused(tiny_family: Callable[[str], Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_family("llama")
+    config = json.loads((folder / "config.json").read_text())
+    entry = {"kind": "linear", "shape": [32, 32], "terms": {"kind": "dance", "shape": [32, 32]}}
+    config["quantization_config"] = {"quant_method": "fewbit", "modules": {"model.layers.0.self_attn.q_proj": entry}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CorruptFileError, match="description of a weight"):
+        AutoModelForCausalLM.from_pretrained(folder)

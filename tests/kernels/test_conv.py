@@ -41,6 +41,10 @@ CASES: list[tuple[Window, int, Shape]] = [
     (Window((3, 2), (2, 1), (0, 1), (1, 2), groups=3), 48, (2, 9, 8, 9)),
     (Window((3, 3), padding=(1, 1), groups=13), 13, (1, 13, 6, 5)),
     (Window((5, 5), (2, 2), (2, 2), groups=5), 10, (2, 5, 4, 3)),
+    (Window((3, 3), padding=(1, 1), groups=2), 32, (2, 6, 5, 7)),
+    (Window((2, 3), (3, 2), (1, 4), (2, 3), groups=2), 14, (2, 4, 13, 12)),
+    (Window((1, 2), (4, 5), (0, 1), groups=3), 3, (1, 3, 9, 17)),
+    (Window((3, 3), padding=(1, 1), groups=2), 34, (1, 128, 17, 31)),
 ]
 
 
@@ -177,9 +181,8 @@ def test_strips_are_bounded_and_cut_anywhere(kernel: str, monkeypatch: pytest.Mo
             held.clear()
             monkeypatch.setattr(conv, "UNFOLDED", limit)
             y = check(kernel, x, matrix, window, bias, inputs)
-            assert max(held, default=0) <= max(limit, width) and bool(held) == (
-                inputs is not None or window.groups == 1
-            )
+            way = kernels.route(kernels.prepare(matrix, kernel, inputs), window, 1)
+            assert max(held, default=0) <= max(limit, width) and bool(held) == (way in ("strips", "rounded"))
             if inputs is not None and window.groups == 1:
                 assert torch.equal(y, whole)
         monkeypatch.setattr(conv, "UNFOLDED", 1 << 18)

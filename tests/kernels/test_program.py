@@ -68,4 +68,4 @@ def test_neon_under_qemu(tmp_path: Path) -> None:
     assert "0 failures" in done.stdout and "neon: at most" in done.stdout
     assert "vector on neon\n" in done.stdout
     assert "int8 on neon\n" in done.stdout and "int8 on neondot\n" in done.stdout and "xnor on neon\n" in done.stdout
-    assert "sparse on neon\n" in done.stdout
+    assert "sparse on neon\n" in done.stdout and "windows on neon\n" in done.stdout

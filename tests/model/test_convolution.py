@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from fewbit import formats, kernels, methods
+from fewbit.containers import terms as T
 from fewbit.core.qtensor import QTensor
+from fewbit.core.terms import Dense, Sparse, Terms
 from fewbit.errors import InputError, UnsupportedError, VerificationError
 from fewbit.kernels import Window
 from fewbit.model.convolution import QuantConv2d, window_of
@@ -49,13 +51,34 @@ def test_what_is_saved_loads_and_gives_the_same() -> None:
     layer = QuantConv2d.of(conv, quantized(conv), A8)
     before = layer.state_dict()
     expected = layer(x)
-    twin = QuantConv2d(W8, "dense", (8, 18), window_of(conv), nn.Parameter(torch.zeros(8)), A8)
+    twin = QuantConv2d(T.dense(W8, "dense", (8, 18)), window_of(conv), nn.Parameter(torch.zeros(8)), A8)
     twin.load_state_dict(layer.state_dict())
     assert torch.equal(twin(x), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
     cast = QuantConv2d.of(conv, quantized(conv)).double()
     with pytest.raises(VerificationError, match="weight_scale"):
         cast(x)
+
+
+@pytest.mark.parametrize("activation", [None, A8])
+@torch.no_grad()
+def test_a_sum_of_terms_stands_there_as_well(activation: str | None) -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(6, 8, (3, 2), (2, 1), (1, 0)), torch.randn(2, 6, 9, 7)
+    weight = conv.weight.reshape(8, -1)
+    outliers = torch.where(weight.abs() > 0.12, weight, 0.0)
+    base = methods.rtn(weight - outliers, formats.parse("int4/g8/asym"))
+    terms = Terms((8, 36), (Dense(base), Sparse.of(outliers)), torch.rand(8).half())
+    layer = QuantConv2d.of(conv, terms, activation)
+    found = layer(x)
+    conv.weight.copy_(terms.dequantize().reshape(conv.weight.shape))
+    limit = 1e-5 if activation is None else 2e-2  # int8 inputs: half a step of 1/127 each, at the most
+    assert float((found - conv(x)).abs().max()) <= limit * float(conv(x).abs().max())
+    twin = QuantConv2d(layer.plain, window_of(conv), nn.Parameter(torch.zeros(8)), activation)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), found) and "sparse" in repr(layer)
+    with pytest.raises(InputError, match=r"\(8, 36\)"):
+        QuantConv2d.of(conv, Terms((8, 30), (Sparse.of(outliers[:, :30]),)))
 
 
 @torch.no_grad()

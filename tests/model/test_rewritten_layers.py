@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit import formats, methods, transforms
+from fewbit.containers import terms as T
 from fewbit.core.facts import Facts
 from fewbit.core.rewrite import Chain, Rotation, Scale
 from fewbit.errors import VerificationError
@@ -20,7 +21,7 @@ W8, A8 = "int8/channel/sym", "int8/channel/sym"
 
 def layer(weight: Tensor, chain: Chain, activation: str | None, bias: nn.Parameter | None = None) -> QuantLinear:
     """``weight`` rounded to 8 bits for inputs that go through ``chain``."""
-    made = QuantLinear(W8, "dense", tuple(weight.shape), bias, activation, chain.kinds)
+    made = QuantLinear(T.dense(W8, "dense", tuple(weight.shape)), bias, activation, chain.kinds)
     packed = methods.rtn(chain.weight(weight), formats.parse(W8)).repack(named("dense"))
     for name, tensor in {"packed": packed.packed, **packed.params}.items():
         setattr(made, f"weight_{name}", tensor)

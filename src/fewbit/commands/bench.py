@@ -24,7 +24,8 @@ from fewbit import doctor
 from fewbit.commands.console import err, results, table, write_json
 from fewbit.commands.generate import prepare
 from fewbit.containers import manifest
-from fewbit.kernels import PreparedMatrix
+from fewbit.containers.terms import summary
+from fewbit.kernels import Prepared
 from fewbit.measure.speed import Generator
 from fewbit.model.layers import QuantLinear
 from fewbit.report import numbers as N
@@ -103,19 +104,21 @@ def decode_speed(model: Any, tokens: int, prompt: int) -> dict[str, Any]:
     }
 
 
-def groups(model: Any) -> list[tuple[PreparedMatrix, int]]:
-    """One matrix for each format, shape and kernel among the linear layers, and how many layers share them."""
-    found: dict[tuple[str, tuple[int, int], str], tuple[PreparedMatrix, int]] = {}
+def groups(model: Any) -> list[tuple[str, Prepared, int]]:
+    """One weight for each format, shape and kernel among the linear layers: the format, the weight, and how many layers
+    share them."""
+    found: dict[tuple[str, tuple[int, int], str], tuple[str, Prepared, int]] = {}
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            key = (module.format.name, module.shape, module.prepared.kernel)
-            first, number = found.get(key, (module.prepared, 0))
-            found[key] = (first, number + 1)
+            name = summary(module.plain)
+            key = (name, module.shape, module.prepared.kernel)
+            _, first, number = found.get(key, (name, module.prepared, 0))
+            found[key] = (name, first, number + 1)
     return list(found.values())
 
 
-def kernel_row(prepared: PreparedMatrix, layers: int, batch: int) -> Row:
-    """One matrix at one batch size, fewbit's kernel and torch's two in turns."""
+def kernel_row(name: str, prepared: Prepared, layers: int, batch: int) -> Row:
+    """One weight at one batch size, fewbit's kernel and torch's two in turns."""
     rows, columns = prepared.shape
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, columns, generator=generator)
@@ -130,7 +133,7 @@ def kernel_row(prepared: PreparedMatrix, layers: int, batch: int) -> Row:
     with torch.inference_mode():
         ours, fp32, bf16 = interleaved(candidates)
     return Row(
-        prepared.qtensor().format.name,
+        name,
         prepared.kernel,
         rows,
         columns,

@@ -11,6 +11,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fewbit.containers import terms as T
 from fewbit.core.rewrite import STEPS
 from fewbit.errors import CorruptFileError, UnsupportedError
 from fewbit.model.layers import ExpertBank, QuantEmbedding, QuantLinear, Store
@@ -23,7 +24,8 @@ class FewbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` of a fewbit folder.
 
     ``modules``: module path -> ``{"kind", "format", "layout", "shape": [rows, columns]}`` and, where they apply,
-    ``"experts"``, ``"activation"``, ``"rewrites"``, ``"tied_to"``.
+    ``"experts"``, ``"activation"``, ``"rewrites"``, ``"tied_to"``. In place of format and layout, a linear layer may
+    have ``"terms"``: the description of a sum (:mod:`fewbit.containers.terms`).
     """
 
     def __init__(self, modules: dict[str, dict[str, Any]] | None = None, version: int = 1, **kwargs: Any) -> None:
@@ -120,7 +122,7 @@ def _replace(model: nn.Module, name: str, entry: dict[str, Any], dtype: torch.dt
         else:
             bias = getattr(old, "bias", None)
             rewrites = entry.get("rewrites", ())
-            new = QuantLinear(entry["format"], entry["layout"], shape, bias, entry.get("activation"), rewrites)
+            new = QuantLinear(T.of_entry(entry), bias, entry.get("activation"), rewrites)
     for key, buffer in list(new.named_buffers(recurse=False)):
         if key.startswith(("weight_", "input_")):
             new.register_buffer(key, buffer.to("meta"), persistent="tied_to" not in entry)

@@ -10,22 +10,30 @@ output position is a token whose columns are the window that it sees.
 * ``direct``: float activations at many positions, and in groups: a few output channels of the weight at a time are
   decoded to float32 for torch's convolution, which unfolds nothing. Decoding costs little where many positions share
   it, while copying windows out costs as much for them as for few.
-* ``rounded``: rounded activations in groups, which no kernel of integers takes: strips as above, rounded by their
-  format group by group, times the decoded weight. Much slower than the same convolution of float activations.
+* ``windows``: activations in groups, rounded to int8 with one scale a window: the kernels ``int8_windows_*`` round each
+  window as they multiply it by the decoded weight, and no window is ever copied out.
+* ``rounded``: activations in groups, rounded to any other format: strips as above, rounded by it group by group, times
+  the decoded weight. Much slower than the same convolution of float activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from fewbit.errors import InputError
+from fewbit.core import blocks as B
+from fewbit.errors import InputError, UnsupportedError
+from fewbit.formats.affine import Affine
 from fewbit.kernels import native, reference
-from fewbit.kernels.prepared import PreparedMatrix, check_supported, wants_gradients
+from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix, check_supported, wants_gradients
+from fewbit.kernels.table import named
+from fewbit.kernels.terms import PreparedTerms
+from fewbit.kernels.tile16 import ROWS
 from fewbit.kernels.window import Window
 
 UNFOLDED = 1 << 18
@@ -34,24 +42,30 @@ UNFOLDED = 1 << 18
 DIRECT = 128
 """Positions from which on torch convolves float activations: fewer do not pay for bringing weights into its layout."""
 
-Route = Literal["strips", "direct", "rounded"]
+MANY = 1 << 14
+"""Weights of a group from which on its own products of integers are faster than rounding windows as they are met."""
+
+Route = Literal["strips", "direct", "windows", "rounded"]
 
 
-def route(prepared: PreparedMatrix, window: Window, positions: int) -> Route:
+def route(prepared: Prepared, window: Window, positions: int) -> Route:
     """How :func:`conv2d` computes ``positions`` output positions (images times height times width)."""
     if prepared.activation is not None:
-        return "strips" if window.groups == 1 else "rounded"
-    return "strips" if window.groups == 1 and positions < DIRECT else "direct"
+        if window.groups == 1 or _by_tiles(prepared, window.groups):
+            return "strips"
+        return "windows" if _by_windows(prepared) else "rounded"
+    few = positions < DIRECT or isinstance(prepared, PreparedTerms)  # a sum is never made whole where it need not be
+    return "strips" if window.groups == 1 and few else "direct"
 
 
-def conv2d(x: Tensor, prepared: PreparedMatrix, window: Window, bias: Tensor | None = None) -> Tensor:
+def conv2d(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None = None) -> Tensor:
     """What ``torch.nn.functional.conv2d`` computes, for the weight of ``prepared``, accumulated in float32.
 
     Args:
         x: (images, channels, height, width) in float32, bfloat16 or float16. Channels-last memory is read as it lies,
             and gives channels-last output.
         prepared: the weight as a matrix, rows and columns as in ``weight.reshape(out, -1)``. Its ``activation`` rounds
-            each window (of each group) as the token that it is.
+            each window (of each group) as the token that it is. A sum of terms is taken as well.
         window: what an output position sees.
         bias: (out,) or None.
 
@@ -60,7 +74,8 @@ def conv2d(x: Tensor, prepared: PreparedMatrix, window: Window, bias: Tensor | N
 
     Raises:
         InputError: shapes contradict one another, or no window fits into the image.
-        UnsupportedError: x is on another device than the CPU, or of another dtype.
+        UnsupportedError: x is on another device than the CPU, or of another dtype; or activations are rounded for a sum
+            of terms in groups.
     """
     _check(x, prepared, window, bias)
     if wants_gradients(x, bias):
@@ -68,7 +83,7 @@ def conv2d(x: Tensor, prepared: PreparedMatrix, window: Window, bias: Tensor | N
     return _run(x.detach(), prepared, window, bias)
 
 
-def _check(x: Tensor, prepared: PreparedMatrix, window: Window, bias: Tensor | None) -> None:
+def _check(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -> None:
     check_supported(x)
     rows, columns = prepared.shape
     asked, matrix = f"convolution of x {tuple(x.shape)}", f"the matrix is {prepared.shape} in {window.groups} groups"
@@ -80,16 +95,23 @@ def _check(x: Tensor, prepared: PreparedMatrix, window: Window, bias: Tensor | N
         raise InputError(asked, matrix, f"x of (images, {channels}, height, width) would work")
     if bias is not None and bias.shape != (rows,):
         raise InputError(f"bias of shape {tuple(bias.shape)}", matrix, f"({rows},) would work")
+    if window.groups > 1 and prepared.activation is not None and isinstance(prepared, PreparedTerms):
+        found = f"each part of a sum of terms rounds inputs of its own to {prepared.activation.name}"
+        raise UnsupportedError(asked, found, "float inputs, one group, or one quantized matrix would work")
     if min(window.out(x)) < 1:
         raise InputError(asked, f"no {window} fits into {tuple(x.shape[2:])}", "larger images or more padding would")
 
 
-def _run(x: Tensor, prepared: PreparedMatrix, window: Window, bias: Tensor | None) -> Tensor:
+def _run(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -> Tensor:
     high, wide = window.out(x)
     rows = prepared.shape[0]
     way = route(prepared, window, x.shape[0] * high * wide)
     if way == "direct":
         return _direct(x, prepared, window, bias)
+    if way == "windows":
+        return _windows(x, prepared, window, bias)
+    if way == "strips" and window.groups > 1:
+        return _group_by_group(x, prepared, window, bias)
     if window.pointwise and x.is_contiguous(memory_format=torch.channels_last):
         y = prepared(x.permute(0, 2, 3, 1), bias)
     else:
@@ -105,9 +127,71 @@ def unfold(x: Tensor, window: Window, begin: int, end: int, out: Tensor) -> None
     if not native.available():
         out.copy_(reference.unfold(x, window, begin, end))
         return
+    native.core().unfold(_members(x, window), x.data_ptr(), begin, end, out.data_ptr(), torch.get_num_threads())
+
+
+def _members(x: Tensor, window: Window) -> native.Windows:
     pairs = (window.size, window.stride, window.padding, window.dilation, window.out(x))
-    members = (*x.shape[1:], *x.stride(), *(number for pair in pairs for number in pair), x.element_size())
-    native.core().unfold(members, x.data_ptr(), begin, end, out.data_ptr(), torch.get_num_threads())
+    return (*x.shape[1:], *x.stride(), *(number for pair in pairs for number in pair), x.element_size())
+
+
+def _by_tiles(prepared: Prepared, groups: int) -> bool:
+    """Whether the rows of each group are tiles of a kernel of integers, and enough to be worth a call."""
+    if not isinstance(prepared, NativePrepared) or not prepared.rounds_inputs:
+        return False
+    rows = prepared.shape[0] // groups
+    return rows % ROWS == 0 and (rows * prepared.shape[1] >= MANY or not _by_windows(prepared))
+
+
+def _group_by_group(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -> Tensor:
+    """Each group as a convolution of its own, by its tiles."""
+    assert isinstance(prepared, NativePrepared)
+    rows, channels, one = prepared.shape[0] // window.groups, x.shape[1] // window.groups, replace(window, groups=1)
+    ys = []
+    for group in range(window.groups):
+        first = group * rows
+        part = prepared.tiles(first // ROWS, (first + rows) // ROWS)
+        own = None if bias is None else bias[first : first + rows]
+        ys.append(_run(x[:, group * channels : (group + 1) * channels], part, one, own))
+    y = torch.cat(ys, 1)
+    return y.contiguous() if x.is_contiguous() else y.contiguous(memory_format=torch.channels_last)
+
+
+def _by_windows(prepared: Prepared) -> bool:
+    """Whether ``int8_windows_*`` computes what ``prepared`` stands for."""
+    inputs = prepared.activation
+    if not isinstance(prepared, PreparedMatrix) or named(prepared.kernel).isa is None:
+        return False
+    if not (isinstance(inputs, Affine) and inputs.bits == 8 and inputs.symmetric):
+        return False
+    return B.count(prepared.shape[1], inputs.block) == 1
+
+
+def _windows(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -> Tensor:
+    """On the instruction set of the row that ``prepared`` runs on."""
+    isa = named(prepared.kernel).isa
+    assert isa is not None
+    weight = _whole(prepared)
+    bias = None if bias is None else bias.detach().float().contiguous()
+    if x.shape[1] > 1 and x.stride(1) == 1:  # a channel's pixels are met one after the other
+        y = _windows(x.contiguous(), prepared, window, bias)
+        return y.contiguous(memory_format=torch.channels_last)
+    rows = prepared.shape[0]
+    y = torch.empty(x.shape[0], rows, *window.out(x), dtype=x.dtype)
+    native.core().int8_windows(
+        _members(x, window),
+        x.data_ptr(),
+        native.DTYPES[x.dtype],
+        x.shape[0],
+        window.groups,
+        weight.data_ptr(),
+        rows,
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        native.FLAGS[isa],
+        torch.get_num_threads(),
+    )
+    return y
 
 
 def _strips(x: Tensor, window: Window, rows: int, multiply: Callable[[Tensor], Tensor]) -> Tensor:
@@ -123,7 +207,7 @@ def _strips(x: Tensor, window: Window, rows: int, multiply: Callable[[Tensor], T
     return y
 
 
-def _rounded(prepared: PreparedMatrix, groups: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+def _rounded(prepared: Prepared, groups: int) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Multiplies windows (tokens, groups * columns), rounded group by group, by the decoded weight."""
     rows, columns = prepared.shape
     weight = _whole(prepared).reshape(groups, rows // groups, columns).transpose(1, 2)
@@ -136,17 +220,24 @@ def _rounded(prepared: PreparedMatrix, groups: int) -> Callable[[Tensor, Tensor 
     return multiply
 
 
-def _whole(prepared: PreparedMatrix) -> Tensor:
+def _decoded(prepared: Prepared) -> Iterable[tuple[slice, Tensor]]:
+    """As :meth:`PreparedMatrix.decoded`; a sum of terms comes whole."""
+    if isinstance(prepared, PreparedMatrix):
+        return prepared.decoded()
+    return [(slice(None), prepared.weight().dequantize())]
+
+
+def _whole(prepared: Prepared) -> Tensor:
     """All of the weight in float32: of a convolution in groups, which holds ``groups`` times fewer than another."""
     weight = torch.empty(prepared.shape)
-    for rows, strip in prepared.decoded():
+    for rows, strip in _decoded(prepared):
         weight[rows] = strip
     return weight
 
 
-def _direct(x: Tensor, prepared: PreparedMatrix, window: Window, bias: Tensor | None) -> Tensor:
+def _direct(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -> Tensor:
     """Torch's convolution by decoded weights, a strip of output channels at a time where there are no groups."""
-    parts = prepared.decoded() if window.groups == 1 else [(slice(None), _whole(prepared))]
+    parts = _decoded(prepared) if window.groups == 1 else [(slice(None), _whole(prepared))]
     image, bias = x.float(), None if bias is None else bias.detach().float()
     found = [
         torch.nn.functional.conv2d(
@@ -167,7 +258,7 @@ class _Differentiable(torch.autograd.Function):
     """Forward as above, backward through the dequantized weight; the weight itself is constant."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, prepared: PreparedMatrix, window: Window) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, prepared: Prepared, window: Window) -> Tensor:
         ctx.prepared, ctx.window, ctx.shape, ctx.has_bias = prepared, window, x.shape, bias is not None
         return _run(x, prepared, window, bias)
 

@@ -74,6 +74,20 @@ class Core(Protocol):
         self, matrix: VectorMatrix, tile_begin: int, tile_end: int, out: int, stride: int, isa: int, threads: int
     ) -> None: ...
     def unfold(self, windows: Windows, x: int, begin: int, end: int, out: int, threads: int) -> None: ...
+    def int8_windows(
+        self,
+        windows: Windows,
+        x: int,
+        dtype: int,
+        images: int,
+        groups: int,
+        weight: int,
+        rows: int,
+        bias: int,
+        y: int,
+        isa: int,
+        threads: int,
+    ) -> None: ...
     def large_pages(self, data: int, nbytes: int) -> None: ...
     def read_stream(self, data: int, nbytes: int, threads: int) -> int: ...
     def linear_many(

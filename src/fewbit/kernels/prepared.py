@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -16,6 +17,7 @@ from fewbit.core import blocks as B
 from fewbit.core.format import Format, Physical
 from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor
+from fewbit.core.terms import Terms
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.kernels import native, reference
 from fewbit.kernels.table import Kernel
@@ -79,6 +81,10 @@ class Prepared(ABC):
     def backward(self, gradient: Tensor) -> Tensor:
         """``gradient W``, of the dequantized weight: gradient of the output (..., rows) -> that of x (..., columns)."""
 
+    @abstractmethod
+    def weight(self) -> QTensor | Terms:
+        """The very codes and parameters that this was made from, in the layouts that are held here."""
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -125,6 +131,9 @@ class PreparedMatrix(Prepared):
     @abstractmethod
     def qtensor(self) -> QTensor:
         """The very codes and parameters that this was made from, in the layout that is held here."""
+
+    def weight(self) -> QTensor:
+        return self.qtensor()
 
     def repack(self, layout: Layout) -> QTensor:
         """The same codes and parameters in another layout."""
@@ -268,6 +277,23 @@ class NativePrepared(Addressed, PreparedMatrix):
 
     def qtensor(self) -> QTensor:
         return self._stored
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the kernel itself rounds activations, to int8 or to signs."""
+        return self._x_block != 0
+
+    def tiles(self, begin: int, end: int) -> NativePrepared:
+        """Tiles of 16 rows [begin, end) as a matrix of its own, in the same memory."""
+        stored, made = self._stored, copy.copy(self)
+        rows = slice(begin * ROWS, min(end * ROWS, self.shape[0]))
+        shared = {param.name for param in stored.format.params if param.shared}
+        params = {name: values if name in shared else values[rows] for name, values in stored.params.items()}
+        made.shape = rows.stop - rows.start, self.shape[1]
+        made._stored = QTensor(stored.format, stored.layout, made.shape, stored.packed[begin:end], params)
+        made._scale = self._scale[begin:end]
+        made._offset = None if self._offset is None else self._offset[begin:end]
+        return made
 
     @property
     def read_bytes(self) -> int:

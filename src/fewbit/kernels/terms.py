@@ -33,6 +33,10 @@ class _Part(ABC):
         """``gradient W``, all float32."""
 
     @abstractmethod
+    def term(self) -> Term:
+        """What this was made from, in the layouts that are held here."""
+
+    @abstractmethod
     def sizes(self) -> tuple[int, int]:
         """Bytes held, and bytes that one call with one token reads."""
 
@@ -48,13 +52,16 @@ class _Dense(_Part):
     def backward(self, gradient: Tensor) -> Tensor:
         return self._matrix.backward(gradient)
 
+    def term(self) -> Dense:
+        return Dense(self._matrix.qtensor())
+
     def sizes(self) -> tuple[int, int]:
         return self._matrix.nbytes, self._matrix.read_bytes
 
 
 class _Product(_Part):
     def __init__(self, left: PreparedMatrix, middle: Tensor | None, right: PreparedMatrix) -> None:
-        self._left, self._right = _Dense(left), _Dense(right)
+        self._left, self._right, self._stored = _Dense(left), _Dense(right), middle
         self._middle = None if middle is None else middle.float()
         both = self._right.names + self._left.names
         self.names = [(f"{what}, rank {left.shape[1]}", kernel) for what, kernel in both]
@@ -66,6 +73,9 @@ class _Product(_Part):
     def backward(self, gradient: Tensor) -> Tensor:
         inner = self._left.backward(gradient)
         return self._right.backward(inner if self._middle is None else inner * self._middle)
+
+    def term(self) -> Product:
+        return Product(self._left.term().qtensor, self._stored, self._right.term().qtensor)
 
     def sizes(self) -> tuple[int, int]:
         return _total((self._left, self._right), self._middle)
@@ -86,6 +96,9 @@ class _Sparse(_Part):
     def backward(self, gradient: Tensor) -> Tensor:
         return self._entries.backward(gradient)
 
+    def term(self) -> Sparse:
+        return self._entries.sparse
+
     def sizes(self) -> tuple[int, int]:
         return self._entries.nbytes, self._entries.read_bytes
 
@@ -93,6 +106,7 @@ class _Sparse(_Part):
 class _Columns(_Part):
     def __init__(self, permutation: Tensor, widths: list[int], parts: list[_Part]) -> None:
         self._permutation, self._widths, self._parts = permutation.long(), widths, parts
+        self._stored = permutation
         self.names = [name for part in parts for name in part.names]
 
     def onto(self, x: Tensor, y: Tensor | None) -> Tensor:
@@ -108,12 +122,17 @@ class _Columns(_Part):
         x[:, self._permutation] = beside
         return x
 
+    def term(self) -> Columns:
+        return Columns(self._stored, tuple(part.term() for part in self._parts))
+
     def sizes(self) -> tuple[int, int]:
         return _total(self._parts, self._permutation)
 
 
 class _Sum(_Part):
-    def __init__(self, parts: list[_Part], row_scale: Tensor | None, column_scale: Tensor | None) -> None:
+    def __init__(self, terms: Terms, parts: list[_Part]) -> None:
+        row_scale, column_scale = terms.row_scale, terms.column_scale
+        self._shape, self._stored, self._given = terms.shape, (row_scale, column_scale), parts
         self._parts = sorted(parts, key=lambda part: isinstance(part, _Sparse))  # these want a y to add to
         self._row_scale = None if row_scale is None else row_scale.float()
         self._column_scale = None if column_scale is None else column_scale.float()
@@ -134,6 +153,9 @@ class _Sum(_Part):
         gradient = gradient if self._row_scale is None else gradient * self._row_scale
         x = sum((part.backward(gradient) for part in self._parts[1:]), self._parts[0].backward(gradient))
         return x if self._column_scale is None else x * self._column_scale
+
+    def term(self) -> Terms:
+        return Terms(self._shape, tuple(part.term() for part in self._given), *self._stored)
 
     def sizes(self) -> tuple[int, int]:
         return _total(self._parts, self._row_scale, self._column_scale)
@@ -178,10 +200,13 @@ class PreparedTerms(Prepared):
                     widths = [part.shape[1] for part in term.parts]
                     return _Columns(term.permutation, widths, [ready(part) for part in term.parts])
                 case Terms():
-                    return _Sum([ready(part) for part in term.terms], term.row_scale, term.column_scale)
+                    return total(term)
             raise TypeError(f"{type(term).__name__} is no term")
 
-        self.shape, self.activation, self._root = terms.shape, activation, ready(terms)
+        def total(terms: Terms) -> _Sum:
+            return _Sum(terms, [ready(part) for part in terms.terms])
+
+        self.shape, self.activation, self._root = terms.shape, activation, total(terms)
         self.names = tuple(self._root.names)
         self.kernel = " + ".join(dict.fromkeys(kernel for _, kernel in self.names))
 
@@ -194,6 +219,9 @@ class PreparedTerms(Prepared):
     def backward(self, gradient: Tensor) -> Tensor:
         flat = gradient.reshape(-1, gradient.shape[-1]).float()
         return self._root.backward(flat).to(gradient.dtype).reshape(*gradient.shape[:-1], self.shape[1])
+
+    def weight(self) -> Terms:
+        return self._root.term()
 
     @property
     def nbytes(self) -> int:

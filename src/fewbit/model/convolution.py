@@ -6,11 +6,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fewbit import kernels
+from fewbit.containers import terms as T
 from fewbit.core.qtensor import QTensor
-from fewbit.errors import InputError, UnsupportedError
+from fewbit.errors import UnsupportedError
 from fewbit.kernels import Window
 from fewbit.layouts.dense import DENSE
-from fewbit.model.layers import Multiplier
+from fewbit.model.layers import Multiplier, check_shape
 
 
 def window_of(conv: nn.Conv2d) -> Window:
@@ -36,43 +37,33 @@ def window_of(conv: nn.Conv2d) -> Window:
 
 
 class QuantConv2d(Multiplier):
-    """``torch.nn.Conv2d`` whose weight, as the matrix (out, in / groups * taps), is in few bits.
+    """``torch.nn.Conv2d`` whose weight, as the matrix (out, in / groups * taps), is in few bits: one quantized
+    matrix or a sum of terms.
 
     A token is a window: what inputs are rounded to ``activation`` by, for each group apart.
     """
 
     def __init__(
-        self,
-        format: str,
-        layout: str,
-        shape: tuple[int, int],
-        window: Window,
-        bias: nn.Parameter | None,
-        activation: str | None = None,
+        self, plain: T.Plain, window: Window, bias: nn.Parameter | None, activation: str | None = None
     ) -> None:
-        super().__init__(format, layout, shape, bias, activation)
+        super().__init__(plain, bias, activation)
         self.window = window
-        self.in_channels = shape[1] // (window.size[0] * window.size[1]) * window.groups
-        self.out_channels = shape[0]
+        self.in_channels = self.shape[1] // (window.size[0] * window.size[1]) * window.groups
+        self.out_channels = self.shape[0]
 
     @classmethod
-    def of(cls, conv: nn.Conv2d, matrix: QTensor, activation: str | None = None) -> QuantConv2d:
-        """``conv`` with its weight replaced by ``matrix``, in the dense layout; the bias is shared.
+    def of(cls, conv: nn.Conv2d, weight: T.Weight, activation: str | None = None) -> QuantConv2d:
+        """``conv`` with its weight replaced by ``weight``, one matrix in the dense layout; the bias is shared.
 
         Raises:
-            InputError: the matrix is not of the shape of ``conv.weight.reshape(out, -1)``.
+            InputError: the weight is not of the shape of ``conv.weight.reshape(out, -1)``.
             UnsupportedError: as :func:`window_of`.
         """
-        expected = (conv.out_channels, conv.weight[0].numel())
-        if matrix.shape != expected:
-            raise InputError(
-                f"a matrix of {matrix.shape} for {conv}", f"its weight is {expected}", "the same would work"
-            )
-        stored = matrix.repack(DENSE)
+        check_shape(weight, (conv.out_channels, conv.weight[0].numel()), conv)
+        stored = weight.repack(DENSE) if isinstance(weight, QTensor) else weight
         bias = conv.bias if isinstance(conv.bias, nn.Parameter) else None
-        made = cls(stored.format.name, "dense", stored.shape, window_of(conv), bias, activation)
-        for array, tensor in {"packed": stored.packed, **stored.params}.items():
-            getattr(made, f"weight_{array}").copy_(tensor)
+        made = cls(T.describe(stored), window_of(conv), bias, activation)
+        made.fill(stored)
         return made.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:

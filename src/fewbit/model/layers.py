@@ -9,28 +9,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit import formats, kernels, layouts
+from fewbit import formats, kernels
+from fewbit.containers import terms as T
 from fewbit.core import rewrite as R
 from fewbit.core.format import Format
-from fewbit.core.layout import Layout
-from fewbit.core.qtensor import QTensor, stack, storage
-from fewbit.errors import InputError, VerificationError
+from fewbit.core.qtensor import QTensor, stack
+from fewbit.errors import InputError, UnsupportedError, VerificationError
+
+
+def check_shape(weight: T.Weight, expected: tuple[int, int], module: nn.Module) -> None:
+    """Raises InputError unless ``weight`` is of the shape that ``module`` has."""
+    if weight.shape != expected:
+        found = f"its weight is {expected}"
+        raise InputError(f"a weight of {weight.shape} for {module}", found, "the same would work")
 
 
 class Store(nn.Module):
-    """One quantized matrix (or experts stacked by rows) as buffers ``weight_{array}``; abstract over its use."""
+    """A weight as buffers ``weight_{array}``: one quantized matrix (or experts stacked by rows), or a sum of terms;
+    abstract over its use.
 
-    def __init__(self, format: str, layout: str, shape: tuple[int, int]) -> None:
+    ``plain``: its description (:mod:`fewbit.containers.terms`).
+    """
+
+    def __init__(self, plain: T.Plain) -> None:
         super().__init__()
-        self.shape = shape
-        self.format: Format = formats.parse(format)
-        self.layout: Layout = layouts.named(layout)
-        self.arrays = storage(self.format, self.layout, shape)
+        self.plain, self.arrays = plain, T.sizes(plain)
+        rows, columns = plain["shape"]
+        self.shape: tuple[int, int] = (rows, columns)
         for array, (dtype, size) in self.arrays.items():
             self.register_buffer(f"weight_{array}", torch.empty(size, dtype=dtype))
 
-    def qtensor(self) -> QTensor:
-        """The stored matrix, sharing the buffers' memory.
+    def fill(self, weight: T.Weight) -> None:
+        """Copy the arrays of ``weight``, which the description is of."""
+        for array, tensor in T.arrays(weight, self.plain).items():
+            getattr(self, f"weight_{array}").copy_(tensor)
+
+    def weight_of(self) -> T.Weight:
+        """The stored weight, sharing the buffers' memory.
 
         Raises:
             VerificationError: a buffer changed its dtype after loading, which would change the numbers.
@@ -40,7 +55,18 @@ class Store(nn.Module):
             if tensors[array].dtype != dtype or tuple(tensors[array].shape) != size:
                 found = f"{tensors[array].dtype} {tuple(tensors[array].shape)}"
                 raise VerificationError(f"array weight_{array}: {dtype} {size}", f"found {found}")
-        return QTensor(self.format, self.layout, self.shape, tensors.pop("packed"), tensors)
+        return T.restore(self.plain, tensors)
+
+    def qtensor(self) -> QTensor:
+        """The same, where it is one matrix.
+
+        Raises:
+            UnsupportedError: it is a sum of terms.
+        """
+        weight = self.weight_of()
+        if not isinstance(weight, QTensor):
+            raise UnsupportedError("the matrix of a layer", "its weight is a sum of terms", "weight_of() gives the sum")
+        return weight
 
     def release(self) -> None:
         """Drop the arrays: a kernel's own layout holds the same codes and parameters from now on."""
@@ -50,41 +76,40 @@ class Store(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """The arrays as a file holds them, whatever form they have in memory."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if f"{prefix}weight_packed" in destination:
-            stored = self.qtensor().repack(self.layout)
-            for array, tensor in {"packed": stored.packed, **stored.params}.items():
+        there = [key for array in self.arrays if (key := f"{prefix}weight_{array}") in destination]
+        if there and not any(destination[key].is_meta for key in there):  # before loading there are but names and sizes
+            for array, tensor in T.arrays(self.weight_of(), self.plain).items():
                 destination[f"{prefix}weight_{array}"] = tensor
 
     def extra_repr(self) -> str:
-        return f"{self.shape[1]} -> {self.shape[0]}, {self.format.name}, {self.layout.name}"
+        layout = f", {self.plain['layout']}" if "layout" in self.plain else ""
+        return f"{self.shape[1]} -> {self.shape[0]}, {T.summary(self.plain)}{layout}"
 
 
 class Multiplier(Store):
-    """A matrix that inputs are multiplied by, and a bias; abstract over what is a token of them.
+    """A weight that inputs are multiplied by, and a bias; abstract over what is a token of them.
 
     ``activation``: a format that inputs are rounded to per token, or None.
     """
 
     bias: nn.Parameter | None
 
-    def __init__(
-        self, format: str, layout: str, shape: tuple[int, int], bias: nn.Parameter | None, activation: str | None
-    ) -> None:
-        super().__init__(format, layout, shape)
+    def __init__(self, plain: T.Plain, bias: nn.Parameter | None, activation: str | None) -> None:
+        super().__init__(plain)
         self.bias = bias
         self.activation = formats.parse(activation) if activation else None
-        self._prepared: kernels.PreparedMatrix | None = None
+        self._prepared: kernels.Prepared | None = None
 
     def prepare(self, kernel: str | None = None) -> None:
         """Repack for the fastest kernel here (or the one named), once, before the first call."""
-        self._prepared = kernels.prepare(self.qtensor(), kernel, self.activation)
+        self._prepared = kernels.prepare(self.weight_of(), kernel, self.activation)
         self.release()
 
-    def qtensor(self) -> QTensor:
-        return super().qtensor() if self._prepared is None else self._prepared.qtensor()
+    def weight_of(self) -> T.Weight:
+        return super().weight_of() if self._prepared is None else self._prepared.weight()
 
     @property
-    def prepared(self) -> kernels.PreparedMatrix:
+    def prepared(self) -> kernels.Prepared:
         if self._prepared is None:
             self.prepare()
         assert self._prepared is not None
@@ -92,14 +117,14 @@ class Multiplier(Store):
 
     def round_inputs(self, format: Format | None) -> None:
         """From now on round inputs to ``format``, token by token; the codes stay where they are."""
-        stored = self.qtensor()
+        stored = self.weight_of()
         self.activation = format
         self._prepared = kernels.prepare(stored, activation=format)
         self.release()
 
 
 class QuantLinear(Multiplier):
-    """``y = x W^T + b`` with W in few bits.
+    """``y = x W^T + b`` with W in few bits, one quantized matrix or a sum of terms.
 
     ``rewrites``: kinds of what inputs go through before they are rounded, whose arrays are the buffers
     ``input_{position}_{array}``.
@@ -107,19 +132,31 @@ class QuantLinear(Multiplier):
 
     def __init__(
         self,
-        format: str,
-        layout: str,
-        shape: tuple[int, int],
+        plain: T.Plain,
         bias: nn.Parameter | None,
         activation: str | None = None,
         rewrites: Sequence[str] = (),
     ) -> None:
-        super().__init__(format, layout, shape, bias, activation)
+        super().__init__(plain, bias, activation)
         self.rewrites = tuple(rewrites)
-        for array, (dtype, size) in R.storage(self.rewrites, shape[1]).items():
+        self.out_features, self.in_features = self.shape
+        for array, (dtype, size) in R.storage(self.rewrites, self.in_features).items():
             self.register_buffer(f"input_{array}", torch.empty(size, dtype=dtype))
         self._rewrite: R.Chain | None = None
-        self.in_features, self.out_features = shape[1], shape[0]
+
+    @classmethod
+    def of(cls, linear: nn.Linear, weight: T.Weight, activation: str | None = None) -> QuantLinear:
+        """``linear`` with its weight replaced by ``weight``, matrices in the layouts that they are in; the bias is
+        shared.
+
+        Raises:
+            InputError: the weight is of another shape.
+        """
+        check_shape(weight, (linear.out_features, linear.in_features), linear)
+        bias = linear.bias if isinstance(linear.bias, nn.Parameter) else None
+        made = cls(T.describe(weight), bias, activation)
+        made.fill(weight)
+        return made.train(linear.training)
 
     def prepare(self, kernel: str | None = None) -> None:
         super().prepare(kernel)
@@ -158,7 +195,7 @@ class QuantEmbedding(Store):
     def __init__(
         self, format: str, layout: str, shape: tuple[int, int], scale: float | None, dtype: torch.dtype
     ) -> None:
-        super().__init__(format, layout, shape)
+        super().__init__(T.dense(format, layout, shape))
         self.scale, self.dtype = scale, dtype
         self.num_embeddings, self.embedding_dim = shape
         self._head: list[QuantLinear] = []  # in a list: the head is no child of the embedding
@@ -168,8 +205,8 @@ class QuantEmbedding(Store):
         self._head = [head]
         self.release()
 
-    def qtensor(self) -> QTensor:
-        return self._head[0].qtensor() if self._head else super().qtensor()
+    def weight_of(self) -> T.Weight:
+        return self._head[0].weight_of() if self._head else super().weight_of()
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = kernels.embedding(ids, self.qtensor(), self.dtype)
@@ -180,24 +217,24 @@ class ExpertBank(Store):
     """A fused (experts, rows, columns) parameter in few bits: ``bank[e]`` stands for expert e's matrix in F.linear."""
 
     def __init__(self, format: str, layout: str, shape: tuple[int, int], experts: int) -> None:
-        super().__init__(format, layout, (shape[0] * experts, shape[1]))
+        super().__init__(T.dense(format, layout, (shape[0] * experts, shape[1])))
         self.experts, self.rows = experts, shape[0]
         self._prepared: dict[int, kernels.PreparedMatrix] = {}
 
     def prepare(self, kernel: str | None = None) -> None:
         """As :meth:`QuantLinear.prepare`, for every expert."""
-        whole = super().qtensor()
+        whole = self.qtensor()
         codes, params = whole.logical()
         for expert in range(self.experts):
             rows = slice(expert * self.rows, (expert + 1) * self.rows)
-            part = QTensor.of(self.format, codes[rows], {key: value[rows] for key, value in params.items()})
+            part = QTensor.of(whole.format, codes[rows], {key: value[rows] for key, value in params.items()})
             self._prepared[expert] = kernels.prepare(part, kernel)
         self.release()
 
-    def qtensor(self) -> QTensor:
+    def weight_of(self) -> T.Weight:
         """All experts stacked by rows."""
         if not self._prepared:
-            return super().qtensor()
+            return super().weight_of()
         return stack([self._prepared[expert].qtensor() for expert in range(self.experts)])
 
     def __getitem__(self, expert: Any) -> ExpertMatrix:
