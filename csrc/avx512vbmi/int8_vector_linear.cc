@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors of bytes, looked up 64 codes at a time: a register holds one row's byte of up to 64 entries (vpermb); of 256,
-// four do (vpermi2b twice). Bytes of a residual are added before they are multiplied. The indices of a segment are
-// written out first, as bytes: looked up as they are decoded, every vector of them would be waited for.
+// four do (vpermi2b twice). Bytes of a residual are added before they are multiplied. Indices are decoded a chunk ahead,
+// by way of memory: looked up as they are decoded, every one of them would be waited for.
 #include "avx512vnni/dot.h"
 
 #include "core/int8_vector.h"
@@ -10,13 +10,7 @@
 namespace fewbit {
 namespace {
 
-constexpr int kQuads = kSegment / 4;
-constexpr int64_t kAhead = 12 * 1024;  // bytes: two chunks of a page are read in no order that a processor foresees
-
-// Indices of a segment: a vector for four columns of 16 codes.
-struct alignas(64) Indices {
-  uint8_t bytes[kQuads][64];
-};
+constexpr int64_t kAhead = 12 * 1024;  // bytes that are fetched early: no processor foresees the order within a chunk
 
 // The index in the low bits of every byte; above 6 bits there may be anything.
 template <int BITS>
@@ -30,28 +24,46 @@ FEWBIT_INLINE U index(const Held<BITS>& held, int g) {
   }
 }
 
+// Writes the indices of a chunk, which another lies kAhead behind.
 template <int BITS>
-void decode(const uint8_t* codes, int64_t stride, int64_t chunks, Indices& out) {
+FEWBIT_INLINE void decode(const uint8_t* codes, uint8_t (*out)[64]) {
+  prefetch<BITS>(codes + kAhead);
   Held<BITS> held;
-  for (int64_t c = 0; c < chunks; c++, codes += stride) {
-    prefetch<BITS>(codes + kAhead);
 #pragma GCC unroll 8
-    for (int g = 0; g < 8; g++) {
-      held.advance(codes, g);
-      store_lanes(out.bytes[c * 8 + g], index(held, g));
-    }
+  for (int g = 0; g < 8; g++) {
+    held.advance(codes, g);
+    store_lanes(out[g], index(held, g));
   }
 }
 
-void decode(int32_t bits, const uint8_t* codes, int64_t stride, int64_t chunks, Indices& out) {
+FEWBIT_INLINE void decode(int32_t bits, const uint8_t* codes, uint8_t (*out)[64]) {
   switch (bits) {
-    case 4: return decode<4>(codes, stride, chunks, out);
-    case 5: return decode<5>(codes, stride, chunks, out);
-    case 6: return decode<6>(codes, stride, chunks, out);
-    case 7: return decode<7>(codes, stride, chunks, out);
-    default: return decode<8>(codes, stride, chunks, out);
+    case 4: return decode<4>(codes, out);
+    case 5: return decode<5>(codes, out);
+    case 6: return decode<6>(codes, out);
+    case 7: return decode<7>(codes, out);
+    default: return decode<8>(codes, out);
   }
 }
+
+// The indices of two chunks of a tile: of the one that is looked up, and of the next. (chunk % 2, book, groups of four
+// columns, 16 codes of these)
+template <int BOOKS>
+struct alignas(64) Indices {
+  uint8_t bytes[2][BOOKS][8][64];
+  const uint8_t* codes;
+  int32_t bits[2];
+
+  FEWBIT_INLINE Indices(const Int8VectorTask& task, int64_t tile)
+      : codes(codes_of(task, tile)), bits{task.bits, task.residual_bits} {}
+
+  FEWBIT_INLINE void write(int64_t chunk) {
+    for (int b = 0; b < BOOKS; b++) {
+      decode(bits[b], codes, bytes[chunk % 2][b]);
+      codes += bits[b] * 64;
+    }
+  }
+};
 
 // One row's byte of each entry.
 template <int ENTRIES>
@@ -71,87 +83,94 @@ struct Entries {
   }
 };
 
-// Rows [d, d + T) of a tile's codes x M tokens.
+// A chunk's products: rows T of a tile's codes x M tokens.
 template <int ENTRIES, int BOOKS, int M, int T>
-void add_rows(const Int8VectorTask& task, int64_t s, int64_t token, int64_t d, const Indices (&indices)[2],
-              VectorTotals* totals) {
-  Entries<ENTRIES> entries[BOOKS][T];
-  const uint8_t* book = task.book + (s / task.block_segments * BOOKS * task.dim + d) * ENTRIES;
-  for (int b = 0; b < BOOKS; b++)
-    for (int t = 0; t < T; t++) entries[b][t].load(book + (b * task.dim + t) * ENTRIES);
-  U dot[M][T];
-#pragma GCC unroll 16
-  for (int i = 0; i < M * T; i++) dot[i / T][i % T] = _mm512_setzero_si512();
-  const int8_t* x = activations_of(task, token, s * task.segment_chunks);
-  const int64_t chunks = chunks_of(task, s);
-  for (int64_t c = 0; c < chunks; c++, x += M * 32) {
+FEWBIT_INLINE void add_chunk(const Entries<ENTRIES> (&entries)[BOOKS][T], const uint8_t (&indices)[BOOKS][8][64],
+                             const int8_t* x, U (&dot)[M][T]) {
 #pragma GCC unroll 8
-    for (int g = 0; g < 8; g++) {
-      U at[BOOKS], four[M];
-      for (int b = 0; b < BOOKS; b++) at[b] = load_lanes(indices[b].bytes[c * 8 + g]);
-      for (int m = 0; m < M; m++) {
-        int32_t lane;
-        memcpy(&lane, x + m * 32 + g * 4, sizeof lane);
-        four[m] = _mm512_set1_epi32(lane);
-      }
-#pragma GCC unroll 8
-      for (int t = 0; t < T; t++) {
-        U bytes = entries[0][t](at[0]);
-        if constexpr (BOOKS == 2) bytes = _mm512_add_epi8(bytes, entries[1][t](at[1]));
-        for (int m = 0; m < M; m++) dot[m][t] = multiply_add(dot[m][t], bytes, four[m]);
-      }
+  for (int g = 0; g < 8; g++) {
+    U at[BOOKS], four[M];
+    for (int b = 0; b < BOOKS; b++) at[b] = load_lanes(indices[b][g]);
+    for (int m = 0; m < M; m++) {
+      int32_t lane;
+      memcpy(&lane, x + m * 32 + g * 4, sizeof lane);
+      four[m] = _mm512_set1_epi32(lane);
     }
-  }
-#pragma GCC unroll 4
-  for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
-      float* total = totals[token + m][d + t];
-      store(total, fused(broadcast(factor(task, s, token + m, d + t)), convert(dot[m][t]), load(total)));
+      U bytes = entries[0][t](at[0]);
+      if constexpr (BOOKS == 2) bytes = _mm512_add_epi8(bytes, entries[1][t](at[1]));
+      for (int m = 0; m < M; m++) dot[m][t] = multiply_add(dot[m][t], bytes, four[m]);
     }
+  }
 }
 
-// All rows, as many at a time as share the registers with M tokens.
-template <int ENTRIES, int BOOKS, int M>
-void add_tokens(const Int8VectorTask& task, int64_t s, int64_t tokens, const Indices (&indices)[2],
-                VectorTotals* totals) {
-  constexpr int kMost = (ENTRIES == 64 ? 8 : 4 / BOOKS) / (M == 4 ? 2 : 1);
-  for (int64_t token = 0; token < tokens; token += M) {
-    int64_t d = 0;
-    if constexpr (kMost >= 8)
-      for (; d + 8 <= task.dim; d += 8) add_rows<ENTRIES, BOOKS, M, 8>(task, s, token, d, indices, totals);
-    if constexpr (kMost >= 4)
-      for (; d + 4 <= task.dim; d += 4) add_rows<ENTRIES, BOOKS, M, 4>(task, s, token, d, indices, totals);
-    if constexpr (kMost >= 2)
-      for (; d + 2 <= task.dim; d += 2) add_rows<ENTRIES, BOOKS, M, 2>(task, s, token, d, indices, totals);
-    for (; d < task.dim; d++) add_rows<ENTRIES, BOOKS, M, 1>(task, s, token, d, indices, totals);
+// Rows [d, d + T) of a tile's codes x M tokens, of which `tokens` exist.
+template <int ENTRIES, int BOOKS, int M, int T>
+void strip(const Int8VectorTask& task, int64_t tile, int64_t token, int64_t tokens, int64_t d) {
+  Entries<ENTRIES> entries[BOOKS][T];
+  alignas(64) float totals[M][T][16];
+  for (int m = 0; m < M; m++)
+    for (int t = 0; t < T; t++) store(totals[m][t], broadcast(task.start[(token + m) * task.dim + d + t]));
+  const int8_t* x = activations_of(task, token);
+  Indices<BOOKS> indices(task, tile);
+  indices.write(0);
+  VectorSegment segment(task);
+  for (int64_t s = 0, chunk = 0; s < task.segments; s++, segment.next()) {
+    if (segment.enters)
+      for (int b = 0; b < BOOKS; b++)
+        for (int t = 0; t < T; t++) entries[b][t].load(segment.book + (b * task.dim + d + t) * ENTRIES);
+    U dot[M][T];
+#pragma GCC unroll 16
+    for (int i = 0; i < M * T; i++) dot[i / T][i % T] = _mm512_setzero_si512();
+    for (const int64_t end = chunk + segment.chunks; chunk < end; chunk++, x += M * 32) {
+      if (chunk + 1 < task.chunks) indices.write(chunk + 1);
+      add_chunk<ENTRIES, BOOKS, M, T>(entries, indices.bytes[chunk % 2], x, dot);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+      for (int t = 0; t < T; t++) {
+        const F factor = broadcast(segment.factor(token + m, d + t));
+        store(totals[m][t], fused(factor, convert(dot[m][t]), load(totals[m][t])));
+      }
   }
+  for (int m = 0; m < M && m < tokens; m++)
+    for (int t = 0; t < T; t++) put(task, tile, token + m, d + t, totals[m][t]);
+}
+
+// All rows of a tile's codes, as many at a time as share the registers with M tokens.
+template <int ENTRIES, int BOOKS, int M>
+void strips(const Int8VectorTask& task, int64_t tile, int64_t token, int64_t tokens) {
+  constexpr int kMost = (ENTRIES == 64 ? 8 : 4 / BOOKS) / (M == 4 ? 2 : 1);
+  int64_t d = 0;
+  if constexpr (kMost >= 8)
+    for (; d + 8 <= task.dim; d += 8) strip<ENTRIES, BOOKS, M, 8>(task, tile, token, tokens, d);
+  if constexpr (kMost >= 4)
+    for (; d + 4 <= task.dim; d += 4) strip<ENTRIES, BOOKS, M, 4>(task, tile, token, tokens, d);
+  if constexpr (kMost >= 2)
+    for (; d < task.dim; d += 2) strip<ENTRIES, BOOKS, M, 2>(task, tile, token, tokens, d);
+  for (; d < task.dim; d++) strip<ENTRIES, BOOKS, M, 1>(task, tile, token, tokens, d);
 }
 
 template <int ENTRIES, int BOOKS>
-void add_all(const Int8VectorTask& task, int64_t s, int64_t tokens, const Indices (&indices)[2], VectorTotals* totals) {
-  switch (task.together) {
-    case 1: return add_tokens<ENTRIES, BOOKS, 1>(task, s, tokens, indices, totals);
-    case 2: return add_tokens<ENTRIES, BOOKS, 2>(task, s, tokens, indices, totals);
-    default: return add_tokens<ENTRIES, BOOKS, 4>(task, s, tokens, indices, totals);
-  }
+void tiles(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  for (int64_t tile = tile_begin; tile < tile_end; tile++)
+    for (int64_t token = 0; token < tokens; token += task.together) switch (task.together) {
+        case 1: strips<ENTRIES, BOOKS, 1>(task, tile, token, tokens - token); break;
+        case 2: strips<ENTRIES, BOOKS, 2>(task, tile, token, tokens - token); break;
+        default: strips<ENTRIES, BOOKS, 4>(task, tile, token, tokens - token);
+      }
 }
 
-void add_segment(const Int8VectorTask& task, int64_t tile, int64_t s, int64_t tokens, VectorTotals* totals) {
-  Indices indices[2];
-  const uint8_t* codes = codes_of(task, tile, s * task.segment_chunks);
-  const int64_t stride = (task.bits + task.residual_bits) * 64, chunks = chunks_of(task, s);
-  decode(task.bits, codes, stride, chunks, indices[0]);
-  if (task.books == 2) decode(task.residual_bits, codes + task.bits * 64, stride, chunks, indices[1]);
-  if (task.entries == 64)
-    return task.books == 2 ? add_all<64, 2>(task, s, tokens, indices, totals)
-                           : add_all<64, 1>(task, s, tokens, indices, totals);
-  return task.books == 2 ? add_all<256, 2>(task, s, tokens, indices, totals)
-                         : add_all<256, 1>(task, s, tokens, indices, totals);
+void run(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  const bool two = task.books == 2;
+  if (task.entries == 64) return (two ? tiles<64, 2> : tiles<64, 1>)(task, tile_begin, tile_end, tokens);
+  return (two ? tiles<256, 2> : tiles<256, 1>)(task, tile_begin, tile_end, tokens);
 }
 
 }  // namespace
 
-const Int8VectorKernel int8_vector_linear_avx512vbmi = {round_for_vectors, int8_vector_run};
+const Int8VectorKernel int8_vector_linear_avx512vbmi = {round_for_vectors, run};
 
 }  // namespace fewbit

@@ -37,10 +37,9 @@ class Kernel:
 
     The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "int8" multiplies affine codes by
     activations rounded to int8, in integers, "int8_lut" the levels of a table, and "int8_vector" vectors of a codebook,
-    rounded to bytes; "planes" looks up the sums of such
-    activations that codes of one bit choose; "xnor" counts where signs of the weight and of the activations differ;
-    the others multiply float activations, "vector" by vectors of a codebook. ``family`` and ``isa`` are None for the
-    reference, which takes everything.
+    rounded to bytes; "planes" looks up the sums of such activations that codes of one bit choose; "xnor" counts where
+    signs of the weight and of the activations differ; the others multiply float activations, "vector" by vectors of a
+    codebook. ``family`` and ``isa`` are None for the reference, which takes everything.
     """
 
     family: Literal["affine", "lut", "vector", "int8", "int8_lut", "int8_vector", "planes", "xnor"] | None
@@ -139,7 +138,6 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("int8_lut", "neon", "tile16"),
     Kernel("int8_lut", "serial", "tile16"),
     Kernel("int8_vector", "avx512vbmi", "vector16"),
-    Kernel("int8_vector", "serial", "vector16"),
     Kernel("affine", "avx512", "tile16"),
     Kernel("lut", "avx512", "tile16"),
     Kernel("vector", "avx512", "column8"),
@@ -152,6 +150,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("affine", "serial", "tile16"),
     Kernel("lut", "serial", "tile16"),
     Kernel("vector", "serial", "column8"),
+    Kernel("int8_vector", "serial", "vector16"),
     Kernel(None, None, "any"),
 )
 
