@@ -87,9 +87,9 @@ def signs(shape: tuple[int, int], generator: torch.Generator) -> QTensor:
 
 
 def table_error(kernel: str) -> float:
-    """Of the levels that ``kernel`` multiplies, relative to the largest: integers of 16 bits hold a table, bytes a book,
-    and sums of such bytes and their offsets, of magnitudes within twice the ranges of books with entries of both signs,
-    are rounded about 2^7 times."""
+    """Of the levels that ``kernel`` multiplies, relative to the largest: integers of 16 bits hold a table, bytes a
+    book. Sums of such bytes and of their offsets, of magnitudes within twice the ranges of books with entries of both
+    signs, are rounded about 2^7 times."""
     if kernel.startswith("int8_vector"):
         return 1 / 255 + 2.0**-16
     return 2.0**-15 if kernel.startswith("int8_lut") else 0.0

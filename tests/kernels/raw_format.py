@@ -84,8 +84,10 @@ def exact(qtensor: QTensor) -> Exact:
     physical = format.physical(params)
     if isinstance(physical, Vectors):
         weight = F.decode(format, codes, params)[:rows].double()
-        # of bytes: half a step a book, where a step is 1/255 of all ranges
-        ranges = sum((book.amax(1) - book.amin(1) for book in physical.books), torch.zeros(())) * len(physical.books) / 2
+        # bytes are wrong by half a step a book, a step being 1/255 of all ranges
+        ranges = (
+            sum((book.amax(1) - book.amin(1) for book in physical.books), torch.zeros(())) * len(physical.books) / 2
+        )
         at = torch.arange(columns) // (format.block or columns)
         largest = ranges.double()[at].T.repeat(len(codes), 1)[:rows]
         return Exact(qtensor, weight, weight.abs(), largest, columns + 2)

@@ -23,9 +23,9 @@ def to_bytes(physical: Vectors) -> tuple[Tensor, Tensor, Tensor]:
     """Books as bytes: ``w ~ offset + step * (sum over books of byte)``.
 
     The books of a block share a step for each row of a vector, that row's ranges in all books together over 255, so
-    that no sum of bytes passes 255. A weight is wrong by at most half a step a book: ``(range of the codebook + range of
-    the residual) / 255``, or ``range / 510`` where there is one book. That is about what rounding activations to int8
-    costs.
+    that no sum of bytes passes 255. A weight is wrong by at most half a step a book: ``(range of the codebook + range
+    of the residual) / 255``, or ``range / 510`` where there is one book. That is about what rounding activations to
+    int8 costs.
 
     Returns:
         (bytes, step, offset): uint8 (blocks, books, height, entries), float32 (blocks, height) each. There are 64

@@ -56,7 +56,9 @@ def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Form
 def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | None) -> PreparedMatrix:
     choice = choose(qtensor.format, qtensor.shape, kernel, activation)
     if choice.isa is not None:
-        made = {"vector": VectorPrepared, "int8_vector": ByteVectorPrepared}.get(str(choice.kernel.family), NativePrepared)
+        made = {"vector": VectorPrepared, "int8_vector": ByteVectorPrepared}.get(
+            str(choice.kernel.family), NativePrepared
+        )
         return made(qtensor, choice.kernel, activation)
     if kernel is None:
         reason = native.why_not() or next(reversed(choice.reasons.values()))
