@@ -186,6 +186,30 @@ PyObject* vector_linear(PyObject*, PyObject* args) {
   return status(code);
 }
 
+// vector_linear_int8(matrix, x_block, x, bias, y, y_stride, y_dtype, isa, threads); matrix: (rows, columns, block, dim,
+// bits, residual_bits, codes, book, step, offset)
+PyObject* vector_linear_int8(PyObject*, PyObject* args) {
+  fewbit_byte_vectors matrix;
+  unsigned long long codes, book, step_of, offset, data, bias, y;
+  long long rows, columns, block, x_block, tokens, stride, step, y_stride;
+  int x_dtype, y_dtype, isa, threads, code;
+  if (!PyArg_ParseTuple(args, "(LLLiiiKKKK)L(KLLLi)KKLiii", &rows, &columns, &block, &matrix.dim, &matrix.bits,
+                        &matrix.residual_bits, &codes, &book, &step_of, &offset, &x_block, &data, &tokens, &stride, &step,
+                        &x_dtype, &bias, &y, &y_stride, &y_dtype, &isa, &threads))
+    return nullptr;
+  matrix.rows = rows, matrix.columns = columns, matrix.block = block;
+  matrix.codes = pointer<const uint8_t*>(codes);
+  matrix.book = pointer<const uint8_t*>(book);
+  matrix.step = pointer<const float*>(step_of);
+  matrix.offset = pointer<const float*>(offset);
+  const fewbit_input x = {pointer<const void*>(data), tokens, stride, step, x_dtype};
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_vector_linear_int8(&matrix, x_block, &x, pointer<const float*>(bias), pointer<void*>(y), y_stride, y_dtype,
+                                   isa, threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
 PyObject* vector_decode(PyObject*, PyObject* args) {
   fewbit_vectors matrix;
   PyObject* tuple;
@@ -276,6 +300,8 @@ PyMethodDef methods[] = {
     {"sparse_add", sparse_add, METH_VARARGS, "(matrix, x, y, y_stride, isa, threads)"},
     {"decode", decode, METH_VARARGS, "(matrix, tile_begin, tile_end, out, stride, isa, threads)"},
     {"vector_linear", vector_linear, METH_VARARGS, "(matrix, x, bias, y, y_stride, y_dtype, isa, threads)"},
+    {"vector_linear_int8", vector_linear_int8, METH_VARARGS,
+     "(matrix, x_block, x, bias, y, y_stride, y_dtype, isa, threads)"},
     {"vector_decode", vector_decode, METH_VARARGS, "(matrix, tile_begin, tile_end, out, stride, isa, threads)"},
     {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},
     {"int8_windows", int8_windows, METH_VARARGS,

@@ -188,6 +188,27 @@ struct VectorKernel {
   void (*decode)(const VectorTask& task, int64_t tile, float* out, int64_t stride);
 };
 
+enum : int32_t { kMostDim = 16 };  // rows that a code spans: at most
+
+// Work of a kernel whose codes index vectors of bytes: see fewbit_byte_vectors. `rows` and tiles count codes.
+struct Int8VectorTask : SegmentTask {
+  int32_t residual_bits, books;  // 1 or 2
+  int64_t dim, entries;          // rows of a code; bytes of a row of a book: 64 or 256
+  int64_t out_rows;              // rows of y
+  const uint8_t* book;           // (blocks, books, dim, entries)
+  const float *vector_step, *vector_offset;  // (blocks, dim)
+  float* start;                  // (padded tokens, dim): what the offsets contribute
+};
+
+// Vectors of bytes times int8 activations on one instruction set.
+struct Int8VectorKernel {
+  // As those of SegmentKernel.
+  void (*prepare)(const Int8VectorTask& task, const fewbit_input& x, int64_t token);
+  void (*run)(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
+};
+
+extern const Int8VectorKernel int8_vector_linear_serial, int8_vector_linear_avx512vbmi;
+
 extern const VectorKernel vector_linear_serial, vector_linear_avx2, vector_linear_avx512, vector_linear_neon;
 
 extern const XnorKernel xnor_linear_serial, xnor_linear_avx2, xnor_linear_avx512vpopcnt, xnor_linear_neon;

@@ -29,6 +29,10 @@ bool well_formed(const fewbit_matrix& matrix);
 bool well_formed(const fewbit_input& x);
 bool known_dtype(int32_t dtype);
 
+// Columns a segment: the longest that stays within a block of either side; 0 where blocks are not whole chunks. `x_block`
+// as in fewbit_linear_many.
+int64_t segment_columns(int64_t columns, int64_t block, int64_t x_block);
+
 // Tokens of x from `token`, at most `tokens`.
 fewbit_input tokens_of(const fewbit_input& x, int64_t token, int64_t tokens);
 

@@ -47,33 +47,20 @@ bool centred(const fewbit_matrix& w) {
   return whole(w.zero) ? most <= 256 : whole(2 * w.zero) && 2 * most <= 256;
 }
 
-// Columns a segment: the longest that stays within a block of either side; 0 where blocks are not whole chunks.
-int64_t segment(int64_t columns, int64_t block, int64_t x_block) {
-  x_block = columns_of(x_block, columns);
-  int64_t common = 0;  // of the blocks that are no whole row; those that are end where the row does
-  if (block < columns) common = divisor(block, common);
-  if (x_block < columns) common = divisor(x_block, common);
-  if (common % 32) return 0;
-  if (common == 0) return kSegment;
-  int64_t size = least(common, kSegment);
-  while (common % size) size -= 32;
-  return size;
-}
-
 bool sensible(const fewbit_matrix& w, int64_t x_block) {
   const bool lut = w.family == FEWBIT_LUT && x_block != FEWBIT_BFLOAT16S && w.bits <= kLookedUp && w.table && w.zero == 0.0f;
-  return (lut || (w.family == FEWBIT_AFFINE && !w.table)) && segment(w.columns, w.block, x_block) > 0;
+  return (lut || (w.family == FEWBIT_AFFINE && !w.table)) && segment_columns(w.columns, w.block, x_block) > 0;
 }
 
 bool shared(const fewbit_matrix& a, const fewbit_matrix& b, int64_t x_block) {
   if (a.family != b.family) return false;
   if (a.table && (a.bits != b.bits || memcmp(a.table, b.table, sizeof(float) << a.bits))) return false;
-  return segment(a.columns, a.block, x_block) == segment(b.columns, b.block, x_block);
+  return segment_columns(a.columns, a.block, x_block) == segment_columns(b.columns, b.block, x_block);
 }
 
 SegmentTask task_of(const fewbit_matrix& w, int64_t x_block) {
   SegmentTask task{};
-  const int64_t columns = segment(w.columns, w.block, x_block);
+  const int64_t columns = segment_columns(w.columns, w.block, x_block);
   const bool centre = x_block == FEWBIT_BFLOAT16S && centred(w);
   x_block = columns_of(x_block, w.columns);
   task.bits = w.bits, task.scale_half = w.scale_half, task.offset_half = w.offset_half;
@@ -113,6 +100,18 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
 }
 
 }  // namespace
+
+int64_t segment_columns(int64_t columns, int64_t block, int64_t x_block) {
+  x_block = columns_of(x_block, columns);
+  int64_t common = 0;  // of the blocks that are no whole row; those that are end where the row does
+  if (block < columns) common = divisor(block, common);
+  if (x_block < columns) common = divisor(x_block, common);
+  if (common % 32) return 0;
+  if (common == 0) return kSegment;
+  int64_t size = least(common, kSegment);
+  while (common % size) size -= 32;
+  return size;
+}
 
 const Products segment_products = {sensible, shared, run};
 

@@ -215,6 +215,32 @@ int fewbit_vector_linear(const fewbit_vectors* matrix, const fewbit_input* x, co
 int fewbit_vector_decode(const fewbit_vectors* matrix, int64_t tile_begin, int64_t tile_end, float* out, int64_t stride,
                          int32_t isa, int32_t threads);
 
+/* As fewbit_vectors, with entries rounded to bytes: w[dim r + d][column] = offset[d] + step[d] * (book[d][i] +
+ * residual[d][j]), with the books, steps and offsets of block column / block; a sum of two bytes must stay below 256.
+ *
+ * Layout vector16: the codes of a matrix of (ceil(rows / dim), columns) in tiles of 16 and chunks of 32 columns. A chunk is
+ * that of the indices i in tile16, in `bits` vectors, then that of the indices j, in `residual_bits`. Bytes:
+ * ceil(ceil(rows / dim) / 16) * ceil(columns / 32) * (bits + residual_bits) * 64. */
+typedef struct {
+  int64_t rows, columns;
+  int64_t block;                /* columns that share books, a multiple of 32; or `columns` */
+  int32_t dim;                  /* rows that a code spans: 2, 4, 6, 8, 12 or 16 */
+  int32_t bits, residual_bits;  /* 4 to 8; residual_bits 0: there is no residual */
+  const uint8_t* codes;
+  const uint8_t* book;          /* (blocks, 1 or 2 books, dim, entries): entries 64 where all bits are at most 6, else
+                                   256; entry i is that of index i % 2^bits */
+  const float *step, *offset;   /* (blocks, dim) */
+} fewbit_byte_vectors;
+
+/* y[token][row] = sum over columns of x[token][column] * w[row][column] + bias[row], x rounded to int8 as by
+ * fewbit_linear_int8. Sums of bytes times activations are exact integers over at most 256 columns, as 255 * 128 * 256 <
+ * 2^24; offsets are multiplied by the sums of the activations, once a token. isa: FEWBIT_SERIAL or FEWBIT_AVX512VBMI. The
+ * result is the same on either, at any number of threads and tokens. Error against the rounded x and w: at most about
+ * (2 segments + 8) * 2^-24 times the sum of (2 |offset| + 255 |step|) |x| and |bias|, with segments as there. */
+int fewbit_vector_linear_int8(const fewbit_byte_vectors* matrix, int64_t x_block, const fewbit_input* x,
+                              const float* bias, void* y, int64_t y_stride, int32_t y_dtype, int32_t isa,
+                              int32_t threads);
+
 /* Which elements of x (images, channels, height, width) the windows of a convolution see. `stride_*` are elements of x
  * between neighbours on an axis, so that any memory order works; `step_*` are positions between windows, which others
  * call the stride of a convolution. Zeros lie around an image, as far as windows reach. */

@@ -44,6 +44,9 @@ def raw_matrix(
     if kernel.startswith("xnor"):
         return signs(shape, generator)
     bits = 1 if kernel.startswith("planes") else bits
+    if kernel.startswith("int8_vector"):
+        residual = int(torch.randint(4, 9, (), generator=generator)) if bits % 2 else 0
+        return vectors(Vector(LENGTHS[bits % 6], bits % 5 + 4, residual, block), shape, generator, scale)
     if kernel.startswith("vector"):
         residual = int(torch.randint(4, 10, (), generator=generator)) if bits % 2 else 0
         return vectors(Vector(LENGTHS[bits % 6], bits + 4, residual, block), shape, generator, scale)
@@ -84,5 +87,9 @@ def signs(shape: tuple[int, int], generator: torch.Generator) -> QTensor:
 
 
 def table_error(kernel: str) -> float:
-    """Of the levels that ``kernel`` multiplies, relative to the largest: integers of 16 bits hold the table."""
+    """Of the levels that ``kernel`` multiplies, relative to the largest: integers of 16 bits hold a table, bytes a
+    book. Sums of such bytes and of their offsets, of magnitudes within twice the ranges of books with entries of both
+    signs, are rounded about 2^7 times."""
+    if kernel.startswith("int8_vector"):
+        return 1 / 255 + 2.0**-16
     return 2.0**-15 if kernel.startswith("int8_lut") else 0.0

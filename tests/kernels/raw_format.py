@@ -67,7 +67,8 @@ class Exact:
 
     def answer(self, x: Tensor, bias: Tensor | None, table_error: float = 0.0) -> tuple[Tensor, Tensor]:
         """(y, bound): float64 ``x W^T + bias``, and eps times the operations on a weight's longest path times the
-        sum of magnitudes. ``table_error``: of a table's entries, relative to the largest."""
+        sum of magnitudes. ``table_error``: of a table's entries, relative to the largest; of bytes of a book, to what
+        a step would be if it were not 1/255."""
         y = x.double() @ self.weight.T
         inexact = table_error * (x.double().abs() @ self.largest.T)
         size = x.double().abs() @ self.magnitude.T
@@ -83,7 +84,13 @@ def exact(qtensor: QTensor) -> Exact:
     physical = format.physical(params)
     if isinstance(physical, Vectors):
         weight = F.decode(format, codes, params)[:rows].double()
-        return Exact(qtensor, weight, weight.abs(), torch.zeros_like(weight), columns + 2)
+        # bytes are wrong by half a step a book, a step being 1/255 of all ranges
+        ranges = (
+            sum((book.amax(1) - book.amin(1) for book in physical.books), torch.zeros(())) * len(physical.books) / 2
+        )
+        at = torch.arange(columns) // (format.block or columns)
+        largest = ranges.double()[at].T.repeat(len(codes), 1)[:rows]
+        return Exact(qtensor, weight, weight.abs(), largest, columns + 2)
     block = format.block or columns
     at = torch.arange(columns) // block
     scale = physical.scale.double().expand(rows, -1)[:, at]

@@ -18,6 +18,7 @@ from fewbit.core.qtensor import QTensor
 from fewbit.errors import UnsupportedError
 from fewbit.kernels.prepared import DECODED
 from fewbit.kernels.table import LOOKED_UP
+from fewbit.kernels.vector16 import VECTOR16
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Half a unit in the last place of the dtype that y is rounded to."""
@@ -108,6 +109,7 @@ def test_every_format_by_integers_or_with_a_reason(spelling: str, inputs: str) -
     found = kernels.table.family(format)
     integers = [row for row in kernels.KERNELS if row.integers and row.isa in kernels.native.isas()]
     takes = {"int8": found == "affine", "int8_lut": found == "lut" and format.bits <= LOOKED_UP}
+    takes["int8_vector"] = found == "vector" and VECTOR16.refuse(format, matrix.shape) is None
     takes["planes"] = takes["int8"] and format.bits == 1
     for row in integers:
         fits = takes[str(row.family)] and format.block % 32 == 0

@@ -11,6 +11,7 @@ from fewbit.kernels.sparse import SPARSE_KERNELS, SparseKernel, choose_sparse
 from fewbit.kernels.table import KERNELS, Choice, Kernel, choose
 from fewbit.kernels.terms import PreparedTerms
 from fewbit.kernels.tile16 import TILE16
+from fewbit.kernels.vector16 import VECTOR16
 from fewbit.kernels.window import Window
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "KERNELS",
     "SPARSE_KERNELS",
     "TILE16",
+    "VECTOR16",
     "Choice",
     "Kernel",
     "Prepared",

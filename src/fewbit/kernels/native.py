@@ -42,6 +42,9 @@ Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int]
 VectorMatrix = tuple[int, ...]
 """(rows, columns, block, height, bits, bits of the residual, books are half, codes, book, residual)."""
 
+ByteVectorMatrix = tuple[int, ...]
+"""(rows, columns, block, height, bits, bits of the residual, codes, book, step, offset)."""
+
 Output = tuple[Matrix, int, int, int]
 """(matrix, bias, y, elements between its tokens)."""
 
@@ -69,6 +72,18 @@ class Core(Protocol):
     def sparse_add(self, matrix: SparseMatrix, x: Input, y: int, y_stride: int, isa: int, threads: int) -> None: ...
     def vector_linear(
         self, matrix: VectorMatrix, x: Input, bias: int, y: int, y_stride: int, y_dtype: int, isa: int, threads: int
+    ) -> None: ...
+    def vector_linear_int8(
+        self,
+        matrix: ByteVectorMatrix,
+        x_block: int,
+        x: Input,
+        bias: int,
+        y: int,
+        y_stride: int,
+        y_dtype: int,
+        isa: int,
+        threads: int,
     ) -> None: ...
     def vector_decode(
         self, matrix: VectorMatrix, tile_begin: int, tile_end: int, out: int, stride: int, isa: int, threads: int

@@ -14,6 +14,7 @@ from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Terms
 from fewbit.kernels import native
+from fewbit.kernels.byte_vectors import ByteVectorPrepared
 from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix, ReferencePrepared
 from fewbit.kernels.sparse import choose_sparse
 from fewbit.kernels.table import choose, named
@@ -55,7 +56,9 @@ def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Form
 def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | None) -> PreparedMatrix:
     choice = choose(qtensor.format, qtensor.shape, kernel, activation)
     if choice.isa is not None:
-        made = VectorPrepared if choice.kernel.family == "vector" else NativePrepared
+        made = {"vector": VectorPrepared, "int8_vector": ByteVectorPrepared}.get(
+            str(choice.kernel.family), NativePrepared
+        )
         return made(qtensor, choice.kernel, activation)
     if kernel is None:
         reason = native.why_not() or next(reversed(choice.reasons.values()))

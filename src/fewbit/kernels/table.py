@@ -20,8 +20,9 @@ from fewbit.kernels import native
 from fewbit.kernels.column8 import COLUMN8
 from fewbit.kernels.native import Isa
 from fewbit.kernels.tile16 import COLUMNS, TILE16
+from fewbit.kernels.vector16 import VECTOR16
 
-LAYOUTS = {layout.name: layout for layout in (TILE16, COLUMN8)}
+LAYOUTS = {layout.name: layout for layout in (TILE16, COLUMN8, VECTOR16)}
 """Those of native rows."""
 
 LOOKED_UP = 6
@@ -33,12 +34,13 @@ class Kernel:
     """One row: ``y = x W^T + bias`` for weights of one family, on one instruction set, from one layout.
 
     The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "int8" multiplies affine codes by
-    activations rounded to int8, in integers, and "int8_lut" the levels of a table; "xnor" counts where signs of the
-    weight and of the activations differ; the others multiply float activations, "vector" by vectors of a codebook.
-    ``family`` and ``isa`` are None for the reference, which takes everything.
+    activations rounded to int8, in integers, "int8_lut" the levels of a table, and "int8_vector" vectors of a codebook,
+    rounded to bytes; "xnor" counts where signs of the weight and of the activations differ; the others multiply float
+    activations, "vector" by vectors of a codebook. ``family`` and ``isa`` are None for the reference, which takes
+    everything.
     """
 
-    family: Literal["affine", "lut", "vector", "int8", "int8_lut", "xnor"] | None
+    family: Literal["affine", "lut", "vector", "int8", "int8_lut", "int8_vector", "xnor"] | None
     isa: Isa | None
     layout: str
 
@@ -49,14 +51,14 @@ class Kernel:
     @property
     def integers(self) -> bool:
         """Whether activations are rounded to int8 by the kernel itself."""
-        return self.family in ("int8", "int8_lut")
+        return self.family in ("int8", "int8_lut", "int8_vector")
 
     @property
     def weights(self) -> str | None:
         """The family of weights that it runs: "affine", "lut" or "vector"."""
         if self.family in ("int8", "xnor"):
             return "affine"
-        return "lut" if self.family == "int8_lut" else self.family
+        return {"int8_lut": "lut", "int8_vector": "vector"}.get(str(self.family), self.family)
 
     def refuse(self, format: Format, shape: Shape, activation: Format | None = None) -> str | None:
         """None, or the reason why this row cannot run ``format`` of this ``shape`` (rows, columns) on this machine.
@@ -125,6 +127,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("int8_lut", "neondot", "tile16"),
     Kernel("int8_lut", "neon", "tile16"),
     Kernel("int8_lut", "serial", "tile16"),
+    Kernel("int8_vector", "avx512vbmi", "vector16"),
     Kernel("affine", "avx512", "tile16"),
     Kernel("lut", "avx512", "tile16"),
     Kernel("vector", "avx512", "column8"),
@@ -137,6 +140,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("affine", "serial", "tile16"),
     Kernel("lut", "serial", "tile16"),
     Kernel("vector", "serial", "column8"),
+    Kernel("int8_vector", "serial", "vector16"),
     Kernel(None, None, "any"),
 )
 

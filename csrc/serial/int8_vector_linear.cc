@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/int8_vector.h"
+
+#include "core/parts.h"
+
+namespace fewbit {
+namespace {
+
+constexpr int64_t kTogether = 4;  // tokens, at most
+
+// Index of code `u` of a tile, column k of a chunk, among `bits` vectors of tile16.
+int index_of(const uint8_t* codes, int bits, int64_t u, int k) {
+  int index = 0;
+  for (int p = 0; p < part_count(bits); p++) {
+    const int width = part_width(bits, p), base = part_base(bits, p), shift = part_shift(width, k);
+    const uint8_t byte = codes[(base + part_vector(width, k)) * 64 + u * 4 + shift / 8];
+    index |= (byte >> shift % 8 & ((1 << width) - 1)) << base;
+  }
+  return index;
+}
+
+// The vectors of a tile's codes in one column: (16, dim).
+void fetch(const Int8VectorTask& task, const uint8_t* codes, const uint8_t* book, int k, uint8_t (*out)[kMostDim]) {
+  for (int64_t u = 0; u < 16; u++) {
+    const int first = index_of(codes, task.bits, u, k);
+    const int second = task.residual_bits ? index_of(codes + task.bits * 64, task.residual_bits, u, k) : 0;
+    for (int64_t d = 0; d < task.dim; d++) {
+      const uint8_t* entries = book + d * task.entries;
+      const int rest = task.residual_bits ? entries[task.dim * task.entries + second] : 0;
+      out[u][d] = static_cast<uint8_t>(entries[first] + rest);
+    }
+  }
+}
+
+void run_tile(const Int8VectorTask& task, int64_t tile, int64_t token, int64_t tokens) {
+  float totals[kTogether][kMostDim][16];
+  for (int64_t m = 0; m < tokens; m++)
+    for (int64_t d = 0; d < task.dim; d++)
+      for (int64_t u = 0; u < 16; u++) totals[m][d][u] = task.start[(token + m) * task.dim + d];
+  const uint8_t* codes = codes_of(task, tile);
+  const int8_t* x = activations_of(task, token);
+  VectorSegment segment(task);
+  for (int64_t s = 0; s < task.segments; s++, segment.next()) {
+    int32_t dot[kTogether][kMostDim][16] = {};
+    for (int64_t c = 0; c < segment.chunks; c++, codes += chunk_bytes(task), x += task.together * 32)
+      for (int k = 0; k < 32; k++) {
+        uint8_t bytes[16][kMostDim];
+        fetch(task, codes, segment.book, k, bytes);
+        for (int64_t m = 0; m < tokens; m++)
+          for (int64_t d = 0; d < task.dim; d++)
+            for (int64_t u = 0; u < 16; u++) dot[m][d][u] += bytes[u][d] * x[m * 32 + k];
+      }
+    for (int64_t m = 0; m < tokens; m++)
+      for (int64_t d = 0; d < task.dim; d++)
+        for (int64_t u = 0; u < 16; u++)
+          totals[m][d][u] =
+              __builtin_fmaf(segment.factor(token + m, d), static_cast<float>(dot[m][d][u]), totals[m][d][u]);
+  }
+  for (int64_t m = 0; m < tokens; m++)
+    for (int64_t d = 0; d < task.dim; d++) put(task, tile, token + m, d, totals[m][d]);
+}
+
+void run(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  for (int64_t tile = tile_begin; tile < tile_end; tile++)
+    for (int64_t token = 0; token < tokens; token += task.together)
+      run_tile(task, tile, token, tokens - token < task.together ? tokens - token : task.together);
+}
+
+}  // namespace
+
+const Int8VectorKernel int8_vector_linear_serial = {round_for_vectors, run};
+
+}  // namespace fewbit

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// fewbit_vector_linear_int8 on every instruction set of this machine against float64, from codes of exactly the size they
+// need, at odd addresses; the same bits on all of them, on two threads and for each token alone; refusals.
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <random>
+#include <vector>
+
+#include "fewbit.h"
+
+namespace {
+
+struct Shape {
+  int64_t rows, columns, block, x_block, tokens;
+};
+
+const Shape kShapes[] = {{1, 1, 1, 1, 1},     {7, 31, 31, 31, 3},    {33, 97, 32, 64, 5},  {97, 129, 64, 32, 8},
+                         {130, 256, 256, 256, 2}, {65, 512, 128, 512, 9}, {530, 260, 260, 64, 1}, {17, 600, 600, 600, 131}};
+const int32_t kDims[] = {2, 4, 6, 8, 12, 16};
+
+struct Isa {
+  int32_t flag;
+  const char* name;
+};
+
+const Isa kIsas[] = {{FEWBIT_SERIAL, "serial"}, {FEWBIT_AVX512VBMI, "avx512vbmi"}};
+
+int failures = 0;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Case {
+  Shape shape;
+  int32_t dim, bits[2], books, entries;
+  std::vector<uint8_t> codes[2], packed, book;  // packed has one byte in front
+  std::vector<float> step, offset, x, bias;
+  fewbit_byte_vectors matrix;
+
+  // `extreme`: the largest bytes by the most negative activations.
+  Case(Shape s, int32_t d, int32_t b, int32_t r, bool extreme, std::mt19937& random)
+      : shape(s), dim(d), bits{b, r}, books(r ? 2 : 1), entries(b <= 6 && r <= 6 ? 64 : 256) {
+    const int64_t units = ceil_div(s.rows, d), chunks = ceil_div(units, 16) * ceil_div(s.columns, 32);
+    packed.resize(1 + chunks * (b + r) * 64);
+    for (int i = 0; i < books; i++) {
+      for (int64_t k = 0; k < units * s.columns; k++) codes[i].push_back(random() & ((1u << bits[i]) - 1));
+      std::vector<uint8_t> apart(fewbit_tile16_bytes(units, s.columns, bits[i]));
+      fewbit_tile16_pack(codes[i].data(), s.columns, units, s.columns, bits[i], apart.data());
+      const int64_t size = bits[i] * 64;
+      for (int64_t c = 0; c < chunks; c++)
+        memcpy(packed.data() + 1 + c * (b + r) * 64 + (i ? b * 64 : 0), apart.data() + c * size, size);
+    }
+    const int64_t blocks = ceil_div(s.columns, s.block);
+    std::normal_distribution<float> normal;
+    for (int64_t k = 0; k < blocks * d; k++) step.push_back(normal(random)), offset.push_back(normal(random));
+    book.resize(blocks * books * d * entries);
+    for (int64_t k = 0; k < static_cast<int64_t>(book.size()); k++) {
+      const int64_t i = k / entries / d % books, at = k % entries;
+      const uint8_t value = extreme ? (i ? 0 : 255) : random() & (books == 2 ? 127 : 255);
+      book[k] = at < 1 << bits[i] ? value : book[k - at + at % (1 << bits[i])];
+    }
+    // The scale of every block is 1, as its largest magnitude is 127.5.
+    for (int64_t k = 0; k < s.tokens * s.columns; k++) {
+      const float inner = static_cast<float>(static_cast<int>(random() % 1001) - 500) / 4;
+      x.push_back(extreme || k % s.columns % s.x_block == 0 ? -127.5f : inner);
+    }
+    for (int64_t k = 0; k < s.rows; k++) bias.push_back(normal(random));
+    matrix = {s.rows, s.columns, s.block, d, b, r, packed.data() + 1, book.data(), step.data(), offset.data()};
+  }
+
+  double byte(int64_t row, int64_t column) const {
+    int sum = 0;
+    for (int i = 0; i < books; i++)
+      sum += book[((column / shape.block * books + i) * dim + row % dim) * entries +
+                  codes[i][row / dim * shape.columns + column]];
+    return sum;
+  }
+};
+
+void fail(const Case& c, const char* isa, const char* what, double found, double allowed) {
+  failures++;
+  printf("FAILED int8 vector on %s dim %d bits %d+%d rows %lld columns %lld tokens %lld: %s %g, allowed %g\n", isa, c.dim,
+         c.bits[0], c.bits[1], static_cast<long long>(c.shape.rows), static_cast<long long>(c.shape.columns),
+         static_cast<long long>(c.shape.tokens), what, found, allowed);
+}
+
+int run(const Case& c, int64_t token, int64_t tokens, float* y, int32_t isa, int32_t threads) {
+  const fewbit_input x = {c.x.data() + token * c.shape.columns, tokens, c.shape.columns, 1, FEWBIT_FLOAT32};
+  return fewbit_vector_linear_int8(&c.matrix, c.shape.x_block, &x, c.bias.data(), y, c.shape.rows, FEWBIT_FLOAT32, isa,
+                                   threads);
+}
+
+void check_error(const Case& c, const char* isa, const std::vector<float>& y) {
+  const int64_t rows = c.shape.rows, columns = c.shape.columns;
+  const double operations = 2 * static_cast<double>(ceil_div(columns, 32)) + 8;
+  for (int64_t t = 0; t < c.shape.tokens; t++)
+    for (int64_t r = 0; r < rows; r++) {
+      double sum = c.bias[r], size = fabs(sum);
+      for (int64_t k = 0; k < columns; k++) {
+        const double q = fmin(fmax(rint(c.x[t * columns + k] + 128.0), 0), 255) - 128;
+        const int64_t at = k / c.shape.block * c.dim + r % c.dim;
+        sum += (c.offset[at] + c.step[at] * c.byte(r, k)) * q;
+        size += (2 * fabs(c.offset[at]) + 255 * fabs(c.step[at])) * fabs(q);
+      }
+      const double bound = ldexp(operations, -24) * size, error = fabs(y[t * rows + r] - sum);
+      if (!(error <= bound)) return fail(c, isa, "error", error, bound);
+    }
+}
+
+void check(const Case& c) {
+  const int64_t rows = c.shape.rows, tokens = c.shape.tokens;
+  std::vector<float> first;
+  for (const Isa& isa : kIsas) {
+    if (!(fewbit_caps() & isa.flag)) continue;
+    std::vector<float> y(tokens * rows, NAN), twin(tokens * rows, NAN);
+    if (run(c, 0, tokens, y.data(), isa.flag, 1) != FEWBIT_OK) return fail(c, isa.name, "status", 1, 0);
+    if (first.empty()) first = y, check_error(c, isa.name, y);
+    if (memcmp(y.data(), first.data(), y.size() * sizeof(float))) fail(c, isa.name, "differs from serial", 1, 0);
+    run(c, 0, tokens, twin.data(), isa.flag, 2);
+    if (memcmp(y.data(), twin.data(), y.size() * sizeof(float))) fail(c, isa.name, "two threads differ", 1, 0);
+    for (int64_t t = 0; t < tokens; t++) run(c, t, 1, twin.data() + t * rows, isa.flag, 1);
+    if (memcmp(y.data(), twin.data(), y.size() * sizeof(float))) fail(c, isa.name, "a token alone differs", 1, 0);
+  }
+}
+
+void check_refusals(std::mt19937& random) {
+  const Case c({33, 97, 32, 64, 1}, 8, 6, 5, false, random);
+  const fewbit_input x = {c.x.data(), 1, 97, 1, FEWBIT_FLOAT32};
+  std::vector<float> y(33);
+  std::vector<fewbit_byte_vectors> bad(15, c.matrix);
+  bad[0].rows = 0, bad[1].columns = -1, bad[2].block = 0, bad[3].block = 98, bad[4].dim = 3, bad[5].dim = 32;
+  bad[6].bits = 3, bad[7].bits = 9, bad[8].residual_bits = 3, bad[9].residual_bits = 9, bad[10].codes = nullptr;
+  bad[11].book = nullptr, bad[12].step = nullptr, bad[13].offset = nullptr, bad[14].block = 48;
+  const auto call = [&](const fewbit_byte_vectors& w, int64_t x_block, int32_t isa) {
+    return fewbit_vector_linear_int8(&w, x_block, &x, nullptr, y.data(), 33, FEWBIT_FLOAT32, isa, 1);
+  };
+  for (const auto& w : bad)
+    if (call(w, 64, FEWBIT_SERIAL) != FEWBIT_BAD_ARGUMENT)
+      fail(c, "serial", "no refusal", static_cast<double>(&w - bad.data()), 0);
+  for (const int64_t x_block : {int64_t{0}, int64_t{-1}, int64_t{48}})
+    if (call(c.matrix, x_block, FEWBIT_SERIAL) != FEWBIT_BAD_ARGUMENT)
+      fail(c, "serial", "no refusal of x_block", static_cast<double>(x_block), 0);
+  if (call(c.matrix, 64, 1 << 20) != FEWBIT_NO_KERNEL) fail(c, "none", "no refusal", 0, 0);
+}
+
+}  // namespace
+
+int int8_vector_failures() {
+  std::mt19937 random(5);
+  int turn = 0;
+  for (const Shape& shape : kShapes)
+    for (int32_t dim : kDims)
+      for (int32_t bits = 4; bits <= 8; bits++, turn++) {
+        check(Case(shape, dim, bits, turn % 2 ? 4 + turn / 2 % 5 : 0, false, random));
+        if (turn % 7 == 0) check(Case(shape, dim, bits, turn % 2 ? 6 : 0, true, random));
+      }
+  check_refusals(random);
+  for (const Isa& isa : kIsas)
+    if (fewbit_caps() & isa.flag) printf("int8 vector on %s\n", isa.name);
+  return failures;
+}
