@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 
@@ -12,7 +13,8 @@ from peers.row import Call
 def interleaved(
     calls: list[list[Call]], seconds: float, pause: float, warm: bool, clock: Callable[[], float], least: int = 3
 ) -> list[list[float]]:
-    """Seconds of every call: rounds of one call a row, each row rotating through its own, until time is up.
+    """Seconds of every call: rounds of one call a row, each row rotating through its own, until time is up. The order
+    is another in each round: what a row leaves behind (caches, page tables, threads that still spin) meets every other.
 
     ``warm``: a call that is not timed goes before each. A row that has had three times its share of ``seconds`` sits
     out the rounds after the first ``least``.
@@ -22,7 +24,8 @@ def interleaved(
         each[0]()
     stop, turn = time.perf_counter() + seconds, 0
     while time.perf_counter() < stop or turn < least:
-        for each, times in zip(calls, found, strict=True):
+        for row in random.Random(turn).sample(range(len(calls)), len(calls)):
+            each, times = calls[row], found[row]
             if turn >= least and sum(times) > 3 * seconds / len(calls):
                 continue
             call = each[turn % len(each)]
