@@ -21,7 +21,7 @@ from fewbit.errors import InputError, SpecError
 from fewbit.kernels import native
 
 NEAR = 1e-6
-"""Where a sum comes this close to a border, float32 may decide otherwise: above 2 * 2^-21, the error of a share of p."""
+"""Where a sum comes this close to a border, float32 may decide otherwise: above 2 * 2^-21, the error of a share."""
 DRAWS = [
     pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="no native module")),
     "reference",
@@ -219,7 +219,7 @@ def test_seen_tokens_beyond_the_first_room_are_kept() -> None:
         sampler.take(token)
         sampler.take(7)
     seen, counts = sampler.seen
-    assert dict(zip(seen.tolist(), counts.tolist(), strict=True)) == {t: 1 for t in range(300)} | {7: 301}
+    assert dict(zip(seen.tolist(), counts.tolist(), strict=True)) == dict.fromkeys(range(300), 1) | {7: 301}
 
 
 def test_logprobs_are_those_of_the_model() -> None:

@@ -2,8 +2,8 @@
 """Which token comes next: what may be asked for, the draw in native code, and its slow definition.
 
 The order is bias, penalties, temperature, top-k, top-p, min-p, as transformers applies them; each is spelt out in
-``csrc/include/fewbit_sample.h``. A draw depends on the logits of its own sequence, the seed and the position in the text
-alone, so that one seed gives one text whatever runs beside it.
+``csrc/include/fewbit_sample.h``. A draw depends on the logits of its own sequence, the seed and the position in the
+text alone, so that one seed gives one text whatever runs beside it.
 """
 
 from __future__ import annotations
