@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 
-from fewbit.decode.batch import Batcher, Busy, Limits
+from fewbit.decode.batch import Batcher, Busy, Limits, Stopped
 from fewbit.decode.job import Job, Piece
 from fewbit.decode.prefixes import Prefixes, shared
 from fewbit.decode.sampling import Sampling
@@ -244,9 +244,9 @@ def test_closing_ends_every_text_with_an_error(words: Words) -> None:
     readers = [Reader(one, [5 + n], Sampling(temperature=0)) for n in range(5)]
     readers[0].pieces.get(timeout=30)
     one.close()
-    assert all(isinstance(reader.error, Busy) for reader in readers)
+    assert all(isinstance(reader.error, Stopped) for reader in readers)
     assert one.engine.held == {}
-    with pytest.raises(Busy, match="stopping"):
+    with pytest.raises(Stopped, match="stopping"):
         Reader(one, [5], GREEDY)
 
 

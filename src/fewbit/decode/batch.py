@@ -29,7 +29,11 @@ LOOKAHEAD = 32
 
 
 class Busy(FewbitError):
-    """As many jobs wait as may."""
+    """As many jobs wait as may. Trying again later works."""
+
+
+class Stopped(FewbitError):
+    """The engine is stopping."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Batcher:
         Raises:
             InputError: the prompt is empty, has a token beyond the vocabulary, or leaves no room in the context.
             SpecError: ``sampling`` asks for more than the context has room for, or a token beyond the vocabulary.
-            Busy: the queue is full. UnsupportedError: closed.
+            Busy: the queue is full. Stopped: after :meth:`close`.
         """
         room = self.engine.context - len(prompt)
         if not prompt:
@@ -115,7 +119,7 @@ class Batcher:
         job = Job(prompt, sampler, self.words, deliver, sampling.max_tokens or room)
         with self._changed:
             if self._closing:
-                raise Busy("one more text", "the engine is stopping")
+                raise Stopped("one more text", "the engine is stopping")
             if len(self._waiting) >= self.limits.waiting:
                 raise Busy("one more text", f"{len(self._waiting)} are waiting", "try again later")
             self._waiting.append(job)
@@ -170,7 +174,7 @@ class Batcher:
                 self._step()
             except Exception as error:  # a defect of ours: these jobs are lost, the thread is not
                 self._fail_all(error)
-        self._fail_all(Busy("the rest of the text", "the engine is stopping"))
+        self._fail_all(Stopped("the rest of the text", "the engine is stopping"))
 
     def _step(self) -> None:
         self._drop_cancelled()
