@@ -39,6 +39,7 @@ class FakeEngine:
     ) -> None:
         self.vocab_size, self.context, self.seconds = vocab_size, context, seconds
         self.poison, self.hollow, self.forgets, self.never = poison, hollow, forgets, list(never)
+        self.words = sorted(set(range(vocab_size)) - set(never))
         self.held: dict[int, list[int]] = {}
         self.parts: list[dict[int, list[int]]] = []
         self._ledger = Ledger(vocab_size, context, sequences)
@@ -66,7 +67,7 @@ class FakeEngine:
             return torch.full((self.vocab_size,), torch.nan)
         row = torch.zeros(self.vocab_size)
         for rank in range(4):
-            row[hashed([*tokens, rank]) % self.vocab_size] = 12.0 - rank
+            row[self.words[hashed([*tokens, rank]) % len(self.words)]] = 12.0 - rank
         row[self.never] = -torch.inf
         return row
 

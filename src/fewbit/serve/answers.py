@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the pieces of texts to answers: whole, or streamed as server-sent events. A client that leaves cancels its texts."""
+"""From the pieces of texts to answers: whole, or streamed as server-sent events. Who leaves cancels their texts."""
 
 from __future__ import annotations
 

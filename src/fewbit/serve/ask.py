@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request for a text asks: OpenAI's fields, checked. What cannot be done is refused, never left out in silence."""
+"""What a request for a text asks: OpenAI's fields, checked. What cannot be done is refused, not left out."""
 
 from __future__ import annotations
 
