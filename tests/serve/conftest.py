@@ -20,9 +20,9 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
-from fewbit.decode.batch import Batcher, Limits  # noqa: E402
-from fewbit.decode.text import Words, words_of  # noqa: E402
-from fewbit.serve.app import Served, application  # noqa: E402
+from fewbit.decode.batch import Batcher, Limits
+from fewbit.decode.text import Words, words_of
+from fewbit.serve.app import Served, application
 
 TOKEN = "a-token-for-tests"
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One vector a text: the mean of a model's last hidden states, of length one. Runs in transformers, for an encoder as
-well as for a causal model."""
+"""One vector a text, of length one: the mean of a model's last hidden states, or what the folder's notes for
+sentence-transformers name instead. Runs in transformers, for an encoder as well as for a causal model."""
 
 from __future__ import annotations
 
@@ -16,21 +16,28 @@ from torch import Tensor
 
 from fewbit.containers import manifest as M
 from fewbit.decode.text import Words
-from fewbit.errors import InputError
+from fewbit.errors import InputError, UnsupportedError
 from fewbit.integrations.load import load
 from fewbit.serve.errors import ApiError
 
 MOST_TEXTS = 256
 TOGETHER = 16
 """Texts of one pass."""
+POOLINGS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "first",
+    "pooling_mode_lasttoken": "last",
+}
+"""Switches of sentence-transformers' ``1_Pooling/config.json`` that are known here."""
 FIELDS = frozenset({"model", "input", "encoding_format", "user"})
 
 
 class Embedder:
-    """``model``: of transformers, in eval mode; ``context``: tokens of a text at most."""
+    """``model``: of transformers, in eval mode; ``context``: tokens of a text at most; ``pooling``: which hidden states
+    make a vector, "mean", "first" or "last"."""
 
-    def __init__(self, model: Any, words: Words, context: int) -> None:
-        self._model, self._words, self.context = model, words, context
+    def __init__(self, model: Any, words: Words, context: int, pooling: str = "mean") -> None:
+        self._model, self._words, self.context, self._pooling = model, words, context, pooling
         self._one = threading.Lock()  # a pass at a time: two would only share the same cores
 
     def tokens(self, found: Any) -> list[list[int]]:
@@ -68,18 +75,43 @@ class Embedder:
         with torch.inference_mode():
             output = self._model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         hidden, weight = output.hidden_states[-1].float(), mask[..., None].float()
-        mean = (hidden * weight).sum(1) / weight.sum(1)
-        return torch.nn.functional.normalize(mean, dim=-1)
+        if self._pooling == "mean":
+            pooled = (hidden * weight).sum(1) / weight.sum(1)
+        else:
+            places = mask.sum(1) - 1 if self._pooling == "last" else torch.zeros(len(texts), dtype=torch.long)
+            pooled = hidden[torch.arange(len(texts)), places]
+        return torch.nn.functional.normalize(pooled, dim=-1)
 
 
 def is_encoder(folder: Path) -> bool:
     """Whether the model in ``folder`` reads texts and writes none, by the name of its architecture."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        names = config.get("architectures") or [""]
+        names = config.get("architectures") or []
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'}", f"it cannot be read ({error})") from error
-    return not any("CausalLM" in name or "LMHead" in name or "ConditionalGeneration" in name for name in names)
+    return bool(names) and not any(
+        "CausalLM" in name or "LMHead" in name or "ConditionalGeneration" in name for name in names
+    )
+
+
+def pooling_of(folder: Path) -> str:
+    """How the model in ``folder`` was trained to make vectors; "mean" where it does not say.
+
+    Raises:
+        UnsupportedError: in a way that is not known here.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "mean"
+    try:
+        switches = json.loads(path.read_text(encoding="utf-8"))
+        on = [name for name, value in switches.items() if name.startswith("pooling_mode_") and value is True]
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}", f"it cannot be read ({error})") from error
+    if len(on) != 1 or on[0] not in POOLINGS:
+        raise UnsupportedError(f"embeddings of {folder}", f"{path.name} says {on}", f"one of {', '.join(POOLINGS)}")
+    return POOLINGS[on[0]]
 
 
 def embedder(folder: Path, words: Words) -> Embedder:
@@ -100,7 +132,7 @@ def embedder(folder: Path, words: Words) -> Embedder:
         raise InputError(f"the model in {folder}", " ".join(str(error).split())[:300]) from error
     limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
     own = words.tokenizer.model_max_length
-    return Embedder(model, words, min(limit, int(own)) if own else limit)
+    return Embedder(model, words, min(limit, int(own)) if own else limit, pooling_of(folder))
 
 
 def answer(embedder: Embedder, body: Mapping[str, Any], model: str) -> dict[str, Any]:
