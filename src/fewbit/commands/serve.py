@@ -24,6 +24,8 @@ NEEDED = ("starlette", "uvicorn", "prometheus_client")
 INSTALL = 'pip install "fewbit[serve]"'
 GRACE = 3
 """Seconds that running answers have after Ctrl-C."""
+CONNECTIONS = 1000
+"""At once; what comes beyond is told to come back."""
 IDLE = 75
 """Seconds after which a connection without request is closed."""
 
@@ -74,6 +76,7 @@ def run(request: Request) -> None:
             ws="none",
             server_header=False,
             timeout_keep_alive=IDLE,
+            limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=GRACE,
         )
         _announce(served, request.host, listener.getsockname()[1])

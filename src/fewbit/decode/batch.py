@@ -193,7 +193,7 @@ class Batcher:
             self._retire(job)
             gone.append(job)
         for job in gone:
-            job.end("cancelled")
+            job.drop()
 
     def _admit(self) -> None:
         """Begin waiting jobs, first come first served, while there is room. One whose prompt begins as that of a job

@@ -88,6 +88,10 @@ class Job:
         text += self._stops.finish()
         self._send(Piece(text, tuple(self._news), "stop" if self._stops.stopped else finish))
 
+    def drop(self) -> None:
+        """Deliver that nobody wants the rest."""
+        self._send(Piece(finish="cancelled"))
+
     def fail(self, error: Exception) -> None:
         self._send(Piece(error=error))
 

@@ -97,6 +97,7 @@ class Words:
         self.tokenizer = tokenizer
         own = tokenizer.eos_token_id
         self.ends = frozenset(ends) | (frozenset() if own is None else {int(own)})
+        self.encode("a")  # switches off truncation that a file may ask for: later, threads only read the tokenizer
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt, with those that the tokenizer begins every text with.
