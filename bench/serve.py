@@ -5,9 +5,11 @@
 [--json FILE]``
 
 The server is a process of its own on a free port of loopback. First every request is made alone, then all clients make
-them again at random and every text must be the same. Memory of the server is read twice a second; "growth" is its
-median over the last quarter of the time less that over the second quarter: the first fills caches. Exits with 1 if an
-answer was wrong or lost, or a text outlived its client.
+them again at random. Half of the requests are marked: a bias makes each write a token of its own over and over, so that
+their texts must come out the same in any case. The others write what they like; "came out otherwise" counts those whose
+text is not the one that they got alone, as happens where a kernel rounds one token otherwise than several. Memory of the
+server is read twice a second; "growth" is its median over the last quarter of the time less that over the second: the
+first fills caches. Exits with 1 if an answer was wrong or lost, or a text outlived its client.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ BEGINNINGS = (
     "The old dog was tired. He had walked all day, and",
 )
 TOKENS = (4, 12, 32)
+FIRST_MARK = 1000
+"""A token; those before it are often bytes or special."""
 
 
 def main() -> None:
@@ -70,7 +74,7 @@ def main() -> None:
 
 async def measure(server: Server, process: psutil.Process, clients: int, seconds: float) -> dict[str, Any]:
     """What the storm brought, beside the memory of ``process``."""
-    cases = [Case(body, await answer(server, body)) for body in requests()]
+    cases = [Case(body, await answer(server, body), "logit_bias" in body) for body in requests()]
     memory: list[int] = []
 
     async def watch() -> None:
@@ -91,12 +95,14 @@ async def measure(server: Server, process: psutil.Process, clients: int, seconds
 
 
 def requests() -> list[dict[str, Any]]:
-    return [
+    free = [
         {"model": "model", "prompt": beginning, "max_tokens": tokens, "temperature": temperature, "seed": 7}
         for beginning in BEGINNINGS
         for tokens in TOKENS
         for temperature in (0, 1)
     ]
+    marked = [{**body, "logit_bias": {str(FIRST_MARK + 37 * number): 100}} for number, body in enumerate(free)]
+    return free + marked
 
 
 def metrics(server: Server) -> dict[str, float]:
@@ -116,6 +122,8 @@ def summary(tally: Tally, made: dict[str, float], seconds: float) -> dict[str, A
         "ways": dict(tally.ways),
         "busy": tally.busy,
         "wrong": tally.wrong,
+        "read": tally.read,
+        "other": tally.other,
         "tokens_per_s": made["fewbit_generated_tokens_total"] / seconds,
         "prompt_tokens_per_s": made["fewbit_prompt_tokens_total"] / seconds,
         "reused": made["fewbit_reused_tokens_total"] / max(made["fewbit_prompt_tokens_total"], 1),
@@ -136,6 +144,7 @@ def show(found: dict[str, Any]) -> None:
     for name, value in (
         ("requests", f"{found['requests']} in {found['seconds']:.0f} s: {ways}"),
         ("wrong or lost", str(len(found["wrong"]))),
+        ("came out otherwise", f"{found['other']} of {found['read']} that were compared"),
         ("told to try later", str(found["busy"])),
         ("written", f"{found['tokens_per_s']:.0f} tokens/s"),
         ("prompts", f"{found['prompt_tokens_per_s']:.0f} tokens/s, {100 * found['reused']:.0f} % of them reused"),
