@@ -7,9 +7,9 @@
 The server is a process of its own on a free port of loopback. First every request is made alone, then all clients make
 them again at random. Half of the requests are marked: a bias makes each write a token of its own over and over, so that
 their texts must come out the same in any case. The others write what they like; "came out otherwise" counts those whose
-text is not the one that they got alone, as happens where a kernel rounds one token otherwise than several. Memory of the
-server is read twice a second; "growth" is its median over the last quarter of the time less that over the second: the
-first fills caches. Exits with 1 if an answer was wrong or lost, or a text outlived its client.
+text is not the one that they got alone, as happens where a kernel rounds one token otherwise than several. Memory of
+the server is read twice a second; "growth" is its median over the last quarter of the time less that over the second:
+the first fills caches. Exits with 1 if an answer was wrong or lost, or a text outlived its client.
 """
 
 from __future__ import annotations

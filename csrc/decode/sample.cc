@@ -73,21 +73,16 @@ void adjust(const fewbit_draw& draw) {
 // The largest of n values; NaN where one is NaN or +infinity, or none is finite.
 float largest(const float* values, int64_t n) {
   float lanes[kLanes];
-  int32_t bad[kLanes] = {};
+  int32_t bad = 0;
   std::fill(lanes, lanes + kLanes, -kInfinity);
-  for (int64_t i = 0; i + kLanes <= n; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; lane++) {
-      const float value = values[i + lane];
-      lanes[lane] = value > lanes[lane] ? value : lanes[lane];
-      bad[lane] |= !(value < kInfinity);
-    }
-  for (int64_t i = n - n % kLanes; i < n; i++) {
-    lanes[0] = std::max(lanes[0], values[i]);
-    bad[0] |= !(values[i] < kInfinity);
-  }
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < n; i++) bad |= !(values[i] < kInfinity);
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; lane++)
+      lanes[lane] = values[i + lane] > lanes[lane] ? values[i + lane] : lanes[lane];
+  for (int64_t i = whole; i < n; i++) lanes[0] = std::max(lanes[0], values[i]);
   const float most = *std::max_element(lanes, lanes + kLanes);
-  const bool sound = std::none_of(bad, bad + kLanes, [](int32_t b) { return b != 0; }) && most > -kInfinity;
-  return sound ? most : std::numeric_limits<float>::quiet_NaN();
+  return !bad && most > -kInfinity ? most : std::numeric_limits<float>::quiet_NaN();
 }
 
 // The k-th best of n values, or kAll where fewer are above -infinity. Candidates gather until there are twice as many as
@@ -135,10 +130,10 @@ Candidate nucleus(const float* weights, int64_t n, double top_p, double total, s
 
 double sum_of(const float* values, int64_t n) {
   double lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
     for (int64_t lane = 0; lane < kLanes; lane++) lanes[lane] += static_cast<double>(values[i + lane]);
-  for (; i < n; i++) lanes[0] += static_cast<double>(values[i]);
+  for (int64_t i = whole; i < n; i++) lanes[0] += static_cast<double>(values[i]);
   double sum = 0;
   for (double lane : lanes) sum += lane;
   return sum;

@@ -93,6 +93,28 @@ void check_rows(int64_t n, std::mt19937& random) {
   expect(n == 1 || row[static_cast<size_t>(first)] < 0 || drawn(draw) != first, "a penalty is lost");
 }
 
+// Where a temperature makes all weights one, a draw is the floor(u * kept)-th of the tokens that stay, in their order.
+void check_kept(int64_t n, std::mt19937& random) {
+  std::vector<float> row(static_cast<size_t>(n));
+  for (float& x : row) x = static_cast<float>(random() % 1000);
+  std::vector<int32_t> order(row.size());
+  for (size_t i = 0; i < order.size(); i++) order[i] = static_cast<int32_t>(i);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return row[a] > row[b]; });
+  for (int64_t k : {int64_t{1}, int64_t{3}, n / 7 + 1, n / 2 + 1, n - 1, n})
+    for (uint64_t position = 0; position < 8; position++) {
+      std::vector<int32_t> kept(order.begin(), order.begin() + std::max<int64_t>(1, std::min(k, n)));
+      std::sort(kept.begin(), kept.end());
+      std::vector<float> logits = row;
+      fewbit_draw draw = plain(logits);
+      draw.temperature = 1e30f, draw.position = position, draw.top_k = static_cast<int64_t>(kept.size());
+      const double u = fewbit::uniform(draw.seed, position, 0);
+      expect(drawn(draw) == kept[static_cast<size_t>(u * static_cast<double>(kept.size()))], "top_k keeps other tokens");
+      logits = row;
+      draw.top_k = 0, draw.top_p = 0.5f;  // of equal weights the lower half stays
+      expect(drawn(draw) == static_cast<int32_t>(u * static_cast<double>((n + 1) / 2)), "top_p keeps other tokens");
+    }
+}
+
 void check_refusals() {
   std::vector<float> logits(5, 0.0f);
   int32_t token = 5;
@@ -120,6 +142,7 @@ int sample_failures() {
   std::mt19937 random(3);
   check_philox();
   for (int64_t n : {1, 2, 7, 16, 31, 33, 1024, 1025, 5000}) check_rows(n, random);
+  for (int64_t n : {1, 2, 7, 33, 1024, 5000}) check_kept(n, random);
   check_refusals();
   return failures;
 }

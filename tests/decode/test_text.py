@@ -68,6 +68,12 @@ def test_bytes_that_are_no_text_are_not_held_for_ever(words: Words, tokens: list
     assert stream.finish() == ""
 
 
+def test_junk_is_shown_after_a_while(words: Words) -> None:
+    shown = streamed(words, [], [words.encode("€")[1]] * 100)  # no character goes on without having begun
+    assert "".join(shown) == "�" * 100
+    assert shown.index(next(filter(None, shown))) == PENDING - 1
+
+
 def test_a_character_comes_whole(words: Words) -> None:
     tokens = words.encode("€a")
     assert len(tokens) == 4

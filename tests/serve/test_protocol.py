@@ -130,6 +130,7 @@ def test_nonsense_in_a_chat(fake: Callable[..., Any], change: dict[str, Any]) ->
         (b"\xff\xfe\xfa", 400),
         (b'{"model": "fake", "prompt": "a", "temperature": NaN}', 400),
         (b'{"model": "fake", "prompt": "a", "temperature": 1e999}', 400),
+        (b'{"model": "fake", "prompt": "a", "user": Infinity}', 400),
         (b'{"model": "fake", "prompt": "\\ud800", "max_tokens": 2}', 400),
         (b"[" * 200_000, 400),
         (b'{"a":' * 200_000, 400),
