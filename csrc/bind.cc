@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "fewbit.h"
+#include "fewbit_sample.h"
 
 namespace {
 
@@ -271,6 +272,37 @@ PyObject* int8_windows(PyObject*, PyObject* args) {
   return status(code);
 }
 
+// A draw in Python: the members of fewbit_draw in their order.
+bool draw_of(PyObject* tuple, fewbit_draw* d) {
+  unsigned long long logits, seen, counts, biased, bias, seed, position;
+  long long vocabulary, top_k, seen_count, bias_count;
+  unsigned int branch;
+  if (!PyArg_ParseTuple(tuple, "KLffffffLKKLKKLKKI", &logits, &vocabulary, &d->temperature, &d->top_p, &d->min_p,
+                        &d->repetition, &d->frequency, &d->presence, &top_k, &seen, &counts, &seen_count, &biased,
+                        &bias, &bias_count, &seed, &position, &branch))
+    return false;
+  d->logits = pointer<float*>(logits), d->vocabulary = vocabulary, d->top_k = top_k;
+  d->seen = pointer<const int32_t*>(seen), d->counts = pointer<const int32_t*>(counts), d->seen_count = seen_count;
+  d->biased = pointer<const int32_t*>(biased), d->bias = pointer<const float*>(bias), d->bias_count = bias_count;
+  d->seed = seed, d->position = position, d->branch = branch;
+  return true;
+}
+
+// sample(draws, tokens, threads)
+PyObject* sample(PyObject*, PyObject* args) {
+  PyObject* tuple;
+  unsigned long long tokens;
+  int threads, code;
+  if (!PyArg_ParseTuple(args, "O!Ki", &PyTuple_Type, &tuple, &tokens, &threads)) return nullptr;
+  std::vector<fewbit_draw> draws(static_cast<size_t>(PyTuple_Size(tuple)));
+  for (size_t i = 0; i < draws.size(); i++)
+    if (!draw_of(PyTuple_GetItem(tuple, static_cast<Py_ssize_t>(i)), &draws[i])) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_sample(draws.data(), static_cast<int64_t>(draws.size()), pointer<int32_t*>(tokens), threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
 PyObject* large_pages(PyObject*, PyObject* args) {
   unsigned long long data;
   long long bytes;
@@ -306,6 +338,7 @@ PyMethodDef methods[] = {
     {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},
     {"int8_windows", int8_windows, METH_VARARGS,
      "(windows, x, dtype, images, groups, weight, rows, bias, y, isa, threads)"},
+    {"sample", sample, METH_VARARGS, "(draws, tokens, threads)"},
     {"large_pages", large_pages, METH_VARARGS, "(data, bytes) -> None."},
     {"read_stream", read_stream, METH_VARARGS, "(data, bytes, threads) -> exclusive or of the bytes."},
     {nullptr, nullptr, 0, nullptr},

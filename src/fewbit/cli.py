@@ -201,6 +201,61 @@ def generate(
 
 @app.command()
 @guarded
+def serve(
+    out: Folder,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; other than loopback is reachable.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option("--token", envvar="FEWBIT_TOKEN", help="What clients must show; default: a new random one."),
+    ] = None,
+    no_token: Annotated[bool, typer.Option("--no-token", help="Let everyone in who reaches the address.")] = False,
+    name: Annotated[str | None, typer.Option("--name", help="The model's name; default: the folder's.")] = None,
+    sequences: Annotated[int, typer.Option("--sequences", min=1, max=64, help="Texts written at once.")] = 8,
+    kept: Annotated[int, typer.Option("--kept", min=0, help="Caches of finished texts kept beside, for reuse.")] = 4,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="Texts that may wait.")] = 256,
+    context: Annotated[int | None, typer.Option("--context", min=2, help="Positions of a text; default: all.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="Tokens of an answer at most; default: the context.")
+    ] = None,
+    kv: Annotated[str, typer.Option("--kv", help="Keys and values: float16, bfloat16, float32, int8, int4.")] = (
+        "float16"
+    ),
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Serve /v1/embeddings too: loads the model in transformers as well.")
+    ] = False,
+    threads: Threads = None,
+    activation: Activation = None,
+    debug: Debug = False,
+) -> None:
+    """Serve OUT to clients of the OpenAI protocol, and a page to chat with it. Needs the extra `serve`."""
+    from fewbit.commands import serve as command
+
+    command.run(
+        command.Request(
+            out,
+            host,
+            port,
+            token,
+            no_token,
+            name,
+            sequences,
+            kept,
+            queue,
+            context,
+            max_tokens,
+            kv,
+            activation,
+            embeddings,
+            threads,
+        )
+    )
+
+
+@app.command()
+@guarded
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder, a .gguf or a .safetensors file.")],
     json: Json = None,

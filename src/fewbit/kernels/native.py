@@ -57,6 +57,9 @@ SparseMatrix = tuple[int, int, int, int, int, int, int, int]
 Windows = tuple[int, ...]
 """The 18 members of ``fewbit_windows`` in ``csrc/include/fewbit.h``, in their order."""
 
+Draw = tuple[int | float, ...]
+"""The 18 members of ``fewbit_draw`` in ``csrc/include/fewbit_sample.h``, in their order."""
+
 
 class Core(Protocol):
     """The functions of ``fewbit._native``; arguments as in ``csrc/bind.cc``."""
@@ -103,6 +106,7 @@ class Core(Protocol):
         isa: int,
         threads: int,
     ) -> None: ...
+    def sample(self, draws: tuple[Draw, ...], tokens: int, threads: int) -> None: ...
     def large_pages(self, data: int, nbytes: int) -> None: ...
     def read_stream(self, data: int, nbytes: int, threads: int) -> int: ...
     def linear_many(

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+// fewbit_sample: what stays is described by the last token that does, found by selection, and the draw is one more walk
+// in the order of tokens. Nothing is sorted: vocabularies have up to a quarter of a million tokens.
+#include "fewbit_sample.h"
+
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "core/pool.h"
+#include "decode/philox.h"
+#include "fewbit.h"
+
+namespace fewbit {
+namespace {
+
+constexpr int64_t kLanes = 16;       // independent sums and maxima, so that the compiler may use vectors
+constexpr int64_t kTogether = 1024;  // tokens whose sum is kept, to find the drawn one without adding up all of them
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Candidate {
+  float value;
+  int32_t token;
+};
+
+bool better(const Candidate& a, const Candidate& b) {
+  return a.value > b.value || (a.value == b.value && a.token < b.token);
+}
+
+constexpr Candidate kAll = {-kInfinity, std::numeric_limits<int32_t>::max()};
+
+// Whether a token stays whose worst companion is `last`.
+bool stays(float value, int32_t token, const Candidate& last) {
+  return (value > last.value) | ((value == last.value) & (token <= last.token));
+}
+
+// e^x for x <= 0, the Taylor series to the seventh power within half a power of two; 0 below -87. Our own, for the
+// vectors, and so that one result comes from every mathematical library.
+float exponential(float x) {
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const int32_t power = static_cast<int32_t>(clamped * 1.44269504f - 0.5f);
+  const float whole = static_cast<float>(power);
+  const float r = (clamped - whole * 0.693145752f) - whole * 1.42860677e-6f;  // 15 bits of ln 2: the product is exact
+  float y = 1.0f / 5040;
+  y = y * r + 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  const int32_t bits = (power + 127) << 23;
+  float scale;
+  memcpy(&scale, &bits, sizeof(scale));
+  return x < -87.0f ? 0.0f : y * scale;
+}
+
+void adjust(const fewbit_draw& draw) {
+  for (int64_t i = 0; i < draw.bias_count; i++) draw.logits[draw.biased[i]] += draw.bias[i];
+  for (int64_t i = 0; i < draw.seen_count; i++) {
+    float& logit = draw.logits[draw.seen[i]];
+    logit = logit > 0 ? logit / draw.repetition : logit * draw.repetition;
+    const float count = static_cast<float>(draw.counts[i]);
+    logit -= draw.frequency * count + (count > 0 ? draw.presence : 0);
+  }
+}
+
+// The largest of n values; NaN where one is NaN or +infinity, or none is finite.
+float largest(const float* values, int64_t n) {
+  float lanes[kLanes];
+  int32_t bad = 0;
+  std::fill(lanes, lanes + kLanes, -kInfinity);
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < n; i++) bad |= !(values[i] < kInfinity);
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; lane++)
+      lanes[lane] = values[i + lane] > lanes[lane] ? values[i + lane] : lanes[lane];
+  for (int64_t i = whole; i < n; i++) lanes[0] = std::max(lanes[0], values[i]);
+  const float most = *std::max_element(lanes, lanes + kLanes);
+  return !bad && most > -kInfinity ? most : std::numeric_limits<float>::quiet_NaN();
+}
+
+// The k-th best of n values, or kAll where fewer are above -infinity. Candidates gather until there are twice as many as
+// wanted, then the better half stays: a later token must beat the worst of it, and hardly any does.
+Candidate best(const float* values, int64_t n, int64_t k, std::vector<Candidate>& gathered) {
+  if (k >= n) return kAll;
+  gathered.clear();
+  const auto halve = [&] {
+    std::nth_element(gathered.begin(), gathered.begin() + (k - 1), gathered.end(), better);
+    gathered.resize(static_cast<size_t>(k));
+    return gathered.back();
+  };
+  float above = -kInfinity;
+  for (int64_t i = 0; i < n; i++) {
+    if (!(values[i] > above)) continue;
+    gathered.push_back({values[i], static_cast<int32_t>(i)});
+    if (static_cast<int64_t>(gathered.size()) == 2 * k) above = halve().value;
+  }
+  return static_cast<int64_t>(gathered.size()) < k ? kAll : halve();
+}
+
+// The last of the fewest best weights whose sum reaches top_p of `total`. Weights below (1 - top_p) * total / n do not
+// amount to 1 - top_p together, so all that are needed lie above; these are halved around their median.
+Candidate nucleus(const float* weights, int64_t n, double top_p, double total, std::vector<Candidate>& gathered) {
+  const float least = static_cast<float>((1 - top_p) * total / static_cast<double>(n));
+  gathered.clear();
+  for (int64_t i = 0; i < n; i++)
+    if (weights[i] >= least && weights[i] > 0) gathered.push_back({weights[i], static_cast<int32_t>(i)});
+  double missing = top_p * total;
+  auto begin = gathered.begin(), end = gathered.end();
+  while (end - begin > 1) {
+    const auto middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, better);
+    double sum = 0;
+    for (auto it = begin; it != middle; ++it) sum += static_cast<double>(it->value);
+    if (sum >= missing) {
+      end = middle;
+    } else {
+      missing -= sum;
+      begin = middle;
+    }
+  }
+  return *begin;
+}
+
+double sum_of(const float* values, int64_t n) {
+  double lanes[kLanes] = {};
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; lane++) lanes[lane] += static_cast<double>(values[i + lane]);
+  for (int64_t i = whole; i < n; i++) lanes[0] += static_cast<double>(values[i]);
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+// The token in whose share of the sum u falls; the last one that has a share where rounding left u beyond all.
+int32_t drawn(const float* weights, int64_t n, double u, std::vector<double>& sums) {
+  sums.clear();
+  double total = 0;
+  for (int64_t i = 0; i < n; i += kTogether) {
+    sums.push_back(sum_of(weights + i, std::min(kTogether, n - i)));
+    total += sums.back();
+  }
+  double left = u * total;
+  int64_t block = 0;
+  while (block + 1 < static_cast<int64_t>(sums.size()) && left >= sums[block]) left -= sums[block++];
+  int32_t last = -1;
+  for (int64_t i = block * kTogether; i < n; i++) {
+    if (!(weights[i] > 0)) continue;
+    last = static_cast<int32_t>(i);
+    left -= static_cast<double>(weights[i]);
+    if (left < 0) return last;
+  }
+  if (last >= 0) return last;
+  for (int64_t i = block * kTogether; i-- > 0;)
+    if (weights[i] > 0) return static_cast<int32_t>(i);
+  return -1;
+}
+
+int32_t sample(const fewbit_draw& draw) {
+  static thread_local std::vector<Candidate> gathered;
+  static thread_local std::vector<double> sums;
+  float* const x = draw.logits;
+  const int64_t n = draw.vocabulary;
+  adjust(draw);
+  const float most = largest(x, n);
+  if (isnan(most)) return -1;
+  if (draw.temperature == 0) return static_cast<int32_t>(std::find(x, x + n, most) - x);
+  const Candidate last = draw.top_k > 0 ? best(x, n, draw.top_k, gathered) : kAll;
+  for (int64_t i = 0; i < n; i++) {
+    const float weight = exponential((x[i] - most) / draw.temperature);
+    x[i] = stays(x[i], static_cast<int32_t>(i), last) ? weight : 0.0f;
+  }
+  Candidate cut = kAll;
+  if (draw.top_p < 1) cut = nucleus(x, n, static_cast<double>(draw.top_p), sum_of(x, n), gathered);
+  if (draw.top_p < 1 || draw.min_p > 0)
+    for (int64_t i = 0; i < n; i++)
+      x[i] = stays(x[i], static_cast<int32_t>(i), cut) & (x[i] >= draw.min_p) ? x[i] : 0.0f;
+  return drawn(x, n, uniform(draw.seed, draw.position, draw.branch), sums);
+}
+
+bool indices_fit(const int32_t* tokens, int64_t count, int64_t vocabulary) {
+  if (count < 0 || (count > 0 && !tokens)) return false;
+  return std::all_of(tokens, tokens + count, [=](int32_t token) { return token >= 0 && token < vocabulary; });
+}
+
+bool sensible(const fewbit_draw& d) {
+  return d.logits && d.vocabulary > 0 && d.vocabulary < std::numeric_limits<int32_t>::max() && d.temperature >= 0 &&
+         d.top_p >= 0 && d.top_p <= 1 && d.min_p >= 0 && d.min_p <= 1 && d.repetition > 0 && d.top_k >= 0 &&
+         !isnan(d.frequency) && !isnan(d.presence) && indices_fit(d.seen, d.seen_count, d.vocabulary) &&
+         (d.seen_count == 0 || d.counts) && indices_fit(d.biased, d.bias_count, d.vocabulary) &&
+         (d.bias_count == 0 || d.bias);
+}
+
+struct Call {
+  const fewbit_draw* draws;
+  int32_t* tokens;
+  std::atomic<bool> no_memory;
+};
+
+void sample_unit(void* context, int64_t unit) {
+  Call& call = *static_cast<Call*>(context);
+  try {
+    call.tokens[unit] = sample(call.draws[unit]);
+  } catch (const std::bad_alloc&) {
+    call.no_memory = true;
+  }
+}
+
+}  // namespace
+}  // namespace fewbit
+
+extern "C" int fewbit_sample(const fewbit_draw* draws, int64_t count, int32_t* tokens, int32_t threads) {
+  using namespace fewbit;
+  if (count < 0 || threads < 1 || (count > 0 && (!draws || !tokens))) return FEWBIT_BAD_ARGUMENT;
+  if (!std::all_of(draws, draws + count, sensible)) return FEWBIT_BAD_ARGUMENT;
+  Call call = {draws, tokens, {false}};
+  parallel(count, thread_count(threads), sample_unit, &call);
+  return call.no_memory ? FEWBIT_NO_MEMORY : FEWBIT_OK;
+}

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between tokens and what a person reads: text that comes token by token, stop strings, ends, chat templates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fewbit.errors import InputError
+
+REPLACEMENT = "�"
+"""What decoders write for bytes that are no character, or not yet."""
+PENDING = 16
+"""Tokens held back at most; four bytes, each a token of its own, are the longest character."""
+
+
+class TextStream:
+    """Text of tokens as they come; never half a character.
+
+    A token's text depends on those before it (a space that only the first one lacks, a character that several tokens
+    share), so a few are decoded again with each new one, and what is longer than before is the news.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
+        """``decode``: tokens to text, special ones left out. ``before``: the prompt, whose end is the first context."""
+        self._decode = decode
+        self._tokens = list(before[-PENDING:])
+        self._begin, self._shown = 0, len(self._tokens)
+
+    def push(self, token: int) -> str:
+        """The text that became certain by ``token``; often empty."""
+        self._tokens.append(token)
+        text = self._news()
+        if not text or (text.endswith(REPLACEMENT) and len(self._tokens) - self._shown < PENDING):
+            return ""
+        self._begin, self._shown = self._shown, len(self._tokens)
+        return text
+
+    def finish(self) -> str:
+        """What was held back: bytes that never became a character."""
+        text = self._news()
+        self._begin = self._shown = len(self._tokens)
+        return text
+
+    def _news(self) -> str:
+        if self._begin > 4 * PENDING:  # what is no longer decoded need not be kept
+            del self._tokens[: self._begin]
+            self._begin, self._shown = 0, self._shown - self._begin
+        shown = self._decode(self._tokens[self._begin : self._shown])
+        return self._decode(self._tokens[self._begin :])[len(shown) :]
+
+
+class StopStrings:
+    """Ends a text before the first of ``stops``, and holds back what could become one.
+
+    >>> stops = StopStrings(["\\n\\n", "END"])
+    >>> stops.push("a\\nE"), stops.push("N"), stops.push("d\\n"), stops.push("\\nb"), stops.stopped
+    ('a\\n', '', 'ENd', '', True)
+    """
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """What of the text so far can be shown now."""
+        if self.stopped:
+            return ""
+        self._held += text
+        ends = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            return self._held[: min(ends)]
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back and has not become a stop string."""
+        held, self._held = self._held, ""
+        return "" if self.stopped else held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The longest end of ``text`` that ``stop`` begins with, the whole of it excepted."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Words:
+    """A tokenizer, the tokens at which its model ends, and its chat template."""
+
+    def __init__(self, tokenizer: Any, ends: Iterable[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        own = tokenizer.eos_token_id
+        self.ends = frozenset(ends) | (frozenset() if own is None else {int(own)})
+        self.encode("a")  # switches off truncation that a file may ask for: later, threads only read the tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a prompt, with those that the tokenizer begins every text with.
+
+        Raises:
+            InputError: half a surrogate pair, which is no text.
+        """
+        return [int(token) for token in self.tokenizer(_sound(text), verbose=False)["input_ids"]]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text; special tokens are left out, and so are numbers that the tokenizer has no text for."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def piece(self, token: int) -> str:
+        """One token by itself, special or not, for lists of alternatives."""
+        return str(self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def stream(self, before: Sequence[int] = ()) -> TextStream:
+        return TextStream(self.decode, before)
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a conversation, up to where the assistant begins to answer.
+
+        The template is a program from the model's folder: transformers runs it in jinja's immutable sandbox.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each.
+
+        Raises:
+            InputError: the folder has no template, or the template refuses the messages.
+        """
+        if not self.tokenizer.chat_template:
+            found = "the model's folder holds none: it was not trained to converse"
+            raise InputError("a chat template", found, "plain completions would work, or a model made for chat")
+        for message in messages:
+            _sound(message["content"])
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # whatever a template from a folder may do
+            raise InputError("the chat template", f"it refuses these messages: {error}"[:300]) from error
+        return [int(t) for t in self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def words_of(folder: Path) -> Words:
+    """The tokenizer in ``folder``, ends by ``generation_config.json`` and ``config.json``.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"the tokenizer of {folder}", " ".join(str(error).split())[:300]) from error
+    return Words(tokenizer, ends_of(folder))
+
+
+def ends_of(folder: Path) -> frozenset[int]:
+    """The tokens that end a text: ``eos_token_id``, one or several, of both configs.
+
+    Raises:
+        InputError: a config is no JSON object.
+    """
+    ends: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        try:
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            found = config.get("eos_token_id")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"{folder / name}", f"it is no JSON object ({error})") from error
+        listed = found if isinstance(found, list) else [found]
+        ends |= {token for token in listed if isinstance(token, int) and not isinstance(token, bool)}
+    return frozenset(ends)
+
+
+def _sound(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError("the text", f"half a surrogate pair at character {error.start}", "valid Unicode") from error
+    return text

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The application: who may ask, what is where, and that an error is an answer."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import hmac
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from fewbit.decode.batch import Batcher, Stats
+from fewbit.decode.text import Words
+from fewbit.serve import ask as A
+from fewbit.serve import embeddings as E
+from fewbit.serve.answers import Stream, Texts, unless_gone, whole
+from fewbit.serve.body import read_object
+from fewbit.serve.errors import ApiError, api_error
+from fewbit.serve.metrics import Metrics
+from fewbit.serve.shapes import Shape
+
+LOG = logging.getLogger("fewbit.serve")
+Handler = Callable[[Request], Awaitable[Response]]
+Parse = Callable[[dict[str, Any], Words], A.Ask]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served.
+
+    * ``name``: the model's, as clients ask for it. ``batcher``: None for an encoder. ``embedder``: None where vectors
+      were not asked for.
+    * ``token``: what clients must show; None lets everyone in who reaches the port.
+    * ``hosts``: names by which clients may call this machine, so that no page of the internet can under one of its
+      own; None allows all.
+    * ``body_bytes``, ``max_tokens``: most of a request and of a text.
+    """
+
+    name: str
+    words: Words
+    batcher: Batcher | None = None
+    embedder: E.Embedder | None = None
+    token: str | None = None
+    hosts: frozenset[str] | None = None
+    body_bytes: int = 4 << 20
+    max_tokens: int | None = None
+
+
+def application(served: Served) -> Starlette:
+    """The ASGI application of ``served``."""
+    batcher = served.batcher
+    metrics = Metrics(batcher.stats if batcher is not None else Stats)
+    began = int(time.time())
+    page = _Page()
+
+    async def index(request: Request) -> Response:
+        return HTMLResponse(page.html, headers=page.headers)
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def metrics_text(request: Request) -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    async def models(request: Request) -> Response:
+        asked = request.path_params.get("model")
+        if asked is not None:
+            _check_model(served, asked)
+        one = {"id": served.name, "object": "model", "created": began, "owned_by": "fewbit"}
+        return JSONResponse(one if asked is not None else {"object": "list", "data": [one]})
+
+    def generation(parse: Parse) -> Handler:
+        async def answer(request: Request) -> Response:
+            return await _generate(served, metrics, request, parse)
+
+        return answer
+
+    async def embeddings(request: Request) -> Response:
+        body = await read_object(request, served.body_bytes)
+        _check_model(served, body.get("model"))
+        if served.embedder is None:
+            message = "this server was started without --embeddings"
+            raise ApiError(501, message, code="embeddings_not_loaded")
+        return JSONResponse(await run_in_threadpool(E.answer, served.embedder, body, served.name))
+
+    def route(path: str, handler: Handler, method: str, *, public: bool = False) -> Route:
+        return Route(path, _guarded(served, metrics, path, handler, public), methods=[method])
+
+    return Starlette(
+        routes=[
+            route("/", index, "GET", public=True),
+            route("/health", health, "GET", public=True),
+            route("/metrics", metrics_text, "GET"),
+            route("/v1/models", models, "GET"),
+            route("/v1/models/{model:path}", models, "GET"),
+            route("/v1/completions", generation(A.completion), "POST"),
+            route("/v1/chat/completions", generation(A.chat), "POST"),
+            route("/v1/embeddings", embeddings, "POST"),
+        ],
+        exception_handlers={HTTPException: _no_such_place},
+    )
+
+
+async def _generate(served: Served, metrics: Metrics, request: Request, parse: Parse) -> Response:
+    body = await read_object(request, served.body_bytes)
+    _check_model(served, body.get("model"))
+    if served.batcher is None:
+        raise ApiError(501, f"{served.name} reads texts and writes none; /v1/embeddings would work", code="encoder")
+    ask = await run_in_threadpool(parse, body, served.words)
+    ask = _bounded(ask, served.max_tokens, served.batcher.engine.context)
+    texts = Texts(served.batcher, ask, metrics)
+    shape = Shape(ask.chat, served.name, served.words)
+    if ask.stream:
+        return Stream(texts, shape, ask.include_usage)
+    try:
+        return await unless_gone(request, whole(texts, shape))
+    finally:
+        texts.cancel()
+
+
+def _bounded(ask: A.Ask, most: int | None, context: int) -> A.Ask:
+    """``ask`` with a number of tokens: the one asked for, else the usual one where the context has room for it."""
+    asked = ask.sampling.max_tokens
+    if asked is not None:
+        if most is not None and asked > most:
+            raise ApiError(400, f"max_tokens {asked}; a text has at most {most} tokens here", "max_tokens")
+        return ask
+    room = context - max(map(len, ask.prompts))
+    usual = room if ask.chat else A.COMPLETION_TOKENS
+    tokens = max(1, min(room, usual, most or usual))
+    return dataclasses.replace(ask, sampling=dataclasses.replace(ask.sampling, max_tokens=tokens))
+
+
+def _check_model(served: Served, name: Any) -> None:
+    if name != served.name:
+        asked = "no model is named" if name is None else f"there is no model {str(name)[:200]!r}"
+        raise ApiError(404, f"{asked}; this server has {served.name!r}", "model", "model_not_found")
+
+
+def _guarded(served: Served, metrics: Metrics, path: str, handler: Handler, public: bool) -> Handler:
+    """``handler`` for those who may ask; what it raises becomes an answer, and every answer is counted."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            _check_host(served, request)
+            if not public:
+                _check_token(served, request)
+            response = await handler(request)
+        except Exception as error:
+            found = api_error(error)
+            if found.code == "internal_error":
+                LOG.error("%s failed", path, exc_info=error)
+            response = found.response()
+        metrics.requests.labels(path, response.status_code).inc()
+        return response
+
+    return answer
+
+
+def _check_host(served: Served, request: Request) -> None:
+    host = request.url.hostname
+    if served.hosts is not None and host not in served.hosts:
+        raise ApiError(403, f"this server is not called {str(host)[:200]!r}; {min(served.hosts)} would work")
+
+
+def _check_token(served: Served, request: Request) -> None:
+    if served.token is None:
+        return
+    scheme, _, shown = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(shown.strip().encode(), served.token.encode()):
+        message = "the token is missing or wrong; send it as `Authorization: Bearer TOKEN`"
+        raise ApiError(401, message, code="invalid_api_key")
+
+
+async def _no_such_place(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}").response()
+
+
+class _Page:
+    """The chat page, which may run its own script and talk to this server, and nothing else."""
+
+    def __init__(self) -> None:
+        self.html = (files("fewbit.serve") / "page.html").read_text(encoding="utf-8")
+        allowed = {kind: " ".join(_hashes(self.html, kind)) for kind in ("script", "style")}
+        policy = (
+            f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        self.headers = {
+            "Content-Security-Policy": policy,
+            "Referrer-Policy": "no-referrer",
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "no-cache",
+        }
+
+
+def _hashes(html: str, kind: str) -> list[str]:
+    """What a policy calls the inline scripts or styles of a page."""
+    texts = re.findall(rf"<{kind}>(.*?)</{kind}>", html, re.DOTALL)
+    return [f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts]

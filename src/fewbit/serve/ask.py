@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request for a text asks: OpenAI's fields, checked. What cannot be done is refused, not left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fewbit.decode.sampling import Sampling
+from fewbit.decode.text import Words
+from fewbit.errors import SpecError
+from fewbit.serve.errors import ApiError
+
+MOST_CHOICES = 16
+"""Texts of one request."""
+COMPLETION_TOKENS = 16
+"""``max_tokens`` of a completion that names none, as OpenAI has it; a chat goes on to the end of the context."""
+NUMBERS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+    "ignore_eos",
+)
+"""Fields that :class:`Sampling` knows by the same name; those that OpenAI lacks have vLLM's names."""
+SHARED = frozenset({*NUMBERS, "model", "stream", "stream_options", "n", "stop", "logit_bias", "logprobs", "max_tokens"})
+COMPLETION = SHARED | {"prompt"}
+CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
+UNHEEDED = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+"""Fields that are about the sender or the billing and change no text."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+"""Fields of things that are not done here, and the values that ask for none of them."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """``prompts``: tokens; ``n`` texts follow each."""
+
+    chat: bool
+    prompts: tuple[tuple[int, ...], ...]
+    sampling: Sampling
+    n: int
+    stream: bool
+    include_usage: bool
+
+
+def completion(body: Mapping[str, Any], words: Words) -> Ask:
+    """A request of /v1/completions. Raises ApiError and the errors of tokenizing."""
+    given = _known(body, COMPLETION)
+    prompts = _prompts(given.get("prompt"), words)
+    return _ask(False, prompts, given, given.get("max_tokens"), given.get("logprobs"))
+
+
+def chat(body: Mapping[str, Any], words: Words) -> Ask:
+    """A request of /v1/chat/completions. Raises as :func:`completion`."""
+    given = _known(body, CHAT)
+    prompt = tuple(words.chat(_messages(given.get("messages"))))
+    most = given.get("max_completion_tokens", given.get("max_tokens"))
+    wanted = _flag(given, "logprobs")
+    if "top_logprobs" in given and not wanted:
+        raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+    return _ask(True, (prompt,), given, most, given.get("top_logprobs", 0) if wanted else None)
+
+
+def _ask(chat: bool, prompts: tuple[tuple[int, ...], ...], given: Mapping[str, Any], most: Any, logs: Any) -> Ask:
+    n = _whole(given, "n", 1, 1, MOST_CHOICES)
+    if n * len(prompts) > MOST_CHOICES:
+        raise ApiError(400, f"{n * len(prompts)} texts in one request; at most {MOST_CHOICES} would work", "n")
+    options = given.get("stream_options", {})
+    if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
+        raise ApiError(400, 'stream_options knows {"include_usage": true}', "stream_options")
+    return Ask(chat, prompts, _sampling(given, most, logs), n, _flag(given, "stream"), _flag(options, "include_usage"))
+
+
+def _sampling(given: Mapping[str, Any], most: Any, logs: Any) -> Sampling:
+    fields = {name: given[name] for name in NUMBERS if name in given}
+    if fields.get("top_k") == -1:  # as vLLM spells "all"
+        fields["top_k"] = 0
+    if not isinstance(fields.get("ignore_eos", False), bool):
+        raise ApiError(400, "ignore_eos is true or false", "ignore_eos")
+    stop = given.get("stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list):
+        raise ApiError(400, "stop is a text or a list of texts", "stop")
+    try:
+        sampling = Sampling(**fields, stop=tuple(stop), logit_bias=_biases(given), max_tokens=most, logprobs=logs)
+    except SpecError as error:
+        name = error.asked.split()[0]
+        raise ApiError(400, str(error), name if name in SHARED else None) from None
+    return sampling.seeded()
+
+
+def _biases(given: Mapping[str, Any]) -> dict[int, float]:
+    found = given.get("logit_bias", {})
+    if not isinstance(found, dict) or not all(key.isdecimal() and len(key) < 12 for key in found):
+        raise ApiError(400, 'logit_bias is an object such as {"42": -100}', "logit_bias")
+    return {int(key): value for key, value in found.items()}
+
+
+def _known(body: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    """The fields that are given; null is not given."""
+    given = {name: value for name, value in body.items() if value is not None and name not in UNHEEDED}
+    for name in [name for name in given if name in NEUTRAL and name not in names]:
+        if not any(given[name] == value and type(given[name]) is type(value) for value in NEUTRAL[name]):
+            raise ApiError(400, f"{name} is not supported by this server", name, "unsupported_parameter")
+        del given[name]
+    unknown = sorted(given.keys() - names)
+    if unknown:
+        raise ApiError(400, f"unknown field {unknown[0][:100]!r}", unknown[0][:100], "unknown_parameter")
+    return given
+
+
+def _prompts(found: Any, words: Words) -> tuple[tuple[int, ...], ...]:
+    """A text, tokens, or a list of one of these."""
+    listed = found if isinstance(found, list) and found and isinstance(found[0], (str, list)) else [found]
+    if len(listed) > MOST_CHOICES:
+        raise ApiError(400, f"{len(listed)} prompts; at most {MOST_CHOICES} would work", "prompt")
+    return tuple(_prompt(one, words) for one in listed)
+
+
+def _prompt(found: Any, words: Words) -> tuple[int, ...]:
+    if isinstance(found, str):
+        return tuple(words.encode(found))
+    if isinstance(found, list) and found and all(type(token) is int for token in found):
+        return tuple(found)
+    raise ApiError(400, "prompt is a text, a list of texts, a list of tokens, or a list of such lists", "prompt")
+
+
+def _messages(found: Any) -> list[dict[str, str]]:
+    if not isinstance(found, list) or not found:
+        raise ApiError(400, "messages is a list of one message at least", "messages")
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(found)]
+
+
+def _message(found: Any, where: str) -> dict[str, str]:
+    if not isinstance(found, dict) or not isinstance(found.get("role"), str):
+        raise ApiError(400, f'{where} is an object with "role" and "content"', where)
+    content = found.get("content")
+    if isinstance(content, list):  # parts, of which only texts can be read here
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
+        content = None if None in texts else "".join(str(text) for text in texts)
+    if not isinstance(content, str):
+        raise ApiError(400, f"the content of {where} is a text or a list of text parts", f"{where}.content")
+    return {"role": found["role"], "content": content}
+
+
+def _whole(given: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:
+    value = given.get(name, default)
+    if type(value) is not int or not least <= value <= most:
+        raise ApiError(400, f"{name} is a whole number from {least} to {most}", name)
+    return value
+
+
+def _flag(given: Mapping[str, Any], name: str) -> bool:
+    value = given.get(name, False)
+    if not isinstance(value, bool):
+        raise ApiError(400, f"{name} is true or false", name)
+    return value

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The objects that OpenAI's clients read: completions, chat completions, and the chunks of both."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from fewbit.decode.sampling import Logprobs
+from fewbit.decode.text import REPLACEMENT, Words
+
+LEAST_LOG = -9999.0
+"""Stands for the logarithm of zero, which JSON cannot write."""
+
+Tokens = tuple[tuple[int, Logprobs | None], ...]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The objects of one answer. ``chat``: a message, else plain text."""
+
+    chat: bool
+    model: str
+    words: Words
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:24])
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        return {**self._head("chat.completion" if self.chat else "text_completion"), "choices": choices, "usage": usage}
+
+    def chunk(self, choices: list[dict[str, Any]], **usage: Any) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {**self._head(kind), "choices": choices, **usage}
+
+    def choice(self, index: int, text: str, finish: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+
+    def delta(self, index: int, text: str, finish: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        content = {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first chunk of a chat's choice."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def logprobs(self, tokens: Tokens, offset: int = 0) -> dict[str, Any] | None:
+        """What is known of ``tokens``; None where nothing was asked. ``offset``: characters of the text before them."""
+        known = [(token, logs) for token, logs in tokens if logs is not None]
+        if not known:
+            return None
+        return {"content": [self._entry(*pair) for pair in known]} if self.chat else self._table(known, offset)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+
+    def _entry(self, token: int, logs: Logprobs) -> dict[str, Any]:
+        return {**self._token(token, logs.taken), "top_logprobs": [self._token(*pair) for pair in logs.top]}
+
+    def _token(self, token: int, log: float) -> dict[str, Any]:
+        piece = self.words.piece(token)
+        code = None if REPLACEMENT in piece else list(piece.encode())
+        return {"token": piece, "logprob": max(log, LEAST_LOG), "bytes": code}
+
+    def _table(self, known: list[tuple[int, Logprobs]], offset: int) -> dict[str, Any]:
+        pieces = [self.words.piece(token) for token, _ in known]
+        return {
+            "tokens": pieces,
+            "token_logprobs": [max(logs.taken, LEAST_LOG) for _, logs in known],
+            "top_logprobs": [{self.words.piece(t): max(log, LEAST_LOG) for t, log in logs.top} for _, logs in known],
+            "text_offset": [offset + sum(map(len, pieces[:index])) for index in range(len(pieces))],
+        }

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fewbit serve`` as a person starts and stops it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fewbit.cli import app
+
+httpx = pytest.importorskip("httpx")
+
+
+def invoke(*words: object, **options: object) -> Result:
+    return CliRunner().invoke(app, ["serve", *map(str, words)], **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_from_start_to_ctrl_c(tiny: Path) -> None:
+    command = [sys.executable, "-m", "fewbit.cli", "serve", str(tiny), "--port", "0", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            said = process.stdout.readline()
+            found = re.fullmatch(r"tiny at (http://127\.0\.0\.1:\d+)/#token=(\S{20,})\n", said)
+            assert found, said
+            headers = {"Authorization": f"Bearer {found[2]}"}
+            body = {"model": "tiny", "prompt": "hello", "max_tokens": 5, "ignore_eos": True}
+            answer = httpx.post(f"{found[1]}/v1/completions", json=body, headers=headers, timeout=60)
+            assert answer.json()["usage"]["completion_tokens"] == 5
+            endless = {**body, "max_tokens": 500, "stream": True}
+            with httpx.stream(
+                "POST", f"{found[1]}/v1/completions", json=endless, headers=headers, timeout=60
+            ) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(httpx.HTTPError):  # cut after the seconds of grace, unless it ends by then
+                    list(lines)
+            assert process.wait(30) == 0
+            rest = process.stderr.read()
+            assert "stopped" in rest and "Traceback" not in rest
+            assert process.stdout.read() == ""  # the token is printed once
+        finally:
+            process.kill()
+
+
+def test_a_taken_port_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = invoke(tmp_path, "--port", taken.getsockname()[1])
+    assert result.exit_code == 3 and "--port" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("--token", "short"), 2, "guessed"),
+        (("--token", "with space in it"), 2, "guessed"),
+        (("--token", "long-enough-token", "--no-token"), 2, "one of the two"),
+        (("--kv", "int1"), 2, "int1"),
+        (("--activation", "int99"), 2, "int99"),
+        (("--host", "256.1.1.1"), 3, "listening"),
+    ],
+)
+def test_options_that_cannot_be(tiny: Path, words: tuple[str, ...], code: int, says: str) -> None:
+    result = invoke(tiny, "--port", "0", *words)
+    assert result.exit_code == code and says in result.stderr, result.stderr
+
+
+def test_a_folder_without_model_is_refused(tmp_path: Path, byte_tokenizer: Callable[[Path], int]) -> None:
+    assert "config.json" in invoke(tmp_path, "--port", "0").stderr
+    (tmp_path / "config.json").write_text("{}")
+    result = invoke(tmp_path, "--port", "0")
+    assert result.exit_code == 3 and "tokenizer" in result.stderr
+
+
+def test_without_the_extra_the_install_line_is_said(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbit.commands import serve
+
+    monkeypatch.setattr(serve, "NEEDED", ("starlette", "no_such_module_here"))
+    result = invoke(tiny)
+    assert result.exit_code == 4 and "fewbit[serve]" in result.stderr
