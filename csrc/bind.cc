@@ -249,6 +249,17 @@ PyObject* read_stream(PyObject*, PyObject* args) {
   return PyLong_FromUnsignedLongLong(result);
 }
 
+PyObject* fields_unpack(PyObject*, PyObject* args) {
+  unsigned long long packed, codes;
+  long long rows, columns;
+  int bits, threads, code;
+  if (!PyArg_ParseTuple(args, "KLLiKi", &packed, &rows, &columns, &bits, &codes, &threads)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_fields_unpack(pointer<const uint8_t*>(packed), rows, columns, bits, pointer<uint8_t*>(codes), threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
 // decoder_new(model, kv, sequences) -> the decoder's address; model: that of a fewbit_model, which stays where it is, as
 // does all that it points to, until decoder_free.
 PyObject* decoder_new(PyObject*, PyObject* args) {
@@ -316,6 +327,7 @@ PyMethodDef methods[] = {
     {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},
     {"large_pages", large_pages, METH_VARARGS, "(data, bytes) -> None."},
     {"read_stream", read_stream, METH_VARARGS, "(data, bytes, threads) -> exclusive or of the bytes."},
+    {"fields_unpack", fields_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, threads)"},
     {"decoder_new", decoder_new, METH_VARARGS, "(model, kv, sequences) -> decoder; see fewbit_decode.h."},
     {"decoder_free", decoder_free, METH_VARARGS, "(decoder)"},
     {"decoder_feed", decoder_feed, METH_VARARGS, "(decoder, parts, logits, threads)"},

@@ -244,7 +244,7 @@ void close_position(const HeadLayout& open, uint8_t* from, const HeadLayout& clo
   }
   const float least = 5.9604644775390625e-08f, wanted = largest / most;
   const uint16_t scale = to_float16(wanted < least ? least : wanted);
-  reinterpret_cast<uint16_t*>(to + closed.scales)[(value ? kBlock : 0) + p] = scale;
+  reinterpret_cast<uint16_t*>(to + closed.scales)[(value ? kBlock : int64_t{0}) + p] = scale;
   uint8_t* codes = tile_of(closed, value, to, p);
   for (int64_t d = 0; d < open.dim; d++) {
     const float x = element(open.kv, tile, index_of(open, value, p, d, &high)) / from_float16(scale);
@@ -268,7 +268,7 @@ void reopen_block(const HeadLayout& closed, const uint8_t* from, const HeadLayou
     for (int value = 0; value < 2; value++) {
       const uint8_t* codes = tile_of(closed, value, const_cast<uint8_t*>(from), p);
       uint8_t* tile = tile_of(open, value, to, p);
-      const float scale = from_float16(scales[(value ? kBlock : 0) + p]);
+      const float scale = from_float16(scales[(value ? kBlock : int64_t{0}) + p]);
       for (int64_t d = 0; d < open.dim; d++) {
         bool high;
         const uint8_t byte = codes[index_of(closed, value, p, d, &high)];

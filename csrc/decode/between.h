@@ -52,6 +52,21 @@ void cap_to(float* x, float scale, float cap, int64_t count) {
     for (int64_t i = 0; i < count; i++) x[i] = cap * tanh_of(x[i] * scale / cap);
 }
 
+void hadamard(float* x, int64_t block, int64_t count) {
+  for (int64_t apart = 1; apart < block; apart *= 2)
+    for (int64_t first = 0; first < count; first += 2 * apart) {
+      float *low = x + first, *high = low + apart;
+      for (int64_t i = 0; i < apart; i++) {
+        const float a = low[i], b = high[i];
+        low[i] = a + b, high[i] = a - b;
+      }
+    }
+}
+
+void scale_by(const float* x, const float* factor, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i++) out[i] = x[i] * factor[i];
+}
+
 void softmax(float* x, int64_t count) {
   float most = x[0];
   for (int64_t i = 1; i < count; i++) most = x[i] > most ? x[i] : most;

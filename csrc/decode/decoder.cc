@@ -316,7 +316,7 @@ extern "C" int fewbit_decoder_feed(fewbit_decoder* decoder, const fewbit_part* p
   std::vector<int64_t> lengths;
   try {
     for (int64_t p = 0; p < count; p++) lengths.push_back(decoder->cache.length(parts[p].sequence));
-    code = feed(decoder, parts, count, logits, {&decoder->steps, thread_count(threads)});
+    code = feed(decoder, parts, count, logits, {&decoder->steps, thread_count(threads), &decoder->scratch.rewritten});
   } catch (const std::bad_alloc&) {
   }
   if (code != FEWBIT_OK)

@@ -13,7 +13,7 @@ enum : int64_t { kChunk = 128 };  // rows that go through the blocks together: a
 
 // Memory that grows to what the widest pass needs, and is used again.
 struct Scratch {
-  std::vector<float> x, normed, qkv, attended, wide, narrow, out, cosines, sines, row;
+  std::vector<float> x, normed, qkv, attended, wide, narrow, out, cosines, sines, row, rewritten;
   std::vector<float> shares, gathered, expert_out;
 };
 
@@ -38,15 +38,6 @@ struct Pass {
   std::vector<int64_t> last_rows, parts;  // rows that end a part, and which
   int64_t rows() const { return static_cast<int64_t>(tokens.size()); }
 };
-
-// Room for `count` floats.
-inline float* room_for(std::vector<float>* memory, int64_t count) {
-  if (static_cast<int64_t>(memory->size()) < count) memory->resize(static_cast<size_t>(count));
-  return memory->data();
-}
-
-// Threads for work on `rows` rows, one by one.
-inline int32_t threads_for(const Means& means, int64_t rows) { return rows < 8 ? 1 : means.threads; }
 
 // out, (rows, hidden), = the MLP or the experts of a block, of x (rows, hidden).
 int feed_forward(const fewbit_model& model, const fewbit_block& block, const Means& means, const float* x, int64_t rows,

@@ -68,6 +68,10 @@ struct Steps {
   void (*gate)(int32_t activation, const float* gate, const float* up, int64_t count, float* out);
   // x = cap * tanh(x * scale / cap); cap 0: x * scale.
   void (*cap)(float* x, float scale, float cap, int64_t count);
+  // Every `block` of x, a power of two, times Sylvester's Hadamard matrix.
+  void (*hadamard)(float* x, int64_t block, int64_t count);
+  // out = x * factor
+  void (*scale)(const float* x, const float* factor, int64_t count, float* out);
   // x = softmax(x)
   void (*softmax)(float* x, int64_t count);
   // Writes the key and the value of one position, (dim) each, into its place of a block.

@@ -29,18 +29,39 @@ void multiply_dense(const Means& means, const Product& product, const fewbit_inp
   });
 }
 
+// x, (tokens, columns), as the matrix wants it.
+const float* rewrite(const Means& means, const fewbit_weight& w, const float* x, int64_t x_stride, int64_t tokens) {
+  float* out = room_for(means.rewritten, tokens * w.columns);
+  spread(tokens, threads_for(means, tokens), [&](int64_t token) {
+    const float* from = x + token * x_stride;
+    float* to = out + token * w.columns;
+    for (int64_t i = 0; i < w.rewrites; i++, from = to) {
+      means.steps->scale(from, w.rewrite[i].factor, w.columns, to);
+      means.steps->hadamard(to, w.rewrite[i].block, w.columns);
+    }
+  });
+  return out;
+}
+
 bool together(const fewbit_weight& a, const fewbit_weight& b) {
-  return a.kind == FEWBIT_TILED && b.kind == FEWBIT_TILED && a.isa == b.isa && a.x_block == b.x_block;
+  return a.kind == FEWBIT_TILED && b.kind == FEWBIT_TILED && a.isa == b.isa && a.x_block == b.x_block &&
+         a.rewrite == b.rewrite;
 }
 
 }  // namespace
 
 int multiply(const Means& means, const Product* products, int32_t count, const float* x, int64_t x_stride,
              int64_t tokens) {
-  const fewbit_input input = {x, tokens, x_stride, 1, FEWBIT_FLOAT32};
+  fewbit_input input = {x, tokens, x_stride, 1, FEWBIT_FLOAT32};
+  const fewbit_rewrite* done = nullptr;
   for (int32_t begin = 0, end; begin < count; begin = end) {
     end = begin + 1;
     const Product& first = products[begin];
+    if (first.weight->rewrite != done) {
+      done = first.weight->rewrite;
+      input.data = done ? rewrite(means, *first.weight, x, x_stride, tokens) : x;
+      input.stride = done ? first.weight->columns : x_stride;
+    }
     int code = FEWBIT_OK;
     if (first.weight->kind == FEWBIT_TILED) {
       while (end < count && end - begin < kMostShared && together(*first.weight, *products[end].weight)) end++;
@@ -76,6 +97,10 @@ int look_up(const fewbit_weight& weight, int64_t row, float scale, std::vector<f
 
 bool has_shape(const fewbit_weight& w, int64_t rows, int64_t columns, bool may_be_absent) {
   if (w.kind == FEWBIT_ABSENT) return may_be_absent;
+  for (int64_t i = 0; i < w.rewrites; i++) {
+    const fewbit_rewrite& step = w.rewrite[i];
+    if (!step.factor || step.block < 1 || (step.block & (step.block - 1)) || columns % step.block) return false;
+  }
   if (w.rows != rows || w.columns != columns) return false;
   switch (w.kind) {
     case FEWBIT_TILED: return w.tiled.rows == rows && w.tiled.columns == columns && well_formed(w.tiled);

@@ -2,6 +2,8 @@
 // Products with matrices of any kind, and rows of an embedding. Everything returns a status of fewbit.h.
 #pragma once
 
+#include <stddef.h>
+
 #include <vector>
 
 #include "core/pool.h"
@@ -27,7 +29,17 @@ struct Product {
 struct Means {
   const Steps* steps;
   int32_t threads;
+  std::vector<float>* rewritten;  // grows as needed
 };
+
+// Room for `count` floats.
+inline float* room_for(std::vector<float>* memory, int64_t count) {
+  if (static_cast<int64_t>(memory->size()) < count) memory->resize(static_cast<size_t>(count));
+  return memory->data();
+}
+
+// Threads for work on `rows` rows, one by one.
+inline int32_t threads_for(const Means& means, int64_t rows) { return rows < 8 ? 1 : means.threads; }
 
 // x: (tokens, columns), x_stride floats apart. Neighbours that one kernel runs are computed in one call of it.
 int multiply(const Means& means, const Product* products, int32_t count, const float* x, int64_t x_stride,

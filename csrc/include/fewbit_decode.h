@@ -29,7 +29,15 @@ enum { FEWBIT_SILU = 0, FEWBIT_GELU_TANH = 1, FEWBIT_GELU = 2 };
 /* What keys and values are kept in; the first three are the types of activations. */
 enum { FEWBIT_KV_INT8 = 3, FEWBIT_KV_INT4 = 4 };
 
-/* A matrix that rows of activations are multiplied by: y = x w^T + bias. */
+/* A step of what activations go through before they are multiplied: x * factor, then every `block` of them (a power of
+ * two) times Sylvester's Hadamard matrix; block 1: no more than the product. */
+typedef struct {
+  const float* factor; /* (columns) */
+  int64_t block;
+} fewbit_rewrite;
+
+/* A matrix that rows of activations are multiplied by: y = rewritten x w^T + bias. Neighbours (q, k, v; gate, up) whose
+ * `rewrite` is the same pointer share what it makes. */
 typedef struct {
   int32_t kind;
   int32_t isa;            /* of the kernel: one bit of fewbit_caps() */
@@ -41,6 +49,8 @@ typedef struct {
   fewbit_vectors codebook;
   const void* dense;      /* (rows, columns) */
   const float* bias;      /* (rows) or NULL */
+  const fewbit_rewrite* rewrite; /* (rewrites), in their order */
+  int64_t rewrites;
 } fewbit_weight;
 
 /* Where `up` is absent, `gate` has the rows of both. */
@@ -91,6 +101,11 @@ typedef struct {
 } fewbit_part;
 
 typedef struct fewbit_decoder fewbit_decoder;
+
+/* Codes of 1 to 8 bits as they lie in a file, each row a string of bits counted from the lowest of the first byte, rows
+ * ceil(columns * bits / 8) bytes apart: codes (rows, columns) one byte each. */
+int fewbit_fields_unpack(const uint8_t* packed, int64_t rows, int64_t columns, int32_t bits, uint8_t* codes,
+                         int32_t threads);
 
 /* kv: what keys and values are kept in. sequences: how many there are, numbered from 0, all empty at first. The model is
  * copied, its arrays are not. NULL in `out` unless FEWBIT_OK is returned. */

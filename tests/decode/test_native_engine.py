@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native runtime against transformers' own forward pass over the whole text, family by family, on tiny random models.
+"""The native runtime against transformers' own forward pass over the whole text, on tiny random models of each family.
 
-Both compute in float32, in another order: logits agree within 2^-24 times the number of operations in a chain times the
-magnitudes, here some hundreds of each. ``CLOSE`` is 20 times what was seen.
+Both compute in float32, in another order: logits agree within 2^-24 times the number of operations in a chain times
+the magnitudes, here some hundreds of operations on numbers of about 1.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class Family:
     * ``norms``: of what enters attention, what leaves it, what enters the MLP, what leaves it; None: there is none.
     * ``norm_offset``: added to the weights of norms. ``head_norms``: queries and keys are normed head by head.
     * ``scaled_embedding``: embeddings are multiplied by the root of their width.
-    * ``experts``: whether the MLP may be several of which a router chooses. ``normalised``: whether the weights of those
-      chosen add up to 1; None: the configuration says.
+    * ``experts``: whether the MLP may be several of which a router chooses. ``normalised``: whether the weights of
+      those chosen add up to 1; None: the configuration says.
     """
 
     types: tuple[str, ...]
@@ -69,7 +69,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Layer:
-    """``window``: positions that a token sees, 0 for all. ``rope``: which of the model's. ``experts``: 0 for one MLP."""
+    """``window``: positions that a token sees, 0: all. ``rope``: which of the model's. ``experts``: 0 for one MLP."""
 
     window: int
     rope: int

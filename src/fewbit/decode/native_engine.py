@@ -27,7 +27,7 @@ class NativeEngine:
     """See :class:`fewbit.decode.Engine`."""
 
     name = "native"
-    why = None
+    why: str | None = None
 
     def __init__(
         self,

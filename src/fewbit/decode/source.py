@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the native runtime takes a model's arrays from: a folder's safetensors, mapped into memory. What is multiplied as
-it is stored stays in the file's pages, which processes share; what a kernel wants in its own layout is repacked once."""
+"""Where the native runtime takes a model's arrays from: a folder's safetensors, mapped into memory. What is multiplied
+as it is stored stays in the file's pages, which processes share; what a kernel wants in its own layout is repacked."""
 
 from __future__ import annotations
 
+import ctypes as C
 import mmap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +16,15 @@ from torch import Tensor
 
 from fewbit import formats, kernels, layouts
 from fewbit.containers.safetensors import SafetensorsFile
-from fewbit.core.format import Format
+from fewbit.core import rewrite as R
+from fewbit.core.format import Format, code_shape
 from fewbit.core.qtensor import QTensor, storage
 from fewbit.decode import structs as S
 from fewbit.errors import CorruptFileError, InputError, UnsupportedError
 from fewbit.kernels import native
 from fewbit.kernels.prepared import NativePrepared, PreparedMatrix
 from fewbit.kernels.vectors import VectorPrepared
+from fewbit.layouts.dense import DENSE, load_params
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,6 +67,7 @@ class Source:
     rounding: Format | None
     kept: list[Any] = field(default_factory=list)
     _weights: dict[str, S.Weight] = field(default_factory=dict)
+    _rewrites: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         """Whether there is a matrix called ``name``."""
@@ -113,7 +116,26 @@ class Source:
         return made
 
     def _quantized(self, name: str, rounded: bool) -> S.Weight:
-        return self._ready(name, self._qtensor(name), self._activation(name) if rounded else None)
+        made = self._ready(name, self._qtensor(name), self._activation(name) if rounded else None)
+        kinds = self.modules[name].get("rewrites", ())
+        if kinds:
+            made.rewrite, made.rewrites = self._rewrite(name, kinds, made.columns), len(kinds)
+        return made
+
+    def _rewrite(self, name: str, kinds: Sequence[str], columns: int) -> Any:
+        """What inputs of module ``name`` go through; the same address for modules that rewrite them alike."""
+        arrays = {array: self.tensor(f"{name}.input_{array}") for array in R.storage(kinds, columns)}
+        key = (*kinds, *(tensor.numpy().tobytes() for tensor in arrays.values()))
+        if key not in self._rewrites:
+            steps = R.restore(kinds, columns, arrays).steps
+            made = (S.Rewrite * len(steps))()
+            for place, step in enumerate(steps):
+                block = 1 if isinstance(step, R.Scale) else step.block
+                factor = step.scale.float() if isinstance(step, R.Scale) else step.factors.float()
+                made[place] = S.Rewrite(self.keep(factor), block)
+            self.kept.append(made)
+            self._rewrites[key] = C.cast(made, C.POINTER(S.Rewrite))
+        return self._rewrites[key]
 
     def _activation(self, name: str) -> Format | None:
         own = self.modules[name].get("activation")
@@ -121,8 +143,6 @@ class Source:
 
     def _qtensor(self, name: str) -> QTensor:
         entry = self.modules[name]
-        if entry.get("rewrites"):
-            raise UnsupportedError(f"the native runtime for {name}", f"inputs are rewritten: {entry['rewrites']}")
         format, layout = formats.parse(entry["format"]), layouts.named(entry["layout"])
         shape = (int(entry["shape"][0]) * int(entry.get("experts", 1)), int(entry["shape"][1]))
         arrays = {array: self.tensor(f"{name}.weight_{array}") for array in storage(format, layout, shape)}
@@ -130,7 +150,10 @@ class Source:
             if arrays[array].dtype != dtype or tuple(arrays[array].shape) != size:
                 found = f"{arrays[array].dtype} {tuple(arrays[array].shape)}"
                 raise CorruptFileError(f"array {name}.weight_{array}: {dtype} {size}", f"found {found}")
-        return QTensor(format, layout, shape, arrays.pop("packed"), arrays)
+        packed = arrays.pop("packed")
+        if layout is DENSE and format.bits <= 8 and format.height == 1:
+            return QTensor.of(format, _codes(packed, shape, format), load_params(format, shape, arrays))
+        return QTensor(format, layout, shape, packed, arrays)
 
     def _ready(self, name: str, qtensor: QTensor, activation: Format | None) -> S.Weight:
         with warnings.catch_warnings():
@@ -138,6 +161,15 @@ class Source:
             prepared = kernels.prepare(qtensor, activation=activation)
         self.kept.append(prepared)
         return tiled(name, prepared)
+
+
+def _codes(packed: Tensor, shape: tuple[int, int], format: Format) -> Tensor:
+    """Codes (rows, columns / dim) of the layout ``dense``, as :func:`fewbit.layouts.dense.unpack_rows` reads them."""
+    rows, columns = code_shape(format, shape)
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    threads = torch.get_num_threads()
+    native.core().fields_unpack(packed.data_ptr(), rows, columns, format.bits, codes.data_ptr(), threads)
+    return codes
 
 
 def tiled(name: str, prepared: PreparedMatrix) -> S.Weight:

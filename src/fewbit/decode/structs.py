@@ -46,6 +46,10 @@ class Vectors(C.Structure):
     )
 
 
+class Rewrite(C.Structure):
+    _fields_ = (("factor", C.c_void_p), ("block", C.c_int64))
+
+
 class Weight(C.Structure):
     _fields_ = (
         ("kind", C.c_int32),
@@ -59,6 +63,8 @@ class Weight(C.Structure):
         ("codebook", Vectors),
         ("dense", C.c_void_p),
         ("bias", C.c_void_p),
+        ("rewrite", C.POINTER(Rewrite)),
+        ("rewrites", C.c_int64),
     )
 
 
