@@ -51,7 +51,9 @@ class Store(nn.Module):
         """The arrays as a file holds them, whatever form they have in memory."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if f"{prefix}weight_packed" in destination:
-            stored = self.qtensor().repack(self.layout)
+            stored = self.qtensor()
+            if stored.layout is not self.layout:  # while a model is loaded, arrays are on the meta device as they are
+                stored = stored.repack(self.layout)
             for array, tensor in {"packed": stored.packed, **stored.params}.items():
                 destination[f"{prefix}weight_{array}"] = tensor
 
