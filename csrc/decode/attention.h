@@ -34,53 +34,74 @@ struct Loader<Int4, VALUES> {
   }
 };
 
-// scores[q][p] = q . key p for Q queries and the positions of a tile.
-template <class E, int Q>
-FEWBIT_INLINE void score_tile(const uint8_t* tile, int64_t dim, const float* const* q, float* scores) {
-  F total[Q][kVectors];
-  for (int i = 0; i < Q; i++)
-    for (int v = 0; v < kVectors; v++) total[i][v] = broadcast(0.0f);
-  for (int64_t d = 0; d < dim; d++)
-    for (int v = 0; v < kVectors; v++) {
-      const F key = Loader<E, false>::at(tile, kTile, d, v * kLanes);
-      for (int i = 0; i < Q; i++) total[i][v] = fma(broadcast(q[i][d]), key, total[i][v]);
-    }
-  for (int i = 0; i < Q; i++)
-    for (int v = 0; v < kVectors; v++) store(scores + i * kBlock + v * kLanes, total[i][v]);
+// scores[q][p] = q . key p for Q queries and the positions of T tiles: enough sums to hide their latency.
+template <class E, int Q, int T>
+FEWBIT_INLINE void score_tiles(const HeadLayout& layout, const uint8_t* tiles, const float* const* q, float* scores) {
+  F total[T][Q][kVectors];
+  for (int t = 0; t < T; t++)
+    for (int i = 0; i < Q; i++)
+      for (int v = 0; v < kVectors; v++) total[t][i][v] = broadcast(0.0f);
+  for (int64_t d = 0; d < layout.dim; d++) {
+    F query[Q];
+    for (int i = 0; i < Q; i++) query[i] = broadcast(q[i][d]);
+    for (int t = 0; t < T; t++)
+      for (int v = 0; v < kVectors; v++) {
+        const F key = Loader<E, false>::at(tiles + t * layout.key_tile, kTile, d, v * kLanes);
+        for (int i = 0; i < Q; i++) total[t][i][v] = fma(query[i], key, total[t][i][v]);
+      }
+  }
+  for (int t = 0; t < T; t++)
+    for (int i = 0; i < Q; i++)
+      for (int v = 0; v < kVectors; v++) store(scores + t * kTile + i * kBlock + v * kLanes, total[t][i][v]);
 }
 
 // out[q] += sum over positions [begin, end) of weights[q][p] * value p, for Q queries.
+template <class E, int Q, int V>
+FEWBIT_INLINE void mix_lanes(const HeadLayout& layout, const uint8_t* values, int64_t begin, int64_t end,
+                             const float* weights, int64_t first, float* out) {
+  F total[Q][V];
+  for (int i = 0; i < Q; i++)
+    for (int v = 0; v < V; v++) total[i][v] = load(out + i * layout.width + first + v * kLanes);
+  for (int64_t p = begin; p < end; p++) {
+    const uint8_t* tile = values + p / kTile * layout.value_tile;
+    F weight[Q];
+    for (int i = 0; i < Q; i++) weight[i] = broadcast(weights[i * kBlock + p]);
+    for (int v = 0; v < V; v++) {
+      const F value = Loader<E, true>::at(tile, layout.width, p % kTile, first + v * kLanes);
+      for (int i = 0; i < Q; i++) total[i][v] = fma(weight[i], value, total[i][v]);
+    }
+  }
+  for (int i = 0; i < Q; i++)
+    for (int v = 0; v < V; v++) store(out + i * layout.width + first + v * kLanes, total[i][v]);
+}
+
 template <class E, int Q>
 FEWBIT_INLINE void mix_block(const HeadLayout& layout, const uint8_t* values, int64_t begin, int64_t end,
                              const float* weights, float* out) {
-  constexpr int V = kWidth / kLanes;
-  for (int64_t first = 0; first < layout.width; first += kWidth) {
-    F total[Q][V];
-    for (int i = 0; i < Q; i++)
-      for (int v = 0; v < V; v++) total[i][v] = load(out + i * layout.width + first + v * kLanes);
-    for (int64_t p = begin; p < end; p++) {
-      const uint8_t* tile = values + p / kTile * layout.value_tile;
-      for (int v = 0; v < V; v++) {
-        const F value = Loader<E, true>::at(tile, layout.width, p % kTile, first + v * kLanes);
-        for (int i = 0; i < Q; i++) total[i][v] = fma(broadcast(weights[i * kBlock + p]), value, total[i][v]);
-      }
-    }
-    for (int i = 0; i < Q; i++)
-      for (int v = 0; v < V; v++) store(out + i * layout.width + first + v * kLanes, total[i][v]);
-  }
+  constexpr int V = kWidth / kLanes;  // 8 sums for 4 queries where there are 32 registers, so that twice as many fit
+  int64_t first = 0;
+  for (; kLanes == 16 && first + 2 * kWidth <= layout.width; first += 2 * kWidth)
+    mix_lanes<E, Q, 2 * V>(layout, values, begin, end, weights, first, out);
+  for (; first < layout.width; first += kWidth) mix_lanes<E, Q, V>(layout, values, begin, end, weights, first, out);
+}
+
+template <class E, int Q>
+FEWBIT_INLINE void score_block(const HeadLayout& layout, const uint8_t* head, int64_t begin, int64_t end,
+                               const float* const* q, float* scores) {
+  constexpr int T = kLanes == 16 ? 2 : 1;
+  int64_t t = begin;
+  for (; t + T <= end; t += T) score_tiles<E, Q, T>(layout, head + t * layout.key_tile, q, scores + t * kTile);
+  for (; t < end; t++) score_tiles<E, Q, 1>(layout, head + t * layout.key_tile, q, scores + t * kTile);
 }
 
 template <class E>
 void score_some(const HeadLayout& layout, const uint8_t* head, int64_t tile_begin, int64_t tile_end,
                 const float* const* q, int64_t queries, float* scores) {
-  for (int64_t t = tile_begin; t < tile_end; t++) {
-    const uint8_t* tile = head + t * layout.key_tile;
-    switch (queries) {
-      case 1: score_tile<E, 1>(tile, layout.dim, q, scores + t * kTile); break;
-      case 2: score_tile<E, 2>(tile, layout.dim, q, scores + t * kTile); break;
-      case 3: score_tile<E, 3>(tile, layout.dim, q, scores + t * kTile); break;
-      default: score_tile<E, 4>(tile, layout.dim, q, scores + t * kTile);
-    }
+  switch (queries) {
+    case 1: return score_block<E, 1>(layout, head, tile_begin, tile_end, q, scores);
+    case 2: return score_block<E, 2>(layout, head, tile_begin, tile_end, q, scores);
+    case 3: return score_block<E, 3>(layout, head, tile_begin, tile_end, q, scores);
+    default: return score_block<E, 4>(layout, head, tile_begin, tile_end, q, scores);
   }
 }
 
@@ -251,7 +272,7 @@ void close_position(const HeadLayout& open, uint8_t* from, const HeadLayout& clo
     const float clamped = x > most ? most : x < -most ? -most : x;
     const int32_t code = static_cast<int32_t>(nearbyintf(clamped));
     const int64_t at = index_of(closed, value, p, d, &high);
-    if (closed.kv == FEWBIT_KV_INT8) codes[at] = static_cast<uint8_t>(code);
+    if (closed.kv == FEWBIT_KV_INT8) codes[at] = static_cast<uint8_t>(code + 128);
     else codes[at] = static_cast<uint8_t>(codes[at] | static_cast<uint8_t>(code + 8) << (high ? 4 : 0));
   }
 }
@@ -272,7 +293,7 @@ void reopen_block(const HeadLayout& closed, const uint8_t* from, const HeadLayou
       for (int64_t d = 0; d < open.dim; d++) {
         bool high;
         const uint8_t byte = codes[index_of(closed, value, p, d, &high)];
-        const int32_t code = closed.kv == FEWBIT_KV_INT8 ? int32_t{static_cast<int8_t>(byte)} : ((byte >> (high ? 4 : 0)) & 15) - 8;
+        const int32_t code = closed.kv == FEWBIT_KV_INT8 ? byte - 128 : ((byte >> (high ? 4 : 0)) & 15) - 8;
         put(open.kv, tile, index_of(open, value, p, d, &high), static_cast<float>(code) * scale);
       }
     }

@@ -20,10 +20,25 @@ HeadLayout layout_of(int32_t kv, int64_t dim) {
   return layout;
 }
 
+namespace {
+
+constexpr int64_t kLargePage = 1 << 21;
+
+// Blocks of about a large page and more take whole ones: a head's keys lie far from those of the next block, and with
+// small pages half of the time would go into finding them.
+int64_t rounded(int64_t bytes) {
+  return bytes < kLargePage / 2 ? (bytes + 63) / 64 * 64 : (bytes + kLargePage - 1) / kLargePage * kLargePage;
+}
+
+}  // namespace
+
 // Zeros, so that nothing that has not been written can be NaN.
-Cache::Block::Block(int64_t size, bool is_closed)
-    : data(static_cast<uint8_t*>(calloc(1, static_cast<size_t>(size)))), bytes(size), closed(is_closed) {
+Cache::Block::Block(int64_t size, bool is_closed) : bytes(rounded(size)), closed(is_closed) {
+  const int64_t alignment = bytes % kLargePage ? 64 : kLargePage;
+  data = static_cast<uint8_t*>(aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(bytes)));
   if (!data) throw std::bad_alloc();
+  if (alignment == kLargePage) fewbit_large_pages(data, bytes);
+  memset(data, 0, static_cast<size_t>(bytes));
 }
 
 Cache::Block::~Block() { free(data); }

@@ -13,10 +13,8 @@
 namespace fewbit {
 namespace {
 
-typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 typedef int32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
 
 template <class V>
 FEWBIT_INLINE V read(const void* p) {
@@ -42,18 +40,18 @@ struct Float16 {
   static FEWBIT_INLINE F load(const uint8_t* p) { return load_half(reinterpret_cast<const uint16_t*>(p)); }
 };
 
+// Codes plus 128.
 struct Int8 {
   static constexpr int64_t kBits = 8;
-  static FEWBIT_INLINE F load(const uint8_t* p) {
-    return (F)__builtin_convertvector(__builtin_convertvector(read<Bytes>(p), Words), Floats);
-  }
+  static FEWBIT_INLINE F load(const uint8_t* p) { return add(convert(load_bytes(p)), broadcast(-128.0f)); }
 };
 
+// Codes plus 8, two a byte.
 struct Int4 {
   static constexpr int64_t kBits = 4;
   static FEWBIT_INLINE F load(const uint8_t* p, bool high) {
-    const Words words = __builtin_convertvector(read<Bytes>(p), Words);
-    return (F)__builtin_convertvector(((high ? words >> 4 : words) & 15) - 8, Floats);
+    const U bytes = load_bytes(p);
+    return add(convert(mask(high ? shift_right(bytes, 4) : bytes, 15)), broadcast(-8.0f));
   }
 };
 

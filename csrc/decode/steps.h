@@ -12,8 +12,9 @@ namespace fewbit {
 // Keys and values lie in blocks of kBlock positions. Of one head of one layer a block holds kBlock / kTile tiles of keys,
 // then as many of values, then, where elements are codes, their scales, (2, kBlock) float16, keys first. A tile holds
 // kTile positions: of keys one dimension after the other, (dim, kTile), so that scores are sums down the columns; of
-// values one position after the other, (kTile, width), width = dim rounded up to kWidth by zeros. 4-bit codes plus 8 share
-// bytes: of keys dimension 2i (low half) with 2i + 1; of values, dimension i of 32 (low half) with i + 16.
+// values one position after the other, (kTile, width), width = dim rounded up to kWidth by zeros. 8-bit codes are
+// stored plus 128. 4-bit codes, plus 8, share bytes: of keys dimension 2i (low half) with 2i + 1; of values, dimension i
+// of 32 (low half) with i + 16.
 enum : int64_t { kBlock = 64, kTile = 16, kWidth = 32 };
 
 // Bytes of one head of one layer in a block, and where its parts begin.
