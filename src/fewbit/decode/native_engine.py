@@ -24,7 +24,7 @@ from fewbit.kernels import native
 
 
 class NativeEngine:
-    """See :class:`fewbit.decode.Engine`."""
+    """See :class:`fewbit.decode.Engine`. ``read_bytes``: of weights, that one decoded token reads."""
 
     name = "native"
     why: str | None = None
@@ -43,6 +43,7 @@ class NativeEngine:
         self.vocab_size = shape.vocabulary
         self.context = min(shape.context, context or shape.context)
         self._source, self._threads, self._core = source, threads, core
+        self.read_bytes = _read_bytes(shape, source)
         self._ledger = Ledger(self.vocab_size, self.context, sequences)
         self._decoder = core.decoder_new(C.addressof(model), S.KV[kv], sequences)
         self._close = weakref.finalize(self, core.decoder_free, self._decoder)
@@ -97,6 +98,19 @@ class NativeEngine:
 
     def nbytes(self) -> int:
         return self._core.decoder_bytes(self._decoder)
+
+
+def _read_bytes(shape: Shape, source: Source) -> int:
+    """All matrices but the embedding, of which a row is read, and of the experts those that are chosen."""
+    tied = not source.has("lm_head") or "tied_to" in source.modules.get("lm_head", {})
+    total = 0
+    for name, size in source.sizes.items():
+        if ".experts." in name:
+            experts = next(layer.experts for layer in shape.layers if layer.experts)
+            total += size * shape.experts_per_token // experts
+        elif tied or name != "model.embed_tokens":
+            total += size
+    return total
 
 
 def _config(folder: Path) -> Any:

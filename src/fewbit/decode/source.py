@@ -59,13 +59,14 @@ class Source:
     """A model's arrays by their names in transformers' module tree, and what keeps alive those that structs point to.
 
     * ``modules``: the quantized ones, as in ``quantization_config``. ``rounding``: of inputs, unless a module has its
-      own.
+      own. ``sizes``: bytes of each matrix that has been asked for, as a product reads them.
     """
 
     tensors: Mapping[str, Tensor]
     modules: Mapping[str, Mapping[str, Any]]
     rounding: Format | None
     kept: list[Any] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
     _weights: dict[str, S.Weight] = field(default_factory=dict)
     _rewrites: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
@@ -92,8 +93,12 @@ class Source:
         """The matrix of module ``name``, with its bias; ``rounded``: its inputs may be. Made once."""
         key = f"{name} {rounded}"
         if key not in self._weights:
-            made = self._quantized(name, rounded) if name in self.modules else dense(self.tensor(f"{name}.weight"))
-            self.kept.append(self.tensors.get(f"{name}.weight"))
+            if name in self.modules:
+                made = self._quantized(name, rounded)
+            else:
+                tensor = self.tensor(f"{name}.weight")
+                made, self.sizes[name] = dense(tensor), tensor.nbytes
+                self.kept.append(tensor)
             if f"{name}.bias" in self.tensors:
                 made.bias = self.vector(f"{name}.bias")
             self._weights[key] = made
@@ -104,6 +109,7 @@ class Source:
         if name not in self.modules:
             whole = self.tensor(name)
             self.kept.append(whole)
+            self.sizes[name] = whole.nbytes
             return [dense(part) for part in whole]
         qtensor, activation = self._qtensor(name), self._activation(name)
         codes, params = qtensor.logical()
@@ -160,7 +166,9 @@ class Source:
             warnings.simplefilter("ignore", RuntimeWarning)  # what it warns of is refused here
             prepared = kernels.prepare(qtensor, activation=activation)
         self.kept.append(prepared)
-        return tiled(name, prepared)
+        made = tiled(name, prepared)
+        self.sizes[name] = self.sizes.get(name, 0) + prepared.read_bytes
+        return made
 
 
 def _codes(packed: Tensor, shape: tuple[int, int], format: Format) -> Tensor:
