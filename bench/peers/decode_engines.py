@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that decode, each in a process of its own, so that its peak memory is its own: ``python decode_engines.py KIND
-MODEL OPTION THREADS`` loads one, then answers lines of JSON on stdin with lines on stdout.
+"""Engines that decode, each in a process of its own, so that its peak memory is its own: ``python decode_engines.py
+KIND MODEL OPTION THREADS`` loads one, then answers lines of JSON on stdin with lines on stdout.
 
     {"prefill": n}                 a new text of n tokens          -> {"wall": seconds, "processor": seconds}
     {"decode": n, "context": c}    n tokens, greedily, after c     -> the same
@@ -35,8 +35,8 @@ class Engine(ABC):
 
 
 class Fewbit(Engine):
-    """Either engine of fewbit. ``option``: what inputs are rounded to; kv formats after a slash: ``-``, ``int8/channel``,
-    ``int8/channel+int8``."""
+    """Either engine of fewbit. ``option``: what inputs are rounded to, or ``-``; what keys and values are kept in may
+    follow after a plus: ``int8/channel+int8``."""
 
     def __init__(self, model: str, option: str, threads: int) -> None:
         from fewbit.decode import open_engine

@@ -24,8 +24,8 @@ TOKENS = [5, 9, 3, 44, 7, 30, 12, 60, 8, 21, 33, 17, 2, 50]
 
 
 def both(folder: Path, activation: str | None, exact: bool = True) -> None:
-    """Logits after some tokens, then after one more, in either engine. Not ``exact``: where inputs are rounded, one that
-    lies between two codes may fall to the other one, so that some logits differ by some of their steps."""
+    """Logits after some tokens, then after one more, in either engine. Not ``exact``: where inputs are rounded, one
+    that lies between two codes may fall to the other one, so that some logits differ by some of their steps."""
     engine = open_engine(folder, kv="float32", activation=activation)
     assert engine.name == "native", engine.why
     other = TransformersEngine.load(folder, None, activation, 8, None, None)
