@@ -278,6 +278,8 @@ void check_decoder(int32_t kv) {
   const int64_t before = fewbit_decoder_bytes(decoder);
   expect(fewbit_decoder_keep(decoder, 2, 1, 200) == FEWBIT_OK, "fork", kv);
   expect(fewbit_decoder_bytes(decoder) < before, "blocks are shared", kv);
+  feed(decoder, 1, tokens, 0, 60);  // something else after the fork: the other sequence must not see it
+  expect(fewbit_decoder_keep(decoder, 2, 1, 200) == FEWBIT_OK, "fork", kv);
   expect(feed(decoder, 2, tokens, 205, 300) == whole, "chunks", kv);
   expect(feed(decoder, 1, tokens, 200, 300) == whole, "after a fork", kv);
   expect(fewbit_decoder_length(decoder, 1) == 300, "length", kv);

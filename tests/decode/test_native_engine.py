@@ -7,6 +7,7 @@ the magnitudes, here some hundreds of operations on numbers of about 1.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,20 @@ def test_logits_are_those_of_transformers(tiny_family: Callable[[str], Path], fa
     torch.testing.assert_close(engine.feed([(one, TOKENS)])[0], expected[-1], **CLOSE)
     for place, token in enumerate(TOKENS):  # token by token; windows of 4 begin to slide
         torch.testing.assert_close(engine.feed([(other, [token])])[0], expected[place], **CLOSE)
+
+
+def test_scores_are_capped(tiny_family: Callable[[str], Path]) -> None:
+    """A cap low enough to matter; transformers heeds it in its eager attention alone."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_family("gemma2")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_logit_softcapping": 0.02}))
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0, -1]
+    engine = opened(folder)
+    torch.testing.assert_close(engine.feed([(engine.open(), TOKENS)])[0], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "qwen2-moe"])
@@ -186,3 +201,11 @@ def test_other_families_fall_back(tiny_family: Callable[[str], Path], family: st
     engine = open_engine(tiny_family(family))
     assert engine.name == "transformers" and engine.why is not None and "does not know this family" in engine.why
     assert engine.feed([(engine.open(), TOKENS[:3])]).shape == (1, engine.vocab_size)
+
+
+def test_arrays_that_contradict_the_configuration(tiny_family: Callable[[str], Path]) -> None:
+    folder = tiny_family("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"head_dim": 16}))
+    with pytest.raises(UnsupportedError, match="other shapes"):
+        NativeEngine.load(folder, None, "float16", 1, None, None)

@@ -73,6 +73,7 @@ def open_engine(
     threads: int | None = None,
 ) -> Engine:
     """The model in ``folder``, in the native runtime where that knows the family and the machine, else in transformers.
+    The native runtime checks the files' headers, not their hashes: no file can make it read what is not its own.
 
     Args:
         folder: what ``fewbit quantize`` wrote, or an unquantized Hugging Face folder.

@@ -45,7 +45,11 @@ class NativeEngine:
         self._source, self._threads, self._core = source, threads, core
         self.read_bytes = _read_bytes(shape, source)
         self._ledger = Ledger(self.vocab_size, self.context, sequences)
-        self._decoder = core.decoder_new(C.addressof(model), S.KV[kv], sequences)
+        try:
+            self._decoder = core.decoder_new(C.addressof(model), S.KV[kv], sequences)
+        except ValueError:
+            found = "its arrays have other shapes than its configuration says"
+            raise UnsupportedError("the native runtime for this model", found) from None
         self._close = weakref.finalize(self, core.decoder_free, self._decoder)
 
     @staticmethod
