@@ -38,7 +38,7 @@ FORMATS = ["int8/g64", "int4/g64", "int3/g64", "int2/g64", "sign/g64", "nf4/g64"
 ACTIVATIONS = ["-", "int8/channel"]
 LLAMA = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15, "Q3_K_M": 12, "Q2_K": 10, "BF16": 32}
 """Names of ``llama_ftype``, and their numbers in llama.h."""
-ENGINES = Path(__file__).parent / "peers" / "decode_engines.py"
+ENGINES = Path(__file__).with_name("decode_engines.py")
 Found = dict[str, Any]
 
 
@@ -99,6 +99,8 @@ def theirs(arguments: argparse.Namespace) -> tuple[list[Row], list[str]]:
         return rows, ["llama.cpp: the model is no GGUF file"]
     from llama_cpp import llama_cpp as c
 
+    quiet = c.llama_log_callback(lambda level, text, data: None)
+    c.llama_log_set(quiet, None)
     for name in arguments.llama or LLAMA:
         path = arguments.work / f"{name}.gguf"
         if not path.exists():
