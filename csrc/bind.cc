@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// fewbit._native: the C ABI of fewbit.h for Python, on the limited API of 3.10, so that one wheel serves every later
+// fewbit._native: the C ABI of fewbit.h and fewbit_decode.h for Python, on the limited API of 3.10, so that one wheel serves every later
 // version. Pointers come in as integers; whoever calls owns the memory and has checked its size. The only file that
 // sees Python.
 #ifndef Py_LIMITED_API
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "fewbit.h"
+#include "fewbit_decode.h"
 #include "fewbit_sample.h"
 
 namespace {
@@ -322,6 +323,70 @@ PyObject* read_stream(PyObject*, PyObject* args) {
   return PyLong_FromUnsignedLongLong(result);
 }
 
+PyObject* fields_unpack(PyObject*, PyObject* args) {
+  unsigned long long packed, codes;
+  long long rows, columns;
+  int bits, threads, code;
+  if (!PyArg_ParseTuple(args, "KLLiKi", &packed, &rows, &columns, &bits, &codes, &threads)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_fields_unpack(pointer<const uint8_t*>(packed), rows, columns, bits, pointer<uint8_t*>(codes), threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+// decoder_new(model, kv, sequences) -> the decoder's address; model: that of a fewbit_model, which stays where it is, as
+// does all that it points to, until decoder_free.
+PyObject* decoder_new(PyObject*, PyObject* args) {
+  unsigned long long model;
+  long long sequences;
+  int kv;
+  fewbit_decoder* decoder;
+  if (!PyArg_ParseTuple(args, "KiL", &model, &kv, &sequences)) return nullptr;
+  const int code = fewbit_decoder_new(pointer<const fewbit_model*>(model), kv, sequences, &decoder);
+  if (code != FEWBIT_OK) return status(code);
+  return PyLong_FromUnsignedLongLong(static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(decoder)));
+}
+
+PyObject* decoder_free(PyObject*, PyObject* args) {
+  unsigned long long decoder;
+  if (!PyArg_ParseTuple(args, "K", &decoder)) return nullptr;
+  fewbit_decoder_free(pointer<fewbit_decoder*>(decoder));
+  Py_RETURN_NONE;
+}
+
+// decoder_feed(decoder, ((sequence, tokens, count), ...), logits, threads); tokens: address of int32
+PyObject* decoder_feed(PyObject*, PyObject* args) {
+  PyObject* tuple;
+  unsigned long long decoder, logits;
+  int threads, code;
+  if (!PyArg_ParseTuple(args, "KO!Ki", &decoder, &PyTuple_Type, &tuple, &logits, &threads)) return nullptr;
+  const Py_ssize_t count = PyTuple_Size(tuple);
+  std::vector<fewbit_part> parts(static_cast<size_t>(count));
+  for (Py_ssize_t i = 0; i < count; i++) {
+    long long sequence, tokens_count;
+    unsigned long long tokens;
+    if (!PyArg_ParseTuple(PyTuple_GetItem(tuple, i), "LKL", &sequence, &tokens, &tokens_count)) return nullptr;
+    parts[static_cast<size_t>(i)] = {sequence, tokens_count, pointer<const int32_t*>(tokens)};
+  }
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_decoder_feed(pointer<fewbit_decoder*>(decoder), parts.data(), count, pointer<float*>(logits), threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+PyObject* decoder_keep(PyObject*, PyObject* args) {
+  unsigned long long decoder;
+  long long from, to, length;
+  if (!PyArg_ParseTuple(args, "KLLL", &decoder, &from, &to, &length)) return nullptr;
+  return status(fewbit_decoder_keep(pointer<fewbit_decoder*>(decoder), from, to, length));
+}
+
+PyObject* decoder_bytes(PyObject*, PyObject* args) {
+  unsigned long long decoder;
+  if (!PyArg_ParseTuple(args, "K", &decoder)) return nullptr;
+  return PyLong_FromLongLong(fewbit_decoder_bytes(pointer<const fewbit_decoder*>(decoder)));
+}
+
 PyMethodDef methods[] = {
     {"caps", caps, METH_NOARGS, "What this machine can run, as bits: see fewbit.h."},
     {"set_threads", set_threads, METH_VARARGS, "(threads): for every later call; 0 lets each call say."},
@@ -341,6 +406,12 @@ PyMethodDef methods[] = {
     {"sample", sample, METH_VARARGS, "(draws, tokens, threads)"},
     {"large_pages", large_pages, METH_VARARGS, "(data, bytes) -> None."},
     {"read_stream", read_stream, METH_VARARGS, "(data, bytes, threads) -> exclusive or of the bytes."},
+    {"fields_unpack", fields_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, threads)"},
+    {"decoder_new", decoder_new, METH_VARARGS, "(model, kv, sequences) -> decoder; see fewbit_decode.h."},
+    {"decoder_free", decoder_free, METH_VARARGS, "(decoder)"},
+    {"decoder_feed", decoder_feed, METH_VARARGS, "(decoder, parts, logits, threads)"},
+    {"decoder_keep", decoder_keep, METH_VARARGS, "(decoder, from, to, length)"},
+    {"decoder_bytes", decoder_bytes, METH_VARARGS, "(decoder) -> bytes of keys and values."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -26,6 +26,10 @@ inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline F fused(F a, F b, F c) { return fma(a, b, c); }
 
 inline U load_lanes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+// Bytes, one a lane.
+inline U load_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
 inline U combine(U a, U b) { return _mm256_or_si256(a, b); }
 inline void store_lanes(uint8_t* p, U a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 inline void keep(U&) {}

@@ -26,6 +26,10 @@ inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F fused(F a, F b, F c) { return fma(a, b, c); }
 
 inline U load_lanes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+// Bytes, one a lane.
+inline U load_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline U combine(U a, U b) { return _mm512_or_si512(a, b); }
 inline void store_lanes(uint8_t* p, U a) { _mm512_storeu_si512(p, a); }
 inline void keep(U& a) { asm("" : "+v"(a)); }  // in a register: no folding of its load into its uses

@@ -26,6 +26,8 @@ inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 inline F fused(F a, F b, F c) { return fma(a, b, c); }
 
 inline U load_lanes(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
+// Bytes, one a lane.
+inline U load_bytes(const uint8_t* p) { return U{p[0], p[1], p[2], p[3]}; }
 inline U combine(U a, U b) { return vorrq_u32(a, b); }
 inline void store_lanes(uint8_t* p, U a) { vst1q_u8(p, vreinterpretq_u8_u32(a)); }
 inline void keep(U&) {}

@@ -34,6 +34,8 @@ inline F fused(F a, F b, F c) {
 }
 
 inline U load_lanes(const uint8_t* p) { U r; memcpy(&r, p, sizeof r); return r; }
+// Bytes, one a lane.
+inline U load_bytes(const uint8_t* p) { return U{p[0], p[1], p[2], p[3]}; }
 inline U combine(U a, U b) { return a | b; }
 inline void store_lanes(uint8_t* p, U a) { memcpy(p, &a, sizeof a); }
 inline void keep(U&) {}

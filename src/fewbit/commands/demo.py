@@ -7,11 +7,11 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import fewbit
 from fewbit.commands import evaluate, generate, quantize
 from fewbit.commands.console import err
 from fewbit.commands.console import out as stdout
 from fewbit.commands.generate import prepare
+from fewbit.decode import open_engine
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.report import numbers as N
 
@@ -69,6 +69,6 @@ def run(
     evaluate.run(out, str(source), None, CONTEXT, max_tokens, 64, threads, None, json_target, None)
     if json_target != "-":
         tokenizer = generate.tokenizer_of(out)
-        generate.stream(fewbit.load(out), tokenizer, PROMPT, 40)
+        generate.stream(open_engine(out), out, tokenizer, PROMPT, 40)
         stdout().print(f"\n{HONEST}", markup=False)
     err().print(f"the whole demo took {N.seconds(time.perf_counter() - began)}", markup=False)

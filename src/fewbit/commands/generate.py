@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-import fewbit
 from fewbit import kernels
 from fewbit.commands.console import err
+from fewbit.decode import Engine, open_engine
+from fewbit.decode.loop import continuation, drawn, end_tokens, likeliest
 from fewbit.errors import InputError
 
 
@@ -28,36 +29,44 @@ def run(
     """Stream the continuation to stdout; tokens a second to stderr."""
     prepare(threads)
     tokenizer = tokenizer_of(out)
-    model = fewbit.load(out, activation=activation)
+    engine = open_engine(out, activation=activation, sequences=1, threads=threads)
+    if engine.why is not None:
+        err().print(f"transformers computes, more slowly: {engine.why}", markup=False)
     began = time.perf_counter()
-    added = stream(model, tokenizer, prompt, max_tokens, temperature, seed)
+    added = stream(engine, out, tokenizer, prompt, max_tokens, temperature, seed)
     seconds = time.perf_counter() - began
     err().print(f"{added} tokens in {seconds:.1f} s, {added / max(seconds, 1e-9):.1f} tokens/s", markup=False)
 
 
-def stream(model: Any, tokenizer: Any, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> int:
-    """Print ``prompt`` and its continuation to stdout; returns the number of tokens added.
+def stream(
+    engine: Engine,
+    folder: Path,
+    tokenizer: Any,
+    prompt: str,
+    max_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> int:
+    """Print ``prompt`` and its continuation to stdout; returns the number of tokens added. ``folder`` says which tokens
+    end a text.
 
     Raises:
-        InputError: the prompt holds no token.
+        InputError: the prompt holds no token, or more than the context.
     """
     from transformers import TextStreamer
 
-    inputs = tokenizer(prompt, return_tensors="pt")
-    length = inputs["input_ids"].shape[1]
-    if length == 0:
+    tokens = [int(token) for token in tokenizer(prompt)["input_ids"]]
+    if not tokens:
         raise InputError("generating", "the prompt holds no token", "give a text with --prompt")
-    choice = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    torch.manual_seed(seed)
-    with torch.inference_mode():
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_tokens,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **choice,
-        )
-    return int(output.shape[1]) - int(length)
+    choose = drawn(temperature, seed) if temperature > 0 else likeliest
+    printer = TextStreamer(tokenizer, skip_special_tokens=True)
+    printer.put(torch.tensor(tokens))
+    added = 0
+    for token in continuation(engine, tokens, max_tokens, choose, end_tokens(folder)):
+        printer.put(torch.tensor([token]))
+        added += 1
+    printer.end()
+    return added
 
 
 def tokenizer_of(folder: Path) -> Any:

@@ -158,7 +158,7 @@ class Rotation(Rewrite):
         return power_of_two(self.columns)
 
     @cached_property
-    def _factors(self) -> Tensor:
+    def factors(self) -> Tensor:
         """The signs, each over sqrt(k): float64 (columns,)."""
         with torch.inference_mode(False):  # may later be used where gradients are taken
             bits = (self.signs.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
@@ -166,10 +166,10 @@ class Rotation(Rewrite):
             return signs / math.sqrt(self.block)
 
     def apply(self, x: Tensor) -> Tensor:
-        return hadamard(x * self._factors.to(_wide(x)), self.block)
+        return hadamard(x * self.factors.to(_wide(x)), self.block)
 
     def inverse(self, x: Tensor) -> Tensor:
-        return hadamard(x.to(_wide(x)), self.block) * self._factors.to(_wide(x))
+        return hadamard(x.to(_wide(x)), self.block) * self.factors.to(_wide(x))
 
     def weight(self, weight: Tensor) -> Tensor:
         return self.apply(weight)

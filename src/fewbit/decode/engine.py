@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from fewbit import formats
-from fewbit.errors import SpecError
+from fewbit.errors import SpecError, UnsupportedError
 
 KV = ("float16", "bfloat16", "float32", "int8", "int4")
 """Formats that keys and values can be kept in."""
@@ -73,11 +73,12 @@ def open_engine(
     threads: int | None = None,
 ) -> Engine:
     """The model in ``folder``, in the native runtime where that knows the family and the machine, else in transformers.
+    The native runtime checks the files' headers, not their hashes: no file can make it read what is not its own.
 
     Args:
         folder: what ``fewbit quantize`` wrote, or an unquantized Hugging Face folder.
         activation: round the inputs of linear layers, as in :func:`fewbit.load`.
-        kv: what keys and values are kept in, one of :data:`KV`; the transformers engine keeps them in the model's dtype.
+        kv: what keys and values are kept in, one of :data:`KV`; that of transformers keeps the model's dtype.
         sequences: how many may be open at once.
         context: positions of a sequence at most; None and more than the model has: as many as the model has.
         threads: of the kernels; None follows ``torch.get_num_threads()``.
@@ -92,7 +93,11 @@ def open_engine(
     if activation is not None:
         formats.parse(activation)
     folder = Path(folder)
+    from fewbit.decode.native_engine import NativeEngine
     from fewbit.decode.transformers_engine import TransformersEngine
 
-    why = "the native runtime is not in this build"
+    try:
+        return NativeEngine.load(folder, activation, kv, sequences, context, threads)
+    except UnsupportedError as error:
+        why = str(error)
     return TransformersEngine.load(folder, why, activation, sequences, context, threads)

@@ -19,7 +19,7 @@ from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Terms
 from fewbit.errors import InputError, UnsupportedError
-from fewbit.kernels import native, reference
+from fewbit.kernels import native, pages, reference
 from fewbit.kernels.table import Kernel
 from fewbit.kernels.tile16 import COLUMNS, ROWS, TILE16
 
@@ -192,7 +192,7 @@ def _tiles(values: Tensor) -> Tensor:
     values = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % ROWS))
     values = values.reshape(-1, ROWS, values.shape[1]).transpose(1, 2).contiguous()
     half = values.half()
-    return half if torch.equal(half.float(), values) else values
+    return pages.held(half if torch.equal(half.float(), values) else values)
 
 
 def _shared_zero(scale: Tensor, offset: Tensor) -> float | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fewbit.core.format import Format, Params
 from fewbit.core.layout import Layout, Shape
 from fewbit.errors import InputError
-from fewbit.kernels import native
+from fewbit.kernels import native, pages
 from fewbit.layouts.dense import load_params, store_params
 
 ROWS, COLUMNS = 16, 32
@@ -92,8 +92,7 @@ def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[
     if not native.available():
         return pack_codes(codes, format.bits), stored
     codes = codes.contiguous()
-    packed = torch.empty(size(shape, format.bits), dtype=torch.uint8)
-    native.core().large_pages(packed.data_ptr(), packed.numel())
+    packed = pages.empty(size(shape, format.bits))
     native.core().tile16_pack(codes.data_ptr(), shape[1], *shape, format.bits, packed.data_ptr())
     return packed, stored
 

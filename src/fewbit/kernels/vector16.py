@@ -18,7 +18,7 @@ from fewbit.core.format import Format, Params, code_dtype, code_shape
 from fewbit.core.layout import Layout, Shape
 from fewbit.errors import InputError
 from fewbit.formats.vector import Vector
-from fewbit.kernels import native
+from fewbit.kernels import pages
 from fewbit.kernels.tile16 import pack_codes, size, unpack_rows
 from fewbit.layouts.dense import load_params, store_params
 
@@ -55,9 +55,7 @@ def _refuse(format: Format, shape: Shape) -> str | None:
 
 
 def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[Tensor, dict[str, Tensor]]:
-    packed = torch.empty(size(code_shape(format, shape), format.bits), dtype=torch.uint8)
-    if native.available():
-        native.core().large_pages(packed.data_ptr(), packed.numel())
+    packed = pages.empty(size(code_shape(format, shape), format.bits))
     chunks, base = packed.reshape(len(packed), -1, format.bits * 64), 0
     for bits in _fields(format):
         field = pack_codes(((codes >> base) & ((1 << bits) - 1)).to(torch.uint8), bits)

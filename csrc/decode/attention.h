@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: Apache-2.0
+// Keys and values in the layout drawn in steps.h, and attention over them with a running softmax (Milakov and
+// Gimelshein 2018, arXiv:1805.02867): block by block of positions, so that memory does not grow with their number. Blocks
+// begin at multiples of kBlock whatever the queries, which are computed independently of one another: how tokens are cut
+// into calls changes no bit. Included after a simd.h.
+#pragma once
+
+#include <math.h>
+
+#include "decode/between.h"
+#include "decode/elements.h"
+
+namespace fewbit {
+namespace {
+
+constexpr int kVectors = kTile / kLanes;  // of a tile's positions
+constexpr int kTogether = 4;              // queries that share what is loaded
+constexpr float kNever = -INFINITY;
+
+// Elements [0, kLanes) after element (line, first) of a tile that has `length` elements a line. Keys of 4 bits pair
+// lines, values pair halves of a line.
+template <class E, bool VALUES>
+struct Loader {
+  static FEWBIT_INLINE F at(const uint8_t* tile, int64_t length, int64_t line, int64_t first) {
+    return E::load(tile + (line * length + first) * (E::kBits / 8));
+  }
+};
+
+template <bool VALUES>
+struct Loader<Int4, VALUES> {
+  static FEWBIT_INLINE F at(const uint8_t* tile, int64_t length, int64_t line, int64_t first) {
+    if (VALUES) return Int4::load(tile + (line * length + first / 32 * 32) / 2 + first % 16, first % 32 >= 16);
+    return Int4::load(tile + line / 2 * length + first, line % 2 != 0);
+  }
+};
+
+// scores[q][p] = q . key p for Q queries and the positions of T tiles: enough sums to hide their latency.
+template <class E, int Q, int T>
+FEWBIT_INLINE void score_tiles(const HeadLayout& layout, const uint8_t* tiles, const float* const* q, float* scores) {
+  F total[T][Q][kVectors];
+  for (int t = 0; t < T; t++)
+    for (int i = 0; i < Q; i++)
+      for (int v = 0; v < kVectors; v++) total[t][i][v] = broadcast(0.0f);
+  for (int64_t d = 0; d < layout.dim; d++) {
+    F query[Q];
+    for (int i = 0; i < Q; i++) query[i] = broadcast(q[i][d]);
+    for (int t = 0; t < T; t++)
+      for (int v = 0; v < kVectors; v++) {
+        const F key = Loader<E, false>::at(tiles + t * layout.key_tile, kTile, d, v * kLanes);
+        for (int i = 0; i < Q; i++) total[t][i][v] = fma(query[i], key, total[t][i][v]);
+      }
+  }
+  for (int t = 0; t < T; t++)
+    for (int i = 0; i < Q; i++)
+      for (int v = 0; v < kVectors; v++) store(scores + t * kTile + i * kBlock + v * kLanes, total[t][i][v]);
+}
+
+// out[q] += sum over positions [begin, end) of weights[q][p] * value p, for Q queries.
+template <class E, int Q, int V>
+FEWBIT_INLINE void mix_lanes(const HeadLayout& layout, const uint8_t* values, int64_t begin, int64_t end,
+                             const float* weights, int64_t first, float* out) {
+  F total[Q][V];
+  for (int i = 0; i < Q; i++)
+    for (int v = 0; v < V; v++) total[i][v] = load(out + i * layout.width + first + v * kLanes);
+  for (int64_t p = begin; p < end; p++) {
+    const uint8_t* tile = values + p / kTile * layout.value_tile;
+    F weight[Q];
+    for (int i = 0; i < Q; i++) weight[i] = broadcast(weights[i * kBlock + p]);
+    for (int v = 0; v < V; v++) {
+      const F value = Loader<E, true>::at(tile, layout.width, p % kTile, first + v * kLanes);
+      for (int i = 0; i < Q; i++) total[i][v] = fma(weight[i], value, total[i][v]);
+    }
+  }
+  for (int i = 0; i < Q; i++)
+    for (int v = 0; v < V; v++) store(out + i * layout.width + first + v * kLanes, total[i][v]);
+}
+
+template <class E, int Q>
+FEWBIT_INLINE void mix_block(const HeadLayout& layout, const uint8_t* values, int64_t begin, int64_t end,
+                             const float* weights, float* out) {
+  constexpr int V = kWidth / kLanes;  // 8 sums for 4 queries where there are 32 registers, so that twice as many fit
+  int64_t first = 0;
+  for (; kLanes == 16 && first + 2 * kWidth <= layout.width; first += 2 * kWidth)
+    mix_lanes<E, Q, 2 * V>(layout, values, begin, end, weights, first, out);
+  for (; first < layout.width; first += kWidth) mix_lanes<E, Q, V>(layout, values, begin, end, weights, first, out);
+}
+
+template <class E, int Q>
+FEWBIT_INLINE void score_block(const HeadLayout& layout, const uint8_t* head, int64_t begin, int64_t end,
+                               const float* const* q, float* scores) {
+  constexpr int T = kLanes == 16 ? 2 : 1;
+  int64_t t = begin;
+  for (; t + T <= end; t += T) score_tiles<E, Q, T>(layout, head + t * layout.key_tile, q, scores + t * kTile);
+  for (; t < end; t++) score_tiles<E, Q, 1>(layout, head + t * layout.key_tile, q, scores + t * kTile);
+}
+
+template <class E>
+void score_some(const HeadLayout& layout, const uint8_t* head, int64_t tile_begin, int64_t tile_end,
+                const float* const* q, int64_t queries, float* scores) {
+  switch (queries) {
+    case 1: return score_block<E, 1>(layout, head, tile_begin, tile_end, q, scores);
+    case 2: return score_block<E, 2>(layout, head, tile_begin, tile_end, q, scores);
+    case 3: return score_block<E, 3>(layout, head, tile_begin, tile_end, q, scores);
+    default: return score_block<E, 4>(layout, head, tile_begin, tile_end, q, scores);
+  }
+}
+
+template <class E>
+void mix_some(const HeadLayout& layout, const uint8_t* head, int64_t begin, int64_t end, int64_t queries,
+              const float* weights, float* out) {
+  const uint8_t* values = head + layout.values;
+  switch (queries) {
+    case 1: return mix_block<E, 1>(layout, values, begin, end, weights, out);
+    case 2: return mix_block<E, 2>(layout, values, begin, end, weights, out);
+    case 3: return mix_block<E, 3>(layout, values, begin, end, weights, out);
+    default: return mix_block<E, 4>(layout, values, begin, end, weights, out);
+  }
+}
+
+// The codec of each type of elements: how up to kTogether queries see keys and values.
+struct Codec {
+  void (*score)(const HeadLayout&, const uint8_t* head, int64_t tile_begin, int64_t tile_end, const float* const* q,
+                int64_t queries, float* scores);
+  void (*mix)(const HeadLayout&, const uint8_t* head, int64_t begin, int64_t end, int64_t queries, const float* weights,
+              float* out);
+};
+
+template <class E>
+constexpr Codec codec_of() { return {score_some<E>, mix_some<E>}; }
+
+// By FEWBIT_FLOAT32, FEWBIT_BFLOAT16, FEWBIT_FLOAT16, FEWBIT_KV_INT8, FEWBIT_KV_INT4.
+constexpr Codec kCodecs[] = {codec_of<Float32>(), codec_of<BFloat16>(), codec_of<Float16>(), codec_of<Int8>(),
+                             codec_of<Int4>()};
+
+// What a query has seen so far: the largest score, the sum of e^(score - largest), and that of these times values.
+struct State {
+  float most, total;
+};
+
+// Scores of positions [begin, end) of a block become weights, the others 0; `out`, (width), is scaled to the new largest
+// score. Nothing changes where nothing is seen.
+FEWBIT_INLINE void weigh(float* scores, int64_t begin, int64_t end, State* state, float* out, int64_t width) {
+  for (int64_t p = 0; p < kBlock; p++) scores[p] = p >= begin && p < end ? scores[p] : kNever;
+  float lane[16], most = state->most;
+  for (int i = 0; i < 16; i++) lane[i] = scores[i];
+  for (int64_t p = 16; p < kBlock; p += 16)
+    for (int i = 0; i < 16; i++) lane[i] = lane[i] > scores[p + i] ? lane[i] : scores[p + i];
+  for (int i = 0; i < 16; i++) most = most > lane[i] ? most : lane[i];
+  if (most > state->most) {
+    const float factor = state->total == 0.0f ? 0.0f : exp_of(state->most - most);
+    for (int64_t d = 0; d < width; d++) out[d] *= factor;
+    state->total *= factor, state->most = most;
+  }
+  const float largest = state->most;
+  for (int64_t p = 0; p < kBlock; p++) scores[p] = exp_of(scores[p] - largest);
+  state->total += sum_of(kBlock, [=](int64_t p) { return scores[p]; });
+}
+
+// Up to kTogether queries, scores (kTogether, kBlock), out (kTogether, width).
+void see_block(const AttentionTask& task, int64_t b, const Query* queries, int64_t count, float* scores, State* states,
+               float* out) {
+  const bool closed = task.is_closed[b] != 0;
+  const HeadLayout& layout = closed ? task.closed : task.open;
+  const uint8_t* head = task.blocks[b] + (closed ? task.closed_at : task.open_at);
+  const Codec& codec = kCodecs[layout.kv];
+  int64_t begin[kTogether], end[kTogether], first = kBlock, last = 0;
+  const float* q[kTogether];
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t position = queries[i].position - b * kBlock;
+    end[i] = position + 1 < kBlock ? position + 1 : kBlock;
+    begin[i] = task.window && position >= task.window ? position - task.window + 1 : 0;
+    if (begin[i] < end[i]) {
+      first = begin[i] < first ? begin[i] : first;
+      last = end[i] > last ? end[i] : last;
+    }
+    q[i] = queries[i].q;
+  }
+  if (first >= last) return;
+  codec.score(layout, head, first / kTile, (last + kTile - 1) / kTile, q, count, scores);
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + layout.scales);
+  for (int64_t i = 0; i < count; i++) {
+    float* s = scores + i * kBlock;
+    if (begin[i] >= end[i]) {
+      for (int64_t p = 0; p < kBlock; p++) s[p] = 0.0f;
+      continue;
+    }
+    for (int64_t p = 0; p < kBlock; p++) s[p] *= task.scale;
+    if (layout.scales)
+      for (int64_t p = 0; p < kBlock; p++) s[p] *= from_float16(scales[p]);
+    if (task.cap != 0.0f) cap_to(s, 1.0f, task.cap, kBlock);
+    weigh(s, begin[i], end[i], &states[i], out + i * layout.width, layout.width);
+    if (layout.scales)
+      for (int64_t p = 0; p < kBlock; p++) s[p] *= from_float16(scales[kBlock + p]);
+  }
+  codec.mix(layout, head, first, last, count, scores, out);
+}
+
+void attend(const AttentionTask& task) {
+  float scores[kTogether * kBlock] = {};
+  alignas(64) float out[kTogether * kMostHeadDim];
+  const int64_t width = task.open.width;
+  for (int64_t at = 0; at < task.count; at += kTogether) {
+    const Query* queries = task.queries + at;
+    const int64_t count = task.count - at < kTogether ? task.count - at : kTogether;
+    State states[kTogether];
+    int64_t earliest = queries[0].position, latest = 0;
+    for (int64_t i = 0; i < count; i++) {
+      states[i] = {kNever, 0.0f};
+      earliest = queries[i].position < earliest ? queries[i].position : earliest;
+      latest = queries[i].position > latest ? queries[i].position : latest;
+    }
+    memset(out, 0, static_cast<size_t>(count * width) * sizeof(float));
+    const int64_t begin = task.window && earliest >= task.window ? (earliest - task.window + 1) / kBlock : 0;
+    for (int64_t b = begin; b <= latest / kBlock; b++) see_block(task, b, queries, count, scores, states, out);
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t d = 0; d < task.open.dim; d++) queries[i].out[d] = out[i * width + d] / states[i].total;
+  }
+}
+
+// One number into its place; the layout's elements are floats.
+FEWBIT_INLINE void put(int32_t kv, uint8_t* tile, int64_t index, float x) {
+  const float most = 65504.0f;  // an infinity would be NaN times the weight 0 of a position that is not seen
+  if (kv == FEWBIT_FLOAT16) x = x > most ? most : x < -most ? -most : x;
+  write_float(tile, kv, index, x);
+}
+
+void append(const HeadLayout& layout, uint8_t* head, int64_t position, const float* key, const float* value) {
+  uint8_t* keys = head + position / kTile * layout.key_tile;
+  uint8_t* values = head + layout.values + position / kTile * layout.value_tile;
+  for (int64_t d = 0; d < layout.dim; d++) put(layout.kv, keys, d * kTile + position % kTile, key[d]);
+  for (int64_t d = 0; d < layout.dim; d++) put(layout.kv, values, position % kTile * layout.width + d, value[d]);
+}
+
+// Where element d of position p is, in either half of a head: element index and, for 4 bits, whether the high half.
+FEWBIT_INLINE int64_t index_of(const HeadLayout& layout, bool value, int64_t p, int64_t d, bool* high) {
+  const bool short_codes = layout.kv == FEWBIT_KV_INT4;
+  if (value) {
+    *high = short_codes && d % 32 >= 16;
+    return p % kTile * layout.width / (short_codes ? int64_t{2} : int64_t{1}) + (short_codes ? d / 32 * 16 + d % 16 : d);
+  }
+  *high = short_codes && d % 2;
+  return (short_codes ? d / 2 : d) * kTile + p % kTile;
+}
+
+FEWBIT_INLINE uint8_t* tile_of(const HeadLayout& layout, bool value, uint8_t* head, int64_t p) {
+  return value ? head + layout.values + p / kTile * layout.value_tile : head + p / kTile * layout.key_tile;
+}
+
+FEWBIT_INLINE float element(int32_t dtype, const uint8_t* tile, int64_t index) {
+  if (dtype == FEWBIT_FLOAT32) return reinterpret_cast<const float*>(tile)[index];
+  const uint16_t half = reinterpret_cast<const uint16_t*>(tile)[index];
+  return dtype == FEWBIT_BFLOAT16 ? from_bfloat16(half) : from_float16(half);
+}
+
+// Codes of one position's keys or values: scale = float16(max|x| / most), code = round(x / scale), most = 127 or 7.
+void close_position(const HeadLayout& open, uint8_t* from, const HeadLayout& closed, uint8_t* to, bool value,
+                    int64_t p) {
+  const float most = closed.kv == FEWBIT_KV_INT8 ? 127.0f : 7.0f;
+  bool high;
+  float largest = 0.0f;
+  const uint8_t* tile = tile_of(open, value, from, p);
+  for (int64_t d = 0; d < open.dim; d++) {
+    const float x = fabsf(element(open.kv, tile, index_of(open, value, p, d, &high)));
+    largest = x > largest ? x : largest;
+  }
+  const float least = 5.9604644775390625e-08f, wanted = largest / most;
+  const uint16_t scale = to_float16(wanted < least ? least : wanted);
+  reinterpret_cast<uint16_t*>(to + closed.scales)[(value ? kBlock : int64_t{0}) + p] = scale;
+  uint8_t* codes = tile_of(closed, value, to, p);
+  for (int64_t d = 0; d < open.dim; d++) {
+    const float x = element(open.kv, tile, index_of(open, value, p, d, &high)) / from_float16(scale);
+    const float clamped = x > most ? most : x < -most ? -most : x;
+    const int32_t code = static_cast<int32_t>(nearbyintf(clamped));
+    const int64_t at = index_of(closed, value, p, d, &high);
+    if (closed.kv == FEWBIT_KV_INT8) codes[at] = static_cast<uint8_t>(code + 128);
+    else codes[at] = static_cast<uint8_t>(codes[at] | static_cast<uint8_t>(code + 8) << (high ? 4 : 0));
+  }
+}
+
+void close_block(const HeadLayout& open, const uint8_t* from, const HeadLayout& closed, uint8_t* to) {
+  memset(to, 0, static_cast<size_t>(closed.bytes));
+  for (int64_t p = 0; p < kBlock; p++)
+    for (int value = 0; value < 2; value++) close_position(open, const_cast<uint8_t*>(from), closed, to, value, p);
+}
+
+void reopen_block(const HeadLayout& closed, const uint8_t* from, const HeadLayout& open, uint8_t* to) {
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(from + closed.scales);
+  for (int64_t p = 0; p < kBlock; p++)
+    for (int value = 0; value < 2; value++) {
+      const uint8_t* codes = tile_of(closed, value, const_cast<uint8_t*>(from), p);
+      uint8_t* tile = tile_of(open, value, to, p);
+      const float scale = from_float16(scales[(value ? kBlock : int64_t{0}) + p]);
+      for (int64_t d = 0; d < open.dim; d++) {
+        bool high;
+        const uint8_t byte = codes[index_of(closed, value, p, d, &high)];
+        const int32_t code = closed.kv == FEWBIT_KV_INT8 ? byte - 128 : ((byte >> (high ? 4 : 0)) & 15) - 8;
+        put(open.kv, tile, index_of(open, value, p, d, &high), static_cast<float>(code) * scale);
+      }
+    }
+}
+
+}  // namespace
+}  // namespace fewbit

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// What happens between matrix products, as a table of functions a row of which exists for every instruction set. Plain
+// data only: this header is compiled under all of them.
+#pragma once
+
+#include <stdint.h>
+
+#include "fewbit_decode.h"
+
+namespace fewbit {
+
+// Keys and values lie in blocks of kBlock positions. Of one head of one layer a block holds kBlock / kTile tiles of keys,
+// then as many of values, then, where elements are codes, their scales, (2, kBlock) float16, keys first. A tile holds
+// kTile positions: of keys one dimension after the other, (dim, kTile), so that scores are sums down the columns; of
+// values one position after the other, (kTile, width), width = dim rounded up to kWidth by zeros. 8-bit codes are
+// stored plus 128. 4-bit codes, plus 8, share bytes: of keys dimension 2i (low half) with 2i + 1; of values, dimension i
+// of 32 (low half) with i + 16.
+enum : int64_t { kBlock = 64, kTile = 16, kWidth = 32 };
+
+// Bytes of one head of one layer in a block, and where its parts begin.
+struct HeadLayout {
+  int32_t kv;  // FEWBIT_FLOAT32, ..., FEWBIT_KV_INT4
+  int64_t dim, width;
+  int64_t key_tile, value_tile;  // bytes
+  int64_t values, scales, bytes;
+};
+
+// One query head of one token against the keys of its sequence.
+struct Query {
+  const float* q;    // (dim)
+  float* out;        // (dim)
+  int64_t position;  // its own, the last one it sees
+};
+
+enum : int64_t { kQueries = 32, kMostHeadDim = 512 };  // that go through the keys together, and of a head: at most
+
+struct AttentionTask {
+  HeadLayout open, closed;          // of blocks that are still appended to, and of full ones
+  const uint8_t* const* blocks;     // (blocks)
+  const uint8_t* is_closed;         // (blocks)
+  int64_t open_at, closed_at;       // bytes from the beginning of a block to this head of this layer
+  const Query* queries;
+  int64_t count;                    // of queries, at most kQueries
+  int64_t window;                   // 0: all positions
+  float scale, cap;
+};
+
+struct DenseTask {
+  const void* weight;  // (rows, columns) of dtype
+  int32_t dtype;
+  int64_t rows, columns, tokens;
+  const float* x;      // (tokens, columns), x_stride apart
+  int64_t x_stride;
+  const float* bias;   // (rows) or null
+  float* y;            // (tokens, rows), y_stride apart
+  int64_t y_stride;
+};
+
+struct Steps {
+  // out = x / sqrt(mean(x^2) + eps) * weight; out may be x.
+  void (*norm)(const float* x, const float* weight, float eps, int64_t count, float* out);
+  // x += y
+  void (*add)(float* x, const float* y, int64_t count);
+  // x += share * y
+  void (*add_share)(float* x, float share, const float* y, int64_t count);
+  // Pairs (i, i + pairs) of x by cos and sin, (pairs).
+  void (*rotate)(float* x, int64_t pairs, const float* cos, const float* sin);
+  // out = act(gate) * up
+  void (*gate)(int32_t activation, const float* gate, const float* up, int64_t count, float* out);
+  // x = cap * tanh(x * scale / cap); cap 0: x * scale.
+  void (*cap)(float* x, float scale, float cap, int64_t count);
+  // Every `block` of x, a power of two, times Sylvester's Hadamard matrix.
+  void (*hadamard)(float* x, int64_t block, int64_t count);
+  // out = x * factor
+  void (*scale)(const float* x, const float* factor, int64_t count, float* out);
+  // x = softmax(x)
+  void (*softmax)(float* x, int64_t count);
+  // Writes the key and the value of one position, (dim) each, into its place of a block.
+  void (*append)(const HeadLayout& layout, uint8_t* head, int64_t position, const float* key, const float* value);
+  // Float16 to codes, a whole block of one head; and back.
+  void (*close)(const HeadLayout& open, const uint8_t* from, const HeadLayout& closed, uint8_t* to);
+  void (*reopen)(const HeadLayout& closed, const uint8_t* from, const HeadLayout& open, uint8_t* to);
+  void (*attend)(const AttentionTask& task);
+  // Rows [begin, end) of y.
+  void (*dense)(const DenseTask& task, int64_t begin, int64_t end);
+};
+
+extern const Steps decode_steps_serial, decode_steps_avx2, decode_steps_avx512, decode_steps_neon;
+
+// The best row here that `isa` allows, or null.
+const Steps* steps_of(int32_t isa);
+
+HeadLayout layout_of(int32_t kv, int64_t dim);
+
+}  // namespace fewbit

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// The row of the instruction set whose simd.h came before.
+#pragma once
+
+#include "decode/attention.h"
+#include "decode/between.h"
+
+namespace fewbit {
+namespace {
+
+constexpr Steps kSteps = {norm,     add_to,   add_share, rotate, gate,        cap_to,       hadamard,
+                          scale_by, softmax,  append,    close_block, reopen_block, attend, dense};
+
+}  // namespace
+}  // namespace fewbit

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "decode/weights.h"
+
+#include "core/dtypes.h"
+#include "core/kernel.h"
+#include "core/products.h"
+
+namespace fewbit {
+namespace {
+
+constexpr int64_t kRows = 32;         // of a dense matrix that a thread takes at a time
+constexpr int64_t kSmall = 1 << 17;   // multiply-adds below which a second thread costs more than it brings
+
+int multiply_tiled(const Means& means, const Product* products, int32_t count, const fewbit_input& x) {
+  fewbit_output outputs[kMostShared];
+  for (int32_t i = 0; i < count; i++)
+    outputs[i] = {&products[i].weight->tiled, products[i].weight->bias, products[i].y, products[i].y_stride};
+  const fewbit_weight& first = *products[0].weight;
+  return fewbit_linear_many(outputs, count, &x, first.x_block, FEWBIT_FLOAT32, first.isa, means.threads);
+}
+
+void multiply_dense(const Means& means, const Product& product, const fewbit_input& x) {
+  const fewbit_weight& w = *product.weight;
+  const DenseTask task = {w.dense, w.dtype, w.rows, w.columns, x.tokens, static_cast<const float*>(x.data),
+                          x.stride, w.bias, product.y, product.y_stride};
+  const int32_t threads = w.rows * w.columns * x.tokens < kSmall ? 1 : means.threads;
+  spread(ceil_div(w.rows, kRows), threads, [&](int64_t unit) {
+    means.steps->dense(task, unit * kRows, least(unit * kRows + kRows, w.rows));
+  });
+}
+
+// x, (tokens, columns), as the matrix wants it.
+const float* rewrite(const Means& means, const fewbit_weight& w, const float* x, int64_t x_stride, int64_t tokens) {
+  float* out = room_for(means.rewritten, tokens * w.columns);
+  spread(tokens, threads_for(means, tokens), [&](int64_t token) {
+    const float* from = x + token * x_stride;
+    float* to = out + token * w.columns;
+    for (int64_t i = 0; i < w.rewrites; i++, from = to) {
+      means.steps->scale(from, w.rewrite[i].factor, w.columns, to);
+      means.steps->hadamard(to, w.rewrite[i].block, w.columns);
+    }
+  });
+  return out;
+}
+
+bool together(const fewbit_weight& a, const fewbit_weight& b) {
+  return a.kind == FEWBIT_TILED && b.kind == FEWBIT_TILED && a.isa == b.isa && a.x_block == b.x_block &&
+         a.rewrite == b.rewrite;
+}
+
+}  // namespace
+
+int multiply(const Means& means, const Product* products, int32_t count, const float* x, int64_t x_stride,
+             int64_t tokens) {
+  fewbit_input input = {x, tokens, x_stride, 1, FEWBIT_FLOAT32};
+  const fewbit_rewrite* done = nullptr;
+  for (int32_t begin = 0, end; begin < count; begin = end) {
+    end = begin + 1;
+    const Product& first = products[begin];
+    if (first.weight->rewrite != done) {
+      done = first.weight->rewrite;
+      input.data = done ? rewrite(means, *first.weight, x, x_stride, tokens) : x;
+      input.stride = done ? first.weight->columns : x_stride;
+    }
+    int code = FEWBIT_OK;
+    if (first.weight->kind == FEWBIT_TILED) {
+      while (end < count && end - begin < kMostShared && together(*first.weight, *products[end].weight)) end++;
+      code = multiply_tiled(means, &first, end - begin, input);
+    } else if (first.weight->kind == FEWBIT_CODEBOOK) {
+      code = fewbit_vector_linear(&first.weight->codebook, &input, first.weight->bias, first.y, first.y_stride,
+                                  FEWBIT_FLOAT32, first.weight->isa, means.threads);
+    } else if (first.weight->kind == FEWBIT_DENSE) {
+      multiply_dense(means, first, input);
+    }
+    if (code != FEWBIT_OK) return code;
+  }
+  return FEWBIT_OK;
+}
+
+int look_up(const fewbit_weight& weight, int64_t row, float scale, std::vector<float>* scratch, float* out) {
+  const int64_t columns = weight.columns;
+  if (weight.kind == FEWBIT_DENSE) {
+    const fewbit_input table = {weight.dense, weight.rows, columns, 1, weight.dtype};
+    const float* values = floats(table, row, 0, columns, out);
+    for (int64_t k = 0; k < columns; k++) out[k] = values[k] * scale;
+    return FEWBIT_OK;
+  }
+  const int64_t tile = weight.kind == FEWBIT_TILED ? 16 : 8 * weight.codebook.dim, at = row / tile;
+  scratch->resize(static_cast<size_t>(tile * columns));
+  float* decoded = scratch->data();
+  const int code = weight.kind == FEWBIT_TILED
+                       ? fewbit_decode(&weight.tiled, at, at + 1, decoded, tile, float_isa(weight.isa), 1)
+                       : fewbit_vector_decode(&weight.codebook, at, at + 1, decoded, tile, weight.isa, 1);
+  for (int64_t k = 0; k < columns; k++) out[k] = decoded[k * tile + row % tile] * scale;
+  return code;
+}
+
+bool has_shape(const fewbit_weight& w, int64_t rows, int64_t columns, bool may_be_absent) {
+  if (w.kind == FEWBIT_ABSENT) return may_be_absent;
+  for (int64_t i = 0; i < w.rewrites; i++) {
+    const fewbit_rewrite& step = w.rewrite[i];
+    if (!step.factor || step.block < 1 || (step.block & (step.block - 1)) || columns % step.block) return false;
+  }
+  if (w.rows != rows || w.columns != columns) return false;
+  switch (w.kind) {
+    case FEWBIT_TILED: return w.tiled.rows == rows && w.tiled.columns == columns && well_formed(w.tiled);
+    case FEWBIT_CODEBOOK: return w.codebook.rows == rows && w.codebook.columns == columns && w.codebook.codes;
+    case FEWBIT_DENSE: return w.dense && known_dtype(w.dtype);
+    default: return false;
+  }
+}
+
+}  // namespace fewbit

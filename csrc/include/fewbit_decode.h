@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A decoder of transformer blocks over the kernels of fewbit.h: token ids in, logits out. The model is described once, by
+ * the structs below, whose arrays the caller keeps alive; nothing is copied. All arithmetic between the matrices is
+ * float32.
+ *
+ *   x = embedding_scale * embedding[token]
+ *   each block:  x += after_attention(output(attention(norm(x))));  x += after_mlp(mlp(norm(x)))
+ *   logits = logit_cap * tanh(head(norm(x)) * logit_scale / logit_cap)
+ *
+ *   norm(x)      = x / sqrt(mean(x^2) + eps) * weight
+ *   attention    = softmax(cap(query_scale q k^T) over the positions p of a window, t - window < p <= t) v, where q and k
+ *                  are normed head by head where there is a weight for that, then rotated
+ *   mlp(x)       = down(act(gate x) * up x), or the sum over the experts that the router chose of their share of it
+ */
+#ifndef FEWBIT_DECODE_H
+#define FEWBIT_DECODE_H
+
+#include "fewbit.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* What a matrix is stored as. */
+enum { FEWBIT_ABSENT = 0, FEWBIT_TILED = 1, FEWBIT_CODEBOOK = 2, FEWBIT_DENSE = 3 };
+/* The activation of the gate. */
+enum { FEWBIT_SILU = 0, FEWBIT_GELU_TANH = 1, FEWBIT_GELU = 2 };
+/* What keys and values are kept in; the first three are the types of activations. */
+enum { FEWBIT_KV_INT8 = 3, FEWBIT_KV_INT4 = 4 };
+
+/* A step of what activations go through before they are multiplied: x * factor, then every `block` of them (a power of
+ * two) times Sylvester's Hadamard matrix; block 1: no more than the product. */
+typedef struct {
+  const float* factor; /* (columns) */
+  int64_t block;
+} fewbit_rewrite;
+
+/* A matrix that rows of activations are multiplied by: y = rewritten x w^T + bias. Neighbours (q, k, v; gate, up) whose
+ * `rewrite` is the same pointer share what it makes. */
+typedef struct {
+  int32_t kind;
+  int32_t isa;            /* of the kernel: one bit of fewbit_caps() */
+  int32_t dtype;          /* of FEWBIT_DENSE */
+  int32_t reserved;
+  int64_t rows, columns;
+  int64_t x_block;        /* of FEWBIT_TILED, as in fewbit_linear_many; never FEWBIT_BFLOAT16S */
+  fewbit_matrix tiled;
+  fewbit_vectors codebook;
+  const void* dense;      /* (rows, columns) */
+  const float* bias;      /* (rows) or NULL */
+  const fewbit_rewrite* rewrite; /* (rewrites), in their order */
+  int64_t rewrites;
+} fewbit_weight;
+
+/* Where `up` is absent, `gate` has the rows of both. */
+typedef struct {
+  fewbit_weight gate, up, down;
+} fewbit_mlp;
+
+/* Of positions: pair (i, i + pairs) of a head turns by position * frequency[i]; cos and sin are multiplied by `scale`. */
+typedef struct {
+  int64_t pairs;
+  const float* frequency;
+  float scale;
+  int32_t reserved;
+} fewbit_rope;
+
+typedef struct {
+  /* (hidden) each, the second and the fourth may be NULL. */
+  const float *norm, *norm_after, *mlp_norm, *mlp_norm_after;
+  const float *q_norm, *k_norm; /* (head_dim) or NULL */
+  int64_t window;               /* positions that a token sees, itself included; 0: all */
+  int32_t rope;                 /* index into the model's */
+  int32_t experts;              /* 0: `mlp` is used */
+  int32_t normalise;            /* whether the weights of the chosen experts are divided by their sum */
+  int32_t reserved;
+  fewbit_weight q, k, v, o;
+  fewbit_mlp mlp;               /* also the expert that all tokens share, where there are others */
+  fewbit_weight router;         /* (experts, hidden) */
+  fewbit_weight shared_gate;    /* (1, hidden): the shared expert is multiplied by its sigmoid; may be absent */
+  const fewbit_mlp* expert;     /* (experts) */
+} fewbit_block;
+
+typedef struct {
+  int64_t bytes; /* sizeof(fewbit_model): that both sides mean the same */
+  int64_t hidden, heads, kv_heads, head_dim, vocabulary, layers, ropes, experts_per_token;
+  float eps, query_scale, attention_cap, logit_cap, logit_scale, embedding_scale; /* caps: 0 for none */
+  int32_t activation;
+  int32_t isa; /* of all that is not a matrix product */
+  const fewbit_rope* rope;
+  const fewbit_block* block; /* (layers) */
+  const float* norm;
+  fewbit_weight embedding, head;
+} fewbit_model;
+
+/* Tokens to be appended to a sequence. */
+typedef struct {
+  int64_t sequence, count;
+  const int32_t* tokens;
+} fewbit_part;
+
+typedef struct fewbit_decoder fewbit_decoder;
+
+/* Codes of 1 to 8 bits as they lie in a file, each row a string of bits counted from the lowest of the first byte, rows
+ * ceil(columns * bits / 8) bytes apart: codes (rows, columns) one byte each. */
+int fewbit_fields_unpack(const uint8_t* packed, int64_t rows, int64_t columns, int32_t bits, uint8_t* codes,
+                         int32_t threads);
+
+/* kv: what keys and values are kept in. sequences: how many there are, numbered from 0, all empty at first. The model is
+ * copied, its arrays are not. NULL in `out` unless FEWBIT_OK is returned. */
+int fewbit_decoder_new(const fewbit_model* model, int32_t kv, int64_t sequences, fewbit_decoder** out);
+void fewbit_decoder_free(fewbit_decoder* decoder);
+
+/* Appends the parts, each to its sequence, at most one a sequence; logits: (parts, vocabulary) after the last token of
+ * each. Long parts go through in chunks. What a sequence gives does not depend on the others, nor on how its tokens are
+ * cut into calls and chunks, beyond what the kernels say of the number of tokens. After an error nothing is appended. */
+int fewbit_decoder_feed(fewbit_decoder* decoder, const fewbit_part* parts, int64_t count, float* logits,
+                        int32_t threads);
+
+int64_t fewbit_decoder_length(const fewbit_decoder* decoder, int64_t sequence);
+
+/* Makes `to` the first `length` positions of `from`; both may be the same sequence. Full blocks of positions are shared,
+ * not copied. */
+int fewbit_decoder_keep(fewbit_decoder* decoder, int64_t from, int64_t to, int64_t length);
+
+/* Bytes that keys and values take. */
+int64_t fewbit_decoder_bytes(const fewbit_decoder* decoder);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

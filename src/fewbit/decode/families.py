@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families that the native runtime knows, as data: how each block departs from Llama's, and the numbers that it takes
+from the configuration. Names are paths in transformers' module tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import UnsupportedError
+
+ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2}
+"""transformers' names of what the gate of an MLP goes through, as ``fewbit_decode.h`` numbers them."""
+
+ROPES = ("default", "linear", "llama3", "yarn", "proportional")
+"""Kinds of rotary embeddings whose frequencies do not change with the length of the text."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row.
+
+    * ``types``: values of ``model_type``.
+    * ``norms``: of what enters attention, what leaves it, what enters the MLP, what leaves it; None: there is none.
+    * ``norm_offset``: added to the weights of norms. ``head_norms``: queries and keys are normed head by head.
+    * ``scaled_embedding``: embeddings are multiplied by the root of their width.
+    * ``experts``: whether the MLP may be several of which a router chooses. ``normalised``: whether the weights of
+      those chosen add up to 1; None: the configuration says.
+    """
+
+    types: tuple[str, ...]
+    norms: tuple[str, str | None, str, str | None] = ("input_layernorm", None, "post_attention_layernorm", None)
+    norm_offset: float = 0.0
+    head_norms: bool = False
+    scaled_embedding: bool = False
+    experts: bool = False
+    normalised: bool | None = None
+
+
+SANDWICH = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+
+FAMILIES: tuple[Family, ...] = (
+    Family(("llama", "mistral", "qwen2")),
+    Family(("qwen3",), head_norms=True),
+    Family(("gemma",), norm_offset=1.0, scaled_embedding=True),
+    Family(("gemma2",), SANDWICH, norm_offset=1.0, scaled_embedding=True),
+    Family(("gemma3_text",), SANDWICH, norm_offset=1.0, scaled_embedding=True, head_norms=True),
+    Family(("mixtral",), experts=True, normalised=True),
+    Family(("qwen2_moe",), experts=True),
+    Family(("qwen3_moe",), experts=True, head_norms=True),
+)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """``frequencies``: (pairs,) float32, radians a position; cosines and sines are multiplied by ``scale``."""
+
+    frequencies: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """``window``: positions that a token sees, 0: all. ``rope``: which of the model's. ``experts``: 0 for one MLP."""
+
+    window: int
+    rope: int
+    experts: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a configuration says, in the terms of ``fewbit_decode.h``; caps are 0 where there are none."""
+
+    family: Family
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    experts_per_token: int
+    normalised: bool
+    eps: float
+    query_scale: float
+    attention_cap: float
+    logit_cap: float
+    embedding_scale: float
+    activation: int
+    ropes: tuple[Rope, ...]
+    layers: tuple[Layer, ...]
+
+
+def shape_of(config: Any) -> Shape:
+    """What the native runtime must know of a model of configuration ``config``.
+
+    Raises:
+        UnsupportedError: an unknown family, or something in it that the runtime cannot do.
+    """
+    kind = config.model_type
+    asked = f"the native runtime for a {kind} model"
+    family = next((family for family in FAMILIES if kind in family.types), None)
+    if family is None:
+        known = ", ".join(name for family in FAMILIES for name in family.types)
+        raise UnsupportedError(asked, "it does not know this family", f"it knows {known}")
+    name = _get(config, "hidden_activation") or _get(config, "hidden_act")
+    if name not in ACTIVATIONS:
+        raise UnsupportedError(asked, f"the activation {name!r}", f"one of {', '.join(ACTIVATIONS)}")
+    if _get(config, "use_bidirectional_attention"):
+        raise UnsupportedError(asked, "its attention looks ahead", "causal attention")
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    head_dim = _get(config, "head_dim") or hidden // heads
+    kinds, ropes = _ropes(config, head_dim, asked)
+    normalised = bool(_get(config, "norm_topk_prob")) if family.normalised is None else family.normalised
+    # The embedding's scale has been rounded to its dtype when the model was trained.
+    scale = torch.tensor(hidden**0.5 if family.scaled_embedding else 1.0, dtype=_dtype(config)).item()
+    return Shape(
+        family,
+        hidden,
+        heads,
+        _get(config, "num_key_value_heads") or heads,
+        head_dim,
+        config.vocab_size,
+        config.max_position_embeddings,
+        _get(config, "num_experts_per_tok") or 0,
+        normalised,
+        config.rms_norm_eps,
+        (_get(config, "query_pre_attn_scalar") or head_dim) ** -0.5,
+        _get(config, "attn_logit_softcapping") or 0.0,
+        _get(config, "final_logit_softcapping") or 0.0,
+        scale,
+        ACTIVATIONS[name],
+        ropes,
+        tuple(_layer(config, family, layer, kinds) for layer in range(config.num_hidden_layers)),
+    )
+
+
+def _get(config: Any, name: str) -> Any:
+    return getattr(config, name, None)
+
+
+def _dtype(config: Any) -> torch.dtype:
+    named = _get(config, "dtype") or torch.float32
+    return named if isinstance(named, torch.dtype) else getattr(torch, str(named).removeprefix("torch."))
+
+
+def _layer(config: Any, family: Family, layer: int, kinds: dict[str | None, int]) -> Layer:
+    types = _get(config, "layer_types")
+    sliding = types[layer] == "sliding_attention" if types else True
+    window = (_get(config, "sliding_window") or 0) if sliding else 0
+    experts = 0
+    if family.experts:
+        every = _get(config, "decoder_sparse_step") or 1
+        if (layer + 1) % every == 0 and layer not in (_get(config, "mlp_only_layers") or ()):
+            experts = _get(config, "num_local_experts") or _get(config, "num_experts") or 0
+    return Layer(window, kinds[types[layer] if None not in kinds else None], experts)
+
+
+def _ropes(config: Any, head_dim: int, asked: str) -> tuple[dict[str | None, int], tuple[Rope, ...]]:
+    """Which rotary embedding each kind of layer has (None: any), and the embeddings."""
+    parameters = config.rope_parameters
+    if "rope_type" in parameters:
+        return {None: 0}, (_rope(config, parameters, None, head_dim, asked),)
+    kinds = list(parameters)
+    ropes = tuple(_rope(config, parameters[kind], kind, head_dim, asked) for kind in kinds)
+    return {kind: place for place, kind in enumerate(kinds)}, ropes
+
+
+def _rope(config: Any, parameters: dict[str, Any], layer_type: str | None, head_dim: int, asked: str) -> Rope:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = parameters["rope_type"]
+    if kind not in ROPES:
+        raise UnsupportedError(asked, f"rotary embeddings of type {kind!r}", f"one of {', '.join(ROPES)}")
+    if kind == "default":
+        turned = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+        exponents = torch.arange(0, turned, 2, dtype=torch.float) / turned
+        return Rope(1.0 / (parameters["rope_theta"] ** exponents), 1.0)
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, None, layer_type=layer_type)
+    return Rope(frequencies.float().contiguous(), float(scale))

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The structs of ``csrc/include/fewbit.h`` and ``fewbit_decode.h``, member by member. The core refuses a model whose
+size differs from its own."""
+
+from __future__ import annotations
+
+import ctypes as C
+
+ABSENT, TILED, CODEBOOK, DENSE = range(4)
+KV = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
+
+
+class Matrix(C.Structure):
+    """``fewbit_matrix``; its members in the order of :data:`fewbit.kernels.native.Matrix`."""
+
+    _fields_ = (
+        ("rows", C.c_int64),
+        ("columns", C.c_int64),
+        ("block", C.c_int64),
+        ("bits", C.c_int32),
+        ("family", C.c_int32),
+        ("scale_half", C.c_int32),
+        ("offset_half", C.c_int32),
+        ("zero", C.c_float),
+        ("codes", C.c_void_p),
+        ("scale", C.c_void_p),
+        ("offset", C.c_void_p),
+        ("table", C.c_void_p),
+    )
+
+
+class Vectors(C.Structure):
+    """``fewbit_vectors``; its members in the order of :data:`fewbit.kernels.native.VectorMatrix`."""
+
+    _fields_ = (
+        ("rows", C.c_int64),
+        ("columns", C.c_int64),
+        ("block", C.c_int64),
+        ("dim", C.c_int32),
+        ("bits", C.c_int32),
+        ("residual_bits", C.c_int32),
+        ("half", C.c_int32),
+        ("codes", C.c_void_p),
+        ("book", C.c_void_p),
+        ("residual", C.c_void_p),
+    )
+
+
+class Rewrite(C.Structure):
+    _fields_ = (("factor", C.c_void_p), ("block", C.c_int64))
+
+
+class Weight(C.Structure):
+    _fields_ = (
+        ("kind", C.c_int32),
+        ("isa", C.c_int32),
+        ("dtype", C.c_int32),
+        ("reserved", C.c_int32),
+        ("rows", C.c_int64),
+        ("columns", C.c_int64),
+        ("x_block", C.c_int64),
+        ("tiled", Matrix),
+        ("codebook", Vectors),
+        ("dense", C.c_void_p),
+        ("bias", C.c_void_p),
+        ("rewrite", C.POINTER(Rewrite)),
+        ("rewrites", C.c_int64),
+    )
+
+
+class Mlp(C.Structure):
+    _fields_ = (("gate", Weight), ("up", Weight), ("down", Weight))
+
+
+class Rope(C.Structure):
+    _fields_ = (("pairs", C.c_int64), ("frequency", C.c_void_p), ("scale", C.c_float), ("reserved", C.c_int32))
+
+
+class Block(C.Structure):
+    _fields_ = (
+        ("norm", C.c_void_p),
+        ("norm_after", C.c_void_p),
+        ("mlp_norm", C.c_void_p),
+        ("mlp_norm_after", C.c_void_p),
+        ("q_norm", C.c_void_p),
+        ("k_norm", C.c_void_p),
+        ("window", C.c_int64),
+        ("rope", C.c_int32),
+        ("experts", C.c_int32),
+        ("normalise", C.c_int32),
+        ("reserved", C.c_int32),
+        ("q", Weight),
+        ("k", Weight),
+        ("v", Weight),
+        ("o", Weight),
+        ("mlp", Mlp),
+        ("router", Weight),
+        ("shared_gate", Weight),
+        ("expert", C.POINTER(Mlp)),
+    )
+
+
+class Model(C.Structure):
+    _fields_ = (
+        ("bytes", C.c_int64),
+        ("hidden", C.c_int64),
+        ("heads", C.c_int64),
+        ("kv_heads", C.c_int64),
+        ("head_dim", C.c_int64),
+        ("vocabulary", C.c_int64),
+        ("layers", C.c_int64),
+        ("ropes", C.c_int64),
+        ("experts_per_token", C.c_int64),
+        ("eps", C.c_float),
+        ("query_scale", C.c_float),
+        ("attention_cap", C.c_float),
+        ("logit_cap", C.c_float),
+        ("logit_scale", C.c_float),
+        ("embedding_scale", C.c_float),
+        ("activation", C.c_int32),
+        ("isa", C.c_int32),
+        ("rope", C.POINTER(Rope)),
+        ("block", C.POINTER(Block)),
+        ("norm", C.c_void_p),
+        ("embedding", Weight),
+        ("head", Weight),
+    )
