@@ -22,6 +22,8 @@ from fewbit.errors import FewbitError
 from fewbit.kernels import linear
 
 if TYPE_CHECKING:
+    from fewbit.decode.sampling import Sampling
+    from fewbit.decode.writer import generate
     from fewbit.evaluation import evaluate
     from fewbit.integrations.load import load
     from fewbit.recipe import Recipe
@@ -31,10 +33,12 @@ __version__ = "0.1.0"
 
 _LATER = {
     "evaluate": "fewbit.evaluation",
+    "generate": "fewbit.decode.writer",
     "load": "fewbit.integrations.load",
     "plan": "fewbit.run",
     "quantize": "fewbit.run",
     "Recipe": "fewbit.recipe",
+    "Sampling": "fewbit.decode.sampling",
 }
 """Names whose modules import transformers: loaded at first use."""
 
@@ -54,8 +58,10 @@ __all__ = [
     "FewbitError",
     "QTensor",
     "Recipe",
+    "Sampling",
     "evaluate",
     "formats",
+    "generate",
     "kernels",
     "layouts",
     "linear",

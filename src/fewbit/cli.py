@@ -185,18 +185,37 @@ def bench(
 @guarded
 def generate(
     out: Folder,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue, or the message to answer.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt, by the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to add at most.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Only the likeliest so many; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Only the likeliest, up to this probability together.")] = 1.0,
+    min_p: Annotated[float, typer.Option("--min-p", help="Only those this many times as likely as the likeliest.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="1: none.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="A text that ends it; may be repeated.")] = None,
     seed: Seed = 0,
+    kv: Annotated[str, typer.Option("--kv", help="Keys and values: float16, bfloat16, float32, int8, int4.")] = (
+        "float16"
+    ),
     threads: Threads = None,
     activation: Activation = None,
     debug: Debug = False,
 ) -> None:
-    """Continue a text with OUT, printed as it comes."""
+    """Continue a text with OUT, or answer a message, printed as it comes."""
     from fewbit.commands import generate as command
 
-    command.run(out, prompt, max_tokens, temperature, seed, threads, activation)
+    sampling = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": tuple(stop or ()),
+        "seed": seed,
+    }
+    command.run(command.Request(out, prompt, chat, sampling, activation, kv, threads))
 
 
 @app.command()

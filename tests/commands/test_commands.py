@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+import fewbit
 from fewbit.commands import demo as demo_command
 from fewbit.doctor import EXTRAS
 
@@ -196,6 +197,28 @@ def test_generate_streams_the_prompt_and_more(quantized: Path, command: Command)
     assert "tokens/s" in result.stderr
     again = command("generate", quantized, "--prompt", "abc", "--max-tokens", 5)
     assert again.stdout == result.stdout
+
+
+def test_generate_draws_by_seed_and_stops_where_it_is_told(quantized: Path, command: Command) -> None:
+    def text(*options: object) -> str:
+        result = command("generate", quantized, "--prompt", "abc", "--max-tokens", 12, *options)
+        assert result.exit_code == 0, result.stderr
+        return result.stdout.removeprefix("abc").removesuffix("\n")
+
+    drawn = [text("--temperature", 1.5, "--seed", seed) for seed in (1, 1, 2, 3)]
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+    greedy = text()
+    assert text("--temperature", 1.5, "--top-k", 1) == greedy
+    stop = greedy[len(greedy) // 2 :][:2]
+    assert text("--stop", stop) == greedy[: greedy.index(stop)]
+    sampling = fewbit.Sampling(temperature=0.0, max_tokens=12)
+    assert fewbit.generate(quantized, "abc", sampling) == greedy
+
+
+def test_generate_says_what_is_wrong(quantized: Path, command: Command) -> None:
+    for options, what in ((("--top-p", 2), "top_p"), (("--kv", "int3"), "int3"), (("--chat",), "chat template")):
+        result = command("generate", quantized, "--prompt", "abc", *options)
+        assert result.exit_code != 0 and what in result.stderr and "Traceback" not in result.stderr
 
 
 def test_generate_without_a_tokenizer(quantized: Path, command: Command, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 
 import fewbit
 from fewbit.decode import Engine, open_engine
-from fewbit.decode.loop import continuation
 from fewbit.decode.transformers_engine import TransformersEngine, load_plain
 from fewbit.kernels import native
 
@@ -27,13 +26,24 @@ _ABOVE = (folder / "shared" / "assets" / "stories15m" for folder in Path(__file_
 STORIES = next((folder for folder in _ABOVE if folder.is_dir()), Path("stories15m"))
 
 
+def continuation(engine: Engine, prompt: list[int], count: int) -> list[int]:
+    """The likeliest tokens, one after another; of equal ones the first."""
+    sequence, found = engine.open(), [*prompt]
+    logits = engine.feed([(sequence, prompt)])
+    for _ in range(count):
+        found.append(int(logits[0].argmax()))
+        logits = engine.feed([(sequence, found[-1:])])
+    engine.close(sequence)
+    return found[len(prompt) :]
+
+
 def same_tokens(folder: Path, model: Any, prompt: list[int], count: int) -> None:
     """``model``: transformers' in float32, so that what it rounds beside the codes decides no token."""
     engine: Engine = open_engine(folder, kv="float32", sequences=1)
     assert engine.name == "native", engine.why
-    found = list(continuation(engine, prompt, count))
+    found = continuation(engine, prompt, count)
     other = TransformersEngine(model, None)
-    assert found == list(continuation(other, prompt, count))
+    assert found == continuation(other, prompt, count)
     assert len(found) == count
 
 

@@ -11,7 +11,8 @@ from fewbit.commands import evaluate, generate, quantize
 from fewbit.commands.console import err
 from fewbit.commands.console import out as stdout
 from fewbit.commands.generate import prepare
-from fewbit.decode import open_engine
+from fewbit.decode.sampling import Sampling
+from fewbit.decode.writer import Writer
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.report import numbers as N
 
@@ -68,7 +69,7 @@ def run(
     quantize.run(request, out, None, None)
     evaluate.run(out, str(source), None, CONTEXT, max_tokens, 64, threads, None, json_target, None)
     if json_target != "-":
-        tokenizer = generate.tokenizer_of(out)
-        generate.stream(open_engine(out), out, tokenizer, PROMPT, 40)
+        with Writer(out, threads=threads) as writer:
+            generate.stream(writer, PROMPT, Sampling(temperature=0.0, max_tokens=40))
         stdout().print(f"\n{HONEST}", markup=False)
     err().print(f"the whole demo took {N.seconds(time.perf_counter() - began)}", markup=False)

@@ -1,90 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fewbit generate``: continue a text, printed as it comes."""
+"""``fewbit generate``: continue a text, or answer a message, printed as it comes."""
 
 from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fewbit import kernels
 from fewbit.commands.console import err
-from fewbit.decode import Engine, open_engine
-from fewbit.decode.loop import continuation, drawn, end_tokens, likeliest
-from fewbit.errors import InputError
+
+if TYPE_CHECKING:
+    from fewbit.decode.sampling import Sampling
+    from fewbit.decode.writer import Writer
 
 
-def run(
-    out: Path,
-    prompt: str,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    threads: int | None,
-    activation: str | None,
-) -> None:
+@dataclass(frozen=True)
+class Request:
+    """The options of the command; ``fewbit generate --help`` says what each is. ``sampling``: arguments of
+    :class:`fewbit.decode.sampling.Sampling`."""
+
+    folder: Path
+    prompt: str
+    chat: bool = False
+    sampling: dict[str, object] = field(default_factory=dict)
+    activation: str | None = None
+    kv: str = "float16"
+    threads: int | None = None
+
+
+def run(request: Request) -> None:
     """Stream the continuation to stdout; tokens a second to stderr."""
-    prepare(threads)
-    tokenizer = tokenizer_of(out)
-    engine = open_engine(out, activation=activation, sequences=1, threads=threads)
-    if engine.why is not None:
-        err().print(f"transformers computes, more slowly: {engine.why}", markup=False)
-    began = time.perf_counter()
-    added = stream(engine, out, tokenizer, prompt, max_tokens, temperature, seed)
-    seconds = time.perf_counter() - began
+    from fewbit.decode.sampling import Sampling
+    from fewbit.decode.writer import Writer
+
+    prepare(request.threads)
+    sampling = Sampling(**request.sampling)  # type: ignore[arg-type]
+    with Writer(request.folder, activation=request.activation, kv=request.kv, threads=request.threads) as writer:
+        if writer.engine.why is not None:
+            err().print(f"transformers computes, more slowly: {writer.engine.why}", markup=False)
+        began = time.perf_counter()
+        added = stream(writer, request.prompt, sampling, request.chat)
+        seconds = time.perf_counter() - began
     err().print(f"{added} tokens in {seconds:.1f} s, {added / max(seconds, 1e-9):.1f} tokens/s", markup=False)
 
 
-def stream(
-    engine: Engine,
-    folder: Path,
-    tokenizer: Any,
-    prompt: str,
-    max_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> int:
-    """Print ``prompt`` and its continuation to stdout; returns the number of tokens added. ``folder`` says which tokens
-    end a text.
+def stream(writer: Writer, prompt: str, sampling: Sampling, chat: bool = False) -> int:
+    """Print ``prompt`` and its continuation, or the answer to it, to stdout; returns the number of tokens added.
 
     Raises:
-        InputError: the prompt holds no token, or more than the context.
+        InputError: the prompt holds no token, or more than the context; there is no template to ``chat`` by.
     """
-    from transformers import TextStreamer
-
-    tokens = [int(token) for token in tokenizer(prompt)["input_ids"]]
-    if not tokens:
-        raise InputError("generating", "the prompt holds no token", "give a text with --prompt")
-    choose = drawn(temperature, seed) if temperature > 0 else likeliest
-    printer = TextStreamer(tokenizer, skip_special_tokens=True)
-    printer.put(torch.tensor(tokens))
+    pieces = writer.pieces([{"role": "user", "content": prompt}] if chat else prompt, sampling)
+    if not chat:
+        print(prompt, end="", flush=True)
     added = 0
-    for token in continuation(engine, tokens, max_tokens, choose, end_tokens(folder)):
-        printer.put(torch.tensor([token]))
-        added += 1
-    printer.end()
+    for piece in pieces:
+        print(piece.text, end="", flush=True)
+        added += len(piece.tokens)
+    print(flush=True)
     return added
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer saved in ``folder``.
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise InputError(
-            f"the tokenizer of {folder}", "the folder holds none", "copy the original's tokenizer files there"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"the tokenizer of {folder}", " ".join(str(error).split())[:300]) from error
 
 
 def prepare(threads: int | None) -> None:

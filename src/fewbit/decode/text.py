@@ -12,6 +12,8 @@ from fewbit.errors import InputError
 
 REPLACEMENT = "�"
 """What decoders write for bytes that are no character, or not yet."""
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""Files of which a folder with a tokenizer holds one."""
 PENDING = 16
 """Tokens held back at most; four bytes, each a token of its own, are the longest character."""
 
@@ -151,6 +153,9 @@ def words_of(folder: Path) -> Words:
     """
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in TOKENIZERS):  # transformers would make up an empty one
+        found, works = "the folder holds none", "copy the original's tokenizer files there"
+        raise InputError(f"the tokenizer of {folder}", found, works)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
