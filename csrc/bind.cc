@@ -1,35 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// fewbit._native: the C ABI of fewbit.h and fewbit_decode.h for Python, on the limited API of 3.10, so that one wheel serves every later
-// version. Pointers come in as integers; whoever calls owns the memory and has checked its size. The only file that
-// sees Python.
-#ifndef Py_LIMITED_API
-#define Py_LIMITED_API 0x030A0000
-#endif
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+// fewbit._native: the C ABI of fewbit.h for Python. With bind_decode.cc the only file that sees Python.
+#include "bind.h"
 
 #include <vector>
 
-#include "fewbit.h"
-#include "fewbit_decode.h"
-#include "fewbit_sample.h"
-
 namespace {
-
-PyObject* status(int code) {
-  switch (code) {
-    case FEWBIT_OK: Py_RETURN_NONE;
-    case FEWBIT_NO_MEMORY: return PyErr_NoMemory();
-    case FEWBIT_NO_KERNEL: PyErr_SetString(PyExc_RuntimeError, "this processor cannot run that instruction set"); break;
-    default: PyErr_SetString(PyExc_ValueError, "arguments contradict one another");
-  }
-  return nullptr;
-}
-
-template <class T>
-T pointer(unsigned long long address) {
-  return reinterpret_cast<T>(static_cast<uintptr_t>(address));
-}
 
 PyObject* caps(PyObject*, PyObject*) { return PyLong_FromLong(fewbit_caps()); }
 
@@ -273,37 +248,6 @@ PyObject* int8_windows(PyObject*, PyObject* args) {
   return status(code);
 }
 
-// A draw in Python: the members of fewbit_draw in their order.
-bool draw_of(PyObject* tuple, fewbit_draw* d) {
-  unsigned long long logits, seen, counts, biased, bias, seed, position;
-  long long vocabulary, top_k, seen_count, bias_count;
-  unsigned int branch;
-  if (!PyArg_ParseTuple(tuple, "KLffffffLKKLKKLKKI", &logits, &vocabulary, &d->temperature, &d->top_p, &d->min_p,
-                        &d->repetition, &d->frequency, &d->presence, &top_k, &seen, &counts, &seen_count, &biased,
-                        &bias, &bias_count, &seed, &position, &branch))
-    return false;
-  d->logits = pointer<float*>(logits), d->vocabulary = vocabulary, d->top_k = top_k;
-  d->seen = pointer<const int32_t*>(seen), d->counts = pointer<const int32_t*>(counts), d->seen_count = seen_count;
-  d->biased = pointer<const int32_t*>(biased), d->bias = pointer<const float*>(bias), d->bias_count = bias_count;
-  d->seed = seed, d->position = position, d->branch = branch;
-  return true;
-}
-
-// sample(draws, tokens, threads)
-PyObject* sample(PyObject*, PyObject* args) {
-  PyObject* tuple;
-  unsigned long long tokens;
-  int threads, code;
-  if (!PyArg_ParseTuple(args, "O!Ki", &PyTuple_Type, &tuple, &tokens, &threads)) return nullptr;
-  std::vector<fewbit_draw> draws(static_cast<size_t>(PyTuple_Size(tuple)));
-  for (size_t i = 0; i < draws.size(); i++)
-    if (!draw_of(PyTuple_GetItem(tuple, static_cast<Py_ssize_t>(i)), &draws[i])) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_sample(draws.data(), static_cast<int64_t>(draws.size()), pointer<int32_t*>(tokens), threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
-}
-
 PyObject* large_pages(PyObject*, PyObject* args) {
   unsigned long long data;
   long long bytes;
@@ -323,70 +267,6 @@ PyObject* read_stream(PyObject*, PyObject* args) {
   return PyLong_FromUnsignedLongLong(result);
 }
 
-PyObject* fields_unpack(PyObject*, PyObject* args) {
-  unsigned long long packed, codes;
-  long long rows, columns;
-  int bits, threads, code;
-  if (!PyArg_ParseTuple(args, "KLLiKi", &packed, &rows, &columns, &bits, &codes, &threads)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_fields_unpack(pointer<const uint8_t*>(packed), rows, columns, bits, pointer<uint8_t*>(codes), threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
-}
-
-// decoder_new(model, kv, sequences) -> the decoder's address; model: that of a fewbit_model, which stays where it is, as
-// does all that it points to, until decoder_free.
-PyObject* decoder_new(PyObject*, PyObject* args) {
-  unsigned long long model;
-  long long sequences;
-  int kv;
-  fewbit_decoder* decoder;
-  if (!PyArg_ParseTuple(args, "KiL", &model, &kv, &sequences)) return nullptr;
-  const int code = fewbit_decoder_new(pointer<const fewbit_model*>(model), kv, sequences, &decoder);
-  if (code != FEWBIT_OK) return status(code);
-  return PyLong_FromUnsignedLongLong(static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(decoder)));
-}
-
-PyObject* decoder_free(PyObject*, PyObject* args) {
-  unsigned long long decoder;
-  if (!PyArg_ParseTuple(args, "K", &decoder)) return nullptr;
-  fewbit_decoder_free(pointer<fewbit_decoder*>(decoder));
-  Py_RETURN_NONE;
-}
-
-// decoder_feed(decoder, ((sequence, tokens, count), ...), logits, threads); tokens: address of int32
-PyObject* decoder_feed(PyObject*, PyObject* args) {
-  PyObject* tuple;
-  unsigned long long decoder, logits;
-  int threads, code;
-  if (!PyArg_ParseTuple(args, "KO!Ki", &decoder, &PyTuple_Type, &tuple, &logits, &threads)) return nullptr;
-  const Py_ssize_t count = PyTuple_Size(tuple);
-  std::vector<fewbit_part> parts(static_cast<size_t>(count));
-  for (Py_ssize_t i = 0; i < count; i++) {
-    long long sequence, tokens_count;
-    unsigned long long tokens;
-    if (!PyArg_ParseTuple(PyTuple_GetItem(tuple, i), "LKL", &sequence, &tokens, &tokens_count)) return nullptr;
-    parts[static_cast<size_t>(i)] = {sequence, tokens_count, pointer<const int32_t*>(tokens)};
-  }
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_decoder_feed(pointer<fewbit_decoder*>(decoder), parts.data(), count, pointer<float*>(logits), threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
-}
-
-PyObject* decoder_keep(PyObject*, PyObject* args) {
-  unsigned long long decoder;
-  long long from, to, length;
-  if (!PyArg_ParseTuple(args, "KLLL", &decoder, &from, &to, &length)) return nullptr;
-  return status(fewbit_decoder_keep(pointer<fewbit_decoder*>(decoder), from, to, length));
-}
-
-PyObject* decoder_bytes(PyObject*, PyObject* args) {
-  unsigned long long decoder;
-  if (!PyArg_ParseTuple(args, "K", &decoder)) return nullptr;
-  return PyLong_FromLongLong(fewbit_decoder_bytes(pointer<const fewbit_decoder*>(decoder)));
-}
-
 PyMethodDef methods[] = {
     {"caps", caps, METH_NOARGS, "What this machine can run, as bits: see fewbit.h."},
     {"set_threads", set_threads, METH_VARARGS, "(threads): for every later call; 0 lets each call say."},
@@ -403,15 +283,8 @@ PyMethodDef methods[] = {
     {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},
     {"int8_windows", int8_windows, METH_VARARGS,
      "(windows, x, dtype, images, groups, weight, rows, bias, y, isa, threads)"},
-    {"sample", sample, METH_VARARGS, "(draws, tokens, threads)"},
     {"large_pages", large_pages, METH_VARARGS, "(data, bytes) -> None."},
     {"read_stream", read_stream, METH_VARARGS, "(data, bytes, threads) -> exclusive or of the bytes."},
-    {"fields_unpack", fields_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, threads)"},
-    {"decoder_new", decoder_new, METH_VARARGS, "(model, kv, sequences) -> decoder; see fewbit_decode.h."},
-    {"decoder_free", decoder_free, METH_VARARGS, "(decoder)"},
-    {"decoder_feed", decoder_feed, METH_VARARGS, "(decoder, parts, logits, threads)"},
-    {"decoder_keep", decoder_keep, METH_VARARGS, "(decoder, from, to, length)"},
-    {"decoder_bytes", decoder_bytes, METH_VARARGS, "(decoder) -> bytes of keys and values."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -420,4 +293,8 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "fewbit._native", nullptr, -1, meth
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__native(void) {
+  PyObject* made = PyModule_Create(&module);
+  if (made && PyModule_AddFunctions(made, decode_methods) < 0) Py_CLEAR(made);
+  return made;
+}

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the files that see Python share. Pointers come in as integers; whoever calls owns the memory and has checked its
+// size. On the limited API of 3.10, so that one wheel serves every later version.
+#pragma once
+
+#ifndef Py_LIMITED_API
+#define Py_LIMITED_API 0x030A0000
+#endif
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "fewbit.h"
+
+namespace {
+
+inline PyObject* status(int code) {
+  switch (code) {
+    case FEWBIT_OK: Py_RETURN_NONE;
+    case FEWBIT_NO_MEMORY: return PyErr_NoMemory();
+    case FEWBIT_NO_KERNEL: PyErr_SetString(PyExc_RuntimeError, "this processor cannot run that instruction set"); break;
+    default: PyErr_SetString(PyExc_ValueError, "arguments contradict one another");
+  }
+  return nullptr;
+}
+
+template <class T>
+T pointer(unsigned long long address) {
+  return reinterpret_cast<T>(static_cast<uintptr_t>(address));
+}
+
+}  // namespace
+
+extern PyMethodDef decode_methods[];  // bind_decode.cc
