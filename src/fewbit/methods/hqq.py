@@ -30,7 +30,7 @@ from torch import Tensor
 from fewbit.core import blocks as B
 from fewbit.core import format as F
 from fewbit.core.facts import Facts
-from fewbit.core.format import Format
+from fewbit.core.format import Format, Physical
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.methods import objective, ranges
@@ -111,9 +111,9 @@ def _move(
     falling = torch.ones_like(least, dtype=torch.bool)
     for beta in penalties:
         by = (error - shrink(error, p, beta)).sum(-1, keepdim=True) / count
-        offset = format.physical(params).offset
-        assert offset is not None  # free_offset
-        moved = format.with_offset(params, offset.unsqueeze(-1) + by)
+        grid = format.physical(params)
+        assert isinstance(grid, Physical) and grid.offset is not None  # free_offset
+        moved = format.with_offset(params, grid.offset.unsqueeze(-1) + by)
         error = (blocks - format.nearest(blocks, moved)[1]) * mask
         found = error.abs().sum(-1, keepdim=True)
         falling = falling & (found < least)
