@@ -114,8 +114,10 @@ def test_facts_are_rewritten_as_inputs_are(rows: tuple[Transform, ...], columns:
     assert ((found.total_square - exact.square().sum(0)).abs() <= gram.diagonal() + 1e-30).all()
     assert bool((found.total_square >= 0).all())
     if any(row.mixes for row in rows):
-        assert found.largest is None
+        assert found.largest is None and found.total_magnitude is None
     else:
+        assert found.total_magnitude is not None
+        assert ((found.total_magnitude - exact.abs().sum(0)).abs() <= relative * exact.abs().sum(0) + 1e-30).all()
         assert found.largest is not None
         assert torch.allclose(found.largest.double(), exact.abs().amax(0), rtol=2 * EPS32, atol=0)
 
