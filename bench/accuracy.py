@@ -28,21 +28,30 @@ from fewbit.containers.files import read_json, write_json
 from fewbit.measure.accuracy import Scores, score, summarize
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
-from fewbit.run.verify import read_back
+from fewbit.run.verify import read_back, read_rewrite
 
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "rtn": ("rtn", {}),
-    "clip": ("clip", {}),
-    "gptq": ("gptq", {"desc_act": False}),
-    "gptq act-order": ("gptq", {"desc_act": True}),
+METHODS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
+    "rtn": ((), "rtn", {}),
+    "clip": ((), "clip", {}),
+    "gptq": ((), "gptq", {"desc_act": False}),
+    "gptq act-order": ((), "gptq", {"desc_act": True}),
+    "hqq": ((), "hqq", {}),
+    "awq scale": (("awq",), "rtn", {}),
+    "awq clip": ((), "awq", {}),
+    "awq": (("awq",), "awq", {}),
+    "awq + clip": (("awq",), "clip", {}),
+    "awq + gptq": (("awq",), "gptq", {}),
 }
+"""Transforms, method and options by the name of a row."""
+USUAL = ("rtn", "clip", "gptq", "gptq act-order")
 
 
 def decoded(module: nn.Module, streamed: StreamedModel, folder: Path, manifest: dict[str, Any]) -> None:
     """Put what ``folder`` decodes to into ``module``, which shares its parameters with ``streamed``."""
     where = read_json(folder / "model.safetensors.index.json")["weight_map"]
     for record in manifest["layers"]:
-        values = read_back(folder / where[f"{record['name']}.weight_packed"], record).dequantize()
+        path = folder / where[f"{record['name']}.weight_packed"]
+        values = read_rewrite(path, record).unweight(read_back(path, record).dequantize())
         for site in streamed.sites:
             if record["name"] in (site.name, site.tied_to):
                 place = streamed.weight(site.name)
@@ -68,7 +77,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for format in arguments.formats:
         for name in arguments.methods:
-            method, options = METHODS[name]
+            transforms, method, options = METHODS[name]
             with TemporaryDirectory() as scratch:
                 began = time.monotonic()
                 result = fewbit.quantize(
@@ -76,6 +85,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     format,
                     method=method,
                     options=options,
+                    transforms=transforms,
                     out=Path(scratch) / "out",
                     calibration=arguments.calibration,
                     samples=arguments.samples,
@@ -136,7 +146,7 @@ def main() -> None:
     parser.add_argument("--head", default="int8/g64")
     sizes = [f"int{bits}/g{group}/asym" for group in (128, 64) for bits in (8, 4, 3, 2)]
     parser.add_argument("--formats", nargs="+", default=sizes)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(USUAL), choices=list(METHODS))
     parser.add_argument("--json", type=Path)
     show(run(parser.parse_args()))
 

@@ -27,6 +27,7 @@ def close(found: Facts, x: Tensor) -> None:
     assert (found.tokens, found.columns) == tuple(x.shape)
     assert ((found.total - exact.sum(0)).abs() <= tokens * EPS * exact.abs().sum(0)).all()
     assert ((found.total_square - exact.square().sum(0)).abs() <= (tokens + 1) * EPS * exact.square().sum(0)).all()
+    assert ((found.total_magnitude - exact.abs().sum(0)).abs() <= tokens * EPS * exact.abs().sum(0)).all()
     assert torch.equal(found.largest, x.abs().amax(0) if tokens else torch.zeros(x.shape[1]))
     assert found.gram is not None
     assert ((found.gram - exact.T @ exact).abs() <= (tokens + 1) * EPS * (exact.T.abs() @ exact.abs())).all()

@@ -105,7 +105,7 @@ def test_smoothing_saves_what_an_outlier_channel_would_wipe_out() -> None:
     x, weight = torch.ones(3, 64), torch.ones(5, 64)
     x[:, 9] = 512
     outlier = 512 * 2 / 127
-    smooth = Chain((transforms.named("smooth")(weight, Facts.of(x), 0),))
+    smooth = Chain((transforms.named("smooth")(weight, Facts.of(x), 0, formats.parse(W8)),))
     alone, smoothed = (layer(weight, chain, A8)(x) - 575 for chain in (Chain(), smooth))
     assert float(alone.abs().min()) >= 63 - outlier
     assert float(smoothed.abs().max()) <= 63 * 0.187 + outlier

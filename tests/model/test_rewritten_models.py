@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fewbit import transforms
+from fewbit import formats, transforms
 from fewbit.core.facts import Facts
 from fewbit.core.rewrite import Chain
 from fewbit.core.transform import Transform, seed_of
@@ -56,7 +56,7 @@ def rewrite(model: nn.Module, sites: list[Site], rows: tuple[Transform, ...], to
         steps, facts = [], Facts.of(seen[site.name], gram=True)
         for row in rows:
             if row.refuse(site.shape[1]) is None:
-                step = row(weight, facts, seed_of(0, site.name))
+                step = row(weight, facts, seed_of(0, site.name), formats.parse("int4/g32/asym"))
                 steps.append(step)
                 weight, facts = step.weight(weight), step.facts(facts)
         module.weight.data = weight.T.contiguous() if transposed else weight

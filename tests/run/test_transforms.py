@@ -31,7 +31,7 @@ def stored(out: Path) -> dict[str, Tensor]:
     return {name: tensor for path in sorted(out.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("transforms", [["smooth"], ["rotate"], BOTH])
+@pytest.mark.parametrize("transforms", [["smooth"], ["rotate"], ["awq"], BOTH])
 def test_law_5_plan_manifest_and_files_agree_on_every_byte(
     short: Short, tiny: Path, tmp_path: Path, transforms: list[str]
 ) -> None:
@@ -243,6 +243,33 @@ def test_the_method_sees_the_rewritten_weight_and_facts() -> None:
     assert all(torch.equal(array, chain.arrays[name]) for name, array in done.rewrite.arrays.items())
     expected = fewbit.methods.gptq(chain.weight(weight), format, chain.facts(facts))
     assert torch.equal(done.qtensor.dequantize(), expected.dequantize())
+
+
+@pytest.mark.parametrize("method", ["awq", "hqq"])
+def test_scales_are_searched_for_the_format_of_the_rule(method: str) -> None:
+    site = Site("a", "linear", "a.weight", (6, 32), 1, 0, None)
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(6, 32, generator=generator), torch.randn(99, 32, generator=generator)
+    facts = Facts.of(x * torch.logspace(-1, 1, 32), gram=True)
+    found = []
+    for name in ("int2/g32/min", "int4/g8/min"):
+        rule, format = Rule("*", name, method, transforms=(Step("awq"),)), fewbit.formats.parse(name)
+        done = solve(Task(site, rule, format, weight, [facts], [x], 5))
+        scale = fewbit.transforms.awq(weight, facts, 0, format)
+        assert torch.equal(done.rewrite.arrays["0_scale"], scale.scale)
+        chosen = fewbit.methods.named(method)(scale.weight(weight), format, scale.facts(facts))
+        assert torch.equal(done.qtensor.dequantize(), chosen.dequantize())
+        found.append(scale.scale)
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize(("format", "method"), [("int4/g32/asym", "awq"), ("int4/g32/min", "hqq")])
+def test_methods_run_end_to_end_on_scaled_inputs(short: Short, tmp_path: Path, format: str, method: str) -> None:
+    manifest = short(tmp_path / "out", format, method=method, transforms=["awq"]).manifest
+    layers = [layer for layer in manifest["layers"] if layer["kind"] == "linear"]
+    assert layers and {(layer["method"], layer["note"]) for layer in layers} == {(method, "")}
+    assert all([step["kind"] for step in layer["rewrites"]] == ["scale"] for layer in layers)
+    assert max(layer["relative_error"] for layer in layers) < 0.2
 
 
 def test_the_check_of_a_run_is_what_the_loaded_model_does(tiny: Path, tmp_path: Path) -> None:

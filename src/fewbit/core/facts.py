@@ -35,6 +35,7 @@ class Facts:
     ``total``, ``total_square``, ``largest``: (columns,) sums of x and x^2 and max|x|, float32. ``largest`` is None
     where it cannot be known: of inputs that were rotated after they were seen.
     ``gram``: (columns, columns) float32 sum of x x^T, symmetric bit for bit, or None when no method asked for it.
+    ``total_magnitude``: (columns,) sum of |x|, float32; None where ``largest`` is.
     """
 
     columns: int
@@ -43,6 +44,7 @@ class Facts:
     total_square: Tensor
     largest: Tensor | None
     gram: Tensor | None = None
+    total_magnitude: Tensor | None = None
 
     @staticmethod
     def none(columns: int, gram: bool = False) -> Facts:
@@ -67,9 +69,11 @@ class Facts:
                 "merge facts of one layer only",
             )
         gram = None if self.gram is None or other.gram is None else self.gram + other.gram
-        largest = None
+        largest = magnitude = None
         if self.largest is not None and other.largest is not None:
             largest = torch.maximum(self.largest, other.largest)
+        if self.total_magnitude is not None and other.total_magnitude is not None:
+            magnitude = self.total_magnitude + other.total_magnitude
         return Facts(
             self.columns,
             self.tokens + other.tokens,
@@ -77,6 +81,7 @@ class Facts:
             self.total_square + other.total_square,
             largest,
             gram,
+            magnitude,
         )
 
     @property
@@ -108,6 +113,7 @@ class Accumulator:
         self.tokens = 0
         self._total = torch.zeros(columns)
         self._total_square = torch.zeros(columns)
+        self._total_magnitude = torch.zeros(columns)
         self._largest = torch.zeros(columns)
         self._upper = torch.zeros(columns, columns) if gram else None
 
@@ -129,7 +135,9 @@ class Accumulator:
         self.tokens += x.shape[0]
         self._total += x.sum(0)
         self._total_square += x.square().sum(0)
-        self._largest = torch.maximum(self._largest, x.abs().amax(0))
+        magnitude = x.abs()
+        self._total_magnitude += magnitude.sum(0)
+        self._largest = torch.maximum(self._largest, magnitude.amax(0))
         if self._upper is not None:
             _add_upper(self._upper, x, 0, self.columns)
 
@@ -151,6 +159,7 @@ class Accumulator:
         self.tokens += other.tokens
         self._total += other._total
         self._total_square += other._total_square
+        self._total_magnitude += other._total_magnitude
         self._largest = torch.maximum(self._largest, other._largest)
         if self._upper is not None and other._upper is not None:
             self._upper += other._upper
@@ -163,7 +172,13 @@ class Accumulator:
             gram = self._upper.triu()
             gram += self._upper.triu(1).T
         return Facts(
-            self.columns, self.tokens, self._total.clone(), self._total_square.clone(), self._largest.clone(), gram
+            self.columns,
+            self.tokens,
+            self._total.clone(),
+            self._total_square.clone(),
+            self._largest.clone(),
+            gram,
+            self._total_magnitude.clone(),
         )
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
+from fewbit.errors import UnsupportedError
 
 Params = Mapping[str, Tensor]
 
@@ -102,7 +103,8 @@ class Format(ABC):
     * ``block``: columns that share block parameters, 0 for a whole row. ``fit_block``: columns whose parameters must
       be fitted together (0 whole row; at least ``block``). ``dim``: columns that one code stands for. ``height``: rows
       that it stands for.
-    * ``params``: what is stored beside the codes.
+    * ``params``: what is stored beside the codes. ``free_offset``: whether a float places the grid of a block;
+      see :meth:`with_offset`.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Format(ABC):
     dim: int
     params: tuple[Param, ...]
     height: int = 1
+    free_offset: bool = False
 
     def bind(self, weight: Tensor) -> Format:
         """This format with its tensor-wide constants fixed from ``weight`` (rows, columns); itself when it has none."""
@@ -146,6 +149,18 @@ class Format(ABC):
     def working(self, params: Params) -> Params:
         """``params`` as :meth:`nearest` computes with them, for many calls with the same ones."""
         return params
+
+    def with_offset(self, params: Params, offset: Tensor) -> dict[str, Tensor]:
+        """``params`` moved: the offset of :meth:`physical` as near to ``offset`` (rows, blocks, 1) as can be stored.
+
+        Scales stay what they are as long as codes come back from the values (law 1).
+
+        Raises:
+            UnsupportedError: ``free_offset`` is false.
+        """
+        raise UnsupportedError(
+            f"a grid of {self.name} moved", "its blocks have no float offset", "int4/g64/min has one"
+        )
 
     @abstractmethod
     def physical(self, params: Params) -> Physical | Vectors:

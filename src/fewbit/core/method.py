@@ -14,6 +14,10 @@ from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 
 
+def _takes_all(format: Format) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the method table.
@@ -21,12 +25,14 @@ class Method:
     ``solve(weight, format, facts, **options)`` takes a float32 (rows, columns) weight and returns an unpacked QTensor.
     ``needs``: "nothing" (data-free), "mean_square" (E[x^2]) or "gram" (E[x x^T]).
     ``options``: names and defaults, so that a recipe can be checked before work starts.
+    ``refuse(format)``: None, or the reason why it cannot choose codes of that format; the plan asks it.
     """
 
     name: str
     solve: Callable[..., QTensor]
     needs: Need
     options: dict[str, Any] = field(default_factory=dict)
+    refuse: Callable[[Format], str | None] = _takes_all
     source: str = ""
 
     def __call__(self, weight: Tensor, format: Format, facts: Facts, **options: Any) -> QTensor:

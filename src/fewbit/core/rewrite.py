@@ -120,6 +120,7 @@ class Scale(Rewrite):
             facts.total_square * scale.square(),
             None if facts.largest is None else facts.largest * scale,
             None if facts.gram is None else facts.gram * torch.outer(scale, scale),
+            None if facts.total_magnitude is None else facts.total_magnitude * scale,
         )
 
 
@@ -178,7 +179,7 @@ class Rotation(Rewrite):
         return self.inverse(weight)
 
     def facts(self, facts: Facts) -> Facts:
-        """As the module says; ``largest`` becomes None: max|x'| does not follow from any sum."""
+        """As the module says; ``largest`` and ``total_magnitude`` become None: they do not follow from any sum."""
         if facts.gram is None:
             raise InputError(
                 f"facts of {self.columns} rotated inputs",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fewbit.core.facts import Facts, Need
+from fewbit.core.format import Format
 from fewbit.core.rewrite import STEPS, Rotation, Scale
 from fewbit.errors import SpecError
 
@@ -26,7 +27,8 @@ class Transform:
     * ``fit(weight, facts, seed, **options)``: a rewrite for one layer, from its float32 weight (rows, columns), the
       facts of its inputs, and a seed of its own (see :func:`seed_of`).
     * ``makes``: kind of the rewrite, so that its bytes are known before it is fitted.
-    * ``needs``: "nothing" (data-free) or "largest" (max|x| of every input).
+    * ``needs``: "nothing" (data-free), "largest" (max|x| of every input) or "gram" (E[x x^T]).
+    * ``rounds``: whether ``fit`` tries what rounding costs, and takes the layer's ``format`` after the seed.
     * ``options``: names and defaults; ``limits``: smallest and largest value of each.
     * ``refuse(columns)``: None, or the reason why inputs of that width cannot be rewritten.
     """
@@ -38,10 +40,12 @@ class Transform:
     options: dict[str, float] = field(default_factory=dict)
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
     refuse: Callable[[int], str | None] = _takes_all
+    rounds: bool = False
     source: str = ""
 
-    def __call__(self, weight: Tensor, facts: Facts, seed: int, **options: Any) -> Scale | Rotation:
-        return self.fit(weight, facts, seed, **{**self.options, **options})
+    def __call__(self, weight: Tensor, facts: Facts, seed: int, format: Format, **options: Any) -> Scale | Rotation:
+        before = (weight, facts, seed, format) if self.rounds else (weight, facts, seed)
+        return self.fit(*before, **{**self.options, **options})
 
     @property
     def mixes(self) -> bool:

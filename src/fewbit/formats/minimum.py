@@ -28,6 +28,7 @@ class Minimum(Format):
     block: int
 
     dim = 1
+    free_offset = True
     params = (Param("scale", 16, torch.float16), Param("minimum", 16, torch.float16))
 
     @property
@@ -47,9 +48,12 @@ class Minimum(Format):
         exists = exists | ~exists.any(-1, keepdim=True)  # a block of zeros
         low = torch.where(exists, blocks, torch.inf).amin(-1, keepdim=True)
         high = torch.where(exists, blocks, -torch.inf).amax(-1, keepdim=True)
-        minimum = low.clamp(-LARGEST_SCALE, LARGEST_SCALE).to(torch.float16)
-        step = (high - minimum.float()) / (self.levels - 1)
-        return {"scale": storable(torch.maximum(step, minimum.float().abs() * _FINEST)), "minimum": minimum}
+        minimum = _stored(low)
+        return {"scale": _coarse((high - minimum.float()) / (self.levels - 1), minimum), "minimum": minimum}
+
+    def with_offset(self, params: Params, offset: Tensor) -> dict[str, Tensor]:
+        minimum = _stored(offset)
+        return {"scale": _coarse(params["scale"].float(), minimum), "minimum": minimum}
 
     def encode(self, blocks: Tensor, params: Params) -> Tensor:
         codes = (blocks - params["minimum"].float()) / divisor(params["scale"])
@@ -60,3 +64,12 @@ class Minimum(Format):
 
     def physical(self, params: Params) -> Physical:
         return Physical(params["scale"].float().squeeze(-1), params["minimum"].float().squeeze(-1), None)
+
+
+def _stored(minimum: Tensor) -> Tensor:
+    return minimum.clamp(-LARGEST_SCALE, LARGEST_SCALE).to(torch.float16)
+
+
+def _coarse(scale: Tensor, minimum: Tensor) -> Tensor:
+    """``scale`` as stored, not finer than ``minimum`` allows."""
+    return storable(torch.maximum(scale, minimum.float().abs() * _FINEST))

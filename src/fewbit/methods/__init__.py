@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from fewbit.core.method import Method
 from fewbit.errors import SpecError
+from fewbit.methods.awq import awq
 from fewbit.methods.clip import clip
 from fewbit.methods.gptq import gptq
-from fewbit.methods.objective import relative_error
+from fewbit.methods.hqq import hqq, refuse
+from fewbit.methods.objective import refuse_vectors, relative_error
 from fewbit.methods.rtn import rtn
 
-__all__ = ["METHODS", "clip", "gptq", "named", "relative_error", "rtn"]
+__all__ = ["METHODS", "awq", "clip", "gptq", "hqq", "named", "relative_error", "rtn"]
 
 METHODS: tuple[Method, ...] = (
     Method("rtn", rtn, needs="nothing", source="Jacob et al. 2018, arXiv:1712.05877"),
@@ -19,6 +21,7 @@ METHODS: tuple[Method, ...] = (
         clip,
         needs="mean_square",
         options={"steps": 24, "floor": 0.4},
+        refuse=refuse_vectors,
         source="range search weighted by E[x^2], as in github.com/IST-DASLab/gptq (quant.py) and llama.cpp's imatrix",
     ),
     Method(
@@ -35,7 +38,24 @@ METHODS: tuple[Method, ...] = (
             "floor": 0.4,
             "never_worse": True,
         },
+        refuse=refuse_vectors,
         source="Frantar et al. 2022, arXiv:2210.17323",
+    ),
+    Method(
+        "awq",
+        awq,
+        needs="gram",
+        options={"steps": 20, "floor": 0.5},
+        refuse=refuse_vectors,
+        source="clip search of Lin et al. 2023, arXiv:2306.00978 (github.com/mit-han-lab/llm-awq)",
+    ),
+    Method(
+        "hqq",
+        hqq,
+        needs="nothing",
+        options={"p": 0.7, "beta": 10.0, "kappa": 1.01, "iterations": 20},
+        refuse=refuse,
+        source="Badri, Shaji 2023, github.com/mobiusml/hqq",
     ),
 )
 

@@ -78,14 +78,18 @@ def check(method: str, weight: Tensor, format: Format, facts: Facts | None = Non
         raise InputError(asked, found, "check that the model runs in float on the calibration text")
 
 
+def refuse_vectors(format: Format) -> str | None:
+    """None, or why a method that rounds one weight at a time cannot choose codes of ``format``."""
+    weights = format.dim * format.height
+    return None if weights == 1 else f"one code stands for {weights} weights"
+
+
 def check_scalar(method: str, format: Format) -> None:
     """Refuse formats whose codes stand for several weights.
 
     Raises:
         UnsupportedError: they do.
     """
-    weights = format.dim * format.height
-    if weights != 1:
-        raise UnsupportedError(
-            f"{method} to {format.name}", f"one code stands for {weights} weights", "method rtn takes such formats"
-        )
+    reason = refuse_vectors(format)
+    if reason is not None:
+        raise UnsupportedError(f"{method} to {format.name}", reason, "method rtn takes such formats")

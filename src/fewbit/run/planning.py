@@ -135,6 +135,10 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
             "below 3 bits rounding without data destroys a model",
             "use --method gptq, or --force to do it anyway",
         )
+    refused = methods.named(rule.method).refuse(format)
+    if refused is not None:
+        able = ", ".join(method.name for method in methods.METHODS if method.refuse(format) is None)
+        raise UnsupportedError(f"{rule.format} by {rule.method} for {site.name}", refused, f"methods {able} take it")
     try:
         shape = (site.shape[0] * site.experts, site.shape[1])
         nbytes = storage_bytes(storage(format, layout_for(format), shape))

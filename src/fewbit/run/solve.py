@@ -132,7 +132,7 @@ def transformed(task: Task) -> tuple[Chain, Tensor, list[Facts]]:
     weight, known, steps = task.weight, task.facts, []
     asking = [row.needs for row in rows[1:]] + [methods.named(task.rule.method).needs]
     for i, row in enumerate(rows):
-        step = row(weight, known[0], task.seed ^ i, **task.rule.transforms[i].options)
+        step = row(weight, known[0], task.seed ^ i, task.format, **task.rule.transforms[i].options)
         steps.append(step)
         weight = step.weight(weight)
         if any(need != "nothing" for need in asking[i:]) and known[0].tokens:

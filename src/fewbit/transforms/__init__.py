@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from fewbit.core.transform import Transform, seed_of
 from fewbit.errors import SpecError
+from fewbit.transforms.awq import awq
 from fewbit.transforms.rotate import refuse, rotate
 from fewbit.transforms.smooth import smooth
 
-__all__ = ["TRANSFORMS", "named", "rotate", "seed_of", "smooth"]
+__all__ = ["TRANSFORMS", "awq", "named", "rotate", "seed_of", "smooth"]
 
 TRANSFORMS: tuple[Transform, ...] = (
     Transform(
@@ -27,6 +28,16 @@ TRANSFORMS: tuple[Transform, ...] = (
         needs="nothing",
         refuse=refuse,
         source="Ashkboos et al. 2024, arXiv:2404.00456",
+    ),
+    Transform(
+        "awq",
+        awq,
+        makes="scale",
+        needs="gram",
+        options={"steps": 20},
+        limits={"steps": (1, 1000)},
+        rounds=True,
+        source="Lin et al. 2023, arXiv:2306.00978",
     ),
 )
 

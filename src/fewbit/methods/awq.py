@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AWQ's clip search: rounding to nearest of weights that were cut off where it helps the output of their group.
+
+Lin et al. 2023, arXiv:2306.00978, ``auto_clip`` of github.com/mit-han-lab/llm-awq: every group's weights are cut to
+``+-ratio max|w|`` for a grid of ratios, rounded, and the ratio of least ``E (sum_{i in group} (w_i - w_hat_i) x_i)^2``
+is kept. That is ``d G d^T`` with d the group's errors and G its part of E[x x^T]: what :mod:`fewbit.methods.clip` does,
+with the correlations inside of a group. Those between groups are left to methods with error feedback. Where we depart:
+
+* G is of the whole calibration; they take 512 tokens;
+* they leave query and key projections out, whose outputs are multiplied with one another; a recipe can say so by giving
+  these layers method ``rtn``;
+* ratios are evenly spaced from 1 to ``floor`` with both ends.
+
+The other half of AWQ, the scale search, is the transform of that name; it comes first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewbit.core import blocks as B
+from fewbit.core import format as F
+from fewbit.core.facts import Facts
+from fewbit.core.format import Format
+from fewbit.core.qtensor import QTensor
+from fewbit.errors import InputError
+from fewbit.methods import objective, ranges
+
+
+def awq(weight: Tensor, format: Format, facts: Facts, *, steps: int = 20, floor: float = 0.5) -> QTensor:
+    """Quantize ``weight`` (rows, columns) to nearest after cutting every group off where its output loses least.
+
+    Args:
+        weight: float, (rows, columns).
+        format: any format whose codes stand for one weight each.
+        facts: of the inputs, with their second moment; when no token was seen all inputs count the same.
+        steps: ratios tried, from 1 down to ``floor``; 1 is plain rounding and wins ties.
+        floor: the smallest ratio.
+
+    Returns:
+        A QTensor whose groups each have an output error of at most that of rounding to nearest. A group is what is
+        fitted together: a span.
+
+    Raises:
+        InputError: the weight or the facts cannot be used (NaN, wrong width, no second moment).
+        SpecError: ``steps`` or ``floor`` out of range.
+        UnsupportedError: a code of ``format`` stands for several weights.
+    """
+    ratios = ranges.grid(steps, floor)
+    objective.check("awq", weight, format, facts)
+    objective.check_scalar("awq", format)
+    if facts.tokens and facts.gram is None:
+        asked = f"awq of a weight of shape {tuple(weight.shape)} to {format.name}"
+        raise InputError(asked, "the facts hold no second moment", "collect them with gram=True, or use method clip")
+    weight = weight.float()
+    format = format.bind(weight)
+    moments = diagonal_blocks(facts.second_moment, format.fit_block if format.block else 0)
+    mask = B.present(weight.shape[1], format.block)
+    step = max(1, ranges.CHUNK // weight.shape[1])
+    chunks = [B.split(weight[row : row + step], format.block) for row in range(0, weight.shape[0], step)]
+    parts = [_search(format, chunk, mask, moments, ratios) for chunk in chunks]
+    params = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return QTensor.of(format, F.encode(format, weight, params), params)
+
+
+def diagonal_blocks(moment: Tensor, span: int) -> Tensor:
+    """The parts (spans, width, width) of ``moment`` along its diagonal, the last one padded with zeros."""
+    columns = moment.shape[0]
+    width, number = B.width(columns, span), B.count(columns, span)
+    short = number * width - columns
+    padded = torch.nn.functional.pad(moment, (0, short, 0, short)).view(number, width, number, width)
+    return padded.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def _search(
+    format: Format, blocks: Tensor, mask: Tensor, moments: Tensor, ratios: tuple[float, ...]
+) -> dict[str, Tensor]:
+    """Parameters of ``blocks`` (rows, blocks, block), decided span by span."""
+    best = dict(format.fit(blocks, mask))
+    least = _span_errors(format, blocks, best, moments)
+    reach, repeat = blocks.abs().amax(-1, keepdim=True), ranges.span_blocks(format, blocks.shape[1])
+    for ratio in ratios[1:]:
+        params = format.fit(torch.clamp(blocks, -ratio * reach, ratio * reach), mask)
+        errors = _span_errors(format, blocks, params, moments)
+        better = errors < least
+        least = torch.where(better, errors, least)
+        chosen = B.per_block(better.unsqueeze(-1), blocks.shape[1], repeat)
+        best = {name: torch.where(chosen, params[name], values) for name, values in best.items()}
+    return best
+
+
+def _span_errors(format: Format, blocks: Tensor, params: F.Params, moments: Tensor) -> Tensor:
+    """``d G d^T`` of every span, (rows, spans)."""
+    error = format.nearest(blocks, params)[1].sub_(blocks)
+    spans, width, _ = moments.shape
+    flat = error.reshape(len(error), -1)
+    short = spans * width - flat.shape[1]  # a last span of fewer blocks
+    error = torch.nn.functional.pad(flat, (0, short)).view(-1, spans, width).transpose(0, 1)
+    return ((error @ moments) * error).sum(-1).T

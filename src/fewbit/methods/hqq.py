@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""HQQ: rounding to nearest on grids moved, without data, so that most weights are met closely and outliers may not be.
+
+Badri, Shaji 2023, Half-Quadratic Quantization (mobiusml.github.io/hqq_blog, github.com/mobiusml/hqq): with the scale as
+fitted, the zero z of every block is chosen for ``min |W - W_r|_p^p``, p < 1, by half-quadratic splitting. An auxiliary
+error ``W_e`` stands for ``W - W_r`` under a penalty that grows, and both are solved for in turn::
+
+    W_e = shrink(W - W_r),   shrink(x) = sign(x) max(|x| - |x|^(p-1) / beta, 0)
+    z   = mean over the block of  W_q - (W - W_e) / scale
+    beta = kappa beta
+
+An affine grid is ``scale * code + offset`` with ``offset = -scale * z``, so the second line moves the offset by
+``mean(W - W_r - W_e)``, which is how it is written here. ``|x|^(p-1) / beta`` has a unit: it is about weights as they
+are. Errors below ``beta^(1 / (p-2))``, 0.17 by default, are shrunk to zero; of weights of usual size that is all of
+them, and the iteration then is the alternating least squares of codes and offset.
+
+Where we depart from the authors' code:
+
+* it stops the whole tensor when the mean of ``|W - W_r|`` no longer falls; here every block stops for itself, and keeps
+  the grid that was best. A block is never worse in that mean than rounded to nearest;
+* groups lie along the inputs (their ``axis=1``), as kernels read them; theirs lie along the outputs by default;
+* the offset of each round is the one that the format stores, so there is no rounding after the search.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewbit.core import blocks as B
+from fewbit.core import format as F
+from fewbit.core.facts import Facts
+from fewbit.core.format import Format, Physical
+from fewbit.core.qtensor import QTensor
+from fewbit.errors import SpecError, UnsupportedError
+from fewbit.methods import objective, ranges
+
+
+def hqq(
+    weight: Tensor,
+    format: Format,
+    facts: Facts | None = None,
+    *,
+    p: float = 0.7,
+    beta: float = 10.0,
+    kappa: float = 1.01,
+    iterations: int = 20,
+) -> QTensor:
+    """Quantize ``weight`` (rows, columns) to nearest on grids moved by half-quadratic optimization; no data.
+
+    Args:
+        weight: float, (rows, columns).
+        format: one whose blocks have a float offset.
+        facts: ignored.
+        p: power of the errors that is minimised, below 1 so that few large ones cost little.
+        beta: penalty of the first round, in the unit of the weights (see the module).
+        kappa: factor of the penalty from round to round, at least 1.
+        iterations: rounds at most.
+
+    Returns:
+        A QTensor whose mean absolute error is at most that of rounding to nearest, block by block.
+
+    Raises:
+        InputError: the weight is no matrix or holds NaN or infinity.
+        SpecError: an option is out of range.
+        UnsupportedError: the blocks of ``format`` have no float offset.
+    """
+    objective.check("hqq", weight, format)
+    reason = refuse(format)
+    if reason is not None:
+        raise UnsupportedError(f"hqq to {format.name}", reason, "int4/g64/min has one")
+    if not (0 < p <= 1 and beta > 0 and kappa >= 1 and iterations >= 0):
+        raise SpecError(
+            f"hqq with p={p}, beta={beta}, kappa={kappa}, iterations={iterations}",
+            "p must lie in (0, 1], beta above 0, kappa at 1 or above, iterations at 0 or above",
+            "p=0.7, beta=10, kappa=1.01 and iterations=20 are the authors' choice",
+        )
+    weight = weight.float()
+    format = format.bind(weight)
+    fitted, mask = F.fit(format, weight), B.present(weight.shape[1], format.block)
+    penalties = [beta * kappa**i for i in range(iterations)]
+    step = max(1, ranges.CHUNK // weight.shape[1])
+    parts = []
+    for row in range(0, weight.shape[0], step):
+        some = {name: values[row : row + step] for name, values in fitted.items()}
+        parts.append(_move(format, B.split(weight[row : row + step], format.block), some, mask, p, penalties))
+    params = {name: torch.cat([part[name] for part in parts]) for name in fitted}
+    return QTensor.of(format, F.encode(format, weight, params), params)
+
+
+def refuse(format: Format) -> str | None:
+    """None, or why there is nothing for this method to choose in ``format``."""
+    if format.free_offset:
+        return None
+    return "its blocks have no float offset, and this method moves grids by small parts of a step"
+
+
+def shrink(error: Tensor, p: float, beta: float) -> Tensor:
+    """The minimiser over e of ``|e|^p + beta / 2 (e - error)^2``, approximately, entry by entry."""
+    size = error.abs()
+    return error.sign() * (size - size.pow(p - 1) / beta).clamp_min(0)
+
+
+def _move(
+    format: Format, blocks: Tensor, params: dict[str, Tensor], mask: Tensor, p: float, penalties: list[float]
+) -> dict[str, Tensor]:
+    """``params`` (rows, blocks, 1) with the best offset found for every one of ``blocks`` (rows, blocks, block)."""
+    count = mask.sum(-1, keepdim=True)
+    error = (blocks - format.nearest(blocks, params)[1]) * mask
+    least = error.abs().sum(-1, keepdim=True)
+    falling = torch.ones_like(least, dtype=torch.bool)
+    for beta in penalties:
+        by = (error - shrink(error, p, beta)).sum(-1, keepdim=True) / count
+        grid = format.physical(params)
+        assert isinstance(grid, Physical) and grid.offset is not None  # free_offset
+        moved = format.with_offset(params, grid.offset.unsqueeze(-1) + by)
+        error = (blocks - format.nearest(blocks, moved)[1]) * mask
+        found = error.abs().sum(-1, keepdim=True)
+        falling = falling & (found < least)
+        if not falling.any():
+            break
+        least = torch.where(falling, found, least)
+        params = {name: torch.where(falling, moved[name], values) for name, values in params.items()}
+    return params
