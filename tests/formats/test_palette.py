@@ -11,7 +11,7 @@ from fewbit import formats, kernels, layouts, methods
 from fewbit.core import format as F
 from fewbit.core import scalars
 from fewbit.core.facts import Facts
-from fewbit.core.qtensor import stack, storage
+from fewbit.core.qtensor import QTensor, stack, storage
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.formats.palette import Palette, _distinct
 
@@ -134,6 +134,19 @@ def test_kernels_multiply_by_what_is_decoded(name: str, isa: str, tokens: int) -
     decoded = torch.cat([strip.clone() for _, strip in prepared.decoded()])
     assert torch.equal(decoded, weight.dequantize())
     assert torch.equal(prepared.qtensor().dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("name", ["palette4", "palette3/rows16", "palette4/rows32/g32"])
+def test_integers_multiply_the_tables_of_each_group(name: str) -> None:
+    weight, x, activation = methods.rtn(normal(71, 96), palette(name)), normal(5, 96, 1), formats.parse("int8/g32")
+    found = kernels.prepare(weight, "int8_lut_linear_serial", activation)(x)
+    each, parts = palette(name).group_rows or 71, []
+    codes, params = weight.logical()
+    for first in range(0, 71, each):  # a matrix of one table each
+        rows = slice(first, first + each)
+        own = QTensor.of(weight.format, codes[rows], {key: value[rows] for key, value in params.items()})
+        parts.append(kernels.prepare(own, "int8_lut_linear_serial", activation)(x))
+    assert torch.equal(found, torch.cat(parts, 1))
 
 
 def test_tiles_take_their_tables_along() -> None:
