@@ -54,8 +54,8 @@ def formats_page() -> str:
     rows = []
     for name in formats.EXAMPLES:
         format = formats.parse(name)
-        stored = "; ".join(map(described, format.params)) or "nothing"
-        whole = "tensor" if all(param.shared for param in format.params) else "row"
+        stored = "; ".join(described(format, param) for param in format.params) or "nothing"
+        whole = "tensor" if all(param.shared for param in format.params) else some_rows(format)
         rows.append((f"`{name}`", format.levels, format.block or whole, stored, true_bits(format)))
     kinds = {type(formats.parse(name)): None for name in formats.EXAMPLES}
     about = "\n".join(f"- **{kind.__name__}**: {summary(kind)}" for kind in kinds)
@@ -83,9 +83,17 @@ def formats_page() -> str:
     )
 
 
-def described(param: Param) -> str:
+def some_rows(format: Format) -> str:
+    """The rows that have parameters in common."""
+    return f"{format.group_rows} rows" if format.group_rows > 1 else "row"
+
+
+def described(format: Format, param: Param) -> str:
     """A parameter, its bits, and how many there are of it."""
-    per = "block of columns" if param.per == "columns" else param.per
+    per = {
+        "columns": "block of columns",
+        "rows": "row" if format.group_rows == 1 else f"group of {some_rows(format)}",
+    }.get(param.per, param.per)
     numbers = " x ".join(map(str, param.entry))
     return f"{param.name} {f'{numbers} x ' if numbers else ''}{param.bits} bits a {per}"
 

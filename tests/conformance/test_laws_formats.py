@@ -76,6 +76,8 @@ def value_of(format: Format, params: dict[str, np.ndarray]) -> np.ndarray:
     codes = np.arange(format.levels, dtype=np.float64)
     kind, _, rest = format.name.partition("/")
     p = {key: value.astype(np.float64) for key, value in params.items()}
+    if kind.startswith("palette"):
+        return p.get("scale", 1.0) * p["table"][:, :, 0]
     if kind.startswith("int") and "super_scale" in p and rest.endswith(("s4", "s5", "s6", "s7", "s8")):
         scale_bits = int(rest[-1])
         if "/sym/" in rest:
@@ -224,7 +226,8 @@ def check_size(tensor: QTensor, layout: Layout) -> None:
     rows, columns = F.code_shape(format, tensor.shape)
     blocks = B.count(columns, format.block)
     spans = B.count(columns, format.fit_block)
-    entries = {"block": rows * blocks, "span": rows * spans, "columns": blocks, "tensor": 1}
+    groups = -(-rows // (format.group_rows or rows))
+    entries = {"block": rows * blocks, "span": rows * spans, "columns": blocks, "rows": groups, "tensor": 1}
     numbers = [(p.bits, entries[p.per] * math.prod(p.entry)) for p in format.params]
     exact = rows * columns * BITS_A_CODE[layout.name](format) + sum(bits * count for bits, count in numbers)
     padded_rows = rows * (1 + len(format.params)) * format.bits
@@ -247,7 +250,10 @@ def test_decode_and_physical_against_float64(name: str) -> None:
         assert bool((np.abs(decoded.double().numpy() - values) <= bound).all())
         physical = format.physical(params)
         table = torch.arange(format.levels).float() if physical.table is None else physical.table
-        assert table.shape == (format.levels,) and physical.scale.shape == values.shape[:2]
+        assert table.shape[-1] == format.levels and physical.scale.shape == values.shape[:2]
+        if table.ndim == 2:  # tables of rows
+            assert table.shape[0] == shape[0] and format.group_rows > 0
+            table = table[:, None]
         lowered = physical.scale.unsqueeze(-1) * table
         if physical.offset is not None:
             lowered = lowered + physical.offset.unsqueeze(-1)
@@ -307,6 +313,8 @@ def slow_fit(format: Format, block: np.ndarray) -> dict[str, float]:
         return {"scale": max((block.max() - least) / top, abs(least) * 2.0**-14), "minimum": block.min()}
     if kind.startswith("int"):
         return {"scale": 2 * largest / top}
+    if kind.startswith("palette"):
+        return {"scale": largest} if format.scaled else {}  # tests/formats/test_palette.py tells of tables
     return {"scale": largest / max(TABLES[kind])}
 
 

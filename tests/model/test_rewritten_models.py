@@ -20,7 +20,9 @@ from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.sites import Site
 from fewbit.model.stream import StreamedModel
 
-CHAINS = [*((row,) for row in transforms.TRANSFORMS), transforms.TRANSFORMS]
+ALL = tuple(sorted(transforms.TRANSFORMS, key=lambda row: row.name == "rotate"))
+"""Rotations last: what is measured of inputs is not known of rotated ones."""
+CHAINS = [*((row,) for row in transforms.TRANSFORMS), ALL]
 NOISE = 32
 """The rewritten model may be this many times as far from the original as float32 itself is from float64: each entry is
 rounded a few times more (once by a scale, up to 6 times by a Hadamard factor), in weight and input, before products

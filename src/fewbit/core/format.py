@@ -34,14 +34,15 @@ class Param:
 
     ``bits`` are the bits a number takes when stored; ``dtype`` is that of the array in memory. ``per`` says how
     many entries exist: one a block, one a span of ``fit_block`` columns, one a block of columns for all rows
-    ("columns"), or one for the whole tensor. ``entry``: the shape of an entry that is more than a number; such a
-    parameter is ``(rows, blocks, 1, *entry)``. What all rows share is a view that repeats one row.
+    ("columns"), one a group of ``group_rows`` rows for all columns ("rows"), or one for the whole tensor. ``entry``:
+    the shape of an entry that is more than a number; such a parameter is ``(rows, blocks, 1, *entry)``. What all rows
+    share is a view that repeats one row.
     """
 
     name: str
     bits: int
     dtype: torch.dtype
-    per: Literal["block", "span", "columns", "tensor"] = "block"
+    per: Literal["block", "span", "columns", "rows", "tensor"] = "block"
     entry: tuple[int, ...] = ()
 
     @property
@@ -54,8 +55,8 @@ class Param:
 class Physical:
     """What a kernel runs: ``w = scale * table[code] + offset``, with ``table[code] = code`` when there is no table.
 
-    Shapes: ``scale`` and ``offset`` are float32 ``(rows, blocks)``; ``table`` is float32 ``(levels,)``.
-    ``offset`` is None when it is zero everywhere.
+    Shapes: ``scale`` and ``offset`` are float32 ``(rows, blocks)``; ``table`` is float32 ``(levels,)``, or ``(rows,
+    levels)`` where groups of rows have their own. ``offset`` is None when it is zero everywhere.
     """
 
     scale: Tensor
@@ -105,6 +106,10 @@ class Format(ABC):
       that it stands for.
     * ``params``: what is stored beside the codes. ``free_offset``: whether a float places the grid of a block;
       see :meth:`with_offset`.
+    * ``group_rows``: rows that share an entry of those params that are one a group of rows; 1 where rows have nothing
+      in common, 0 where all rows share something that is fitted to them.
+    * ``best_fit``: whether ``fit`` minimises the error weighted by importance itself, so that no search around it can
+      help.
     """
 
     name: str
@@ -116,6 +121,8 @@ class Format(ABC):
     params: tuple[Param, ...]
     height: int = 1
     free_offset: bool = False
+    group_rows: int = 1
+    best_fit: bool = False
 
     def bind(self, weight: Tensor) -> Format:
         """This format with its tensor-wide constants fixed from ``weight`` (rows, columns); itself when it has none."""
@@ -175,6 +182,11 @@ def code_dtype(format: Format) -> torch.dtype:
 def code_shape(format: Format, shape: tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) of the codes of a (rows, columns) matrix."""
     return -(-shape[0] // format.height), shape[1] // format.dim
+
+
+def stackable(format: Format, rows: int) -> bool:
+    """Whether matrices of ``rows`` rows, put one below the other, are one matrix in ``format``."""
+    return not any(param.shared for param in format.params) and (format.group_rows < 2 or rows % format.group_rows == 0)
 
 
 def params_of_rows(format: Format, params: Params, rows: Tensor) -> dict[str, Tensor]:

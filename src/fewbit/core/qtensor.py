@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbit.core.format import Format, code_shape, decode, encode, fit
+from fewbit.core.format import Format, code_shape, decode, encode, fit, stackable
 from fewbit.core.layout import UNPACKED, Layout
 from fewbit.errors import UnsupportedError
 
@@ -73,11 +73,12 @@ def stack(parts: Sequence[QTensor]) -> QTensor:
     """Matrices of one format and width as one, by rows, unpacked.
 
     Raises:
-        UnsupportedError: several matrices, with parameters that all rows of a matrix share.
+        UnsupportedError: several matrices, with parameters that all rows of a matrix share, or groups of rows that do
+            not end where the matrix ends.
     """
     if len(parts) == 1:
         return parts[0]
-    if any(param.shared for param in parts[0].format.params):
+    if not all(stackable(part.format, part.shape[0]) for part in parts):
         raise UnsupportedError(
             f"{len(parts)} matrices in {parts[0].format.name} as one", "each has parameters that all its rows share"
         )
@@ -89,18 +90,21 @@ def stack(parts: Sequence[QTensor]) -> QTensor:
 def storage(format: Format, layout: Layout, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of every array that a (rows, columns) matrix will take, without making it.
 
-    Packs matrices of 16 and 32 rows of codes and extrapolates: every layout is linear in these. The code array is
-    called ``packed``. Raises UnsupportedError when the layout refuses.
+    Packs matrices of 16 and 32 rows of codes and extrapolates: every layout is linear in these, and keeps entries of
+    groups of rows one after the other. The code array is called ``packed``. Raises UnsupportedError when the layout
+    refuses.
     """
     one, two = _trials(format, layout, shape[1])
     rows = code_shape(format, shape)[0]
-    return {
+    groups = {p.name: (-(-rows // format.group_rows), *p.entry) for p in format.params if p.per == "rows"}
+    sizes = {
         name: (
             dtype,
             tuple(a + (b - a) * (rows - _TRIAL) // _TRIAL for a, b in zip(size, two[name][1], strict=True)),
         )
         for name, (dtype, size) in one.items()
     }
+    return {name: (dtype, groups.get(name, size)) for name, (dtype, size) in sizes.items()}
 
 
 @functools.lru_cache(maxsize=256)

@@ -191,7 +191,11 @@ def tiled(name: str, prepared: PreparedMatrix) -> S.Weight:
         if prepared.activation is not None and not prepared._x_block:
             found = f"no kernel multiplies {prepared.qtensor().format.name} by {prepared.activation.name}"
             raise UnsupportedError(asked, found, "leave inputs float")
-        matrix = S.Matrix(*(value or None if place > 7 else value for place, value in enumerate(prepared._matrix)))
+        (_, parts), *others = prepared._matrices
+        if others:
+            found = f"{prepared.qtensor().format.name} has tables for groups of rows, each a matrix of its own"
+            raise UnsupportedError(asked, found, "one table for the whole matrix")
+        matrix = S.Matrix(*(value or None if place > 7 else value for place, value in enumerate(parts)))
         return S.Weight(S.TILED, prepared._isa, 0, 0, *prepared.shape, prepared._x_block, matrix)
     if isinstance(prepared, VectorPrepared) and prepared.activation is None:
         vectors = S.Vectors(*(value or None if place > 6 else value for place, value in enumerate(prepared._matrix)))

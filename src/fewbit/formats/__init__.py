@@ -7,6 +7,7 @@ from fewbit.formats.affine import Affine
 from fewbit.formats.minimum import Minimum
 from fewbit.formats.mxfp4 import MXFP4
 from fewbit.formats.nvfp4 import NVFP4
+from fewbit.formats.palette import Palette
 from fewbit.formats.schemes import SCHEMES, Scheme, scheme
 from fewbit.formats.sign import Sign
 from fewbit.formats.spelling import EXAMPLES, parse
@@ -22,6 +23,7 @@ __all__ = [
     "SCHEMES",
     "Affine",
     "Minimum",
+    "Palette",
     "Scheme",
     "Sign",
     "Superblock",

@@ -8,6 +8,8 @@
     nf4 | fp4 | pot{2-8}  [/g{N} | /channel]            group 64 unless said
     sign | ternary  [/g{N} | /channel]                  group 128 unless said
     mxfp4[/g32]   nvfp4[/g16]
+    palette{1,2,3,4,6,8}[/rows{N} | /row][/g{N} | /channel]   one table a tensor, unless said a group of rows or a row;
+                                                        no scales unless said
     vector{2,4,6,8,12,16}x{4-16}[+{4-16}][/g{N}]        length x bits of an index, + bits of a residual's; one codebook
                                                         a tensor unless said, else one a group of columns
     W4A16, Q4_K, ...                                    a scheme that leaves activations alone
@@ -24,6 +26,7 @@ from fewbit.formats.affine import Affine
 from fewbit.formats.minimum import Minimum
 from fewbit.formats.mxfp4 import MXFP4
 from fewbit.formats.nvfp4 import NVFP4
+from fewbit.formats.palette import WIDTHS, Palette
 from fewbit.formats.schemes import SCHEMES
 from fewbit.formats.sign import Sign
 from fewbit.formats.superblock import Superblock
@@ -58,6 +61,10 @@ _GRAMMAR: tuple[tuple[re.Pattern[str], Callable[..., Format]], ...] = (
     (re.compile(r"mxfp4(?:/g32)?"), MXFP4),
     (re.compile(r"nvfp4(?:/g16)?"), NVFP4),
     (
+        re.compile(rf"palette({'|'.join(map(str, WIDTHS))})(?:/(row|rows[1-9]\d{{0,5}}))?{_GROUP}"),
+        lambda width, rows, group, channel: _palette(int(width), rows, group, channel),
+    ),
+    (
         re.compile(r"vector([1-9]\d?)x([1-9]\d?)(?:\+([1-9]\d?))?(?:/g([1-9]\d{0,4}))?"),
         lambda length, bits, residual, group: _vector(int(length), int(bits), int(residual or 0), group),
     ),
@@ -83,6 +90,13 @@ EXAMPLES: tuple[str, ...] = (
     "sign/channel",
     "ternary/g128",
     "ternary/g256",
+    *(f"palette{width}" for width in (1, 2, 4, 8)),
+    "palette3/rows16",
+    "palette6/rows16",
+    "palette4/row",
+    "palette2/row/g64",
+    "palette4/channel",
+    "palette3/g64",
     "vector8x12",
     "vector4x8/g64",
     "vector6x6+5",
@@ -129,6 +143,11 @@ def _superblock(bits: int, group: int, repeat: int, kind: str | None, scale_bits
     if group * repeat > LARGEST_GROUP:
         raise SpecError(f"group g{group}x{repeat}", f"spans have at most {LARGEST_GROUP} columns", "for example g32x8")
     return Superblock(bits, group, repeat, kind != "asym", int(scale_bits or 6))
+
+
+def _palette(width: int, rows: str | None, group: str | None, channel: str | None) -> Palette:
+    each = 0 if rows is None else int(rows[4:] or 1)
+    return Palette(width, each, bool(group or channel), _block(group, channel, 0))
 
 
 def _vector(length: int, bits: int, residual: int, group: str | None) -> Vector:

@@ -140,7 +140,7 @@ def _by_tiles(prepared: Prepared, groups: int) -> bool:
     if not isinstance(prepared, NativePrepared) or not prepared.rounds_inputs:
         return False
     rows = prepared.shape[0] // groups
-    return rows % ROWS == 0 and (rows * prepared.shape[1] >= MANY or not _by_windows(prepared))
+    return rows % prepared.unit == 0 and (rows * prepared.shape[1] >= MANY or not _by_windows(prepared))
 
 
 def _group_by_group(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -> Tensor:

@@ -52,10 +52,11 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 
 class Addressed:
-    """Abstract: holds arrays, and their addresses as ``_matrix``, which is cached. A copy's arrays lie elsewhere."""
+    """Abstract: holds arrays, and their addresses as ``_matrix`` or ``_matrices``, which is cached. A copy's arrays lie
+    elsewhere."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_matrix"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_matrix", "_matrices")}
 
 
 class Prepared(ABC):
@@ -203,7 +204,10 @@ def _shared_zero(scale: Tensor, offset: Tensor) -> float | None:
 
 
 class NativePrepared(Addressed, PreparedMatrix):
-    """Codes in tile16; ``w = scale * (table[code] - zero) + offset`` with scale and offset (tiles, blocks, 16)."""
+    """Codes in tile16; ``w = scale * (table[code] - zero) + offset`` with scale and offset (tiles, blocks, 16).
+
+    Where groups of rows have a table each, they are whole tiles, and each group is a matrix to the core.
+    """
 
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
         assert kernel.isa is not None and kernel.weights is not None
@@ -231,8 +235,8 @@ class NativePrepared(Addressed, PreparedMatrix):
         self._offset = None if offset is None or zero is not None else _tiles(offset)
         self._table = None
         if physical.table is not None:
-            self._table = torch.zeros(2**format.bits)
-            self._table[: physical.table.numel()] = physical.table
+            tables = physical.table.reshape(-1, physical.table.shape[-1])[:: format.group_rows or self.shape[0]]
+            self._table = torch.nn.functional.pad(tables, (0, 2**format.bits - tables.shape[1])).contiguous()
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
         self._widened: range | None = None
         if (
@@ -244,19 +248,31 @@ class NativePrepared(Addressed, PreparedMatrix):
         self.company = (self._isa, self._x_block, activation, self._widened)
 
     @cached_property
-    def _matrix(self) -> native.Matrix:
-        offset, table = self._offset, self._table
+    def _matrices(self) -> tuple[tuple[int, native.Matrix], ...]:
+        """(first row, rows that share a table): one matrix unless groups of rows have their own."""
+        if self._table is None or len(self._table) == 1:
+            return ((0, self._matrix(0, self.shape[0], self._table)),)
+        each, rows = self._stored.format.group_rows, self.shape[0]
+        return tuple(
+            (first, self._matrix(first, min(first + each, rows), table))
+            for first, table in zip(range(0, rows, each), self._table, strict=True)
+        )
+
+    def _matrix(self, first: int, last: int, table: Tensor | None) -> native.Matrix:
+        """Rows [first, last), from a tile's first on."""
+        tile, offset = first // ROWS, self._offset
         return (
-            *self.shape,
+            last - first,
+            self.shape[1],
             self._block,
             self._stored.format.bits,
             self._family,
             int(self._scale.dtype == torch.float16),
             int(offset is not None and offset.dtype == torch.float16),
             self._zero,
-            self._stored.packed.data_ptr(),
-            self._scale.data_ptr(),
-            0 if offset is None else offset.data_ptr(),
+            self._stored.packed[tile].data_ptr(),
+            self._scale[tile].data_ptr(),
+            0 if offset is None else offset[tile].data_ptr(),
             0 if table is None else table.data_ptr(),
         )
 
@@ -269,11 +285,14 @@ class NativePrepared(Addressed, PreparedMatrix):
         strip = rows_of_strip(columns, ROWS)
         weight = torch.empty(columns, min(strip, -(-rows // ROWS) * ROWS))  # (columns, rows of the strip)
         for row in range(0, rows, strip):
-            tiles = row // ROWS, min(row + strip, rows + ROWS - 1) // ROWS
-            native.core().decode(
-                self._matrix, *tiles, weight.data_ptr(), weight.shape[1], self._isa, torch.get_num_threads()
-            )
-            yield slice(row, min(row + strip, rows)), weight[:, : min(strip, rows - row)].T
+            last = min(row + strip, rows)
+            for first, matrix in self._matrices:
+                begin, end = max(row, first), min(last, first + matrix[0])
+                if begin < end:
+                    tiles = (begin - first) // ROWS, -(-(end - first) // ROWS)
+                    out = weight[:, begin - row :].data_ptr(), weight.shape[1]
+                    native.core().decode(matrix, *tiles, *out, self._isa, torch.get_num_threads())
+            yield slice(row, last), weight[:, : last - row].T
 
     def qtensor(self) -> QTensor:
         return self._stored
@@ -283,12 +302,21 @@ class NativePrepared(Addressed, PreparedMatrix):
         """Whether the kernel itself rounds activations, to int8 or to signs."""
         return self._x_block != 0
 
+    @property
+    def unit(self) -> int:
+        """Rows that :meth:`tiles` must not cut: those of a tile, or that share a table."""
+        each = self._stored.format.group_rows
+        return each if each > 1 else ROWS
+
     def tiles(self, begin: int, end: int) -> NativePrepared:
-        """Tiles of 16 rows [begin, end) as a matrix of its own, in the same memory."""
+        """Tiles of 16 rows [begin, end) as a matrix of its own, in the same memory; both at whole :attr:`unit`."""
         stored, made = self._stored, copy.copy(self)
         rows = slice(begin * ROWS, min(end * ROWS, self.shape[0]))
-        shared = {param.name for param in stored.format.params if param.shared}
-        params = {name: values if name in shared else values[rows] for name, values in stored.params.items()}
+        groups = slice(rows.start // self.unit, -(-rows.stop // self.unit))
+        cuts = {p.name: groups if p.per == "rows" else slice(None) if p.shared else rows for p in stored.format.params}
+        params = {name: values[cuts[name]] for name, values in stored.params.items()}
+        if self._table is not None and len(self._table) > 1:
+            made._table = self._table[groups]
         made.shape = rows.stop - rows.start, self.shape[1]
         made._stored = QTensor(stored.format, stored.layout, made.shape, stored.packed[begin:end], params)
         made._scale = self._scale[begin:end]
@@ -349,7 +377,9 @@ def _run_native(
         rows = matrix.shape[0]
         y = torch.empty(*leading, rows, dtype=dtype)
         ys.append(y)
-        outputs.append((matrix._matrix, 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows))
+        for row, part in matrix._matrices:
+            addend = 0 if bias is None else bias.data_ptr() + row * bias.element_size()
+            outputs.append((part, addend, y.data_ptr() + row * y.element_size(), rows))
     native.core().linear_many(tuple(outputs), address, x_block, native.DTYPES[dtype], isa, torch.get_num_threads())
     return ys
 

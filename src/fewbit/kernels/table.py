@@ -19,7 +19,7 @@ from fewbit.formats.sign import Sign
 from fewbit.kernels import native
 from fewbit.kernels.column8 import COLUMN8
 from fewbit.kernels.native import Isa
-from fewbit.kernels.tile16 import COLUMNS, TILE16
+from fewbit.kernels.tile16 import COLUMNS, ROWS, TILE16
 from fewbit.kernels.vector16 import VECTOR16
 
 LAYOUTS = {layout.name: layout for layout in (TILE16, COLUMN8, VECTOR16)}
@@ -80,6 +80,9 @@ class Kernel:
         found = family(format)
         if found != self.weights:
             return f"runs the {self.weights} family; {format.name} is {found}"
+        if any(param.per == "rows" for param in format.params) and format.group_rows % ROWS:
+            each = "row" if format.group_rows == 1 else f"{format.group_rows} rows"
+            return f"looks up one table in a tile of {ROWS} rows; {format.name} has one for each {each}"
         if self.family == "int8_lut" and format.bits > LOOKED_UP:
             return f"looks up at most {LOOKED_UP} bits a code; {format.name} has {format.bits}"
         return _refuse_integers(format, shape, activation) if self.integers else None
@@ -190,8 +193,11 @@ def choose(format: Format, shape: Shape, kernel: str | None = None, activation: 
     Raises:
         SpecError: no kernel has that name.
         UnsupportedError: the kernel named cannot run this here, the reason is in the message; or a code of
-            ``activation`` would stand for several tokens.
+            ``activation`` would stand for several tokens, or its values would have to be fitted to each.
     """
+    if activation is not None and activation.best_fit:
+        found = "its values would have to be fitted to every token"
+        raise UnsupportedError(f"activations in {activation.name}", found, "int8/g64 works")
     if activation is not None and activation.height > 1:
         raise UnsupportedError(
             f"activations in {activation.name}", f"a code would stand for {activation.height} tokens", "int8/g64 works"

@@ -73,12 +73,17 @@ def _repeat(format: Format) -> int:
 
 
 def store_params(format: Format, params: Params) -> dict[str, Tensor]:
-    """Logical (rows, blocks, 1) parameters as they lie in a file: one entry a block, span, block of columns or
-    tensor, n-bit packed. Entries of columns are (blocks, *entry)."""
+    """Logical (rows, blocks, 1) parameters as they lie in a file: one entry a block, span, block of columns, group of
+    rows or tensor, n-bit packed. Entries of columns are (blocks, *entry), those of rows (groups, *entry)."""
     stored = {}
     for param in format.params:
         if param.per == "columns":
             stored[param.name] = params[param.name][0, :, 0].contiguous()
+            continue
+        if param.per == "rows" or param.entry:
+            values = params[param.name]
+            each = format.group_rows if param.per == "rows" else len(values)
+            stored[param.name] = values[::each, 0, 0].contiguous()
             continue
         values = params[param.name].squeeze(-1)
         if param.per == "tensor":
@@ -98,6 +103,12 @@ def load_params(format: Format, shape: Shape, stored: Params) -> dict[str, Tenso
         if param.per == "columns":
             values = take(stored, param.name, (blocks, *param.entry))
             params[param.name] = values[None, :, None].expand(rows, *[-1] * (2 + len(param.entry)))
+            continue
+        if param.per == "rows" or param.entry:
+            each = format.group_rows if param.per == "rows" else rows
+            values = take(stored, param.name, (-(-rows // each), *param.entry))
+            values = values.repeat_interleave(each, 0)[:rows] if 1 < each < rows else values
+            params[param.name] = values[:, None, None].expand(rows, blocks, 1, *param.entry)
             continue
         repeat = _repeat(format) if param.per == "span" else 1
         height, entries = (1, 1) if param.per == "tensor" else (rows, -(-blocks // repeat))

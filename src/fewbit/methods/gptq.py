@@ -147,7 +147,7 @@ class _Columns:
         self._column = self._codes.unbind()
 
     def _slice(self, block: int) -> Params:
-        return self._format.working({name: values[block].unsqueeze(-1) for name, values in self._params.items()})
+        return self._format.working({name: values[block].unsqueeze(1) for name, values in self._params.items()})
 
     def round(self, column: int, values: Tensor) -> Tensor:
         codes, chosen = self._format.nearest(values.view(-1, 1, 1), self._at[column // self._width])
@@ -179,7 +179,7 @@ def _better_rows(weight: Tensor, facts: Facts, solved: QTensor, start: QTensor) 
     if not worse.any():
         return solved, 0
     codes = torch.where(worse.unsqueeze(-1), start.packed, solved.packed)
-    params = {n: torch.where(worse.view(-1, 1, 1), start.params[n], v) for n, v in solved.params.items()}
+    params = {n: torch.where(worse.view(-1, *[1] * (v.ndim - 1)), start.params[n], v) for n, v in solved.params.items()}
     return QTensor.of(solved.format, codes, params), int(worse.sum())
 
 

@@ -46,6 +46,8 @@ def search(format: Format, weight: Tensor, importance: Tensor | None, ratios: tu
     """
     if not ratios:
         return F.fit(format, weight)
+    if format.best_fit:
+        return _weighted(format, weight, importance)
     columns = weight.shape[1]
     mask = B.present(columns, format.block, weight.device)
     worth = mask if importance is None else B.split(importance.float().reshape(1, -1), format.block)
@@ -53,6 +55,27 @@ def search(format: Format, weight: Tensor, importance: Tensor | None, ratios: tu
     chunks = (B.split(weight[row : row + step].float(), format.block) for row in range(0, weight.shape[0], step))
     parts = [_search(format, chunk, mask, worth, ratios) for chunk in chunks]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _weighted(format: Format, weight: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+    """The format's own fit under ``importance``, but in groups of rows where that loses more than its plain fit (which
+    only rounding of parameters can bring about), the plain one."""
+    plain = F.fit(format, weight)
+    if importance is None:
+        return plain
+    best = F.fit(format, weight, importance)
+    rows = len(weight)
+    each = format.group_rows or rows
+    lost = []
+    for params in (plain, best):
+        error = F.decode(format, F.encode(format, weight, params), params).sub_(weight)
+        errors = error.square_().mul_(importance).sum(1, dtype=torch.float64)
+        errors = torch.nn.functional.pad(errors, (0, -rows % each)).reshape(-1, each).sum(1)
+        lost.append(errors.repeat_interleave(each)[:rows])
+    better = lost[1] < lost[0]
+    if bool(better.all()) or not bool(better.any()):
+        return best if bool(better.all()) else plain
+    return {name: torch.where(better.view(-1, *[1] * (v.ndim - 1)), best[name], v) for name, v in plain.items()}
 
 
 def _search(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewbit import formats, kernels, layouts, methods, transforms
+from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.layout import Layout
@@ -77,10 +78,10 @@ def solve(task: Task) -> Solved:
         UnsupportedError: a per-tensor format on fused experts.
     """
     began, site, method = time.monotonic(), task.site, methods.named(task.rule.method)
-    if site.experts > 1 and any(param.shared for param in task.format.params):
+    if site.experts > 1 and not F.stackable(task.format, site.shape[0]):
         raise UnsupportedError(
             f"{task.format.name} for the fused experts {site.name}",
-            "what all its rows share would have to differ between experts",
+            "what all its rows, or groups of them, share would have to differ between experts",
             "use a format whose scales are per block, such as mxfp4 or int4/g64",
         )
     rewrite, rewritten, known = transformed(task)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Palettes: a table of levels that is fitted to the weights, by exact weighted k-means: ``w = [scale *] table[code]``.
+
+One table a tensor, a group of rows (output channels) or a row, float16, ascending. With a scale a row or a block, as in
+:mod:`fewbit.formats.table`, the largest magnitude of the block is divided out before values are clustered. A weight of
+importance v costs ``v (w - scale * table[code])^2``; given the scales, k-means of :mod:`fewbit.core.scalars` finds the
+least sum of that. Importance may be E[x^2] of the inputs, or the Fisher diagonal, weight by weight (SqueezeLLM, Kim et
+al. 2023, arXiv:2306.07629; coremltools calls that sensitive k-means).
+
+Levels are rounded to float16. Those that a table has to spare, where fewer values than levels differ, are float16
+neighbours of others: every code has a value of its own. Between two equally near levels the lower one is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.core import scalars
+from fewbit.core.format import Format, Param, Params, Physical
+from fewbit.formats.scales import LARGEST_SCALE, divisor, spell_group, storable, weights
+
+WIDTHS = (1, 2, 3, 4, 6, 8)
+"""Bits of a code."""
+
+
+@dataclass(frozen=True)
+class Palette(Format):
+    """``palette{width}[/rows{N} | /row][/g{block} | /channel]``; ``group_rows`` is 0 for one table a tensor, ``block``
+    0 for one scale a row where there are scales at all.
+
+    True bits per weight: ``width + 16 2^width / (group_rows columns)``, and ``16 / block`` where there are scales.
+    """
+
+    width: int
+    group_rows: int = 0
+    scaled: bool = False
+    block: int = 0
+
+    dim = 1
+    fit_block = 0
+    best_fit = True
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        rows = {0: "", 1: "/row"}.get(self.group_rows, f"/rows{self.group_rows}")
+        return f"palette{self.width}{rows}{f'/{spell_group(self.block)}' if self.scaled else ''}"
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        return self.width
+
+    @property
+    def levels(self) -> int:  # type: ignore[override]
+        return 1 << self.width
+
+    @property
+    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+        table = Param("table", 16, torch.float16, "rows" if self.group_rows else "tensor", (self.levels,))
+        return (table, Param("scale", 16, torch.float16)) if self.scaled else (table,)
+
+    def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
+        rows, number, size = blocks.shape
+        found, worth, values = {}, importance.expand_as(blocks), blocks
+        if self.scaled:
+            found["scale"] = storable(blocks.abs().amax(-1, keepdim=True))
+            scale = found["scale"].float()
+            values, worth = blocks / scale, weights(blocks, worth) * scale.square() / scale.square().amax()
+        each = self.group_rows or rows
+        pad = (0, 0, 0, 0, 0, -rows % each)
+        values = torch.nn.functional.pad(values.clamp(-LARGEST_SCALE, LARGEST_SCALE), pad)
+        worth = torch.nn.functional.pad(worth, pad)
+        together = (-1, each * number * size)
+        centers = scalars.centers(values.reshape(together), worth.reshape(together), self.levels)
+        tables = _distinct(centers)[:, None, None]
+        if self.group_rows:
+            tables = tables.repeat_interleave(each, 0)[:rows]
+        return {"table": tables.expand(rows, number, 1, self.levels), **found}
+
+    def encode(self, blocks: Tensor, params: Params) -> Tensor:
+        tables = params["table"][:, 0, 0].float()
+        values = blocks / divisor(params["scale"]) if self.scaled else blocks
+        if not self.group_rows:
+            bounds = (tables[0, 1:] + tables[0, :-1]) / 2
+            return torch.bucketize(values.contiguous(), bounds, out_int32=True).to(torch.uint8)
+        bounds = ((tables[:, 1:] + tables[:, :-1]) / 2).expand(len(values), -1).contiguous()
+        found = torch.searchsorted(bounds, values.reshape(len(values), -1).contiguous(), out_int32=True)
+        return found.to(torch.uint8).reshape(values.shape)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        tables = params["table"][:, 0, 0].float()
+        if not self.group_rows:
+            values = tables[0][codes.int()]
+        else:
+            flat = codes.reshape(len(codes), -1).long()
+            values = tables.expand(len(codes), -1).gather(1, flat).reshape(codes.shape)
+        return params["scale"].float() * values if self.scaled else values
+
+    def physical(self, params: Params) -> Physical:
+        tables = params["table"][:, 0, 0].float()
+        ones = torch.ones(params["table"].shape[:2])
+        scale = params["scale"].float().squeeze(-1) if self.scaled else ones
+        return Physical(scale, None, tables if self.group_rows else tables[0])
+
+
+def _distinct(centers: Tensor) -> Tensor:
+    """Ascending float64 ``centers`` (tables, levels) as float16, each different: what repeats another becomes one of
+    the float16 that follow the level with the most room after it (or precede the first, where there is most)."""
+    cells = scalars.cells(centers.to(torch.float16))
+    levels, last = cells.shape[1], scalars.CELLS - 1
+    repeats = torch.nn.functional.pad(cells[:, 1:] == cells[:, :-1], (1, 0))
+    if not bool(repeats.any()):
+        return scalars.of_cells(cells)
+    room = torch.diff(cells, dim=1, append=cells.new_full((len(cells), 1), last))
+    most, at = room.max(1, keepdim=True)
+    before = cells[:, :1] + last
+    start = torch.where(before > most, cells[:, :1] - levels, cells.gather(1, at))
+    spare = start + repeats.cumsum(1)
+    return scalars.of_cells(torch.where(repeats, spare, cells).sort(1).values)
