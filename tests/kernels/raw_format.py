@@ -95,7 +95,10 @@ def exact(qtensor: QTensor) -> Exact:
     at = torch.arange(columns) // block
     scale = physical.scale.double().expand(rows, -1)[:, at]
     offset = torch.zeros(()) if physical.offset is None else physical.offset.double().expand(rows, -1)[:, at]
-    level = codes.double() if physical.table is None else physical.table.double()[codes.long()]
+    level = codes.double()
+    if physical.table is not None:
+        tables = physical.table.double().reshape(-1, physical.table.shape[-1])  # one, or one for each row
+        level = tables.expand(rows, -1).gather(1, codes.long())
     largest = scale.abs() * (0 if physical.table is None else physical.table.double().abs().max())
     operations = min(block, columns) + -(-columns // block) + 12
     return Exact(qtensor, scale * level + offset, (scale * level).abs() + offset.abs(), largest, operations)

@@ -73,7 +73,11 @@ class Palette(Format):
         values = torch.nn.functional.pad(values.clamp(-LARGEST_SCALE, LARGEST_SCALE), pad)
         worth = torch.nn.functional.pad(worth, pad)
         together = (-1, each * number * size)
-        centers = scalars.centers(values.reshape(together), worth.reshape(together), self.levels)
+        values, worth = values.reshape(together), worth.reshape(together)
+        # Padding becomes what counts most, so that it is no value of its own.
+        counts = (worth > 0) | ~(worth > 0).any(1, keepdim=True)
+        values = torch.where(counts, values, values.gather(1, worth.argmax(1, keepdim=True)))
+        centers = scalars.centers(values, worth, self.levels)
         tables = _distinct(centers)[:, None, None]
         if self.group_rows:
             tables = tables.repeat_interleave(each, 0)[:rows]

@@ -6,9 +6,11 @@ from __future__ import annotations
 from fewbit.core.method import Method
 from fewbit.errors import SpecError
 from fewbit.methods.awq import awq
+from fewbit.methods.awq import refuse as refuse_awq
 from fewbit.methods.clip import clip
 from fewbit.methods.gptq import gptq
-from fewbit.methods.hqq import hqq, refuse
+from fewbit.methods.hqq import hqq
+from fewbit.methods.hqq import refuse as refuse_hqq
 from fewbit.methods.objective import refuse_vectors, relative_error
 from fewbit.methods.rtn import rtn
 
@@ -46,7 +48,7 @@ METHODS: tuple[Method, ...] = (
         awq,
         needs="gram",
         options={"steps": 20, "floor": 0.5},
-        refuse=refuse_vectors,
+        refuse=refuse_awq,
         source="clip search of Lin et al. 2023, arXiv:2306.00978 (github.com/mit-han-lab/llm-awq)",
     ),
     Method(
@@ -54,7 +56,7 @@ METHODS: tuple[Method, ...] = (
         hqq,
         needs="nothing",
         options={"p": 0.7, "beta": 10.0, "kappa": 1.01, "iterations": 20},
-        refuse=refuse,
+        refuse=refuse_hqq,
         source="Badri, Shaji 2023, github.com/mobiusml/hqq",
     ),
 )

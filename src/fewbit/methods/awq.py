@@ -24,8 +24,15 @@ from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
-from fewbit.errors import InputError
+from fewbit.errors import InputError, UnsupportedError
 from fewbit.methods import objective, ranges
+
+
+def refuse(format: Format) -> str | None:
+    """None, or why codes of ``format`` cannot be chosen by cutting groups off."""
+    if format.best_fit:
+        return "its tables are fitted to many groups at once, of which none has a range of its own"
+    return objective.refuse_vectors(format)
 
 
 def awq(weight: Tensor, format: Format, facts: Facts, *, steps: int = 20, floor: float = 0.5) -> QTensor:
@@ -45,11 +52,13 @@ def awq(weight: Tensor, format: Format, facts: Facts, *, steps: int = 20, floor:
     Raises:
         InputError: the weight or the facts cannot be used (NaN, wrong width, no second moment).
         SpecError: ``steps`` or ``floor`` out of range.
-        UnsupportedError: a code of ``format`` stands for several weights.
+        UnsupportedError: a code of ``format`` stands for several weights, or its tables are those of many groups.
     """
     ratios = ranges.grid(steps, floor)
     objective.check("awq", weight, format, facts)
-    objective.check_scalar("awq", format)
+    reason = refuse(format)
+    if reason is not None:
+        raise UnsupportedError(f"awq to {format.name}", reason, "method rtn takes any format, clip weighs tables")
     if facts.tokens and facts.gram is None:
         asked = f"awq of a weight of shape {tuple(weight.shape)} to {format.name}"
         raise InputError(asked, "the facts hold no second moment", "collect them with gram=True, or use method clip")
@@ -69,7 +78,7 @@ def diagonal_blocks(moment: Tensor, span: int) -> Tensor:
     columns = moment.shape[0]
     width, number = B.width(columns, span), B.count(columns, span)
     short = number * width - columns
-    padded = torch.nn.functional.pad(moment, (0, short, 0, short)).view(number, width, number, width)
+    padded = torch.constant_pad_nd(moment, (0, short, 0, short)).view(number, width, number, width)
     return padded.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
@@ -96,5 +105,5 @@ def _span_errors(format: Format, blocks: Tensor, params: F.Params, moments: Tens
     spans, width, _ = moments.shape
     flat = error.reshape(len(error), -1)
     short = spans * width - flat.shape[1]  # a last span of fewer blocks
-    error = torch.nn.functional.pad(flat, (0, short)).view(-1, spans, width).transpose(0, 1)
+    error = torch.constant_pad_nd(flat, (0, short)).view(-1, spans, width).transpose(0, 1)
     return ((error @ moments) * error).sum(-1).T

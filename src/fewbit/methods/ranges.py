@@ -70,7 +70,7 @@ def _weighted(format: Format, weight: Tensor, importance: Tensor | None) -> dict
     for params in (plain, best):
         error = F.decode(format, F.encode(format, weight, params), params).sub_(weight)
         errors = error.square_().mul_(importance).sum(1, dtype=torch.float64)
-        errors = torch.nn.functional.pad(errors, (0, -rows % each)).reshape(-1, each).sum(1)
+        errors = torch.constant_pad_nd(errors, (0, -rows % each)).reshape(-1, each).sum(1)
         lost.append(errors.repeat_interleave(each)[:rows])
     better = lost[1] < lost[0]
     if bool(better.all()) or not bool(better.any()):
