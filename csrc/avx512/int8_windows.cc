@@ -6,15 +6,10 @@ namespace {
 
 constexpr int kVectors = 2;
 
-// x / scale, correctly rounded by one correction (Markstein 1990), as a float16 scale has no inverse to fear: fused, it
-// takes less time than dividing.
-inline F quotient(F x, F scale, F inverse) {
-  const F about = multiply(x, inverse);
-  return fused(fused(-about, scale, x), inverse, about);
-}
-
 }  // namespace
 }  // namespace fewbit
+
+#include "core/quotient.h"
 
 #include "core/int8_windows.h"
 

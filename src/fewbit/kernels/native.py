@@ -62,7 +62,7 @@ Draw = tuple[int | float, ...]
 
 
 class Core(Protocol):
-    """The functions of ``fewbit._native``; arguments as in ``csrc/bind.cc``."""
+    """The functions of ``fewbit._native``; arguments as in ``csrc/bind.cc`` and ``csrc/bind_decode.cc``."""
 
     def caps(self) -> int: ...
     def set_threads(self, threads: int) -> None: ...
