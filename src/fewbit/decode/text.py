@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewbit.containers.files import read_json
 from fewbit.errors import InputError
 
 REPLACEMENT = "�"
@@ -171,13 +171,8 @@ def ends_of(folder: Path) -> frozenset[int]:
     """
     ends: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        try:
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
-            found = config.get("eos_token_id")
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(f"{folder / name}", f"it is no JSON object ({error})") from error
+        path = folder / name
+        found = read_json(path).get("eos_token_id") if path.is_file() else None
         listed = found if isinstance(found, list) else [found]
         ends |= {token for token in listed if isinstance(token, int) and not isinstance(token, bool)}
     return frozenset(ends)

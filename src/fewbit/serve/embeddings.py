@@ -5,7 +5,6 @@ sentence-transformers name instead. Runs in transformers, for an encoder as well
 from __future__ import annotations
 
 import base64
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewbit.containers import manifest as M
+from fewbit.containers.files import read_json
 from fewbit.decode.text import Words
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.integrations.load import load
@@ -85,11 +85,7 @@ class Embedder:
 
 def is_encoder(folder: Path) -> bool:
     """Whether the model in ``folder`` reads texts and writes none, by the name of its architecture."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        names = config.get("architectures") or []
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder / 'config.json'}", f"it cannot be read ({error})") from error
+    names = read_json(folder / "config.json").get("architectures") or []
     return bool(names) and not any(
         "CausalLM" in name or "LMHead" in name or "ConditionalGeneration" in name for name in names
     )
@@ -104,11 +100,7 @@ def pooling_of(folder: Path) -> str:
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
         return "mean"
-    try:
-        switches = json.loads(path.read_text(encoding="utf-8"))
-        on = [name for name, value in switches.items() if name.startswith("pooling_mode_") and value is True]
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}", f"it cannot be read ({error})") from error
+    on = [name for name, value in read_json(path).items() if name.startswith("pooling_mode_") and value is True]
     if len(on) != 1 or on[0] not in POOLINGS:
         raise UnsupportedError(f"embeddings of {folder}", f"{path.name} says {on}", f"one of {', '.join(POOLINGS)}")
     return POOLINGS[on[0]]
