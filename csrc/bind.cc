@@ -202,6 +202,53 @@ PyObject* vector_decode(PyObject*, PyObject* args) {
   return status(code);
 }
 
+// A matrix of rows with tables in Python: (rows, columns, block, table_rows, bits, table_half, codes, table, scale).
+bool rows_of(PyObject* tuple, fewbit_row_tables* matrix) {
+  unsigned long long codes, table, scale;
+  long long rows, columns, block, table_rows;
+  if (!PyArg_ParseTuple(tuple, "LLLLiiKKK", &rows, &columns, &block, &table_rows, &matrix->bits, &matrix->table_half,
+                        &codes, &table, &scale))
+    return false;
+  matrix->rows = rows, matrix->columns = columns, matrix->block = block, matrix->table_rows = table_rows;
+  matrix->codes = pointer<const uint8_t*>(codes);
+  matrix->table = pointer<const void*>(table);
+  matrix->scale = pointer<const float*>(scale);
+  return true;
+}
+
+// row_linear(matrix, x, bias, y, y_stride, y_dtype, isa, threads); x as above
+PyObject* row_linear(PyObject*, PyObject* args) {
+  fewbit_row_tables matrix;
+  PyObject* tuple;
+  unsigned long long data, bias, y;
+  long long tokens, stride, step, y_stride;
+  int x_dtype, y_dtype, isa, threads, code;
+  if (!PyArg_ParseTuple(args, "O(KLLLi)KKLiii", &tuple, &data, &tokens, &stride, &step, &x_dtype, &bias, &y, &y_stride,
+                        &y_dtype, &isa, &threads) ||
+      !rows_of(tuple, &matrix))
+    return nullptr;
+  const fewbit_input x = {pointer<const void*>(data), tokens, stride, step, x_dtype};
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_row_linear(&matrix, &x, pointer<const float*>(bias), pointer<void*>(y), y_stride, y_dtype, isa, threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+PyObject* row_decode(PyObject*, PyObject* args) {
+  fewbit_row_tables matrix;
+  PyObject* tuple;
+  unsigned long long out;
+  long long begin, end, stride;
+  int isa, threads, code;
+  if (!PyArg_ParseTuple(args, "OLLKLii", &tuple, &begin, &end, &out, &stride, &isa, &threads) ||
+      !rows_of(tuple, &matrix))
+    return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_row_decode(&matrix, begin, end, pointer<float*>(out), stride, isa, threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
 // Windows in Python: the members of fewbit_windows in their order.
 bool windows_of(PyObject* tuple, fewbit_windows* g) {
   long long values[17];
@@ -280,6 +327,8 @@ PyMethodDef methods[] = {
     {"vector_linear_int8", vector_linear_int8, METH_VARARGS,
      "(matrix, x_block, x, bias, y, y_stride, y_dtype, isa, threads)"},
     {"vector_decode", vector_decode, METH_VARARGS, "(matrix, tile_begin, tile_end, out, stride, isa, threads)"},
+    {"row_linear", row_linear, METH_VARARGS, "(matrix, x, bias, y, y_stride, y_dtype, isa, threads)"},
+    {"row_decode", row_decode, METH_VARARGS, "(matrix, row_begin, row_end, out, stride, isa, threads)"},
     {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},
     {"int8_windows", int8_windows, METH_VARARGS,
      "(windows, x, dtype, images, groups, weight, rows, bias, y, isa, threads)"},

@@ -79,5 +79,15 @@ struct Lookup<5> {
   F operator()(U index) const { return _mm512_permutex2var_ps(low, index, high); }
 };
 
+// 64 levels in four registers; bit 5 of the code picks two of them.
+template <>
+struct Lookup<6> {
+  Lookup<5> low, high;
+  explicit Lookup(const float* table) : low(table), high(table + 32) {}
+  F operator()(U index) const {
+    return _mm512_mask_blend_ps(_mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), low(index), high(index));
+  }
+};
+
 }  // namespace
 }  // namespace fewbit

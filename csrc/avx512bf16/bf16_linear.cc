@@ -10,8 +10,8 @@
 namespace fewbit {
 namespace {
 
-// 16 sums beside 2 vectors of codes, in 32 registers; as many for two tokens, half of them for one.
-constexpr int kMany = 2, kManyTokens = 8, kChains = 4;
+// 16 sums beside 2 vectors of codes, in 32 registers.
+constexpr int kMany = 2, kManyTokens = 8;
 
 // Two columns a lane.
 struct Pairs {
@@ -25,7 +25,6 @@ struct Pairs {
     sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(u), reinterpret_cast<__m512bh>(columns));
   }
   inline void flush() {}
-  inline void merge(const Pairs& other, int) { sum = fewbit::add(sum, other.sum); }
 };
 
 // Codes of the even columns of four, then those of the odd ones: each pair takes two of the activations.
@@ -89,11 +88,7 @@ void lay_out(const SegmentTask& task, const fewbit_input& x, int64_t token) {
 
 template <int BITS>
 void strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  switch (task.together) {
-    case 1: return strips_direct<Halves<BITS>, 1, 1, kChains>(task, tile_begin, tile_end, tokens);
-    case 2: return strips_direct<Halves<BITS>, 1, 2, kChains>(task, tile_begin, tile_end, tokens);
-    default: return strips_decoded<Halves<BITS>, kMany, kManyTokens>(task, tile_begin, tile_end, tokens);
-  }
+  strips_decoded<Halves<BITS>, kMany, kManyTokens>(task, tile_begin, tile_end, tokens);
 }
 
 void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
@@ -111,6 +106,6 @@ void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t 
 
 }  // namespace
 
-const SegmentKernel bf16_linear_avx512bf16 = {kManyTokens, sizeof(uint16_t), lay_out, run};
+const SegmentKernel bf16_linear_avx512bf16 = {kManyTokens, sizeof(uint16_t), 1, lay_out, run};
 
 }  // namespace fewbit

@@ -65,6 +65,6 @@ extern "C" int fewbit_vector_linear_int8(const fewbit_byte_vectors* matrix, int6
   };
   const int64_t floats = task.segments + task.x_blocks + task.dim;
   const fewbit_output output = {nullptr, bias, y, y_stride};
-  return run_rounded(call, &output, 1, *x, y_dtype, task.chunks * 32, floats, kSmall / task.dim, thread_count(threads),
+  return run_rounded(call, &output, 1, *x, y_dtype, 1, task.chunks * 32, floats, kSmall / task.dim, thread_count(threads),
                      place);
 }

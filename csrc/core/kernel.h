@@ -93,23 +93,26 @@ struct SegmentTask {
   const void* scale;
   const void* offset;
   const FixedPoint* table; // of FEWBIT_LUT, else null
-  int64_t together;        // tokens that are computed together
+  int64_t digits;          // rows of activations that a token takes
+  int64_t together;        // rows that are computed together: whole tokens
   bool alone;              // whether few tokens take row groups one by one, as they lie in memory
-  void* activations;       // (tokens / together, chunks, together, 32), each kernel->bytes
-  float* x_scale;          // (padded tokens, x_blocks)
-  float* sums;             // (padded tokens, segments): sum of the int8 activations of a segment, an exact integer
+  void* activations;       // (rows / together, chunks, together, 32), each kernel->bytes
+  float* x_scale;          // (padded rows, x_blocks)
+  float* sums;             // (padded rows, segments): sum of the int8 activations of a segment, an exact integer
   const float* bias;
   void* y;
   int64_t y_stride;
   int32_t y_dtype;
 };
 
-enum : int64_t { kSegment = 256, kRoundedTokens = 128 };  // columns a segment; tokens rounded at a time: at most
+// Columns a segment, rows of activations made at a time: at most. Digits of a token that becomes integers of 24 bits.
+enum : int64_t { kSegment = 256, kRoundedTokens = 128, kDigits = 3 };
 
 // Levels of one family times int8 activations on one instruction set.
 struct SegmentKernel {
-  int64_t most;   // tokens computed together where there are many
-  int64_t bytes;  // of a rounded activation
+  int64_t most;    // rows of activations computed together where there are many
+  int64_t bytes;   // of a rounded activation
+  int64_t digits;  // rows of activations that a token takes: 1 or kDigits
   // Rounds token `token` of x, or fills it with zeros where x has no such token.
   void (*prepare)(const SegmentTask& task, const fewbit_input& x, int64_t token);
   // Computes y for tiles [tile_begin, tile_end) and tokens [0, tokens) of the prepared activations.
@@ -207,6 +210,36 @@ struct Int8VectorKernel {
   void (*run)(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
 };
 
+// Work of a kernel whose rows have tables of their own: see fewbit_row_tables.
+struct RowTask {
+  int32_t bits;
+  int32_t table_half;
+  int64_t rows, columns, chunks;
+  int64_t blocks, block_chunks;  // blocks of a row; chunks of one
+  int64_t table_rows;            // rows that share a table
+  const uint8_t* codes;          // (rows, chunks, bytes of a chunk)
+  const void* table;             // (tables, 2^bits)
+  const float* scale;            // (rows, blocks)
+  int64_t tokens, together;      // tokens that are computed together: 1 or kRowTokens
+  const float* panel;            // activations (tokens, whole chunks of columns), padded with zeros
+  const float* bias;
+  void* y;
+  int64_t y_stride;
+  int32_t y_dtype;
+};
+
+enum : int64_t { kRowTokens = 4 };
+
+// Tables of rows on one instruction set.
+struct RowKernel {
+  // Computes y for rows [begin, end).
+  void (*run)(const RowTask& task, int64_t begin, int64_t end);
+  // Writes the weights of one row: out[column].
+  void (*decode)(const RowTask& task, int64_t row, float* out);
+};
+
+extern const RowKernel row_lut_linear_serial, row_lut_linear_avx2, row_lut_linear_avx512, row_lut_linear_neon;
+
 extern const Int8VectorKernel int8_vector_linear_serial, int8_vector_linear_avx512vbmi;
 
 extern const VectorKernel vector_linear_serial, vector_linear_avx2, vector_linear_avx512, vector_linear_neon;
@@ -215,6 +248,7 @@ extern const XnorKernel xnor_linear_serial, xnor_linear_avx2, xnor_linear_avx512
 
 // For bfloat16 activations.
 extern const SegmentKernel bf16_linear_avx512bf16;
+extern const SegmentKernel fixed_linear_serial, fixed_linear_avxvnni, fixed_linear_avx512vnni, fixed_linear_neondot;
 extern const SegmentKernel int8_linear_serial, int8_linear_avx2, int8_linear_avxvnni, int8_linear_avx512vnni,
     int8_linear_neon, int8_linear_neondot;
 // [0] for tables whose levels are bytes, [1] for any other.

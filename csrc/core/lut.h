@@ -22,7 +22,7 @@ struct LutOf {
                            F (&acc)[T][M][CHAINS]) const {
     if constexpr (kTabled) {
       table_chunk<BITS, T, M>(codes, 0, panel, 0, acc);
-    } else if constexpr (BITS <= 5) {
+    } else if constexpr (BITS <= 6) {
 #pragma GCC unroll kUnroll
       for (int k = 0; k < 32; k++) column(*this, codes, panel, k, acc);
     } else {  // the gather costs more than the shifts, and more code would not make it faster

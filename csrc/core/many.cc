@@ -51,7 +51,7 @@ void* rows_of(const fewbit_output& output, int32_t dtype, int64_t token) {
 extern "C" int fewbit_linear_many(const fewbit_output* outputs, int32_t count, const fewbit_input* x, int64_t x_block,
                                   int32_t y_dtype, int32_t isa, int32_t threads) {
   using namespace fewbit;
-  if (!outputs || count < 1 || !x || x_block < FEWBIT_BFLOAT16S || threads < 1 || !well_formed(*x) ||
+  if (!outputs || count < 1 || !x || x_block < FEWBIT_FIXED || threads < 1 || !well_formed(*x) ||
       !known_dtype(y_dtype))
     return FEWBIT_BAD_ARGUMENT;
   const Products& products = x_block == FEWBIT_SIGNS ? sign_products : x_block ? segment_products : float_products;

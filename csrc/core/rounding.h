@@ -20,10 +20,11 @@ namespace {
 // larger, they differ by more. So both rounding and clamping are of integers.
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
 constexpr int32_t kRoundBits = 0x4b400000, kInfinityBits = 0x7f800000;
+constexpr uint32_t kNaNBits = 0x7fc00000u;
 
-// Scale of columns [first, first + count) of a token.
-inline float scale_of(const fewbit_input& source, int64_t token, int64_t first, int64_t count) {
-  int32_t most = 0;  // bits of the largest magnitude, which are in the order of the magnitudes
+// Bits of the largest magnitude, which are in the order of the magnitudes, of columns [first, first + count) of a token.
+inline int32_t largest(const fewbit_input& source, int64_t token, int64_t first, int64_t count) {
+  int32_t most = 0;
   float buffer[kSegment];
   for (int64_t begin = 0; begin < count; begin += kSegment) {
     const int64_t here = count - begin < kSegment ? count - begin : kSegment;
@@ -33,7 +34,13 @@ inline float scale_of(const fewbit_input& source, int64_t token, int64_t first, 
       most = most > magnitude ? most : magnitude;
     }
   }
-  if (most >= kInfinityBits) return float_of(0x7fc00000u);  // NaN
+  return most;
+}
+
+// Scale of columns [first, first + count) of a token.
+inline float scale_of(const fewbit_input& source, int64_t token, int64_t first, int64_t count) {
+  const int32_t most = largest(source, token, first, count);
+  if (most >= kInfinityBits) return float_of(kNaNBits);
   const float scale = 2 * float_of(static_cast<uint32_t>(most)) / 255;
   const float least = 5.9604644775390625e-08f, clamped = scale < least ? least : scale > 65504.0f ? 65504.0f : scale;
   return from_float16(to_float16(clamped));
@@ -54,11 +61,17 @@ inline int32_t round_chunk(const float* x, float scale, X* out) {
   return sum;
 }
 
+// Where a row of activations lies.
+template <class X>
+X* row_of(const SegmentTask& task, int64_t row) {
+  const int64_t first = row / task.together * task.chunks * task.together + row % task.together;
+  return static_cast<X*>(task.activations) + first * 32;
+}
+
 template <class X>
 void round_token(const SegmentTask& task, const fewbit_input& x, int64_t token) {
   const int64_t apart = task.together * 32;
-  X* out = static_cast<X*>(task.activations);
-  out += (token / task.together * task.chunks * task.together + token % task.together) * 32;
+  X* out = row_of<X>(task, token);
   float* sums = task.sums + token * task.segments;
   float* scales = task.x_scale + token * task.x_blocks;
   const bool exists = token < x.tokens;

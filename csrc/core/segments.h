@@ -60,7 +60,7 @@ struct Held {
   }
 };
 
-// Tokens from `token`, computed together, of which `tokens` exist.
+// Rows of activations from `token`, computed together, of which `tokens` exist.
 struct SegmentStrip {
   int64_t group, groups, token, tokens;
 
@@ -141,10 +141,28 @@ FEWBIT_INLINE F settle(const SegmentTask& task, const K& kernel, const Segment& 
   }
 }
 
-// A row group of one token, whose segments have been settled.
-FEWBIT_INLINE void finish(const SegmentTask& task, int64_t row, int64_t token, F total) {
-  if (task.x_blocks == 1) total = multiply(total, broadcast(task.x_scale[token]));
-  put(task, row, token, total);
+// A row group, whose segments have been settled, of up to M rows of activations from `first`, of which `count` exist.
+// total(m): of row m.
+template <int M, class Total>
+FEWBIT_INLINE void finish(const SegmentTask& task, int64_t row, int64_t first, int64_t count, const Total& total) {
+  const auto scale = [&](int m) { return broadcast(task.x_scale[first + m]); };
+  if constexpr (M % kDigits == 0) {
+    if (task.digits == kDigits) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m += kDigits) {
+        if (m >= count) break;
+        F all = multiply(total(m), scale(m));
+        all = fused(total(m + 1), scale(m + 1), all);
+        put(task, row, (first + m) / kDigits, fused(total(m + 2), scale(m + 2), all));
+      }
+      return;
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    if (m >= count) break;
+    put(task, row, first + m, task.x_blocks == 1 ? multiply(total(m), scale(m)) : total(m));
+  }
 }
 
 // T row groups x M tokens, decoded where they stand; C sums a row group and token, which g takes in turn: where they are
@@ -210,9 +228,11 @@ void direct(const SegmentTask& task, const SegmentStrip& strip) {
       }
     }
   }
-  for (int t = 0; t < T && t < strip.groups; t++)
-    for (int m = 0; m < M && m < strip.tokens; m++)
-      finish(task, Group(task, strip.at(t)).row, strip.token + m, total[t][m]);
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) {
+    if (t >= strip.groups) break;
+    finish<M>(task, Group(task, strip.at(t)).row, strip.token, strip.tokens, [&](int m) { return total[t][m]; });
+  }
 }
 
 // Row groups by T, for all M tokens of a task.
@@ -316,8 +336,9 @@ void decoded_once(const SegmentTask& task, int64_t group, int64_t groups, int64_
     for (int64_t token = 0; token < padded; token += M)
       add_segment<K, T, M>(task, kernel, segment, decoded, chunks, token, line, totals + token);
   }
-  for (int64_t m = 0; m < tokens; m++)
-    for (int t = 0; t < T && t < groups; t++) finish(task, Group(task, group + t).row, m, load(totals[m][t]));
+  for (int64_t m = 0; m < tokens; m += M)
+    for (int t = 0; t < T && t < groups; t++)
+      finish<M>(task, Group(task, group + t).row, m, tokens - m, [&](int i) { return load(totals[m + i][t]); });
 }
 
 // Row groups [begin, end) by as many as share the registers of `groups` whose codes are one plane.

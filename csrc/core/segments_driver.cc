@@ -11,6 +11,21 @@ constexpr int64_t kSmall = 1 << 18;  // multiply-adds below which a second threa
 
 int64_t divisor(int64_t a, int64_t b) { return b ? divisor(b, a % b) : a; }
 
+// Activations as integers of 24 bits, on instruction sets that multiply bytes four at a time.
+const SegmentKernel* find_fixed(int32_t isa) {
+  if (!(fewbit_caps() & isa)) return nullptr;
+  switch (isa) {
+    case FEWBIT_SERIAL: return &fixed_linear_serial;
+#if defined(__x86_64__)
+    case FEWBIT_AVXVNNI: return &fixed_linear_avxvnni;
+    case FEWBIT_AVX512VNNI: return &fixed_linear_avx512vnni;
+#elif defined(__aarch64__)
+    case FEWBIT_NEONDOT: return &fixed_linear_neondot;
+#endif
+    default: return nullptr;
+  }
+}
+
 const SegmentKernel* find_bfloat16(int32_t isa) {
 #if defined(__x86_64__)
   if (fewbit_caps() & isa & FEWBIT_AVX512BF16) return &bf16_linear_avx512bf16;
@@ -37,7 +52,7 @@ const SegmentKernel* find(const FixedPoint* table, int32_t isa) {
 }
 
 // Columns that share a scale of the activations, `x_block` being an argument of fewbit_linear_many.
-int64_t columns_of(int64_t x_block, int64_t columns) { return x_block == FEWBIT_BFLOAT16S ? columns : x_block; }
+int64_t columns_of(int64_t x_block, int64_t columns) { return x_block < 0 ? columns : x_block; }
 
 // Whether every code less the zero has at most 8 significant bits.
 bool centred(const fewbit_matrix& w) {
@@ -48,7 +63,7 @@ bool centred(const fewbit_matrix& w) {
 }
 
 bool sensible(const fewbit_matrix& w, int64_t x_block) {
-  const bool lut = w.family == FEWBIT_LUT && x_block != FEWBIT_BFLOAT16S && w.bits <= kLookedUp && w.table && w.zero == 0.0f;
+  const bool lut = w.family == FEWBIT_LUT && x_block > 0 && w.bits <= kLookedUp && w.table && w.zero == 0.0f;
   return (lut || (w.family == FEWBIT_AFFINE && !w.table)) && segment_columns(w.columns, w.block, x_block) > 0;
 }
 
@@ -74,6 +89,13 @@ SegmentTask task_of(const fewbit_matrix& w, int64_t x_block) {
   return task;
 }
 
+// Rows of activations that are computed together; bfloat16 serves many tokens only.
+int64_t together(int64_t tokens, const SegmentKernel& kernel, bool bfloat16s) {
+  if (bfloat16s) return kernel.most;
+  if (tokens <= 2) return tokens * kernel.digits;
+  return kernel.digits > 1 || tokens > 4 ? kernel.most : 4;
+}
+
 int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int64_t x_block, int32_t y_dtype,
         int32_t isa, int32_t threads) {
   RoundedCall<SegmentTask, SegmentKernel> call{};
@@ -81,13 +103,16 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
   const float* table = outputs[0].matrix->table;
   if (table && !fixed_point(table, outputs[0].matrix->bits, &levels)) return FEWBIT_BAD_ARGUMENT;
   const bool bfloat16s = x_block == FEWBIT_BFLOAT16S;
-  call.kernel = bfloat16s ? find_bfloat16(isa) : find(table ? &levels : nullptr, isa);
+  call.kernel = bfloat16s                  ? find_bfloat16(isa)
+                : x_block == FEWBIT_FIXED ? find_fixed(isa)
+                                          : find(table ? &levels : nullptr, isa);
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   for (int32_t i = 0; i < count; i++) {
     SegmentTask& task = call.task[i] = task_of(*outputs[i].matrix, x_block);
     task.table = table ? &levels : nullptr;
     task.alone = reads_straight();
-    task.together = x.tokens <= 2 ? x.tokens : bfloat16s || x.tokens > 4 ? call.kernel->most : 4;
+    task.digits = call.kernel->digits;
+    task.together = together(x.tokens, *call.kernel, bfloat16s);
   }
   const SegmentTask& first = call.task[0];
   const int64_t bytes = first.chunks * 32 * call.kernel->bytes, floats = first.segments + first.x_blocks;
@@ -96,7 +121,7 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
     task.sums = reinterpret_cast<float*>(scratch + tokens * bytes);
     task.x_scale = task.sums + tokens * task.segments;
   };
-  return run_rounded(call, outputs, count, x, y_dtype, bytes, floats, kSmall, threads, place);
+  return run_rounded(call, outputs, count, x, y_dtype, first.digits, bytes, floats, kSmall, threads, place);
 }
 
 }  // namespace

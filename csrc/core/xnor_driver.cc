@@ -50,7 +50,7 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
     task.words = reinterpret_cast<uint32_t*>(scratch);
     task.x_scale = reinterpret_cast<float*>(scratch + tokens * bytes);
   };
-  return run_rounded(call, outputs, count, x, y_dtype, bytes, 1, kSmall, threads, place);
+  return run_rounded(call, outputs, count, x, y_dtype, 1, bytes, 1, kSmall, threads, place);
 }
 
 }  // namespace

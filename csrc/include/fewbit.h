@@ -46,7 +46,8 @@ enum {
 /* Families, types of activations and results, status codes. */
 enum { FEWBIT_AFFINE = 0, FEWBIT_LUT = 1 };
 enum { FEWBIT_FLOAT32 = 0, FEWBIT_BFLOAT16 = 1, FEWBIT_FLOAT16 = 2 };
-enum { FEWBIT_SIGNS = -1, FEWBIT_BFLOAT16S = -2 }; /* an x_block: activations become signs, or are bfloat16 */
+enum { FEWBIT_SIGNS = -1, FEWBIT_BFLOAT16S = -2, FEWBIT_FIXED = -3 }; /* an x_block: activations become signs, are
+                                                                        * bfloat16, or become integers of 24 bits */
 enum { FEWBIT_OK = 0, FEWBIT_BAD_ARGUMENT = 1, FEWBIT_NO_KERNEL = 2, FEWBIT_NO_MEMORY = 3 };
 
 /* One matrix in tile16. Pointers need no alignment beyond that of their element type. */
@@ -152,9 +153,20 @@ typedef struct {
  *
  * FEWBIT_BFLOAT16S is for x of FEWBIT_BFLOAT16 and FEWBIT_AFFINE, on FEWBIT_AVX512BF16: codes less the zero (where these
  * have 8 significant bits, else codes) times activations are exact products, of which two columns at a time are added in
- * float32 within at most 256 columns (in four chains where there are one or two tokens), then scaled. Blocks must be
- * multiples of 32, or whole rows. The result does not depend on the threads, nor on the tokens beyond whether there are
- * more than two. Error: as that of fewbit_linear. Numbers below 2^-126 count as 0. */
+ * float32 within at most 256 columns, then scaled. Blocks must be multiples of 32, or whole rows. The result depends
+ * neither on the threads nor on the tokens. Error: as that of fewbit_linear. Numbers below 2^-126 count as 0. It is meant
+ * for many tokens.
+ *
+ * FEWBIT_FIXED is for FEWBIT_AFFINE, on the instruction sets that multiply four bytes at once, and FEWBIT_SERIAL: x is
+ * rounded to whole multiples of a power of two, one a token,
+ *
+ *   s = 2^(e - 22), at least 2^-126, where max|x| < 2^(e + 1) (1 - 2^-7);  q = round(x / s), halves away from 0
+ *
+ * so that |q| < 2^23, and x differs from s * q by at most s / 2 <= 2^-22 max|x| (2^-23 but where max|x| lies within 1 % of a
+ * power of two), and not at all where no activation has bits below s: bfloat16 down to 2^-14 max|x|. The three signed
+ * bytes of q are multiplied as fewbit_linear_int8 does it with int8, each with the scale of its place. Blocks must be
+ * multiples of 32, or whole rows. The result is the same on every ISA, at any number of threads and tokens. Error against
+ * s * q: as that of fewbit_linear_int8. NaN or infinity makes its token's results NaN. */
 int fewbit_linear_many(const fewbit_output* outputs, int32_t count, const fewbit_input* x, int64_t x_block,
                        int32_t y_dtype, int32_t isa, int32_t threads);
 
@@ -240,6 +252,34 @@ typedef struct {
 int fewbit_vector_linear_int8(const fewbit_byte_vectors* matrix, int64_t x_block, const fewbit_input* x,
                               const float* bias, void* y, int64_t y_stride, int32_t y_dtype, int32_t isa,
                               int32_t threads);
+
+/* Rows with tables of their own: w[row][column] = scale[row][column / block] * table[row / table_rows][code].
+ *
+ * Layout row16: each row by itself, its columns in chunks of 128 / bits, or 384 / bits where that is 3 or 6. A chunk is 16
+ * lanes of one byte (of 3 bytes: first those that hold bits 0 to 7 of all lanes, then 8 to 15, then 16 to 23); column k of
+ * the chunk lies in lane k % 16, at its bits [k / 16 * bits, k / 16 * bits + bits). The last chunk is padded with code 0.
+ * Bytes: rows * ceil(columns / chunk) * 16, or 48. */
+typedef struct {
+  int64_t rows, columns;
+  int64_t block;       /* columns that share a scale: whole chunks, or at least `columns` */
+  int64_t table_rows;  /* rows that share a table */
+  int32_t bits;        /* 1, 2, 3, 4, 6 or 8 */
+  int32_t table_half;  /* 1: levels are IEEE float16, 0: float32 */
+  const uint8_t* codes;
+  const void* table;   /* (ceil(rows / table_rows), 2^bits) */
+  const float* scale;  /* (rows, ceil(columns / block)) */
+} fewbit_row_tables;
+
+/* y[token][row] = sum over columns of x[token][column] * w[row][column] + bias[row]: products of levels and activations are
+ * added in float32 lane by lane, in two chains; sums of a block are scaled and added up. The result depends on neither
+ * `threads` nor `tokens`. Error: at most about (block / (2 lanes) + blocks + lanes + 6) * 2^-24 times the sum of
+ * |scale * level| |x| and |bias|, lanes being at least 4. All else as in fewbit_linear_many. */
+int fewbit_row_linear(const fewbit_row_tables* matrix, const fewbit_input* x, const float* bias, void* y,
+                      int64_t y_stride, int32_t y_dtype, int32_t isa, int32_t threads);
+
+/* The weights of rows [row_begin, row_end), scale * level: out[(row - row_begin) * stride + column]. */
+int fewbit_row_decode(const fewbit_row_tables* matrix, int64_t row_begin, int64_t row_end, float* out, int64_t stride,
+                      int32_t isa, int32_t threads);
 
 /* Which elements of x (images, channels, height, width) the windows of a convolution see. `stride_*` are elements of x
  * between neighbours on an axis, so that any memory order works; `step_*` are positions between windows, which others

@@ -6,6 +6,6 @@
 
 namespace fewbit {
 
-const SegmentKernel int8_linear_neon = {kManyTokens, 1, round_token<int8_t>, int8_run};
+const SegmentKernel int8_linear_neon = {kManyTokens, 1, 1, round_token<int8_t>, int8_run};
 
 }  // namespace fewbit

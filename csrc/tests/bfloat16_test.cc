@@ -82,7 +82,7 @@ void check(const Shape& s, int32_t bits, float zero, bool has_offset, std::mt199
     }
   multiply(matrix, x.data(), s.tokens, bias.data(), twin.data(), 2);
   if (memcmp(y.data(), twin.data(), y.size() * sizeof(float))) fail(s, bits, zero, "two threads differ", 1, 0);
-  // Again as the only one of its kind: alone, or the last of three where there are more than two.
+  // Again as the last of fewer.
   const int64_t few = s.tokens > 2 ? 3 : 1;
   std::vector<float> last(few * s.rows);
   multiply(matrix, x.data() + 2 * (s.tokens - few) * s.columns, few, bias.data(), last.data(), 1);

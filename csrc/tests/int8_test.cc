@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// fewbit_linear_int8 against float64 arithmetic on the rounded activations, on every ISA that this machine can run; the
-// bits must be the same on all of them, at any number of threads and tokens.
+// fewbit_linear_int8 and FEWBIT_FIXED against float64 arithmetic on the rounded activations, on every ISA that this machine
+// can run; the bits must be the same on all of them, at any number of threads and tokens.
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -32,9 +32,27 @@ double half_of(double x) {
   return ldexp(rint(ldexp(x, 10 - exponent)), exponent - 10);
 }
 
+int failures = 0;
+
+// A token as FEWBIT_FIXED must round it, by the definition in fewbit.h.
+void fix(const float* x, int64_t columns, double* out) {
+  double largest = 0;
+  for (int64_t k = 0; k < columns; k++) largest = fmax(largest, fabs(x[k]));
+  int exponent = -104;
+  while (largest >= ldexp(1 - ldexp(1, -7), exponent + 1)) exponent++;
+  const double step = ldexp(1, exponent - 22);
+  for (int64_t k = 0; k < columns; k++) {
+    out[k] = step * round(x[k] / step);
+    if (fabs(out[k] - x[k]) > fmax(ldexp(largest, -22), ldexp(1, -127)) || fabs(out[k]) >= step * (1 << 23)) failures++;
+  }
+}
+
 // x as the kernel must round it, by the definition in fewbit.h.
 std::vector<double> rounded(const std::vector<float>& x, const Shape& s) {
   std::vector<double> out(x.size());
+  if (s.x_block == FEWBIT_FIXED)
+    for (int64_t t = 0; t < s.tokens; t++) fix(x.data() + t * s.columns, s.columns, out.data() + t * s.columns);
+  if (s.x_block < 0) return out;
   for (int64_t t = 0; t < s.tokens; t++)
     for (int64_t b = 0; b < s.columns; b += s.x_block) {
       const int64_t end = b + s.x_block < s.columns ? b + s.x_block : s.columns;
@@ -48,8 +66,6 @@ std::vector<double> rounded(const std::vector<float>& x, const Shape& s) {
     }
   return out;
 }
-
-int failures = 0;
 
 void fail(const Shape& s, int32_t bits, int32_t isa, const char* what, double found, double allowed) {
   failures++;
@@ -86,6 +102,15 @@ std::vector<double> levels_of(Table kind, const std::vector<float>& table, int32
   return levels;
 }
 
+int multiply(const fewbit_matrix& matrix, int64_t x_block, const float* x, int64_t tokens, const float* bias, float* y,
+             int32_t isa, int32_t threads) {
+  if (x_block > 0)
+    return fewbit_linear_int8(&matrix, x_block, x, matrix.columns, tokens, bias, y, matrix.rows, isa, threads);
+  const fewbit_output output = {&matrix, bias, y, matrix.rows};
+  const fewbit_input input = {x, tokens, matrix.columns, 1, FEWBIT_FLOAT32};
+  return fewbit_linear_many(&output, 1, &input, x_block, FEWBIT_FLOAT32, isa, threads);
+}
+
 double check(const Shape& s, int32_t bits, Table kind, bool has_offset, bool extreme, std::mt19937& random) {
   std::normal_distribution<float> normal;
   const int64_t tiles = (s.rows + 15) / 16, blocks = (s.columns + s.block - 1) / s.block;
@@ -109,8 +134,8 @@ double check(const Shape& s, int32_t bits, Table kind, bool has_offset, bool ext
   for (const int32_t isa : kIsas) {
     if (!(fewbit_caps() & isa)) continue;
     std::vector<float> y(s.tokens * s.rows, NAN), twin(y), single(s.rows);
-    const int code = fewbit_linear_int8(&matrix, s.x_block, x.data(), s.columns, s.tokens, bias.data(), y.data(), s.rows,
-                                        isa, 1);
+    const int code = multiply(matrix, s.x_block, x.data(), s.tokens, bias.data(), y.data(), isa, 1);
+    if (s.x_block < 0 && code == FEWBIT_NO_KERNEL && (isa & (FEWBIT_AVX2 | FEWBIT_NEON))) continue;
     if (code != FEWBIT_OK) {
       fail(s, bits, isa, "status", code, 0);
       continue;
@@ -131,10 +156,10 @@ double check(const Shape& s, int32_t bits, Table kind, bool has_offset, bool ext
       }
     if (first.empty()) first = y;
     if (memcmp(first.data(), y.data(), y.size() * sizeof(float))) fail(s, bits, isa, "differs from serial", 1, 0);
-    fewbit_linear_int8(&matrix, s.x_block, x.data(), s.columns, s.tokens, bias.data(), twin.data(), s.rows, isa, 2);
+    multiply(matrix, s.x_block, x.data(), s.tokens, bias.data(), twin.data(), isa, 2);
     if (memcmp(y.data(), twin.data(), y.size() * sizeof(float))) fail(s, bits, isa, "two threads differ", 1, 0);
     for (int64_t t = 0; t < s.tokens; t += 7) {
-      fewbit_linear_int8(&matrix, s.x_block, x.data() + t * s.columns, 0, 1, bias.data(), single.data(), s.rows, isa, 1);
+      multiply(matrix, s.x_block, x.data() + t * s.columns, 1, bias.data(), single.data(), isa, 1);
       if (memcmp(y.data() + t * s.rows, single.data(), s.rows * sizeof(float)))
         fail(s, bits, isa, "token alone differs", static_cast<double>(t), 0);
     }
@@ -173,14 +198,14 @@ void check_poison() {
   const std::vector<float> scale(16, 1.0f);
   const fewbit_matrix matrix = {16, 32, 32, 4, FEWBIT_AFFINE, 0, 0, 0, codes.data(), scale.data(), nullptr, nullptr};
   for (const int32_t isa : kIsas)
-    for (const float bad : {NAN, INFINITY, -INFINITY}) {
-      if (!(fewbit_caps() & isa)) continue;
-      std::vector<float> x(3 * 32, 1.0f), y(3 * 16);
-      x[32 + 5] = bad;
-      fewbit_linear_int8(&matrix, 32, x.data(), 32, 3, nullptr, y.data(), 16, isa, 1);
-      for (int i = 0; i < 48; i++)
-        if ((i / 16 == 1) != static_cast<bool>(isnan(y[i]))) failures++;
-    }
+    for (const float bad : {NAN, INFINITY, -INFINITY})
+      for (const int64_t x_block : {32, static_cast<int>(FEWBIT_FIXED)}) {
+        std::vector<float> x(3 * 32, 1.0f), y(3 * 16);
+        x[32 + 5] = bad;
+        if (multiply(matrix, x_block, x.data(), 3, nullptr, y.data(), isa, 1) != FEWBIT_OK) continue;
+        for (int i = 0; i < 48; i++)
+          if ((i / 16 == 1) != static_cast<bool>(isnan(y[i]))) failures++;
+      }
 }
 
 }  // namespace
@@ -193,6 +218,10 @@ int int8_failures() {
       for (const Table table : {kNone, kSmallIntegers, kReal})
         for (int variant = 0; variant < 3 && (table == kNone || bits <= 6); variant++)
           worst = fmax(worst, check(shape, bits, table, variant == 1, variant == 2, random));
+  for (Shape shape : kShapes)
+    for (int32_t bits = 1; bits <= 8; bits++)
+      for (int variant = 0; variant < 3 && (shape.x_block = FEWBIT_FIXED); variant++)
+        worst = fmax(worst, check(shape, bits, kNone, variant == 1, variant == 2, random));
   check_refusals();
   check_poison();
   for (int i = 0; i < 6; i++)

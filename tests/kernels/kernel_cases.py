@@ -11,7 +11,9 @@ from fewbit.core import blocks as B
 from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
+from fewbit.formats.palette import WIDTHS, Palette
 from fewbit.formats.vector import LENGTHS, Vector
+from fewbit.kernels.row16 import chunk
 
 SIZES = (1, 7, 31, 33, 97)
 BATCHES = (1, 3, 4, 5, 8, 33, 65)
@@ -22,7 +24,7 @@ XNOR_ROWS = [row.name for row in HERE if row.family == "xnor"]
 """Those that take signs alone."""
 TABLED_ROWS = [name for name in ROWS if "lut_" in name]
 """Those whose codes index a table."""
-INTEGERS = ("int8", "planes")
+INTEGERS = ("int8",)
 """How the names of rows begin that round activations to int8."""
 FLOAT_ROWS = [name for name in ROWS if not name.startswith(INTEGERS)]
 """Those that leave activations alone."""
@@ -43,7 +45,9 @@ def raw_matrix(
     all ``scale`` and no offset."""
     if kernel.startswith("xnor"):
         return signs(shape, generator)
-    bits = 1 if kernel.startswith("planes") else bits
+    if kernel.startswith("row_lut"):
+        block = 0 if bits not in WIDTHS or block % chunk(bits) else block  # one scale a row where chunks are longer
+        return row_tables(Palette(bits, bits % 3 + 1, True, block), shape, generator, scale)
     if kernel.startswith("int8_vector"):
         residual = int(torch.randint(4, 9, (), generator=generator)) if bits % 2 else 0
         return vectors(Vector(LENGTHS[bits % 6], bits % 5 + 4, residual, block), shape, generator, scale)
@@ -77,6 +81,19 @@ def vectors(format: Vector, shape: tuple[int, int], generator: torch.Generator, 
         book = (book * (1.0 if scale is None else scale)).clamp(-6e4, 6e4).half()
         params[param.name] = book[None, :, None].expand(rows, *[-1] * 4)
     return QTensor.of(format, codes, params, rows=shape[0])
+
+
+def row_tables(
+    format: Palette, shape: tuple[int, int], generator: torch.Generator, scale: float | None = None
+) -> QTensor:
+    """Random codes of random tables of rows, with random scales or all ``scale``, where float16 holds it."""
+    rows, each, blocks = shape[0], format.group_rows, B.count(shape[1], format.block)
+    codes = torch.randint(0, format.levels, shape, dtype=torch.uint8, generator=generator)
+    tables = torch.randn(-(-rows // each), 1, 1, format.levels, generator=generator).half()
+    scales = torch.randn(rows, blocks, 1, generator=generator)
+    scales = scales if scale is None else torch.full_like(scales, min(scale, 6e4))
+    tables = tables.repeat_interleave(each, 0)[:rows].expand(rows, blocks, 1, format.levels)
+    return QTensor.of(format, codes, {"table": tables, "scale": scales.half()})
 
 
 def signs(shape: tuple[int, int], generator: torch.Generator) -> QTensor:

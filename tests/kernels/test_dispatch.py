@@ -33,7 +33,10 @@ def test_the_reference_is_last_and_takes_everything() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize(("spelling", "family"), [("int4/g128/sym", "affine"), ("nf4/g64", "lut")])
+@pytest.mark.parametrize(
+    ("spelling", "family"),
+    [("int4/g128/sym", "fixed"), ("int4/g16", "affine"), ("nf4/g64", "lut"), ("palette4/row", "row_lut")],
+)
 def test_the_best_row_is_chosen_and_better_ones_say_why_not(spelling: str, family: str) -> None:
     choice = kernels.choose(formats.parse(spelling), (4096, 4096))
     assert choice.name == next(row.name for row in kernels.KERNELS if row.family == family and row.isa in native.isas())
@@ -138,4 +141,4 @@ def test_the_core_refuses_what_contradicts_itself() -> None:
         with pytest.raises(ValueError, match="contradict"):
             call(*matrices)
     with pytest.raises(RuntimeError, match="instruction set"):
-        call(good, isa=64)
+        call(good, isa=next(flag for isa, flag in native.FLAGS.items() if isa not in native.isas()))

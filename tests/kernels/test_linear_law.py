@@ -16,6 +16,7 @@ from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import UnsupportedError
+from fewbit.formats.palette import WIDTHS
 from fewbit.kernels.prepared import DECODED
 from fewbit.kernels.table import LOOKED_UP
 from fewbit.kernels.vector16 import VECTOR16
@@ -31,9 +32,10 @@ def check(
     expected = exact(matrix)
     if x.numel() >= DECODED * matrix.shape[1]:  # torch adds up whole rows
         expected = replace(expected, operations=max(expected.operations, matrix.shape[1] + 12))
-    y = kernels.prepare(matrix, kernel, activation)(x, bias)
+    ready = kernels.prepare(matrix, kernel, activation)
+    y = ready(x, bias)
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], matrix.shape[0])
-    rounded = kernels.reference.round_activations(x.float(), activation)
+    rounded = ready.inputs(x)
     answer, bound = expected.answer(rounded, bias, table_error(kernel))
     bound = bound + ROUNDING[x.dtype] * (answer.abs() + bound)
     error = (y.double() - answer).abs()
@@ -44,9 +46,9 @@ def check(
 @pytest.mark.parametrize("kernel", ROWS)
 def test_sizes_blocks_and_batches(kernel: str, bits: int) -> None:
     generator = torch.Generator().manual_seed(bits)
-    if kernel.startswith("planes") and bits > 1:
-        with pytest.raises(UnsupportedError, match="1 bit"):
-            kernels.prepare(raw_matrix("int8", bits, 32, (33, 97), generator), kernel, activation(kernel))
+    if kernel.startswith("row_lut") and bits not in WIDTHS:
+        with pytest.raises(UnsupportedError, match=f"has {bits}"):
+            kernels.prepare(raw_matrix(kernel, bits, 0, (33, 97), generator), kernel)
         return
     for rows in SIZES:
         for columns in SIZES:
@@ -59,7 +61,7 @@ def test_sizes_blocks_and_batches(kernel: str, bits: int) -> None:
                     with pytest.raises(UnsupportedError, match="at most 6 bits"):
                         kernels.prepare(matrix, kernel, inputs)
                     continue
-                if inputs is not None and block % 32 and block < columns:
+                if (inputs is not None or kernel.startswith("fixed")) and block % 32 and block < columns:
                     with pytest.raises(UnsupportedError, match="whole chunks"):
                         kernels.prepare(matrix, kernel, inputs)
                     continue
@@ -95,8 +97,10 @@ def test_every_format_that_can_be_spelt(spelling: str) -> None:
     matrix = QTensor.of(format, F.encode(format, weight, params), params, rows=33)
     x = torch.randn(3, 512, generator=generator)
     rows = [row.name for row in kernels.KERNELS if row.refuse(format, matrix.shape) is None]
-    native = [row for row in FLOAT_ROWS if row.startswith(kernels.table.family(format)) and by_tiles(format)]
-    assert rows == [*native, "reference"]
+    family = kernels.table.family(format)
+    runs = ["fixed"] * (family == "affine" and format.block % 32 == 0) + [family] * by_tiles(format)
+    runs += ["row_lut"] * any(param.per == "rows" for param in format.params)
+    assert rows == [*(row for row in FLOAT_ROWS if row.startswith(tuple(runs))), "reference"]
     for row in rows:
         check(row, matrix, x, None)
         check(row, matrix, x, None, formats.parse("int8/g64/sym"))
@@ -132,8 +136,8 @@ def test_zeros_denormals_and_huge_scales_give_no_nan(kernel: str) -> None:
             matrix = raw_matrix(kernel, bits, 32, (17, 96), generator, scale=scale)
             for size in (0.0, 1e-42, 1.0, 1e4):
                 x = torch.randn(3, 96, generator=generator) * size
-                y = kernels.prepare(matrix, kernel, inputs)(x)
-                rounded = kernels.reference.round_activations(x, inputs)
+                ready = kernels.prepare(matrix, kernel, inputs)
+                y, rounded = ready(x), ready.inputs(x)
                 answer, bound = exact(matrix).answer(rounded, None, table_error(kernel))
                 # Absolute part: products below the least normal float32 may vanish, and activations are scaled by
                 # up to 2^-30 before they meet their codes.

@@ -188,7 +188,7 @@ def tiled(name: str, prepared: PreparedMatrix) -> S.Weight:
     """
     asked = f"the native runtime for {name}"
     if isinstance(prepared, NativePrepared):
-        if prepared.activation is not None and not prepared._x_block:
+        if prepared.activation is not None and not prepared.rounds_inputs:
             found = f"no kernel multiplies {prepared.qtensor().format.name} by {prepared.activation.name}"
             raise UnsupportedError(asked, found, "leave inputs float")
         (_, parts), *others = prepared._matrices

@@ -35,12 +35,17 @@ SIGNS = -1
 """``x_block`` of ``linear_many`` where activations are rounded to signs."""
 BFLOAT16S = -2
 """``x_block`` of ``linear_many`` where activations are bfloat16 and multiplied as such."""
+FIXED = -3
+"""``x_block`` of ``linear_many`` where activations become integers of 24 bits."""
 
 Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int]
 """(rows, columns, block, bits, family, scale is half, offset is half, zero, codes, scale, offset, table)."""
 
 VectorMatrix = tuple[int, ...]
 """(rows, columns, block, height, bits, bits of the residual, books are half, codes, book, residual)."""
+
+RowTables = tuple[int, ...]
+"""(rows, columns, block, rows of a table, bits, table is half, codes, table, scale)."""
 
 ByteVectorMatrix = tuple[int, ...]
 """(rows, columns, block, height, bits, bits of the residual, codes, book, step, offset)."""
@@ -90,6 +95,12 @@ class Core(Protocol):
     ) -> None: ...
     def vector_decode(
         self, matrix: VectorMatrix, tile_begin: int, tile_end: int, out: int, stride: int, isa: int, threads: int
+    ) -> None: ...
+    def row_linear(
+        self, matrix: RowTables, x: Input, bias: int, y: int, y_stride: int, y_dtype: int, isa: int, threads: int
+    ) -> None: ...
+    def row_decode(
+        self, matrix: RowTables, row_begin: int, row_end: int, out: int, stride: int, isa: int, threads: int
     ) -> None: ...
     def unfold(self, windows: Windows, x: int, begin: int, end: int, out: int, threads: int) -> None: ...
     def int8_windows(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import overload
 
 import torch
@@ -15,7 +16,9 @@ from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Terms
 from fewbit.kernels import native
 from fewbit.kernels.byte_vectors import ByteVectorPrepared
-from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix, ReferencePrepared
+from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix
+from fewbit.kernels.row_tables import RowTablesPrepared
+from fewbit.kernels.slow import ReferencePrepared
 from fewbit.kernels.sparse import choose_sparse
 from fewbit.kernels.table import choose, named
 from fewbit.kernels.terms import PreparedTerms
@@ -56,9 +59,12 @@ def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Form
 def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | None) -> PreparedMatrix:
     choice = choose(qtensor.format, qtensor.shape, kernel, activation)
     if choice.isa is not None:
-        made = {"vector": VectorPrepared, "int8_vector": ByteVectorPrepared}.get(
-            str(choice.kernel.family), NativePrepared
-        )
+        others: dict[str, Callable[..., PreparedMatrix]] = {
+            "vector": VectorPrepared,
+            "int8_vector": ByteVectorPrepared,
+            "row_lut": RowTablesPrepared,
+        }
+        made = others.get(str(choice.kernel.family), NativePrepared)
         return made(qtensor, choice.kernel, activation)
     if kernel is None:
         reason = native.why_not() or next(reversed(choice.reasons.values()))

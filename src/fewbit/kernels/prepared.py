@@ -21,15 +21,15 @@ from fewbit.core.terms import Terms
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.kernels import native, pages, reference
 from fewbit.kernels.table import Kernel
-from fewbit.kernels.tile16 import COLUMNS, ROWS, TILE16
+from fewbit.kernels.tile16 import ROWS, TILE16
 
 DECODED = 48
 """Tokens from which on float products go through decoded weights: each is decoded once, and torch multiplies."""
-WIDENED = range(3, 8)
-"""How many tokens' bfloat16 activations become float32, where the processor can multiply them as such: that is faster
-for these."""
-LOOKED_UP_AS_BFLOAT16 = range(2, 7)
-"""Bits of a code for which it is not faster at fewer tokens."""
+AS_BFLOAT16 = 8
+"""Tokens from which on bfloat16 activations are multiplied as such, where the processor can; for fewer it is slower."""
+AS_FIXED = 3
+"""Tokens from which on codes of one bit are multiplied by integers of 24 bits: for fewer, it is faster to look up sums
+of activations."""
 STRIP = 1 << 19
 """Weights decoded at a time: 2 MiB of float32."""
 
@@ -77,6 +77,10 @@ class Prepared(ABC):
     @abstractmethod
     def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         """x (..., columns) in float32, bfloat16 or float16 -> (..., rows) in ``dtype``, or that of x; no gradients."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What a call multiplies x (..., columns) as, in float32: rounded to :attr:`activation`, and by the kernel."""
+        return reference.round_activations(x.float(), self.activation)
 
     @abstractmethod
     def backward(self, gradient: Tensor) -> Tensor:
@@ -165,29 +169,6 @@ def linear_many(x: Tensor, matrices: Sequence[Prepared], biases: Sequence[Tensor
     return ys
 
 
-class ReferencePrepared(PreparedMatrix):
-    """Any format and layout, dequantized a few rows at a time at every call."""
-
-    kernel = "reference"
-
-    def __init__(self, qtensor: QTensor, activation: Format | None = None) -> None:
-        self._qtensor, self.shape, self.activation = qtensor, qtensor.shape, activation
-
-    def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        rounded = reference.round_activations(x.float(), self.activation)
-        return reference.linear(rounded, self._qtensor, bias).to(dtype or x.dtype)
-
-    def decoded(self) -> Iterator[tuple[slice, Tensor]]:
-        return reference.decoded(self._qtensor)
-
-    def qtensor(self) -> QTensor:
-        return self._qtensor
-
-    @property
-    def nbytes(self) -> int:
-        return self._qtensor.nbytes
-
-
 def _tiles(values: Tensor) -> Tensor:
     """(rows, blocks) -> (tiles, blocks, 16), in float16 where that loses nothing."""
     values = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % ROWS))
@@ -217,6 +198,8 @@ class NativePrepared(Addressed, PreparedMatrix):
         self._x_block = 0  # of float products; any other kernel rounds x itself
         if kernel.family == "xnor":
             self._x_block = native.SIGNS
+        elif kernel.family == "fixed":
+            self._x_block = native.FIXED
         elif kernel.integers:
             assert activation is not None
             self._x_block = B.width(self.shape[1], activation.block)
@@ -238,14 +221,8 @@ class NativePrepared(Addressed, PreparedMatrix):
             tables = physical.table.reshape(-1, physical.table.shape[-1])[:: format.group_rows or self.shape[0]]
             self._table = torch.nn.functional.pad(tables, (0, 2**format.bits - tables.shape[1])).contiguous()
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
-        self._widened: range | None = None
-        if (
-            kernel.name == "affine_linear_avx512"
-            and "avx512bf16" in native.isas()
-            and (self._block % COLUMNS == 0 or self._block == self.shape[1])
-        ):
-            self._widened = WIDENED if format.bits in LOOKED_UP_AS_BFLOAT16 else range(WIDENED.stop)
-        self.company = (self._isa, self._x_block, activation, self._widened)
+        self._as_bfloat16 = kernel.name == "fixed_linear_avx512vnni" and "avx512bf16" in native.isas()
+        self.company = (self._isa, self._x_block, activation, self._route(torch.float32, 1))
 
     @cached_property
     def _matrices(self) -> tuple[tuple[int, native.Matrix], ...]:
@@ -279,6 +256,20 @@ class NativePrepared(Addressed, PreparedMatrix):
     def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         return _run_native(x, [(self, bias)], dtype)[0]
 
+    def _route(self, dtype: torch.dtype, tokens: int) -> tuple[int, int]:
+        """(x_block, instruction set) of a call with so many tokens."""
+        if self._as_bfloat16 and dtype == torch.bfloat16 and tokens >= AS_BFLOAT16:
+            return native.BFLOAT16S, native.FLAGS["avx512bf16"]
+        if self._x_block == native.FIXED and self._stored.format.bits == 1 and tokens < AS_FIXED:
+            return 0, self._isa
+        return self._x_block, self._isa
+
+    def inputs(self, x: Tensor) -> Tensor:
+        rounded = super().inputs(x)
+        dtype = x.dtype if self.activation is None else torch.float32
+        fixed = self._route(dtype, x.numel() // self.shape[1])[0] == native.FIXED
+        return reference.fixed(rounded) if fixed else rounded
+
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
         """As :meth:`PreparedMatrix.decoded`; a strip is a view of memory that the next one overwrites."""
         rows, columns = self.shape
@@ -299,8 +290,8 @@ class NativePrepared(Addressed, PreparedMatrix):
 
     @property
     def rounds_inputs(self) -> bool:
-        """Whether the kernel itself rounds activations, to int8 or to signs."""
-        return self._x_block != 0
+        """Whether the kernel itself rounds activations to :attr:`activation`."""
+        return self._x_block not in (0, native.FIXED)
 
     @property
     def unit(self) -> int:
@@ -358,12 +349,11 @@ def _run_native(
     """(matrix, bias) pairs of :class:`NativePrepared` of one company, as :meth:`Prepared.run`."""
     first: NativePrepared = pairs[0][0]
     leading, dtype, columns = x.shape[:-1], dtype or x.dtype, first.shape[1]
-    if first.activation is not None and not first._x_block:
+    if first.activation is not None and not first.rounds_inputs:
         x = reference.round_activations(x.float(), first.activation)
     ys: list[Tensor] = []
-    x_block, isa, tokens = first._x_block, first._isa, x.numel() // columns
-    if first._widened is not None and x.dtype == torch.bfloat16 and tokens not in first._widened:
-        x_block, isa = native.BFLOAT16S, native.FLAGS["avx512bf16"]
+    tokens = x.numel() // columns
+    x_block, isa = first._route(x.dtype, tokens)
     if tokens >= DECODED and not x_block:
         for matrix, bias in pairs:
             ys.append(multiply_decoded(matrix, x, bias).to(dtype).reshape(*leading, matrix.shape[0]))

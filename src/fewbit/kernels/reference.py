@@ -33,6 +33,21 @@ def round_activations(x: Tensor, format: Format | None) -> Tensor:
     return F.decode(format, F.encode(format, flat, params), params).reshape(x.shape).to(x.dtype)
 
 
+FIXED_BITS = 22
+"""Bits after the first that :func:`fixed` keeps of the largest activation."""
+
+
+def fixed(x: Tensor) -> Tensor:
+    """``x`` (..., columns) float32 as the rows "fixed" of the kernel table multiply it: token by token, to the nearest
+    multiple of a power of two, 2^(e - 22) where max|x| < 2^(e + 1) (1 - 2^-7), halves away from 0; at least 2^-126. A
+    token with NaN or infinity becomes NaN."""
+    most = x.abs().amax(-1, keepdim=True)
+    bits = most.contiguous().view(torch.int32) + (1 << 17)
+    step = (((bits >> 23) - FIXED_BITS).clamp(1, 254) << 23).view(torch.float32)
+    rounded = step * torch.trunc(x / step + torch.where(x < 0, -0.5, 0.5))
+    return torch.where(torch.isfinite(most), rounded, torch.nan)
+
+
 def _chunks(qtensor: QTensor) -> list[tuple[slice, Tensor, dict[str, Tensor]]]:
     """(rows, their codes, their parameters), cut so that no part has more than :data:`CHUNK` weights, or one row of
     codes."""

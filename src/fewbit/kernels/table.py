@@ -19,10 +19,11 @@ from fewbit.formats.sign import Sign
 from fewbit.kernels import native
 from fewbit.kernels.column8 import COLUMN8
 from fewbit.kernels.native import Isa
+from fewbit.kernels.row16 import ROW16, chunk
 from fewbit.kernels.tile16 import COLUMNS, ROWS, TILE16
 from fewbit.kernels.vector16 import VECTOR16
 
-LAYOUTS = {layout.name: layout for layout in (TILE16, COLUMN8, VECTOR16)}
+LAYOUTS = {layout.name: layout for layout in (TILE16, COLUMN8, ROW16, VECTOR16)}
 """Those of native rows."""
 
 LOOKED_UP = 6
@@ -33,14 +34,15 @@ LOOKED_UP = 6
 class Kernel:
     """One row: ``y = x W^T + bias`` for weights of one family, on one instruction set, from one layout.
 
-    The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "int8" multiplies affine codes by
-    activations rounded to int8, in integers, "int8_lut" the levels of a table, and "int8_vector" vectors of a codebook,
-    rounded to bytes; "xnor" counts where signs of the weight and of the activations differ; the others multiply float
-    activations, "vector" by vectors of a codebook. ``family`` and ``isa`` are None for the reference, which takes
+    The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "fixed" multiplies affine codes by
+    activations in fixed point of 24 bits (:func:`fewbit.kernels.reference.fixed`), in integers; "int8" by activations
+    rounded to int8, "int8_lut" the levels of a table, and "int8_vector" vectors of a codebook, rounded to bytes; "xnor"
+    counts where signs of the weight and of the activations differ. The others multiply float activations: "row_lut" by
+    tables of rows, "vector" by vectors of a codebook. ``family`` and ``isa`` are None for the reference, which takes
     everything.
     """
 
-    family: Literal["affine", "lut", "vector", "int8", "int8_lut", "int8_vector", "xnor"] | None
+    family: Literal["fixed", "affine", "lut", "row_lut", "vector", "int8", "int8_lut", "int8_vector", "xnor"] | None
     isa: Isa | None
     layout: str
 
@@ -56,9 +58,9 @@ class Kernel:
     @property
     def weights(self) -> str | None:
         """The family of weights that it runs: "affine", "lut" or "vector"."""
-        if self.family in ("int8", "xnor"):
+        if self.family in ("fixed", "int8", "xnor"):
             return "affine"
-        return {"int8_lut": "lut", "int8_vector": "vector"}.get(str(self.family), self.family)
+        return {"int8_lut": "lut", "row_lut": "lut", "int8_vector": "vector"}.get(str(self.family), self.family)
 
     def refuse(self, format: Format, shape: Shape, activation: Format | None = None) -> str | None:
         """None, or the reason why this row cannot run ``format`` of this ``shape`` (rows, columns) on this machine.
@@ -80,12 +82,27 @@ class Kernel:
         found = family(format)
         if found != self.weights:
             return f"runs the {self.weights} family; {format.name} is {found}"
-        if any(param.per == "rows" for param in format.params) and format.group_rows % ROWS:
+        tables = any(param.per == "rows" for param in format.params)
+        if self.family == "row_lut":
+            return _refuse_tables(format, shape, tables)
+        if tables and format.group_rows % ROWS:
             each = "row" if format.group_rows == 1 else f"{format.group_rows} rows"
             return f"looks up one table in a tile of {ROWS} rows; {format.name} has one for each {each}"
         if self.family == "int8_lut" and format.bits > LOOKED_UP:
             return f"looks up at most {LOOKED_UP} bits a code; {format.name} has {format.bits}"
+        if self.family == "fixed":
+            return _refuse_blocks(shape, format)
         return _refuse_integers(format, shape, activation) if self.integers else None
+
+
+def _refuse_tables(format: Format, shape: Shape, tables: bool) -> str | None:
+    """Why rows of tables cannot hold ``format``, which has ``tables`` of groups of rows, or None."""
+    if not tables:
+        return f"looks up tables of rows; {format.name} has one for all"
+    columns = chunk(format.bits)
+    if format.block % columns and format.block < shape[1]:
+        return f"needs groups of whole chunks of {columns} columns; there is one of {format.block}"
+    return None
 
 
 def _refuse_integers(format: Format, shape: Shape, activation: Format | None) -> str | None:
@@ -94,7 +111,12 @@ def _refuse_integers(format: Format, shape: Shape, activation: Format | None) ->
         return "multiplies int8 activations; these stay float"
     if not (isinstance(activation, Affine) and activation.bits == 8 and activation.symmetric):
         return f"rounds activations to int8/g{{N}}/sym; these are {activation.name}"
-    for block in (format.block, activation.block):
+    return _refuse_blocks(shape, format, activation)
+
+
+def _refuse_blocks(shape: Shape, *formats: Format) -> str | None:
+    """Why groups of these ``formats`` cannot be summed up in integers, or None."""
+    for block in (format.block for format in formats):
         if block % COLUMNS and block < shape[1]:
             return f"needs groups of whole chunks of {COLUMNS} columns; there is one of {block}"
     return None
@@ -131,17 +153,25 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("int8_lut", "neon", "tile16"),
     Kernel("int8_lut", "serial", "tile16"),
     Kernel("int8_vector", "avx512vbmi", "vector16"),
+    Kernel("fixed", "avx512vnni", "tile16"),
+    Kernel("fixed", "avxvnni", "tile16"),
+    Kernel("fixed", "neondot", "tile16"),
     Kernel("affine", "avx512", "tile16"),
     Kernel("lut", "avx512", "tile16"),
+    Kernel("row_lut", "avx512", "row16"),
     Kernel("vector", "avx512", "column8"),
     Kernel("affine", "avx2", "tile16"),
     Kernel("lut", "avx2", "tile16"),
+    Kernel("row_lut", "avx2", "row16"),
     Kernel("vector", "avx2", "column8"),
     Kernel("affine", "neon", "tile16"),
     Kernel("lut", "neon", "tile16"),
+    Kernel("row_lut", "neon", "row16"),
     Kernel("vector", "neon", "column8"),
     Kernel("affine", "serial", "tile16"),
+    Kernel("fixed", "serial", "tile16"),
     Kernel("lut", "serial", "tile16"),
+    Kernel("row_lut", "serial", "row16"),
     Kernel("vector", "serial", "column8"),
     Kernel("int8_vector", "serial", "vector16"),
     Kernel(None, None, "any"),

@@ -164,13 +164,13 @@ def relative_error(task: Task, effective: Tensor) -> float:
 
 def check_outputs(qtensor: QTensor, reference: Tensor, x: Tensor, name: str, activation: Format | None = None) -> None:
     """The kernel that will run this layer computes ``x @ reference.T`` within float32 accumulation error, x being
-    rounded to ``activation`` first.
+    what it multiplies: rounded to ``activation``, and to integers of 24 bits where the kernel does that.
 
     Raises:
         VerificationError: it does not.
     """
-    got = kernels.linear(x, qtensor, activation=activation).double()
-    x = kernels.reference.round_activations(x, activation)
+    prepared = kernels.prepare(qtensor, activation=activation)
+    got, x = prepared(x).double(), prepared.inputs(x)
     expected = x.double() @ reference.double().T
     bound = (x.shape[1] + 64) * 2.0**-23 * (x.abs().double() @ spread(qtensor, reference).T) + 1e-30
     worst = float(((got - expected).abs() / bound).max()) if got.numel() else 0.0

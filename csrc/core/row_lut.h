@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = x W^T where rows have tables of their own: a vector holds neighbouring columns of one row, whose levels lie in
+// registers, or in memory where they are more than registers hold. Included after an ISA's simd.h.
+//
+// The layout is row16: see fewbit_row_tables.
+#pragma once
+
+#include <string.h>
+
+#include "core/dtypes.h"
+#include "core/inline.h"
+#include "core/kernel.h"
+
+namespace fewbit {
+namespace {
+
+// Row by row: T rows x M tokens, two chains of sums each, so that what is computed does not depend on either.
+constexpr int kRowChains = 2;
+
+template <int BITS>
+struct RowCells {
+  static constexpr int kUnit = BITS % 3 ? 1 : 3;           // bytes that a lane takes in a chunk
+  static constexpr int kFields = 8 * kUnit / BITS;         // codes in them
+  static constexpr int kBytes = 16 * kUnit, kColumns = 16 * kFields;
+
+  // The codes of kLanes lanes from `lane`.
+  static FEWBIT_INLINE U lanes(const uint8_t* chunk, int lane) {
+    U found = load_bytes(chunk + lane);
+    for (int i = 1; i < kUnit; i++) found = combine(found, shift_left(load_bytes(chunk + i * 16 + lane), 8 * i));
+    return found;
+  }
+};
+
+// The levels of one row as floats.
+template <int BITS>
+struct RowLevels {
+  float level[1 << BITS];
+
+  FEWBIT_INLINE RowLevels(const RowTask& task, int64_t row) {
+    const int64_t at = row / task.table_rows << BITS;
+    if (!task.table_half) {
+      memcpy(level, static_cast<const float*>(task.table) + at, sizeof level);
+      return;
+    }
+    const auto* half = static_cast<const uint16_t*>(task.table) + at;
+    if constexpr ((1 << BITS) % kLanes == 0) {
+      for (int i = 0; i < 1 << BITS; i += kLanes) store(level + i, load_half(half + i));
+    } else {
+      for (int i = 0; i < 1 << BITS; i++) level[i] = from_float16(half[i]);
+    }
+  }
+};
+
+FEWBIT_INLINE float total_of(F sum) {
+  float lanes[kLanes], total = 0;
+  store(lanes, sum);
+  for (const float lane : lanes) total += lane;
+  return total;
+}
+
+// Row `row` of M tokens from `token`, of which `tokens` exist.
+template <int BITS, int M>
+FEWBIT_INLINE void row_of(const RowTask& task, int64_t row, int64_t token, int64_t tokens) {
+  using Cells = RowCells<BITS>;
+  const RowLevels<BITS> levels(task, row);
+  const Lookup<BITS> lookup(levels.level);
+  const uint8_t* codes = task.codes + row * task.chunks * Cells::kBytes;
+  const float* x = task.panel + token * task.chunks * Cells::kColumns;
+  const float* scale = task.scale + row * task.blocks;
+  const int64_t apart = task.chunks * Cells::kColumns;
+  F total[M];
+  for (int m = 0; m < M; m++) total[m] = broadcast(0.0f);
+  int64_t chunk = 0;
+  for (int64_t b = 0; b < task.blocks; b++) {
+    F sum[M][kRowChains];
+    for (int m = 0; m < M; m++)
+      for (int c = 0; c < kRowChains; c++) sum[m][c] = broadcast(0.0f);
+    const int64_t end = b + 1 < task.blocks ? (b + 1) * task.block_chunks : task.chunks;
+    for (; chunk < end; chunk++, codes += Cells::kBytes, x += Cells::kColumns) {
+      for (int lane = 0; lane < 16; lane += kLanes) {
+        const U lanes = Cells::lanes(codes, lane);
+#pragma GCC unroll 8
+        for (int n = 0; n < Cells::kFields; n++) {
+          const F w = lookup(n ? shift_right(lanes, n * BITS) : lanes);
+          for (int m = 0; m < M; m++) {
+            F& chain = sum[m][(n + lane / kLanes) % kRowChains];
+            chain = fma(w, load(x + m * apart + n * 16 + lane), chain);
+          }
+        }
+      }
+    }
+    for (int m = 0; m < M; m++) total[m] = fma(broadcast(scale[b]), add(sum[m][0], sum[m][1]), total[m]);
+  }
+  for (int m = 0; m < M && m < tokens; m++) {
+    const float y = total_of(total[m]) + (task.bias ? task.bias[row] : 0.0f);
+    write_float(task.y, task.y_dtype, (token + m) * task.y_stride + row, y);
+  }
+}
+
+template <int BITS>
+void rows_of(const RowTask& task, int64_t begin, int64_t end) {
+  for (int64_t token = 0; token < task.tokens; token += task.together)
+    for (int64_t row = begin; row < end; row++) {
+      if (task.together == 1) row_of<BITS, 1>(task, row, token, 1);
+      else row_of<BITS, kRowTokens>(task, row, token, task.tokens - token);
+    }
+}
+
+// out[column]: the weights of one row.
+template <int BITS>
+void decode_row(const RowTask& task, int64_t row, float* out) {
+  using Cells = RowCells<BITS>;
+  const RowLevels<BITS> levels(task, row);
+  const Lookup<BITS> lookup(levels.level);
+  const uint8_t* codes = task.codes + row * task.chunks * Cells::kBytes;
+  for (int64_t chunk = 0; chunk < task.chunks; chunk++, codes += Cells::kBytes) {
+    const int64_t first = chunk * Cells::kColumns, left = task.columns - first;
+    const int64_t b = chunk / task.block_chunks;
+    const F scale = broadcast(task.scale[row * task.blocks + (b < task.blocks ? b : task.blocks - 1)]);
+    float w[Cells::kColumns];
+    for (int lane = 0; lane < 16; lane += kLanes) {
+      const U lanes = Cells::lanes(codes, lane);
+      for (int n = 0; n < Cells::kFields; n++)
+        store(w + n * 16 + lane, multiply(scale, lookup(shift_right(lanes, n * BITS))));
+    }
+    memcpy(out + first, w, static_cast<size_t>(left < Cells::kColumns ? left : Cells::kColumns) * sizeof(float));
+  }
+}
+
+inline void row_lut_run(const RowTask& task, int64_t begin, int64_t end) {
+  switch (task.bits) {
+    case 1: return rows_of<1>(task, begin, end);
+    case 2: return rows_of<2>(task, begin, end);
+    case 3: return rows_of<3>(task, begin, end);
+    case 4: return rows_of<4>(task, begin, end);
+    case 6: return rows_of<6>(task, begin, end);
+    case 8: return rows_of<8>(task, begin, end);
+  }
+}
+
+inline void row_lut_decode(const RowTask& task, int64_t row, float* out) {
+  switch (task.bits) {
+    case 1: return decode_row<1>(task, row, out);
+    case 2: return decode_row<2>(task, row, out);
+    case 3: return decode_row<3>(task, row, out);
+    case 4: return decode_row<4>(task, row, out);
+    case 6: return decode_row<6>(task, row, out);
+    case 8: return decode_row<8>(task, row, out);
+  }
+}
+
+}  // namespace
+}  // namespace fewbit

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "serial/dot.h"
+
+#include "core/fixed.h"
+
+namespace fewbit {
+
+const SegmentKernel fixed_linear_serial = {kDigitRows, 1, kDigits, digits_of, fixed_run};
+
+}  // namespace fewbit

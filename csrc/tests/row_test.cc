@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// fewbit_row_linear and fewbit_row_decode against float64 arithmetic on codes packed here by the definition in fewbit.h; the
+// bits must be the same at any number of threads and tokens.
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <random>
+#include <vector>
+
+#include "fewbit.h"
+
+namespace {
+
+struct Shape {
+  int64_t rows, columns, chunks_a_block, table_rows, tokens;  // chunks_a_block 0: whole rows
+};
+
+const Shape kShapes[] = {{1, 1, 0, 1, 1},   {7, 31, 0, 1, 3},    {33, 97, 0, 3, 5},   {65, 512, 1, 1, 4},
+                         {40, 700, 2, 5, 9}, {70, 1024, 3, 16, 70}, {3, 384, 1, 7, 2}};
+const int32_t kBits[] = {1, 2, 3, 4, 6, 8};
+const int32_t kIsas[] = {FEWBIT_SERIAL, FEWBIT_AVX2, FEWBIT_AVX512, FEWBIT_NEON};
+
+int failures = 0;
+
+void fail(const Shape& s, int32_t bits, int32_t isa, const char* what) {
+  failures++;
+  printf("FAILED rows isa %d bits %d rows %lld columns %lld tokens %lld: %s\n", isa, bits, static_cast<long long>(s.rows),
+         static_cast<long long>(s.columns), static_cast<long long>(s.tokens), what);
+}
+
+void check(const Shape& s, int32_t bits, bool half, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  const int64_t unit = bits % 3 ? 1 : 3, chunk = 128 * unit / bits, chunks = (s.columns + chunk - 1) / chunk;
+  const int64_t block = s.chunks_a_block ? s.chunks_a_block * chunk : s.columns;
+  const int64_t blocks = (s.columns + block - 1) / block, tables = (s.rows + s.table_rows - 1) / s.table_rows;
+  std::vector<uint8_t> codes(s.rows * s.columns), packed(s.rows * chunks * 16 * unit);
+  for (int64_t r = 0; r < s.rows; r++)
+    for (int64_t c = 0; c < s.columns; c++) {
+      const uint32_t code = codes[r * s.columns + c] = static_cast<uint8_t>(random() & ((1u << bits) - 1));
+      for (int b = 0; b < bits; b++) {
+        const int64_t k = c % chunk, bit = k / 16 * bits + b;
+        packed[(r * chunks + c / chunk) * 16 * unit + bit / 8 * 16 + k % 16] |=
+            static_cast<uint8_t>((code >> b & 1) << bit % 8);
+      }
+    }
+  // Levels that float16 holds: small integers.
+  std::vector<float> level(tables << bits), scale(s.rows * blocks), x(s.tokens * s.columns), bias(s.rows);
+  std::vector<uint16_t> level_half(level.size());
+  for (size_t i = 0; i < level.size(); i++) {
+    const int n = static_cast<int>(random() % 7);
+    level[i] = n ? static_cast<float>(1 << n) : 0;
+    level_half[i] = static_cast<uint16_t>(n ? (n + 15) << 10 : 0);
+  }
+  for (auto& value : scale) value = normal(random);
+  for (auto& value : bias) value = normal(random);
+  for (auto& value : x) value = normal(random);
+  const fewbit_row_tables matrix = {s.rows, s.columns, block, s.table_rows, bits, half, packed.data(),
+                                    half ? static_cast<const void*>(level_half.data()) : level.data(), scale.data()};
+  std::vector<double> weight(s.rows * s.columns);
+  for (int64_t r = 0; r < s.rows; r++)
+    for (int64_t c = 0; c < s.columns; c++)
+      weight[r * s.columns + c] = static_cast<double>(scale[r * blocks + c / block]) *
+                                  level[(r / s.table_rows << bits) + codes[r * s.columns + c]];
+  for (const int32_t isa : kIsas) {
+    if (!(fewbit_caps() & isa)) continue;
+    std::vector<float> y(s.tokens * s.rows, NAN), twin(y), decoded(s.rows * (s.columns + 1), NAN);
+    const fewbit_input input = {x.data(), s.tokens, s.columns, 1, FEWBIT_FLOAT32};
+    if (fewbit_row_linear(&matrix, &input, bias.data(), y.data(), s.rows, FEWBIT_FLOAT32, isa, 1) != FEWBIT_OK)
+      return fail(s, bits, isa, "status");
+    for (int64_t t = 0; t < s.tokens; t++)
+      for (int64_t r = 0; r < s.rows; r++) {
+        double sum = bias[r], magnitude = fabs(sum);
+        for (int64_t c = 0; c < s.columns; c++) {
+          sum += weight[r * s.columns + c] * x[t * s.columns + c];
+          magnitude += fabs(weight[r * s.columns + c] * x[t * s.columns + c]);
+        }
+        const double operations = static_cast<double>(block) / 8 + static_cast<double>(blocks) + 22;
+        if (!(fabs(y[t * s.rows + r] - sum) <= ldexp(operations, -24) * magnitude)) return fail(s, bits, isa, "error");
+      }
+    fewbit_row_linear(&matrix, &input, bias.data(), twin.data(), s.rows, FEWBIT_FLOAT32, isa, 2);
+    if (memcmp(y.data(), twin.data(), y.size() * sizeof(float))) fail(s, bits, isa, "two threads differ");
+    const fewbit_input last = {x.data() + (s.tokens - 1) * s.columns, 1, s.columns, 1, FEWBIT_FLOAT32};
+    fewbit_row_linear(&matrix, &last, bias.data(), twin.data(), s.rows, FEWBIT_FLOAT32, isa, 1);
+    if (memcmp(y.data() + (s.tokens - 1) * s.rows, twin.data(), s.rows * sizeof(float)))
+      fail(s, bits, isa, "token alone differs");
+    const int64_t first = s.rows / 3;
+    fewbit_row_decode(&matrix, first, s.rows, decoded.data(), s.columns + 1, isa, 2);
+    for (int64_t r = first; r < s.rows; r++)
+      for (int64_t c = 0; c < s.columns; c++)
+        if (decoded[(r - first) * (s.columns + 1) + c] != static_cast<float>(weight[r * s.columns + c]))
+          return fail(s, bits, isa, "decoded");
+  }
+}
+
+void check_refusals() {
+  uint8_t codes[64] = {};
+  float values[256] = {};
+  const fewbit_row_tables good = {1, 130, 128, 1, 1, 0, codes, values, values};
+  const fewbit_input x = {values, 1, 130, 1, FEWBIT_FLOAT32};
+  const auto call = [&](const fewbit_row_tables& matrix, int32_t isa) {
+    return fewbit_row_linear(&matrix, &x, nullptr, values, 1, FEWBIT_FLOAT32, isa, 1);
+  };
+  if (call(good, FEWBIT_SERIAL) != FEWBIT_OK || call(good, FEWBIT_AVX512VNNI) != FEWBIT_NO_KERNEL) failures++;
+  fewbit_row_tables bad = good;
+  bad.block = 64;
+  if (call(bad, FEWBIT_SERIAL) != FEWBIT_BAD_ARGUMENT) failures++;  // half a chunk
+  bad = good, bad.bits = 5;
+  if (call(bad, FEWBIT_SERIAL) != FEWBIT_BAD_ARGUMENT) failures++;
+  bad = good, bad.table_rows = 0;
+  if (call(bad, FEWBIT_SERIAL) != FEWBIT_BAD_ARGUMENT) failures++;
+  if (fewbit_row_decode(&good, 0, 2, values, 130, FEWBIT_SERIAL, 1) != FEWBIT_BAD_ARGUMENT) failures++;
+}
+
+}  // namespace
+
+int row_failures() {
+  std::mt19937 random(11);
+  check_refusals();
+  for (const Shape& s : kShapes)
+    for (const int32_t bits : kBits)
+      for (const bool half : {false, true}) check(s, bits, half, random);
+  printf("rows: %d failures\n", failures);
+  return failures;
+}

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A matrix whose rows have tables of their own, ready to multiply: codes in row16, tables and scales beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fewbit.core import blocks as B
+from fewbit.core.format import Format, Physical
+from fewbit.core.qtensor import QTensor
+from fewbit.kernels import native, pages, reference
+from fewbit.kernels.prepared import DECODED, Addressed, PreparedMatrix, given, multiply_decoded, rows_of_strip
+from fewbit.kernels.row16 import ROW16
+from fewbit.kernels.table import Kernel
+
+
+class RowTablesPrepared(Addressed, PreparedMatrix):
+    """``w = scale * table[code]``, a table for each ``group_rows`` rows, a scale for each block of a row."""
+
+    def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
+        assert kernel.isa is not None
+        self.kernel, self.shape, self.activation = kernel.name, qtensor.shape, activation
+        self._isa = native.FLAGS[kernel.isa]
+        self._stored = qtensor if qtensor.layout is ROW16 else qtensor.repack(ROW16)
+        format, (rows, columns) = self._stored.format, self.shape
+        physical = format.physical(self._stored.logical()[1])
+        assert isinstance(physical, Physical) and physical.table is not None
+        self._block = min(B.width(columns, format.block), columns)
+        self._scale = pages.held(physical.scale.float().expand(rows, B.count(columns, format.block)).contiguous())
+        tables = physical.table.float().expand(rows, -1)[:: format.group_rows].contiguous()
+        half = tables.half()
+        self._table = pages.held(half if torch.equal(half.float(), tables) else tables)
+
+    @cached_property
+    def _matrix(self) -> native.RowTables:
+        format, half = self._stored.format, int(self._table.dtype == torch.float16)
+        arrays = (t.data_ptr() for t in (self._stored.packed, self._table, self._scale))
+        return (*self.shape, self._block, format.group_rows, format.bits, half, *arrays)
+
+    def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        leading, dtype, (rows, columns) = x.shape[:-1], dtype or x.dtype, self.shape
+        x = reference.round_activations(x.float(), self.activation) if self.activation else x
+        bias = None if bias is None else bias.float().contiguous()
+        if x.numel() >= DECODED * columns:
+            return multiply_decoded(self, x, bias).to(dtype).reshape(*leading, rows)
+        x, address = given(x)
+        y = torch.empty(*leading, rows, dtype=dtype)
+        native.core().row_linear(
+            self._matrix,
+            address,
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            rows,
+            native.DTYPES[dtype],
+            self._isa,
+            torch.get_num_threads(),
+        )
+        return y
+
+    def decoded(self) -> Iterator[tuple[slice, Tensor]]:
+        """As :meth:`PreparedMatrix.decoded`; a strip is memory that the next one overwrites."""
+        rows, columns = self.shape
+        step = min(rows, rows_of_strip(columns, 1))
+        weight = torch.empty(step, columns)
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            native.core().row_decode(
+                self._matrix, first, last, weight.data_ptr(), columns, self._isa, torch.get_num_threads()
+            )
+            yield slice(first, last), weight[: last - first]
+
+    def qtensor(self) -> QTensor:
+        return self._stored
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self._stored.packed, self._table, self._scale))
+
+    @property
+    def nbytes(self) -> int:
+        return self._stored.nbytes - self._stored.packed.numel() + self.read_bytes
