@@ -234,6 +234,29 @@ PyObject* row_linear(PyObject*, PyObject* args) {
   return status(code);
 }
 
+// row_linear_int8(matrix, x, bias, y, y_stride, y_dtype, isa, threads); matrix: (rows, columns, table_rows, bits, codes,
+// levels, factor)
+PyObject* row_linear_int8(PyObject*, PyObject* args) {
+  fewbit_row_levels matrix;
+  unsigned long long codes, levels, factor, data, bias, y;
+  long long rows, columns, table_rows, tokens, stride, step, y_stride;
+  int x_dtype, y_dtype, isa, threads, code;
+  if (!PyArg_ParseTuple(args, "(LLLiKKK)(KLLLi)KKLiii", &rows, &columns, &table_rows, &matrix.bits, &codes, &levels,
+                        &factor, &data, &tokens, &stride, &step, &x_dtype, &bias, &y, &y_stride, &y_dtype, &isa,
+                        &threads))
+    return nullptr;
+  matrix.rows = rows, matrix.columns = columns, matrix.table_rows = table_rows;
+  matrix.codes = pointer<const uint8_t*>(codes);
+  matrix.levels = pointer<const uint8_t*>(levels);
+  matrix.factor = pointer<const float*>(factor);
+  const fewbit_input x = {pointer<const void*>(data), tokens, stride, step, x_dtype};
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_row_linear_int8(&matrix, &x, pointer<const float*>(bias), pointer<void*>(y), y_stride, y_dtype, isa,
+                                threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
 PyObject* row_decode(PyObject*, PyObject* args) {
   fewbit_row_tables matrix;
   PyObject* tuple;
@@ -328,6 +351,7 @@ PyMethodDef methods[] = {
      "(matrix, x_block, x, bias, y, y_stride, y_dtype, isa, threads)"},
     {"vector_decode", vector_decode, METH_VARARGS, "(matrix, tile_begin, tile_end, out, stride, isa, threads)"},
     {"row_linear", row_linear, METH_VARARGS, "(matrix, x, bias, y, y_stride, y_dtype, isa, threads)"},
+    {"row_linear_int8", row_linear_int8, METH_VARARGS, "(matrix, x, bias, y, y_stride, y_dtype, isa, threads)"},
     {"row_decode", row_decode, METH_VARARGS, "(matrix, row_begin, row_end, out, stride, isa, threads)"},
     {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},
     {"int8_windows", int8_windows, METH_VARARGS,

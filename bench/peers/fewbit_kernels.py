@@ -38,21 +38,28 @@ def random(format: Format, shape: tuple[int, int]) -> QTensor:
     return QTensor.of(format, codes, params, rows=shape[0])
 
 
+def _kernel(format: Format, activation: Format | None, isa: str | None, shape: tuple[int, int]) -> str:
+    """The best row, on ``isa`` where that is given."""
+    wanted = {isa, INTEGERS.get(str(isa))}
+    taken = [row for row in kernels.KERNELS if row.refuse(format, shape, activation) is None]
+    found = [row for row in taken if isa is None or row.isa in wanted]
+    if not found:
+        raise Unavailable(f"no row of {isa}; its best row is {taken[0].name}")
+    if activation and not found[0].integers:
+        raise Unavailable(f"no row multiplies it by {activation.name} as integers; {found[0].name} would round x first")
+    return found[0].name
+
+
 def prepare(
     format: Format, activation: Format | None, dtype: torch.dtype, isa: str | None, problem: Problem
 ) -> Prepared:
-    family = kernels.choose(format, problem.shape, activation=activation).kernel.family
-    if activation and family == kernels.table.family(format):
-        raise Unavailable(
-            f"no row multiplies it by {activation.name} as integers; its {family} row would round x first"
-        )
-    isa = INTEGERS.get(str(isa), isa) if activation else isa
+    name = _kernel(format, activation, isa, problem.shape)
     matrix = random(format, problem.shape)
     codes, params = matrix.logical()
     first_codes = torch.arange(-(-SAMPLE // format.height))
     few = QTensor.of(format, codes[first_codes], F.params_of_rows(format, params, first_codes), rows=SAMPLE)
     try:
-        first = kernels.prepare(matrix, f"{family}_linear_{isa}" if isa else None, activation)
+        first = kernels.prepare(matrix, name, activation)
     except FewbitError as error:
         raise Unavailable(str(error)) from error
     again = functools.partial(kernels.prepare, matrix, first.kernel, activation)

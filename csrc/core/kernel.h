@@ -238,6 +238,35 @@ struct RowKernel {
   void (*decode)(const RowTask& task, int64_t row, float* out);
 };
 
+// Work of a kernel of integers whose rows have tables of their own: see fewbit_row_linear_int8.
+struct Int8RowTask {
+  int32_t bits;
+  int64_t rows, columns, chunks;
+  int64_t padded;          // columns of whole vectors of chunks
+  int64_t table_rows;      // rows that share a table
+  const uint8_t* codes;    // (rows, chunks, bytes of a chunk)
+  const uint8_t* levels;   // (tables, 2, 16): low and high bytes
+  const float* factor;     // (rows)
+  int64_t together;        // tokens that are computed together: 1 or kRowTokens
+  void* activations;       // (padded tokens, padded) bytes
+  float* x_scale;          // (padded tokens)
+  int32_t* sums;           // (padded tokens): sum of the int8 activations
+  const float* bias;
+  void* y;
+  int64_t y_stride;
+  int32_t y_dtype;
+};
+
+// Tables of rows times int8 activations on one instruction set.
+struct Int8RowKernel {
+  // As those of SegmentKernel.
+  void (*prepare)(const Int8RowTask& task, const fewbit_input& x, int64_t token);
+  void (*run)(const Int8RowTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
+};
+
+extern const Int8RowKernel int8_row_lut_linear_serial, int8_row_lut_linear_avxvnni, int8_row_lut_linear_avx512vnni,
+    int8_row_lut_linear_neondot;
+
 extern const RowKernel row_lut_linear_serial, row_lut_linear_avx2, row_lut_linear_avx512, row_lut_linear_neon;
 
 extern const Int8VectorKernel int8_vector_linear_serial, int8_vector_linear_avx512vbmi;

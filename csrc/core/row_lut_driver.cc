@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// fewbit_row_linear and fewbit_row_decode: checks, activations as padded float32 for a few tokens at a time, rows handed to
-// threads.
+// fewbit_row_linear, fewbit_row_linear_int8 and fewbit_row_decode: checks, activations as padded float32, or rounded, for a
+// few tokens at a time, rows handed to threads.
 #include <string.h>
 
 #include <cstddef>
@@ -10,11 +10,13 @@
 #include "core/kernel.h"
 #include "core/pool.h"
 #include "core/products.h"
+#include "core/rounded.h"
 #include "fewbit.h"
 
 namespace fewbit {
 namespace {
 
+constexpr int64_t kMostColumns = 1 << 16;  // whose sums of integers cannot overflow
 constexpr int64_t kMostTokens = 32;   // whose panel exists at a time
 constexpr int64_t kRows = 32;         // that a thread takes at a time
 constexpr int64_t kSmall = 1 << 17;   // multiply-adds below which a second thread costs more than it brings
@@ -55,6 +57,34 @@ RowTask task_of(const fewbit_row_tables& w) {
   task.chunks = ceil_div(w.columns, chunk), task.blocks = ceil_div(w.columns, w.block);
   task.block_chunks = ceil_div(w.block, chunk), task.table_rows = w.table_rows;
   task.codes = w.codes, task.table = w.table, task.scale = w.scale;
+  return task;
+}
+
+const Int8RowKernel* find_int8(int32_t isa) {
+  if (!(fewbit_caps() & isa)) return nullptr;
+  switch (isa) {
+    case FEWBIT_SERIAL: return &int8_row_lut_linear_serial;
+#if defined(__x86_64__)
+    case FEWBIT_AVXVNNI: return &int8_row_lut_linear_avxvnni;
+    case FEWBIT_AVX512VNNI: return &int8_row_lut_linear_avx512vnni;
+#elif defined(__aarch64__)
+    case FEWBIT_NEONDOT: return &int8_row_lut_linear_neondot;
+#endif
+    default: return nullptr;
+  }
+}
+
+bool sensible(const fewbit_row_levels& w) {
+  return w.bits >= 1 && w.bits <= 4 && w.rows > 0 && w.columns > 0 && w.columns <= kMostColumns && w.table_rows > 0 &&
+         w.codes && w.levels && w.factor;
+}
+
+Int8RowTask task_of(const fewbit_row_levels& w) {
+  Int8RowTask task{};
+  const int64_t chunk = chunk_columns(w.bits);
+  task.bits = w.bits, task.rows = w.rows, task.columns = w.columns, task.table_rows = w.table_rows;
+  task.chunks = ceil_div(w.columns, chunk), task.padded = round_up(task.chunks, 4) * chunk;
+  task.codes = w.codes, task.levels = w.levels, task.factor = w.factor;
   return task;
 }
 
@@ -118,6 +148,26 @@ extern "C" int fewbit_row_linear(const fewbit_row_tables* matrix, const fewbit_i
   }
   operator delete(panel, std::align_val_t(64));
   return FEWBIT_OK;
+}
+
+extern "C" int fewbit_row_linear_int8(const fewbit_row_levels* matrix, const fewbit_input* x, const float* bias, void* y,
+                                      int64_t y_stride, int32_t y_dtype, int32_t isa, int32_t threads) {
+  using namespace fewbit;
+  if (!matrix || !sensible(*matrix) || !x || !well_formed(*x) || threads < 1 || !known_dtype(y_dtype) ||
+      (x->tokens > 0 && !y) || (x->tokens > 1 && y_stride < matrix->rows))
+    return FEWBIT_BAD_ARGUMENT;
+  RoundedCall<Int8RowTask, Int8RowKernel> call{};
+  call.kernel = find_int8(isa);
+  if (!call.kernel) return FEWBIT_NO_KERNEL;
+  Int8RowTask& task = call.task[0] = task_of(*matrix);
+  task.together = x->tokens == 1 ? 1 : kRowTokens;
+  const auto place = [](Int8RowTask& t, char* scratch, int64_t tokens) {
+    t.activations = scratch;
+    t.x_scale = reinterpret_cast<float*>(scratch + tokens * t.padded);
+    t.sums = reinterpret_cast<int32_t*>(t.x_scale + tokens);
+  };
+  const fewbit_output output = {nullptr, bias, y, y_stride};
+  return run_rounded(call, &output, 1, *x, y_dtype, 1, task.padded, 2, kSmall, thread_count(threads), place);
 }
 
 extern "C" int fewbit_row_decode(const fewbit_row_tables* matrix, int64_t row_begin, int64_t row_end, float* out,

@@ -14,6 +14,16 @@ constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;
 constexpr int kSums = 0;
+constexpr int kByteOrigin = 128;
+
+inline U load_apart(const uint8_t* p, int64_t) { return load_lanes(p); }
+inline int32_t total_of(U a, U b) { return vaddvq_s32(vreinterpretq_s32_u32(vaddq_u32(a, b))); }
+
+// Four products of signed bytes, those of u being shifted down by 128 first.
+inline U multiply_add(U sum, U u, U x) {
+  const int8x16_t a = vreinterpretq_s8_u32(flip(u, 0x80808080u));
+  return vreinterpretq_u32_s32(vdotq_s32(vreinterpretq_s32_u32(sum), a, vreinterpretq_s8_u32(x)));
+}
 
 // sdot adds four signed products of bytes to an int32: codes of 8 bits are shifted down by 128 first.
 template <int BITS>

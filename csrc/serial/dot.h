@@ -14,6 +14,22 @@ constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;
 constexpr int kSums = 0;
+constexpr int kByteOrigin = 0;
+
+inline U load_apart(const uint8_t* p, int64_t) { return load_lanes(p); }
+inline int32_t total_of(U a, U b) {
+  const I sum = reinterpret_cast<I>(a + b);
+  return sum[0] + sum[1] + sum[2] + sum[3];
+}
+
+// Four products of bytes, unsigned times signed, added to each lane.
+inline U multiply_add(U sum, U u, U x) {
+  for (int i = 0; i < 4; i++) {
+    const I signed_byte = reinterpret_cast<I>(x << static_cast<uint32_t>(24 - 8 * i)) >> 24;
+    sum += (u >> static_cast<uint32_t>(8 * i) & 255u) * reinterpret_cast<U>(signed_byte);
+  }
+  return sum;
+}
 
 template <int BITS>
 struct Dot {

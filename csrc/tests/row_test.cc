@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// fewbit_row_linear and fewbit_row_decode against float64 arithmetic on codes packed here by the definition in fewbit.h; the
-// bits must be the same at any number of threads and tokens.
+// fewbit_row_linear, fewbit_row_linear_int8 and fewbit_row_decode against float64 arithmetic on codes packed here by the
+// definition in fewbit.h; the bits must be the same at any number of threads and tokens, those of integers on every ISA.
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -27,6 +27,52 @@ void fail(const Shape& s, int32_t bits, int32_t isa, const char* what) {
   failures++;
   printf("FAILED rows isa %d bits %d rows %lld columns %lld tokens %lld: %s\n", isa, bits, static_cast<long long>(s.rows),
          static_cast<long long>(s.columns), static_cast<long long>(s.tokens), what);
+}
+
+// Levels of 16 bits, and activations that int8 holds exactly: whole numbers of which one is 127, so that a scale of half a
+// step less than 1 is float16's 1.
+void check_int8(const Shape& s, int32_t bits, const std::vector<uint8_t>& packed, const std::vector<uint8_t>& codes,
+                std::vector<float> x, const std::vector<float>& bias, std::mt19937& random) {
+  const int64_t tables = (s.rows + s.table_rows - 1) / s.table_rows;
+  std::vector<uint8_t> levels(tables * 32);
+  std::vector<int32_t> level(tables * 16);
+  for (int64_t i = 0; i < tables * 16; i++) {
+    const int64_t from = i / 16 * 16 + i % 16 % (1 << bits);
+    level[i] = i == from ? static_cast<int32_t>(random() % 65536) : level[from];
+    if (random() % 5 == 0 && i == from) level[i] = random() % 2 ? 65535 : 0;
+    levels[i / 16 * 32 + i % 16] = static_cast<uint8_t>(level[i]);
+    levels[i / 16 * 32 + 16 + i % 16] = static_cast<uint8_t>(level[i] >> 8);
+  }
+  std::vector<float> factor(s.rows);
+  for (auto& value : factor) value = ldexpf(1, static_cast<int>(random() % 9) - 4);
+  for (auto& value : x) value = static_cast<float>(static_cast<int32_t>(random() % 255) - 127);
+  for (int64_t t = 0; t < s.tokens; t++) x[t * s.columns] = 127.5f;  // becomes 127: 2 * 127.5 / 255 is 1
+  const fewbit_row_levels matrix = {s.rows, s.columns, s.table_rows, bits, packed.data(), levels.data(), factor.data()};
+  const fewbit_input input = {x.data(), s.tokens, s.columns, 1, FEWBIT_FLOAT32};
+  const fewbit_input last = {x.data() + (s.tokens - 1) * s.columns, 1, s.columns, 1, FEWBIT_FLOAT32};
+  std::vector<float> first;
+  for (const int32_t isa : {FEWBIT_SERIAL, FEWBIT_AVXVNNI, FEWBIT_AVX512VNNI, FEWBIT_NEONDOT}) {
+    if (!(fewbit_caps() & isa)) continue;
+    std::vector<float> y(s.tokens * s.rows, NAN), twin(y);
+    const int code = fewbit_row_linear_int8(&matrix, &input, bias.data(), y.data(), s.rows, FEWBIT_FLOAT32, isa, 1);
+    if (code != FEWBIT_OK) return fail(s, bits, isa, "status of integers");
+    for (int64_t t = 0; t < s.tokens; t++)
+      for (int64_t r = 0; r < s.rows; r++) {
+        double sum = 0, magnitude = 0;
+        for (int64_t c = 0; c < s.columns; c++) {
+          const double q = c ? x[t * s.columns + c] : 127;
+          sum += q * (level[r / s.table_rows * 16 + codes[r * s.columns + c]] - 32768);
+          magnitude += fabs(q) * 65536;
+        }
+        const double bound = ldexp(6 * (magnitude * factor[r] + fabs(bias[r])), -24);
+        if (!(fabs(y[t * s.rows + r] - (sum * factor[r] + bias[r])) <= bound)) return fail(s, bits, isa, "integers");
+      }
+    if (first.empty()) first = y;
+    if (memcmp(first.data(), y.data(), y.size() * sizeof(float))) fail(s, bits, isa, "integers differ from serial");
+    fewbit_row_linear_int8(&matrix, &last, bias.data(), twin.data(), s.rows, FEWBIT_FLOAT32, isa, 2);
+    if (memcmp(y.data() + (s.tokens - 1) * s.rows, twin.data(), s.rows * sizeof(float)))
+      fail(s, bits, isa, "integers of a token alone differ");
+  }
 }
 
 void check(const Shape& s, int32_t bits, bool half, std::mt19937& random) {
@@ -62,6 +108,7 @@ void check(const Shape& s, int32_t bits, bool half, std::mt19937& random) {
     for (int64_t c = 0; c < s.columns; c++)
       weight[r * s.columns + c] = static_cast<double>(scale[r * blocks + c / block]) *
                                   level[(r / s.table_rows << bits) + codes[r * s.columns + c]];
+  if (bits <= 4) check_int8(s, bits, packed, codes, x, bias, random);
   for (const int32_t isa : kIsas) {
     if (!(fewbit_caps() & isa)) continue;
     std::vector<float> y(s.tokens * s.rows, NAN), twin(y), decoded(s.rows * (s.columns + 1), NAN);

@@ -35,6 +35,7 @@ def activation(kernel: str, block: str = "channel") -> Format | None:
     signs, else None."""
     if kernel.startswith("xnor"):
         return formats.parse("sign/channel")
+    block = "channel" if "row_lut" in kernel else block  # one scale a token
     return formats.parse(f"int8/{block}/sym") if kernel.startswith(INTEGERS) else None
 
 
@@ -45,8 +46,9 @@ def raw_matrix(
     all ``scale`` and no offset."""
     if kernel.startswith("xnor"):
         return signs(shape, generator)
-    if kernel.startswith("row_lut"):
-        block = 0 if bits not in WIDTHS or block % chunk(bits) else block  # one scale a row where chunks are longer
+    if "row_lut" in kernel:
+        # one scale a row where chunks are longer
+        block = 0 if kernel.startswith("int8") or bits not in WIDTHS or block % chunk(bits) else block
         return row_tables(Palette(bits, bits % 3 + 1, True, block), shape, generator, scale)
     if kernel.startswith("int8_vector"):
         residual = int(torch.randint(4, 9, (), generator=generator)) if bits % 2 else 0
@@ -109,4 +111,4 @@ def table_error(kernel: str) -> float:
     signs, are rounded about 2^7 times."""
     if kernel.startswith("int8_vector"):
         return 1 / 255 + 2.0**-16
-    return 2.0**-15 if kernel.startswith("int8_lut") else 0.0
+    return 2.0**-15 if kernel.startswith(("int8_lut", "int8_row_lut")) else 0.0

@@ -18,7 +18,7 @@ from fewbit.core.qtensor import QTensor
 from fewbit.errors import UnsupportedError
 from fewbit.formats.palette import WIDTHS
 from fewbit.kernels.prepared import DECODED
-from fewbit.kernels.table import LOOKED_UP
+from fewbit.kernels.table import LOOKED_UP, MOST_ROW_BITS
 from fewbit.kernels.vector16 import VECTOR16
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -46,9 +46,9 @@ def check(
 @pytest.mark.parametrize("kernel", ROWS)
 def test_sizes_blocks_and_batches(kernel: str, bits: int) -> None:
     generator = torch.Generator().manual_seed(bits)
-    if kernel.startswith("row_lut") and bits not in WIDTHS:
+    if "row_lut" in kernel and (bits not in WIDTHS or (kernel.startswith("int8") and bits > MOST_ROW_BITS)):
         with pytest.raises(UnsupportedError, match=f"has {bits}"):
-            kernels.prepare(raw_matrix(kernel, bits, 0, (33, 97), generator), kernel)
+            kernels.prepare(raw_matrix(kernel, bits, 0, (33, 97), generator), kernel, activation(kernel))
         return
     for rows in SIZES:
         for columns in SIZES:
@@ -57,6 +57,7 @@ def test_sizes_blocks_and_batches(kernel: str, bits: int) -> None:
                 batch = BATCHES[(rows + columns + block) % len(BATCHES)]
                 x = torch.randn(batch, columns, generator=generator)
                 inputs = activation(kernel, ("channel", "g32", "g96")[(rows + block) % 3])
+                block = matrix.format.block
                 if kernel.startswith("int8_lut") and bits > LOOKED_UP:
                     with pytest.raises(UnsupportedError, match="at most 6 bits"):
                         kernels.prepare(matrix, kernel, inputs)
@@ -119,6 +120,8 @@ def test_every_format_by_integers_or_with_a_reason(spelling: str, inputs: str) -
     found = kernels.table.family(format)
     integers = [row for row in kernels.KERNELS if row.integers and row.isa in kernels.native.isas()]
     takes = {"int8": found == "affine", "int8_lut": found == "lut" and format.bits <= LOOKED_UP and by_tiles(format)}
+    takes["int8_row_lut"] = any(param.per == "rows" for param in format.params) and format.bits <= MOST_ROW_BITS
+    takes["int8_row_lut"] &= rounding.block == format.block == 0
     takes["int8_vector"] = found == "vector" and VECTOR16.refuse(format, matrix.shape) is None
     for row in integers:
         fits = takes[str(row.family)] and format.block % 32 == 0
@@ -132,7 +135,7 @@ def test_zeros_denormals_and_huge_scales_give_no_nan(kernel: str) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = activation(kernel)
     for scale in (0.0, 2.0**-24, 1e-40, 65504.0, 1e30):
-        for bits in (1, 3, 4) if kernel.startswith("int8_lut") else (1, 3, 4, 8):
+        for bits in (1, 3, 4) if kernel.startswith(("int8_lut", "int8_row_lut")) else (1, 3, 4, 8):
             matrix = raw_matrix(kernel, bits, 32, (17, 96), generator, scale=scale)
             for size in (0.0, 1e-42, 1.0, 1e4):
                 x = torch.randn(3, 96, generator=generator) * size

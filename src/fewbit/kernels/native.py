@@ -28,6 +28,8 @@ FLAGS: dict[Isa, int] = {
     "serial": 1,
 }
 """Bits of ``fewbit_caps()``, best first."""
+FLOATS: dict[Isa, Isa] = {"avx512vnni": "avx512", "avxvnni": "avx2", "neondot": "neon"}
+"""Instruction sets of integers, and those that decode weights beside them."""
 FAMILIES = {"affine": 0, "lut": 1}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of activations and results."""
@@ -43,6 +45,9 @@ Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int]
 
 VectorMatrix = tuple[int, ...]
 """(rows, columns, block, height, bits, bits of the residual, books are half, codes, book, residual)."""
+
+RowLevels = tuple[int, ...]
+"""(rows, columns, rows of a table, bits, codes, levels, factor)."""
 
 RowTables = tuple[int, ...]
 """(rows, columns, block, rows of a table, bits, table is half, codes, table, scale)."""
@@ -98,6 +103,9 @@ class Core(Protocol):
     ) -> None: ...
     def row_linear(
         self, matrix: RowTables, x: Input, bias: int, y: int, y_stride: int, y_dtype: int, isa: int, threads: int
+    ) -> None: ...
+    def row_linear_int8(
+        self, matrix: RowLevels, x: Input, bias: int, y: int, y_stride: int, y_dtype: int, isa: int, threads: int
     ) -> None: ...
     def row_decode(
         self, matrix: RowTables, row_begin: int, row_end: int, out: int, stride: int, isa: int, threads: int

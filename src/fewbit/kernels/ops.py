@@ -17,7 +17,7 @@ from fewbit.core.terms import Terms
 from fewbit.kernels import native
 from fewbit.kernels.byte_vectors import ByteVectorPrepared
 from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix
-from fewbit.kernels.row_tables import RowTablesPrepared
+from fewbit.kernels.row_tables import RowLevelsPrepared, RowTablesPrepared
 from fewbit.kernels.slow import ReferencePrepared
 from fewbit.kernels.sparse import choose_sparse
 from fewbit.kernels.table import choose, named
@@ -63,6 +63,7 @@ def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | N
             "vector": VectorPrepared,
             "int8_vector": ByteVectorPrepared,
             "row_lut": RowTablesPrepared,
+            "int8_row_lut": RowLevelsPrepared,
         }
         made = others.get(str(choice.kernel.family), NativePrepared)
         return made(qtensor, choice.kernel, activation)

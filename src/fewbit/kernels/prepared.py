@@ -52,11 +52,12 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 
 class Addressed:
-    """Abstract: holds arrays, and their addresses as ``_matrix`` or ``_matrices``, which is cached. A copy's arrays lie
-    elsewhere."""
+    """Abstract: holds arrays, and their addresses as ``_matrix``, ``_matrices`` or ``_integers``, which is cached. A
+    copy's arrays lie elsewhere."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_matrix", "_matrices")}
+        cached = ("_matrix", "_matrices", "_integers")
+        return {name: value for name, value in self.__dict__.items() if name not in cached}
 
 
 class Prepared(ABC):

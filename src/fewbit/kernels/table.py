@@ -29,6 +29,14 @@ LAYOUTS = {layout.name: layout for layout in (TILE16, COLUMN8, ROW16, VECTOR16)}
 LOOKED_UP = 6
 """Bits of a code whose levels "int8_lut" keeps in registers."""
 
+Family = Literal[
+    "fixed", "affine", "lut", "row_lut", "vector", "int8", "int8_lut", "int8_row_lut", "int8_vector", "xnor"
+]
+WEIGHTS = {"fixed": "affine", "int8": "affine", "xnor": "affine", "int8_vector": "vector"} | dict.fromkeys(
+    ("int8_lut", "row_lut", "int8_row_lut"), "lut"
+)
+"""The family of weights that rows of another family run."""
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -36,13 +44,13 @@ class Kernel:
 
     The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "fixed" multiplies affine codes by
     activations in fixed point of 24 bits (:func:`fewbit.kernels.reference.fixed`), in integers; "int8" by activations
-    rounded to int8, "int8_lut" the levels of a table, and "int8_vector" vectors of a codebook, rounded to bytes; "xnor"
-    counts where signs of the weight and of the activations differ. The others multiply float activations: "row_lut" by
-    tables of rows, "vector" by vectors of a codebook. ``family`` and ``isa`` are None for the reference, which takes
-    everything.
+    rounded to int8, "int8_lut" the levels of a table, "int8_row_lut" those of tables of rows, and "int8_vector" vectors
+    of a codebook, rounded to bytes; "xnor" counts where signs of the weight and of the activations differ. The others
+    multiply float activations: "row_lut" by tables of rows, "vector" by vectors of a codebook. ``family`` and ``isa``
+    are None for the reference, which takes everything.
     """
 
-    family: Literal["fixed", "affine", "lut", "row_lut", "vector", "int8", "int8_lut", "int8_vector", "xnor"] | None
+    family: Family | None
     isa: Isa | None
     layout: str
 
@@ -53,14 +61,12 @@ class Kernel:
     @property
     def integers(self) -> bool:
         """Whether activations are rounded to int8 by the kernel itself."""
-        return self.family in ("int8", "int8_lut", "int8_vector")
+        return self.family in ("int8", "int8_lut", "int8_row_lut", "int8_vector")
 
     @property
     def weights(self) -> str | None:
         """The family of weights that it runs: "affine", "lut" or "vector"."""
-        if self.family in ("fixed", "int8", "xnor"):
-            return "affine"
-        return {"int8_lut": "lut", "row_lut": "lut", "int8_vector": "vector"}.get(str(self.family), self.family)
+        return WEIGHTS.get(str(self.family), self.family)
 
     def refuse(self, format: Format, shape: Shape, activation: Format | None = None) -> str | None:
         """None, or the reason why this row cannot run ``format`` of this ``shape`` (rows, columns) on this machine.
@@ -85,6 +91,8 @@ class Kernel:
         tables = any(param.per == "rows" for param in format.params)
         if self.family == "row_lut":
             return _refuse_tables(format, shape, tables)
+        if self.family == "int8_row_lut":
+            return _refuse_tables(format, shape, tables) or _refuse_levels(format, shape, activation)
         if tables and format.group_rows % ROWS:
             each = "row" if format.group_rows == 1 else f"{format.group_rows} rows"
             return f"looks up one table in a tile of {ROWS} rows; {format.name} has one for each {each}"
@@ -103,6 +111,18 @@ def _refuse_tables(format: Format, shape: Shape, tables: bool) -> str | None:
     if format.block % columns and format.block < shape[1]:
         return f"needs groups of whole chunks of {columns} columns; there is one of {format.block}"
     return None
+
+
+def _refuse_levels(format: Format, shape: Shape, activation: Format | None) -> str | None:
+    """Why rows of tables of integers cannot serve ``format`` with inputs in ``activation``, or None."""
+    if format.bits > MOST_ROW_BITS:
+        return f"looks up at most {MOST_ROW_BITS} bits a code; {format.name} has {format.bits}"
+    if shape[1] > MOST_ROW_COLUMNS:
+        return f"sums up at most {MOST_ROW_COLUMNS} columns; there are {shape[1]}"
+    reason = _refuse_integers(format, shape, activation)
+    if reason is None and activation is not None and max(B.count(shape[1], f.block) for f in (format, activation)) > 1:
+        reason = "takes one scale a row and one a token (int8/channel)"
+    return reason
 
 
 def _refuse_integers(format: Format, shape: Shape, activation: Format | None) -> str | None:
@@ -132,6 +152,10 @@ def _refuse_signs(format: Format, shape: Shape, activation: Format | None) -> st
     return None if shape[1] <= MOST_SIGNS else f"counts at most {MOST_SIGNS} columns; there are {shape[1]}"
 
 
+MOST_ROW_BITS = 4
+"""Of a code whose levels "int8_row_lut" keeps in registers."""
+MOST_ROW_COLUMNS = 2**16
+"""Columns whose products of bytes an int32 holds."""
 MOST_SIGNS = 2**24
 """Columns whose signs add up to an exact float32."""
 
@@ -152,6 +176,9 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("int8_lut", "neondot", "tile16"),
     Kernel("int8_lut", "neon", "tile16"),
     Kernel("int8_lut", "serial", "tile16"),
+    Kernel("int8_row_lut", "avx512vnni", "row16"),
+    Kernel("int8_row_lut", "avxvnni", "row16"),
+    Kernel("int8_row_lut", "neondot", "row16"),
     Kernel("int8_vector", "avx512vbmi", "vector16"),
     Kernel("fixed", "avx512vnni", "tile16"),
     Kernel("fixed", "avxvnni", "tile16"),
@@ -173,6 +200,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("lut", "serial", "tile16"),
     Kernel("row_lut", "serial", "row16"),
     Kernel("vector", "serial", "column8"),
+    Kernel("int8_row_lut", "serial", "row16"),
     Kernel("int8_vector", "serial", "vector16"),
     Kernel(None, None, "any"),
 )
