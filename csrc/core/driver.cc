@@ -23,7 +23,7 @@ constexpr int64_t kSmall = 1 << 17;  // multiply-adds below which a second threa
 const Kernel* find(int32_t family, int32_t isa) {
   if (!(fewbit_caps() & isa)) return nullptr;
   const bool affine = family == FEWBIT_AFFINE;
-  switch (float_isa(isa)) {
+  switch (isa) {
     case FEWBIT_SERIAL: return affine ? &affine_linear_serial : &lut_linear_serial;
 #if defined(__x86_64__)
     case FEWBIT_AVX2: return affine ? &affine_linear_avx2 : &lut_linear_avx2;

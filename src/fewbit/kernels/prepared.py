@@ -27,9 +27,6 @@ DECODED = 48
 """Tokens from which on float products go through decoded weights: each is decoded once, and torch multiplies."""
 AS_BFLOAT16 = 8
 """Tokens from which on bfloat16 activations are multiplied as such, where the processor can; for fewer it is slower."""
-AS_FIXED = 3
-"""Tokens from which on codes of one bit are multiplied by integers of 24 bits: for fewer, it is faster to look up sums
-of activations."""
 STRIP = 1 << 19
 """Weights decoded at a time: 2 MiB of float32."""
 
@@ -223,7 +220,7 @@ class NativePrepared(Addressed, PreparedMatrix):
             self._table = torch.nn.functional.pad(tables, (0, 2**format.bits - tables.shape[1])).contiguous()
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
         self._as_bfloat16 = kernel.name == "fixed_linear_avx512vnni" and "avx512bf16" in native.isas()
-        self.company = (self._isa, self._x_block, activation, self._route(torch.float32, 1))
+        self.company = (self._isa, self._x_block, activation)
 
     @cached_property
     def _matrices(self) -> tuple[tuple[int, native.Matrix], ...]:
@@ -261,8 +258,6 @@ class NativePrepared(Addressed, PreparedMatrix):
         """(x_block, instruction set) of a call with so many tokens."""
         if self._as_bfloat16 and dtype == torch.bfloat16 and tokens >= AS_BFLOAT16:
             return native.BFLOAT16S, native.FLAGS["avx512bf16"]
-        if self._x_block == native.FIXED and self._stored.format.bits == 1 and tokens < AS_FIXED:
-            return 0, self._isa
         return self._x_block, self._isa
 
     def inputs(self, x: Tensor) -> Tensor:
