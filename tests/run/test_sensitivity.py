@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Fisher diagonal, block by block, against autograd through the whole model in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewbit.errors import InputError
+from fewbit.model.checkpoint import open_checkpoint
+from fewbit.model.stream import StreamedModel
+from fewbit.run.events import Event
+from fewbit.run.sensitivity import Sensitivity
+from fewbit.run.workers import workers
+
+
+def windows(vocabulary: int, sequences: int = 5, tokens: int = 24) -> Tensor:
+    return torch.randint(3, vocabulary, (sequences, tokens), generator=torch.Generator().manual_seed(3))
+
+
+def collected(source: Path, folder: Path, threads: int = 2, tell: Callable[[Event], None] = print) -> Sensitivity:
+    """A pass over all sites, done."""
+    model = StreamedModel.open(open_checkpoint(source))
+    wanted = frozenset(site.name for site in model.sites)
+    with workers(threads) as pool:
+        found = Sensitivity(model, windows(model.config.vocab_size), folder, wanted, pool, tell)
+        found.collect()
+    return found
+
+
+def oracle(source: Path) -> dict[str, Tensor]:
+    """By the definition: the gradient of each sequence's own loss, squared, summed."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64, experts_implementation="eager").eval()
+    sums = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+    for ids in windows(model.config.vocab_size):
+        model.zero_grad()
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        nn.functional.cross_entropy(logits[:-1], ids[1:]).backward()
+        for name, value in model.named_parameters():
+            sums[name] += value.grad.square() if value.grad is not None else 0
+    return sums
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gemma2", "qwen2-moe"])
+def test_equals_autograd_through_the_whole_model(
+    tiny_family: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    source = tiny_family(family)
+    found, expected = collected(source, tmp_path / "pass"), oracle(source)
+    compared = 0
+    for site in found.model.sites:
+        parts = found.of(site)
+        if site.block is None:
+            assert parts is None
+            continue
+        assert parts is not None and len(parts) == site.experts
+        exact = expected[site.parameter]
+        exact = (exact.transpose(-1, -2) if site.transposed else exact).reshape(site.experts, *site.shape)
+        for part, whole in zip(parts, exact, strict=True):
+            # Squares of float32 gradients, which are sums over all tokens and layers behind: relative to the largest.
+            assert float((part.double() - whole).abs().max()) <= 2e-5 * float(exact.max())
+            compared += 1
+        assert float(exact.max()) > 0
+    assert compared >= 8
+    assert [path.name for path in sorted((tmp_path / "pass").iterdir())] == [
+        f"fisher-{block:05d}.safetensors" for block in range(len(found.model.blocks))
+    ]
+
+
+class Stop(Exception):
+    pass
+
+
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected(tiny, tmp_path / "whole", threads=1)
+    good, written, stop = Sensitivity._write, [0], [0]
+
+    def interrupted(self: Sensitivity, what: str, block: int, sequences: object) -> None:
+        if written[0] == stop[0]:
+            raise Stop
+        written[0] += 1
+        good(self, what, block, sequences)
+
+    def tell(event: Event) -> None:
+        if event.message.startswith("sensitivity of block"):
+            raise Stop
+
+    monkeypatch.setattr(Sensitivity, "_write", interrupted)
+    for _ in range(5):  # the embedding, two blocks, the end: a file more each time, until all are there
+        with pytest.raises(Stop):
+            collected(tiny, tmp_path / "parts", tell=tell)
+        stop[0] += 1
+    assert written[0] == 4, "something was done twice"
+    collected(tiny, tmp_path / "parts")
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "parts").iterdir())
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_gradients_that_are_no_numbers_are_refused_by_name(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = StreamedModel.logits
+    monkeypatch.setattr(StreamedModel, "logits", lambda self, hidden: good(self, hidden) * float("nan"))
+    with pytest.raises(InputError, match=r"layers\.1\.self_attn\.q_proj.*NaN"):
+        collected(tiny, tmp_path / "pass")
