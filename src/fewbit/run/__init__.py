@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 import fewbit
-from fewbit import calibrate
+from fewbit import calibrate, methods
 from fewbit.calibrate import Calibration
 from fewbit.containers import manifest as M
 from fewbit.errors import InputError, SpecError
@@ -26,6 +26,7 @@ from fewbit.run.ending import STATE, describe, finish
 from fewbit.run.events import Event, Progress
 from fewbit.run.journal import Journal
 from fewbit.run.planning import Plan, make_plan
+from fewbit.run.sensitivity import Sensitivity
 from fewbit.run.stages import run_stages
 from fewbit.run.state import Run
 from fewbit.run.workers import workers
@@ -102,6 +103,7 @@ def quantize(
         probe = calibrate.probe(words, PROBE[0], min(PROBE[1], _longest(checkpoint)))
         with workers(threads) as pool:
             run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed)
+            run.sensitivity = _sensitivity(run)
             run_stages(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)
     tell(Event("done", message=str(target)))
@@ -208,6 +210,20 @@ def _calibration(
             Event("note", message=f"calibration text {data.source} gives {len(data.ids)} samples instead of {samples}")
         )
     return data
+
+
+def _sensitivity(run: Run) -> Sensitivity | None:
+    """The Fisher diagonal of the weights whose method asks for it, collected; None where none does."""
+    rules = {decision.site.name: decision.rule for decision in run.plan.decisions if decision.rule is not None}
+    wanted = frozenset(name for name, rule in rules.items() if methods.named(rule.method).needs == "fisher")
+    if run.calibration is None or not wanted:
+        return None
+    folder = run.folder / STATE / "sensitivity"
+    found = Sensitivity(
+        run.model, run.calibration.ids, folder, wanted, run.workers, run.progress, run.calibration_dtype
+    )
+    found.collect()
+    return found
 
 
 def _batch(data: Calibration | None) -> int:

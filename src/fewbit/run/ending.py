@@ -71,7 +71,8 @@ def _config(run: Run, folder: Path, layers: list[dict[str, Any]]) -> None:
     """config.json with what the transformers plug-in needs to build the modules."""
     modules = {}
     for record in layers:
-        entry = {key: record[key] for key in ("kind", "format", "layout", "shape")}
+        described = ("terms",) if "terms" in record else ("format", "layout")
+        entry = {key: record[key] for key in ("kind", *described, "shape")}
         if record["activation"] is not None:
             entry["activation"] = record["activation"]
         if record["rewrites"]:

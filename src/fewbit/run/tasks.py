@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -30,14 +32,16 @@ def make_task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[st
     decision = next(decision for decision in run.plan.decisions if decision.site == site)
     if decision.rule is None:
         return None
-    nothing = [Facts.none(site.shape[1]) for _ in range(site.experts)]
+    known = facts.get(site.name, [Facts.none(site.shape[1]) for _ in range(site.experts)])
+    if run.sensitivity is not None and (fisher := run.sensitivity.of(site)) is not None:
+        known = [replace(of, fisher=part) for of, part in zip(known, fisher, strict=True)]
     unseen = [torch.zeros(0, site.shape[1]) for _ in range(site.experts)]
     return Task(
         site,
         decision.rule,
         formats.parse(decision.rule.format),
         run.model.weight(site.name).float().reshape(-1, site.shape[1]),
-        facts.get(site.name, nothing),
+        known,
         seen.get(site.name, unseen),
         seed_of(run.seed, site.name),
     )
@@ -81,4 +85,4 @@ def propagate(model: StreamedModel, item: Solved | None, name: str = "") -> None
     """Let the model go on with the decoded weights of ``item``; :func:`as_run` gives it the inputs they are for."""
     if item is not None:
         site = name or item.record["name"]
-        model.set_weight(site, item.qtensor.dequantize().reshape(model.weight(site).shape))
+        model.set_weight(site, item.weight.dequantize().reshape(model.weight(site).shape))
