@@ -121,7 +121,7 @@ class Scale(Rewrite):
             None if facts.largest is None else facts.largest * scale,
             None if facts.gram is None else facts.gram * torch.outer(scale, scale),
             None if facts.total_magnitude is None else facts.total_magnitude * scale,
-            None if facts.fisher is None else facts.fisher / scale.square(),  # weights are divided by the scale
+            None if facts.fisher is None else facts.fisher * scale.square(),  # a weight is divided by its scale
         )
 
 
