@@ -41,6 +41,8 @@ METHODS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
     "awq": (("awq",), "awq", {}),
     "awq + clip": (("awq",), "clip", {}),
     "awq + gptq": (("awq",), "gptq", {}),
+    "skm": ((), "skm", {}),
+    "squeezellm 0.45 %": ((), "squeezellm", {}),
 }
 """Transforms, method and options by the name of a row."""
 USUAL = ("rtn", "clip", "gptq", "gptq act-order")
@@ -50,7 +52,7 @@ def decoded(module: nn.Module, streamed: StreamedModel, folder: Path, manifest: 
     """Put what ``folder`` decodes to into ``module``, which shares its parameters with ``streamed``."""
     where = read_json(folder / "model.safetensors.index.json")["weight_map"]
     for record in manifest["layers"]:
-        path = folder / where[f"{record['name']}.weight_packed"]
+        path = folder / next(file for key, file in where.items() if key.startswith(f"{record['name']}.weight_"))
         values = read_rewrite(path, record).unweight(read_back(path, record).dequantize())
         for site in streamed.sites:
             if record["name"] in (site.name, site.tied_to):
@@ -94,6 +96,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     force=True,
                 )
                 seconds = time.monotonic() - began
+                peak = read_json(Path(scratch) / "out.log.json")["peak_rss_bytes"]
                 ours.load("")
                 ours.module.to(device)  # type: ignore[arg-type]
                 decoded(ours.module, ours, result.path, result.manifest)
@@ -105,6 +108,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             weights = sum(layer["shape"][0] * layer["shape"][1] * layer["experts"] for layer in linear)
             bits = 8 * sum(layer["nbytes"] for layer in linear) / weights
             row = {"format": format, "method": name, "bits": bits, "seconds": seconds, **summarize(scored)}
+            row["peak_rss_bytes"] = peak
             row["reference_perplexity"] = row["perplexity"] / row["perplexity_ratio"]
             rows.append(row)
             print(

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import squeezellm_oracle as oracle
 from torch import Tensor
 
 from fewbit import formats, layouts, methods
@@ -19,6 +18,7 @@ from fewbit.core.rewrite import Rotation, Scale
 from fewbit.core.terms import Dense, Sparse, Terms
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.methods.squeezellm import largest
+from oracle import squeezellm_oracle as oracle
 
 SHARES: dict[str, Any] = {"outliers": 0.02, "sensitive": 0.01}
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 
@@ -45,7 +47,7 @@ def levels(values: np.ndarray, worth: np.ndarray, count: int) -> tuple[np.ndarra
         end = row[end]
         ends.append(end)
     bounds = [0, *reversed(ends)]
-    means = [np.average(x[a:b], weights=w[a:b]) for a, b in zip(bounds, bounds[1:], strict=False) if w[a:b].sum() > 0]
+    means = [np.average(x[a:b], weights=w[a:b]) for a, b in itertools.pairwise(bounds) if w[a:b].sum() > 0]
     return np.array(means), best[n]
 
 
