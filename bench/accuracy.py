@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 import fewbit
 from fewbit import calibrate
+from fewbit.containers import manifest as M
 from fewbit.containers.files import read_json, write_json
 from fewbit.measure.accuracy import Scores, score, summarize
 from fewbit.model.checkpoint import open_checkpoint
@@ -66,6 +69,26 @@ def logits(module: nn.Module, ids: Tensor) -> Tensor:
     return module(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()  # type: ignore[no-any-return]
 
 
+def quantized(arguments: argparse.Namespace, format: str, name: str, out: Path) -> float:
+    """Quantize into ``out``; seconds."""
+    transforms, method, options = METHODS[name]
+    began = time.monotonic()
+    fewbit.quantize(
+        arguments.model,
+        format,
+        method=method,
+        options=options,
+        transforms=transforms,
+        out=out,
+        calibration=arguments.calibration,
+        samples=arguments.samples,
+        context=arguments.context,
+        head=arguments.head,
+        force=True,
+    )
+    return time.monotonic() - began
+
+
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a format and method."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,32 +102,19 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for format in arguments.formats:
         for name in arguments.methods:
-            transforms, method, options = METHODS[name]
             with TemporaryDirectory() as scratch:
-                began = time.monotonic()
-                result = fewbit.quantize(
-                    arguments.model,
-                    format,
-                    method=method,
-                    options=options,
-                    transforms=transforms,
-                    out=Path(scratch) / "out",
-                    calibration=arguments.calibration,
-                    samples=arguments.samples,
-                    context=arguments.context,
-                    head=arguments.head,
-                    force=True,
-                )
-                seconds = time.monotonic() - began
-                peak = read_json(Path(scratch) / "out.log.json")["peak_rss_bytes"]
+                out = Path(scratch) / "out"
+                with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # whose peak memory is its own
+                    seconds = apart.submit(quantized, arguments, format, name, out).result()
+                manifest, peak = M.read(out), read_json(Path(f"{out}.log.json"))["peak_rss_bytes"]
                 ours.load("")
                 ours.module.to(device)  # type: ignore[arg-type]
-                decoded(ours.module, ours, result.path, result.manifest)
+                decoded(ours.module, ours, out, manifest)
             scored: list[Scores] = [
                 score(logits(ours.module, ids), ids, logits(reference.module, ids), arguments.unscored)
                 for ids in windows
             ]
-            linear = [layer for layer in result.manifest["layers"] if layer["kind"] not in ("embedding", "head")]
+            linear = [layer for layer in manifest["layers"] if layer["kind"] not in ("embedding", "head")]
             weights = sum(layer["shape"][0] * layer["shape"][1] * layer["experts"] for layer in linear)
             bits = 8 * sum(layer["nbytes"] for layer in linear) / weights
             row = {"format": format, "method": name, "bits": bits, "seconds": seconds, **summarize(scored)}
@@ -122,7 +132,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def show(rows: list[dict[str, Any]]) -> None:
     """The table, grouped by format."""
     table = Table(title=f"float32 perplexity {rows[0]['reference_perplexity']:.3f}")
-    for column in ("format", "method", "true bits", "perplexity", "KL mean", "KL 99.9 %", "top-1", "seconds"):
+    for column in ("format", "method", "true bits", "perplexity", "KL mean", "KL 99.9 %", "top-1", "seconds", "MiB"):
         table.add_column(column, justify="left" if column in ("format", "method") else "right")
     for row in rows:
         table.add_row(
@@ -134,6 +144,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['kl_p999']:.2f}",
             f"{row['top1_agreement']:.1%}",
             f"{row['seconds']:.0f}",
+            f"{row['peak_rss_bytes'] / 2**20:.0f}",
         )
     Console(width=120).print(table)
 
