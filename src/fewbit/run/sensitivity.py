@@ -11,27 +11,33 @@ the end; then blocks come backwards, each run once more on what entered it (grad
 gradients of its weights and the gradient at its inputs, for the block before. Memory is that of one block, its Fisher
 diagonal, and the gradients of one sequence a worker and one more; the disk holds what enters every block.
 
+On the way forward facts of the inputs of every layer can be collected as well.
+
 Every step ends with a file that gets its name once it is durable, so a pass that was stopped goes on from there, and
 sequences are added in their order: the bits depend on no thread.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fewbit.containers.safetensors import open_safetensors, write_safetensors
+from fewbit.containers.safetensors import write_safetensors
+from fewbit.core.facts import Facts
 from fewbit.errors import InputError
 from fewbit.model.sites import Site, in_block
 from fewbit.model.stream import Inputs, StreamedModel
 from fewbit.run.events import Event, Progress
+from fewbit.run.facts import fisher_file, inputs_file, read_fisher, write_inputs
 from fewbit.run.hidden import HiddenFile
 from fewbit.run.memory import give_back
+from fewbit.run.observe import Observer
 from fewbit.run.workers import Workers
 
 
@@ -40,7 +46,9 @@ class Sensitivity:
     """One pass, and what it found.
 
     * ``ids`` (sequences, tokens). ``folder``: holds its files, and is made here.
-    * ``wanted``: names of the sites whose Fisher diagonal is kept; those outside of blocks have none.
+    * ``wanted``: names of the sites whose Fisher diagonal is kept; those outside of blocks have none. With no name
+      nothing is run backwards.
+    * ``watched``: what to collect at the inputs of all sites of the blocks.
     * ``products``: dtype of matrix products; sums and squares are float32.
     """
 
@@ -51,6 +59,7 @@ class Sensitivity:
     workers: Workers
     tell: Progress
     products: torch.dtype = torch.float32
+    watched: Literal["nothing", "mean_square", "gram"] = "nothing"
     _call: list[Inputs] = field(default_factory=list)
 
     def collect(self) -> None:
@@ -61,15 +70,17 @@ class Sensitivity:
         """
         blocks = len(self.model.blocks)
         self.folder.mkdir(parents=True, exist_ok=True)
-        left = next((block for block in range(blocks) if self._fisher(block).exists()), blocks)
-        if left == 0:
+        left = next((block for block in range(blocks) if fisher_file(self.folder, block).exists()), blocks)
+        whole = inputs_file(self.folder, blocks - 1).exists() if not self.wanted else left == 0
+        if whole:
             return
-        asked = f"sensitivity of the weights over {len(self.ids)} sequences: {blocks} blocks forward and backward"
-        self.tell(Event("note", message=asked))
+        ways = "forward and backward" if self.wanted else "forward"
+        self.tell(Event("note", message=f"{len(self.ids)} sequences through {blocks} blocks in float, {ways}"))
         if left == blocks and not self._path("gradient", blocks).exists():
             self._forward()
-            self._end()
-        for block in reversed(range(left)):
+            if self.wanted:
+                self._end()
+        for block in reversed(range(left if self.wanted else 0)):
             self._backward(block)
             self.tell(Event("note", message=f"sensitivity of block {block + 1} of {blocks}"))
 
@@ -78,8 +89,7 @@ class Sensitivity:
         was not wanted, or lies outside of the blocks."""
         if site.block is None or site.name not in self.wanted:
             return None
-        whole = open_safetensors(self._fisher(site.block)).get(site.name)
-        return list(whole.reshape(site.experts, *site.shape))
+        return read_fisher(fisher_file(self.folder, site.block), site)
 
     def _forward(self) -> None:
         """Keep what enters every block, and what leaves the last one."""
@@ -93,17 +103,38 @@ class Sensitivity:
                 model.free(path)
             done = 0
         for block in range(done, blocks):
-            call, source = self._inputs(), self._file("hidden", block)
             model.load(model.blocks[block])
-
-            def step(sequence: int, block: int = block, call: Inputs = call, source: HiddenFile = source) -> Tensor:
-                with self._arithmetic():
-                    return model.run_block(block, source.read(sequence), call).float()
-
-            self._write("hidden", block + 1, self.workers.map(step, range(len(self.ids))))
-            source.close()
+            self._through(block)
             model.free(model.blocks[block])
+            if not self.wanted:
+                for old in (block, block + 1) if block + 1 == blocks else (block,):
+                    self._path("hidden", old).unlink()
             give_back()
+
+    def _through(self, block: int) -> None:
+        """The loaded ``block`` on what enters it, and facts of its sites' inputs where they are watched."""
+        model, call, source = self.model, self._inputs(), self._file("hidden", block)
+        sites, watched = list(in_block(model.sites, block)), self.watched != "nothing"
+        observer = Observer({site.name for site in sites if self.watched == "gram"}, 0)
+
+        def step(sequence: int) -> tuple[Tensor, dict[tuple[str, int], Facts]]:
+            with observer.batch() as found, self._arithmetic():
+                return model.run_block(block, source.read(sequence), call).float(), found
+
+        def merged() -> Iterator[Tensor]:
+            for hidden, found in self.workers.map(step, range(len(self.ids))):
+                observer.merge(found)
+                yield hidden
+
+        file = self._created("hidden", block + 1)
+        with model.observe(block, observer, {site.name for site in sites if watched}):
+            for index, hidden in enumerate(merged()):
+                file.write(index, hidden)
+        if watched:
+            facts = {s.name: [observer.facts(s.name, e, s.shape[1]) for e in range(s.experts)] for s in sites}
+            write_inputs(inputs_file(self.folder, block), facts)
+        file.commit()
+        source.close()
 
     def _end(self) -> None:
         """The gradient of every sequence's loss at the output of the last block."""
@@ -145,7 +176,7 @@ class Sensitivity:
             return [torch.zeros_like(x) if found[0] is None else found[0], *squares]
 
         totals = [torch.zeros_like(weight, requires_grad=False) for weight in weights]
-        below = HiddenFile(self._path("gradient", block), hidden.shape, "create")
+        below = self._created("gradient", block)
         for sequence, (gradient, *squares) in enumerate(self.workers.map(step, range(len(self.ids)))):
             below.write(sequence, gradient)
             for total, square in zip(totals, squares, strict=True):
@@ -154,7 +185,7 @@ class Sensitivity:
         hidden.close()
         above.close()
         model.free(model.blocks[block])
-        write_safetensors(self._fisher(block), _named(sites, totals), {"format": "pt"})
+        write_safetensors(fisher_file(self.folder, block), _named(sites, totals), {"format": "pt"})
         self._path("gradient", block + 1).unlink(missing_ok=True)
         for done in ("hidden", "gradient") if block == 0 else ("hidden",):
             self._path(done, block).unlink(missing_ok=True)
@@ -176,18 +207,18 @@ class Sensitivity:
     def _path(self, what: str, block: int) -> Path:
         return self.folder / f"{what}-{block:05d}.f32"
 
-    def _fisher(self, block: int) -> Path:
-        return self.folder / f"fisher-{block:05d}.safetensors"
-
     def _file(self, what: str, block: int) -> HiddenFile:
         return HiddenFile(self._path(what, block), self._shape(), "read")
+
+    def _created(self, what: str, block: int) -> HiddenFile:
+        return HiddenFile(self._path(what, block), self._shape(), "create")
 
     def _shape(self) -> tuple[int, int, int, int]:
         sequences, tokens = self.ids.shape
         return sequences, 1, tokens, self.model.config.get_text_config().hidden_size
 
     def _write(self, what: str, block: int, sequences: Any) -> None:
-        file = HiddenFile(self._path(what, block), self._shape(), "create")
+        file = self._created(what, block)
         for index, values in enumerate(sequences):
             file.write(index, values)
         file.commit()
