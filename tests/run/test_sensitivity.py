@@ -55,7 +55,7 @@ def test_equals_autograd_through_the_whole_model(
     found, expected = collected(source, tmp_path / "pass"), oracle(source)
     compared = 0
     for site in found.model.sites:
-        parts = found.of(site)
+        parts = found.fisher(site)
         if site.block is None:
             assert parts is None
             continue

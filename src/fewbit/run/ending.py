@@ -121,7 +121,7 @@ def _manifest(
         },
         "recipe": recipe.to_dict(),
         "seed": seed,
-        "calibration": run.calibration.describe() if run.calibration else None,
+        "calibration": _calibration(run),
         "size_bytes": sum(stage["bytes"] for stage in stages),
         "bits_per_weight": 8 * sum(record["nbytes"] for record in layers) / weights,
         "fingerprint": run.journal.fingerprint,
@@ -133,6 +133,13 @@ def _manifest(
         "check": stages[-1]["check"],
         "files": files,
     }
+
+
+def _calibration(run: Run) -> dict[str, Any] | None:
+    """The text that facts come from, whether of this run or of one before."""
+    if run.kept is not None:
+        return {**run.kept.described["calibration"], "facts": run.kept.sha256}
+    return run.calibration.describe() if run.calibration else None
 
 
 def _judge(check: dict[str, Any], force: bool, folder: Path) -> None:

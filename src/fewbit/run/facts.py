@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from fewbit.containers import manifest as M
-from fewbit.containers.files import read_json
-from fewbit.containers.safetensors import open_safetensors, write_safetensors
+from fewbit.containers.files import digest, read_json
+from fewbit.containers.safetensors import SafetensorsFile, open_safetensors, write_safetensors
 from fewbit.core.facts import Facts
 from fewbit.errors import CorruptFileError, InputError
 from fewbit.model.sites import Site
@@ -64,19 +64,40 @@ def read_inputs(path: Path, site: Site) -> list[Facts]:
     Raises:
         InputError: the file has none. CorruptFileError: they are of another shape.
     """
-    file = open_safetensors(path)
-    if site.name not in file.metadata:
-        raise InputError(f"facts of {site.name} in {path}", "there are none", "collect them again")
-    owner, columns = file.metadata[site.name], site.shape[1]
+    found = stored(open_safetensors(path), site.name)
+    if (len(found), found[0].columns) != (site.experts, site.shape[1]):
+        sizes = f"{len(found)} of {found[0].columns} columns, not {site.experts} of {site.shape[1]}"
+        raise CorruptFileError(f"facts of {site.name} in {path}", sizes, "collect them again")
+    return found
+
+
+def owners(file: SafetensorsFile) -> dict[str, str]:
+    """Whose sums the sums of a site are, by name of the site."""
+    return {site: owner for site, owner in file.metadata.items() if site != "format"}
+
+
+def stored(file: SafetensorsFile, site: str) -> list[Facts]:
+    """The facts of ``site`` in a file that :func:`write_inputs` wrote, one entry an expert.
+
+    Raises:
+        InputError: it has none. CorruptFileError: arrays are missing or do not fit together.
+    """
+    if (owner := owners(file).get(site)) is None:
+        raise InputError(f"facts of {site} in {file.path}", "there are none", "collect them again")
     found = {array: file.get(key) for array in (*SUMS, "gram") if (key := f"{owner}.{array}") in file.entries}
-    for array, values in found.items():
-        expected = (site.experts, columns, columns) if array == "gram" else (site.experts, columns)
-        if tuple(values.shape) != expected:
-            raise CorruptFileError(f"{owner}.{array} of {path}", f"its shape is {tuple(values.shape)}, not {expected}")
+    if not {"total", "total_square"} <= found.keys() or found["total"].ndim != 2:
+        raise CorruptFileError(f"facts of {owner} in {file.path}", "sums are missing", "collect them again")
+    experts, columns = found["total"].shape
     tokens = file.get(f"{owner}.tokens").tolist()
+    for array, values in found.items():
+        expected = (experts, columns, columns) if array == "gram" else (experts, columns)
+        if tuple(values.shape) != expected or len(tokens) != experts:
+            shape = tuple(values.shape)
+            raise CorruptFileError(f"{owner}.{array} of {file.path}", f"its shape is {shape}, not {expected}")
+    sums = {"largest": None, **found}
     return [
-        Facts(columns, tokens[expert], **{array: values[expert] for array, values in found.items()})
-        for expert in range(site.experts)
+        Facts(columns, tokens[i], **{array: values if values is None else values[i] for array, values in sums.items()})  # type: ignore[arg-type]
+        for i in range(experts)
     ]
 
 
@@ -113,6 +134,11 @@ class KeptFacts:
             raise CorruptFileError(f"{folder / NAME}", f"version {described['facts']}", f"up to {VERSION} is read")
         M.check_files(folder, described)
         return KeptFacts(folder, described)
+
+    @property
+    def sha256(self) -> str:
+        """Of all that was found: ``facts.json`` holds the hash of every file."""
+        return digest(self.path / NAME)
 
     def check(self, model: Mapping[str, str], data: str | None = None) -> None:
         """They are of this model (hashes by name), and of the text whose hash is ``data``, where that is given.

@@ -84,7 +84,7 @@ class Sensitivity:
             self._backward(block)
             self.tell(Event("note", message=f"sensitivity of block {block + 1} of {blocks}"))
 
-    def of(self, site: Site) -> list[Tensor] | None:
+    def fisher(self, site: Site) -> list[Tensor] | None:
         """Float32 (rows, columns) of every expert of ``site`` (of the one matrix that it is otherwise); None where it
         was not wanted, or lies outside of the blocks."""
         if site.block is None or site.name not in self.wanted:
