@@ -81,6 +81,7 @@ def quantized(arguments: argparse.Namespace, format: str, name: str, out: Path) 
         transforms=transforms,
         out=out,
         calibration=arguments.calibration,
+        facts=arguments.facts,
         samples=arguments.samples,
         context=arguments.context,
         head=arguments.head,
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, help="evaluation text; bundled held-out text by default")
     parser.add_argument("--calibration", type=Path, help="calibration text; bundled by default")
+    parser.add_argument("--facts", type=Path, help="a folder of `fewbit calibrate`, instead of calibrating")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--unscored", type=int, default=1, help="leading tokens of a window that only give context")
