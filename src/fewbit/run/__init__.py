@@ -71,8 +71,7 @@ def quantize(
         recipe: a format such as ``"int4/g128/asym"``, a scheme such as ``"W4A16"``, or a :class:`Recipe`.
         method: for a format: ``rtn``, ``clip``, ``gptq``, ... with ``options``, after ``transforms`` (``["smooth"]``).
         calibration: a .txt or .jsonl file; bundled text when None.
-        facts: a folder of :func:`fewbit.collect`, which knows what calibration would find: every layer is solved on
-            what it sees in the float model, not on what quantized layers before it make.
+        facts: a folder of :func:`fewbit.collect` to use instead: layers are solved on what the float model shows.
         samples, context, seed: windows, tokens in each, and what they are drawn with.
         calibration_dtype: of the matrix products that calibration runs through the blocks; "auto" takes bfloat16 where
             the processor multiplies it natively. Statistics, solving and checking are float32 or wider.

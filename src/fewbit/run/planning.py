@@ -215,6 +215,7 @@ def estimate(decisions: list[Decision], tokens: int, batch_tokens: int, model: S
     rate = 8 * side**3 / (time.perf_counter() - began)
     flops, seconds, largest = 0.0, 3.0, 0
     blocks: dict[int | None, int] = {}
+    gradients: dict[int | None, int] = {}
     for decision in decisions:
         rows, columns = decision.site.shape
         # fp32 weights, their quantized form and the solver's copies live together
@@ -224,6 +225,9 @@ def estimate(decisions: list[Decision], tokens: int, batch_tokens: int, model: S
         if decision.rule is None:
             continue
         seconds += decision.weights * 6e-8
+        if tokens and methods.named(decision.rule.method).needs == "fisher":
+            flops += 8 * tokens * rows * columns  # forward, again, and two products backward
+            gradients[decision.site.block] = gradients.get(decision.site.block, 0) + 4 * decision.weights
         if decision.rule.needs == "gram":
             flops += decision.site.experts * (2 * tokens * columns**2 + 4 * columns**3 + rows * columns**2)
             seconds += columns * 2.5e-4
@@ -231,4 +235,6 @@ def estimate(decisions: list[Decision], tokens: int, batch_tokens: int, model: S
     base = 700 * 2**20  # python, torch and transformers themselves
     activations = 16 * batch_tokens * model.config.get_text_config().hidden_size * 8
     memory = base + int(2.5 * max(blocks.values())) + 4 * largest + activations
+    # the sum of squares, and the gradients of a sequence a worker and one more
+    memory += (2 + torch.get_num_threads()) * max(gradients.values(), default=0)
     return seconds + flops / rate, memory
