@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fewbit.errors import InputError
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
+from fewbit.run import sensitivity
 from fewbit.run.hidden import HiddenFile
 from fewbit.run.sensitivity import Sensitivity
 from fewbit.run.workers import workers
@@ -100,6 +102,52 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
     assert names == sorted(path.name for path in (tmp_path / "parts").iterdir())
     for name in names:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+@pytest.fixture
+def deep(tiny: Path, tmp_path: Path) -> Path:
+    """A folder with five blocks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 5}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(tmp_path / "deep")
+    return tmp_path / "deep"
+
+
+def test_with_little_disk_fewer_files_and_the_same_bytes(
+    deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most, good = [0], Sensitivity._created
+
+    def counted(self: Sensitivity, what: str, block: int) -> HiddenFile:
+        most[0] = max(most[0], len(list(self.folder.glob("hidden-*.f32"))) + (what == "hidden"))
+        return good(self, what, block)
+
+    monkeypatch.setattr(Sensitivity, "_created", counted)
+    collected(deep, tmp_path / "all")
+    assert most == [6]
+    most[0] = 0
+    monkeypatch.setattr(sensitivity.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    collected(deep, tmp_path / "few")
+    assert most == [4]
+    for path in (tmp_path / "all").iterdir():
+        assert path.read_bytes() == (tmp_path / "few" / path.name).read_bytes()
+
+
+def test_one_block_is_in_memory_at_a_time(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, good = set(), StreamedModel.run_block
+
+    def counted(self: StreamedModel, *arguments: object) -> Tensor:
+        held.add(self.materialised())
+        return good(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StreamedModel, "run_block", counted)
+    found = collected(deep, tmp_path / "pass")
+    block = sum(value.numel() for value in found.model.module.model.layers[0].parameters())
+    assert held == {block}
+    assert found.model.materialised() == 0
 
 
 def test_gradients_that_are_no_numbers_are_refused_by_name(

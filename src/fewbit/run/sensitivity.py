@@ -9,7 +9,8 @@ of the float model (the empirical Fisher of SqueezeLLM, Kim et al. 2023, arXiv:2
 as a whole. Forward, block by block, only what enters each block is kept, on disk; the gradient of the loss is taken at
 the end; then blocks come backwards, each run once more on what entered it (gradient checkpointing), which gives the
 gradients of its weights and the gradient at its inputs, for the block before. Memory is that of one block, its Fisher
-diagonal, and the gradients of one sequence a worker and one more; the disk holds what enters every block.
+diagonal, and the gradients of one sequence a worker and one more. The disk holds what enters every block, or, where
+there is no room for that, every so many, and those in between when they are needed again, for one more run forward.
 
 On the way forward facts of the inputs of every layer can be collected as well.
 
@@ -19,6 +20,8 @@ sequences are added in their order: the bits depend on no thread.
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -104,17 +107,32 @@ class Sensitivity:
             done = 0
         for block in range(done, blocks):
             model.load(model.blocks[block])
-            self._through(block)
+            self._through(block, self.watched != "nothing")
             model.free(model.blocks[block])
-            if not self.wanted:
-                for old in (block, block + 1) if block + 1 == blocks else (block,):
-                    self._path("hidden", old).unlink()
+            if not self.wanted or block % self._apart():
+                self._path("hidden", block).unlink()
+            if not self.wanted and block + 1 == blocks:
+                self._path("hidden", blocks).unlink()
             give_back()
 
-    def _through(self, block: int) -> None:
-        """The loaded ``block`` on what enters it, and facts of its sites' inputs where they are watched."""
+    def _apart(self) -> int:
+        """Blocks from one whose input is kept to the next: 1, or about the root of their number where the disk has no
+        room for all."""
+        blocks, needed = len(self.model.blocks), 4 * math.prod(self._shape())
+        return 1 if shutil.disk_usage(self.folder).free > 2 * blocks * needed else math.isqrt(blocks)
+
+    def _again(self, block: int) -> None:
+        """Bring back what enters ``block``, from the nearest block before it whose input was kept."""
+        start = next(before for before in range(block, -1, -1) if self._path("hidden", before).exists())
+        for before in range(start, block):
+            self.model.load(self.model.blocks[before])
+            self._through(before, watched=False)
+            self.model.free(self.model.blocks[before])
+
+    def _through(self, block: int, watched: bool) -> None:
+        """The loaded ``block`` on what enters it, and facts of its sites' inputs where they are ``watched``."""
         model, call, source = self.model, self._inputs(), self._file("hidden", block)
-        sites, watched = list(in_block(model.sites, block)), self.watched != "nothing"
+        sites = list(in_block(model.sites, block))
         observer = Observer({site.name for site in sites if self.watched == "gram"}, 0)
 
         def step(sequence: int) -> tuple[Tensor, dict[tuple[str, int], Facts]]:
@@ -161,6 +179,7 @@ class Sensitivity:
     def _backward(self, block: int) -> None:
         """The Fisher diagonal of ``block``, and the gradient at its inputs."""
         model, call = self.model, self._inputs()
+        self._again(block)
         hidden, above = self._file("hidden", block), self._file("gradient", block + 1)
         model.load(model.blocks[block])
         sites = [site for site in in_block(model.sites, block) if site.name in self.wanted]
