@@ -27,17 +27,18 @@ from fewbit.run.verify import read_back
 Short = Callable[..., Any]
 FORMAT = "palette4/rows16"
 SHARES = {"outliers": 0.01, "sensitive": 0.005}
+FEW: dict[str, Any] = {"options": SHARES, "calibration_dtype": "float32", "samples": 4, "context": 32}
 
 
 @pytest.fixture(scope="module")
 def whole(short: Short, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run, calibrated in float32."""
     out = tmp_path_factory.mktemp("terms") / "out"
-    return short(out, FORMAT, "squeezellm", options=SHARES, calibration_dtype="float32")
+    return short(out, FORMAT, "squeezellm", **FEW)
 
 
 def again(short: Short, out: Path, **more: Any) -> Any:
-    return short(out, FORMAT, "squeezellm", options=SHARES, calibration_dtype="float32", **more)
+    return short(out, FORMAT, "squeezellm", **{**FEW, **more})
 
 
 def test_planned_bytes_are_those_of_the_files(tiny: Path, whole: Any) -> None:

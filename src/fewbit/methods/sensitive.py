@@ -14,7 +14,7 @@ from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, UnsupportedError
-from fewbit.methods import objective, ranges
+from fewbit.methods import objective
 
 
 def refuse(format: Format) -> str | None:
@@ -48,9 +48,9 @@ def importance(method: str, weight: Tensor, format: Format, facts: Facts) -> Ten
 
 
 def fitted(weight: Tensor, format: Format, worth: Tensor | None) -> QTensor:
-    """Nearest values of the levels of least ``sum worth (w - w_hat)^2``; ``worth`` (rows, columns) or None for ones.
-    Never worse than the unweighted levels, group of rows by group."""
+    """Nearest values of the levels of least ``sum worth (w - w_hat)^2``; ``worth`` (rows, columns) or None for ones. That
+    is the least there is, but for the rounding of levels to float16."""
     weight = weight.float()
     format = format.bind(weight)
-    params = ranges.search(format, weight, worth, (1.0,))
+    params = F.fit(format, weight, worth)
     return QTensor.of(format, F.encode(format, weight, params), params)
