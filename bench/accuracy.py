@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 import fewbit
 from fewbit import calibrate
+from fewbit.containers import manifest as M
 from fewbit.containers.files import read_json, write_json
 from fewbit.measure.accuracy import Scores, score, summarize
 from fewbit.model.checkpoint import open_checkpoint
@@ -41,6 +44,8 @@ METHODS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
     "awq": (("awq",), "awq", {}),
     "awq + clip": (("awq",), "clip", {}),
     "awq + gptq": (("awq",), "gptq", {}),
+    "skm": ((), "skm", {}),
+    "squeezellm 0.45 %": ((), "squeezellm", {}),
 }
 """Transforms, method and options by the name of a row."""
 USUAL = ("rtn", "clip", "gptq", "gptq act-order")
@@ -50,7 +55,7 @@ def decoded(module: nn.Module, streamed: StreamedModel, folder: Path, manifest: 
     """Put what ``folder`` decodes to into ``module``, which shares its parameters with ``streamed``."""
     where = read_json(folder / "model.safetensors.index.json")["weight_map"]
     for record in manifest["layers"]:
-        path = folder / where[f"{record['name']}.weight_packed"]
+        path = folder / next(file for key, file in where.items() if key.startswith(f"{record['name']}.weight_"))
         values = read_rewrite(path, record).unweight(read_back(path, record).dequantize())
         for site in streamed.sites:
             if record["name"] in (site.name, site.tied_to):
@@ -62,6 +67,27 @@ def decoded(module: nn.Module, streamed: StreamedModel, folder: Path, manifest: 
 def logits(module: nn.Module, ids: Tensor) -> Tensor:
     """(tokens, vocabulary) float32 logits of one window."""
     return module(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+
+
+def quantized(arguments: argparse.Namespace, format: str, name: str, out: Path) -> float:
+    """Quantize into ``out``; seconds."""
+    transforms, method, options = METHODS[name]
+    began = time.monotonic()
+    fewbit.quantize(
+        arguments.model,
+        format,
+        method=method,
+        options=options,
+        transforms=transforms,
+        out=out,
+        calibration=arguments.calibration,
+        facts=arguments.facts,
+        samples=arguments.samples,
+        context=arguments.context,
+        head=arguments.head,
+        force=True,
+    )
+    return time.monotonic() - began
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -77,34 +103,23 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for format in arguments.formats:
         for name in arguments.methods:
-            transforms, method, options = METHODS[name]
             with TemporaryDirectory() as scratch:
-                began = time.monotonic()
-                result = fewbit.quantize(
-                    arguments.model,
-                    format,
-                    method=method,
-                    options=options,
-                    transforms=transforms,
-                    out=Path(scratch) / "out",
-                    calibration=arguments.calibration,
-                    samples=arguments.samples,
-                    context=arguments.context,
-                    head=arguments.head,
-                    force=True,
-                )
-                seconds = time.monotonic() - began
+                out = Path(scratch) / "out"
+                with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # whose peak memory is its own
+                    seconds = apart.submit(quantized, arguments, format, name, out).result()
+                manifest, peak = M.read(out), read_json(Path(f"{out}.log.json"))["peak_rss_bytes"]
                 ours.load("")
                 ours.module.to(device)  # type: ignore[arg-type]
-                decoded(ours.module, ours, result.path, result.manifest)
+                decoded(ours.module, ours, out, manifest)
             scored: list[Scores] = [
                 score(logits(ours.module, ids), ids, logits(reference.module, ids), arguments.unscored)
                 for ids in windows
             ]
-            linear = [layer for layer in result.manifest["layers"] if layer["kind"] not in ("embedding", "head")]
+            linear = [layer for layer in manifest["layers"] if layer["kind"] not in ("embedding", "head")]
             weights = sum(layer["shape"][0] * layer["shape"][1] * layer["experts"] for layer in linear)
             bits = 8 * sum(layer["nbytes"] for layer in linear) / weights
             row = {"format": format, "method": name, "bits": bits, "seconds": seconds, **summarize(scored)}
+            row["peak_rss_bytes"] = peak
             row["reference_perplexity"] = row["perplexity"] / row["perplexity_ratio"]
             rows.append(row)
             print(
@@ -118,7 +133,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def show(rows: list[dict[str, Any]]) -> None:
     """The table, grouped by format."""
     table = Table(title=f"float32 perplexity {rows[0]['reference_perplexity']:.3f}")
-    for column in ("format", "method", "true bits", "perplexity", "KL mean", "KL 99.9 %", "top-1", "seconds"):
+    for column in ("format", "method", "true bits", "perplexity", "KL mean", "KL 99.9 %", "top-1", "seconds", "MiB"):
         table.add_column(column, justify="left" if column in ("format", "method") else "right")
     for row in rows:
         table.add_row(
@@ -130,6 +145,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['kl_p999']:.2f}",
             f"{row['top1_agreement']:.1%}",
             f"{row['seconds']:.0f}",
+            f"{row['peak_rss_bytes'] / 2**20:.0f}",
         )
     Console(width=120).print(table)
 
@@ -139,6 +155,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, help="evaluation text; bundled held-out text by default")
     parser.add_argument("--calibration", type=Path, help="calibration text; bundled by default")
+    parser.add_argument("--facts", type=Path, help="a folder of `fewbit calibrate`, instead of calibrating")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--unscored", type=int, default=1, help="leading tokens of a window that only give context")

@@ -27,6 +27,7 @@ NEEDS = {
     "nothing": "no data",
     "largest": "max|x| of each input",
     "mean_square": "E[x^2] of each input",
+    "fisher": "Fisher diagonal of the weight, by a backward pass",
     "gram": "E[x x^T] of the inputs",
 }
 

@@ -57,6 +57,9 @@ def test_what_calibration_has_to_collect() -> None:
     assert rule(method="clip").needs == rule("smooth", method="clip").needs == "mean_square"
     assert rule("rotate", method="clip").needs == rule(method="gptq").needs == "gram"
     assert Rule("*", "float", "gptq").needs == "nothing"
+    assert rule(method="skm").needs == rule("smooth", method="skm").needs == "fisher"
+    with pytest.raises(SpecError, match="method skm after transform rotate"):
+        rule("rotate", method="skm")
 
 
 def test_toml_out_and_in(tmp_path: Path) -> None:

@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from fewbit.integrations.load import load
     from fewbit.recipe import Recipe
     from fewbit.run import plan, quantize
+    from fewbit.run.collecting import collect
 
 __version__ = "0.1.0"
 
 _LATER = {
+    "collect": "fewbit.run.collecting",
     "evaluate": "fewbit.evaluation",
     "generate": "fewbit.decode.writer",
     "load": "fewbit.integrations.load",
@@ -59,6 +61,7 @@ __all__ = [
     "QTensor",
     "Recipe",
     "Sampling",
+    "collect",
     "evaluate",
     "formats",
     "generate",

@@ -86,6 +86,9 @@ def quantize(
     option: Options = None,
     transform: Transform = None,
     calibration: Calibration = None,
+    facts: Annotated[
+        Path | None, typer.Option("--facts", help="A folder of `fewbit calibrate`, instead of calibrating.")
+    ] = None,
     head: Head = "int8/g64",
     samples: Samples = 128,
     context: Window = 512,
@@ -99,10 +102,34 @@ def quantize(
     """Quantize MODEL into OUT, verify it, and report. Killed or interrupted, the same command continues."""
     from fewbit.commands import quantize as command
 
-    request = command.Request(
-        model, format, method, recipe, option, transform, calibration, head, samples, context, seed, threads, force
-    )
-    command.run(request, out, json, report)
+    rules = (model, format, method, recipe, option, transform, calibration)
+    command.run(command.Request(*rules, head, samples, context, seed, threads, force, facts), out, json, report)
+
+
+@app.command()
+@guarded
+def calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FACTS", help="Folder to write.")],
+    calibration: Calibration = None,
+    gram: Annotated[bool, typer.Option(help="Second moments of inputs: what gptq and awq need.")] = True,
+    fisher: Annotated[bool, typer.Option(help="Fisher diagonal of weights: what skm and squeezellm need.")] = True,
+    merge: Annotated[
+        list[Path] | None, typer.Option("--merge", metavar="FACTS", help="Add up such folders instead; repeat it.")
+    ] = None,
+    samples: Samples = 128,
+    context: Window = 512,
+    seed: Seed = 0,
+    threads: Threads = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FACTS.")] = False,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Collect what MODEL shows on a text into FACTS, once for many `fewbit quantize --facts FACTS`."""
+    from fewbit.commands import calibrate as command
+
+    text = {"calibration": calibration, "samples": samples, "context": context, "seed": seed}
+    command.run(model, out, merge or [], json, **text, gram=gram, fisher=fisher, threads=threads, force=force)
 
 
 @app.command()

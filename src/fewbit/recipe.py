@@ -106,11 +106,15 @@ class Rule:
                 works = f"its options are {', '.join(known)}" if known else "it has no options"
                 raise SpecError(f"option {name!r} of method {self.method}", "no such option", works)
         mixing = ""
+        by_gradient = methods.named(self.method).needs == "fisher"
         for row in map(transforms.named, (step.name for step in self.transforms)):
             if mixing and row.needs != "nothing":
                 found = f"after {mixing} the inputs are others than those that calibration sees"
                 raise SpecError(f"transform {row.name} after {mixing}", found, f"put {row.name} first")
             mixing = row.name if row.mixes else mixing
+        if mixing and by_gradient:
+            found = "the squared gradients of mixed weights do not follow from those of the weights"
+            raise SpecError(f"method {self.method} after transform {mixing}", found, "smooth or awq, which only scale")
 
     @property
     def needs(self) -> Need:

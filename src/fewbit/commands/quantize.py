@@ -38,6 +38,7 @@ class Request:
     seed: int
     threads: int | None
     force: bool
+    facts: Path | None = None
 
     def recipe(self) -> Recipe:
         """What to do with which layer: the recipe's rules first, then --format for what they leave.
@@ -63,7 +64,8 @@ class Request:
 
     def running(self) -> dict[str, Any]:
         """Keywords of :func:`fewbit.quantize`."""
-        return {**self.planning(), "calibration": self.calibration, "seed": self.seed, "threads": self.threads}
+        calibration = {"calibration": self.calibration, "facts": self.facts, "seed": self.seed}
+        return {**self.planning(), **calibration, "threads": self.threads}
 
 
 def settings(given: list[str]) -> dict[str, Any]:

@@ -18,9 +18,12 @@ TILE = 128
 """Columns whose part of the second moment is one square product; see :class:`Accumulator`."""
 
 
-Need = Literal["nothing", "largest", "mean_square", "gram"]
-"""What is asked of calibration: max|x|, E[x^2], E[x x^T]."""
-_NEEDS: tuple[Need, ...] = ("nothing", "largest", "mean_square", "gram")
+Need = Literal["nothing", "largest", "mean_square", "fisher", "gram"]
+"""What is asked of calibration: max|x|, E[x^2], that and the Fisher diagonal of the weight, E[x x^T].
+
+The Fisher diagonal comes from a pass of its own (:mod:`fewbit.run.sensitivity`), whatever is collected at the inputs.
+"""
+_NEEDS: tuple[Need, ...] = ("nothing", "largest", "mean_square", "fisher", "gram")
 
 
 def strongest(*needs: Need) -> Need:
@@ -36,6 +39,8 @@ class Facts:
     where it cannot be known: of inputs that were rotated after they were seen.
     ``gram``: (columns, columns) float32 sum of x x^T, symmetric bit for bit, or None when no method asked for it.
     ``total_magnitude``: (columns,) sum of |x|, float32; None where ``largest`` is.
+    ``fisher``: (rows, columns) float32, of the layer's weight: the sum over sequences of the squared gradient of a
+    sequence's loss, or None when no method asked for it.
     """
 
     columns: int
@@ -45,6 +50,7 @@ class Facts:
     largest: Tensor | None
     gram: Tensor | None = None
     total_magnitude: Tensor | None = None
+    fisher: Tensor | None = None
 
     @staticmethod
     def none(columns: int, gram: bool = False) -> Facts:
@@ -82,6 +88,7 @@ class Facts:
             largest,
             gram,
             magnitude,
+            None if self.fisher is None or other.fisher is None else self.fisher + other.fisher,
         )
 
     @property

@@ -12,28 +12,37 @@ from torch import Tensor
 from fewbit.core.facts import Facts, Need
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
+from fewbit.core.terms import Terms
 
 
 def _takes_all(format: Format) -> str | None:
     return None
 
 
+def _nothing_beside(shape: tuple[int, int], **options: Any) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the method table.
 
-    ``solve(weight, format, facts, **options)`` takes a float32 (rows, columns) weight and returns an unpacked QTensor.
-    ``needs``: "nothing" (data-free), "mean_square" (E[x^2]) or "gram" (E[x x^T]).
+    ``solve(weight, format, facts, **options)`` takes a float32 (rows, columns) weight and returns an unpacked QTensor,
+    or a sum of terms whose matrices are unpacked.
+    ``needs``: "nothing" (data-free), "mean_square" (E[x^2]), "fisher" (Fisher diagonal) or "gram" (E[x x^T]).
     ``options``: names and defaults, so that a recipe can be checked before work starts.
     ``refuse(format)``: None, or the reason why it cannot choose codes of that format; the plan asks it.
+    ``beside(shape, **options)``: bytes that the result for a (rows, columns) weight takes beside one matrix in the
+    format; where there are any, it is a sum of terms.
     """
 
     name: str
-    solve: Callable[..., QTensor]
+    solve: Callable[..., QTensor | Terms]
     needs: Need
     options: dict[str, Any] = field(default_factory=dict)
     refuse: Callable[[Format], str | None] = _takes_all
+    beside: Callable[..., int] = _nothing_beside
     source: str = ""
 
-    def __call__(self, weight: Tensor, format: Format, facts: Facts, **options: Any) -> QTensor:
+    def __call__(self, weight: Tensor, format: Format, facts: Facts, **options: Any) -> QTensor | Terms:
         return self.solve(weight, format, facts, **{**self.options, **options})

@@ -121,6 +121,7 @@ class Scale(Rewrite):
             None if facts.largest is None else facts.largest * scale,
             None if facts.gram is None else facts.gram * torch.outer(scale, scale),
             None if facts.total_magnitude is None else facts.total_magnitude * scale,
+            None if facts.fisher is None else facts.fisher * scale.square(),  # a weight is divided by its scale
         )
 
 
@@ -179,7 +180,7 @@ class Rotation(Rewrite):
         return self.inverse(weight)
 
     def facts(self, facts: Facts) -> Facts:
-        """As the module says; ``largest`` and ``total_magnitude`` become None: they do not follow from any sum."""
+        """As the module says; ``largest``, ``total_magnitude`` and ``fisher`` become None: they follow from no sum."""
         if facts.gram is None:
             raise InputError(
                 f"facts of {self.columns} rotated inputs",

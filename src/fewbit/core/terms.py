@@ -19,12 +19,14 @@ LittleBit (arXiv:2506.13771) a ``Product`` of signs under both scales.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fewbit.core.format import Format
+from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError
 
@@ -176,6 +178,12 @@ class Sparse(Term):
         if not bool(self.values.isfinite().all()):
             raise InputError(asked, f"values are not finite in {self.values.dtype}", "finite float32 ones would work")
 
+    @staticmethod
+    def bytes_of(shape: tuple[int, int], entries: int, bits: int = 16) -> int:
+        """What ``entries`` with values of ``bits`` take in a matrix of ``shape``, without making them."""
+        index, pointer = 2 if shape[1] <= 1 << 16 else 4, 4 if entries < 1 << 31 else 8
+        return entries * (index + bits // 8) + (shape[0] + 1) * pointer
+
     def rows(self) -> Tensor:
         """The row of each entry, (entries,) int64."""
         at = torch.arange(self.shape[0], device=self.pointers.device)
@@ -271,6 +279,27 @@ class Terms(Term):
     @property
     def nbytes(self) -> int:
         return sum(term.nbytes for term in self.terms) + _bytes(self.row_scale, self.column_scale)
+
+
+def repack(weight: QTensor | Terms, layout_of: Callable[[Format], Layout]) -> QTensor | Terms:
+    """``weight`` with every matrix in the layout that ``layout_of`` gives for its format; nothing is fitted again."""
+
+    def each(term: Term) -> Term:
+        match term:
+            case Dense():
+                return Dense(term.qtensor.repack(layout_of(term.qtensor.format)))
+            case Product():
+                left, right = (matrix.repack(layout_of(matrix.format)) for matrix in (term.left, term.right))
+                return Product(left, term.middle, right)
+            case Columns():
+                return Columns(term.permutation, tuple(map(each, term.parts)))
+            case Terms():
+                return replace(term, terms=tuple(map(each, term.terms)))
+        return term
+
+    if isinstance(weight, QTensor):
+        return weight.repack(layout_of(weight.format))
+    return replace(weight, terms=tuple(map(each, weight.terms)))
 
 
 def _bytes(*arrays: Tensor | None) -> int:

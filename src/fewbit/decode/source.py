@@ -149,6 +149,8 @@ class Source:
 
     def _qtensor(self, name: str) -> QTensor:
         entry = self.modules[name]
+        if "terms" in entry:
+            raise UnsupportedError(f"the native runtime for {name}", "its weight is a sum of terms", "one matrix")
         format, layout = formats.parse(entry["format"]), layouts.named(entry["layout"])
         shape = (int(entry["shape"][0]) * int(entry.get("experts", 1)), int(entry["shape"][1]))
         arrays = {array: self.tensor(f"{name}.weight_{array}") for array in storage(format, layout, shape)}

@@ -13,8 +13,12 @@ from fewbit.methods.hqq import hqq
 from fewbit.methods.hqq import refuse as refuse_hqq
 from fewbit.methods.objective import refuse_vectors, relative_error
 from fewbit.methods.rtn import rtn
+from fewbit.methods.sensitive import refuse as refuse_unclustered
+from fewbit.methods.skm import skm
+from fewbit.methods.squeezellm import beside as sparse_beside
+from fewbit.methods.squeezellm import squeezellm
 
-__all__ = ["METHODS", "awq", "clip", "gptq", "hqq", "named", "relative_error", "rtn"]
+__all__ = ["METHODS", "awq", "clip", "gptq", "hqq", "named", "relative_error", "rtn", "skm", "squeezellm"]
 
 METHODS: tuple[Method, ...] = (
     Method("rtn", rtn, needs="nothing", source="Jacob et al. 2018, arXiv:1712.05877"),
@@ -58,6 +62,22 @@ METHODS: tuple[Method, ...] = (
         options={"p": 0.7, "beta": 10.0, "kappa": 1.01, "iterations": 20},
         refuse=refuse_hqq,
         source="Badri, Shaji 2023, github.com/mobiusml/hqq",
+    ),
+    Method(
+        "skm",
+        skm,
+        needs="fisher",
+        refuse=refuse_unclustered,
+        source="objective of Kim et al. 2023, arXiv:2306.07629; sensitive k-means of coremltools",
+    ),
+    Method(
+        "squeezellm",
+        squeezellm,
+        needs="fisher",
+        options={"outliers": 0.004, "sensitive": 0.0005},
+        refuse=refuse_unclustered,
+        beside=sparse_beside,
+        source="Kim et al. 2023, arXiv:2306.07629",
     ),
 )
 

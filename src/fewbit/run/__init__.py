@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,17 +12,20 @@ from typing import Any, Literal
 import torch
 
 import fewbit
-from fewbit import calibrate
+from fewbit import calibrate, methods
 from fewbit.calibrate import Calibration
 from fewbit.containers import manifest as M
-from fewbit.errors import InputError, SpecError
+from fewbit.errors import SpecError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Recipe
+from fewbit.run import opening as O
 from fewbit.run.ending import STATE, describe, finish
 from fewbit.run.events import Event, Progress
+from fewbit.run.facts import KeptFacts
 from fewbit.run.journal import Journal
 from fewbit.run.planning import Plan, make_plan
+from fewbit.run.sensitivity import Sensitivity
 from fewbit.run.stages import run_stages
 from fewbit.run.state import Run
 from fewbit.run.workers import workers
@@ -34,8 +34,6 @@ PROBE = (8, 256)
 """Held-out windows and tokens that every run checks itself on."""
 BATCH_TOKENS = 2048
 HEAD = "int8/g64"
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""Names under which a configuration gives the longest context."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ def quantize(
     out: str | Path,
     method: str = "rtn",
     calibration: str | Path | None = None,
+    facts: str | Path | None = None,
     seed: int = 0,
     threads: int | None = None,
     force: bool = False,
@@ -72,6 +71,7 @@ def quantize(
         recipe: a format such as ``"int4/g128/asym"``, a scheme such as ``"W4A16"``, or a :class:`Recipe`.
         method: for a format: ``rtn``, ``clip``, ``gptq``, ... with ``options``, after ``transforms`` (``["smooth"]``).
         calibration: a .txt or .jsonl file; bundled text when None.
+        facts: a folder of :func:`fewbit.collect` to use instead: layers are solved on what the float model shows.
         samples, context, seed: windows, tokens in each, and what they are drawn with.
         calibration_dtype: of the matrix products that calibration runs through the blocks; "auto" takes bfloat16 where
             the processor multiplies it natively. Statistics, solving and checking are float32 or wider.
@@ -83,25 +83,23 @@ def quantize(
         FewbitError: see :mod:`fewbit.errors`. An interrupted or refused run leaves its work in ``OUT.partial``, from
             which the same call continues.
     """
-    chosen, target, tell = _recipe(recipe, method, head, options, transforms), Path(out), progress or _silent
-    with _source(model, tokenizer, target) as path:
-        checkpoint = open_checkpoint(path)
-        streamed = StreamedModel.open(checkpoint)
-        planned = make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
-        for message in planned.warnings:
-            tell(Event("note", message=message))
-        words = checkpoint.tokenizer()
+    chosen, target, tell = _recipe(recipe, method, head, options, transforms), Path(out), progress or O.silent
+    with O.source(model, tokenizer, target) as path:
+        streamed = StreamedModel.open(checkpoint := open_checkpoint(path))
+        planned = _planned(checkpoint, streamed, chosen, samples * context, force, tell)
+        words, products = checkpoint.tokenizer(), O.products(calibration_dtype)
         data = _calibration(checkpoint, words, chosen, calibration, samples, context, seed, tell)
-        products = _calibration_dtype(calibration_dtype)
-        fingerprint = _fingerprint(checkpoint, chosen, data, seed, products)
-        if (finished := _finished(target, fingerprint)) is not None:
-            tell(Event("done", message=f"{target} is finished already"))
+        kept = None if facts is None else _kept(facts, checkpoint, planned, data if calibration else None)
+        data = None if kept else data
+        fingerprint = _fingerprint(checkpoint, chosen, data, seed, products, kept)
+        if (finished := _finished(target, fingerprint, tell)) is not None:
             return finished
-        folder = _open_folder(target, force)
+        folder = O.open_folder(target, force)
         journal = Journal.open(folder / STATE / "journal.json", fingerprint)
-        probe = calibrate.probe(words, PROBE[0], min(PROBE[1], _longest(checkpoint)))
+        probe = calibrate.probe(words, PROBE[0], min(PROBE[1], O.longest(checkpoint)))
         with workers(threads) as pool:
             run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed)
+            run.kept, run.sensitivity = kept, _sensitivity(run)
             run_stages(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)
     tell(Event("done", message=str(target)))
@@ -127,8 +125,26 @@ def plan(
     return make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
 
 
-def _silent(event: Event) -> None:
-    """For callers that want no progress."""
+def _planned(
+    checkpoint: Checkpoint, streamed: StreamedModel, recipe: Recipe, tokens: int, force: bool, tell: Progress
+) -> Plan:
+    """The plan, its warnings told."""
+    planned = make_plan(checkpoint, streamed, recipe, tokens, BATCH_TOKENS, force)
+    for message in planned.warnings:
+        tell(Event("note", message=message))
+    return planned
+
+
+def _kept(facts: str | Path, checkpoint: Checkpoint, planned: Plan, data: Calibration | None) -> KeptFacts:
+    """The facts in the folder ``facts``, checked: of this model, of ``data`` where that was named, and all that the
+    plan needs."""
+    kept = KeptFacts.read(facts)
+    kept.check(O.model_hashes(checkpoint), data.sha256 if data else None)
+    for decision in planned.decisions:
+        if decision.rule is not None and decision.site.block is not None:
+            kept.require(decision.site.name, decision.rule.needs)
+            kept.require(decision.site.name, methods.named(decision.rule.method).needs)
+    return kept
 
 
 def _recipe(
@@ -145,43 +161,25 @@ def _recipe(
     return recipe
 
 
-def _longest(checkpoint: Checkpoint) -> int:
-    """Positions that the model was made for."""
-    text = checkpoint.config.get_text_config()
-    return next((limit for name in POSITIONS if type(limit := getattr(text, name, None)) is int), 1 << 30)
-
-
-def _calibration_dtype(asked: str) -> torch.dtype:
-    if asked == "auto":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if native else torch.float32
-    if asked not in ("float32", "bfloat16"):
-        raise SpecError(f"calibration_dtype {asked!r}", "no such choice", "auto, float32 or bfloat16")
-    return torch.bfloat16 if asked == "bfloat16" else torch.float32
-
-
 def _fingerprint(
-    checkpoint: Checkpoint, recipe: Recipe, data: Calibration | None, seed: int, products: torch.dtype
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    data: Calibration | None,
+    seed: int,
+    products: torch.dtype,
+    kept: KeptFacts | None,
 ) -> dict[str, str]:
     """Everything that the bytes of the result depend on."""
     return {
         "version": fewbit.__version__,
-        "code": _code(),
-        "weights": checkpoint.fingerprint(),
-        "config": hashlib.sha256(checkpoint.config.to_json_string().encode()).hexdigest(),
+        "code": O.code_hash(),
+        **O.model_hashes(checkpoint),
         "recipe": describe(recipe),
         "calibration": data.sha256 if data else "none",
         "calibration_dtype": str(products) if data else "none",
+        "facts": kept.sha256 if kept else "none",
         "seed": str(seed),
     }
-
-
-def _code() -> str:
-    """Hash of the package's own source: another fewbit of the same version must not continue this one's work."""
-    home, state = Path(fewbit.__file__).parent, hashlib.sha256()
-    for path in sorted(home.rglob("*.py")):
-        state.update(f"{path.relative_to(home).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return state.hexdigest()
 
 
 def _calibration(
@@ -199,15 +197,21 @@ def _calibration(
         if source is not None:
             tell(Event("note", message=f"the calibration text {source} is not used: nothing in the recipe needs data"))
         return None
-    if context > (longest := _longest(checkpoint)):
-        tell(Event("note", message=f"calibrating with windows of {longest} tokens, the most this model takes"))
-        context = longest
-    data = calibrate.calibration(words, source, samples, context, seed)
-    if len(data.ids) < samples:
-        tell(
-            Event("note", message=f"calibration text {data.source} gives {len(data.ids)} samples instead of {samples}")
-        )
-    return data
+    return O.draw(checkpoint, words, source, samples, context, seed, tell)
+
+
+def _sensitivity(run: Run) -> Sensitivity | None:
+    """The Fisher diagonal of the weights whose method asks for it, collected; None where none does."""
+    rules = {decision.site.name: decision.rule for decision in run.plan.decisions if decision.rule is not None}
+    wanted = frozenset(name for name, rule in rules.items() if methods.named(rule.method).needs == "fisher")
+    if run.calibration is None or not wanted:
+        return None
+    folder = run.folder / STATE / "sensitivity"
+    found = Sensitivity(
+        run.model, run.calibration.ids, folder, wanted, run.workers, run.progress, run.calibration_dtype
+    )
+    found.collect()
+    return found
 
 
 def _batch(data: Calibration | None) -> int:
@@ -218,7 +222,7 @@ def _batch(data: Calibration | None) -> int:
     return next(size for size in range(max(1, BATCH_TOKENS // context), 0, -1) if number % size == 0)
 
 
-def _finished(target: Path, fingerprint: dict[str, str]) -> Result | None:
+def _finished(target: Path, fingerprint: dict[str, str], tell: Progress) -> Result | None:
     """The result of the very same run, if ``target`` holds it; its files are checked again."""
     if not (target / M.NAME).is_file():
         return None
@@ -227,42 +231,8 @@ def _finished(target: Path, fingerprint: dict[str, str]) -> Result | None:
         return None
     M.check_files(target, manifest)
     shutil.rmtree(target / STATE, ignore_errors=True)
+    tell(Event("done", message=f"{target} is finished already"))
     return Result(target, manifest)
-
-
-def _open_folder(target: Path, force: bool) -> Path:
-    """``OUT.partial``, made if need be.
-
-    Raises:
-        InputError: ``target`` exists and ``force`` is off, or nothing can be written there.
-    """
-    if target.exists() and not force:
-        works = "give another -o, remove it, or --force to replace it"
-        raise InputError(f"writing {target}", "it exists already", works)
-    folder = target.with_name(target.name + ".partial")
-    try:
-        (folder / STATE).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"writing {target}", f"{error.strerror}", "give a folder that you may write to") from None
-    return folder
-
-
-@contextmanager
-def _source(model: Any, tokenizer: Any, target: Path) -> Iterator[str | Path]:
-    """A path for ``model``; a model in memory is written to a temporary folder first."""
-    if isinstance(model, (str, Path)):
-        yield model
-        return
-    if tokenizer is None:
-        raise SpecError("quantizing a model in memory", "no tokenizer was given", "pass tokenizer=...")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.source-", dir=target.parent))
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 __all__ = ["Event", "Plan", "Progress", "Result", "plan", "quantize"]

@@ -71,7 +71,8 @@ def _config(run: Run, folder: Path, layers: list[dict[str, Any]]) -> None:
     """config.json with what the transformers plug-in needs to build the modules."""
     modules = {}
     for record in layers:
-        entry = {key: record[key] for key in ("kind", "format", "layout", "shape")}
+        described = ("terms",) if "terms" in record else ("format", "layout")
+        entry = {key: record[key] for key in ("kind", *described, "shape")}
         if record["activation"] is not None:
             entry["activation"] = record["activation"]
         if record["rewrites"]:
@@ -120,7 +121,7 @@ def _manifest(
         },
         "recipe": recipe.to_dict(),
         "seed": seed,
-        "calibration": run.calibration.describe() if run.calibration else None,
+        "calibration": _calibration(run),
         "size_bytes": sum(stage["bytes"] for stage in stages),
         "bits_per_weight": 8 * sum(record["nbytes"] for record in layers) / weights,
         "fingerprint": run.journal.fingerprint,
@@ -132,6 +133,13 @@ def _manifest(
         "check": stages[-1]["check"],
         "files": files,
     }
+
+
+def _calibration(run: Run) -> dict[str, Any] | None:
+    """The text that facts come from, whether of this run or of one before."""
+    if run.kept is not None:
+        return {**run.kept.described["calibration"], "facts": run.kept.sha256}
+    return run.calibration.describe() if run.calibration else None
 
 
 def _judge(check: dict[str, Any], force: bool, folder: Path) -> None:

@@ -17,7 +17,7 @@ from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.sites import Site
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import FLOAT, Recipe, Rule
-from fewbit.run.solve import layout_for
+from fewbit.run.solve import kernel_name, layout_for
 
 REFERENCE = "reference"
 
@@ -136,6 +136,9 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
             "use --method gptq, or --force to do it anyway",
         )
     refused = methods.named(rule.method).refuse(format)
+    beside = 0 if site.block is None else methods.named(rule.method).beside(site.shape, **options_of(rule))
+    if beside:
+        _check_terms(site, rule)
     if refused is not None:
         able = ", ".join(method.name for method in methods.METHODS if method.refuse(format) is None)
         raise UnsupportedError(f"{rule.format} by {rule.method} for {site.name}", refused, f"methods {able} take it")
@@ -143,10 +146,25 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
         shape = (site.shape[0] * site.experts, site.shape[1])
         nbytes = storage_bytes(storage(format, layout_for(format), shape))
         kinds = [transforms.named(step.name).makes for step in rule.transforms]
-        nbytes += storage_bytes(R.storage(kinds, site.shape[1]))
+        nbytes += storage_bytes(R.storage(kinds, site.shape[1])) + beside
     except FewbitError as error:
         raise type(error)(f"layer {site.name}: {error.asked}", error.found, error.works) from None
-    return Decision(site, rule, _choice(rule, site).name, nbytes)
+    return Decision(site, rule, kernel_name(rule, site.shape, beside > 0), nbytes)
+
+
+def options_of(rule: Rule) -> dict[str, Any]:
+    """All options of the rule's method."""
+    return {**methods.named(rule.method).options, **rule.options}
+
+
+def _check_terms(site: Site, rule: Rule) -> None:
+    """Refuse layers whose weight cannot be a sum of terms."""
+    asked = f"{rule.format} by {rule.method} for {site.name}, which keeps few weights apart"
+    works = "give this layer a rule that keeps none, e.g. with options outliers=0, sensitive=0"
+    if site.experts > 1:
+        raise UnsupportedError(asked, "fused experts are one matrix each", works)
+    if rule.activation is not None:
+        raise UnsupportedError(asked, f"what is kept apart would miss the rounding to {rule.activation}", works)
 
 
 def _choice(rule: Rule, site: Site) -> kernels.Choice:
@@ -173,7 +191,7 @@ def _check_transforms(site: Site, rule: Rule) -> None:
 
 def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> list[str]:
     found = []
-    slow = [d for d in quantized if d.kernel == REFERENCE and d.site.kind != "embedding"]
+    slow = [d for d in quantized if d.kernel.startswith(REFERENCE) and d.site.kind != "embedding"]
     if slow:
         choice = _choice(slow[0].rule, slow[0].site)  # type: ignore[arg-type]
         why = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:2])
@@ -197,6 +215,7 @@ def estimate(decisions: list[Decision], tokens: int, batch_tokens: int, model: S
     rate = 8 * side**3 / (time.perf_counter() - began)
     flops, seconds, largest = 0.0, 3.0, 0
     blocks: dict[int | None, int] = {}
+    gradients: dict[int | None, int] = {}
     for decision in decisions:
         rows, columns = decision.site.shape
         # fp32 weights, their quantized form and the solver's copies live together
@@ -206,6 +225,9 @@ def estimate(decisions: list[Decision], tokens: int, batch_tokens: int, model: S
         if decision.rule is None:
             continue
         seconds += decision.weights * 6e-8
+        if tokens and methods.named(decision.rule.method).needs == "fisher":
+            flops += 8 * tokens * rows * columns  # forward, again, and two products backward
+            gradients[decision.site.block] = gradients.get(decision.site.block, 0) + 4 * decision.weights
         if decision.rule.needs == "gram":
             flops += decision.site.experts * (2 * tokens * columns**2 + 4 * columns**3 + rows * columns**2)
             seconds += columns * 2.5e-4
@@ -213,4 +235,6 @@ def estimate(decisions: list[Decision], tokens: int, batch_tokens: int, model: S
     base = 700 * 2**20  # python, torch and transformers themselves
     activations = 16 * batch_tokens * model.config.get_text_config().hidden_size * 8
     memory = base + int(2.5 * max(blocks.values())) + 4 * largest + activations
+    # the sum of squares, and the gradients of a sequence a worker and one more
+    memory += (2 + torch.get_num_threads()) * max(gradients.values(), default=0)
     return seconds + flops / rate, memory

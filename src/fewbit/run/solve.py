@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from fewbit import formats, kernels, layouts, methods, transforms
+from fewbit.containers import terms as T
 from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor, stack
 from fewbit.core.rewrite import Chain
+from fewbit.core.terms import Terms, repack
 from fewbit.errors import UnsupportedError, VerificationError
 from fewbit.model.sites import Site
 from fewbit.recipe import Rule
+from fewbit.run.spread import spread
 
 SHOWN = 256
 """Tokens of the probe on which a layer's relative output error is measured."""
@@ -47,9 +50,9 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """``qtensor`` works on inputs that went through ``rewrite``."""
+    """``weight``, one matrix or a sum of terms, works on inputs that went through ``rewrite``."""
 
-    qtensor: QTensor
+    weight: T.Weight
     record: dict[str, Any]
     rewrite: Chain
 
@@ -59,16 +62,29 @@ class Solved:
         spelt = self.record["activation"]
         return formats.parse(spelt) if spelt else None
 
+    @property
+    def qtensor(self) -> QTensor:
+        """The weight, where it is one matrix."""
+        assert isinstance(self.weight, QTensor)
+        return self.weight
+
     def arrays(self) -> dict[str, Tensor]:
         """What a file holds, by the name that follows the layer's."""
-        found = {f"weight_{name}": tensor for name, tensor in self.qtensor.params.items()}
-        found |= {f"input_{name}": tensor for name, tensor in self.rewrite.arrays.items()}
-        return {"weight_packed": self.qtensor.packed, **found}
+        stored = T.arrays(self.weight, T.describe(self.weight))
+        found = {f"weight_{name}": tensor for name, tensor in stored.items()}
+        return found | {f"input_{name}": tensor for name, tensor in self.rewrite.arrays.items()}
 
 
 def layout_for(format: Format) -> Layout:
     """The layout that a file stores ``format`` in: the densest that takes it."""
     return layouts.named("trits" if format.levels == 3 else "dense")
+
+
+def kernel_name(rule: Rule, shape: tuple[int, int], sparse: bool) -> str:
+    """What will run a layer of ``shape`` under ``rule`` here; ``sparse``: with few entries beside the matrix."""
+    activation = formats.parse(rule.activation) if rule.activation else None
+    name = kernels.choose(formats.parse(rule.format), shape, activation=activation).name
+    return f"{name} + {kernels.choose_sparse().name}" if sparse else name
 
 
 def solve(task: Task) -> Solved:
@@ -93,23 +109,22 @@ def solve(task: Task) -> Solved:
             parts.append(methods.named("rtn")(weight, task.format, facts))
         else:
             parts.append(method(weight, task.format, facts, **task.rule.options))
-    solved = stack(parts)
-    packed = solved.repack(layout_for(solved.format))
-    decoded = packed.dequantize()
+    packed = repack(_whole(parts), layout_for)
+    plain, decoded = T.describe(packed), packed.dequantize()
     record = {
         "name": site.name,
         "block": site.block,
         "kind": site.kind,
-        "format": task.format.name,
+        "format": T.summary(plain),
         "activation": task.rule.activation,
-        "layout": packed.layout.name,
+        "layout": plain.get("layout"),
         "transforms": [step.plain() for step in task.rule.transforms],
         "rewrites": [
             {"kind": step.kind, "arrays": {name: digest(tensor) for name, tensor in step.arrays.items()}}
             for step in rewrite.steps
         ],
         "method": task.rule.method,
-        "kernel": kernels.choose(task.format, site.shape, activation=task.activation).name,
+        "kernel": kernel_name(task.rule, site.shape, isinstance(packed, Terms)),
         "shape": list(site.shape),
         "experts": site.experts,
         "nbytes": packed.nbytes + rewrite.nbytes,
@@ -120,7 +135,15 @@ def solve(task: Task) -> Solved:
         "note": _note(starved, task),
         "seconds": round(time.monotonic() - began, 3),
     }
+    if isinstance(packed, Terms):
+        record["terms"] = plain
     return Solved(packed, record, rewrite)
+
+
+def _whole(parts: list[QTensor | Terms]) -> T.Weight:
+    """The matrices of all experts as one; a sum of terms is of one matrix alone (the plan refuses others)."""
+    matrices = [part for part in parts if isinstance(part, QTensor)]
+    return stack(matrices) if matrices else parts[0]
 
 
 def transformed(task: Task) -> tuple[Chain, Tensor, list[Facts]]:
@@ -162,28 +185,23 @@ def relative_error(task: Task, effective: Tensor) -> float:
     return (error / signal) ** 0.5 if signal else 0.0
 
 
-def check_outputs(qtensor: QTensor, reference: Tensor, x: Tensor, name: str, activation: Format | None = None) -> None:
-    """The kernel that will run this layer computes ``x @ reference.T`` within float32 accumulation error, x being
-    what it multiplies: rounded to ``activation``, and to integers of 24 bits where the kernel does that.
+def check_outputs(weight: T.Weight, reference: Tensor, x: Tensor, name: str, activation: Format | None = None) -> None:
+    """The kernel that will run this layer computes ``x @ reference.T`` within the errors of float32 accumulation and of
+    activations in fixed point, x being rounded to ``activation`` first.
 
     Raises:
         VerificationError: it does not.
     """
-    prepared = kernels.prepare(qtensor, activation=activation)
-    got, x = prepared(x).double(), prepared.inputs(x)
+    got = kernels.linear(x, weight, activation=activation).double()
+    x = kernels.reference.round_activations(x, activation)
     expected = x.double() @ reference.double().T
-    bound = (x.shape[1] + 64) * 2.0**-23 * (x.abs().double() @ spread(qtensor, reference).T) + 1e-30
+    magnitude, most = spread(weight).T, x.abs().amax(1, keepdim=True).double()
+    bound = (x.shape[1] + 64) * 2.0**-23 * (x.abs().double() @ magnitude) + 2.0**-22 * most * magnitude.sum(0) + 1e-30
     worst = float(((got - expected).abs() / bound).max()) if got.numel() else 0.0
     if not worst <= 1.0:  # also catches NaN
         raise VerificationError(
             f"layer {name}", f"its kernel is {worst:.3g} times further from the reference than float32 explains"
         )
-
-
-def spread(qtensor: QTensor, reference: Tensor) -> Tensor:
-    """Magnitudes (rows, columns) that a kernel adds up: |scale * code| + |offset|, which bound |w|."""
-    _, params = qtensor.logical()
-    return qtensor.format.physical(params).magnitude(reference, qtensor.format.block or qtensor.shape[1])
 
 
 def _note(starved: list[int], task: Task) -> str:

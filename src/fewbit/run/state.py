@@ -15,16 +15,19 @@ from torch import Tensor
 from fewbit.calibrate import Calibration
 from fewbit.model.stream import Inputs, StreamedModel
 from fewbit.run.events import Progress
+from fewbit.run.facts import KeptFacts
 from fewbit.run.hidden import HiddenFile
 from fewbit.run.journal import Journal
 from fewbit.run.planning import Plan
+from fewbit.run.sensitivity import Sensitivity
 from fewbit.run.workers import Workers
 
 
 @dataclass
 class Run:
     """Everything a stage needs. ``probe`` (windows, tokens) is held-out text that the run checks itself on; ``seed``
-    is what anything random is drawn from."""
+    is what anything random is drawn from; ``sensitivity`` is there where a method asks for the Fisher diagonal, and
+    ``kept`` where facts were collected beforehand."""
 
     model: StreamedModel
     plan: Plan
@@ -37,6 +40,8 @@ class Run:
     progress: Progress
     calibration_dtype: torch.dtype
     seed: int
+    sensitivity: Sensitivity | None = None
+    kept: KeptFacts | None = None
     began: float = field(default_factory=time.monotonic)
     calls: dict[str, Inputs] = field(default_factory=dict)
 

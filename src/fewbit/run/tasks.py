@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from fewbit import formats
+from fewbit import formats, methods
 from fewbit.core.facts import Facts, Need
 from fewbit.core.transform import seed_of
 from fewbit.model.sites import Site, in_block
 from fewbit.model.stream import StreamedModel
+from fewbit.recipe import Rule
 from fewbit.run.events import Event
 from fewbit.run.solve import Solved, Task, solve
 from fewbit.run.state import Run, peak_rss
@@ -30,17 +33,27 @@ def make_task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[st
     decision = next(decision for decision in run.plan.decisions if decision.site == site)
     if decision.rule is None:
         return None
-    nothing = [Facts.none(site.shape[1]) for _ in range(site.experts)]
     unseen = [torch.zeros(0, site.shape[1]) for _ in range(site.experts)]
     return Task(
         site,
         decision.rule,
         formats.parse(decision.rule.format),
         run.model.weight(site.name).float().reshape(-1, site.shape[1]),
-        facts.get(site.name, nothing),
+        known_of(run, site, decision.rule, facts),
         seen.get(site.name, unseen),
         seed_of(run.seed, site.name),
     )
+
+
+def known_of(run: Run, site: Site, rule: Rule, facts: dict[str, list[Facts]]) -> list[Facts]:
+    """What is known of ``site``, one entry an expert: from ``facts``, just collected, or from those kept on disk; and
+    the Fisher diagonal where the method asks for it."""
+    known = facts.get(site.name) or (run.kept.of(site) if run.kept is not None else None)
+    known = known or [Facts.none(site.shape[1]) for _ in range(site.experts)]
+    source = run.kept or run.sensitivity
+    if methods.named(rule.method).needs != "fisher" or source is None or (fisher := source.fisher(site)) is None:
+        return known
+    return [replace(of, fisher=part) for of, part in zip(known, fisher, strict=True)]
 
 
 def solve_all(run: Run, tasks: list[Task]) -> list[Solved]:
@@ -81,4 +94,4 @@ def propagate(model: StreamedModel, item: Solved | None, name: str = "") -> None
     """Let the model go on with the decoded weights of ``item``; :func:`as_run` gives it the inputs they are for."""
     if item is not None:
         site = name or item.record["name"]
-        model.set_weight(site, item.qtensor.dequantize().reshape(model.weight(site).shape))
+        model.set_weight(site, item.weight.dequantize().reshape(model.weight(site).shape))

@@ -9,35 +9,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit import formats, layouts
 from fewbit.containers import manifest as M
+from fewbit.containers import terms as T
 from fewbit.containers.files import member, read_json
 from fewbit.containers.safetensors import open_safetensors
 from fewbit.core import rewrite as R
-from fewbit.core.qtensor import QTensor, storage
-from fewbit.errors import InputError, VerificationError
+from fewbit.errors import CorruptFileError, InputError, VerificationError
 from fewbit.run.solve import digest
 
 INDEX = "model.safetensors.index.json"
 
 
-def read_back(path: Path, record: dict[str, Any]) -> QTensor:
+def read_back(path: Path, record: dict[str, Any]) -> T.Weight:
     """The layer of ``record`` as ``path`` holds it.
 
     Raises:
         VerificationError: arrays are missing, of another shape or dtype, not finite, or decode to other values than
             those that were solved.
     """
-    name, format = record["name"], formats.parse(record["format"])
-    shape = (record["shape"][0] * record["experts"], record["shape"][1])
-    layout = layouts.named(record["layout"])
-    arrays = _arrays(path, f"{name}.weight_", storage(format, layout, shape))
-    qtensor = QTensor(format, layout, shape, arrays.pop("packed"), arrays)
-    if digest(qtensor.dequantize()) != record["decoded_sha256"]:
+    name, (rows, columns) = record["name"], record["shape"]
+    plain = T.of_entry({**record, "shape": [rows * record["experts"], columns]})
+    try:
+        weight = T.restore(plain, _arrays(path, f"{name}.weight_", T.sizes(plain)))
+    except CorruptFileError as error:
+        raise VerificationError(f"layer {name} in {path.name}: {error.asked}", error.found) from None
+    if digest(weight.dequantize()) != record["decoded_sha256"]:
         raise VerificationError(
             f"layer {name} in {path.name}", "it decodes to other values than those that were solved"
         )
-    return qtensor
+    return weight
 
 
 def read_rewrite(path: Path, record: dict[str, Any]) -> R.Chain:
@@ -99,9 +99,10 @@ def verify_folder(folder: Path, manifest: dict[str, Any]) -> None:
     accounted = set()
     for record in manifest["layers"]:
         stem = f"{record['name']}.weight_"
-        if f"{stem}packed" not in stored:
+        held = {f"{stem}{array}" for array in T.sizes(T.of_entry(record))}
+        if not held <= stored.keys():
             raise VerificationError(f"layer {record['name']}", "no shard holds it")
-        accounted |= {key for key in stored if key.startswith(stem)}
+        accounted |= held
         accounted |= {f"{record['name']}.input_{array}" for array in R.storage(_kinds(record), record["shape"][1])}
     for key in stored.keys() - accounted:
         _finite(key, files[stored[key]].get(key))

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fewbit calibrate``: collect facts once, or add up those of several texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fewbit.commands.console import err, results, table, write_json
+from fewbit.commands.progress import Renderer
+from fewbit.model.checkpoint import open_checkpoint
+from fewbit.report import numbers as N
+from fewbit.run.collecting import collect, merge
+from fewbit.run.facts import KeptFacts
+from fewbit.run.opening import model_hashes
+
+
+def run(model: str, out: Path, merged: list[Path], json_target: str | None, **arguments: Any) -> None:
+    """Print what came out; ``arguments`` are those of :func:`fewbit.collect`.
+
+    Raises:
+        InputError: facts to merge are of another model.
+    """
+    if merged:
+        hashes = model_hashes(open_checkpoint(model))
+        for folder in merged:
+            KeptFacts.read(folder).check(hashes)
+        kept = merge(merged, out=out, force=arguments["force"])
+    else:
+        with Renderer(err()) as progress:
+            kept = collect(model, out=out, progress=progress, **arguments)
+    write_json(json_target, kept.described)
+    results(json_target).print(shown(kept))
+
+
+def shown(kept: KeptFacts) -> Any:
+    """The facts in short."""
+    text = kept.described["calibration"]
+    size = sum(path.stat().st_size for path in kept.path.iterdir())
+    rows = [
+        ("folder", str(kept.path)),
+        ("collected", ", ".join(kept.described["collected"])),
+        ("text", f"{text['source']}: {text['samples']} windows, {text['tokens']} tokens"),
+        ("blocks", kept.described["blocks"]),
+        ("size", N.size(size)),
+        ("model", f"weights {kept.described['model']['weights'][:16]}"),
+    ]
+    return table(("facts", ""), rows)

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sensitive k-means: levels of a palette put where the loss minds most.
+
+The levels of every table are those of least ``sum_ij F_ij (w_ij - w_hat_ij)^2``, F the Fisher diagonal, by exact
+weighted k-means (:mod:`fewbit.core.scalars`). It is the objective of SqueezeLLM (Kim et al. 2023, arXiv:2306.07629),
+whose code clusters with Lloyd's iterations from random starts; coremltools calls it sensitive k-means. Any palette: one
+table a tensor, a group of rows or a row, with or without scales.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fewbit.core.facts import Facts
+from fewbit.core.format import Format
+from fewbit.core.qtensor import QTensor
+from fewbit.methods import sensitive
+
+
+def skm(weight: Tensor, format: Format, facts: Facts) -> QTensor:
+    """Quantize ``weight`` (rows, columns) to the nearest of levels fitted under its Fisher diagonal.
+
+    Args:
+        weight: float, (rows, columns).
+        format: a palette.
+        facts: with the Fisher diagonal, (rows, columns). Without any token all weights count alike.
+
+    Raises:
+        InputError: the weight or the facts cannot be used (NaN, wrong width, no Fisher diagonal).
+        UnsupportedError: the levels of ``format`` are not clustered from the weights.
+    """
+    return sensitive.fitted(weight, format, sensitive.importance("skm", weight, format, facts))

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts on disk: what a calibration found, once, for any number of runs.
+
+::
+
+    facts.json                  what model and text they are of (hashes), what was collected, hash of every file
+    inputs-00000.safetensors    of block 0: sums over the inputs of every site, {site}.{array}, (experts, ...)
+    fisher-00000.safetensors    of block 0: the Fisher diagonal of every weight, {site}, (experts * rows, columns)
+
+Sites that see the same inputs share their sums: the header's ``__metadata__`` says whose a site's are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.containers import manifest as M
+from fewbit.containers.files import digest, read_json
+from fewbit.containers.safetensors import SafetensorsFile, open_safetensors, write_safetensors
+from fewbit.core.facts import Facts
+from fewbit.errors import CorruptFileError, InputError
+from fewbit.model.sites import Site
+
+NAME = "facts.json"
+VERSION = 1
+SUMS = ("total", "total_square", "total_magnitude", "largest")
+_REQUIRED = {"facts": int, "model": dict, "calibration": dict, "collected": list, "blocks": int, "files": dict}
+
+
+def inputs_file(folder: Path, block: int) -> Path:
+    return folder / f"inputs-{block:05d}.safetensors"
+
+
+def fisher_file(folder: Path, block: int) -> Path:
+    return folder / f"fisher-{block:05d}.safetensors"
+
+
+def write_inputs(path: Path, found: Mapping[str, list[Facts]]) -> str:
+    """Write the facts of a block's sites, one entry an expert, and return the file's sha256."""
+    tensors: dict[str, Tensor] = {}
+    owners: dict[tuple[int, ...], str] = {}
+    of: dict[str, str] = {}
+    for site, parts in found.items():
+        owner = of[site] = owners.setdefault(tuple(map(id, parts)), site)
+        if owner != site:
+            continue
+        for array in (*SUMS, "gram"):
+            values = [value for part in parts if isinstance(value := getattr(part, array), Tensor)]
+            if len(values) == len(parts):
+                tensors[f"{site}.{array}"] = torch.stack(values)
+        tensors[f"{site}.tokens"] = torch.tensor([part.tokens for part in parts])
+    return write_safetensors(path, tensors, {"format": "pt", **of})
+
+
+def read_inputs(path: Path, site: Site) -> list[Facts]:
+    """The facts of ``site``, one entry an expert.
+
+    Raises:
+        InputError: the file has none. CorruptFileError: they are of another shape.
+    """
+    found = stored(open_safetensors(path), site.name)
+    if (len(found), found[0].columns) != (site.experts, site.shape[1]):
+        sizes = f"{len(found)} of {found[0].columns} columns, not {site.experts} of {site.shape[1]}"
+        raise CorruptFileError(f"facts of {site.name} in {path}", sizes, "collect them again")
+    return found
+
+
+def owners(file: SafetensorsFile) -> dict[str, str]:
+    """Whose sums the sums of a site are, by name of the site."""
+    return {site: owner for site, owner in file.metadata.items() if site != "format"}
+
+
+def stored(file: SafetensorsFile, site: str) -> list[Facts]:
+    """The facts of ``site`` in a file that :func:`write_inputs` wrote, one entry an expert.
+
+    Raises:
+        InputError: it has none. CorruptFileError: arrays are missing or do not fit together.
+    """
+    if (owner := owners(file).get(site)) is None:
+        raise InputError(f"facts of {site} in {file.path}", "there are none", "collect them again")
+    found = {array: file.get(key) for array in (*SUMS, "gram") if (key := f"{owner}.{array}") in file.entries}
+    if not {"total", "total_square"} <= found.keys() or found["total"].ndim != 2:
+        raise CorruptFileError(f"facts of {owner} in {file.path}", "sums are missing", "collect them again")
+    experts, columns = found["total"].shape
+    tokens = file.get(f"{owner}.tokens").tolist()
+    for array, values in found.items():
+        expected = (experts, columns, columns) if array == "gram" else (experts, columns)
+        if tuple(values.shape) != expected or len(tokens) != experts:
+            shape = tuple(values.shape)
+            raise CorruptFileError(f"{owner}.{array} of {file.path}", f"its shape is {shape}, not {expected}")
+    sums = {"largest": None, **found}
+    return [
+        Facts(columns, tokens[i], **{array: values if values is None else values[i] for array, values in sums.items()})  # type: ignore[arg-type]
+        for i in range(experts)
+    ]
+
+
+def read_fisher(path: Path, site: Site) -> list[Tensor]:
+    """The Fisher diagonal of ``site``, float32 (rows, columns) of every expert."""
+    whole = open_safetensors(path).get(site.name)
+    if whole.numel() != site.parameters:
+        raise CorruptFileError(f"{site.name} of {path}", f"its shape is {tuple(whole.shape)}", "collect it again")
+    return list(whole.reshape(site.experts, *site.shape))
+
+
+@dataclass(frozen=True)
+class KeptFacts:
+    """A finished folder; ``described`` is its ``facts.json``."""
+
+    path: Path
+    described: dict[str, Any]
+
+    @staticmethod
+    def read(path: str | Path) -> KeptFacts:
+        """Checked, every file's hash included.
+
+        Raises:
+            InputError: no such folder. CorruptFileError: it is damaged, or of a newer version.
+        """
+        folder = Path(path)
+        if not (folder / NAME).is_file():
+            raise InputError(f"facts in {folder}", f"it holds no {NAME}", "a folder that `fewbit calibrate` wrote")
+        described = read_json(folder / NAME)
+        for key, kind in _REQUIRED.items():
+            if not isinstance(described.get(key), kind):
+                raise CorruptFileError(f"{folder / NAME}", f"field {key!r} is missing or of the wrong type")
+        if described["facts"] > VERSION:
+            raise CorruptFileError(f"{folder / NAME}", f"version {described['facts']}", f"up to {VERSION} is read")
+        M.check_files(folder, described)
+        return KeptFacts(folder, described)
+
+    @property
+    def sha256(self) -> str:
+        """Of all that was found: ``facts.json`` holds the hash of every file."""
+        return digest(self.path / NAME)
+
+    def check(self, model: Mapping[str, str], data: str | None = None) -> None:
+        """They are of this model (hashes by name), and of the text whose hash is ``data``, where that is given.
+
+        Raises:
+            InputError: they are not; the message says in what they differ.
+        """
+        works = "run `fewbit calibrate` again on this model and text"
+        for what, expected in model.items():
+            if (found := self.described["model"].get(what)) != expected:
+                raise InputError(f"facts in {self.path}", f"their model's {what} is {found}, not {expected}", works)
+        if data is not None and (found := self.described["calibration"].get("sha256")) != data:
+            raise InputError(f"facts in {self.path}", f"their text's tokens hash to {found}, not {data}", works)
+
+    def require(self, site: str, need: str) -> None:
+        """Raises InputError unless what ``site`` needs was collected."""
+        if need in ("gram", "fisher") and need not in self.described["collected"]:
+            found = f"without --no-{need}"
+            raise InputError(f"{need} of {site}, from {self.path}", "it was not collected", f"collect again {found}")
+
+    def of(self, site: Site) -> list[Facts] | None:
+        """The facts of ``site``, one entry an expert, without its Fisher diagonal; None outside of blocks."""
+        return None if site.block is None else read_inputs(inputs_file(self.path, site.block), site)
+
+    def fisher(self, site: Site) -> list[Tensor] | None:
+        """The Fisher diagonal of ``site``, one entry an expert; None outside of blocks, or where there is none."""
+        if site.block is None or "fisher" not in self.described["collected"]:
+            return None
+        return read_fisher(fisher_file(self.path, site.block), site)

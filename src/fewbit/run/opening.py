@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs begin with: the model's folder, the place for the work, and hashes of what the result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fewbit
+from fewbit import calibrate
+from fewbit.calibrate import Calibration
+from fewbit.errors import InputError, SpecError
+from fewbit.model.checkpoint import Checkpoint
+from fewbit.run.ending import STATE
+from fewbit.run.events import Event, Progress
+
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""Names under which a configuration gives the longest context."""
+
+
+def silent(event: Event) -> None:
+    """For callers that want no progress."""
+
+
+@contextmanager
+def source(model: Any, tokenizer: Any, target: Path) -> Iterator[str | Path]:
+    """A path for ``model``; a model in memory is written to a temporary folder first."""
+    if isinstance(model, (str, Path)):
+        yield model
+        return
+    if tokenizer is None:
+        raise SpecError("quantizing a model in memory", "no tokenizer was given", "pass tokenizer=...")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.source-", dir=target.parent))
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_folder(target: Path, force: bool) -> Path:
+    """``OUT.partial``, made if need be.
+
+    Raises:
+        InputError: ``target`` exists and ``force`` is off, or nothing can be written there.
+    """
+    if target.exists() and not force:
+        works = "give another -o, remove it, or --force to replace it"
+        raise InputError(f"writing {target}", "it exists already", works)
+    folder = target.with_name(target.name + ".partial")
+    try:
+        (folder / STATE).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"writing {target}", f"{error.strerror}", "give a folder that you may write to") from None
+    return folder
+
+
+def model_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Of all that makes the model what it is."""
+    return {
+        "weights": checkpoint.fingerprint(),
+        "config": hashlib.sha256(checkpoint.config.to_json_string().encode()).hexdigest(),
+    }
+
+
+def code_hash() -> str:
+    """Hash of the package's own source: another fewbit of the same version must not continue this one's work."""
+    home, state = Path(fewbit.__file__).parent, hashlib.sha256()
+    for path in sorted(home.rglob("*.py")):
+        state.update(f"{path.relative_to(home).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return state.hexdigest()
+
+
+def longest(checkpoint: Checkpoint) -> int:
+    """Positions that the model was made for."""
+    text = checkpoint.config.get_text_config()
+    return next((limit for name in POSITIONS if type(limit := getattr(text, name, None)) is int), 1 << 30)
+
+
+def products(asked: str) -> torch.dtype:
+    """What ``calibration_dtype`` means here."""
+    if asked == "auto":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else torch.float32
+    if asked not in ("float32", "bfloat16"):
+        raise SpecError(f"calibration_dtype {asked!r}", "no such choice", "auto, float32 or bfloat16")
+    return torch.bfloat16 if asked == "bfloat16" else torch.float32
+
+
+def draw(
+    checkpoint: Checkpoint,
+    words: Any,
+    source: str | Path | None,
+    samples: int,
+    context: int,
+    seed: int,
+    tell: Progress,
+) -> Calibration:
+    """Calibration windows of a text (the bundled one when None), no longer than the model takes."""
+    if context > (most := longest(checkpoint)):
+        tell(Event("note", message=f"calibrating with windows of {most} tokens, the most this model takes"))
+        context = most
+    data = calibrate.calibration(words, source, samples, context, seed)
+    if len(data.ids) < samples:
+        tell(
+            Event("note", message=f"calibration text {data.source} gives {len(data.ids)} samples instead of {samples}")
+        )
+    return data

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fewbit calibrate`` and what ``fewbit quantize --facts`` makes of it, as scripts call them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from typer.testing import Result
+
+Command = Callable[..., Result]
+TEXT = ("--samples", "4", "--context", "64")
+
+
+def test_collect_merge_quantize_inspect(tiny: Path, command: Command, tmp_path: Path) -> None:
+    one, two, both, out = (tmp_path / name for name in ("one", "two", "both", "out"))
+    result = command("calibrate", tiny, "-o", one, "--no-gram", *TEXT, "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["collected"] == ["mean_square", "fisher"]
+    result = command("calibrate", tiny, "-o", two, "--no-gram", *TEXT, "--seed", "1")
+    assert result.exit_code == 0 and "4 windows, 256 tokens" in result.stdout
+    result = command("calibrate", tiny, "-o", both, "--merge", one, "--merge", two)
+    assert result.exit_code == 0, result.stderr
+    assert "8 windows, 512 tokens" in result.stdout
+    result = command("quantize", tiny, "-o", out, "-f", "palette3/rows16", "-m", "squeezellm", "--facts", both)
+    assert result.exit_code == 0, result.stderr
+    assert "palette3/rows16 + sparse" in result.stdout
+    result = command("inspect", out)
+    assert result.exit_code == 0 and "palette3/rows16 + sparse" in result.stdout
+    result = command("quantize", tiny, "-o", tmp_path / "not", "-f", "int4/g32", "-m", "gptq", "--facts", both)
+    assert result.exit_code == 3 and "--no-gram" in result.stderr
