@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // fewbit_linear and its kin: checks, and the cut of many matrices into runs that share their activations.
+#include <math.h>
+
 #include "core/dtypes.h"
 #include "core/kernel.h"
 #include "core/pool.h"
@@ -26,7 +28,7 @@ bool known_dtype(int32_t dtype) { return dtype >= FEWBIT_FLOAT32 && dtype <= FEW
 
 bool well_formed(const fewbit_input& x) {
   return known_dtype(x.dtype) && x.tokens >= 0 && x.step >= 0 && (x.tokens == 0 || x.data) &&
-         (x.tokens <= 1 || x.stride >= 0);
+         (x.tokens <= 1 || x.stride >= 0) && x.scale >= 0 && x.scale < INFINITY && x.zero >= 0 && x.zero <= 255;
 }
 
 int32_t float_isa(int32_t isa) {

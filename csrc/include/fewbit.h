@@ -127,11 +127,21 @@ int fewbit_linear_int8(const fewbit_matrix* matrix, int64_t x_block, const float
 int fewbit_linear_xnor(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens, const float* bias,
                        float* y, int64_t y_stride, int32_t isa, int32_t threads);
 
-/* Activations: column c of token t is element t * stride + c * step of data. dtype: FEWBIT_FLOAT32, ... */
+/* Activations: column c of token t is element t * stride + c * step of data. dtype: FEWBIT_FLOAT32, ...
+ *
+ * scale, zero: only of int8 products of one scale a token. A scale of 0 is found for each block as by
+ * fewbit_linear_int8; any other, positive and finite, is that of all tokens (static quantization), and
+ *
+ *   q = clamp(round_half_even(x / scale + zero), 0, 255) - 128,   zero 0 .. 255
+ *
+ * y is that of scale * q; what stands for x is scale * (q + 128 - zero), so that a zero other than 128 leaves the caller
+ * to add scale * (128 - zero) times the sum of each row of the weight, once, to the bias. */
 typedef struct {
   const void* data;
   int64_t tokens, stride, step;
   int32_t dtype;
+  float scale;
+  int32_t zero;
 } fewbit_input;
 
 /* What one matrix makes of them: y (tokens, rows), tokens `y_stride` elements apart, plus bias (rows) or NULL. */

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from fewbit.formats.affine import Affine
+from fewbit.formats.fixed import Fixed
 from fewbit.formats.minimum import Minimum
 from fewbit.formats.mxfp4 import MXFP4
 from fewbit.formats.nvfp4 import NVFP4
@@ -22,6 +23,7 @@ __all__ = [
     "NVFP4",
     "SCHEMES",
     "Affine",
+    "Fixed",
     "Minimum",
     "Palette",
     "Scheme",

@@ -110,7 +110,15 @@ class Core(Protocol):
     def large_pages(self, data: int, nbytes: int) -> None: ...
     def read_stream(self, data: int, nbytes: int, threads: int) -> int: ...
     def linear_many(
-        self, outputs: tuple[Output, ...], x: Input, x_block: int, y_dtype: int, isa: int, threads: int
+        self,
+        outputs: tuple[Output, ...],
+        x: Input,
+        x_block: int,
+        y_dtype: int,
+        isa: int,
+        threads: int,
+        scale: float = 0.0,
+        zero: int = 0,
     ) -> None: ...
     def fields_unpack(self, packed: int, rows: int, columns: int, bits: int, codes: int, threads: int) -> None: ...
     def decoder_new(self, model: int, kv: int, sequences: int) -> int: ...

@@ -13,6 +13,7 @@ from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Terms
+from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native
 from fewbit.kernels.byte_vectors import ByteVectorPrepared
 from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix, ReferencePrepared
@@ -43,7 +44,8 @@ def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Form
             What that means for a sum is said at :class:`fewbit.kernels.PreparedTerms`.
 
     Raises:
-        SpecError, UnsupportedError: as :func:`fewbit.kernels.choose`.
+        SpecError, UnsupportedError: as :func:`fewbit.kernels.choose`; or no calibration has fixed the grid of
+            ``activation``.
     """
     if isinstance(weight, QTensor):
         return _prepare_matrix(weight, kernel, activation)
@@ -54,6 +56,8 @@ def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Form
 
 
 def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | None) -> PreparedMatrix:
+    if isinstance(activation, Fixed):
+        activation.check()
     choice = choose(qtensor.format, qtensor.shape, kernel, activation)
     if choice.isa is not None:
         made = {"vector": VectorPrepared, "int8_vector": ByteVectorPrepared}.get(

@@ -18,8 +18,10 @@ from fewbit.core.format import Format, Physical
 from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Terms
-from fewbit.errors import InputError, UnsupportedError
+from fewbit.errors import InputError
+from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native, pages, reference
+from fewbit.kernels.inputs import check_supported, given, wants_gradients
 from fewbit.kernels.table import Kernel
 from fewbit.kernels.tile16 import COLUMNS, ROWS, TILE16
 
@@ -30,6 +32,9 @@ WIDENED = range(3, 8)
 for these."""
 LOOKED_UP_AS_BFLOAT16 = range(2, 7)
 """Bits of a code for which it is not faster at fewer tokens."""
+CENTRE = 128
+"""Of the codes of int8 activations, which kernels multiply less it. A grid whose zero is another code is corrected by
+what its distance from the centre makes of the sum of each row, which joins the bias."""
 STRIP = 1 << 19
 """Weights decoded at a time: 2 MiB of float32."""
 
@@ -37,18 +42,6 @@ STRIP = 1 << 19
 def rows_of_strip(columns: int, tile: int) -> int:
     """Rows that are decoded at a time: whole tiles of ``tile`` rows, one at least."""
     return max(tile, STRIP // columns // tile * tile)
-
-
-def check_supported(x: Tensor) -> None:
-    """Raises UnsupportedError where ``x`` is on another device than the CPU, or not of a float of 16 or 32 bits."""
-    if x.dtype not in native.DTYPES or not x.is_cpu:
-        works = "float32, bfloat16 and float16 on the CPU work"
-        raise UnsupportedError(f"x in {x.dtype} on {x.device}", "kernels run on the CPU", works)
-
-
-def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd must hear of what is computed from ``tensors``."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class Addressed:
@@ -174,6 +167,8 @@ class ReferencePrepared(PreparedMatrix):
         self._qtensor, self.shape, self.activation = qtensor, qtensor.shape, activation
 
     def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        if isinstance(self.activation, Fixed) and reference.multiplies_codes(self._qtensor):
+            return reference.integer_linear(x, self._qtensor, self.activation, bias).to(dtype or x.dtype)
         rounded = reference.round_activations(x.float(), self.activation)
         return reference.linear(rounded, self._qtensor, bias).to(dtype or x.dtype)
 
@@ -245,6 +240,12 @@ class NativePrepared(Addressed, PreparedMatrix):
             and (self._block % COLUMNS == 0 or self._block == self.shape[1])
         ):
             self._widened = WIDENED if format.bits in LOOKED_UP_AS_BFLOAT16 else range(WIDENED.stop)
+        self._grid = (0.0, 0)  # scale and zero that all activations have; none
+        self._addend: Tensor | None = None
+        if isinstance(activation, Fixed) and self.rounds_inputs:
+            self._grid = (activation.scale, activation.zero)
+            if activation.zero != CENTRE:
+                self._addend = activation.scale * (CENTRE - activation.zero) * reference.row_sums(qtensor).float()
         self.company = (self._isa, self._x_block, activation, self._widened)
 
     @cached_property
@@ -321,11 +322,13 @@ class NativePrepared(Addressed, PreparedMatrix):
         made._stored = QTensor(stored.format, stored.layout, made.shape, stored.packed[begin:end], params)
         made._scale = self._scale[begin:end]
         made._offset = None if self._offset is None else self._offset[begin:end]
+        made._addend = None if self._addend is None else self._addend[rows]
         return made
 
     @property
     def read_bytes(self) -> int:
-        read = (t for t in (self._stored.packed, self._scale, self._offset, self._table) if t is not None)
+        held = (self._stored.packed, self._scale, self._offset, self._table, self._addend)
+        read = (t for t in held if t is not None)
         return sum(t.numel() * t.element_size() for t in read)
 
     @property
@@ -341,15 +344,6 @@ def multiply_decoded(matrix: PreparedMatrix, x: Tensor, bias: Tensor | None) -> 
     for rows, weight in matrix.decoded():
         torch.mm(x, weight.T, out=y[:, rows])
     return y if bias is None else y.add_(bias.float())
-
-
-def given(x: Tensor) -> tuple[Tensor, native.Input]:
-    """x (..., columns), and where the core finds its tokens; copied only where they do not lie equally far apart."""
-    columns = x.shape[-1]
-    if not x.is_contiguous():
-        x = x.reshape(-1, columns)
-    stride, step = (columns, 1) if x.is_contiguous() else x.stride()
-    return x, (x.data_ptr(), x.numel() // columns, stride, step, native.DTYPES[x.dtype])
 
 
 def _run_native(
@@ -371,6 +365,8 @@ def _run_native(
     x, address = given(x)
     outputs, kept = [], []
     for matrix, bias in pairs:
+        if matrix._addend is not None:
+            bias = matrix._addend if bias is None else matrix._addend + bias
         if bias is not None:
             bias = bias.float().contiguous()
             kept.append(bias)  # alive until the call
@@ -380,7 +376,8 @@ def _run_native(
         for row, part in matrix._matrices:
             addend = 0 if bias is None else bias.data_ptr() + row * bias.element_size()
             outputs.append((part, addend, y.data_ptr() + row * y.element_size(), rows))
-    native.core().linear_many(tuple(outputs), address, x_block, native.DTYPES[dtype], isa, torch.get_num_threads())
+    call = (tuple(outputs), address, x_block, native.DTYPES[dtype], isa, torch.get_num_threads(), *first._grid)
+    native.core().linear_many(*call)
     return ys
 
 

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fewbit.core import blocks as B
 from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
+from fewbit.formats.affine import Affine
+from fewbit.formats.fixed import Fixed
 from fewbit.kernels.window import Window
 
 CHUNK = 1 << 22
@@ -31,6 +34,41 @@ def round_activations(x: Tensor, format: Format | None) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).float()
     params = F.fit(format, flat)
     return F.decode(format, F.encode(format, flat, params), params).reshape(x.shape).to(x.dtype)
+
+
+def row_sums(qtensor: QTensor) -> Tensor:
+    """Of the decoded weights: float64 (rows,)."""
+    sums = torch.empty(qtensor.shape[0], dtype=torch.float64)
+    for cut, weight in decoded(qtensor):
+        sums[cut] = weight.sum(1, dtype=torch.float64)
+    return sums
+
+
+def multiplies_codes(qtensor: QTensor) -> bool:
+    """Whether :func:`integer_linear` takes it: integers with one scale a row."""
+    format = qtensor.format
+    return isinstance(format, Affine) and format.bits > 1 and B.count(qtensor.shape[1], format.block) == 1
+
+
+def integer_linear(x: Tensor, qtensor: QTensor, activation: Fixed, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` in integers, for x on one grid and a W of one scale a row: float32 (..., rows).
+
+    With codes q and zeros z of both, ``sum (q_x - z_x) (q_w - z_w)`` is an exact integer; as kernels see it::
+
+        acc = sum q_x q_w - z_x sum q_w - z_w sum q_x + columns z_x z_w          z_w may differ between rows
+        y   = float32(float32(s_x s_w) acc) + bias
+    """
+    flat = x.reshape(-1, x.shape[-1]).float()
+    grid = F.fit(activation, flat)
+    q = F.encode(activation, flat, grid).long()
+    codes, params = qtensor.logical()
+    assert isinstance(qtensor.format, Affine)
+    middle = torch.full_like(params["scale"], qtensor.format.middle)
+    w, zero = codes.long(), params.get("zero_point", middle).long().reshape(-1)
+    acc = q @ w.T - activation.zero * w.sum(1) - q.sum(1, keepdim=True) * zero + w.shape[1] * activation.zero * zero
+    y = grid["scale"].reshape(-1, 1) * params["scale"].float().reshape(1, -1) * acc.float()
+    y = y if bias is None else y + bias.float()
+    return y.reshape(*x.shape[:-1], qtensor.shape[0])
 
 
 def _chunks(qtensor: QTensor) -> list[tuple[slice, Tensor, dict[str, Tensor]]]:

@@ -15,6 +15,7 @@ from fewbit.core.format import Format
 from fewbit.core.layout import Shape
 from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.formats.affine import Affine
+from fewbit.formats.fixed import Fixed
 from fewbit.formats.sign import Sign
 from fewbit.kernels import native
 from fewbit.kernels.column8 import COLUMN8
@@ -85,6 +86,8 @@ class Kernel:
             return f"looks up one table in a tile of {ROWS} rows; {format.name} has one for each {each}"
         if self.family == "int8_lut" and format.bits > LOOKED_UP:
             return f"looks up at most {LOOKED_UP} bits a code; {format.name} has {format.bits}"
+        if self.family == "int8_vector" and isinstance(activation, Fixed):
+            return f"rounds activations by scales found as they arrive; these are {activation.name}"
         return _refuse_integers(format, shape, activation) if self.integers else None
 
 
@@ -92,8 +95,9 @@ def _refuse_integers(format: Format, shape: Shape, activation: Format | None) ->
     """Why products of integers cannot serve ``format`` with inputs in ``activation``, or None."""
     if activation is None:
         return "multiplies int8 activations; these stay float"
-    if not (isinstance(activation, Affine) and activation.bits == 8 and activation.symmetric):
-        return f"rounds activations to int8/g{{N}}/sym; these are {activation.name}"
+    own = isinstance(activation, Affine) and activation.symmetric
+    if not (own or isinstance(activation, Fixed)) or activation.bits != 8:
+        return f"rounds activations to int8/g{{N}}/sym or int8/static; these are {activation.name}"
     for block in (format.block, activation.block):
         if block % COLUMNS and block < shape[1]:
             return f"needs groups of whole chunks of {COLUMNS} columns; there is one of {block}"
