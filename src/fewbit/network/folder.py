@@ -58,7 +58,8 @@ def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[
     }
     file = open_safetensors(partial / FILE)
     for name, tensor in tensors.items():
-        if not torch.equal(file.get(name).view(torch.uint8), tensor.reshape(tensor.shape).view(torch.uint8)):
+        found = file.get(name)
+        if not torch.equal(*(one.reshape(-1).view(torch.uint8) for one in (found, tensor))):
             raise VerificationError(f"{name} in {partial / FILE}", "it reads back as other values than were written")
     write_json(partial / M.NAME, manifest)
     if target.exists():
