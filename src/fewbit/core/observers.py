@@ -202,41 +202,47 @@ def entropy(seen: Seen, bits: int, symmetric: bool) -> Range:
     levels = 1 << (bits if one_sign else bits - 1)
     if len(counts) <= levels or float(counts.sum()) == 0:
         return seen.low, seen.high
-    best, chosen = math.inf, len(counts)
-    for edge in range(levels, len(counts) + 1):
-        lost = _divergence(counts, edge, levels)
-        if lost < best:
-            best, chosen = lost, edge
-    return _within(seen, chosen * width)
+    return _within(seen, (levels + int(_divergences(counts, levels).argmin())) * width)
 
 
-_SMOOTH = 1e-4
+_EMPTY = 1e-4
 """What an empty bin of a histogram counts, taken from those that are not."""
 
 
-def _divergence(counts: Tensor, edge: int, levels: int) -> float:
-    """KL(P || Q) of ``counts`` clipped at bin ``edge``."""
-    inside = counts[:edge]
-    clipped = inside.clone()
-    clipped[-1] += counts[edge:].sum()
-    level = torch.arange(edge) * levels // edge
-    live = (inside > 0).double()
-    total = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, inside)
-    places = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, live)
-    spread = live * (total / places.clamp_min(1))[level]
-    if float(spread.sum()) == 0:
-        return math.inf
-    p, q = (_smoothed(values) for values in (clipped, spread))
-    return float((p * (p / q).log()).sum())
+def _divergences(counts: Tensor, levels: int) -> Tensor:
+    """KL(P || Q) of ``counts`` clipped at bin ``levels``, ``levels + 1``, ..., all of them: float64.
+
+    Empty bins of P and of Q count :data:`_EMPTY`, which the others give in proportion (but at most half of what they
+    have); both then add up to 1. Bin k belongs to level ``k levels // edge``, so that sums over levels are differences
+    of running sums, and no histogram is made anew for each edge.
+    """
+    edges = torch.arange(levels, len(counts) + 1)
+    running, live = (torch.nn.functional.pad(v.cumsum(0), (1, 0)) for v in (counts, (counts > 0).double()))
+    entropies = torch.nn.functional.pad(torch.special.xlogy(counts, counts).cumsum(0), (1, 0))
+    borders = -(-torch.arange(levels + 1) * edges[:, None] // levels)
+    total, places = running[borders].diff(dim=1), live[borders].diff(dim=1)
+    spread = total / places.clamp_min(1)  # Q of the live bins of each level
+    inside, last = running[edges], counts[edges - 1]
+    clipped = running[-1] - inside
+    apart = (last == 0) & (clipped > 0)  # the last bin is empty in Q alone
+    empty = edges - live[edges]
+    p, p_norm = _share(running[-1], empty - apart.double())
+    q, q_norm = _share(inside, empty)
+    raised = torch.where(apart, 0.0, clipped)  # what the last bin has in P and not in Q
+    self_terms = entropies[edges - 1] + torch.special.xlogy(last + raised, last + raised)
+    cross = torch.special.xlogy(total, spread).sum(1) + torch.special.xlogy(raised, spread[:, -1])
+    both = p / p_norm * (self_terms - cross + (inside + raised) * ((p / p_norm).log() - (q / q_norm).log()))
+    alone = torch.where(apart, clipped * p / p_norm, 0.0)
+    alone = torch.special.xlogy(alone, alone * q_norm / _EMPTY)
+    neither = (empty - apart.double()) * _EMPTY / p_norm * (q_norm / p_norm).log()
+    return torch.where(inside > 0, both + alone + neither, torch.inf)
 
 
-def _smoothed(counts: Tensor) -> Tensor:
-    """``counts`` as probabilities, none zero: what empty bins get, others give in equal shares of what they have."""
-    empty = counts == 0
-    given = _SMOOTH * int(empty.sum())
-    total = float(counts.sum())
-    kept = counts * (1 - min(given / total, 0.5))
-    return torch.where(empty, _SMOOTH, kept) / float(kept.sum() + given)
+def _share(total: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """What live bins keep of their counts, and what all bins then add up to."""
+    given = _EMPTY * empty
+    kept = 1 - (given / total).clamp_max(0.5)
+    return kept, total * kept + given
 
 
 def _within(seen: Seen, most: float) -> Range:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit import formats
+from fewbit import formats, methods
+from fewbit import transforms as table
 from fewbit.containers import terms as T
 from fewbit.core.correction import correction
 from fewbit.core.transform import seed_of
@@ -87,9 +88,7 @@ def quantize(
         layer, grid = made.get_submodule(name), grids.get(name)
         record = item.record
         if grid is not None:
-            nbytes = record["nbytes"] + grid.nbytes
-            bits = 8 * nbytes / (record["shape"][0] * record["shape"][1])
-            record = {**record, "activation": grid.name, "nbytes": nbytes, "bits_per_weight": bits}
+            record = {**record, "activation": grid.name}
         if correct_bias:
             _correct(layer, item, wanted[name].mean)
         layers.append({**record, "bias": layer.bias is not None})
@@ -131,24 +130,19 @@ def _decide(network: nn.Module, recipe: Recipe, ran: bool) -> tuple[dict[str, Ru
 
 
 def _need_data(rules: dict[str, Rule], correct_bias: bool, batches: list[Batch]) -> None:
-    asking = [name for name, rule in rules.items() if rule.needs != "nothing" or _unbound(rule) is not None]
+    asking = [name for name, rule in rules.items() if rule.needs != "nothing"]
     if batches or not (asking or correct_bias):
         return
     what = f"the method, transform or static activations of {asking[0]}" if asking else "bias correction"
     raise InputError(what, "no inputs were given to calibrate on", "inputs=[batch, ...]")
 
 
-def _unbound(rule: Rule) -> Fixed | None:
-    """The grid of its inputs that calibration is to fix, if any."""
-    found = formats.parse(rule.activation) if rule.activation else None
-    return found if isinstance(found, Fixed) and not found.bound else None
-
-
 def _wanted(layer: nn.Module, rule: Rule, correct_bias: bool) -> Wanted:
     window = window_of(layer) if isinstance(layer, nn.Conv2d) else None
     assert isinstance(layer.weight, Tensor)
-    needs = rule.needs
-    return Wanted(layer.weight[0].numel(), window, needs == "gram", needs != "nothing" or correct_bias, False)
+    needs = [methods.named(rule.method).needs, *(table.named(step.name).needs for step in rule.transforms)]
+    facts = correct_bias or any(need != "nothing" for need in needs)
+    return Wanted(layer.weight[0].numel(), window, rule.needs == "gram", facts, False)
 
 
 def _task(network: nn.Module, name: str, rule: Rule, want: Wanted, seed: int) -> Task:
@@ -167,15 +161,21 @@ def _grids(
     network: nn.Module, rules: dict[str, Rule], solved: dict[str, Solved], batches: list[Batch]
 ) -> dict[str, Fixed]:
     """Of static activations: fixed by what leaves the rewrite of each layer, on all batches."""
-    open_ones = {name: grid for name, rule in rules.items() if (grid := _unbound(rule)) is not None}
-    if not open_ones:
+    waiting = [name for name, rule in rules.items() if rule.open_grid]
+    if not waiting:
         return {}
     wanted = {}
-    for name in open_ones:
+    for name in waiting:
         columns = solved[name].record["shape"][1]
         wanted[name] = replace(Wanted(columns, None, False, False, True), rewrite=solved[name].rewrite)
     look(network, batches, wanted)
-    return {name: grid.observed(wanted[name].seen) for name, grid in open_ones.items()}
+    return {name: _grid(rules[name]).observed(wanted[name].seen) for name in waiting}
+
+
+def _grid(rule: Rule) -> Fixed:
+    found = formats.parse(str(rule.activation))
+    assert isinstance(found, Fixed)
+    return found
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor, stack
 from fewbit.core.rewrite import Chain
 from fewbit.errors import UnsupportedError, VerificationError
+from fewbit.formats.fixed import Fixed
 from fewbit.model.sites import Site
 from fewbit.recipe import Rule
 
@@ -96,6 +97,8 @@ def solve(task: Task) -> Solved:
     solved = stack(parts)
     packed = solved.repack(layout_for(solved.format))
     decoded = packed.dequantize()
+    nbytes = packed.nbytes + rewrite.nbytes
+    nbytes += task.activation.nbytes if isinstance(task.activation, Fixed) else 0
     record = {
         "name": site.name,
         "block": site.block,
@@ -112,8 +115,8 @@ def solve(task: Task) -> Solved:
         "kernel": kernels.choose(task.format, site.shape, activation=task.activation).name,
         "shape": list(site.shape),
         "experts": site.experts,
-        "nbytes": packed.nbytes + rewrite.nbytes,
-        "bits_per_weight": 8 * (packed.nbytes + rewrite.nbytes) / task.weight.numel(),
+        "nbytes": nbytes,
+        "bits_per_weight": 8 * nbytes / task.weight.numel(),
         "relative_error": relative_error(task, rewrite.unweight(decoded)),
         "tokens": min(facts.tokens for facts in task.facts),
         "decoded_sha256": digest(decoded),
