@@ -98,7 +98,7 @@ class Rule:
                 found = "a layer in float stays as it is, so there is nothing to transform it for"
                 raise SpecError(f"rule {self.match!r} with transforms", found, "give it a format")
             return
-        if isinstance(formats.parse(self.format), formats.Fixed):
+        if isinstance(formats.parse(self.format), (formats.Fixed, formats.Outliers)):
             works = f"{self.format} as the activation of a format such as int8/channel"
             raise SpecError(f"weights in {self.format}", "it is a format of activations", works)
         if self.activation is not None:

@@ -8,6 +8,7 @@ from fewbit.formats.fixed import Fixed
 from fewbit.formats.minimum import Minimum
 from fewbit.formats.mxfp4 import MXFP4
 from fewbit.formats.nvfp4 import NVFP4
+from fewbit.formats.outliers import Outliers
 from fewbit.formats.palette import Palette
 from fewbit.formats.schemes import SCHEMES, Scheme, scheme
 from fewbit.formats.sign import Sign
@@ -25,6 +26,7 @@ __all__ = [
     "Affine",
     "Fixed",
     "Minimum",
+    "Outliers",
     "Palette",
     "Scheme",
     "Sign",

@@ -14,6 +14,7 @@
                                                         a tensor unless said, else one a group of columns
     int{2-8}/static[/sym | /asym][/OBSERVER]            activations on one grid: asym and mse unless said; or, bound,
     int{2-8}/static/{sym | asym}/s{scale}[/z{zero}]
+    int{2-8}[/g{N} | /channel]/outliers[{T}]            activations; from T on, 6 unless said, they stay float
     W4A16, Q4_K, ...                                    a scheme that leaves activations alone
 """
 
@@ -33,6 +34,7 @@ from fewbit.formats.fixed import DEFAULT, Fixed
 from fewbit.formats.minimum import Minimum
 from fewbit.formats.mxfp4 import MXFP4
 from fewbit.formats.nvfp4 import NVFP4
+from fewbit.formats.outliers import THRESHOLD, Outliers
 from fewbit.formats.palette import WIDTHS, Palette
 from fewbit.formats.schemes import SCHEMES
 from fewbit.formats.sign import Sign
@@ -67,6 +69,10 @@ _GRAMMAR: tuple[tuple[re.Pattern[str], Callable[..., Format]], ...] = (
     (
         re.compile(rf"int([2-8])/static/(?:(sym)/s({_FLOAT})|asym/s({_FLOAT})/z(\d{{1,3}}))"),
         lambda bits, kind, sym, asym, zero: _fixed(int(bits), kind == "sym", sym or asym, zero),
+    ),
+    (
+        re.compile(rf"int([2-8]){_GROUP}/outliers({_FLOAT})?"),
+        lambda bits, group, channel, threshold: _outliers(int(bits), _block(group, channel, 0), threshold),
     ),
     (
         re.compile(rf"({'|'.join(TABLES)}){_GROUP}"),
@@ -160,6 +166,13 @@ def _fixed(bits: int, symmetric: bool, scale: str, zero: str | None) -> Fixed:
     if not 0 < step < math.inf:
         raise SpecError(f"scale {scale} of int{bits}/static", "it is no positive float32", "for example s0.05")
     return Fixed(bits, symmetric, scale=step, zero=1 << (bits - 1) if symmetric else int(zero or 0))
+
+
+def _outliers(bits: int, block: int, threshold: str | None) -> Outliers:
+    least = THRESHOLD if threshold is None else float(threshold)
+    if not 0 < least < math.inf:
+        raise SpecError(f"outliers from {threshold} on", "the threshold is not positive", "for example outliers6")
+    return Outliers(Affine(bits, block, True), least)
 
 
 def _superblock(bits: int, group: int, repeat: int, kind: str | None, scale_bits: str | None) -> Superblock:

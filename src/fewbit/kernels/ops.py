@@ -14,8 +14,10 @@ from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Terms
 from fewbit.formats.fixed import Fixed
+from fewbit.formats.outliers import Outliers
 from fewbit.kernels import native
 from fewbit.kernels.byte_vectors import ByteVectorPrepared
+from fewbit.kernels.outliers import OutlierPrepared
 from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix, ReferencePrepared
 from fewbit.kernels.sparse import choose_sparse
 from fewbit.kernels.table import choose, named
@@ -56,6 +58,8 @@ def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Form
 
 
 def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | None) -> PreparedMatrix:
+    if isinstance(activation, Outliers):
+        return OutlierPrepared(qtensor, activation, lambda one, inner: _prepare_matrix(one, _of(kernel, inner), inner))
     if isinstance(activation, Fixed):
         activation.check()
     choice = choose(qtensor.format, qtensor.shape, kernel, activation)
@@ -68,6 +72,11 @@ def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | N
         reason = native.why_not() or next(reversed(choice.reasons.values()))
         warnings.warn(f"fewbit runs on its slow reference: {reason}", RuntimeWarning, stacklevel=3)
     return ReferencePrepared(qtensor, activation)
+
+
+def _of(kernel: str | None, activation: Format | None) -> str | None:
+    """The row named for products of rounded activations, or the best one for float ones beside it."""
+    return None if kernel is not None and activation is None and named(kernel).integers else kernel
 
 
 def linear(

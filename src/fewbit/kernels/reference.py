@@ -15,6 +15,7 @@ from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.formats.affine import Affine
 from fewbit.formats.fixed import Fixed
+from fewbit.formats.outliers import Outliers
 from fewbit.kernels.window import Window
 
 CHUNK = 1 << 22
@@ -31,6 +32,9 @@ def round_activations(x: Tensor, format: Format | None) -> Tensor:
     """``x`` (..., columns) rounded to ``format`` token by token, as it arrives; itself when ``format`` is None."""
     if format is None:
         return x
+    if isinstance(format, Outliers):
+        small, large = format.split(x)
+        return round_activations(small, format.inner) + large
     flat = x.reshape(-1, x.shape[-1]).float()
     params = F.fit(format, flat)
     return F.decode(format, F.encode(format, flat, params), params).reshape(x.shape).to(x.dtype)

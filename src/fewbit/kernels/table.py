@@ -16,6 +16,7 @@ from fewbit.core.layout import Shape
 from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.formats.affine import Affine
 from fewbit.formats.fixed import Fixed
+from fewbit.formats.outliers import Outliers
 from fewbit.formats.sign import Sign
 from fewbit.kernels import native
 from fewbit.kernels.column8 import COLUMN8
@@ -206,6 +207,8 @@ def choose(format: Format, shape: Shape, kernel: str | None = None, activation: 
         raise UnsupportedError(
             f"activations in {activation.name}", f"a code would stand for {activation.height} tokens", "int8/g64 works"
         )
+    if isinstance(activation, Outliers):
+        activation = activation.inner  # what stays float runs on a row of float products, beside this one
     reasons: dict[str, str] = {}
     for row in KERNELS if kernel is None else (named(kernel),):
         reason = row.refuse(format, shape, activation)
