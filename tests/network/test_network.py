@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+import fewbit
 from fewbit import Recipe, methods, network
+from fewbit.cli import app
 from fewbit.core.correction import correction
 from fewbit.core.facts import Facts
 from fewbit.errors import CorruptFileError, InputError, SpecError, UnsupportedError
@@ -123,6 +126,8 @@ def test_what_runs_is_what_was_chosen_and_what_is_saved_loads(
     again = network.load(tmp_path / "out", Small())
     assert torch.equal(again(x), y)
     assert isinstance(again.first, QuantConv2d) and isinstance(again.last, QuantLinear)
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
+    assert shown.exit_code == 0 and "apart" in shown.output
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == manifest["size_bytes"]
 
 
@@ -229,6 +234,8 @@ def test_wrong_requests_say_what_would_work(tmp_path: Path) -> None:
     network.save(found, tmp_path / "out")
     with pytest.raises(InputError, match="exists already"):
         network.save(found, tmp_path / "out")
+    with pytest.raises(InputError, match=r"fewbit\.network\.load"):
+        fewbit.load(tmp_path / "out")
     with pytest.raises(InputError, match="same class"):
         network.load(tmp_path / "out", nn.Sequential(nn.Linear(3, 3)))
     file = tmp_path / "out" / "model.safetensors"

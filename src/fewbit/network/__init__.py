@@ -96,10 +96,10 @@ def quantize(
     return Quantized(made, chosen, layers, skipped, folded, seed, len(batches))
 
 
-def _decide(network: nn.Module, recipe: Recipe, ran: bool) -> tuple[dict[str, Rule], list[dict[str, str]]]:
+def _decide(network: nn.Module, recipe: Recipe, ran: bool) -> tuple[dict[str, Rule], list[dict[str, Any]]]:
     """The rule of each layer to quantize, and every other module with parameters as (name, reason)."""
     rules: dict[str, Rule] = {}
-    skipped: list[dict[str, str]] = []
+    skipped: list[dict[str, Any]] = []
     named = [
         (name, SITES[type(module)], type(module).__name__)
         for name, module in network.named_modules()
@@ -123,7 +123,9 @@ def _decide(network: nn.Module, recipe: Recipe, ran: bool) -> tuple[dict[str, Ru
                 raise UnsupportedError(f"transforms for {name}", found, "give convolutions a rule without transforms")
             rules[name] = rule
             continue
-        skipped.append({"name": name, "reason": reason})
+        own = list(module.parameters(recurse=False))
+        count, nbytes = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
+        skipped.append({"name": name, "reason": reason, "nbytes": nbytes, "parameters": count})
     if not rules:
         raise SpecError("quantizing a network", "every layer would stay in float", "give a rule with a format")
     return rules, skipped

@@ -22,7 +22,6 @@ from fewbit.network.fold import unfolded
 from fewbit.network.quantized import Quantized
 
 FILE = "model.safetensors"
-KIND = "network"
 
 
 def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[
     sha256 = write_safetensors(partial / FILE, tensors, {"format": "pt"})
     manifest = {
         "manifest": M.VERSION,
-        "kind": KIND,
+        "kind": M.NETWORK,
         "version": fewbit.__version__,
         "source": {"architecture": type(quantized.network).__name__},
         "recipe": quantized.recipe.to_dict(),
@@ -83,7 +82,7 @@ def load(folder: str | Path, network: nn.Module, check: bool = True) -> nn.Modul
     """
     path = Path(folder)
     manifest = M.read(path)
-    if manifest.get("kind") != KIND:
+    if manifest.get("kind") != M.NETWORK:
         raise InputError(f"{path} as a network", "it holds a language model", "fewbit.load reads it")
     if check:
         M.check_files(path, manifest)

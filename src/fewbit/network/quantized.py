@@ -22,7 +22,7 @@ class Quantized:
     network: nn.Module
     recipe: Recipe
     layers: list[dict[str, Any]]
-    skipped: list[dict[str, str]]
+    skipped: list[dict[str, Any]]
     folded: dict[str, str]
     seed: int
     batches: int
