@@ -3,9 +3,10 @@
 
     python bench/accuracy.py MODEL --text wikitext2_test.txt --windows 40 --unscored 256 --json results.json
 
-Quantizes MODEL with every format and method asked for, decodes the written folder, and scores it against the float
-model on the same windows: perplexity, KL to the float model, top-1 agreement, all with standard errors clustered by
-window. Scoring runs on a GPU where there is one; quantizing is the pipeline's own.
+Quantizes MODEL with every format (or scheme: W8A8, W8A8_STATIC) and method asked for, decodes the written folder, and
+scores it, inputs rounded where the scheme says so, against the float model on the same windows: perplexity, KL to the
+float model, top-1 agreement, all with standard errors clustered by window. Scoring runs on a GPU where there is one;
+quantizing is the pipeline's own.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from fewbit.containers.files import read_json, write_json
 from fewbit.measure.accuracy import Scores, score, summarize
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
+from fewbit.run.rewriting import as_run
+from fewbit.run.solve import Solved
 from fewbit.run.verify import read_back, read_rewrite
 
-METHODS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
+METHODS: dict[str, tuple[tuple[str | dict[str, Any], ...], str, dict[str, Any]]] = {
     "rtn": ((), "rtn", {}),
     "clip": ((), "clip", {}),
     "gptq": ((), "gptq", {"desc_act": False}),
@@ -46,21 +49,29 @@ METHODS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
     "awq + gptq": (("awq",), "gptq", {}),
     "skm": ((), "skm", {}),
     "squeezellm 0.45 %": ((), "squeezellm", {}),
+    **{f"smooth {alpha}": (({"name": "smooth", "alpha": alpha},), "rtn", {}) for alpha in (0.3, 0.5, 0.7, 0.85)},
 }
 """Transforms, method and options by the name of a row."""
 USUAL = ("rtn", "clip", "gptq", "gptq act-order")
 
 
-def decoded(module: nn.Module, streamed: StreamedModel, folder: Path, manifest: dict[str, Any]) -> None:
-    """Put what ``folder`` decodes to into ``module``, which shares its parameters with ``streamed``."""
+def decoded(streamed: StreamedModel, folder: Path, manifest: dict[str, Any]) -> list[Solved]:
+    """Put what ``folder`` decodes to into ``streamed``; what is returned rounds its inputs and is to run so."""
+    rounding = []
     where = read_json(folder / "model.safetensors.index.json")["weight_map"]
     for record in manifest["layers"]:
         path = folder / next(file for key, file in where.items() if key.startswith(f"{record['name']}.weight_"))
-        values = read_rewrite(path, record).unweight(read_back(path, record).dequantize())
+        item = Solved(read_back(path, record), record, read_rewrite(path, record))
+        values = item.weight.dequantize()
+        if item.activation is None:
+            values = item.rewrite.unweight(values)
+        else:
+            rounding.append(item)
         for site in streamed.sites:
             if record["name"] in (site.name, site.tied_to):
                 place = streamed.weight(site.name)
                 streamed.set_weight(site.name, values.reshape(place.shape).to(place.device))
+    return rounding
 
 
 @torch.no_grad()
@@ -110,11 +121,12 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 manifest, peak = M.read(out), read_json(Path(f"{out}.log.json"))["peak_rss_bytes"]
                 ours.load("")
                 ours.module.to(device)  # type: ignore[arg-type]
-                decoded(ours.module, ours, out, manifest)
-            scored: list[Scores] = [
-                score(logits(ours.module, ids), ids, logits(reference.module, ids), arguments.unscored)
-                for ids in windows
-            ]
+                rounding = decoded(ours, out, manifest)
+            with as_run(ours, rounding):
+                scored: list[Scores] = [
+                    score(logits(ours.module, ids), ids, logits(reference.module, ids), arguments.unscored)
+                    for ids in windows
+                ]
             linear = [layer for layer in manifest["layers"] if layer["kind"] not in ("embedding", "head")]
             weights = sum(layer["shape"][0] * layer["shape"][1] * layer["experts"] for layer in linear)
             bits = 8 * sum(layer["nbytes"] for layer in linear) / weights

@@ -69,13 +69,18 @@ def network(depth: int, assets: Path = ASSETS) -> ResNet:
 
 def test_images(assets: Path = ASSETS) -> tuple[Tensor, Tensor]:
     """(images (10000, 3, 32, 32) as the networks expect them, labels (10000,))."""
+    labels = np.load(assets / "cifar10" / "test_labels.npy")
+    return images("test.webp", assets), torch.from_numpy(labels).long()
+
+
+def images(name: str, assets: Path = ASSETS) -> Tensor:
+    """The 10,000 images of a mosaic, "test.webp" or "train10k.webp", as the networks expect them."""
     from PIL import Image
 
-    mosaic = np.asarray(Image.open(assets / "cifar10" / "test.webp").convert("RGB"))
+    mosaic = np.asarray(Image.open(assets / "cifar10" / name).convert("RGB"))
     tiles = mosaic.reshape(100, 32, 100, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
     mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
-    images = (torch.from_numpy(tiles.copy()).float() / 255 - mean) / deviation
-    return images, torch.from_numpy(np.load(assets / "cifar10" / "test_labels.npy")).long()
+    return (torch.from_numpy(tiles.copy()).float() / 255 - mean) / deviation
 
 
 def convolutions(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Conv2d]]:

@@ -69,21 +69,22 @@ bool output_of(PyObject* tuple, fewbit_matrix* matrix, fewbit_output* output) {
   return true;
 }
 
-// linear_many(outputs, x, x_block, y_dtype, isa, threads); x: (data, tokens, stride, step, dtype)
+// linear_many(outputs, x, x_block, y_dtype, isa, threads, scale = 0, zero = 0); x: (data, tokens, stride, step, dtype)
 PyObject* linear_many(PyObject*, PyObject* args) {
   PyObject* tuple;
   unsigned long long data;
   long long tokens, stride, step, x_block;
-  int x_dtype, y_dtype, isa, threads, code;
-  if (!PyArg_ParseTuple(args, "O!(KLLLi)Liii", &PyTuple_Type, &tuple, &data, &tokens, &stride, &step, &x_dtype,
-                        &x_block, &y_dtype, &isa, &threads))
+  int x_dtype, y_dtype, isa, threads, zero = 0, code;
+  float scale = 0;
+  if (!PyArg_ParseTuple(args, "O!(KLLLi)Liii|fi", &PyTuple_Type, &tuple, &data, &tokens, &stride, &step, &x_dtype,
+                        &x_block, &y_dtype, &isa, &threads, &scale, &zero))
     return nullptr;
   const Py_ssize_t count = PyTuple_Size(tuple);
   std::vector<fewbit_matrix> matrices(static_cast<size_t>(count));
   std::vector<fewbit_output> outputs(static_cast<size_t>(count));
   for (Py_ssize_t i = 0; i < count; i++)
     if (!output_of(PyTuple_GetItem(tuple, i), &matrices[i], &outputs[i])) return nullptr;
-  const fewbit_input x = {pointer<const void*>(data), tokens, stride, step, x_dtype};
+  const fewbit_input x = {pointer<const void*>(data), tokens, stride, step, x_dtype, scale, zero};
   Py_BEGIN_ALLOW_THREADS
   code = fewbit_linear_many(outputs.data(), static_cast<int32_t>(count), &x, x_block, y_dtype, isa, threads);
   Py_END_ALLOW_THREADS
@@ -94,7 +95,7 @@ PyObject* linear_many(PyObject*, PyObject* args) {
 // value), x as in linear_many
 PyObject* sparse_add(PyObject*, PyObject* args) {
   fewbit_sparse matrix;
-  fewbit_input input;
+  fewbit_input input = {};
   unsigned long long start, order, index, value, data, y;
   long long rows, columns, tokens, stride, step, y_stride;
   int isa, threads, code;
@@ -343,7 +344,7 @@ PyMethodDef methods[] = {
     {"tile16_bytes", tile16_bytes, METH_VARARGS, "(rows, columns, bits) -> bytes, or -1."},
     {"tile16_pack", tile16_pack, METH_VARARGS, "(codes, stride, rows, columns, bits, packed)"},
     {"tile16_unpack", tile16_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, stride)"},
-    {"linear_many", linear_many, METH_VARARGS, "(outputs, x, x_block, y_dtype, isa, threads)"},
+    {"linear_many", linear_many, METH_VARARGS, "(outputs, x, x_block, y_dtype, isa, threads, scale, zero)"},
     {"sparse_add", sparse_add, METH_VARARGS, "(matrix, x, y, y_stride, isa, threads)"},
     {"decode", decode, METH_VARARGS, "(matrix, tile_begin, tile_end, out, stride, isa, threads)"},
     {"vector_linear", vector_linear, METH_VARARGS, "(matrix, x, bias, y, y_stride, y_dtype, isa, threads)"},

@@ -11,7 +11,7 @@ namespace fewbit {
 namespace {
 
 constexpr int kDirect2 = 2, kDirect4 = 2, kDirect8 = 1, kDirectChains = 2, kAlone = 0, kAlone2 = 0, kMany = 2, kManyTokens = 4;
-constexpr int kFixed1 = 2, kFixed2 = 1, kAloneFixed = 0, kFixedMany = 1;
+constexpr int kDigits1 = 2, kDigits2 = 1, kAloneDigits = 0, kManyDigits = 1;
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = true;

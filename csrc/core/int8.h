@@ -13,8 +13,8 @@
 //   kDirectChains      sums a row group keeps beside one or two tokens
 //   kAlone, kAlone2    the same where row groups are taken one by one (see SegmentTask); 0: they never are
 //   kMany, kManyTokens                   row groups and tokens computed together where there are many
-//   kFixed1, kFixed2, kAloneFixed, kFixedMany    row groups, sums and row groups as above for activations of 24 bits; only
-//                      where there is a fixed_linear.cc
+//   kDigits1, kDigits2, kAloneDigits, kManyDigits    row groups, sums and row groups as above for activations of 24 bits; only
+//                      where there is a int24_linear.cc
 //   planes(BITS)       2 where codes of 8 bits are multiplied as two planes of nibbles, else 1
 //   kInPlace           whether any byte may be multiplied: a field of several in a byte then need not be shifted
 //     kSums            sums beside which masks of fields have room in registers

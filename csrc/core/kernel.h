@@ -277,7 +277,7 @@ extern const XnorKernel xnor_linear_serial, xnor_linear_avx2, xnor_linear_avx512
 
 // For bfloat16 activations.
 extern const SegmentKernel bf16_linear_avx512bf16;
-extern const SegmentKernel fixed_linear_serial, fixed_linear_avxvnni, fixed_linear_avx512vnni, fixed_linear_neondot;
+extern const SegmentKernel int24_linear_serial, int24_linear_avxvnni, int24_linear_avx512vnni, int24_linear_neondot;
 extern const SegmentKernel int8_linear_serial, int8_linear_avx2, int8_linear_avxvnni, int8_linear_avx512vnni,
     int8_linear_neon, int8_linear_neondot;
 // [0] for tables whose levels are bytes, [1] for any other.

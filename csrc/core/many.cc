@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // fewbit_linear and its kin: checks, and the cut of many matrices into runs that share their activations.
+#include <math.h>
+
 #include "core/dtypes.h"
 #include "core/kernel.h"
 #include "core/pool.h"
@@ -26,7 +28,7 @@ bool known_dtype(int32_t dtype) { return dtype >= FEWBIT_FLOAT32 && dtype <= FEW
 
 bool well_formed(const fewbit_input& x) {
   return known_dtype(x.dtype) && x.tokens >= 0 && x.step >= 0 && (x.tokens == 0 || x.data) &&
-         (x.tokens <= 1 || x.stride >= 0);
+         (x.tokens <= 1 || x.stride >= 0) && x.scale >= 0 && x.scale < INFINITY && x.zero >= 0 && x.zero <= 255;
 }
 
 int32_t float_isa(int32_t isa) {
@@ -51,7 +53,7 @@ void* rows_of(const fewbit_output& output, int32_t dtype, int64_t token) {
 extern "C" int fewbit_linear_many(const fewbit_output* outputs, int32_t count, const fewbit_input* x, int64_t x_block,
                                   int32_t y_dtype, int32_t isa, int32_t threads) {
   using namespace fewbit;
-  if (!outputs || count < 1 || !x || x_block < FEWBIT_FIXED || threads < 1 || !well_formed(*x) ||
+  if (!outputs || count < 1 || !x || x_block < FEWBIT_INT24 || threads < 1 || !well_formed(*x) ||
       !known_dtype(y_dtype))
     return FEWBIT_BAD_ARGUMENT;
   const Products& products = x_block == FEWBIT_SIGNS ? sign_products : x_block ? segment_products : float_products;

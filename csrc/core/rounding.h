@@ -3,8 +3,9 @@
 //
 //   scale = float16(clamp(2 max|x| / 255, 2^-24, 65504)),   q = clamp(round_half_even(x / scale + 128), 0, 255) - 128
 //
-// A block that holds NaN or infinity gets the scale NaN, which every output of its token inherits. Plain loops that
-// compilers turn into the vectors of the file that includes this.
+// A block that holds NaN or infinity gets the scale NaN, which every output of its token inherits. Where the source gives
+// a scale, that and its zero take the places of the scale and of 128 in x / scale + 128. Plain loops that compilers turn
+// into the vectors of the file that includes this.
 #pragma once
 
 #include <stdint.h>
@@ -41,6 +42,7 @@ inline int32_t largest(const fewbit_input& source, int64_t token, int64_t first,
 inline float scale_of(const fewbit_input& source, int64_t token, int64_t first, int64_t count) {
   const int32_t most = largest(source, token, first, count);
   if (most >= kInfinityBits) return float_of(kNaNBits);
+  if (source.scale != 0) return source.scale;
   const float scale = 2 * float_of(static_cast<uint32_t>(most)) / 255;
   const float least = 5.9604644775390625e-08f, clamped = scale < least ? least : scale > 65504.0f ? 65504.0f : scale;
   return from_float16(to_float16(clamped));
@@ -48,10 +50,10 @@ inline float scale_of(const fewbit_input& source, int64_t token, int64_t first, 
 
 // 32 activations; returns the sum of what they became.
 template <class X>
-inline int32_t round_chunk(const float* x, float scale, X* out) {
+inline int32_t round_chunk(const float* x, float scale, float zero, X* out) {
   int32_t q[32], sum = 0;
   for (int k = 0; k < 32; k++) {
-    int32_t bits = static_cast<int32_t>(bits_of(x[k] / scale + 128.0f + kRound));
+    int32_t bits = static_cast<int32_t>(bits_of(x[k] / scale + zero + kRound));
     bits = bits > kRoundBits ? bits : kRoundBits;
     bits = bits < kRoundBits + 255 ? bits : kRoundBits + 255;
     q[k] = bits - kRoundBits - 128;
@@ -75,6 +77,7 @@ void round_token(const SegmentTask& task, const fewbit_input& x, int64_t token) 
   float* sums = task.sums + token * task.segments;
   float* scales = task.x_scale + token * task.x_blocks;
   const bool exists = token < x.tokens;
+  const float zero = x.scale != 0 ? static_cast<float>(x.zero) : 128.0f;
   for (int64_t s = 0; s < task.segments; s++) {
     const int64_t first = s * task.segment_chunks * 32, block = s / task.x_block_segments;
     if (exists && s % task.x_block_segments == 0) {
@@ -91,12 +94,13 @@ void round_token(const SegmentTask& task, const fewbit_input& x, int64_t token) 
       if (!exists) {
         memset(out, 0, 32 * sizeof(X));
       } else if (column + 32 <= task.columns) {
-        sum += round_chunk(floats(x, token, column, 32, buffer), scales[block], out);
+        sum += round_chunk(floats(x, token, column, 32, buffer), scales[block], zero, out);
       } else {
         const int64_t few = task.columns - column;
         float rest[32] = {};
         memcpy(rest, floats(x, token, column, few, buffer), static_cast<size_t>(few) * sizeof(float));
-        sum += round_chunk(rest, scales[block], out);
+        for (int64_t k = few; k < 32; k++) rest[k] = (128.0f - zero) * scales[block];  // what becomes 0
+        sum += round_chunk(rest, scales[block], zero, out);
       }
     }
     sums[s] = static_cast<float>(sum);

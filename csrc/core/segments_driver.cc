@@ -12,15 +12,15 @@ constexpr int64_t kSmall = 1 << 18;  // multiply-adds below which a second threa
 int64_t divisor(int64_t a, int64_t b) { return b ? divisor(b, a % b) : a; }
 
 // Activations as integers of 24 bits, on instruction sets that multiply bytes four at a time.
-const SegmentKernel* find_fixed(int32_t isa) {
+const SegmentKernel* find_int24(int32_t isa) {
   if (!(fewbit_caps() & isa)) return nullptr;
   switch (isa) {
-    case FEWBIT_SERIAL: return &fixed_linear_serial;
+    case FEWBIT_SERIAL: return &int24_linear_serial;
 #if defined(__x86_64__)
-    case FEWBIT_AVXVNNI: return &fixed_linear_avxvnni;
-    case FEWBIT_AVX512VNNI: return &fixed_linear_avx512vnni;
+    case FEWBIT_AVXVNNI: return &int24_linear_avxvnni;
+    case FEWBIT_AVX512VNNI: return &int24_linear_avx512vnni;
 #elif defined(__aarch64__)
-    case FEWBIT_NEONDOT: return &fixed_linear_neondot;
+    case FEWBIT_NEONDOT: return &int24_linear_neondot;
 #endif
     default: return nullptr;
   }
@@ -104,7 +104,7 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
   if (table && !fixed_point(table, outputs[0].matrix->bits, &levels)) return FEWBIT_BAD_ARGUMENT;
   const bool bfloat16s = x_block == FEWBIT_BFLOAT16S;
   call.kernel = bfloat16s                  ? find_bfloat16(isa)
-                : x_block == FEWBIT_FIXED ? find_fixed(isa)
+                : x_block == FEWBIT_INT24 ? find_int24(isa)
                                           : find(table ? &levels : nullptr, isa);
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   for (int32_t i = 0; i < count; i++) {

@@ -46,7 +46,7 @@ enum {
 /* Families, types of activations and results, status codes. */
 enum { FEWBIT_AFFINE = 0, FEWBIT_LUT = 1 };
 enum { FEWBIT_FLOAT32 = 0, FEWBIT_BFLOAT16 = 1, FEWBIT_FLOAT16 = 2 };
-enum { FEWBIT_SIGNS = -1, FEWBIT_BFLOAT16S = -2, FEWBIT_FIXED = -3 }; /* an x_block: activations become signs, are
+enum { FEWBIT_SIGNS = -1, FEWBIT_BFLOAT16S = -2, FEWBIT_INT24 = -3 }; /* an x_block: activations become signs, are
                                                                         * bfloat16, or become integers of 24 bits */
 enum { FEWBIT_OK = 0, FEWBIT_BAD_ARGUMENT = 1, FEWBIT_NO_KERNEL = 2, FEWBIT_NO_MEMORY = 3 };
 
@@ -128,11 +128,21 @@ int fewbit_linear_int8(const fewbit_matrix* matrix, int64_t x_block, const float
 int fewbit_linear_xnor(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens, const float* bias,
                        float* y, int64_t y_stride, int32_t isa, int32_t threads);
 
-/* Activations: column c of token t is element t * stride + c * step of data. dtype: FEWBIT_FLOAT32, ... */
+/* Activations: column c of token t is element t * stride + c * step of data. dtype: FEWBIT_FLOAT32, ...
+ *
+ * scale, zero: only of int8 products of one scale a token. A scale of 0 is found for each block as by
+ * fewbit_linear_int8; any other, positive and finite, is that of all tokens (static quantization), and
+ *
+ *   q = clamp(round_half_even(x / scale + zero), 0, 255) - 128,   zero 0 .. 255
+ *
+ * y is that of scale * q; what stands for x is scale * (q + 128 - zero), so that a zero other than 128 leaves the caller
+ * to add scale * (128 - zero) times the sum of each row of the weight, once, to the bias. */
 typedef struct {
   const void* data;
   int64_t tokens, stride, step;
   int32_t dtype;
+  float scale;
+  int32_t zero;
 } fewbit_input;
 
 /* What one matrix makes of them: y (tokens, rows), tokens `y_stride` elements apart, plus bias (rows) or NULL. */
@@ -157,7 +167,7 @@ typedef struct {
  * neither on the threads nor on the tokens. Error: as that of fewbit_linear. Numbers below 2^-126 count as 0. It is meant
  * for many tokens.
  *
- * FEWBIT_FIXED is for FEWBIT_AFFINE, on the instruction sets that multiply four bytes at once, and FEWBIT_SERIAL: x is
+ * FEWBIT_INT24 is for FEWBIT_AFFINE, on the instruction sets that multiply four bytes at once, and FEWBIT_SERIAL: x is
  * rounded to whole multiples of a power of two, one a token,
  *
  *   s = 2^(e - 22), at least 2^-126, where max|x| < 2^(e + 1) (1 - 2^-7);  q = round(x / s), halves away from 0

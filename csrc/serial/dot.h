@@ -9,7 +9,7 @@ namespace fewbit {
 namespace {
 
 constexpr int kDirect2 = 2, kDirect4 = 0, kDirect8 = 0, kDirectChains = 1, kAlone = 0, kAlone2 = 0, kMany = 2, kManyTokens = 4;
-constexpr int kFixed1 = 2, kFixed2 = 1, kAloneFixed = 0, kFixedMany = 2;
+constexpr int kDigits1 = 2, kDigits2 = 1, kAloneDigits = 0, kManyDigits = 2;
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// fewbit_linear_int8 and FEWBIT_FIXED against float64 arithmetic on the rounded activations, on every ISA that this machine
+// fewbit_linear_int8 and FEWBIT_INT24 against float64 arithmetic on the rounded activations, on every ISA that this machine
 // can run; the bits must be the same on all of them, at any number of threads and tokens.
 #include <math.h>
 #include <stdio.h>
@@ -34,7 +34,7 @@ double half_of(double x) {
 
 int failures = 0;
 
-// A token as FEWBIT_FIXED must round it, by the definition in fewbit.h.
+// A token as FEWBIT_INT24 must round it, by the definition in fewbit.h.
 void fix(const float* x, int64_t columns, double* out) {
   double largest = 0;
   for (int64_t k = 0; k < columns; k++) largest = fmax(largest, fabs(x[k]));
@@ -50,7 +50,7 @@ void fix(const float* x, int64_t columns, double* out) {
 // x as the kernel must round it, by the definition in fewbit.h.
 std::vector<double> rounded(const std::vector<float>& x, const Shape& s) {
   std::vector<double> out(x.size());
-  if (s.x_block == FEWBIT_FIXED)
+  if (s.x_block == FEWBIT_INT24)
     for (int64_t t = 0; t < s.tokens; t++) fix(x.data() + t * s.columns, s.columns, out.data() + t * s.columns);
   if (s.x_block < 0) return out;
   for (int64_t t = 0; t < s.tokens; t++)
@@ -199,7 +199,7 @@ void check_poison() {
   const fewbit_matrix matrix = {16, 32, 32, 4, FEWBIT_AFFINE, 0, 0, 0, codes.data(), scale.data(), nullptr, nullptr};
   for (const int32_t isa : kIsas)
     for (const float bad : {NAN, INFINITY, -INFINITY})
-      for (const int64_t x_block : {32, static_cast<int>(FEWBIT_FIXED)}) {
+      for (const int64_t x_block : {32, static_cast<int>(FEWBIT_INT24)}) {
         std::vector<float> x(3 * 32, 1.0f), y(3 * 16);
         x[32 + 5] = bad;
         if (multiply(matrix, x_block, x.data(), 3, nullptr, y.data(), isa, 1) != FEWBIT_OK) continue;
@@ -220,7 +220,7 @@ int int8_failures() {
           worst = fmax(worst, check(shape, bits, table, variant == 1, variant == 2, random));
   for (Shape shape : kShapes)
     for (int32_t bits = 1; bits <= 8; bits++)
-      for (int variant = 0; variant < 3 && (shape.x_block = FEWBIT_FIXED); variant++)
+      for (int variant = 0; variant < 3 && (shape.x_block = FEWBIT_INT24); variant++)
         worst = fmax(worst, check(shape, bits, kNone, variant == 1, variant == 2, random));
   check_refusals();
   check_poison();

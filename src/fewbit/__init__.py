@@ -22,6 +22,7 @@ from fewbit.errors import FewbitError
 from fewbit.kernels import linear
 
 if TYPE_CHECKING:
+    from fewbit import network
     from fewbit.decode.sampling import Sampling
     from fewbit.decode.writer import generate
     from fewbit.evaluation import evaluate
@@ -38,6 +39,7 @@ _LATER = {
     "generate": "fewbit.decode.writer",
     "load": "fewbit.integrations.load",
     "plan": "fewbit.run",
+    "network": "fewbit.network",
     "quantize": "fewbit.run",
     "Recipe": "fewbit.recipe",
     "Sampling": "fewbit.decode.sampling",
@@ -50,7 +52,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fewbit' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_LATER[name]), name)
+    module = importlib.import_module(_LATER[name])
+    return module if module.__name__ == f"fewbit.{name}" else getattr(module, name)
 
 
 fewbit_autoload.install()
@@ -70,6 +73,7 @@ __all__ = [
     "linear",
     "load",
     "methods",
+    "network",
     "plan",
     "quantize",
     "transforms",

@@ -18,7 +18,8 @@
 ``match`` is an exact name, a glob, ``re:`` and a regular expression (whole name), ``class:`` and a module class, or
 ``kind:`` and one of linear, experts, embedding, head. A glob never reaches the embedding or the head: name them or
 their kind. ``format = "float"`` keeps a layer as it is. A scheme that names activations (``W8A8``) sets ``activation``
-too: the format that a layer's inputs are rounded to, token by token, while it runs. ``transforms`` are done first, in
+too: the format that a layer's inputs are rounded to, token by token, while it runs; or, as ``W8A8_STATIC`` does, one
+grid for all tokens that an observer finds in calibration (``int8/static/asym/mse``). ``transforms`` are done first, in
 order: names, or tables of a name and options, ``{ name = "smooth", alpha = 0.7 }``. A rule that matches no layer is an
 error.
 """
@@ -97,7 +98,9 @@ class Rule:
                 found = "a layer in float stays as it is, so there is nothing to transform it for"
                 raise SpecError(f"rule {self.match!r} with transforms", found, "give it a format")
             return
-        formats.parse(self.format)
+        if isinstance(formats.parse(self.format), (formats.Fixed, formats.Outliers)):
+            works = f"{self.format} as the activation of a format such as int8/channel"
+            raise SpecError(f"weights in {self.format}", "it is a format of activations", works)
         if self.activation is not None:
             formats.parse(self.activation)
         known = methods.named(self.method).options
@@ -121,11 +124,18 @@ class Rule:
         """What calibration has to collect at the inputs of a layer under this rule."""
         if self.format == FLOAT:
             return "nothing"
-        method = methods.named(self.method).needs
+        method = strongest(methods.named(self.method).needs, "largest" if self.open_grid else "nothing")
         rows = [transforms.named(step.name) for step in self.transforms]
         # E[x'^2] of mixed inputs follows from E[x x^T] only
-        mixed: Need = "gram" if method != "nothing" and any(row.mixes for row in rows) else "nothing"
+        asks = methods.named(self.method).needs != "nothing"
+        mixed: Need = "gram" if asks and any(row.mixes for row in rows) else "nothing"
         return strongest(method, mixed, *(row.needs for row in rows))
+
+    @property
+    def open_grid(self) -> bool:
+        """Whether calibration is to fix the grid that inputs are rounded to."""
+        grid = formats.parse(self.activation) if self.activation else None
+        return isinstance(grid, formats.Fixed) and not grid.bound
 
     def matches(self, name: str, kind: str, module_class: str) -> bool:
         prefix, _, rest = self.match.partition(":")

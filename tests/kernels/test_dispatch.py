@@ -35,7 +35,7 @@ def test_the_reference_is_last_and_takes_everything() -> None:
 @needs_native
 @pytest.mark.parametrize(
     ("spelling", "family"),
-    [("int4/g128/sym", "fixed"), ("int4/g16", "affine"), ("nf4/g64", "lut"), ("palette4/row", "row_lut")],
+    [("int4/g128/sym", "int24"), ("int4/g16", "affine"), ("nf4/g64", "lut"), ("palette4/row", "row_lut")],
 )
 def test_the_best_row_is_chosen_and_better_ones_say_why_not(spelling: str, family: str) -> None:
     choice = kernels.choose(formats.parse(spelling), (4096, 4096))

@@ -62,7 +62,7 @@ def test_sizes_blocks_and_batches(kernel: str, bits: int) -> None:
                     with pytest.raises(UnsupportedError, match="at most 6 bits"):
                         kernels.prepare(matrix, kernel, inputs)
                     continue
-                if (inputs is not None or kernel.startswith("fixed")) and block % 32 and block < columns:
+                if (inputs is not None or kernel.startswith("int24")) and block % 32 and block < columns:
                     with pytest.raises(UnsupportedError, match="whole chunks"):
                         kernels.prepare(matrix, kernel, inputs)
                     continue
@@ -99,7 +99,7 @@ def test_every_format_that_can_be_spelt(spelling: str) -> None:
     x = torch.randn(3, 512, generator=generator)
     rows = [row.name for row in kernels.KERNELS if row.refuse(format, matrix.shape) is None]
     family = kernels.table.family(format)
-    runs = ["fixed"] * (family == "affine" and format.block % 32 == 0) + [family] * by_tiles(format)
+    runs = ["int24"] * (family == "affine" and format.block % 32 == 0) + [family] * by_tiles(format)
     runs += ["row_lut"] * any(param.per == "rows" for param in format.params)
     assert rows == [*(row for row in FLOAT_ROWS if row.startswith(tuple(runs))), "reference"]
     for row in rows:

@@ -17,7 +17,7 @@ from fewbit.kernels.prepared import AS_BFLOAT16
 
 def multiplies_bfloat16(matrix: kernels.Prepared) -> bool:
     """Whether many bfloat16 activations are summed in another order than float32 ones."""
-    return matrix.kernel == "fixed_linear_avx512vnni" and "avx512bf16" in native.isas()
+    return matrix.kernel == "int24_linear_avx512vnni" and "avx512bf16" in native.isas()
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -122,19 +122,19 @@ def test_nothing_is_lost_and_rows_can_be_looked_up(spelling: str) -> None:
 
 @needs_native
 @pytest.mark.parametrize(
-    "family", ["fixed_linear", "int8_linear", "int8_lut_linear", "int8_row_lut_linear", "int8_vector_linear"]
+    "family", ["int24_linear", "int8_linear", "int8_lut_linear", "int8_row_lut_linear", "int8_vector_linear"]
 )
 def test_kernels_of_integers_agree_bit_for_bit(family: str) -> None:
     x = torch.randn(9, 260, generator=torch.Generator().manual_seed(4))
     found = [prepared(name)(x) for name in NATIVE if name.startswith(family)]
-    few = family in ("fixed_linear", "int8_row_lut_linear", "int8_vector_linear")  # not on every instruction set
+    few = family in ("int24_linear", "int8_row_lut_linear", "int8_vector_linear")  # not on every instruction set
     assert len(found) >= (1 if few else 2)
     assert all(torch.equal(y, found[0]) for y in found)
     assert torch.equal(found[0], torch.cat([prepared(f"{family}_serial")(token) for token in x.split(1)]))
 
 
 @needs_native
-@pytest.mark.parametrize("kernel", [name for name in NATIVE if name.startswith("fixed")])
+@pytest.mark.parametrize("kernel", [name for name in NATIVE if name.startswith("int24")])
 def test_fixed_point_is_what_the_kernel_multiplies_and_as_close_as_it_says(kernel: str) -> None:
     """By a matrix that hands inputs through; bfloat16 down to 2^-14 of the largest is exact."""
     one = QTensor.of(
@@ -148,14 +148,14 @@ def test_fixed_point_is_what_the_kernel_multiplies_and_as_close_as_it_says(kerne
     x = torch.cat([x, edges[None], edges[None] * 3e38, edges[None] * 1e-38])
     ready = kernels.prepare(one, kernel)
     found, most = ready(x), x.abs().amax(1, keepdim=True)
-    assert torch.equal(found, ready.inputs(x)) and torch.equal(found, kernels.reference.fixed(x))
+    assert torch.equal(found, ready.inputs(x)) and torch.equal(found, kernels.reference.int24(x))
     assert bool(((found.double() - x.double()).abs() <= (most.double() * 2.0**-22).clamp_min(2.0**-127)).all())
     small = (torch.rand(9, 64, generator=generator) + 2.0**-14).to(torch.bfloat16).float()
     assert torch.equal(ready(small), small)
     poisoned = torch.ones(4, 64)
     poisoned[1, 3], poisoned[2, 5] = torch.inf, torch.nan
     assert ready(poisoned).isnan().all(1).tolist() == [False, True, True, False]
-    assert kernels.reference.fixed(poisoned).isnan().all(1).tolist() == [False, True, True, False]
+    assert kernels.reference.int24(poisoned).isnan().all(1).tolist() == [False, True, True, False]
 
 
 @needs_native

@@ -10,6 +10,8 @@ from fewbit.containers.files import digest, member, read_json
 from fewbit.errors import CorruptFileError, InputError
 
 NAME = "fewbit.json"
+NETWORK = "network"
+"""The ``kind`` of a folder that :mod:`fewbit.network` wrote; language models have none."""
 VERSION = 1
 _REQUIRED = {
     "manifest": int,

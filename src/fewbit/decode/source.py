@@ -21,6 +21,7 @@ from fewbit.core.format import Format, code_shape
 from fewbit.core.qtensor import QTensor, storage
 from fewbit.decode import structs as S
 from fewbit.errors import CorruptFileError, InputError, UnsupportedError
+from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native
 from fewbit.kernels.prepared import NativePrepared, PreparedMatrix
 from fewbit.kernels.vectors import VectorPrepared
@@ -193,6 +194,9 @@ def tiled(name: str, prepared: PreparedMatrix) -> S.Weight:
         if prepared.activation is not None and not prepared.rounds_inputs:
             found = f"no kernel multiplies {prepared.qtensor().format.name} by {prepared.activation.name}"
             raise UnsupportedError(asked, found, "leave inputs float")
+        if isinstance(prepared.activation, Fixed):
+            found = f"it rounds inputs by scales that it finds; these have one, {prepared.activation.name}"
+            raise UnsupportedError(asked, found, "the transformers engine runs it")
         (_, parts), *others = prepared._matrices
         if others:
             found = f"{prepared.qtensor().format.name} has tables for groups of rows, each a matrix of its own"

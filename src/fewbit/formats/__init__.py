@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from fewbit.formats.affine import Affine
+from fewbit.formats.fixed import Fixed
 from fewbit.formats.minimum import Minimum
 from fewbit.formats.mxfp4 import MXFP4
 from fewbit.formats.nvfp4 import NVFP4
+from fewbit.formats.outliers import Outliers
 from fewbit.formats.palette import Palette
 from fewbit.formats.schemes import SCHEMES, Scheme, scheme
 from fewbit.formats.sign import Sign
@@ -22,7 +24,9 @@ __all__ = [
     "NVFP4",
     "SCHEMES",
     "Affine",
+    "Fixed",
     "Minimum",
+    "Outliers",
     "Palette",
     "Scheme",
     "Sign",

@@ -3,8 +3,9 @@
 
 ``WxAy`` is x bits a weight and y bits an activation, 16 meaning float. Groups follow the presets of compressed-tensors:
 128 columns, but a whole row for W8A8, and for W1A1 (signs times signs, XNOR-Net). Activations have one scale a token,
-found as they arrive: the format of a (tokens, features) matrix with whole rows. ggml's type names stand for the formats
-that those types store.
+found as they arrive: the format of a (tokens, features) matrix with whole rows. ``_STATIC``: all tokens of a layer
+share one grid, found by calibration. ``LLM_INT8``: activations of 6 and more stay float. ggml's type names stand for
+the formats that those types store.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ class Scheme:
 
 
 _TOKEN = "int8/channel/sym"
+_STATIC = "int8/static/asym/mse"
 
 SCHEMES: dict[str, Scheme] = {
     **{f"W{bits}A16": Scheme(f"int{bits}/g128/sym") for bits in range(1, 9)},
     **{f"W{bits}A16_ASYM": Scheme(f"int{bits}/g128/asym") for bits in range(1, 9)},
     **{f"W{bits}A8": Scheme(f"int{bits}/g128/sym", _TOKEN) for bits in range(1, 8)},
+    **{f"W{bits}A8_STATIC": Scheme(f"int{bits}/g128/sym", _STATIC) for bits in range(1, 8)},
     "W8A8": Scheme("int8/channel/sym", _TOKEN),
+    "W8A8_STATIC": Scheme("int8/channel/sym", _STATIC),
+    "LLM_INT8": Scheme("int8/channel/sym", "int8/channel/outliers6"),
     "INT8": Scheme("int8/channel/sym", _TOKEN),
     "W1A1": Scheme("sign/channel", "sign/channel"),
     "MXFP4A16": Scheme("mxfp4"),

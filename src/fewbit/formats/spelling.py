@@ -12,20 +12,29 @@
                                                         no scales unless said
     vector{2,4,6,8,12,16}x{4-16}[+{4-16}][/g{N}]        length x bits of an index, + bits of a residual's; one codebook
                                                         a tensor unless said, else one a group of columns
+    int{2-8}/static[/sym | /asym][/OBSERVER]            activations on one grid: asym and mse unless said; or, bound,
+    int{2-8}/static/{sym | asym}/s{scale}[/z{zero}]
+    int{2-8}[/g{N} | /channel]/outliers[{T}]            activations; from T on, 6 unless said, they stay float
     W4A16, Q4_K, ...                                    a scheme that leaves activations alone
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
+import torch
+
+from fewbit.core import observers
 from fewbit.core.format import Format
 from fewbit.errors import SpecError
 from fewbit.formats.affine import Affine
+from fewbit.formats.fixed import DEFAULT, Fixed
 from fewbit.formats.minimum import Minimum
 from fewbit.formats.mxfp4 import MXFP4
 from fewbit.formats.nvfp4 import NVFP4
+from fewbit.formats.outliers import THRESHOLD, Outliers
 from fewbit.formats.palette import WIDTHS, Palette
 from fewbit.formats.schemes import SCHEMES
 from fewbit.formats.sign import Sign
@@ -37,6 +46,7 @@ from fewbit.formats.vector import LEAST_BITS, LENGTHS, MOST_BITS, MOST_CODE, Vec
 LARGEST_GROUP = 8192
 """A row is padded to whole groups while it is fitted; longer groups are spelt ``channel``."""
 
+_FLOAT = r"\d+(?:\.\d+)?(?:e[+-]?\d{1,2})?"
 _GROUP = r"(?:/(?:g([1-9]\d{0,4})|(channel)))?"
 
 _GRAMMAR: tuple[tuple[re.Pattern[str], Callable[..., Format]], ...] = (
@@ -51,6 +61,18 @@ _GRAMMAR: tuple[tuple[re.Pattern[str], Callable[..., Format]], ...] = (
     (
         re.compile(r"int([1-8])/g([1-9]\d{0,4})x([1-9]\d{0,2})(?:/(sym|asym))?(?:/s([4-8]))?"),
         lambda bits, group, repeat, kind, scale: _superblock(int(bits), int(group), int(repeat), kind, scale),
+    ),
+    (
+        re.compile(rf"int([2-8])/static(?:/(sym|asym))?(?:/({'|'.join(observers.NAMES)}))?"),
+        lambda bits, kind, observer: Fixed(int(bits), kind == "sym", observer or DEFAULT),
+    ),
+    (
+        re.compile(rf"int([2-8])/static/(?:(sym)/s({_FLOAT})|asym/s({_FLOAT})/z(\d{{1,3}}))"),
+        lambda bits, kind, sym, asym, zero: _fixed(int(bits), kind == "sym", sym or asym, zero),
+    ),
+    (
+        re.compile(rf"int([2-8]){_GROUP}/outliers({_FLOAT})?"),
+        lambda bits, group, channel, threshold: _outliers(int(bits), _block(group, channel, 0), threshold),
     ),
     (
         re.compile(rf"({'|'.join(TABLES)}){_GROUP}"),
@@ -137,6 +159,20 @@ def _block(group: str | None, channel: str | None, default: int) -> int:
             f"group g{block}", f"groups have at most {LARGEST_GROUP} columns", "spell a whole row 'channel'"
         )
     return block
+
+
+def _fixed(bits: int, symmetric: bool, scale: str, zero: str | None) -> Fixed:
+    step = float(torch.tensor(float(scale), dtype=torch.float32))
+    if not 0 < step < math.inf:
+        raise SpecError(f"scale {scale} of int{bits}/static", "it is no positive float32", "for example s0.05")
+    return Fixed(bits, symmetric, scale=step, zero=1 << (bits - 1) if symmetric else int(zero or 0))
+
+
+def _outliers(bits: int, block: int, threshold: str | None) -> Outliers:
+    least = THRESHOLD if threshold is None else float(threshold)
+    if not 0 < least < math.inf:
+        raise SpecError(f"outliers from {threshold} on", "the threshold is not positive", "for example outliers6")
+    return Outliers(Affine(bits, block, True), least)
 
 
 def _superblock(bits: int, group: int, repeat: int, kind: str | None, scale_bits: str | None) -> Superblock:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fewbit import formats
 from fewbit.containers import manifest as M
+from fewbit.errors import InputError
 
 
 def load(path: str | Path, *, check: bool = True, activation: str | None = None, **kwargs: Any) -> Any:
@@ -31,6 +32,9 @@ def load(path: str | Path, *, check: bool = True, activation: str | None = None,
 
     folder = Path(path)
     manifest = M.read(folder)
+    if manifest.get("kind") == M.NETWORK:
+        found = "it holds a network whose class is not transformers' to know"
+        raise InputError(f"{folder} as a language model", found, "fewbit.network.load(folder, Architecture()) reads it")
     if check:
         M.check_files(folder, manifest)
     rounding = None if activation is None else formats.parse(activation)

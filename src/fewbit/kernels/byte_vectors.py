@@ -13,7 +13,8 @@ from fewbit.core import blocks as B
 from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, reference
-from fewbit.kernels.prepared import Addressed, PreparedMatrix, given
+from fewbit.kernels.inputs import given
+from fewbit.kernels.prepared import Addressed, PreparedMatrix
 from fewbit.kernels.table import Kernel
 from fewbit.kernels.vector16 import VECTOR16, checked
 from fewbit.layouts.dense import load_params

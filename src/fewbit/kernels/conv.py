@@ -7,9 +7,9 @@ output position is a token whose columns are the window that it sees.
 * ``strips``: a few windows at a time are copied out as rows and multiplied by the matrix's own kernel, bias and
   rounding of activations included. Never is more than :data:`UNFOLDED` elements of windows held (or one window, where
   that is larger), whatever the image.
-* ``direct``: float activations at many positions, and in groups: a few output channels of the weight at a time are
-  decoded to float32 for torch's convolution, which unfolds nothing. Decoding costs little where many positions share
-  it, while copying windows out costs as much for them as for few.
+* ``direct``: float activations, or such as are on one grid for all windows, at many positions, and in groups: a few
+  output channels of the weight at a time are decoded to float32 for torch's convolution, which unfolds nothing.
+  Decoding costs little where many positions share it, while copying windows out costs as much for them as for few.
 * ``windows``: activations in groups, rounded to int8 with one scale a window: the kernels ``int8_windows_*`` round each
   window as they multiply it by the decoded weight, and no window is ever copied out.
 * ``rounded``: activations in groups, rounded to any other format: strips as above, rounded by it group by group, times
@@ -29,8 +29,10 @@ from torch.nn.grad import conv2d_input
 from fewbit.core import blocks as B
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.formats.affine import Affine
+from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native, reference
-from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix, check_supported, wants_gradients
+from fewbit.kernels.inputs import check_supported, wants_gradients
+from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix
 from fewbit.kernels.table import named
 from fewbit.kernels.terms import PreparedTerms
 from fewbit.kernels.tile16 import ROWS
@@ -53,6 +55,8 @@ def route(prepared: Prepared, window: Window, positions: int) -> Route:
     if prepared.activation is not None:
         if window.groups == 1 or _by_tiles(prepared, window.groups):
             return "strips"
+        if isinstance(prepared.activation, Fixed):
+            return "direct"
         return "windows" if _by_windows(prepared) else "rounded"
     few = positions < DIRECT or isinstance(prepared, PreparedTerms)  # a sum is never made whole where it need not be
     return "strips" if window.groups == 1 and few else "direct"
@@ -238,7 +242,8 @@ def _whole(prepared: Prepared) -> Tensor:
 def _direct(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -> Tensor:
     """Torch's convolution by decoded weights, a strip of output channels at a time where there are no groups."""
     parts = _decoded(prepared) if window.groups == 1 else [(slice(None), _whole(prepared))]
-    image, bias = x.float(), None if bias is None else bias.detach().float()
+    image = reference.round_activations(x.float(), prepared.activation)
+    bias = None if bias is None else bias.detach().float()
     found = [
         torch.nn.functional.conv2d(
             image,

@@ -37,7 +37,7 @@ SIGNS = -1
 """``x_block`` of ``linear_many`` where activations are rounded to signs."""
 BFLOAT16S = -2
 """``x_block`` of ``linear_many`` where activations are bfloat16 and multiplied as such."""
-FIXED = -3
+INT24 = -3
 """``x_block`` of ``linear_many`` where activations become integers of 24 bits."""
 
 Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int]
@@ -129,7 +129,15 @@ class Core(Protocol):
     def large_pages(self, data: int, nbytes: int) -> None: ...
     def read_stream(self, data: int, nbytes: int, threads: int) -> int: ...
     def linear_many(
-        self, outputs: tuple[Output, ...], x: Input, x_block: int, y_dtype: int, isa: int, threads: int
+        self,
+        outputs: tuple[Output, ...],
+        x: Input,
+        x_block: int,
+        y_dtype: int,
+        isa: int,
+        threads: int,
+        scale: float = 0.0,
+        zero: int = 0,
     ) -> None: ...
     def fields_unpack(self, packed: int, rows: int, columns: int, bits: int, codes: int, threads: int) -> None: ...
     def decoder_new(self, model: int, kv: int, sequences: int) -> int: ...

@@ -14,8 +14,11 @@ from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Terms
+from fewbit.formats.fixed import Fixed
+from fewbit.formats.outliers import Outliers
 from fewbit.kernels import native
 from fewbit.kernels.byte_vectors import ByteVectorPrepared
+from fewbit.kernels.outliers import OutlierPrepared
 from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix
 from fewbit.kernels.row_tables import RowLevelsPrepared, RowTablesPrepared
 from fewbit.kernels.slow import ReferencePrepared
@@ -46,7 +49,8 @@ def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Form
             What that means for a sum is said at :class:`fewbit.kernels.PreparedTerms`.
 
     Raises:
-        SpecError, UnsupportedError: as :func:`fewbit.kernels.choose`.
+        SpecError, UnsupportedError: as :func:`fewbit.kernels.choose`; or no calibration has fixed the grid of
+            ``activation``.
     """
     if isinstance(weight, QTensor):
         return _prepare_matrix(weight, kernel, activation)
@@ -57,6 +61,10 @@ def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Form
 
 
 def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | None) -> PreparedMatrix:
+    if isinstance(activation, Outliers):
+        return OutlierPrepared(qtensor, activation, lambda one, inner: _prepare_matrix(one, _of(kernel, inner), inner))
+    if isinstance(activation, Fixed):
+        activation.check()
     choice = choose(qtensor.format, qtensor.shape, kernel, activation)
     if choice.isa is not None:
         others: dict[str, Callable[..., PreparedMatrix]] = {
@@ -71,6 +79,11 @@ def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | N
         reason = native.why_not() or next(reversed(choice.reasons.values()))
         warnings.warn(f"fewbit runs on its slow reference: {reason}", RuntimeWarning, stacklevel=3)
     return ReferencePrepared(qtensor, activation)
+
+
+def _of(kernel: str | None, activation: Format | None) -> str | None:
+    """The row named for products of rounded activations, or the best one for float ones beside it."""
+    return None if kernel is not None and activation is None and named(kernel).integers else kernel
 
 
 def linear(

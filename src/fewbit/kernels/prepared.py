@@ -18,8 +18,10 @@ from fewbit.core.format import Format, Physical
 from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Terms
-from fewbit.errors import InputError, UnsupportedError
+from fewbit.errors import InputError
+from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native, pages, reference
+from fewbit.kernels.inputs import check_supported, given, wants_gradients
 from fewbit.kernels.table import Kernel
 from fewbit.kernels.tile16 import ROWS, TILE16
 
@@ -27,6 +29,9 @@ DECODED = 48
 """Tokens from which on float products go through decoded weights: each is decoded once, and torch multiplies."""
 AS_BFLOAT16 = 8
 """Tokens from which on bfloat16 activations are multiplied as such, where the processor can; for fewer it is slower."""
+CENTRE = 128
+"""Of the codes of int8 activations, which kernels multiply less it. A grid whose zero is another code is corrected by
+what its distance from the centre makes of the sum of each row, which joins the bias."""
 STRIP = 1 << 19
 """Weights decoded at a time: 2 MiB of float32."""
 
@@ -34,18 +39,6 @@ STRIP = 1 << 19
 def rows_of_strip(columns: int, tile: int) -> int:
     """Rows that are decoded at a time: whole tiles of ``tile`` rows, one at least."""
     return max(tile, STRIP // columns // tile * tile)
-
-
-def check_supported(x: Tensor) -> None:
-    """Raises UnsupportedError where ``x`` is on another device than the CPU, or not of a float of 16 or 32 bits."""
-    if x.dtype not in native.DTYPES or not x.is_cpu:
-        works = "float32, bfloat16 and float16 on the CPU work"
-        raise UnsupportedError(f"x in {x.dtype} on {x.device}", "kernels run on the CPU", works)
-
-
-def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd must hear of what is computed from ``tensors``."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class Addressed:
@@ -196,8 +189,8 @@ class NativePrepared(Addressed, PreparedMatrix):
         self._x_block = 0  # of float products; any other kernel rounds x itself
         if kernel.family == "xnor":
             self._x_block = native.SIGNS
-        elif kernel.family == "fixed":
-            self._x_block = native.FIXED
+        elif kernel.family == "int24":
+            self._x_block = native.INT24
         elif kernel.integers:
             assert activation is not None
             self._x_block = B.width(self.shape[1], activation.block)
@@ -219,7 +212,13 @@ class NativePrepared(Addressed, PreparedMatrix):
             tables = physical.table.reshape(-1, physical.table.shape[-1])[:: format.group_rows or self.shape[0]]
             self._table = torch.nn.functional.pad(tables, (0, 2**format.bits - tables.shape[1])).contiguous()
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
-        self._as_bfloat16 = kernel.name == "fixed_linear_avx512vnni" and "avx512bf16" in native.isas()
+        self._as_bfloat16 = kernel.name == "int24_linear_avx512vnni" and "avx512bf16" in native.isas()
+        self._grid = (0.0, 0)  # scale and zero that all activations have; none
+        self._addend: Tensor | None = None
+        if isinstance(activation, Fixed) and self.rounds_inputs:
+            self._grid = (activation.scale, activation.zero)
+            if activation.zero != CENTRE:
+                self._addend = activation.scale * (CENTRE - activation.zero) * reference.row_sums(qtensor).float()
         self.company = (self._isa, self._x_block, activation)
 
     @cached_property
@@ -263,8 +262,8 @@ class NativePrepared(Addressed, PreparedMatrix):
     def inputs(self, x: Tensor) -> Tensor:
         rounded = super().inputs(x)
         dtype = x.dtype if self.activation is None else torch.float32
-        fixed = self._route(dtype, x.numel() // self.shape[1])[0] == native.FIXED
-        return reference.fixed(rounded) if fixed else rounded
+        integers = self._route(dtype, x.numel() // self.shape[1])[0] == native.INT24
+        return reference.int24(rounded) if integers else rounded
 
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
         """As :meth:`PreparedMatrix.decoded`; a strip is a view of memory that the next one overwrites."""
@@ -287,7 +286,7 @@ class NativePrepared(Addressed, PreparedMatrix):
     @property
     def rounds_inputs(self) -> bool:
         """Whether the kernel itself rounds activations to :attr:`activation`."""
-        return self._x_block not in (0, native.FIXED)
+        return self._x_block not in (0, native.INT24)
 
     @property
     def unit(self) -> int:
@@ -308,11 +307,13 @@ class NativePrepared(Addressed, PreparedMatrix):
         made._stored = QTensor(stored.format, stored.layout, made.shape, stored.packed[begin:end], params)
         made._scale = self._scale[begin:end]
         made._offset = None if self._offset is None else self._offset[begin:end]
+        made._addend = None if self._addend is None else self._addend[rows]
         return made
 
     @property
     def read_bytes(self) -> int:
-        read = (t for t in (self._stored.packed, self._scale, self._offset, self._table) if t is not None)
+        held = (self._stored.packed, self._scale, self._offset, self._table, self._addend)
+        read = (t for t in held if t is not None)
         return sum(t.numel() * t.element_size() for t in read)
 
     @property
@@ -328,15 +329,6 @@ def multiply_decoded(matrix: PreparedMatrix, x: Tensor, bias: Tensor | None) -> 
     for rows, weight in matrix.decoded():
         torch.mm(x, weight.T, out=y[:, rows])
     return y if bias is None else y.add_(bias.float())
-
-
-def given(x: Tensor) -> tuple[Tensor, native.Input]:
-    """x (..., columns), and where the core finds its tokens; copied only where they do not lie equally far apart."""
-    columns = x.shape[-1]
-    if not x.is_contiguous():
-        x = x.reshape(-1, columns)
-    stride, step = (columns, 1) if x.is_contiguous() else x.stride()
-    return x, (x.data_ptr(), x.numel() // columns, stride, step, native.DTYPES[x.dtype])
 
 
 def _run_native(
@@ -357,6 +349,8 @@ def _run_native(
     x, address = given(x)
     outputs, kept = [], []
     for matrix, bias in pairs:
+        if matrix._addend is not None:
+            bias = matrix._addend if bias is None else matrix._addend + bias
         if bias is not None:
             bias = bias.float().contiguous()
             kept.append(bias)  # alive until the call
@@ -366,7 +360,8 @@ def _run_native(
         for row, part in matrix._matrices:
             addend = 0 if bias is None else bias.data_ptr() + row * bias.element_size()
             outputs.append((part, addend, y.data_ptr() + row * y.element_size(), rows))
-    native.core().linear_many(tuple(outputs), address, x_block, native.DTYPES[dtype], isa, torch.get_num_threads())
+    call = (tuple(outputs), address, x_block, native.DTYPES[dtype], isa, torch.get_num_threads(), *first._grid)
+    native.core().linear_many(*call)
     return ys
 
 

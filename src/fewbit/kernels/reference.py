@@ -9,9 +9,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fewbit.core import blocks as B
 from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
+from fewbit.formats.affine import Affine
+from fewbit.formats.fixed import Fixed
+from fewbit.formats.outliers import Outliers
 from fewbit.kernels.window import Window
 
 CHUNK = 1 << 22
@@ -28,24 +32,62 @@ def round_activations(x: Tensor, format: Format | None) -> Tensor:
     """``x`` (..., columns) rounded to ``format`` token by token, as it arrives; itself when ``format`` is None."""
     if format is None:
         return x
+    if isinstance(format, Outliers):
+        small, large = format.split(x)
+        return round_activations(small, format.inner) + large
     flat = x.reshape(-1, x.shape[-1]).float()
     params = F.fit(format, flat)
     return F.decode(format, F.encode(format, flat, params), params).reshape(x.shape).to(x.dtype)
 
 
-FIXED_BITS = 22
-"""Bits after the first that :func:`fixed` keeps of the largest activation."""
+INT24_BITS = 22
+"""Bits after the first that :func:`int24` keeps of the largest activation."""
 
 
-def fixed(x: Tensor) -> Tensor:
-    """``x`` (..., columns) float32 as the rows "fixed" of the kernel table multiply it: token by token, to the nearest
+def int24(x: Tensor) -> Tensor:
+    """``x`` (..., columns) float32 as the rows "int24" of the kernel table multiply it: token by token, to the nearest
     multiple of a power of two, 2^(e - 22) where max|x| < 2^(e + 1) (1 - 2^-7), halves away from 0; at least 2^-126. A
     token with NaN or infinity becomes NaN."""
     most = x.abs().amax(-1, keepdim=True)
     bits = most.contiguous().view(torch.int32) + (1 << 17)
-    step = (((bits >> 23) - FIXED_BITS).clamp(1, 254) << 23).view(torch.float32)
+    step = (((bits >> 23) - INT24_BITS).clamp(1, 254) << 23).view(torch.float32)
     rounded = step * torch.trunc(x / step + torch.where(x < 0, -0.5, 0.5))
     return torch.where(torch.isfinite(most), rounded, torch.nan)
+
+
+def row_sums(qtensor: QTensor) -> Tensor:
+    """Of the decoded weights: float64 (rows,)."""
+    sums = torch.empty(qtensor.shape[0], dtype=torch.float64)
+    for cut, weight in decoded(qtensor):
+        sums[cut] = weight.sum(1, dtype=torch.float64)
+    return sums
+
+
+def multiplies_codes(qtensor: QTensor) -> bool:
+    """Whether :func:`integer_linear` takes it: integers with one scale a row."""
+    format = qtensor.format
+    return isinstance(format, Affine) and format.bits > 1 and B.count(qtensor.shape[1], format.block) == 1
+
+
+def integer_linear(x: Tensor, qtensor: QTensor, activation: Fixed, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` in integers, for x on one grid and a W of one scale a row: float32 (..., rows).
+
+    With codes q and zeros z of both, ``sum (q_x - z_x) (q_w - z_w)`` is an exact integer; as kernels see it::
+
+        acc = sum q_x q_w - z_x sum q_w - z_w sum q_x + columns z_x z_w          z_w may differ between rows
+        y   = float32(float32(s_x s_w) acc) + bias
+    """
+    flat = x.reshape(-1, x.shape[-1]).float()
+    grid = F.fit(activation, flat)
+    q = F.encode(activation, flat, grid).long()
+    codes, params = qtensor.logical()
+    assert isinstance(qtensor.format, Affine)
+    middle = torch.full_like(params["scale"], qtensor.format.middle)
+    w, zero = codes.long(), params.get("zero_point", middle).long().reshape(-1)
+    acc = q @ w.T - activation.zero * w.sum(1) - q.sum(1, keepdim=True) * zero + w.shape[1] * activation.zero * zero
+    y = grid["scale"].reshape(-1, 1) * params["scale"].float().reshape(1, -1) * acc.float()
+    y = y if bias is None else y + bias.float()
+    return y.reshape(*x.shape[:-1], qtensor.shape[0])
 
 
 def _chunks(qtensor: QTensor) -> list[tuple[slice, Tensor, dict[str, Tensor]]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
+from fewbit.formats.fixed import Fixed
 from fewbit.kernels import reference
 from fewbit.kernels.prepared import PreparedMatrix
 
@@ -23,6 +24,8 @@ class ReferencePrepared(PreparedMatrix):
         self._qtensor, self.shape, self.activation = qtensor, qtensor.shape, activation
 
     def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        if isinstance(self.activation, Fixed) and reference.multiplies_codes(self._qtensor):
+            return reference.integer_linear(x, self._qtensor, self.activation, bias).to(dtype or x.dtype)
         rounded = reference.round_activations(x.float(), self.activation)
         return reference.linear(rounded, self._qtensor, bias).to(dtype or x.dtype)
 

@@ -15,6 +15,8 @@ from fewbit.core.format import Format
 from fewbit.core.layout import Shape
 from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.formats.affine import Affine
+from fewbit.formats.fixed import Fixed
+from fewbit.formats.outliers import Outliers
 from fewbit.formats.sign import Sign
 from fewbit.kernels import native
 from fewbit.kernels.column8 import COLUMN8
@@ -30,9 +32,9 @@ LOOKED_UP = 6
 """Bits of a code whose levels "int8_lut" keeps in registers."""
 
 Family = Literal[
-    "fixed", "affine", "lut", "row_lut", "vector", "int8", "int8_lut", "int8_row_lut", "int8_vector", "xnor"
+    "int24", "affine", "lut", "row_lut", "vector", "int8", "int8_lut", "int8_row_lut", "int8_vector", "xnor"
 ]
-WEIGHTS = {"fixed": "affine", "int8": "affine", "xnor": "affine", "int8_vector": "vector"} | dict.fromkeys(
+WEIGHTS = {"int24": "affine", "int8": "affine", "xnor": "affine", "int8_vector": "vector"} | dict.fromkeys(
     ("int8_lut", "row_lut", "int8_row_lut"), "lut"
 )
 """The family of weights that rows of another family run."""
@@ -42,8 +44,8 @@ WEIGHTS = {"fixed": "affine", "int8": "affine", "xnor": "affine", "int8_vector":
 class Kernel:
     """One row: ``y = x W^T + bias`` for weights of one family, on one instruction set, from one layout.
 
-    The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "fixed" multiplies affine codes by
-    activations in fixed point of 24 bits (:func:`fewbit.kernels.reference.fixed`), in integers; "int8" by activations
+    The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "int24" multiplies affine codes by
+    activations in fixed point of 24 bits (:func:`fewbit.kernels.reference.int24`), in integers; "int8" by activations
     rounded to int8, "int8_lut" the levels of a table, "int8_row_lut" those of tables of rows, and "int8_vector" vectors
     of a codebook, rounded to bytes; "xnor" counts where signs of the weight and of the activations differ. The others
     multiply float activations: "row_lut" by tables of rows, "vector" by vectors of a codebook. ``family`` and ``isa``
@@ -98,8 +100,10 @@ class Kernel:
             return f"looks up one table in a tile of {ROWS} rows; {format.name} has one for each {each}"
         if self.family == "int8_lut" and format.bits > LOOKED_UP:
             return f"looks up at most {LOOKED_UP} bits a code; {format.name} has {format.bits}"
-        if self.family == "fixed":
+        if self.family == "int24":
             return _refuse_blocks(shape, format)
+        if self.family in ("int8_vector", "int8_row_lut") and isinstance(activation, Fixed):
+            return f"rounds activations by scales found as they arrive; these are {activation.name}"
         return _refuse_integers(format, shape, activation) if self.integers else None
 
 
@@ -129,8 +133,9 @@ def _refuse_integers(format: Format, shape: Shape, activation: Format | None) ->
     """Why products of integers cannot serve ``format`` with inputs in ``activation``, or None."""
     if activation is None:
         return "multiplies int8 activations; these stay float"
-    if not (isinstance(activation, Affine) and activation.bits == 8 and activation.symmetric):
-        return f"rounds activations to int8/g{{N}}/sym; these are {activation.name}"
+    own = isinstance(activation, Affine) and activation.symmetric
+    if not (own or isinstance(activation, Fixed)) or activation.bits != 8:
+        return f"rounds activations to int8/g{{N}}/sym or int8/static; these are {activation.name}"
     return _refuse_blocks(shape, format, activation)
 
 
@@ -180,9 +185,9 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("int8_row_lut", "avxvnni", "row16"),
     Kernel("int8_row_lut", "neondot", "row16"),
     Kernel("int8_vector", "avx512vbmi", "vector16"),
-    Kernel("fixed", "avx512vnni", "tile16"),
-    Kernel("fixed", "avxvnni", "tile16"),
-    Kernel("fixed", "neondot", "tile16"),
+    Kernel("int24", "avx512vnni", "tile16"),
+    Kernel("int24", "avxvnni", "tile16"),
+    Kernel("int24", "neondot", "tile16"),
     Kernel("affine", "avx512", "tile16"),
     Kernel("lut", "avx512", "tile16"),
     Kernel("row_lut", "avx512", "row16"),
@@ -196,7 +201,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("row_lut", "neon", "row16"),
     Kernel("vector", "neon", "column8"),
     Kernel("affine", "serial", "tile16"),
-    Kernel("fixed", "serial", "tile16"),
+    Kernel("int24", "serial", "tile16"),
     Kernel("lut", "serial", "tile16"),
     Kernel("row_lut", "serial", "row16"),
     Kernel("vector", "serial", "column8"),
@@ -260,6 +265,8 @@ def choose(format: Format, shape: Shape, kernel: str | None = None, activation: 
         raise UnsupportedError(
             f"activations in {activation.name}", f"a code would stand for {activation.height} tokens", "int8/g64 works"
         )
+    if isinstance(activation, Outliers):
+        activation = activation.inner  # what stays float runs on a row of float products, beside this one
     reasons: dict[str, str] = {}
     for row in KERNELS if kernel is None else (named(kernel),):
         reason = row.refuse(format, shape, activation)

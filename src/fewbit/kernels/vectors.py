@@ -14,7 +14,8 @@ from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, reference
 from fewbit.kernels.column8 import COLUMN8, TILE, checked, tiles
-from fewbit.kernels.prepared import DECODED, Addressed, PreparedMatrix, given, multiply_decoded, rows_of_strip
+from fewbit.kernels.inputs import given
+from fewbit.kernels.prepared import DECODED, Addressed, PreparedMatrix, multiply_decoded, rows_of_strip
 from fewbit.kernels.table import Kernel
 from fewbit.layouts.dense import load_params
 

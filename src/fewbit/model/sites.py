@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fewbit.model.families import EXPERTS, ROUTERS
 
-Kind = Literal["linear", "conv1d", "experts", "embedding", "head"]
+Kind = Literal["linear", "conv1d", "experts", "embedding", "head", "conv2d"]
 
 
 @dataclass(frozen=True)

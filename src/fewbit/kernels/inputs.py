@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations on their way into a kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import UnsupportedError
+from fewbit.kernels import native
+
+
+def check_supported(x: Tensor) -> None:
+    """Raises UnsupportedError where ``x`` is on another device than the CPU, or not of a float of 16 or 32 bits."""
+    if x.dtype not in native.DTYPES or not x.is_cpu:
+        works = "float32, bfloat16 and float16 on the CPU work"
+        raise UnsupportedError(f"x in {x.dtype} on {x.device}", "kernels run on the CPU", works)
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd must hear of what is computed from ``tensors``."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def given(x: Tensor) -> tuple[Tensor, native.Input]:
+    """x (..., columns), and where the core finds its tokens; copied only where they do not lie equally far apart."""
+    columns = x.shape[-1]
+    if not x.is_contiguous():
+        x = x.reshape(-1, columns)
+    stride, step = (columns, 1) if x.is_contiguous() else x.stride()
+    return x, (x.data_ptr(), x.numel() // columns, stride, step, native.DTYPES[x.dtype])

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches into a network, and what its layers see of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.core.facts import Accumulator, Facts
+from fewbit.core.observers import Seen
+from fewbit.core.rewrite import Chain
+from fewbit.errors import InputError
+from fewbit.kernels.conv import unfold
+from fewbit.kernels.window import Window
+
+Batch = Any
+"""A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+
+STRIP = 1 << 22
+"""Elements of windows that are looked at at a time: 16 MiB of float32."""
+SHOWN = 256
+"""Inputs of a layer that its error is measured on."""
+
+
+@torch.no_grad()
+def feed(network: nn.Module, batch: Batch) -> Any:
+    """What ``network`` makes of ``batch``, whose floats are in the dtype of the network's first parameter."""
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    if isinstance(batch, Mapping):
+        return network(**{key: cast(value) for key, value in batch.items()})
+    return network(*map(cast, batch if isinstance(batch, (tuple, list)) else (batch,)))
+
+
+@dataclass
+class Wanted:
+    """What to look at in the inputs of a layer, and what was seen.
+
+    ``window``: of a convolution, whose inputs are its windows, (positions, groups, columns). ``facts``, ``gram``: sum
+    up E[x], E[x^2] and, with it, E[x x^T]. ``range``: nothing but the numbers that leave ``rewrite``. Without either,
+    the first inputs are shown.
+    """
+
+    columns: int
+    window: Window | None
+    gram: bool
+    facts: bool
+    range: bool
+    accumulator: Accumulator = field(init=False)
+    total: Tensor = field(init=False)
+    tokens: int = 0
+    rewrite: Chain = field(default_factory=Chain)
+    seen: Seen = field(default_factory=Seen.none)
+    shown: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.accumulator = Accumulator(self.columns, self.gram)
+        self.total = torch.zeros(1 if self.window is None else self.window.groups, self.columns, dtype=torch.float64)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x], (groups, columns) float64; zero when nothing was seen."""
+        return self.total / max(1, self.tokens)
+
+    def known(self) -> Facts:
+        """Of all groups' inputs together."""
+        return self.accumulator.facts()
+
+    def look(self, x: Tensor) -> None:
+        """At one batch's inputs, as the module gets them."""
+        if self.range:
+            self.seen = self.seen.merge(Seen.of(self.rewrite.apply(x)))
+            return
+        left = SHOWN - sum(len(part) for part in self.shown)
+        for tokens in self._tokens(x):
+            if left > 0:
+                self.shown.append(tokens[:left, 0].clone())
+                left -= len(self.shown[-1])
+            if not self.facts:
+                return
+            self.total += tokens.sum(0, dtype=torch.float64)
+            self.tokens += len(tokens)
+            self.accumulator.add(tokens)
+
+    def _tokens(self, x: Tensor) -> Iterable[Tensor]:
+        """Float32 (tokens, groups, columns), some at a time."""
+        x = x.detach().float()
+        if self.window is None:
+            yield x.reshape(-1, 1, self.columns)
+            return
+        high, wide = self.window.out(x)
+        width = self.total.numel()
+        positions, step = x.shape[0] * high * wide, max(1, STRIP // width)
+        for begin in range(0, positions, step):
+            end = min(begin + step, positions)
+            out = torch.empty(end - begin, width)
+            unfold(x, self.window, begin, end, out)
+            yield out.reshape(end - begin, -1, self.columns)
+
+
+def look(network: nn.Module, batches: Iterable[Batch], wanted: Mapping[str, Wanted]) -> int:
+    """Run ``network`` on ``batches`` and look at the inputs of the layers named; how many batches there were.
+
+    Raises:
+        InputError: a layer's inputs hold NaN or infinity; the message names it.
+    """
+
+    def hook(name: str) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            try:
+                wanted[name].look(args[0] if args else kwargs["input"])
+            except InputError as error:
+                raise InputError(f"layer {name}: {error.asked}", error.found, error.works) from None
+
+        return before
+
+    handles = [network.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in wanted]
+    count = 0
+    try:
+        for batch in batches:
+            feed(network, batch)
+            count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    return count

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantized network on disk: ``model.safetensors`` with the packed bits, and the manifest ``fewbit.json``."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fewbit
+from fewbit.containers import manifest as M
+from fewbit.containers import terms as T
+from fewbit.containers.files import write_json
+from fewbit.containers.safetensors import open_safetensors, write_safetensors
+from fewbit.errors import InputError, VerificationError
+from fewbit.model.convolution import QuantConv2d, window_of
+from fewbit.model.layers import QuantLinear
+from fewbit.network.fold import unfolded
+from fewbit.network.quantized import Quantized
+
+FILE = "model.safetensors"
+
+
+def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[str, Any]:
+    """Write ``folder`` and read it back; returns the manifest.
+
+    Raises:
+        InputError: the folder exists and ``force`` is off.
+        VerificationError: what was written does not read back as what is held.
+    """
+    target = Path(folder)
+    if target.exists() and not force:
+        raise InputError(f"writing {target}", "it exists already", "give another folder, remove it, or force=True")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in quantized.network.state_dict().items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))  # keeps all aligned
+    sha256 = write_safetensors(partial / FILE, tensors, {"format": "pt"})
+    manifest = {
+        "manifest": M.VERSION,
+        "kind": M.NETWORK,
+        "version": fewbit.__version__,
+        "source": {"architecture": type(quantized.network).__name__},
+        "recipe": quantized.recipe.to_dict(),
+        "seed": quantized.seed,
+        "calibration_batches": quantized.batches,
+        "folded": quantized.folded,
+        "layers": [{k: v for k, v in record.items() if k != "seconds"} for record in quantized.layers],
+        "skipped": quantized.skipped,
+        "bits_per_weight": quantized.bits_per_weight,
+        "size_bytes": (partial / FILE).stat().st_size,
+        "files": {FILE: sha256},
+    }
+    file = open_safetensors(partial / FILE)
+    for name, tensor in tensors.items():
+        found = file.get(name)
+        if not torch.equal(*(one.reshape(-1).view(torch.uint8) for one in (found, tensor))):
+            raise VerificationError(f"{name} in {partial / FILE}", "it reads back as other values than were written")
+    write_json(partial / M.NAME, manifest)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    return manifest
+
+
+def load(folder: str | Path, network: nn.Module, check: bool = True) -> nn.Module:
+    """Put what ``folder`` holds into ``network``, an instance of the class that was quantized, whatever its weights.
+
+    Args:
+        check: compare the file with the hash in the manifest first.
+
+    Returns:
+        ``network``, changed, in evaluation mode.
+
+    Raises:
+        InputError: no such folder, or the network is of another structure; the message names what differs.
+        CorruptFileError: the file or the manifest is not what was written.
+    """
+    path = Path(folder)
+    manifest = M.read(path)
+    if manifest.get("kind") != M.NETWORK:
+        raise InputError(f"{path} as a network", "it holds a language model", "fewbit.load reads it")
+    if check:
+        M.check_files(path, manifest)
+    file = open_safetensors(path / FILE)
+    try:
+        unfolded(network, manifest["folded"])
+        for record in manifest["layers"]:
+            _replace(network, record)
+    except (AttributeError, AssertionError, KeyError, TypeError) as error:
+        found = f"it does not have the layers that were quantized ({error})"
+        raise InputError(f"{path} into a {type(network).__name__}", found, "an instance of the same class") from None
+    stored = {name: file.get(name) for name in file.entries}
+    own = network.state_dict()
+    for name in stored.keys() | own.keys():
+        if name not in stored or name not in own or stored[name].shape != own[name].shape:
+            ours = tuple(own[name].shape) if name in own else "missing"
+            theirs = tuple(stored[name].shape) if name in stored else "missing"
+            found = f"{name} is {theirs} in the file and {ours} in the network"
+            raise InputError(f"{path} into a {type(network).__name__}", found, "an instance of the same class")
+    network.load_state_dict(stored)
+    return network.eval()
+
+
+def _replace(network: nn.Module, record: dict[str, Any]) -> None:
+    parent, _, leaf = record["name"].rpartition(".")
+    old = network.get_submodule(record["name"])
+    shape = tuple(record["shape"])
+    if not isinstance(old, (nn.Conv2d, nn.Linear)) or shape != (len(old.weight), old.weight[0].numel()):
+        raise AttributeError(f"{record['name']} is {old}")
+    plain, activation = T.of_entry(record), record["activation"]
+    bias = nn.Parameter(torch.zeros(shape[0], dtype=old.weight.dtype)) if record["bias"] else None
+    if isinstance(old, nn.Conv2d):
+        new: nn.Module = QuantConv2d(plain, window_of(old), bias, activation)
+    else:
+        kinds = [step["kind"] for step in record["rewrites"]]
+        new = QuantLinear(plain, bias, activation, kinds)
+    setattr(network.get_submodule(parent), leaf, new)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantized network, and what is known of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fewbit.recipe import Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """``network`` runs on the kernels.
+
+    ``layers``: a record each, as in the manifest; ``skipped``: names of modules whose parameters stay as they are, with
+    the reason; ``folded``: norm -> layer; ``batches``: that calibration saw.
+    """
+
+    network: nn.Module
+    recipe: Recipe
+    layers: list[dict[str, Any]]
+    skipped: list[dict[str, Any]]
+    folded: dict[str, str]
+    seed: int
+    batches: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True stored bits per weight of the quantized layers: codes, scales, tables, grids."""
+        weights = sum(record["shape"][0] * record["shape"][1] for record in self.layers)
+        return float(8 * sum(record["nbytes"] for record in self.layers) / weights)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Static activations: the grid of each layer's inputs, fixed by what calibration shows of them.
+
+Once all layers of a block are solved, the calibration runs through it with their decoded weights and rewritten, but not
+rounded, inputs; blocks before it are quantized already and round theirs.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+from torch import Tensor
+
+from fewbit.core.observers import Seen
+from fewbit.errors import InputError
+from fewbit.formats.fixed import Fixed
+from fewbit.run.rewriting import as_run
+from fewbit.run.solve import Solved
+from fewbit.run.state import Run
+
+
+def fix_grids(run: Run, stage: int, index: int, solved: list[Solved]) -> list[Solved]:
+    """``solved``, every layer's inputs on a grid that is known; the same where none is left open.
+
+    Raises:
+        InputError: inputs of a layer hold NaN or infinity; the message names it.
+    """
+    waiting: dict[str, Fixed] = {}
+    for item in solved:
+        grid = item.activation
+        if isinstance(grid, Fixed) and not grid.bound:
+            waiting[item.record["name"]] = grid
+    if not waiting:
+        return solved
+    total = {name: Seen.none() for name in waiting}
+    source, shared, looked = run.hidden(stage - 1, "calibration"), run.inputs("calibration"), _Looked()
+
+    def step(batch: int) -> dict[str, Seen]:
+        looked.begin()
+        with run.arithmetic():
+            run.model.run_block(index, source.read(batch), shared)
+        return looked.end()
+
+    # Hooks run in the order in which they were added: what is looked at was rewritten.
+    with as_run(run.model, solved), run.model.observe(index, looked, set(waiting)):
+        for found in run.workers.map(step, range(len(run.batches()))):
+            for name, seen in found.items():
+                total[name] = total[name].merge(seen)
+    source.close()
+    return [_bound(item, waiting, total) for item in solved]
+
+
+class _Looked:
+    """A callback for ``StreamedModel.observe``: what each layer sees of the batch that the thread began."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def begin(self) -> None:
+        self._local.found, self._local.last = {}, None
+
+    def end(self) -> dict[str, Seen]:
+        found: dict[str, Seen] = self._local.found
+        self.begin()
+        return found
+
+    def __call__(self, site: str, x: Tensor, expert: int | None) -> None:
+        last = self._local.last
+        # The last input is kept alive, so an equal address means the same tensor, not a reused one.
+        if last is None or last[0].data_ptr() != x.data_ptr() or last[0].shape != x.shape:
+            try:
+                last = self._local.last = (x, Seen.of(x))
+            except InputError as error:
+                raise InputError(f"layer {site}: {error.asked}", error.found, error.works) from None
+        self._local.found[site] = last[1]
+
+
+def _bound(item: Solved, waiting: dict[str, Fixed], total: dict[str, Seen]) -> Solved:
+    grid = waiting.get(item.record["name"])
+    if grid is None:
+        return item
+    known = grid.observed(total[item.record["name"]])
+    return replace(item, record={**item.record, "activation": known.name})
