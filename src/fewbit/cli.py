@@ -38,6 +38,12 @@ Transform = Annotated[
     list[str] | None,
     typer.Option("--transform", metavar="NAME", help="smooth or rotate: done before the method; may be repeated."),
 ]
+Tuning = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tune", metavar="NAME", help="scales or rounding: learned block by block after the method; may be repeated."
+    ),
+]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", help="A text or JSONL file; default: the bundled text.")
 ]
@@ -85,6 +91,7 @@ def quantize(
     recipe: Recipe = None,
     option: Options = None,
     transform: Transform = None,
+    tune: Tuning = None,
     calibration: Calibration = None,
     head: Head = "int8/g64",
     samples: Samples = 128,
@@ -99,9 +106,8 @@ def quantize(
     """Quantize MODEL into OUT, verify it, and report. Killed or interrupted, the same command continues."""
     from fewbit.commands import quantize as command
 
-    request = command.Request(
-        model, format, method, recipe, option, transform, calibration, head, samples, context, seed, threads, force
-    )
+    what = (model, format, method, recipe, option, transform, tune)
+    request = command.Request(*what, calibration, head, samples, context, seed, threads, force)
     command.run(request, out, json, report)
 
 
@@ -114,6 +120,7 @@ def plan(
     recipe: Recipe = None,
     option: Options = None,
     transform: Transform = None,
+    tune: Tuning = None,
     calibration: Calibration = None,
     head: Head = "int8/g64",
     samples: Samples = 128,
@@ -128,9 +135,8 @@ def plan(
     from fewbit.commands import plan as command
     from fewbit.commands.quantize import Request
 
-    request = Request(
-        model, format, method, recipe, option, transform, calibration, head, samples, context, seed, threads, force
-    )
+    what = (model, format, method, recipe, option, transform, tune)
+    request = Request(*what, calibration, head, samples, context, seed, threads, force)
     command.run(request, json)
 
 

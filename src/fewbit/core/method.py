@@ -25,6 +25,7 @@ class Method:
     ``solve(weight, format, facts, **options)`` takes a float32 (rows, columns) weight and returns an unpacked QTensor.
     ``needs``: "nothing" (data-free), "mean_square" (E[x^2]) or "gram" (E[x x^T]).
     ``options``: names and defaults, so that a recipe can be checked before work starts.
+    ``tuning``: name of the tuning that follows it and takes its options, "" for none.
     ``refuse(format)``: None, or the reason why it cannot choose codes of that format; the plan asks it.
     """
 
@@ -33,6 +34,7 @@ class Method:
     needs: Need
     options: dict[str, Any] = field(default_factory=dict)
     refuse: Callable[[Format], str | None] = _takes_all
+    tuning: str = ""
     source: str = ""
 
     def __call__(self, weight: Tensor, format: Format, facts: Facts, **options: Any) -> QTensor:

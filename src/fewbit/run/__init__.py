@@ -61,6 +61,7 @@ def quantize(
     context: int = 512,
     options: dict[str, Any] | None = None,
     transforms: Sequence[str | dict[str, Any]] = (),
+    tune: Sequence[str | dict[str, Any]] = (),
     calibration_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     progress: Progress | None = None,
     tokenizer: Any = None,
@@ -71,6 +72,7 @@ def quantize(
         model: a Hugging Face folder, a ``.gguf`` file, a hub id, or a transformers model (with ``tokenizer``).
         recipe: a format such as ``"int4/g128/asym"``, a scheme such as ``"W4A16"``, or a :class:`Recipe`.
         method: for a format: ``rtn``, ``clip``, ``gptq``, ... with ``options``, after ``transforms`` (``["smooth"]``).
+        tune: what the layers of a block learn together after that (``["scales"]``).
         calibration: a .txt or .jsonl file; bundled text when None.
         samples, context, seed: windows, tokens in each, and what they are drawn with.
         calibration_dtype: of the matrix products that calibration runs through the blocks; "auto" takes bfloat16 where
@@ -83,7 +85,7 @@ def quantize(
         FewbitError: see :mod:`fewbit.errors`. An interrupted or refused run leaves its work in ``OUT.partial``, from
             which the same call continues.
     """
-    chosen, target, tell = _recipe(recipe, method, head, options, transforms), Path(out), progress or _silent
+    chosen, target, tell = _recipe(recipe, method, head, options, transforms, tune), Path(out), progress or _silent
     with _source(model, tokenizer, target) as path:
         checkpoint = open_checkpoint(path)
         streamed = StreamedModel.open(checkpoint)
@@ -118,12 +120,13 @@ def plan(
     context: int = 512,
     options: dict[str, Any] | None = None,
     transforms: Sequence[str | dict[str, Any]] = (),
+    tune: Sequence[str | dict[str, Any]] = (),
     force: bool = False,
 ) -> Plan:
     """What :func:`quantize` would do with the same arguments; reads no weight. See :mod:`fewbit.run.planning`."""
     checkpoint = open_checkpoint(model)
     streamed = StreamedModel.open(checkpoint)
-    chosen = _recipe(recipe, method, head, options, transforms)
+    chosen = _recipe(recipe, method, head, options, transforms, tune)
     return make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
 
 
@@ -137,11 +140,13 @@ def _recipe(
     head: str,
     options: dict[str, Any] | None,
     transforms: Sequence[str | dict[str, Any]],
+    tune: Sequence[str | dict[str, Any]],
 ) -> Recipe:
     if isinstance(recipe, str):
-        return Recipe.simple(recipe, method, head, options, transforms)
-    if transforms:
-        raise SpecError("transforms beside a Recipe", "a recipe names its own", "write them into its rules")
+        return Recipe.simple(recipe, method, head, options, transforms, tune)
+    if transforms or tune:
+        what = "transforms" if transforms else "tune"
+        raise SpecError(f"{what} beside a Recipe", "a recipe names its own", "write them into its rules")
     return recipe
 
 
@@ -194,8 +199,8 @@ def _calibration(
     seed: int,
     tell: Progress,
 ) -> Calibration | None:
-    """Text for the methods and transforms that need it; None when no rule does."""
-    if all(rule.needs == "nothing" for rule in recipe.rules):
+    """Text for the methods, transforms and tunings that need it; None when no rule does."""
+    if not any(rule.calibrated for rule in recipe.rules):
         if source is not None:
             tell(Event("note", message=f"the calibration text {source} is not used: nothing in the recipe needs data"))
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from fewbit.core.qtensor import QTensor, stack
 from fewbit.core.rewrite import Chain
 from fewbit.errors import UnsupportedError, VerificationError
 from fewbit.model.sites import Site
-from fewbit.recipe import Rule
+from fewbit.recipe import Rule, Tune
 
 SHOWN = 256
 """Tokens of the probe on which a layer's relative output error is measured."""
@@ -47,11 +47,24 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """``qtensor`` works on inputs that went through ``rewrite``."""
+    """``qtensor`` works on inputs that went through ``rewrite``. Where a tuning follows, ``task`` is what was solved
+    and ``weight`` its float32 matrix for rewritten inputs."""
 
     qtensor: QTensor
     record: dict[str, Any]
     rewrite: Chain
+    task: Task | None = None
+    weight: Tensor | None = None
+
+    @property
+    def tunings(self) -> tuple[Tune, ...]:
+        """What its block learns after it was solved."""
+        return self.task.rule.tunings() if self.task is not None else ()
+
+    def unpacked(self) -> tuple[Tensor, QTensor]:
+        """The float weight, and what stands for it, as a tuning takes them."""
+        assert self.weight is not None
+        return self.weight, QTensor.of(self.qtensor.format, *self.qtensor.logical(), self.qtensor.shape[0])
 
     @property
     def activation(self) -> Format | None:
@@ -120,7 +133,24 @@ def solve(task: Task) -> Solved:
         "note": _note(starved, task),
         "seconds": round(time.monotonic() - began, 3),
     }
-    return Solved(packed, record, rewrite)
+    if not task.rule.tunings():
+        return Solved(packed, record, rewrite)
+    told = {"tune": [tune.plain() for tune in task.rule.tune], "tuned": []}
+    return Solved(packed, {**record, **told}, rewrite, task, rewritten)
+
+
+def retuned(item: Solved, qtensor: QTensor | None, outcome: str) -> Solved:
+    """``item`` with the codes and parameters of ``qtensor``, or its own where tuning found none better; ``outcome`` is
+    told in its record."""
+    record = {**item.record, "tuned": [*item.record["tuned"], outcome]}
+    if qtensor is None:
+        return replace(item, record=record)
+    assert item.task is not None
+    packed = qtensor.repack(item.qtensor.layout)
+    decoded = packed.dequantize()
+    record["relative_error"] = relative_error(item.task, item.rewrite.unweight(decoded))
+    record["decoded_sha256"] = digest(decoded)
+    return replace(item, qtensor=packed, record=record)
 
 
 def transformed(task: Task) -> tuple[Chain, Tensor, list[Facts]]:

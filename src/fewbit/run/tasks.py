@@ -32,11 +32,12 @@ def make_task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[st
         return None
     nothing = [Facts.none(site.shape[1]) for _ in range(site.experts)]
     unseen = [torch.zeros(0, site.shape[1]) for _ in range(site.experts)]
+    weight = run.model.weight(site.name).float().reshape(-1, site.shape[1])
     return Task(
         site,
         decision.rule,
         formats.parse(decision.rule.format),
-        run.model.weight(site.name).float().reshape(-1, site.shape[1]),
+        weight.clone() if decision.rule.tunings() else weight,  # the model's own is overwritten once it is solved
         facts.get(site.name, nothing),
         seen.get(site.name, unseen),
         seed_of(run.seed, site.name),
