@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewbit.core import blocks as B
 from fewbit.core import format as F
-from fewbit.core.format import Format, Param, Params
+from fewbit.core.format import Format, Param, Params, Vectors
 from fewbit.core.qtensor import QTensor
 from fewbit.core.tuning import Learnable, Values
 from fewbit.errors import UnsupportedError
@@ -106,8 +106,11 @@ class Scales(Learnable):
 
     def freeze(self, values: Values) -> QTensor:
         params = self._params(values)
+        physical = self._format.physical(params)
+        # of sums of two vectors no format asks that they come back
+        sums = isinstance(physical, Vectors) and len(physical.books) > 1
         lost = self._lost(params) & ~self._lost(self._stored)
-        if bool(lost.any()):
+        if bool(lost.any()) and not sums:
             for param in self._learned:
                 before, after = self._stored[param.name], params[param.name]
                 kept = self._shared(param, lost).reshape(*lost.shape, *[1] * (after.ndim - 3))

@@ -161,7 +161,9 @@ class _Phase:
                 site = model.site(path)
                 weight = given.get(i, model.weight(path))
                 twin = _twin(model.module.get_submodule(path), item)
-                twin._parameters[site.parameter.rpartition(".")[2]] = weight.T if site.transposed else weight  # type: ignore[assignment]
+                with torch.enable_grad():
+                    lying = weight.T if site.transposed else weight
+                twin._parameters[site.parameter.rpartition(".")[2]] = lying  # type: ignore[assignment]
                 parts[path[len(name) + 1 :]] = twin
         block = with_replaced(model.module.get_submodule(name), parts)
         arguments, named = self._run.inputs("window").calls[self._index]
