@@ -6,7 +6,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracle.autoround_oracle import Block
 from torch import Tensor
 
 from fewbit import formats, methods
@@ -14,6 +13,7 @@ from fewbit.core.descent import SignSGD
 from fewbit.core.facts import Facts
 from fewbit.core.qtensor import QTensor
 from fewbit.methods.autoround import Rounding
+from oracle.autoround_oracle import Block
 
 FORMATS = ("int2/g8/asym", "int3/g8/asym", "int4/g8/sym", "int2/g8/sym", "int3/g8/min")
 RATE = 0.05
