@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learned rounding and ranges by the definition, in float64, one number at a time; and its straight-through gradient.
 
-Straight through means: whatever rounding added (to a code, to a stored scale, to a stored offset) is held constant while
-the rest is differentiated. So the gradient is a difference quotient of the function in which those are constants.
+Straight through means: whatever rounding added (to a code, to a stored scale, to a stored offset) is held constant
+while the rest is differentiated. So the gradient is a difference quotient of the function in which those are constants.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fewbit
+from fewbit import calibrate
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
@@ -73,8 +74,6 @@ def test_the_error_told_is_that_of_the_file(tmp_path: Path, short: Short, tiny: 
             p for p in sorted(result.path.glob("model-*")) if record["name"].encode() in p.read_bytes()[:65536]
         )
         quantized.set_weight(record["name"], read_back(shard, record).dequantize())
-    from fewbit import calibrate
-
     data = calibrate.calibration(open_checkpoint(tiny).tokenizer(), None, 8, 64, 0)
     with torch.no_grad():
         wanted, got = (model.begin(data.ids) for model in (floating, quantized))
