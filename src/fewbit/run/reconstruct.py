@@ -36,7 +36,7 @@ from fewbit.run.solve import Solved, retuned
 from fewbit.run.state import Run, peak_rss
 from fewbit.run.tasks import propagate
 
-LOOKS = 4
+LOOKS = 2
 """How often the loss of all windows is taken on the way."""
 
 Grads = list[Tensor]
