@@ -131,10 +131,10 @@ class Scales(Learnable):
         if param.per == "columns":
             return lost.any(0, keepdim=True).expand(shape)
         if param.per == "rows":
-            padded = torch.nn.functional.pad(lost, (0, 0, 0, 0, 0, -shape[0] % repeat))
+            padded = torch.constant_pad_nd(lost, (0, 0, 0, 0, 0, -shape[0] % repeat))
             groups = padded.reshape(-1, repeat * shape[1]).any(1)
             return groups.repeat_interleave(repeat)[: shape[0], None, None].expand(shape)
-        padded = torch.nn.functional.pad(lost, (0, 0, 0, -shape[1] % repeat))
+        padded = torch.constant_pad_nd(lost, (0, 0, 0, -shape[1] % repeat))
         spans = padded.reshape(shape[0], -1, repeat).any(-1)
         return spans.repeat_interleave(repeat, 1)[:, : shape[1], None]
 

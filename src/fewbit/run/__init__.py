@@ -71,8 +71,8 @@ def quantize(
     Args:
         model: a Hugging Face folder, a ``.gguf`` file, a hub id, or a transformers model (with ``tokenizer``).
         recipe: a format such as ``"int4/g128/asym"``, a scheme such as ``"W4A16"``, or a :class:`Recipe`.
-        method: for a format: ``rtn``, ``clip``, ``gptq``, ... with ``options``, after ``transforms`` (``["smooth"]``).
-        tune: what the layers of a block learn together after that (``["scales"]``).
+        method: for a format: ``rtn``, ``clip``, ``gptq``, ... with ``options``, after ``transforms`` (``["smooth"]``)
+            and before ``tune`` (``["scales"]``).
         calibration: a .txt or .jsonl file; bundled text when None.
         samples, context, seed: windows, tokens in each, and what they are drawn with.
         calibration_dtype: of the matrix products that calibration runs through the blocks; "auto" takes bfloat16 where
@@ -99,8 +99,7 @@ def quantize(
         if (finished := _finished(target, fingerprint)) is not None:
             tell(Event("done", message=f"{target} is finished already"))
             return finished
-        folder = _open_folder(target, force)
-        journal = Journal.open(folder / STATE / "journal.json", fingerprint)
+        journal = Journal.open((folder := _open_folder(target, force)) / STATE / "journal.json", fingerprint)
         probe = calibrate.probe(words, PROBE[0], min(PROBE[1], _longest(checkpoint)))
         with workers(threads) as pool:
             run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed)
