@@ -71,8 +71,7 @@ def quantize(
     Args:
         model: a Hugging Face folder, a ``.gguf`` file, a hub id, or a transformers model (with ``tokenizer``).
         recipe: a format such as ``"int4/g128/asym"``, a scheme such as ``"W4A16"``, or a :class:`Recipe`.
-        method: for a format: ``rtn``, ``clip``, ``gptq``, ... with ``options``, after ``transforms`` (``["smooth"]``)
-            and before ``tune`` (``["scales"]``).
+        method: for a format: ``rtn``, ``gptq``, ... with ``options``, after ``transforms``, before ``tune`` (names).
         calibration: a .txt or .jsonl file; bundled text when None.
         samples, context, seed: windows, tokens in each, and what they are drawn with.
         calibration_dtype: of the matrix products that calibration runs through the blocks; "auto" takes bfloat16 where
