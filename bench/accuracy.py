@@ -110,6 +110,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     samples=arguments.samples,
                     context=arguments.context,
                     head=arguments.head,
+                    device=arguments.device,
                     force=True,
                 )
                 seconds = time.monotonic() - began
@@ -166,6 +167,7 @@ def main() -> None:
     sizes = [f"int{bits}/g{group}/asym" for group in (128, 64) for bits in (8, 4, 3, 2)]
     parser.add_argument("--formats", nargs="+", default=sizes)
     parser.add_argument("--methods", nargs="+", default=list(USUAL), type=choice, help="rows")
+    parser.add_argument("--device", default="cpu", help="where blocks are tuned: cpu or cuda")
     parser.add_argument("--iters", type=int, default=200, help="steps of tunings")
     parser.add_argument("--json", type=Path)
     show(run(parser.parse_args()))

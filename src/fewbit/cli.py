@@ -44,6 +44,7 @@ Tuning = Annotated[
         "--tune", metavar="NAME", help="scales or rounding: learned block by block after the method; may be repeated."
     ),
 ]
+Device = Annotated[str, typer.Option("--device", help="Where blocks are tuned: cpu or cuda; all else runs on the CPU.")]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", help="A text or JSONL file; default: the bundled text.")
 ]
@@ -98,6 +99,7 @@ def quantize(
     context: Window = 512,
     seed: Seed = 0,
     threads: Threads = None,
+    device: Device = "cpu",
     force: Force = False,
     json: Json = None,
     report: Report = None,
@@ -107,7 +109,7 @@ def quantize(
     from fewbit.commands import quantize as command
 
     what = (model, format, method, recipe, option, transform, tune)
-    request = command.Request(*what, calibration, head, samples, context, seed, threads, force)
+    request = command.Request(*what, calibration, head, samples, context, seed, threads, force, device)
     command.run(request, out, json, report)
 
 

@@ -39,6 +39,7 @@ class Request:
     seed: int
     threads: int | None
     force: bool
+    device: str = "cpu"
 
     def recipe(self) -> Recipe:
         """What to do with which layer: the recipe's rules first, then --format for what they leave.
@@ -65,7 +66,8 @@ class Request:
 
     def running(self) -> dict[str, Any]:
         """Keywords of :func:`fewbit.quantize`."""
-        return {**self.planning(), "calibration": self.calibration, "seed": self.seed, "threads": self.threads}
+        data = {"calibration": self.calibration, "seed": self.seed}
+        return {**self.planning(), **data, "threads": self.threads, "device": self.device}
 
 
 def settings(given: list[str]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Rounding(Learnable):
     def _params(self, values: Values) -> Params:
         low, high = self._ends
         ends = torch.cat([low * values["low"], high * values["high"]], -1)
-        return self._format.fit(ends, torch.ones(1, 1, 1))
+        return self._format.fit(ends, torch.ones(1, 1, 1, device=ends.device))
 
     def weight(self, values: Values) -> Tensor:
         params = self._params(values)

@@ -63,6 +63,7 @@ def quantize(
     transforms: Sequence[str | dict[str, Any]] = (),
     tune: Sequence[str | dict[str, Any]] = (),
     calibration_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    device: str = "cpu",
     progress: Progress | None = None,
     tokenizer: Any = None,
 ) -> Result:
@@ -76,7 +77,7 @@ def quantize(
         samples, context, seed: windows, tokens in each, and what they are drawn with.
         calibration_dtype: of the matrix products that calibration runs through the blocks; "auto" takes bfloat16 where
             the processor multiplies it natively. Statistics, solving and checking are float32 or wider.
-        threads: how many; any number gives the same bytes. None takes torch's.
+        threads, device: how many (any number gives the same bytes, None takes torch's); where blocks are tuned.
         head: format of the embedding and the head, or ``"float"``.
         force: accept below 3 bits without data, replace ``out``, and accept a broken result.
 
@@ -89,19 +90,18 @@ def quantize(
         checkpoint = open_checkpoint(path)
         streamed = StreamedModel.open(checkpoint)
         planned = make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
-        for message in planned.warnings:
-            tell(Event("note", message=message))
+        _before(planned, device, tell)
         words = checkpoint.tokenizer()
         data = _calibration(checkpoint, words, chosen, calibration, samples, context, seed, tell)
         products = _calibration_dtype(calibration_dtype)
-        fingerprint = _fingerprint(checkpoint, chosen, data, seed, products)
+        fingerprint = _fingerprint(checkpoint, chosen, data, seed, products, device)
         if (finished := _finished(target, fingerprint)) is not None:
             tell(Event("done", message=f"{target} is finished already"))
             return finished
         journal = Journal.open((folder := _open_folder(target, force)) / STATE / "journal.json", fingerprint)
         probe = calibrate.probe(words, PROBE[0], min(PROBE[1], _longest(checkpoint)))
         with workers(threads) as pool:
-            run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed)
+            run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed, device)
             run_stages(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)
     tell(Event("done", message=str(target)))
@@ -126,6 +126,18 @@ def plan(
     streamed = StreamedModel.open(checkpoint)
     chosen = _recipe(recipe, method, head, options, transforms, tune)
     return make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
+
+
+def _before(planned: Plan, device: str, tell: Progress) -> None:
+    """Tell what the plan warns of, and refuse a device that is not there.
+
+    Raises:
+        SpecError: it is not.
+    """
+    for message in planned.warnings:
+        tell(Event("note", message=message))
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise SpecError(f"tuning on device {device!r}", "torch finds no such device here", "cpu, or cuda with a GPU")
 
 
 def _silent(event: Event) -> None:
@@ -164,7 +176,7 @@ def _calibration_dtype(asked: str) -> torch.dtype:
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, recipe: Recipe, data: Calibration | None, seed: int, products: torch.dtype
+    checkpoint: Checkpoint, recipe: Recipe, data: Calibration | None, seed: int, products: torch.dtype, device: str
 ) -> dict[str, str]:
     """Everything that the bytes of the result depend on."""
     return {
@@ -175,6 +187,7 @@ def _fingerprint(
         "recipe": describe(recipe),
         "calibration": data.sha256 if data else "none",
         "calibration_dtype": str(products) if data else "none",
+        "device": device,
         "seed": str(seed),
     }
 

@@ -10,6 +10,9 @@ The loss that decides is that of all windows, taken before the first step, in be
 least loss are kept, and where no step lowered it the block stays as it was solved. Windows are drawn by the seed;
 gradients of a batch are worked out a window a worker and added up in order, so that any number of threads gives the
 same bytes. Both streams lie in files of which a window a worker is in memory.
+
+On a GPU, where one is asked for, the block and what is learned lie there, and some windows are one batch. What comes
+out is checked like anything else, but its bytes are promised neither to equal a CPU's nor those of the next run.
 """
 
 from __future__ import annotations
@@ -18,12 +21,15 @@ import copy
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewbit import methods
+from fewbit.core.qtensor import QTensor
+from fewbit.core.rewrite import restore
 from fewbit.core.transform import seed_of
 from fewbit.core.tuning import Learnable, Values
 from fewbit.kernels.reference import round_activations
@@ -93,6 +99,11 @@ class _Phase:
         self._windows = sum(len(ids) for ids in run.batches())
         self._inputs = _one_by_one(run.hidden(stage - 1, "calibration"), self._windows)
         self._wanted = _one_by_one(run.hidden(stage, "reference"), self._windows)
+        self._device = torch.device(run.device)
+        self._together = 1 if self._device.type == "cpu" else run.batch
+        self._calls = _placed(run.inputs("window" if self._together == 1 else "calibration").calls[index], self._device)
+        block = run.model.module.get_submodule(run.model.blocks[index])
+        self._bare = block if self._device.type == "cpu" else copy.deepcopy(block).to(self._device)
         name = f"{run.model.blocks[index]} {place} {tune.name}"
         self._generator = torch.Generator().manual_seed(seed_of(run.seed, name) & (2**63 - 1))
 
@@ -100,7 +111,7 @@ class _Phase:
         """What was solved, ``members`` tuned."""
         began, run = time.monotonic(), self._run
         chosen = [self._solved[i] for i in self._members]
-        learners = list(run.workers.map(lambda item: self._row.learn(*item.unpacked()), chosen))
+        learners = list(run.workers.map(lambda item: self._row.learn(*_placed(item.unpacked(), self._device)), chosen))
         start, least, best = self._learn(learners)
         self._inputs.close()
         self._wanted.close()
@@ -109,7 +120,8 @@ class _Phase:
         run.progress(Event("note", message=note, peak_rss_bytes=peak_rss()))
         if best is None:
             return [retuned(item, None, outcome) if i in self._members else item for i, item in enumerate(self._solved)]
-        ends = [learner.freeze(values) for learner, values in zip(learners, best, strict=True)]
+        pairs = zip(learners, best, strict=True)
+        ends = [_placed(learner.freeze(values), torch.device("cpu")) for learner, values in pairs]
         frozen = dict(zip(self._members, ends, strict=True))
         result = [
             retuned(item, frozen[i], outcome) if i in self._members else item for i, item in enumerate(self._solved)
@@ -123,7 +135,8 @@ class _Phase:
         values = [{name: array.clone() for name, array in one.start.items()} for one in learners]
         rules = [self._row.descend() for _ in learners]
         rates = [self._lr or self._row.rate(self._iters, self._solved[i].qtensor.format) for i in self._members]
-        before = [self._run.model.weight(self._solved[i].record["name"]).clone() for i in self._members]
+        names = [self._solved[i].record["name"] for i in self._members]
+        before = [self._run.model.weight(name).to(self._device, copy=True) for name in names]
         power = self._power()
         start = least = self._loss(before)
         best: list[Values] | None = None
@@ -152,24 +165,23 @@ class _Phase:
 
     def _block(self, weights: Grads) -> Callable[[Tensor], Tensor]:
         """The block with ``weights`` in place of those of the members."""
-        model, name = self._run.model, self._run.model.blocks[self._index]
+        model, start = self._run.model, len(self._run.model.blocks[self._index]) + 1
         given = dict(zip(self._members, weights, strict=True))
         parts = {}
         for i, item in enumerate(self._solved):
             path = item.record["name"]
             if i in given or item.rewrite.steps or item.activation is not None:
                 site = model.site(path)
-                weight = given.get(i, model.weight(path))
-                twin = _twin(model.module.get_submodule(path), item)
-                with torch.enable_grad():
-                    lying = weight.T if site.transposed else weight
-                twin._parameters[site.parameter.rpartition(".")[2]] = lying  # type: ignore[assignment]
-                parts[path[len(name) + 1 :]] = twin
-        block = with_replaced(model.module.get_submodule(name), parts)
-        arguments, named = self._run.inputs("window").calls[self._index]
+                parts[path[start:]] = twin = _twin(self._bare.get_submodule(path[start:]), item, self._device)
+                if i in given:
+                    with torch.enable_grad():
+                        lying = given[i].T if site.transposed else given[i]
+                    twin._parameters[site.parameter.rpartition(".")[2]] = lying  # type: ignore[assignment]
+        block = with_replaced(self._bare, parts)
+        arguments, named = self._calls
 
         def run(hidden: Tensor) -> Tensor:
-            with self._run.arithmetic():
+            with self._run.arithmetic(self._device.type):
                 out = block(hidden, *arguments, **named)
             return (out[0] if isinstance(out, tuple) else out).float()  # type: ignore[no-any-return]
 
@@ -180,13 +192,14 @@ class _Phase:
         leaves = [weight.detach().requires_grad_() for weight in weights]
         block, total = self._block(leaves), [torch.zeros_like(weight) for weight in weights]
         drawn = torch.randperm(self._windows, generator=self._generator)[: self._batch].tolist()
+        drawn = drawn[: max(self._together, len(drawn) // self._together * self._together)]
 
-        def one(window: int) -> tuple[Tensor, ...]:
+        def one(windows: list[int]) -> tuple[Tensor, ...]:
             with torch.enable_grad():
-                lost = (block(self._inputs.read(window)) - self._wanted.read(window)).square().mean() / len(drawn)
+                lost = self._error(block, windows).square().mean() * (len(windows) / len(drawn))
                 return torch.autograd.grad(lost, leaves)
 
-        for found in self._run.workers.map(one, drawn):
+        for found in self._run.workers.map(one, self._parts(drawn)):
             for sum_, grad in zip(total, found, strict=True):
                 sum_ += grad
         return total
@@ -195,11 +208,22 @@ class _Phase:
         """Mean square of the error of all windows."""
         block = self._block(weights)
 
-        def one(window: int) -> float:
-            error = block(self._inputs.read(window)) - self._wanted.read(window)
-            return float(error.square_().mean(dtype=torch.float64))
+        def one(windows: list[int]) -> float:
+            return float(self._error(block, windows).square_().mean(dtype=torch.float64)) * len(windows)
 
-        return sum(self._run.workers.map(one, range(self._windows))) / self._windows
+        return sum(self._run.workers.map(one, self._parts(list(range(self._windows))))) / self._windows
+
+    def _parts(self, windows: list[int]) -> list[list[int]]:
+        """What goes through the block at once: what it was called with fits so many windows."""
+        return [windows[i : i + self._together] for i in range(0, len(windows), self._together)]
+
+    def _error(self, block: Callable[[Tensor], Tensor], windows: list[int]) -> Tensor:
+        """What the block makes of ``windows``, less what is wanted."""
+        hidden, wanted = (
+            torch.cat([file.read(window) for window in windows]).to(self._device)
+            for file in (self._inputs, self._wanted)
+        )
+        return block(hidden) - wanted
 
     def _power(self) -> float:
         """Mean square of what is wanted."""
@@ -215,12 +239,26 @@ def _one_by_one(file: HiddenFile, windows: int) -> HiddenFile:
     return HiddenFile(file.path, (windows, 1, *file.shape[2:]), "read")
 
 
-def _twin(module: nn.Module, item: Solved) -> nn.Module:
+def _placed(tree: Any, device: torch.device) -> Any:
+    """``tree`` with its tensors on ``device``."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_placed(entry, device) for entry in tree)
+    if isinstance(tree, dict):
+        return {key: _placed(entry, device) for key, entry in tree.items()}
+    if isinstance(tree, QTensor):
+        return replace(tree, packed=tree.packed.to(device), params=_placed(dict(tree.params), device))
+    return tree
+
+
+def _twin(module: nn.Module, item: Solved, device: torch.device) -> nn.Module:
     """``module`` with parameters and input hooks of its own: inputs are rewritten and rounded as when the model runs,
     and gradients go straight through that rounding."""
     twin = copy.copy(module)
     twin._parameters = dict(module._parameters)
-    rewrite, activation = item.rewrite, item.activation
+    kinds, columns = [step.kind for step in item.rewrite.steps], item.record["shape"][1]
+    rewrite, activation = restore(kinds, columns, _placed(item.rewrite.arrays, device)), item.activation
 
     def inputs(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x = rewrite.apply(arguments[0]) if rewrite.steps else arguments[0]

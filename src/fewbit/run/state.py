@@ -24,7 +24,7 @@ from fewbit.run.workers import Workers
 @dataclass
 class Run:
     """Everything a stage needs. ``probe`` (windows, tokens) is held-out text that the run checks itself on; ``seed``
-    is what anything random is drawn from."""
+    is what anything random is drawn from; ``device`` where blocks are tuned."""
 
     model: StreamedModel
     plan: Plan
@@ -37,12 +37,13 @@ class Run:
     progress: Progress
     calibration_dtype: torch.dtype
     seed: int
+    device: str = "cpu"
     began: float = field(default_factory=time.monotonic)
     calls: dict[str, Inputs] = field(default_factory=dict)
 
-    def arithmetic(self) -> AbstractContextManager[Any]:
+    def arithmetic(self, device: str = "cpu") -> AbstractContextManager[Any]:
         """What calibration computes in: matrix products in ``calibration_dtype``, sums and facts in float32."""
-        return torch.autocast("cpu", self.calibration_dtype, enabled=self.calibration_dtype != torch.float32)
+        return torch.autocast(device, self.calibration_dtype, enabled=self.calibration_dtype != torch.float32)
 
     def inputs(self, what: str) -> Inputs:
         """What blocks are called with for a batch of "probe" or "calibration", or for a "window" of the latter; equal
