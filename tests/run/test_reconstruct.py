@@ -82,7 +82,8 @@ def test_the_error_told_is_that_of_the_file(tmp_path: Path, short: Short, tiny: 
                 type(inputs)(model.run_block(block, inputs.hidden, inputs), inputs.calls)
                 for model, inputs in ((floating, wanted), (quantized, got))
             )
-            error = float((got.hidden - wanted.hidden).norm() / wanted.hidden.norm())
+            size = wanted.hidden.norm(dim=-1, keepdim=True)
+            error = float(((got.hidden - wanted.hidden) / size).square().sum(-1).mean().sqrt())
             assert error == pytest.approx(notes.errors[2 * block + 1][1], rel=2e-3)  # told with 3 digits
 
 
@@ -134,7 +135,7 @@ def test_a_block_is_tuned_as_it_will_run(
         format,
         "rtn",
         transforms=transforms,
-        tune=[SCALES],
+        tune=[{**SCALES, "relative": 0}],
         calibration_dtype=dtype,
         progress=told,
     )
@@ -177,6 +178,22 @@ def test_the_plan_says_what_cannot_be_tuned(tiny: Path, recipe: list[dict[str, A
 def test_experts_are_refused(tiny_family: Callable[[str], Path]) -> None:
     with pytest.raises(UnsupportedError, match="routed to them"):
         fewbit.plan(tiny_family("mixtral"), "int4/g32/asym", method="autoround")
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, short: Short) -> None:
+    with pytest.raises(SpecError, match="no such device"):
+        short(tmp_path / "out", "int3/g32/asym", "autoround", device="abacus")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("transforms", [[], ["rotate"], ["smooth"]])
+def test_a_gpu_does_what_the_processor_does(tmp_path: Path, short: Short, transforms: list[str]) -> None:
+    notes = {device: Notes() for device in ("cpu", "cuda")}
+    for device, told in notes.items():
+        more: dict[str, Any] = {"transforms": transforms, "tune": [ROUNDING, SCALES], "device": device}
+        short(tmp_path / device, "int3/g32/asym", "rtn", calibration_dtype="float32", progress=told, **more)
+    for here, there in zip(notes["cpu"].errors, notes["cuda"].errors, strict=True):
+        assert there[0] == pytest.approx(here[0], rel=0.02) and there[1] == pytest.approx(here[1], rel=0.1)
 
 
 @pytest.mark.parametrize(

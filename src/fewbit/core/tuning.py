@@ -54,7 +54,8 @@ class Tuning:
       being the one that it stands for.
     * ``descend``: makes a fresh rule of descent for one layer.
     * ``options``: names and defaults; ``limits``: smallest and largest value of each. ``iters`` steps of ``batch``
-      windows; ``lr`` falls linearly to zero, 0 meaning ``rate(iters, format)``.
+      windows; ``lr`` falls linearly to zero, 0 meaning ``rate(iters, format)``; ``relative``: see
+      :mod:`fewbit.run.reconstruct`.
     * ``refuse(format)``: None, or the reason why it can learn nothing of that format.
     """
 

@@ -33,8 +33,13 @@ __all__ = [
     "tuning",
 ]
 
-_STEPS: dict[str, float] = {"iters": 200, "batch": 8, "lr": 0.0}
-_LIMITS: dict[str, tuple[float, float]] = {"iters": (0, 100_000), "batch": (1, 1024), "lr": (0.0, 1.0)}
+_STEPS: dict[str, float] = {"iters": 200, "batch": 8, "lr": 0.0, "relative": 1.0}
+_LIMITS: dict[str, tuple[float, float]] = {
+    "iters": (0, 100_000),
+    "batch": (1, 1024),
+    "lr": (0.0, 1.0),
+    "relative": (0.0, 1.0),
+}
 
 TUNINGS: tuple[Tuning, ...] = (
     Tuning(

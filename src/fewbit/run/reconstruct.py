@@ -3,8 +3,10 @@
 
 What is compared: the block with its quantized layers on what the quantized blocks before it make of the calibration,
 and the float block on what the float blocks make of it, both at the block's output (after both residual additions).
-The loss is the mean square of the difference. So a block also makes up for what those before it lost. (The code of
-AutoRound and of EfficientQAT's first phase has the same two inputs.)
+So a block also makes up for what those before it lost. (The code of AutoRound and of EfficientQAT's first phase has the
+same two inputs.) With y_t what is wanted at token t and e_t what is missing, the loss is the mean over tokens of
+``|e_t|^2 / |y_t|^(2 relative)``: 0 is the papers' mean square; 1 counts every token alike, as the norm that reads it.
+Without that, the first token of a window, which in many models is a hundred times as large as others, decides alone.
 
 The loss that decides is that of all windows, taken before the first step, in between and after the last: the values of
 least loss are kept, and where no step lowered it the block stays as it was solved. Windows are drawn by the seed;
@@ -96,6 +98,7 @@ class _Phase:
         self._row = methods.tuning(tune.name)
         options = {**self._row.options, **tune.options}
         self._iters, self._batch, self._lr = int(options["iters"]), int(options["batch"]), float(options["lr"])
+        self._relative = float(options["relative"])
         self._windows = sum(len(ids) for ids in run.batches())
         self._inputs = _one_by_one(run.hidden(stage - 1, "calibration"), self._windows)
         self._wanted = _one_by_one(run.hidden(stage, "reference"), self._windows)
@@ -218,19 +221,25 @@ class _Phase:
         return [windows[i : i + self._together] for i in range(0, len(windows), self._together)]
 
     def _error(self, block: Callable[[Tensor], Tensor], windows: list[int]) -> Tensor:
-        """What the block makes of ``windows``, less what is wanted."""
+        """What the block makes of ``windows``, less what is wanted; in units of the loss."""
         hidden, wanted = (
             torch.cat([file.read(window) for window in windows]).to(self._device)
             for file in (self._inputs, self._wanted)
         )
-        return block(hidden) - wanted
+        return (block(hidden) - wanted) * self._units(wanted)
+
+    def _units(self, wanted: Tensor) -> Tensor:
+        """What errors of each token are multiplied by, (windows, tokens, 1)."""
+        return wanted.square().mean(-1, keepdim=True).clamp_min(1e-20).pow(-self._relative / 2)
 
     def _power(self) -> float:
         """Mean square of what is wanted."""
-        found = self._run.workers.map(
-            lambda window: float(self._wanted.read(window).square_().mean(dtype=torch.float64)), range(self._windows)
-        )
-        return sum(found) / self._windows or 1.0
+
+        def one(window: int) -> float:
+            wanted = self._wanted.read(window)
+            return float((wanted * self._units(wanted)).square_().mean(dtype=torch.float64))
+
+        return sum(self._run.workers.map(one, range(self._windows))) / self._windows or 1.0
 
 
 def _one_by_one(file: HiddenFile, windows: int) -> HiddenFile:
