@@ -26,12 +26,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fewbit
-from fewbit import calibrate
+from fewbit import calibrate, methods
 from fewbit.containers import manifest as M
 from fewbit.containers.files import read_json, write_json
 from fewbit.measure.accuracy import Scores, score, summarize
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
+from fewbit.recipe import Recipe
 from fewbit.run.rewriting import as_run
 from fewbit.run.solve import Solved
 from fewbit.run.verify import read_back, read_rewrite
@@ -50,9 +51,30 @@ METHODS: dict[str, tuple[tuple[str | dict[str, Any], ...], str, dict[str, Any]]]
     "skm": ((), "skm", {}),
     "squeezellm 0.45 %": ((), "squeezellm", {}),
     **{f"smooth {alpha}": (({"name": "smooth", "alpha": alpha},), "rtn", {}) for alpha in (0.3, 0.5, 0.7, 0.85)},
+    "autoround": ((), "autoround", {}),
+    "awq + autoround": (("awq",), "autoround", {}),
 }
-"""Transforms, method and options by the name of a row."""
+"""Transforms, method and options by the name of a row. ``NAME > rounding > scales`` tunes blocks after a row."""
 USUAL = ("rtn", "clip", "gptq", "gptq act-order")
+
+
+def choice(text: str) -> str:
+    """``text``, if it names a row, and tunings after it."""
+    name, *tune = text.split(" > ")
+    if name not in METHODS:
+        raise argparse.ArgumentTypeError(f"{name!r}: rows are {', '.join(METHODS)}")
+    Recipe.simple("int4", tune=tune)
+    return text
+
+
+def settings(text: str, iters: int) -> dict[str, Any]:
+    """Keywords of :func:`fewbit.quantize` for the row ``text``."""
+    name, *tune = text.split(" > ")
+    transforms, method, options = METHODS[name]
+    if methods.named(method).tuning:
+        options = {**options, "iters": iters}
+    steps = [{"name": one, "iters": iters} for one in tune]
+    return {"method": method, "options": options, "transforms": transforms, "tune": steps}
 
 
 def decoded(streamed: StreamedModel, folder: Path, manifest: dict[str, Any]) -> list[Solved]:
@@ -175,7 +197,9 @@ def main() -> None:
     parser.add_argument("--head", default="int8/g64")
     sizes = [f"int{bits}/g{group}/asym" for group in (128, 64) for bits in (8, 4, 3, 2)]
     parser.add_argument("--formats", nargs="+", default=sizes)
-    parser.add_argument("--methods", nargs="+", default=list(USUAL), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(USUAL), type=choice, help="rows")
+    parser.add_argument("--device", default="cpu", help="where blocks are tuned: cpu or cuda")
+    parser.add_argument("--iters", type=int, default=200, help="steps of tunings")
     parser.add_argument("--json", type=Path)
     show(run(parser.parse_args()))
 

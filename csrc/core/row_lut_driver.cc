@@ -133,7 +133,7 @@ extern "C" int fewbit_row_linear(const fewbit_row_tables* matrix, const fewbit_i
   if (x->tokens == 0) return FEWBIT_OK;
   RowTask& task = call.task;
   task.bias = bias, task.y_stride = y_stride, task.y_dtype = y_dtype;
-  task.together = x->tokens == 1 ? 1 : kRowTokens;
+  task.together = x->tokens == 1 ? int64_t{1} : kRowTokens;
   const int64_t group = group_of(x->tokens, task.together, kMostTokens), padded = task.chunks * chunk_columns(task.bits);
   const std::size_t size = static_cast<std::size_t>(group * padded) * sizeof(float);
   float* panel = static_cast<float*>(operator new(size, std::align_val_t(64), std::nothrow));
@@ -160,7 +160,7 @@ extern "C" int fewbit_row_linear_int8(const fewbit_row_levels* matrix, const few
   call.kernel = find_int8(isa);
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   Int8RowTask& task = call.task[0] = task_of(*matrix);
-  task.together = x->tokens == 1 ? 1 : kRowTokens;
+  task.together = x->tokens == 1 ? int64_t{1} : kRowTokens;
   const auto place = [](Int8RowTask& t, char* scratch, int64_t tokens) {
     t.activations = scratch;
     t.x_scale = reinterpret_cast<float*>(scratch + tokens * t.padded);

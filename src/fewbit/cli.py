@@ -38,6 +38,13 @@ Transform = Annotated[
     list[str] | None,
     typer.Option("--transform", metavar="NAME", help="smooth or rotate: done before the method; may be repeated."),
 ]
+Tuning = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tune", metavar="NAME", help="scales or rounding: learned block by block after the method; may be repeated."
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="Where blocks are tuned: cpu or cuda; all else runs on the CPU.")]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", help="A text or JSONL file; default: the bundled text.")
 ]
@@ -85,6 +92,7 @@ def quantize(
     recipe: Recipe = None,
     option: Options = None,
     transform: Transform = None,
+    tune: Tuning = None,
     calibration: Calibration = None,
     facts: Annotated[
         Path | None, typer.Option("--facts", help="A folder of `fewbit calibrate`, instead of calibrating.")
@@ -94,6 +102,7 @@ def quantize(
     context: Window = 512,
     seed: Seed = 0,
     threads: Threads = None,
+    device: Device = "cpu",
     force: Force = False,
     json: Json = None,
     report: Report = None,
@@ -102,8 +111,9 @@ def quantize(
     """Quantize MODEL into OUT, verify it, and report. Killed or interrupted, the same command continues."""
     from fewbit.commands import quantize as command
 
-    rules = (model, format, method, recipe, option, transform, calibration)
-    command.run(command.Request(*rules, head, samples, context, seed, threads, force, facts), out, json, report)
+    what = (model, format, method, recipe, option, transform, tune)
+    request = command.Request(*what, calibration, head, samples, context, seed, threads, force, device, facts)
+    command.run(request, out, json, report)
 
 
 @app.command()
@@ -141,6 +151,7 @@ def plan(
     recipe: Recipe = None,
     option: Options = None,
     transform: Transform = None,
+    tune: Tuning = None,
     calibration: Calibration = None,
     head: Head = "int8/g64",
     samples: Samples = 128,
@@ -155,9 +166,8 @@ def plan(
     from fewbit.commands import plan as command
     from fewbit.commands.quantize import Request
 
-    request = Request(
-        model, format, method, recipe, option, transform, calibration, head, samples, context, seed, threads, force
-    )
+    what = (model, format, method, recipe, option, transform, tune)
+    request = Request(*what, calibration, head, samples, context, seed, threads, force)
     command.run(request, json)
 
 

@@ -20,8 +20,8 @@
 their kind. ``format = "float"`` keeps a layer as it is. A scheme that names activations (``W8A8``) sets ``activation``
 too: the format that a layer's inputs are rounded to, token by token, while it runs; or, as ``W8A8_STATIC`` does, one
 grid for all tokens that an observer finds in calibration (``int8/static/asym/mse``). ``transforms`` are done first, in
-order: names, or tables of a name and options, ``{ name = "smooth", alpha = 0.7 }``. A rule that matches no layer is an
-error.
+order: names, or tables of a name and options, ``{ name = "smooth", alpha = 0.7 }``. ``tune``, written alike, is what
+the block learns once its layers are solved: ``["scales"]``. A rule that matches no layer is an error.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ else:
     import tomli as tomllib
 
 FLOAT = "float"
-_KEYS = {"match", "format", "activation", "method", "options", "transforms"}
+_KEYS = {"match", "format", "activation", "method", "options", "transforms", "tune"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,34 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """One tuning of a rule, with its options. Checked when built."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        methods.tuning(self.name).check(self.options)
+
+    @staticmethod
+    def of(entry: Any) -> Tune:
+        """From a name, or a dict of ``name`` and options.
+
+        Raises:
+            SpecError: it is neither, or the tuning or an option does not exist.
+        """
+        if isinstance(entry, str):
+            return Tune(entry)
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+            return Tune(entry["name"], {key: value for key, value in entry.items() if key != "name"})
+        raise SpecError(f"tuning {entry!r}", "not a name", 'e.g. "scales" or { name = "scales", iters = 100 }')
+
+    def plain(self) -> str | dict[str, Any]:
+        """What :meth:`of` reads."""
+        return {"name": self.name, **self.options} if self.options else self.name
+
+
+@dataclass(frozen=True)
 class Rule:
     """One line of a recipe. Checked when built: an unknown format, method, transform or option never reaches a run."""
 
@@ -86,6 +114,7 @@ class Rule:
     options: dict[str, Any] = field(default_factory=dict)
     activation: str | None = None
     transforms: tuple[Step, ...] = ()
+    tune: tuple[Tune, ...] = ()
 
     def __post_init__(self) -> None:
         if self.match.startswith("re:"):
@@ -94,9 +123,10 @@ class Rule:
             except re.error as error:
                 raise SpecError(f"rule match {self.match!r}", f"not a regular expression: {error}") from None
         if self.format == FLOAT:
-            if self.transforms:
-                found = "a layer in float stays as it is, so there is nothing to transform it for"
-                raise SpecError(f"rule {self.match!r} with transforms", found, "give it a format")
+            if self.transforms or self.tune:
+                what = "transforms" if self.transforms else "tune"
+                found = "a layer in float stays as it is, so there is nothing to do for it"
+                raise SpecError(f"rule {self.match!r} with {what}", found, "give it a format")
             return
         if isinstance(formats.parse(self.format), (formats.Fixed, formats.Outliers)):
             works = f"{self.format} as the activation of a format such as int8/channel"
@@ -108,6 +138,7 @@ class Rule:
             if name not in known:
                 works = f"its options are {', '.join(known)}" if known else "it has no options"
                 raise SpecError(f"option {name!r} of method {self.method}", "no such option", works)
+        self.tunings()
         mixing = ""
         by_gradient = methods.named(self.method).needs == "fisher"
         for row in map(transforms.named, (step.name for step in self.transforms)):
@@ -137,6 +168,18 @@ class Rule:
         grid = formats.parse(self.activation) if self.activation else None
         return isinstance(grid, formats.Fixed) and not grid.bound
 
+    def tunings(self) -> tuple[Tune, ...]:
+        """What its block learns once all its layers are solved, in order: what belongs to the method, then ``tune``."""
+        if self.format == FLOAT:
+            return ()
+        own = methods.named(self.method).tuning
+        return (*([Tune(own, self.options)] if own else []), *self.tune)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything in it looks at data."""
+        return self.needs != "nothing" or bool(self.tunings())
+
     def matches(self, name: str, kind: str, module_class: str) -> bool:
         prefix, _, rest = self.match.partition(":")
         if prefix == "re" and rest:
@@ -163,10 +206,13 @@ class Recipe:
         head: str = "int8/g64",
         options: dict[str, Any] | None = None,
         transforms: Sequence[str | dict[str, Any]] = (),
+        tune: Sequence[str | dict[str, Any]] = (),
     ) -> Recipe:
-        """``transforms``, then one format and method for every layer; embedding and head in ``head`` (or "float")."""
+        """``transforms``, then one format and method for every layer, then ``tune``; embedding and head in ``head`` (or
+        "float")."""
         weight, activation = split_scheme(format)
-        every = Rule("*", weight, method, dict(options or {}), activation, tuple(map(Step.of, transforms)))
+        steps, tunes = tuple(map(Step.of, transforms)), tuple(map(Tune.of, tune))
+        every = Rule("*", weight, method, dict(options or {}), activation, steps, tunes)
         return Recipe((Rule("kind:embedding", head), Rule("kind:head", head), every))
 
     def rule_for(self, name: str, kind: str, module_class: str) -> Rule | None:
@@ -252,16 +298,22 @@ def _rule_dict(rule: Rule) -> dict[str, Any]:
         entry["options"] = dict(rule.options)
     if rule.transforms:
         entry["transforms"] = [step.plain() for step in rule.transforms]
+    if rule.tune:
+        entry["tune"] = [tune.plain() for tune in rule.tune]
     return entry
 
 
 def _rule(entry: Any) -> Rule:
     if not isinstance(entry, dict) or not {"match", "format"} <= set(entry) or set(entry) - _KEYS:
         found = f"keys {sorted(entry)}" if isinstance(entry, dict) else f"{type(entry).__name__}"
-        raise SpecError("recipe rule", found, "a rule has match and format, and may have method, options, transforms")
-    steps = entry.get("transforms", [])
+        raise SpecError(
+            "recipe rule", found, "a rule has match and format, and may have method, options, transforms, tune"
+        )
+    steps, tunes = entry.get("transforms", []), entry.get("tune", [])
     if not isinstance(steps, list):
         raise SpecError(f"transforms = {steps!r}", "not a list", 'e.g. transforms = ["smooth"]')
+    if not isinstance(tunes, list):
+        raise SpecError(f"tune = {tunes!r}", "not a list", 'e.g. tune = ["scales"]')
     weight, activation = split_scheme(entry["format"])
     options = dict(entry.get("options", {}))
     return Rule(
@@ -271,4 +323,5 @@ def _rule(entry: Any) -> Rule:
         options,
         entry.get("activation", activation),
         tuple(map(Step.of, steps)),
+        tuple(map(Tune.of, tunes)),
     )

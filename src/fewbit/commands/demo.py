@@ -64,7 +64,7 @@ def run(
     source = weights()
     prepare(threads)
     request = quantize.Request(
-        str(source), format, method, None, None, None, None, "int8/g64", samples, 512, 0, threads, False
+        str(source), format, method, None, None, None, None, None, "int8/g64", samples, 512, 0, threads, False
     )
     quantize.run(request, out, None, None)
     evaluate.run(out, str(source), None, CONTEXT, max_tokens, 64, threads, None, json_target, None)

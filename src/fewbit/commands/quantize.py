@@ -31,6 +31,7 @@ class Request:
     recipe_file: Path | None
     settings: list[str] | None
     transforms: list[str] | None
+    tune: list[str] | None
     calibration: str | None
     head: str
     samples: int
@@ -38,20 +39,22 @@ class Request:
     seed: int
     threads: int | None
     force: bool
+    device: str = "cpu"
     facts: Path | None = None
 
     def recipe(self) -> Recipe:
         """What to do with which layer: the recipe's rules first, then --format for what they leave.
 
         Raises:
-            SpecError: neither --format nor --recipe, or an option or a transform that does not exist.
+            SpecError: neither --format nor --recipe, or an option, a transform or a tuning that does not exist.
         """
         rules = () if self.recipe_file is None else Recipe.read(self.recipe_file).rules
         if self.format is not None:
             options, transforms = settings(self.settings or []), self.transforms or []
-            rules += Recipe.simple(self.format, self.method, self.head, options, transforms).rules
-        elif self.settings or self.transforms:
-            asked, what = ("--option", "options") if self.settings else ("--transform", "transforms")
+            rules += Recipe.simple(self.format, self.method, self.head, options, transforms, self.tune or []).rules
+        given = {"--option": self.settings, "--transform": self.transforms, "--tune": self.tune}
+        if self.format is None and (asked := next((name for name, value in given.items() if value), None)):
+            what = {"--option": "options", "--transform": "transforms", "--tune": "tunings"}[asked]
             raise SpecError(f"{asked} without --format", f"a recipe names its own {what}", "write them into its rules")
         if not rules:
             works = "--format int4/g128/asym, or --recipe FILE, or both"
@@ -64,8 +67,8 @@ class Request:
 
     def running(self) -> dict[str, Any]:
         """Keywords of :func:`fewbit.quantize`."""
-        calibration = {"calibration": self.calibration, "facts": self.facts, "seed": self.seed}
-        return {**self.planning(), **calibration, "threads": self.threads}
+        data = {"calibration": self.calibration, "facts": self.facts, "seed": self.seed}
+        return {**self.planning(), **data, "threads": self.threads, "device": self.device}
 
 
 def settings(given: list[str]) -> dict[str, Any]:

@@ -108,6 +108,8 @@ class Format(ABC):
       see :meth:`with_offset`.
     * ``group_rows``: rows that share an entry of those params that are one a group of rows; 1 where rows have nothing
       in common, 0 where all rows share something that is fitted to them.
+    * ``grid``: what decides the evenly spaced grid of a block and nothing else: its two "ends", between which the grid
+      lies freely, or the larger "magnitude" of them; "" where neither is so.
     * ``best_fit``: whether ``fit`` minimises the error weighted by importance itself, so that no search around it can
       help.
     """
@@ -122,6 +124,7 @@ class Format(ABC):
     height: int = 1
     free_offset: bool = False
     group_rows: int = 1
+    grid: Literal["", "magnitude", "ends"] = ""
     best_fit: bool = False
 
     def bind(self, weight: Tensor) -> Format:

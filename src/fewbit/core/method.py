@@ -31,6 +31,7 @@ class Method:
     or a sum of terms whose matrices are unpacked.
     ``needs``: "nothing" (data-free), "mean_square" (E[x^2]), "fisher" (Fisher diagonal) or "gram" (E[x x^T]).
     ``options``: names and defaults, so that a recipe can be checked before work starts.
+    ``tuning``: name of the tuning that follows it and takes its options, "" for none.
     ``refuse(format)``: None, or the reason why it cannot choose codes of that format; the plan asks it.
     ``beside(shape, **options)``: bytes that the result for a (rows, columns) weight takes beside one matrix in the
     format; where there are any, it is a sum of terms.
@@ -42,6 +43,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     refuse: Callable[[Format], str | None] = _takes_all
     beside: Callable[..., int] = _nothing_beside
+    tuning: str = ""
     source: str = ""
 
     def __call__(self, weight: Tensor, format: Format, facts: Facts, **options: Any) -> QTensor | Terms:

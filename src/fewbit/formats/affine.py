@@ -12,6 +12,7 @@ stored on b bits (Jacob et al. 2018, arXiv:1712.05877).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +51,12 @@ class Affine(Format):
     def params(self) -> tuple[Param, ...]:  # type: ignore[override]
         scale = Param("scale", 16, torch.float16)
         return (scale,) if self.symmetric else (scale, Param("zero_point", self.bits, torch.uint8))
+
+    @property
+    def grid(self) -> Literal["", "magnitude", "ends"]:  # type: ignore[override]
+        if self.symmetric:
+            return "magnitude" if self.bits > 1 else ""
+        return "ends"
 
     @property
     def middle(self) -> float:

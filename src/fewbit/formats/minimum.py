@@ -29,6 +29,7 @@ class Minimum(Format):
 
     dim = 1
     free_offset = True
+    grid = "ends"
     params = (Param("scale", 16, torch.float16), Param("minimum", 16, torch.float16))
 
     @property

@@ -16,6 +16,7 @@ minimum is coded first and the scale then covers what is left of the range, so t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +54,10 @@ class Superblock(Format):
     @property
     def fit_block(self) -> int:  # type: ignore[override]
         return self.block * self.repeat
+
+    @property
+    def grid(self) -> Literal["", "magnitude", "ends"]:  # type: ignore[override]
+        return "magnitude" if self.symmetric else "ends"
 
     @property
     def params(self) -> tuple[Param, ...]:  # type: ignore[override]

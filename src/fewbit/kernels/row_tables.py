@@ -13,7 +13,8 @@ from fewbit.core import blocks as B
 from fewbit.core.format import Format, Physical
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, pages, reference
-from fewbit.kernels.prepared import DECODED, Addressed, PreparedMatrix, given, multiply_decoded, rows_of_strip
+from fewbit.kernels.inputs import given
+from fewbit.kernels.prepared import DECODED, Addressed, PreparedMatrix, multiply_decoded, rows_of_strip
 from fewbit.kernels.row16 import LANES, ROW16
 from fewbit.kernels.table import Kernel
 

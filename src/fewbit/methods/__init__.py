@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods: which codes to choose. One literal table."""
+"""Methods: which codes to choose, and tunings: what a block learns after that. Two literal tables."""
 
 from __future__ import annotations
 
+from fewbit.core.descent import Adam, SignSGD
 from fewbit.core.method import Method
+from fewbit.core.tuning import Tuning
 from fewbit.errors import SpecError
+from fewbit.methods import autoround as rounding
+from fewbit.methods import scales
+from fewbit.methods.autoround import autoround
 from fewbit.methods.awq import awq
 from fewbit.methods.awq import refuse as refuse_awq
 from fewbit.methods.clip import clip
@@ -18,7 +23,52 @@ from fewbit.methods.skm import skm
 from fewbit.methods.squeezellm import beside as sparse_beside
 from fewbit.methods.squeezellm import squeezellm
 
-__all__ = ["METHODS", "awq", "clip", "gptq", "hqq", "named", "relative_error", "rtn", "skm", "squeezellm"]
+__all__ = [
+    "METHODS",
+    "TUNINGS",
+    "autoround",
+    "awq",
+    "clip",
+    "gptq",
+    "hqq",
+    "named",
+    "relative_error",
+    "rtn",
+    "skm",
+    "squeezellm",
+    "tuning",
+]
+
+_STEPS: dict[str, float] = {"iters": 200, "batch": 8, "lr": 0.0, "relative": 1.0}
+_LIMITS: dict[str, tuple[float, float]] = {
+    "iters": (0, 100_000),
+    "batch": (1, 1024),
+    "lr": (0.0, 1.0),
+    "relative": (0.0, 1.0),
+}
+
+TUNINGS: tuple[Tuning, ...] = (
+    Tuning(
+        "rounding",
+        rounding.Rounding,
+        SignSGD,
+        rounding.rate,
+        rounding.refuse,
+        options=_STEPS,
+        limits=_LIMITS,
+        source="Cheng et al. 2023, arXiv:2309.05516",
+    ),
+    Tuning(
+        "scales",
+        scales.Scales,
+        Adam,
+        scales.rate,
+        scales.refuse,
+        options=_STEPS,
+        limits=_LIMITS,
+        source="second phase of Chen et al. 2024, arXiv:2407.11062, block by block",
+    ),
+)
 
 METHODS: tuple[Method, ...] = (
     Method("rtn", rtn, needs="nothing", source="Jacob et al. 2018, arXiv:1712.05877"),
@@ -79,6 +129,15 @@ METHODS: tuple[Method, ...] = (
         beside=sparse_beside,
         source="Kim et al. 2023, arXiv:2306.07629",
     ),
+    Method(
+        "autoround",
+        autoround,
+        needs="nothing",
+        options=_STEPS,
+        refuse=rounding.refuse,
+        tuning="rounding",
+        source="Cheng et al. 2023, arXiv:2309.05516",
+    ),
 )
 
 
@@ -92,3 +151,15 @@ def named(name: str) -> Method:
         if method.name == name:
             return method
     raise SpecError(f"method {name!r}", "no such method", f"methods are {', '.join(m.name for m in METHODS)}")
+
+
+def tuning(name: str) -> Tuning:
+    """The tuning called ``name``.
+
+    Raises:
+        SpecError: there is none; the message lists those that exist.
+    """
+    for row in TUNINGS:
+        if row.name == name:
+            return row
+    raise SpecError(f"tuning {name!r}", "no such tuning", f"tunings are {', '.join(row.name for row in TUNINGS)}")

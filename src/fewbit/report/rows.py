@@ -156,11 +156,12 @@ def faster(before: Figures, after: Figures, key: str) -> tuple[str, Tone]:
 
 
 def procedure(layer: Figures) -> str | None:
-    """What was done to a layer, in order: its transforms, then its method. ``layer`` is of a plan or a manifest."""
+    """What was done to a layer, in order: transforms, method, tunings. ``layer`` is of a plan or a manifest."""
     if not layer.get("method"):
         return None
     steps = [step if isinstance(step, str) else _with_options(step) for step in layer.get("transforms") or []]
-    return " + ".join([*steps, str(layer["method"])])
+    tunes = [step if isinstance(step, str) else _with_options(step) for step in layer.get("tune") or []]
+    return " + ".join([*steps, str(layer["method"]), *tunes])
 
 
 def _with_options(step: Figures) -> str:

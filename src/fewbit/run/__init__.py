@@ -60,7 +60,9 @@ def quantize(
     context: int = 512,
     options: dict[str, Any] | None = None,
     transforms: Sequence[str | dict[str, Any]] = (),
+    tune: Sequence[str | dict[str, Any]] = (),
     calibration_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    device: str = "cpu",
     progress: Progress | None = None,
     tokenizer: Any = None,
 ) -> Result:
@@ -69,13 +71,13 @@ def quantize(
     Args:
         model: a Hugging Face folder, a ``.gguf`` file, a hub id, or a transformers model (with ``tokenizer``).
         recipe: a format such as ``"int4/g128/asym"``, a scheme such as ``"W4A16"``, or a :class:`Recipe`.
-        method: for a format: ``rtn``, ``clip``, ``gptq``, ... with ``options``, after ``transforms`` (``["smooth"]``).
+        method: for a format: ``rtn``, ``gptq``, ... with ``options``, after ``transforms``, before ``tune`` (names).
         calibration: a .txt or .jsonl file; bundled text when None.
         facts: a folder of :func:`fewbit.collect` to use instead: layers are solved on what the float model shows.
         samples, context, seed: windows, tokens in each, and what they are drawn with.
         calibration_dtype: of the matrix products that calibration runs through the blocks; "auto" takes bfloat16 where
             the processor multiplies it natively. Statistics, solving and checking are float32 or wider.
-        threads: how many; any number gives the same bytes. None takes torch's.
+        threads, device: how many (any number gives the same bytes, None takes torch's); where blocks are tuned.
         head: format of the embedding and the head, or ``"float"``.
         force: accept below 3 bits without data, replace ``out``, and accept a broken result.
 
@@ -83,22 +85,23 @@ def quantize(
         FewbitError: see :mod:`fewbit.errors`. An interrupted or refused run leaves its work in ``OUT.partial``, from
             which the same call continues.
     """
-    chosen, target, tell = _recipe(recipe, method, head, options, transforms), Path(out), progress or O.silent
+    chosen, target, tell = _recipe(recipe, method, head, options, transforms, tune), Path(out), progress or O.silent
     with O.source(model, tokenizer, target) as path:
         streamed = StreamedModel.open(checkpoint := open_checkpoint(path))
         planned = _planned(checkpoint, streamed, chosen, samples * context, force, tell)
+        _check(planned, device, facts)
         words, products = checkpoint.tokenizer(), O.products(calibration_dtype)
         data = _calibration(checkpoint, words, chosen, calibration, samples, context, seed, tell)
         kept = None if facts is None else _kept(facts, checkpoint, planned, data if calibration else None)
         data = None if kept else data
-        fingerprint = _fingerprint(checkpoint, chosen, data, seed, products, kept)
+        fingerprint = _fingerprint(checkpoint, chosen, data, seed, products, kept) | {"device": device}
         if (finished := _finished(target, fingerprint, tell)) is not None:
             return finished
         folder = O.open_folder(target, force)
         journal = Journal.open(folder / STATE / "journal.json", fingerprint)
         probe = calibrate.probe(words, PROBE[0], min(PROBE[1], O.longest(checkpoint)))
         with workers(threads) as pool:
-            run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed)
+            run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed, device)
             run.kept, run.sensitivity = kept, _sensitivity(run)
             run_stages(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)
@@ -116,12 +119,13 @@ def plan(
     context: int = 512,
     options: dict[str, Any] | None = None,
     transforms: Sequence[str | dict[str, Any]] = (),
+    tune: Sequence[str | dict[str, Any]] = (),
     force: bool = False,
 ) -> Plan:
     """What :func:`quantize` would do with the same arguments; reads no weight. See :mod:`fewbit.run.planning`."""
     checkpoint = open_checkpoint(model)
     streamed = StreamedModel.open(checkpoint)
-    chosen = _recipe(recipe, method, head, options, transforms)
+    chosen = _recipe(recipe, method, head, options, transforms, tune)
     return make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
 
 
@@ -147,17 +151,33 @@ def _kept(facts: str | Path, checkpoint: Checkpoint, planned: Plan, data: Calibr
     return kept
 
 
+def _check(planned: Plan, device: str, facts: str | Path | None) -> None:
+    """Refuse a device that is not there, and to tune blocks without the text.
+
+    Raises:
+        SpecError: what cannot be.
+    """
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise SpecError(f"tuning on device {device!r}", "torch finds no such device here", "cpu, or cuda with a GPU")
+    tuned = next((d.site.name for d in planned.decisions if d.rule is not None and d.rule.tunings()), None)
+    if facts is not None and tuned is not None:
+        found = "tuning runs the text through every block, and facts hold none"
+        raise SpecError(f"tuning {tuned} from facts", found, "leave out the facts, or the tuning")
+
+
 def _recipe(
     recipe: str | Recipe,
     method: str,
     head: str,
     options: dict[str, Any] | None,
     transforms: Sequence[str | dict[str, Any]],
+    tune: Sequence[str | dict[str, Any]],
 ) -> Recipe:
     if isinstance(recipe, str):
-        return Recipe.simple(recipe, method, head, options, transforms)
-    if transforms:
-        raise SpecError("transforms beside a Recipe", "a recipe names its own", "write them into its rules")
+        return Recipe.simple(recipe, method, head, options, transforms, tune)
+    if transforms or tune:
+        what = "transforms" if transforms else "tune"
+        raise SpecError(f"{what} beside a Recipe", "a recipe names its own", "write them into its rules")
     return recipe
 
 
@@ -192,8 +212,8 @@ def _calibration(
     seed: int,
     tell: Progress,
 ) -> Calibration | None:
-    """Text for the methods and transforms that need it; None when no rule does."""
-    if all(rule.needs == "nothing" for rule in recipe.rules):
+    """Text for the methods, transforms and tunings that need it; None when no rule does."""
+    if not any(rule.calibrated for rule in recipe.rules):
         if source is not None:
             tell(Event("note", message=f"the calibration text {source} is not used: nothing in the recipe needs data"))
         return None

@@ -11,6 +11,7 @@ import torch
 
 from fewbit import formats, kernels, methods, transforms
 from fewbit.core import rewrite as R
+from fewbit.core.format import Format
 from fewbit.core.qtensor import storage, storage_bytes
 from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint
@@ -20,6 +21,8 @@ from fewbit.recipe import FLOAT, Recipe, Rule
 from fewbit.run.solve import kernel_name, layout_for
 
 REFERENCE = "reference"
+WINDOW = 512
+"""Tokens of a window, as far as estimates of tunings go."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Plan:
                     "activation": rule.activation if rule else None,
                     "transforms": [step.plain() for step in rule.transforms] if rule else [],
                     "method": rule.method if rule else None,
+                    "tune": [tune.plain() for tune in rule.tune] if rule else [],
                     "kernel": decision.kernel,
                     "reason_skipped": decision.reason or None,
                     "nbytes": decision.nbytes,
@@ -101,7 +105,7 @@ def make_plan(
         raise SpecError("quantizing", "every layer would stay in float", "give a rule with a format")
     size = sum(d.nbytes for d in decisions) + sum(size for _, _, size in kept)
     bits = 8 * sum(d.nbytes for d in quantized) / sum(d.weights for d in quantized)
-    calibrated = any(d.rule and d.rule.needs != "nothing" for d in quantized)
+    calibrated = any(d.rule and d.rule.calibrated for d in quantized)
     seconds, memory = estimate(decisions, tokens if calibrated else 0, batch_tokens, model)
     return Plan(
         decisions, kept, dtype, size, checkpoint.nbytes, bits, memory, seconds, _warnings(quantized, size, checkpoint)
@@ -133,12 +137,14 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
             f"inputs of {site.kind} are not rounded at run time",
             "give these layers a rule with a weight format alone, such as W8A16",
         )
-    if format.bits / (format.dim * format.height) < 3 and methods.named(rule.method).needs == "nothing" and not force:
+    blind = methods.named(rule.method).needs == "nothing" and not rule.tunings()
+    if format.bits / (format.dim * format.height) < 3 and blind and not force:
         raise SpecError(
             f"{rule.format} by {rule.method} for {site.name}",
             "below 3 bits rounding without data destroys a model",
             "use --method gptq, or --force to do it anyway",
         )
+    _check_tunings(site, rule, format)
     refused = methods.named(rule.method).refuse(format)
     beside = 0 if site.block is None else methods.named(rule.method).beside(site.shape, **options_of(rule))
     if beside:
@@ -194,6 +200,20 @@ def _check_transforms(site: Site, rule: Rule) -> None:
             raise UnsupportedError(f"transform {row.name} for {site.name}", reason, works)
 
 
+def _check_tunings(site: Site, rule: Rule, format: Format) -> None:
+    """Refuse tunings of layers that are in no block or that few tokens reach, and of formats with nothing to learn."""
+    for tune in rule.tunings():
+        works = "give this layer a rule without tuning, before the one that matches it now"
+        if site.block is None:
+            reason: str | None = "it is in no block, and tuning compares outputs of blocks"
+        elif site.kind == "experts":
+            reason = "experts see only the tokens that are routed to them"
+        else:
+            reason, works = methods.tuning(tune.name).refuse(format), "leave the tuning out for this layer"
+        if reason is not None:
+            raise UnsupportedError(f"tuning {tune.name} of {format.name} for {site.name}", reason, works)
+
+
 def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> list[str]:
     found = []
     slow = [d for d in quantized if d.kernel.startswith(REFERENCE) and d.site.kind != "embedding"]
@@ -229,6 +249,10 @@ def estimate(decisions: list[Decision], tokens: int, batch_tokens: int, model: S
         flops += 4 * tokens * rows * columns if decision.site.block is not None else 0
         if decision.rule is None:
             continue
+        for tune in decision.rule.tunings():
+            options = {**methods.tuning(tune.name).options, **tune.options}
+            # forward, backward for inputs and for the weight; attention and rounding take about as long again
+            flops += 12 * options["iters"] * options["batch"] * WINDOW * rows * columns
         seconds += decision.weights * 6e-8
         if tokens and methods.named(decision.rule.method).needs == "fisher":
             flops += 8 * tokens * rows * columns  # forward, again, and two products backward

@@ -22,6 +22,7 @@ from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenFile
 from fewbit.run.memory import give_back
 from fewbit.run.ranges import fix_grids
+from fewbit.run.reconstruct import reference_on, tune_block, tuned
 from fewbit.run.rewriting import as_run
 from fewbit.run.solve import Solved
 from fewbit.run.state import Run
@@ -38,20 +39,31 @@ def quantize_block(
     ``sample`` (1, tokens, width) is a window of the probe; ``seen`` what the sites see of it. Returns what was solved,
     in the model's order, how the calibration ran, and its activations after ``stage``, to be committed.
     """
-    sites = block_sites(run, index)
+    sites, tunes = block_sites(run, index), tuned(run)
+    if tunes:
+        reference_on(run, stage, index)
     if run.calibration is None or not set(needs(run, index).values()) - {"nothing"}:
-        solved = solve_sites(run, sites, {}, seen)
+        solved = _tuned(run, stage, index, solve_sites(run, sites, {}, seen))
         return solved, "no data", None if run.calibration is None else pass_on(run, stage, index, solved)
     with run.arithmetic():
         order = checked_order(run.model, index, sample, run.inputs("probe"))
     if isinstance(order, Order):
         solved, after = by_group(run, stage, index, order, seen)
-        return sorted(solved, key=_place(run)), BY_GROUP, after
+        solved = sorted(solved, key=_place(run))
+        if after is None:
+            solved = _tuned(run, stage, index, solved)
+            after = pass_on(run, stage, index, solved)
+        return solved, BY_GROUP, after
     before = run.journal.stages[-1].get("order", BY_GROUP)
     if before == BY_GROUP:
         run.progress(Event("note", message=f"{run.model.blocks[index]} runs as a whole, twice: {order}"))
     solved = fix_grids(run, stage, index, solve_sites(run, sites, collect(run, stage, index), seen))
+    solved = _tuned(run, stage, index, solved)
     return solved, f"as a whole, twice: {order}", pass_on(run, stage, index, solved)
+
+
+def _tuned(run: Run, stage: int, index: int, solved: list[Solved]) -> list[Solved]:
+    return tune_block(run, stage, index, solved) if any(item.tunings for item in solved) else solved
 
 
 def pass_on(run: Run, stage: int, index: int, solved: list[Solved]) -> HiddenFile:
@@ -62,8 +74,9 @@ def pass_on(run: Run, stage: int, index: int, solved: list[Solved]) -> HiddenFil
 
 def by_group(
     run: Run, stage: int, index: int, order: Order, seen: dict[str, list[Tensor]]
-) -> tuple[list[Solved], HiddenFile]:
-    """The block group by group, each with the facts of what the quantized groups before it make."""
+) -> tuple[list[Solved], HiddenFile | None]:
+    """The block group by group, each with the facts of what the quantized groups before it make; and the calibration
+    after it, unless the block is going to be tuned."""
     asked, solved = needs(run, index), list[Solved]()
     by_name = {site.name: site for site in block_sites(run, index)}
     with Passes(run, stage, index, order) as passes:
@@ -77,6 +90,8 @@ def by_group(
                 facts = {name: [total if asked.get(name) == "gram" else bare] for name in names}
             solved += solve_sites(run, [by_name[name] for name in names], facts, seen)
         solved = fix_grids(run, stage, index, solved)
+        if any(item.tunings for item in solved):
+            return solved, None
         with as_run(run.model, solved):
             return solved, passes.finish()
 

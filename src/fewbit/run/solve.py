@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from fewbit.core.terms import Terms, repack
 from fewbit.errors import UnsupportedError, VerificationError
 from fewbit.formats.fixed import Fixed
 from fewbit.model.sites import Site
-from fewbit.recipe import Rule
+from fewbit.recipe import Rule, Tune
 from fewbit.run.spread import spread
 
 SHOWN = 256
@@ -51,11 +51,24 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """``weight``, one matrix or a sum of terms, works on inputs that went through ``rewrite``."""
+    """``weight``, one matrix or a sum of terms, works on inputs that went through ``rewrite``. Where a tuning follows,
+    ``task`` is what was solved and ``floating`` its float32 matrix for rewritten inputs."""
 
     weight: T.Weight
     record: dict[str, Any]
     rewrite: Chain
+    task: Task | None = None
+    floating: Tensor | None = None
+
+    @property
+    def tunings(self) -> tuple[Tune, ...]:
+        """What its block learns after it was solved."""
+        return self.task.rule.tunings() if self.task is not None else ()
+
+    def unpacked(self) -> tuple[Tensor, QTensor]:
+        """The float weight, and what stands for it, as a tuning takes them."""
+        assert self.floating is not None
+        return self.floating, QTensor.of(self.qtensor.format, *self.qtensor.logical(), self.qtensor.shape[0])
 
     @property
     def activation(self) -> Format | None:
@@ -140,7 +153,24 @@ def solve(task: Task) -> Solved:
     }
     if isinstance(packed, Terms):
         record["terms"] = plain
-    return Solved(packed, record, rewrite)
+    if not task.rule.tunings():
+        return Solved(packed, record, rewrite)
+    told = {"tune": [tune.plain() for tune in task.rule.tune], "tuned": []}
+    return Solved(packed, {**record, **told}, rewrite, task, rewritten)
+
+
+def retuned(item: Solved, qtensor: QTensor | None, outcome: str) -> Solved:
+    """``item`` with the codes and parameters of ``qtensor``, or its own where tuning found none better; ``outcome`` is
+    told in its record."""
+    record = {**item.record, "tuned": [*item.record["tuned"], outcome]}
+    if qtensor is None:
+        return replace(item, record=record)
+    assert item.task is not None
+    packed = qtensor.repack(item.qtensor.layout)
+    decoded = packed.dequantize()
+    record["relative_error"] = relative_error(item.task, item.rewrite.unweight(decoded))
+    record["decoded_sha256"] = digest(decoded)
+    return replace(item, weight=packed, record=record)
 
 
 def _whole(parts: list[QTensor | Terms]) -> T.Weight:

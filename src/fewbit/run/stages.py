@@ -14,6 +14,7 @@ from fewbit.run.collect import observe_probe, probe_started, probe_through
 from fewbit.run.compare import compare_logits, summary
 from fewbit.run.events import Event
 from fewbit.run.memory import give_back
+from fewbit.run.reconstruct import tuned
 from fewbit.run.rewriting import as_run
 from fewbit.run.sequential import quantize_block
 from fewbit.run.solve import Solved, check_outputs
@@ -61,6 +62,8 @@ def embedding_stage(run: Run) -> dict[str, Any]:
         model.load(path)
     sites = [site for site in model.sites if site.block is None and site.kind == "embedding"]
     floating = model.begin(run.probe).hidden
+    if tuned(run):
+        _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "reference")
     solved = solve_sites(run, sites, {}, {})
     record = _write(run, 0, sites, solved, {})
     _store(run, 0, [model.begin(run.probe).hidden, floating], "probe")

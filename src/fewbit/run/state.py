@@ -26,8 +26,8 @@ from fewbit.run.workers import Workers
 @dataclass
 class Run:
     """Everything a stage needs. ``probe`` (windows, tokens) is held-out text that the run checks itself on; ``seed``
-    is what anything random is drawn from; ``sensitivity`` is there where a method asks for the Fisher diagonal, and
-    ``kept`` where facts were collected beforehand."""
+    is what anything random is drawn from; ``device`` where blocks are tuned; ``sensitivity`` is there where a method
+    asks for the Fisher diagonal, and ``kept`` where facts were collected beforehand."""
 
     model: StreamedModel
     plan: Plan
@@ -40,21 +40,24 @@ class Run:
     progress: Progress
     calibration_dtype: torch.dtype
     seed: int
+    device: str = "cpu"
     sensitivity: Sensitivity | None = None
     kept: KeptFacts | None = None
     began: float = field(default_factory=time.monotonic)
     calls: dict[str, Inputs] = field(default_factory=dict)
 
-    def arithmetic(self) -> AbstractContextManager[Any]:
+    def arithmetic(self, device: str = "cpu") -> AbstractContextManager[Any]:
         """What calibration computes in: matrix products in ``calibration_dtype``, sums and facts in float32."""
-        return torch.autocast("cpu", self.calibration_dtype, enabled=self.calibration_dtype != torch.float32)
+        return torch.autocast(device, self.calibration_dtype, enabled=self.calibration_dtype != torch.float32)
 
     def inputs(self, what: str) -> Inputs:
-        """What blocks are called with for a batch of "probe" or "calibration"; equal for all batches of a kind."""
+        """What blocks are called with for a batch of "probe" or "calibration", or for a "window" of the latter; equal
+        for all batches of a kind."""
         if what not in self.calls:
             for path in self.model.before:
                 self.model.load(path)
-            ids = {"probe": self.probe[:1], "calibration": (self.batches() or [self.probe])[0]}
+            batch = (self.batches() or [self.probe])[0]
+            ids = {"probe": self.probe[:1], "calibration": batch, "window": batch[:1]}
             empty = torch.zeros(0)
             self.calls = {key: replace(self.model.begin(value), hidden=empty) for key, value in ids.items()}
             for path in self.model.before:
@@ -72,7 +75,8 @@ class Run:
         return [] if self.calibration is None else list(self.calibration.ids.split(self.batch))
 
     def hidden(self, stage: int, what: str, create: bool = False) -> HiddenFile:
-        """Activations after ``stage``; the probe's file holds (quantized path, float path)."""
+        """Activations after ``stage`` of the "probe", whose file holds (quantized path, float path); of the
+        "calibration" on the quantized path; and of it on the float path, "reference"."""
         width = self.model.config.get_text_config().hidden_size
         if what == "probe":
             shape = (2, *self.probe.shape, width)

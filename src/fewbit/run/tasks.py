@@ -34,11 +34,12 @@ def make_task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[st
     if decision.rule is None:
         return None
     unseen = [torch.zeros(0, site.shape[1]) for _ in range(site.experts)]
+    weight = run.model.weight(site.name).float().reshape(-1, site.shape[1])
     return Task(
         site,
         decision.rule,
         formats.parse(decision.rule.format),
-        run.model.weight(site.name).float().reshape(-1, site.shape[1]),
+        weight.clone() if decision.rule.tunings() else weight,  # the model's own is overwritten once it is solved
         known_of(run, site, decision.rule, facts),
         seen.get(site.name, unseen),
         seed_of(run.seed, site.name),

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning: what the layers of a block learn together, after a method has chosen their codes.
+
+The block with its quantized layers is compared with the float block at its output, and what a layer may still change
+follows the gradient of that. A tuning knows one layer: which numbers can be learned, which weight they stand for, how a
+gradient of the weight reaches them. It knows no block, no loss and no data; :mod:`fewbit.run.reconstruct` does.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fewbit.core.descent import Rule
+from fewbit.core.format import Format
+from fewbit.core.qtensor import QTensor
+from fewbit.errors import SpecError
+
+Values = Mapping[str, Tensor]
+"""Float32 arrays by name: what is learned."""
+
+
+class Learnable(ABC):
+    """One layer while its block is tuned.
+
+    ``start``: values to begin with. ``bounds``: least and greatest entry of each.
+    """
+
+    start: Values
+    bounds: Mapping[str, tuple[float, float]]
+
+    @abstractmethod
+    def weight(self, values: Values) -> Tensor:
+        """The float32 (rows, columns) matrix that :meth:`freeze` decodes to, bit for bit: nothing is relaxed."""
+
+    @abstractmethod
+    def gradient(self, values: Values, grad: Tensor) -> dict[str, Tensor]:
+        """From ``grad`` (rows, columns) of the weight, that of every value; straight through what is rounded."""
+
+    @abstractmethod
+    def freeze(self, values: Values) -> QTensor:
+        """Codes and parameters, unpacked."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One row of the table of tunings.
+
+    * ``learn(weight, qtensor)``: what of the unpacked ``qtensor`` can be learned, ``weight`` float32 (rows, columns)
+      being the one that it stands for.
+    * ``descend``: makes a fresh rule of descent for one layer.
+    * ``options``: names and defaults; ``limits``: smallest and largest value of each. ``iters`` steps of ``batch``
+      windows; ``lr`` falls linearly to zero, 0 meaning ``rate(iters, format)``; ``relative``: see
+      :mod:`fewbit.run.reconstruct`.
+    * ``refuse(format)``: None, or the reason why it can learn nothing of that format.
+    """
+
+    name: str
+    learn: Callable[[Tensor, QTensor], Learnable]
+    descend: Callable[[], Rule]
+    rate: Callable[[int, Format], float]
+    refuse: Callable[[Format], str | None]
+    options: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, tuple[float, float]] = field(default_factory=dict)
+    source: str = ""
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that do not exist or are out of range.
+
+        Raises:
+            SpecError: with what would work.
+        """
+        for name, value in options.items():
+            if name not in self.options:
+                raise SpecError(
+                    f"option {name!r} of tuning {self.name}",
+                    "no such option",
+                    f"its options are {', '.join(self.options)}",
+                )
+            low, high = self.limits[name]
+            whole = isinstance(self.options[name], int)
+            fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not fits or not low <= value <= high:
+                works = f"a {'whole ' if whole else ''}number from {low:g} to {high:g}, e.g. {self.options[name]:g}"
+                raise SpecError(f"option {name} = {value!r} of tuning {self.name}", "out of range", works)

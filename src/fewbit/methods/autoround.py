@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned rounding and ranges (SignRound, Cheng et al. 2023, arXiv:2309.05516; github.com/intel/auto-round).
+
+Each weight has an offset V in [-1/2, 1/2], in steps of its grid, and the ends of each block's grid have factors beta
+and gamma in [0, 1]. With s and o the scale and offset that the format stores for the grid from beta lo to gamma hi::
+
+    w = s clip(round((W - o) / s + V), 0, levels - 1) + o
+
+V starts at 0, beta and gamma at 1, where w is what is already stored. All follow the sign of their gradient, taken
+straight through the rounding. Where t = (W - o) / s + V is within half a step of a level::
+
+    dw/dV = s      dw/ds = (w - W) / s      dw/do = 0
+
+and beyond the ends ``dw/dV = 0, dw/ds = code, dw/do = 1``. Where we depart from the authors' code:
+
+* scales are what the format stores, rounded to float16 and positive, before the loss sees them; theirs of symmetric
+  grids may be negative;
+* it starts from any method, not from rounding alone. Where that method did not take the nearest level, W is replaced by
+  the point next to the level taken from which it is the nearest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewbit.core import blocks as B
+from fewbit.core import format as F
+from fewbit.core.facts import Facts
+from fewbit.core.format import Format, Params
+from fewbit.core.qtensor import QTensor
+from fewbit.core.tuning import Learnable, Values
+from fewbit.methods import objective
+
+_NEAR = 0.49
+"""Steps from its level at which a weight is put that was not at the nearest one."""
+MANY, FEW_BITS = 1000, 3
+"""From so many steps on, and up to so many bits, the rate is twice as high."""
+
+
+def autoround(weight: Tensor, format: Format, facts: Facts, **options: float) -> QTensor:
+    """Rounding to nearest, from which rounding and ranges are learned on the output of the whole block."""
+    objective.check("autoround", weight, format)
+    weight = weight.float()
+    bound = format.bind(weight)
+    params = F.fit(bound, weight)
+    return QTensor.of(bound, F.encode(bound, weight, params), params, len(weight))
+
+
+def refuse(format: Format) -> str | None:
+    """None, or why rounding and ranges of ``format`` cannot be learned."""
+    vectors = objective.refuse_vectors(format)
+    if vectors is None and not format.grid:
+        return "its levels are not evenly spaced between the ends of a block"
+    return vectors
+
+
+def rate(iters: int, format: Format) -> float:
+    """Lets an offset travel half a step in ``iters`` steps of a rate that falls to zero."""
+    return (2.0 if iters >= MANY and format.bits <= FEW_BITS else 1.0) / max(1, iters)
+
+
+class Rounding(Learnable):
+    """``offset`` is V, as (rows, blocks, block); ``low`` and ``high`` are beta and gamma, (rows, blocks, 1)."""
+
+    def __init__(self, weight: Tensor, qtensor: QTensor) -> None:
+        self._format = format = qtensor.format
+        codes, params = qtensor.logical()
+        self._columns = qtensor.shape[1]
+        blocks, codes = B.split(weight.float(), format.block), B.split(codes, format.block)
+        scale, values = _scale(format, params), format.decode(codes, params)
+        near = values + (blocks - values).clamp(-_NEAR * scale, _NEAR * scale)
+        self._weight = torch.where(format.encode(blocks, params) == codes, blocks, near)
+        self._ends = _ends(format, params)
+        ones = torch.ones_like(scale)
+        self.start = {"offset": torch.zeros_like(blocks), "low": ones, "high": ones.clone()}
+        self.bounds = {"offset": (-0.5, 0.5), "low": (0.0, 1.0), "high": (0.0, 1.0)}
+
+    def _params(self, values: Values) -> Params:
+        low, high = self._ends
+        ends = torch.cat([low * values["low"], high * values["high"]], -1)
+        return self._format.fit(ends, torch.ones(1, 1, 1, device=ends.device))
+
+    def weight(self, values: Values) -> Tensor:
+        params = self._params(values)
+        moved = values["offset"] * _scale(self._format, params) + self._weight
+        return B.join(self._format.nearest(moved, params)[1], self._columns)
+
+    def gradient(self, values: Values, grad: Tensor) -> dict[str, Tensor]:
+        format, params, last = self._format, self._params(values), self._format.levels - 1
+        scale, offset = _scale(format, params), _offset(format, params)
+        moved = values["offset"] * scale + self._weight
+        codes, chosen = format.nearest(moved, params)
+        step = (moved - offset) / scale
+        inside = (step >= -0.5) & (step <= last + 0.5)
+        grad = B.split(grad, format.block)
+        free = format.grid == "ends"
+        beyond = codes.float() if free else chosen / scale
+        by_scale = (grad * torch.where(inside, (chosen - self._weight) / scale, beyond)).sum(-1, keepdim=True)
+        outer = torch.where(inside, 0.0, grad).sum(-1, keepdim=True) if free else None
+        return {"offset": torch.where(inside, grad * scale, 0.0), **self._ends_gradient(values, by_scale, outer)}
+
+    def _ends_gradient(self, values: Values, scale: Tensor, offset: Tensor | None) -> dict[str, Tensor]:
+        """From the gradients of scale and, where it is free, offset (rows, blocks, 1): s = (hi - lo) / (levels - 1) and
+        o = lo; without a free offset s = 2 max(-lo, hi) / (levels - 1)."""
+        (low, high), last = self._ends, self._format.levels - 1
+        if offset is not None:
+            return {"low": (offset - scale / last) * low, "high": scale * high / last}
+        deeper = -low * values["low"] > high * values["high"]
+        both = 2 * scale * high / last
+        return {"low": torch.where(deeper, both, 0.0), "high": torch.where(deeper, 0.0, both)}
+
+    def freeze(self, values: Values) -> QTensor:
+        params = self._params(values)
+        moved = values["offset"] * _scale(self._format, params) + self._weight
+        codes = B.join(self._format.encode(moved, params), self._columns).contiguous()
+        return QTensor.of(self._format, codes, params)
+
+
+def _scale(format: Format, params: Params) -> Tensor:
+    """(rows, blocks, 1) float32."""
+    return format.physical(params).scale.unsqueeze(-1)  # type: ignore[union-attr]
+
+
+def _offset(format: Format, params: Params) -> Tensor:
+    """(rows, blocks, 1) float32: the value of code 0."""
+    return format.physical(params).offset.unsqueeze(-1)  # type: ignore[union-attr]
+
+
+def _ends(format: Format, params: Params) -> tuple[Tensor, Tensor]:
+    """Least and greatest weight of a block whose fit would be ``params``, (rows, blocks, 1) each."""
+    reach = _scale(format, params) * (format.levels - 1)
+    if format.grid == "ends":
+        low = _offset(format, params)
+        return low, low + reach
+    return -reach / 2, reach / 2

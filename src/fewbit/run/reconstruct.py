@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block whose layers are solved, tuned as a whole: one loop for whatever can be learned.
+
+What is compared: the block with its quantized layers on what the quantized blocks before it make of the calibration,
+and the float block on what the float blocks make of it, both at the block's output (after both residual additions).
+So a block also makes up for what those before it lost. (The code of AutoRound and of EfficientQAT's first phase has the
+same two inputs.) With y_t what is wanted at token t and e_t what is missing, the loss is the mean over tokens of
+``|e_t|^2 / |y_t|^(2 relative)``: 0 is the papers' mean square; 1 counts every token alike, as the norm that reads it.
+Without that, the first token of a window, which in many models is a hundred times as large as others, decides alone.
+
+The loss that decides is that of all windows, taken before the first step, in between and after the last: the values of
+least loss are kept, and where no step lowered it the block stays as it was solved. Windows are drawn by the seed;
+gradients of a batch are worked out a window a worker and added up in order, so that any number of threads gives the
+same bytes. Both streams lie in files of which a window a worker is in memory.
+
+On a GPU, where one is asked for, the block and what is learned lie there, and some windows are one batch. What comes
+out is checked like anything else, but its bytes are promised neither to equal a CPU's nor those of the next run.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit import methods
+from fewbit.core.qtensor import QTensor
+from fewbit.core.rewrite import restore
+from fewbit.core.transform import seed_of
+from fewbit.core.tuning import Learnable, Values
+from fewbit.kernels.reference import round_activations
+from fewbit.model.stream import with_replaced
+from fewbit.recipe import Tune
+from fewbit.run.events import Event
+from fewbit.run.hidden import HiddenFile
+from fewbit.run.memory import give_back
+from fewbit.run.solve import Solved, retuned
+from fewbit.run.state import Run, peak_rss
+from fewbit.run.tasks import propagate
+
+LOOKS = 2
+"""How often the loss of all windows is taken on the way."""
+
+Grads = list[Tensor]
+
+
+def tuned(run: Run) -> bool:
+    """Whether any block of the run is."""
+    return any(decision.rule is not None and decision.rule.tunings() for decision in run.plan.decisions)
+
+
+def reference_on(run: Run, stage: int, index: int) -> None:
+    """Take the float path of the calibration through block ``index``, still in float, and keep it."""
+    source, target = run.hidden(stage - 1, "reference"), run.hidden(stage, "reference", create=True)
+    shared = run.inputs("calibration")
+
+    def one(batch: int) -> None:
+        with run.arithmetic():
+            target.write(batch, run.model.run_block(index, source.read(batch), shared))
+
+    for _ in run.workers.map(one, range(len(run.batches()))):
+        pass
+    source.close()
+    target.commit()
+
+
+def tune_block(run: Run, stage: int, index: int, solved: list[Solved]) -> list[Solved]:
+    """The tunings that the rules of ``solved`` ask for, in order; equal ones of several layers at once.
+
+    The decoded weights of what comes out are in the loaded block.
+    """
+    for place in range(max(len(item.tunings) for item in solved)):
+        asked = [item.tunings[place] if place < len(item.tunings) else None for item in solved]
+        for tune in dict.fromkeys(map(_key, filter(None, asked))):
+            members = [i for i, own in enumerate(asked) if own is not None and _key(own) == tune]
+            solved = _Phase(run, stage, index, solved, members, asked[members[0]], place).done()  # type: ignore[arg-type]
+            give_back()
+    return solved
+
+
+def _key(tune: Tune) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    return tune.name, tuple(sorted(tune.options.items()))
+
+
+class _Phase:
+    """One tuning of the layers ``members`` of ``solved``, the others standing still."""
+
+    def __init__(
+        self, run: Run, stage: int, index: int, solved: list[Solved], members: list[int], tune: Tune, place: int
+    ) -> None:
+        self._run, self._index, self._solved, self._members = run, index, solved, members
+        self._row = methods.tuning(tune.name)
+        options = {**self._row.options, **tune.options}
+        self._iters, self._batch, self._lr = int(options["iters"]), int(options["batch"]), float(options["lr"])
+        self._relative = float(options["relative"])
+        self._windows = sum(len(ids) for ids in run.batches())
+        self._inputs = _one_by_one(run.hidden(stage - 1, "calibration"), self._windows)
+        self._wanted = _one_by_one(run.hidden(stage, "reference"), self._windows)
+        self._device = torch.device(run.device)
+        self._together = 1 if self._device.type == "cpu" else run.batch
+        self._calls = _placed(run.inputs("window" if self._together == 1 else "calibration").calls[index], self._device)
+        block = run.model.module.get_submodule(run.model.blocks[index])
+        self._bare = block if self._device.type == "cpu" else copy.deepcopy(block).to(self._device)
+        name = f"{run.model.blocks[index]} {place} {tune.name}"
+        self._generator = torch.Generator().manual_seed(seed_of(run.seed, name) & (2**63 - 1))
+
+    def done(self) -> list[Solved]:
+        """What was solved, ``members`` tuned."""
+        began, run = time.monotonic(), self._run
+        chosen = [self._solved[i] for i in self._members]
+        learners = list(run.workers.map(lambda item: self._row.learn(*_placed(item.unpacked(), self._device)), chosen))
+        start, least, best = self._learn(learners)
+        self._inputs.close()
+        self._wanted.close()
+        outcome = f"output error {start:.3%} -> {least:.3%} by {self._row.name}"
+        note = f"{run.model.blocks[self._index]}: {outcome}, {time.monotonic() - began:.1f} s"
+        run.progress(Event("note", message=note, peak_rss_bytes=peak_rss()))
+        if best is None:
+            return [retuned(item, None, outcome) if i in self._members else item for i, item in enumerate(self._solved)]
+        pairs = zip(learners, best, strict=True)
+        ends = [_placed(learner.freeze(values), torch.device("cpu")) for learner, values in pairs]
+        frozen = dict(zip(self._members, ends, strict=True))
+        result = [
+            retuned(item, frozen[i], outcome) if i in self._members else item for i, item in enumerate(self._solved)
+        ]
+        for i in self._members:
+            propagate(run.model, result[i])
+        return result
+
+    def _learn(self, learners: list[Learnable]) -> tuple[float, float, list[Values] | None]:
+        """Relative output error before and after, and the best values; None where no step lowered the loss."""
+        values = [{name: array.clone() for name, array in one.start.items()} for one in learners]
+        rules = [self._row.descend() for _ in learners]
+        rates = [self._lr or self._row.rate(self._iters, self._solved[i].qtensor.format) for i in self._members]
+        names = [self._solved[i].record["name"] for i in self._members]
+        before = [self._run.model.weight(name).to(self._device, copy=True) for name in names]
+        power = self._power()
+        start = least = self._loss(before)
+        best: list[Values] | None = None
+        looks = {self._iters * look // LOOKS for look in range(1, LOOKS + 1)}
+        for step in range(1, self._iters + 1):
+            weights = self._weights(learners, values)
+            grads = self._gradients(weights)
+            share = 1 - (step - 1) / self._iters
+
+            def move(one: int, grads: Grads = grads, share: float = share) -> None:
+                found = learners[one].gradient(values[one], grads[one])
+                for name, grad in found.items():
+                    rules[one].step(name, values[one][name], grad, rates[one] * share)
+                    values[one][name].clamp_(*learners[one].bounds[name])
+
+            for _ in self._run.workers.map(move, range(len(learners))):
+                pass
+            if step in looks:
+                loss = self._loss(self._weights(learners, values))
+                if loss < least:
+                    least, best = loss, [{name: a.clone() for name, a in one.items()} for one in values]
+        return (start / power) ** 0.5, (least / power) ** 0.5, best
+
+    def _weights(self, learners: list[Learnable], values: Sequence[Values]) -> Grads:
+        return list(self._run.workers.map(lambda pair: pair[0].weight(pair[1]), zip(learners, values, strict=True)))
+
+    def _block(self, weights: Grads) -> Callable[[Tensor], Tensor]:
+        """The block with ``weights`` in place of those of the members."""
+        model, start = self._run.model, len(self._run.model.blocks[self._index]) + 1
+        given = dict(zip(self._members, weights, strict=True))
+        parts = {}
+        for i, item in enumerate(self._solved):
+            path = item.record["name"]
+            if i in given or item.rewrite.steps or item.activation is not None:
+                site = model.site(path)
+                parts[path[start:]] = twin = _twin(self._bare.get_submodule(path[start:]), item, self._device)
+                if i in given:
+                    with torch.enable_grad():
+                        lying = given[i].T if site.transposed else given[i]
+                    twin._parameters[site.parameter.rpartition(".")[2]] = lying  # type: ignore[assignment]
+        block = with_replaced(self._bare, parts)
+        arguments, named = self._calls
+
+        def run(hidden: Tensor) -> Tensor:
+            with self._run.arithmetic(self._device.type):
+                out = block(hidden, *arguments, **named)
+            return (out[0] if isinstance(out, tuple) else out).float()  # type: ignore[no-any-return]
+
+        return run
+
+    def _gradients(self, weights: Grads) -> Grads:
+        """Of the mean square of a batch's error, by each of ``weights``."""
+        leaves = [weight.detach().requires_grad_() for weight in weights]
+        block, total = self._block(leaves), [torch.zeros_like(weight) for weight in weights]
+        drawn = torch.randperm(self._windows, generator=self._generator)[: self._batch].tolist()
+        drawn = drawn[: max(self._together, len(drawn) // self._together * self._together)]
+
+        def one(windows: list[int]) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                lost = self._error(block, windows).square().mean() * (len(windows) / len(drawn))
+                return torch.autograd.grad(lost, leaves)
+
+        for found in self._run.workers.map(one, self._parts(drawn)):
+            for sum_, grad in zip(total, found, strict=True):
+                sum_ += grad
+        return total
+
+    def _loss(self, weights: Grads) -> float:
+        """Mean square of the error of all windows."""
+        block = self._block(weights)
+
+        def one(windows: list[int]) -> float:
+            return float(self._error(block, windows).square_().mean(dtype=torch.float64)) * len(windows)
+
+        return sum(self._run.workers.map(one, self._parts(list(range(self._windows))))) / self._windows
+
+    def _parts(self, windows: list[int]) -> list[list[int]]:
+        """What goes through the block at once: what it was called with fits so many windows."""
+        return [windows[i : i + self._together] for i in range(0, len(windows), self._together)]
+
+    def _error(self, block: Callable[[Tensor], Tensor], windows: list[int]) -> Tensor:
+        """What the block makes of ``windows``, less what is wanted; in units of the loss."""
+        hidden, wanted = (
+            torch.cat([file.read(window) for window in windows]).to(self._device)
+            for file in (self._inputs, self._wanted)
+        )
+        return (block(hidden) - wanted) * self._units(wanted)
+
+    def _units(self, wanted: Tensor) -> Tensor:
+        """What errors of each token are multiplied by, (windows, tokens, 1)."""
+        return wanted.square().mean(-1, keepdim=True).clamp_min(1e-20).pow(-self._relative / 2)
+
+    def _power(self) -> float:
+        """Mean square of what is wanted."""
+
+        def one(window: int) -> float:
+            wanted = self._wanted.read(window)
+            return float((wanted * self._units(wanted)).square_().mean(dtype=torch.float64))
+
+        return sum(self._run.workers.map(one, range(self._windows))) / self._windows or 1.0
+
+
+def _one_by_one(file: HiddenFile, windows: int) -> HiddenFile:
+    """The same file, read a window at a time."""
+    file.close()
+    return HiddenFile(file.path, (windows, 1, *file.shape[2:]), "read")
+
+
+def _placed(tree: Any, device: torch.device) -> Any:
+    """``tree`` with its tensors on ``device``."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_placed(entry, device) for entry in tree)
+    if isinstance(tree, dict):
+        return {key: _placed(entry, device) for key, entry in tree.items()}
+    if isinstance(tree, QTensor):
+        return replace(tree, packed=tree.packed.to(device), params=_placed(dict(tree.params), device))
+    return tree
+
+
+def _twin(module: nn.Module, item: Solved, device: torch.device) -> nn.Module:
+    """``module`` with parameters and input hooks of its own: inputs are rewritten and rounded as when the model runs,
+    and gradients go straight through that rounding."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    kinds, columns = [step.kind for step in item.rewrite.steps], item.record["shape"][1]
+    rewrite, activation = restore(kinds, columns, _placed(item.rewrite.arrays, device)), item.activation
+
+    def inputs(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = rewrite.apply(arguments[0]) if rewrite.steps else arguments[0]
+        if activation is not None:
+            x = x + (round_activations(x.detach(), activation) - x.detach())
+        return (x, *arguments[1:])
+
+    twin._forward_pre_hooks = OrderedDict({0: inputs})
+    return twin
