@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbit.core.facts import Facts, Need
 from fewbit.core.format import Format
-from fewbit.core.rewrite import STEPS, Rotation, Scale
+from fewbit.core.rewrite import STEPS, Step
 from fewbit.errors import SpecError
 
 
@@ -34,8 +34,8 @@ class Transform:
     """
 
     name: str
-    fit: Callable[..., Scale | Rotation]
-    makes: Literal["scale", "rotation"]
+    fit: Callable[..., Step]
+    makes: Literal["scale", "rotation", "hadamard"]
     needs: Need
     options: dict[str, float] = field(default_factory=dict)
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Transform:
     rounds: bool = False
     source: str = ""
 
-    def __call__(self, weight: Tensor, facts: Facts, seed: int, format: Format, **options: Any) -> Scale | Rotation:
+    def __call__(self, weight: Tensor, facts: Facts, seed: int, format: Format, **options: Any) -> Step:
         before = (weight, facts, seed, format) if self.rounds else (weight, facts, seed)
         return self.fit(*before, **{**self.options, **options})
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 from fewbit.core.transform import Transform, seed_of
 from fewbit.errors import SpecError
 from fewbit.transforms.awq import awq
+from fewbit.transforms.hadamard import hadamard
+from fewbit.transforms.hadamard import refuse as refuse_hadamard
 from fewbit.transforms.rotate import refuse, rotate
 from fewbit.transforms.smooth import smooth
 
-__all__ = ["TRANSFORMS", "awq", "named", "rotate", "seed_of", "smooth"]
+__all__ = ["TRANSFORMS", "awq", "hadamard", "named", "rotate", "seed_of", "smooth"]
 
 TRANSFORMS: tuple[Transform, ...] = (
     Transform(
@@ -38,6 +40,14 @@ TRANSFORMS: tuple[Transform, ...] = (
         limits={"steps": (1, 1000)},
         rounds=True,
         source="Lin et al. 2023, arXiv:2306.00978",
+    ),
+    Transform(
+        "hadamard",
+        hadamard,
+        makes="hadamard",
+        needs="nothing",
+        refuse=refuse_hadamard,
+        source="Ashkboos et al. 2024, arXiv:2404.00456",
     ),
 )
 
