@@ -7,7 +7,7 @@ prime; Q is the matrix chi(a - b) over its elements, a and b::
     q = 3 mod 4, order q + 1:       H = I + [[0, 1], [-1, Q]]
     q = 1 mod 4, order 2 (q + 1):   H = C x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]],   C = [[0, 1], [1, Q]]
 
-with x the Kronecker product. A width n = K 2^m has the matrix of order K times Sylvester's of order 2^m, by another
+with x the Kronecker product; columns of the latter change sign so that the first row is ones, as Sylvester's. A width n = K 2^m has the matrix of order K times Sylvester's of order 2^m, by another
 Kronecker product. K = 156 and 172 are in neither family, 312 and 344 are: of the widths with these odd parts only 156
 and 172 themselves have no matrix here.
 """
@@ -52,7 +52,8 @@ def paley(order: int) -> Tensor:
             core[1:, 0] = -1
             return torch.eye(size + 1, dtype=torch.float64) + core
         even, odd = torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[1.0, -1.0], [-1.0, -1.0]]], dtype=torch.float64)
-        return torch.kron(core, even) + torch.kron(torch.eye(size + 1, dtype=torch.float64), odd)
+        whole = torch.kron(core, even) + torch.kron(torch.eye(size + 1, dtype=torch.float64), odd)
+        return whole * whole[0]
 
 
 def _family(order: int) -> tuple[int, int] | None:
