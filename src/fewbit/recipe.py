@@ -20,7 +20,7 @@
 their kind. ``format = "float"`` keeps a layer as it is. A scheme that names activations (``W8A8``) sets ``activation``
 too: the format that a layer's inputs are rounded to, token by token, while it runs. ``transforms`` are done first, in
 order: names, or tables of a name and options, ``{ name = "smooth", alpha = 0.7 }``. A rule that matches no layer is an
-error.
+error. Above the rules, ``model = "quarot"``, or such a table, says what is done to the model as a whole before.
 """
 
 from __future__ import annotations
@@ -73,6 +73,35 @@ class Step:
     def plain(self) -> str | dict[str, Any]:
         """What :meth:`of` reads."""
         return {"name": self.name, **self.options} if self.options else self.name
+
+
+@dataclass(frozen=True)
+class ModelStep:
+    """A transform of the whole model, with its options. Checked when built."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        transforms.named_model(self.name).check(self.options)
+
+    @staticmethod
+    def of(entry: Any) -> ModelStep:
+        """As :meth:`Step.of`."""
+        if isinstance(entry, str):
+            return ModelStep(entry)
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+            return ModelStep(entry["name"], {key: value for key, value in entry.items() if key != "name"})
+        raise SpecError(f"model = {entry!r}", "not a name", 'e.g. "quarot" or { name = "quarot", heads = 0 }')
+
+    def plain(self) -> str | dict[str, Any]:
+        """What :meth:`of` reads."""
+        return {"name": self.name, **self.options} if self.options else self.name
+
+    @property
+    def learns(self) -> bool:
+        """Whether text is needed for it."""
+        return transforms.named_model(self.name).learns
 
 
 @dataclass(frozen=True)
@@ -138,9 +167,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ordered rules; the first that matches a layer decides."""
+    """Ordered rules; the first that matches a layer decides. ``model``: what is done to the model before."""
 
     rules: tuple[Rule, ...]
+    model: ModelStep | None = None
 
     @staticmethod
     def simple(
@@ -150,10 +180,20 @@ class Recipe:
         options: dict[str, Any] | None = None,
         transforms: Sequence[str | dict[str, Any]] = (),
     ) -> Recipe:
-        """``transforms``, then one format and method for every layer; embedding and head in ``head`` (or "float")."""
+        """``transforms``, then one format and method for every layer; embedding and head in ``head`` (or "float").
+        One of the transforms may be of the whole model.
+
+        Raises:
+            SpecError: two of them are.
+        """
         weight, activation = split_scheme(format)
-        every = Rule("*", weight, method, dict(options or {}), activation, tuple(map(Step.of, transforms)))
-        return Recipe((Rule("kind:embedding", head), Rule("kind:head", head), every))
+        whole = [entry for entry in transforms if _of_model(entry)]
+        if len(whole) > 1:
+            raise SpecError(f"transforms {whole}", "each rotates the whole model", "one of them")
+        own = tuple(Step.of(entry) for entry in transforms if not _of_model(entry))
+        every = Rule("*", weight, method, dict(options or {}), activation, own)
+        rules = (Rule("kind:embedding", head), Rule("kind:head", head), every)
+        return Recipe(rules, ModelStep.of(whole[0]) if whole else None)
 
     def rule_for(self, name: str, kind: str, module_class: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.matches(name, kind, module_class)), None)
@@ -173,10 +213,11 @@ class Recipe:
                 raise SpecError(f"recipe rule {rule.match!r}", "it matches no layer", f"layers are named like {shown}")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"rule": [_rule_dict(rule) for rule in self.rules]}
+        model = {} if self.model is None else {"model": self.model.plain()}
+        return {**model, "rule": [_rule_dict(rule) for rule in self.rules]}
 
     def to_toml(self) -> str:
-        lines = []
+        lines = [] if self.model is None else [f"model = {_inline(self.model.plain())}", ""]
         for rule in self.to_dict()["rule"]:
             lines.append("[[rule]]")
             for key, value in rule.items():
@@ -187,14 +228,15 @@ class Recipe:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Recipe:
         """Raises SpecError when a key is unknown or missing."""
-        unknown = set(data) - {"rule"}
+        unknown = set(data) - {"rule", "model"}
         if unknown or not isinstance(data.get("rule"), list) or not data["rule"]:
             raise SpecError(
                 "recipe",
                 f"unknown keys {sorted(unknown)}" if unknown else "it has no rules",
                 "a recipe is a list of [[rule]]",
             )
-        return Recipe(tuple(_rule(entry) for entry in data["rule"]))
+        model = ModelStep.of(data["model"]) if "model" in data else None
+        return Recipe(tuple(_rule(entry) for entry in data["rule"]), model)
 
     @staticmethod
     def read(path: str | Path) -> Recipe:
@@ -217,6 +259,11 @@ def split_scheme(format: str) -> tuple[str, str | None]:
     """A scheme such as ``W8A8`` as its weight format and activation format; any other format as it is, and None."""
     scheme = formats.SCHEMES.get(format.strip().upper())
     return (scheme.weight, scheme.activation) if scheme is not None else (format, None)
+
+
+def _of_model(entry: Any) -> bool:
+    name = entry.get("name") if isinstance(entry, dict) else entry
+    return any(row.name == name for row in transforms.MODEL_TRANSFORMS)
 
 
 def _inline(value: Any) -> str:

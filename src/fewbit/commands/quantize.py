@@ -45,17 +45,22 @@ class Request:
         Raises:
             SpecError: neither --format nor --recipe, or an option or a transform that does not exist.
         """
-        rules = () if self.recipe_file is None else Recipe.read(self.recipe_file).rules
+        given = Recipe(()) if self.recipe_file is None else Recipe.read(self.recipe_file)
+        rules, model = given.rules, given.model
         if self.format is not None:
             options, transforms = settings(self.settings or []), self.transforms or []
-            rules += Recipe.simple(self.format, self.method, self.head, options, transforms).rules
+            rest = Recipe.simple(self.format, self.method, self.head, options, transforms)
+            if model is not None and rest.model is not None:
+                found = f"the recipe has {model.name} for the whole model"
+                raise SpecError(f"--transform {rest.model.name}", found, "one of them")
+            rules, model = rules + rest.rules, model or rest.model
         elif self.settings or self.transforms:
             asked, what = ("--option", "options") if self.settings else ("--transform", "transforms")
             raise SpecError(f"{asked} without --format", f"a recipe names its own {what}", "write them into its rules")
         if not rules:
             works = "--format int4/g128/asym, or --recipe FILE, or both"
             raise SpecError(f"quantizing {self.model}", "neither --format nor --recipe was given", works)
-        return Recipe(rules)
+        return Recipe(rules, model)
 
     def planning(self) -> dict[str, Any]:
         """Keywords of :func:`fewbit.plan`."""

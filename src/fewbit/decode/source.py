@@ -136,6 +136,9 @@ class Source:
             steps = R.restore(kinds, columns, arrays).steps
             made = (S.Rewrite * len(steps))()
             for place, step in enumerate(steps):
+                if isinstance(step, R.Signed) and step.order > 1:
+                    found = f"its inputs go through a Hadamard matrix of order {step.order} x {step.block}"
+                    raise UnsupportedError(f"the native runtime for {name}", found, "a width of a power of two")
                 block = 1 if isinstance(step, R.Scale) else step.block
                 factor = step.scale.float() if isinstance(step, R.Scale) else step.factors.float()
                 made[place] = S.Rewrite(self.keep(factor), block)

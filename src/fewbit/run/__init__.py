@@ -21,6 +21,7 @@ from fewbit.containers import manifest as M
 from fewbit.errors import InputError, SpecError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.stream import StreamedModel
+from fewbit.model.surgery import Preparation
 from fewbit.recipe import Recipe
 from fewbit.run.ending import STATE, describe, finish
 from fewbit.run.events import Event, Progress
@@ -86,7 +87,7 @@ def quantize(
     chosen, target, tell = _recipe(recipe, method, head, options, transforms), Path(out), progress or _silent
     with _source(model, tokenizer, target) as path:
         checkpoint = open_checkpoint(path)
-        streamed = StreamedModel.open(checkpoint)
+        streamed = StreamedModel.open(checkpoint, _preparation(chosen, seed))
         planned = make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
         for message in planned.warnings:
             tell(Event("note", message=message))
@@ -122,8 +123,8 @@ def plan(
 ) -> Plan:
     """What :func:`quantize` would do with the same arguments; reads no weight. See :mod:`fewbit.run.planning`."""
     checkpoint = open_checkpoint(model)
-    streamed = StreamedModel.open(checkpoint)
     chosen = _recipe(recipe, method, head, options, transforms)
+    streamed = StreamedModel.open(checkpoint, _preparation(chosen, 0))
     return make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
 
 
@@ -143,6 +144,11 @@ def _recipe(
     if transforms:
         raise SpecError("transforms beside a Recipe", "a recipe names its own", "write them into its rules")
     return recipe
+
+
+def _preparation(recipe: Recipe, seed: int) -> Preparation | None:
+    """What the recipe does to the model as a whole."""
+    return None if recipe.model is None else Preparation(recipe.model.name, recipe.model.options, seed)
 
 
 def _longest(checkpoint: Checkpoint) -> int:
@@ -195,7 +201,7 @@ def _calibration(
     tell: Progress,
 ) -> Calibration | None:
     """Text for the methods and transforms that need it; None when no rule does."""
-    if all(rule.needs == "nothing" for rule in recipe.rules):
+    if all(rule.needs == "nothing" for rule in recipe.rules) and not (recipe.model and recipe.model.learns):
         if source is not None:
             tell(Event("note", message=f"the calibration text {source} is not used: nothing in the recipe needs data"))
         return None
