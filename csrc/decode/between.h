@@ -63,6 +63,17 @@ void hadamard(float* x, int64_t block, int64_t count) {
     }
 }
 
+void mix(const float* x, const float* matrix, int64_t order, int64_t block, float* out) {
+  for (int64_t to = 0; to < order; to++) {
+    float* sum = out + to * block;
+    for (int64_t i = 0; i < block; i++) sum[i] = 0.0f;
+    for (int64_t from = 0; from < order; from++) {
+      const float share = matrix[from * order + to], *values = x + from * block;
+      for (int64_t i = 0; i < block; i++) sum[i] += share * values[i];
+    }
+  }
+}
+
 void scale_by(const float* x, const float* factor, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i++) out[i] = x[i] * factor[i];
 }

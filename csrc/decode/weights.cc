@@ -31,13 +31,16 @@ void multiply_dense(const Means& means, const Product& product, const fewbit_inp
 
 // x, (tokens, columns), as the matrix wants it.
 const float* rewrite(const Means& means, const fewbit_weight& w, const float* x, int64_t x_stride, int64_t tokens) {
-  float* out = room_for(means.rewritten, tokens * w.columns);
+  float* out = room_for(means.rewritten, 2 * tokens * w.columns);  // the second half is for mixing
   spread(tokens, threads_for(means, tokens), [&](int64_t token) {
     const float* from = x + token * x_stride;
-    float* to = out + token * w.columns;
+    float *to = out + token * w.columns, *spare = to + tokens * w.columns;
     for (int64_t i = 0; i < w.rewrites; i++, from = to) {
-      means.steps->scale(from, w.rewrite[i].factor, w.columns, to);
-      means.steps->hadamard(to, w.rewrite[i].block, w.columns);
+      const fewbit_rewrite& step = w.rewrite[i];
+      float* scaled = step.order > 1 ? spare : to;
+      means.steps->scale(from, step.factor, w.columns, scaled);
+      means.steps->hadamard(scaled, step.block, w.columns);
+      if (step.order > 1) means.steps->mix(spare, step.matrix, step.order, step.block, to);
     }
   });
   return out;
@@ -100,6 +103,7 @@ bool has_shape(const fewbit_weight& w, int64_t rows, int64_t columns, bool may_b
   for (int64_t i = 0; i < w.rewrites; i++) {
     const fewbit_rewrite& step = w.rewrite[i];
     if (!step.factor || step.block < 1 || (step.block & (step.block - 1)) || columns % step.block) return false;
+    if (step.order < 1 || (step.order > 1 && (!step.matrix || columns / step.block != step.order))) return false;
   }
   if (w.rows != rows || w.columns != columns) return false;
   switch (w.kind) {

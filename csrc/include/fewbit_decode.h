@@ -30,10 +30,13 @@ enum { FEWBIT_SILU = 0, FEWBIT_GELU_TANH = 1, FEWBIT_GELU = 2 };
 enum { FEWBIT_KV_INT8 = 3, FEWBIT_KV_INT4 = 4 };
 
 /* A step of what activations go through before they are multiplied: x * factor, then every `block` of them (a power of
- * two) times Sylvester's Hadamard matrix; block 1: no more than the product. */
+ * two) times Sylvester's Hadamard matrix; block 1: no more than the product. With order > 1 there are order * block
+ * columns, and those of equal place in their blocks are multiplied by `matrix` then. */
 typedef struct {
   const float* factor; /* (columns) */
   int64_t block;
+  const float* matrix; /* (order, order), or NULL where order is 1 */
+  int64_t order;
 } fewbit_rewrite;
 
 /* A matrix that rows of activations are multiplied by: y = rewritten x w^T + bias. Neighbours (q, k, v; gate, up) whose

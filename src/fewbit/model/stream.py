@@ -97,6 +97,10 @@ class StreamedModel:
         """
         self._loader.load(prefix, dtype)
 
+    def original(self, name: str) -> Tensor:
+        """The parameter ``name`` in float64 as the checkpoint has it, whatever a preparation makes of it."""
+        return self._loader.original(name)
+
     def free(self, prefix: str) -> None:
         """Drop the parameters under ``prefix``."""
         self._loader.free(prefix)

@@ -109,7 +109,9 @@ class Preparation:
         Raises:
             UnsupportedError: the residual stream of such a model cannot be rotated.
         """
-        residual_of(config, self.name)
+        if residual_of(config, self.name).centred and transforms.named_model(self.name).learns:
+            found = "its norms subtract the mean, which a learned rotation would move"
+            raise UnsupportedError(f"{self.name} of a {config.model_type} model", found, "quarot")
         config = copy.deepcopy(config)
         config.tie_word_embeddings = False
         return config

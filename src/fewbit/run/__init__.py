@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from fewbit.recipe import Recipe
 from fewbit.run.ending import STATE, describe, finish
 from fewbit.run.events import Event, Progress
 from fewbit.run.journal import Journal
+from fewbit.run.learning import learned
 from fewbit.run.planning import Plan, make_plan
 from fewbit.run.stages import run_stages
 from fewbit.run.state import Run
@@ -35,6 +36,7 @@ PROBE = (8, 256)
 """Held-out windows and tokens that every run checks itself on."""
 BATCH_TOKENS = 2048
 HEAD = "int8/g64"
+ROTATIONS = "rotations.safetensors"
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Names under which a configuration gives the longest context."""
 
@@ -102,6 +104,11 @@ def quantize(
         journal = Journal.open(folder / STATE / "journal.json", fingerprint)
         probe = calibrate.probe(words, PROBE[0], min(PROBE[1], _longest(checkpoint)))
         with workers(threads) as pool:
+            if chosen.model is not None and chosen.model.learns and data is not None:
+                random, place = _preparation(chosen, seed), folder / STATE / ROTATIONS
+                assert random is not None
+                matrices = learned(place, streamed, random, planned.decisions, data.ids, pool, tell)
+                streamed = StreamedModel.open(checkpoint, replace(random, learned=matrices))
             run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed)
             run_stages(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)

@@ -56,6 +56,13 @@ _SWITCHES: dict[str, tuple[float, float]] = dict.fromkeys(_QUAROT, (0, 1))
 
 MODEL_TRANSFORMS: tuple[ModelTransform, ...] = (
     ModelTransform("quarot", _QUAROT, _SWITCHES, source="Ashkboos et al. 2024, arXiv:2404.00456"),
+    ModelTransform(
+        "spinquant",
+        {**_QUAROT, "steps": 100, "rate": 1.5, "batch": 8, "kl": 0},
+        {**_SWITCHES, "steps": (1, 10_000), "rate": (1e-6, 100.0), "batch": (1, 1024), "kl": (0, 1)},
+        learns=True,
+        source="Liu et al. 2024, arXiv:2405.16406",
+    ),
 )
 
 
