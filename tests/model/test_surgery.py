@@ -17,7 +17,19 @@ from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.surgery import STREAM, Preparation
 from fewbit.model.stream import StreamedModel
 
-ROTATED = ("llama", "llama-tied", "qwen2", "qwen3", "gemma", "mixtral", "qwen2-moe", "phi3", "gpt2", "starcoder2", "opt")
+ROTATED = (
+    "llama",
+    "llama-tied",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "mixtral",
+    "qwen2-moe",
+    "phi3",
+    "gpt2",
+    "starcoder2",
+    "opt",
+)
 CHANGES = {"opt": {"word_embed_proj_dim": 32}}
 
 

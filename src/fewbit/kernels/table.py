@@ -92,9 +92,7 @@ def _refuse_integers(format: Format, shape: Shape, activation: Format | None) ->
     """Why products of integers cannot serve ``format`` with inputs in ``activation``, or None."""
     if activation is None:
         return "multiplies int8 activations; these stay float"
-    if not (
-        isinstance(activation, Affine) and activation.bits == 8 and activation.symmetric and activation.clip == 1
-    ):
+    if not (isinstance(activation, Affine) and activation.bits == 8 and activation.symmetric and activation.clip == 1):
         return f"rounds activations to int8/g{{N}}/sym; these are {activation.name}"
     for block in (format.block, activation.block):
         if block % COLUMNS and block < shape[1]:

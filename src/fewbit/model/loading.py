@@ -46,9 +46,7 @@ class Loader:
         InputError: on construction, a parameter has no tensor, or one of another shape.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, model: PreTrainedModel, copies: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, copies: Mapping[str, str] | None = None) -> None:
         self.checkpoint, self.model = checkpoint, model
         self.unused: list[str] = []
         self.change: Callable[[str, Tensor], Tensor] = lambda name, value: value

@@ -274,7 +274,10 @@ class _Surgeon:
         return path in dict(self.module.named_modules()) and leaf in self.module.get_submodule(path)._parameters
 
     def add(self, name: str, change: Change) -> None:
-        if self.has(name) and self.module.get_submodule(name.rpartition(".")[0])._parameters[name.rpartition(".")[2]] is not None:
+        if (
+            self.has(name)
+            and self.module.get_submodule(name.rpartition(".")[0])._parameters[name.rpartition(".")[2]] is not None
+        ):
             self.changes[name] = change
 
     def check(self, block: str) -> None:

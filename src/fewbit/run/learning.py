@@ -8,7 +8,6 @@ gradients in the order of the windows: the bytes that come out depend on no thre
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +19,14 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from fewbit import formats, transforms
 from fewbit.containers.safetensors import open_safetensors, write_safetensors
+from fewbit.core import blocks as B
 from fewbit.core import format as F
+from fewbit.core.format import Format
 from fewbit.core.rewrite import Chain
 from fewbit.core.transform import seed_of
 from fewbit.kernels.reference import round_activations
+from fewbit.model.loading import place
+from fewbit.model.skeleton import build
 from fewbit.model.stream import StreamedModel
 from fewbit.model.surgery import Preparation, Surgery
 from fewbit.run.events import Event, Progress
@@ -32,8 +35,6 @@ from fewbit.run.workers import Workers
 from fewbit.transforms.quarot import Turn
 from fewbit.transforms.spinquant import cayley_step
 
-_STATE = threading.local()
-"""``idle``: whether this thread runs the original model, whose inputs are not rounded."""
 TOLD = 10
 """Steps between two reports."""
 
@@ -62,13 +63,17 @@ def learned(
 
 
 class Learner:
-    """One model on its way; ``values``: its parameters as the checkpoint has them, float32."""
+    """One model on its way; ``values``: its parameters as the checkpoint has them, float32; ``original``: a module that
+    has those."""
 
     def __init__(
         self, model: StreamedModel, surgery: Surgery, preparation: Preparation, decisions: Sequence[Decision]
     ) -> None:
         self.model, self.surgery, self.preparation = model, surgery, preparation
         self.values = {name: model.original(name).float() for name, _ in model.module.named_parameters()}
+        self.original = build(model.config)
+        for name, value in self.values.items():
+            place(self.original, name, value)
         self.decisions = [d for d in decisions if d.rule is not None and d.site.kind in ("linear", "conv1d")]
 
     def learn(self, ids: Tensor, workers: Workers, tell: Progress) -> Values:
@@ -97,10 +102,12 @@ class Learner:
         with torch.enable_grad():
             leaves = {name: matrix.float().requires_grad_() for name, matrix in matrices.items()}
             fused = self.rotated({name: _turn(leaf) for name, leaf in leaves.items()})
-            inputs = {name: value.detach().requires_grad_() for name, value in fused.items()}
+            inputs = {name: nn.Parameter(value.detach()) for name, value in fused.items()}
+        for name, value in inputs.items():
+            place(self.model.module, name, value)
         loss, total = 0.0, {name: torch.zeros_like(value) for name, value in inputs.items()}
         with self.rounding():
-            for one, found in workers.map(lambda window: self.window(inputs, window), ids.split(1)):
+            for one, found in workers.map(lambda window: self.window(list(inputs.values()), window), ids.split(1)):
                 loss += one / len(ids)
                 for name, gradient in zip(inputs, found, strict=True):
                     if gradient is not None:
@@ -123,26 +130,26 @@ class Learner:
             if decision.rule.activation is None:
                 name, format = decision.site.parameter, formats.parse(decision.rule.format)
                 weight = fused[name].transpose(-1, -2) if decision.site.transposed else fused[name]
-                rounded = through(weight, lambda x, format=format: F.rounded(format, x))  # type: ignore[misc]
+                rounded = through(weight, format, F.rounded(format, weight.detach()))
                 fused[name] = rounded.transpose(-1, -2) if decision.site.transposed else rounded
         return fused
 
-    def window(self, values: Values, ids: Tensor) -> tuple[float, Sequence[Tensor | None]]:
-        """The loss of ``ids`` (1, tokens) and its gradients in ``values``, in their order."""
+    def window(self, values: Sequence[Tensor], ids: Tensor) -> tuple[float, Sequence[Tensor | None]]:
+        """The loss of ``ids`` (1, tokens) and its gradients in ``values``, the module's parameters."""
         with torch.enable_grad():
-            logits = self.logits(values, ids)
+            logits = self._logits(self.model.module, ids)
             if self.preparation.option("kl"):
-                with torch.no_grad(), _idle():
-                    target = self.logits(self.values, ids).log_softmax(-1)
+                with torch.no_grad():
+                    target = self._logits(self.original, ids).log_softmax(-1)
                 loss = kl_div(logits.log_softmax(-1)[0], target[0], reduction="batchmean", log_target=True)
             else:
                 loss = cross_entropy(logits[0, :-1], ids[0, 1:])
-            return float(loss), torch.autograd.grad(loss, list(values.values()), allow_unused=True)
+            return float(loss.detach()), torch.autograd.grad(loss, values, allow_unused=True)
 
-    def logits(self, values: Values, ids: Tensor) -> Tensor:
-        """(1, tokens, vocabulary) of the module with the parameters ``values``."""
-        call = torch.func.functional_call
-        result: Tensor = call(self.model.module, values, (), {"input_ids": ids, "use_cache": False}).logits.float()
+    @staticmethod
+    def _logits(module: nn.Module, ids: Tensor) -> Tensor:
+        """(1, tokens, vocabulary)"""
+        result: Tensor = module(input_ids=ids, use_cache=False).logits.float()
         return result
 
     @contextmanager
@@ -170,26 +177,22 @@ class Learner:
         chain = Chain(tuple(steps))
 
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            if getattr(_STATE, "idle", False):
-                return arguments
-            inside = through(chain.apply(arguments[0]), lambda x: round_activations(x, format))
+            x = chain.apply(arguments[0])
+            inside = through(x, format, round_activations(x.detach(), format))
             return (chain.inverse(inside), *arguments[1:])
 
         return hook
 
 
-@contextmanager
-def _idle() -> Iterator[None]:
-    _STATE.idle = True
-    try:
-        yield
-    finally:
-        _STATE.idle = False
-
-
-def through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
-    """``rounding(x)``, whose gradient is taken to be that of x."""
-    return x + (rounding(x.detach()) - x.detach())
+def through(x: Tensor, format: Format, rounded: Tensor) -> Tensor:
+    """``rounded``, which is ``x`` (..., columns) in ``format``, with a gradient: that of x, whose error grows as the
+    range of its block does. With e the error and m the largest magnitude of a block, ``x + e m / m`` where e and the
+    last m are constants."""
+    flat = x.reshape(-1, x.shape[-1])
+    error = B.split((rounded - x).detach().reshape(flat.shape), format.block)
+    reach = B.split(flat, format.block).abs().amax(-1, keepdim=True)
+    error = error * (reach / reach.detach().clamp_min(torch.finfo(x.dtype).tiny))
+    return x + B.join(error, x.shape[-1]).reshape(x.shape)
 
 
 def _turn(matrix: Tensor) -> Turn:

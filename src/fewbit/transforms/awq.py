@@ -79,4 +79,3 @@ def output_error(weight: Tensor, values: Tensor, moment: Tensor) -> float:
     """``E |(W - V) x|^2`` of a layer with inputs of ``moment`` = E[x x^T] (columns, columns)."""
     error = weight - values
     return float(((error @ moment) * error).sum(dtype=torch.float64))
-
