@@ -39,6 +39,13 @@ LEARNED: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
 """Rotations by format and row: learned once for all methods, which they do not depend on."""
 
 
+def given(arguments: argparse.Namespace, transform: str | dict[str, Any]) -> str | dict[str, Any]:
+    """``transform`` with what the command line says of learning."""
+    options = {"name": transform} if isinstance(transform, str) else transform
+    learning = {"steps": arguments.steps, "batch": arguments.batch} if options["name"] == "spinquant" else {}
+    return {**options, **learning}
+
+
 def quantized(arguments: argparse.Namespace, format: str, rotation: str, method: str, out: Path) -> fewbit.run.Result:
     learn = run.learned
 
@@ -51,7 +58,7 @@ def quantized(arguments: argparse.Namespace, format: str, rotation: str, method:
     try:
         return fewbit.quantize(
             arguments.model,
-            Recipe.simple(format, method, arguments.head, {}, ROTATIONS[rotation]),
+            Recipe.simple(format, method, arguments.head, {}, [given(arguments, one) for one in ROTATIONS[rotation]]),
             out=out,
             calibration=arguments.calibration,
             samples=arguments.samples,
@@ -117,6 +124,8 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=["W4A4", "W4A8", "W4A16", "W3A16"])
     parser.add_argument("--rotations", nargs="+", default=["plain", "rotate", "quarot", "spinquant"], choices=ROTATIONS)
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
+    parser.add_argument("--steps", type=int, default=100, help="of learning")
+    parser.add_argument("--batch", type=int, default=8, help="windows a step")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -130,9 +139,8 @@ def main() -> None:
                     rows.append({"format": format, "rotation": rotation, "method": method, "refused": str(error)})
                 print(json.dumps(rows[-1]), flush=True)
                 if arguments.json:
-                    write_json(
-                        arguments.json, {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "rows": rows}
-                    )
+                    given = {key: str(value) for key, value in vars(arguments).items()}
+                    write_json(arguments.json, {"arguments": given, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ prime; Q is the matrix chi(a - b) over its elements, a and b::
     q = 3 mod 4, order q + 1:       H = I + [[0, 1], [-1, Q]]
     q = 1 mod 4, order 2 (q + 1):   H = C x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]],   C = [[0, 1], [1, Q]]
 
-with x the Kronecker product; columns of the latter change sign so that the first row is ones, as Sylvester's. A width n = K 2^m has the matrix of order K times Sylvester's of order 2^m, by another
-Kronecker product. K = 156 and 172 are in neither family, 312 and 344 are: of the widths with these odd parts only 156
-and 172 themselves have no matrix here.
+with x the Kronecker product; columns of the latter change sign so that the first row is ones, as Sylvester's. A width
+n = K 2^m has the matrix of order K times Sylvester's of order 2^m, by another Kronecker product. K = 156 and 172 are in
+neither family, 312 and 344 are: of the widths with these odd parts only 156 and 172 themselves have no matrix here.
 """
 
 from __future__ import annotations

@@ -175,6 +175,7 @@ class _Surgeon:
     ) -> None:
         self.preparation, self.module, self.blocks, self.row = preparation, module, blocks, row
         self.sites = {site.name: site for site in sites}
+        self.modules = dict(module.named_modules())
         self.width = module.config.get_text_config().hidden_size
         self.changes: dict[str, Change] = {}
         self.turns = {STREAM: preparation.turn(STREAM, self.width, row.centred)}
@@ -271,13 +272,11 @@ class _Surgeon:
 
     def has(self, name: str) -> bool:
         path, _, leaf = name.rpartition(".")
-        return path in dict(self.module.named_modules()) and leaf in self.module.get_submodule(path)._parameters
+        module = self.modules.get(path)
+        return module is not None and module._parameters.get(leaf) is not None
 
     def add(self, name: str, change: Change) -> None:
-        if (
-            self.has(name)
-            and self.module.get_submodule(name.rpartition(".")[0])._parameters[name.rpartition(".")[2]] is not None
-        ):
+        if self.has(name):
             self.changes[name] = change
 
     def check(self, block: str) -> None:

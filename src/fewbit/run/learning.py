@@ -170,10 +170,10 @@ class Learner:
         rule, site = decision.rule, decision.site
         assert rule is not None and rule.activation is not None
         format, steps = formats.parse(rule.activation), []
-        for place, step in enumerate(rule.transforms):
+        for number, step in enumerate(rule.transforms):
             if (row := transforms.named(step.name)).needs == "nothing":
                 shape = torch.empty(site.shape, device="meta")
-                steps.append(row.fit(shape, None, seed_of(self.preparation.seed, site.name) ^ place))
+                steps.append(row.fit(shape, None, seed_of(self.preparation.seed, site.name) ^ number))
         chain = Chain(tuple(steps))
 
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

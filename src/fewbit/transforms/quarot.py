@@ -44,7 +44,7 @@ class Turn:
 
 
 def turned(width: int, seed: int, centred: bool = False) -> Turn:
-    """A randomized Hadamard matrix of order ``width``, or of blocks of a power of two where none of that order is known.
+    """A randomized Hadamard matrix of order ``width``; where none is known, one of blocks of a power of two.
 
     Args:
         centred: leave the vector of ones alone: H^T D H / width with D random signs, the first of them 1.
