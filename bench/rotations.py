@@ -17,11 +17,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit import calibrate, run
-from fewbit.containers.files import read_json, write_json
+from fewbit.containers.files import write_json
 from fewbit.errors import FewbitError
+from fewbit.measure.accuracy import score, summarize
+from fewbit.model.checkpoint import open_checkpoint
+from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Recipe
 
 ROTATIONS: dict[str, tuple[str | dict[str, Any], ...]] = {
@@ -71,25 +76,24 @@ def quantized(arguments: argparse.Namespace, format: str, rotation: str, method:
         run.learned = learn
 
 
-def row(arguments: argparse.Namespace, format: str, rotation: str, method: str) -> dict[str, Any]:
-    """Quantize and score once."""
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """(tokens, vocabulary) of one window."""
+    return model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+
+
+def row(
+    arguments: argparse.Namespace, asked: tuple[str, str, str], windows: Tensor, expected: list[Tensor]
+) -> dict[str, Any]:
+    """Quantize and score once: format, rotation and method ``asked``; ``expected`` are the float model's logits."""
+    format, rotation, method = asked
     with TemporaryDirectory() as scratch:
         began = time.monotonic()
         result = quantized(arguments, format, rotation, method, Path(scratch) / "out")
         seconds = time.monotonic() - began
-        log = read_json(Path(scratch) / "out.log.json")
-        text = calibrate.heldout_text() if arguments.text is None else calibrate.read_text(arguments.text)
-        file = Path(scratch) / "text.txt"
-        file.write_text(text, encoding="utf-8")
-        measured = fewbit.evaluate(
-            result.path,
-            reference=arguments.model,
-            text=file,
-            context=arguments.context,
-            max_tokens=arguments.windows * arguments.context,
-            decode_tokens=0,
-            unscored=arguments.unscored,
-        )
+        model = AutoModelForCausalLM.from_pretrained(result.path, dtype=torch.float32)
+        pairs = zip(windows, expected, strict=True)
+        scored = [score(logits(model, ids), ids, float_.float(), arguments.unscored) for ids, float_ in pairs]
     inside = [layer for layer in result.manifest["layers"] if layer["kind"] not in ("embedding", "head")]
     weights = sum(layer["shape"][0] * layer["shape"][1] * layer["experts"] for layer in inside)
     return {
@@ -98,14 +102,8 @@ def row(arguments: argparse.Namespace, format: str, rotation: str, method: str) 
         "method": method,
         "bits": 8 * sum(layer["nbytes"] for layer in inside) / weights,
         "size_bytes": result.manifest["size_bytes"],
-        "perplexity": measured.perplexity,
-        "perplexity_stderr": measured.perplexity_stderr,
-        "reference_perplexity": measured.reference.perplexity if measured.reference else None,
-        "kl_mean": measured.kl_mean,
-        "kl_mean_stderr": measured.kl_mean_stderr,
-        "top1_agreement": measured.top1_agreement,
         "seconds": seconds,
-        "solving_seconds": log["seconds"],
+        **summarize(scored),
     }
 
 
@@ -129,12 +127,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    checkpoint = open_checkpoint(arguments.model)
+    text = calibrate.heldout_text() if arguments.text is None else calibrate.read_text(arguments.text)
+    windows = calibrate.windows(checkpoint.tokenizer(), text, arguments.context, "text")[: arguments.windows]
+    original = StreamedModel.open(checkpoint)
+    original.load("")
+    expected = [logits(original.module, ids).half() for ids in windows]
+    del original
     rows = []
     for format in arguments.formats:
         for rotation in arguments.rotations:
             for method in arguments.methods:
                 try:
-                    rows.append(row(arguments, format, rotation, method))
+                    rows.append(row(arguments, (format, rotation, method), windows, expected))
                 except FewbitError as error:
                     rows.append({"format": format, "rotation": rotation, "method": method, "refused": str(error)})
                 print(json.dumps(rows[-1]), flush=True)

@@ -86,7 +86,7 @@ def _powers(prime: int, power: int) -> list[tuple[int, ...]]:
     """
     one = (1, *[0] * (power - 1))
     for rule in itertools.product(range(prime), repeat=power):
-        found, element = [], one
+        found, element = list[tuple[int, ...]](), one
         while len(found) < prime**power - 1 and (not found or element != one):
             found.append(element)
             shifted = (0, *element[:-1])
