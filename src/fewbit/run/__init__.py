@@ -30,7 +30,7 @@ from fewbit.run.learning import learned
 from fewbit.run.planning import Plan, make_plan
 from fewbit.run.stages import run_stages
 from fewbit.run.state import Run
-from fewbit.run.workers import workers
+from fewbit.run.workers import Workers, workers
 
 PROBE = (8, 256)
 """Held-out windows and tokens that every run checks itself on."""
@@ -83,8 +83,7 @@ def quantize(
         force: accept below 3 bits without data, replace ``out``, and accept a broken result.
 
     Raises:
-        FewbitError: see :mod:`fewbit.errors`. An interrupted or refused run leaves its work in ``OUT.partial``, from
-            which the same call continues.
+        FewbitError: see :mod:`fewbit.errors`. A stopped run's work is in ``OUT.partial``; the same call goes on.
     """
     chosen, target, tell = _recipe(recipe, method, head, options, transforms), Path(out), progress or _silent
     with _source(model, tokenizer, target) as path:
@@ -104,12 +103,8 @@ def quantize(
         journal = Journal.open(folder / STATE / "journal.json", fingerprint)
         probe = calibrate.probe(words, PROBE[0], min(PROBE[1], _longest(checkpoint)))
         with workers(threads) as pool:
-            if chosen.model is not None and chosen.model.learns and data is not None:
-                random, place = _preparation(chosen, seed), folder / STATE / ROTATIONS
-                assert random is not None
-                matrices = learned(place, streamed, random, planned.decisions, data.ids, pool, tell)
-                streamed = StreamedModel.open(checkpoint, replace(random, learned=matrices))
-            run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed)
+            prepared = _learned(chosen, streamed, planned, data, folder, pool, tell, seed)
+            run = Run(prepared, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed)
             run_stages(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)
     tell(Event("done", message=str(target)))
@@ -156,6 +151,24 @@ def _recipe(
 def _preparation(recipe: Recipe, seed: int) -> Preparation | None:
     """What the recipe does to the model as a whole."""
     return None if recipe.model is None else Preparation(recipe.model.name, recipe.model.options, seed)
+
+
+def _learned(
+    recipe: Recipe,
+    model: StreamedModel,
+    plan: Plan,
+    data: Calibration | None,
+    folder: Path,
+    pool: Workers,
+    tell: Progress,
+    seed: int,
+) -> StreamedModel:
+    """``model`` with the rotations that the recipe learns, where it does."""
+    random = _preparation(recipe, seed)
+    if random is None or recipe.model is None or not recipe.model.learns or data is None:
+        return model
+    matrices = learned(folder / STATE / ROTATIONS, model, random, plan.decisions, data.ids, pool, tell)
+    return StreamedModel.open(model.checkpoint, replace(random, learned=matrices))
 
 
 def _longest(checkpoint: Checkpoint) -> int:
