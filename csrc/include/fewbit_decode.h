@@ -39,6 +39,10 @@ typedef struct {
   int64_t order;
 } fewbit_rewrite;
 
+/* out = what x, (tokens, columns), becomes by `count` steps in their order; out is not x. */
+int fewbit_rewrite_tokens(const fewbit_rewrite* rewrites, int64_t count, const float* x, int64_t tokens,
+                          int64_t columns, float* out, int32_t isa, int32_t threads);
+
 /* A matrix that rows of activations are multiplied by: y = rewritten x w^T + bias. Neighbours (q, k, v; gate, up) whose
  * `rewrite` is the same pointer share what it makes. */
 typedef struct {

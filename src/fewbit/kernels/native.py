@@ -113,6 +113,16 @@ class Core(Protocol):
         self, outputs: tuple[Output, ...], x: Input, x_block: int, y_dtype: int, isa: int, threads: int
     ) -> None: ...
     def fields_unpack(self, packed: int, rows: int, columns: int, bits: int, codes: int, threads: int) -> None: ...
+    def rewrite(
+        self,
+        steps: tuple[tuple[int, int, int, int], ...],
+        x: int,
+        tokens: int,
+        columns: int,
+        out: int,
+        isa: int,
+        threads: int,
+    ) -> None: ...
     def decoder_new(self, model: int, kv: int, sequences: int) -> int: ...
     def decoder_free(self, decoder: int) -> None: ...
     def decoder_feed(
