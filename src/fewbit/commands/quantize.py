@@ -127,6 +127,8 @@ def tables(out: Path, described: dict[str, Any]) -> list[Any]:
         ("KL to the original", f"{N.significant(check['kl_mean'])} nats a token"),
         ("same top token", N.percent(check["top1_agreement"])),
     ]
+    if (model := described["recipe"].get("model")) is not None:
+        rows.insert(3, ("whole model", model if isinstance(model, str) else ", ".join(map(str, model.values()))))
     measured = [layer for layer in described["layers"] if layer.get("relative_error") is not None]
     measured.sort(key=lambda layer: -layer["relative_error"])
     worst = [
