@@ -51,6 +51,28 @@ PyObject* fields_unpack(PyObject*, PyObject* args) {
   return status(code);
 }
 
+// rewrite(steps, x, tokens, columns, out, isa, threads); a step is (factor, block, matrix, order).
+PyObject* rewrite(PyObject*, PyObject* args) {
+  PyObject* given;
+  unsigned long long x, out;
+  long long tokens, columns;
+  int isa, threads, code;
+  if (!PyArg_ParseTuple(args, "OKLLKii", &given, &x, &tokens, &columns, &out, &isa, &threads)) return nullptr;
+  std::vector<fewbit_rewrite> steps(static_cast<size_t>(PyTuple_Size(given)));
+  for (size_t i = 0; i < steps.size(); i++) {
+    unsigned long long factor, matrix;
+    long long block, order;
+    PyObject* step = PyTuple_GetItem(given, static_cast<Py_ssize_t>(i));
+    if (!step || !PyArg_ParseTuple(step, "KLKL", &factor, &block, &matrix, &order)) return nullptr;
+    steps[i] = {pointer<const float*>(factor), block, pointer<const float*>(matrix), order};
+  }
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_rewrite_tokens(steps.data(), static_cast<int64_t>(steps.size()), pointer<const float*>(x), tokens,
+                               columns, pointer<float*>(out), isa, threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
 // decoder_new(model, kv, sequences) -> the decoder's address; model: that of a fewbit_model, which stays where it is, as
 // does all that it points to, until decoder_free.
 PyObject* decoder_new(PyObject*, PyObject* args) {
@@ -109,6 +131,7 @@ PyObject* decoder_bytes(PyObject*, PyObject* args) {
 PyMethodDef decode_methods[] = {
     {"sample", sample, METH_VARARGS, "(draws, tokens, threads)"},
     {"fields_unpack", fields_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, threads)"},
+    {"rewrite", rewrite, METH_VARARGS, "(steps, x, tokens, columns, out, isa, threads)"},
     {"decoder_new", decoder_new, METH_VARARGS, "(model, kv, sequences) -> decoder; see fewbit_decode.h."},
     {"decoder_free", decoder_free, METH_VARARGS, "(decoder)"},
     {"decoder_feed", decoder_feed, METH_VARARGS, "(decoder, parts, logits, threads)"},

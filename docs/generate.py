@@ -17,6 +17,7 @@ from fewbit.core import rewrite
 from fewbit.core.format import Format, Param
 from fewbit.core.qtensor import storage, storage_bytes
 from fewbit.run.solve import layout_for
+from fewbit.transforms import quarot, spinquant
 
 HERE = Path(__file__).parent
 SHAPE = (4096, 4096)
@@ -163,8 +164,26 @@ def transforms_page() -> str:
             "Linear layers and a head that is not tied to the embedding can have them; experts and embeddings cannot, "
             "because nothing rewrites their inputs when the model runs: the plan refuses a rule that asks for it.",
             table(("transform", "what it does", "needs", "stores", "options and defaults", "source"), rows),
+            "## Of the whole model",
+            "These rotate the residual stream while the model is read: norms are folded into the matrices that read "
+            "what they give, and the weights on both sides absorb the rotation, so nothing of it runs later but the "
+            "rotation before down projections. `--transform NAME` as well; in a recipe, above its rules, "
+            '`model = "quarot"` or `model = { name = "quarot", heads = 0 }`.',
+            table(("transform", "what it does", "needs", "options and defaults", "source"), model_rows()),
         )
     )
+
+
+def model_rows() -> list[tuple[str, str, str, str, str]]:
+    """Every transform of the whole model."""
+    about = {"quarot": quarot, "spinquant": spinquant}
+    rows = []
+    for row in transforms.MODEL_TRANSFORMS:
+        options = ", ".join(f"`{name}={value:g}`" for name, value in row.options.items())
+        does = first_sentence(about[row.name]).rstrip(":")
+        needs = "text" if row.learns else NEEDS["nothing"]
+        rows.append((f"[{row.name}](transforms/{row.name}.md)", does, needs, options, row.source))
+    return rows
 
 
 PAGES: dict[str, Callable[[], str]] = {

@@ -36,9 +36,9 @@ def test_every_method_has_a_page() -> None:
 
 
 def test_every_transform_has_a_page() -> None:
-    from fewbit.transforms import TRANSFORMS
+    from fewbit.transforms import MODEL_TRANSFORMS, TRANSFORMS
 
-    for transform in TRANSFORMS:
+    for transform in (*TRANSFORMS, *MODEL_TRANSFORMS):
         page = (ROOT / "docs" / "transforms" / f"{transform.name}.md").read_text(encoding="utf-8")
         for option in transform.options:
             assert f"`{option}`" in page, f"{transform.name}.md does not explain {option}"

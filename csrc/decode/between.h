@@ -63,6 +63,30 @@ void hadamard(float* x, int64_t block, int64_t count) {
     }
 }
 
+// R neighbouring outputs, kLanes places of a block.
+template <int R>
+FEWBIT_INLINE void mix_tile(const float* x, const float* matrix, int64_t order, int64_t block, float* out) {
+  F sum[R];
+  for (int r = 0; r < R; r++) sum[r] = broadcast(0.0f);
+  for (int64_t from = 0; from < order; from++) {
+    const F values = load(x + from * block);
+    for (int r = 0; r < R; r++) sum[r] = fma(broadcast(matrix[from * order + r]), values, sum[r]);
+  }
+  for (int r = 0; r < R; r++) store(out + r * block, sum[r]);
+}
+
+void mix(const float* x, const float* matrix, int64_t order, int64_t block, float* out) {
+  int64_t to = 0;
+  for (; to + 4 <= order && block % kLanes == 0; to += 4)
+    for (int64_t i = 0; i < block; i += kLanes) mix_tile<4>(x + i, matrix + to, order, block, out + to * block + i);
+  for (; to < order; to++)
+    for (int64_t i = 0; i < block; i++) {
+      float sum = 0.0f;
+      for (int64_t from = 0; from < order; from++) sum += matrix[from * order + to] * x[from * block + i];
+      out[to * block + i] = sum;
+    }
+}
+
 void scale_by(const float* x, const float* factor, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i++) out[i] = x[i] * factor[i];
 }

@@ -71,6 +71,8 @@ struct Steps {
   void (*cap)(float* x, float scale, float cap, int64_t count);
   // Every `block` of x, a power of two, times Sylvester's Hadamard matrix.
   void (*hadamard)(float* x, int64_t block, int64_t count);
+  // out = x M over the first axis of x, (order, block), M being (order, order).
+  void (*mix)(const float* x, const float* matrix, int64_t order, int64_t block, float* out);
   // out = x * factor
   void (*scale)(const float* x, const float* factor, int64_t count, float* out);
   // x = softmax(x)

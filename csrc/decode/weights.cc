@@ -29,16 +29,29 @@ void multiply_dense(const Means& means, const Product& product, const fewbit_inp
   });
 }
 
+// What x, (columns), becomes; spare, (columns), is for mixing.
+void rewrite_token(const Steps& steps, const fewbit_rewrite* rewrites, int64_t count, int64_t columns, const float* x,
+                   float* out, float* spare) {
+  for (int64_t i = 0; i < count; i++, x = out) {
+    const fewbit_rewrite& step = rewrites[i];
+    float* scaled = step.order > 1 ? spare : out;
+    steps.scale(x, step.factor, columns, scaled);
+    steps.hadamard(scaled, step.block, columns);
+    if (step.order > 1) steps.mix(spare, step.matrix, step.order, step.block, out);
+  }
+}
+
+bool well_formed(const fewbit_rewrite& step, int64_t columns) {
+  if (!step.factor || step.block < 1 || (step.block & (step.block - 1)) || columns % step.block) return false;
+  return step.order == 1 || (step.order > 1 && step.matrix && columns / step.block == step.order);
+}
+
 // x, (tokens, columns), as the matrix wants it.
 const float* rewrite(const Means& means, const fewbit_weight& w, const float* x, int64_t x_stride, int64_t tokens) {
-  float* out = room_for(means.rewritten, tokens * w.columns);
+  float* out = room_for(means.rewritten, 2 * tokens * w.columns);  // the second half is for mixing
   spread(tokens, threads_for(means, tokens), [&](int64_t token) {
-    const float* from = x + token * x_stride;
     float* to = out + token * w.columns;
-    for (int64_t i = 0; i < w.rewrites; i++, from = to) {
-      means.steps->scale(from, w.rewrite[i].factor, w.columns, to);
-      means.steps->hadamard(to, w.rewrite[i].block, w.columns);
-    }
+    rewrite_token(*means.steps, w.rewrite, w.rewrites, w.columns, x + token * x_stride, to, to + tokens * w.columns);
   });
   return out;
 }
@@ -97,10 +110,8 @@ int look_up(const fewbit_weight& weight, int64_t row, float scale, std::vector<f
 
 bool has_shape(const fewbit_weight& w, int64_t rows, int64_t columns, bool may_be_absent) {
   if (w.kind == FEWBIT_ABSENT) return may_be_absent;
-  for (int64_t i = 0; i < w.rewrites; i++) {
-    const fewbit_rewrite& step = w.rewrite[i];
-    if (!step.factor || step.block < 1 || (step.block & (step.block - 1)) || columns % step.block) return false;
-  }
+  for (int64_t i = 0; i < w.rewrites; i++)
+    if (!well_formed(w.rewrite[i], columns)) return false;
   if (w.rows != rows || w.columns != columns) return false;
   switch (w.kind) {
     case FEWBIT_TILED: return w.tiled.rows == rows && w.tiled.columns == columns && well_formed(w.tiled);
@@ -111,3 +122,20 @@ bool has_shape(const fewbit_weight& w, int64_t rows, int64_t columns, bool may_b
 }
 
 }  // namespace fewbit
+
+extern "C" int fewbit_rewrite_tokens(const fewbit_rewrite* rewrites, int64_t count, const float* x, int64_t tokens,
+                                     int64_t columns, float* out, int32_t isa, int32_t threads) {
+  using namespace fewbit;
+  const Steps* steps = steps_of(isa);
+  if (!steps || !rewrites || count < 1 || !x || !out || tokens < 0 || columns < 1 || threads < 1)
+    return FEWBIT_BAD_ARGUMENT;
+  for (int64_t i = 0; i < count; i++)
+    if (!well_formed(rewrites[i], columns)) return FEWBIT_BAD_ARGUMENT;
+  const int64_t few = 8, units = ceil_div(tokens, few);
+  spread(units, tokens < few ? 1 : thread_count(threads), [&](int64_t unit) {
+    std::vector<float> spare(static_cast<size_t>(columns));
+    for (int64_t token = unit * few; token < least(unit * few + few, tokens); token++)
+      rewrite_token(*steps, rewrites, count, columns, x + token * columns, out + token * columns, spare.data());
+  });
+  return FEWBIT_OK;
+}

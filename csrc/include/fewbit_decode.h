@@ -30,11 +30,18 @@ enum { FEWBIT_SILU = 0, FEWBIT_GELU_TANH = 1, FEWBIT_GELU = 2 };
 enum { FEWBIT_KV_INT8 = 3, FEWBIT_KV_INT4 = 4 };
 
 /* A step of what activations go through before they are multiplied: x * factor, then every `block` of them (a power of
- * two) times Sylvester's Hadamard matrix; block 1: no more than the product. */
+ * two) times Sylvester's Hadamard matrix; block 1: no more than the product. With order > 1 there are order * block
+ * columns, and those of equal place in their blocks are multiplied by `matrix` then. */
 typedef struct {
   const float* factor; /* (columns) */
   int64_t block;
+  const float* matrix; /* (order, order), or NULL where order is 1 */
+  int64_t order;
 } fewbit_rewrite;
+
+/* out = what x, (tokens, columns), becomes by `count` steps in their order; out is not x. */
+int fewbit_rewrite_tokens(const fewbit_rewrite* rewrites, int64_t count, const float* x, int64_t tokens,
+                          int64_t columns, float* out, int32_t isa, int32_t threads);
 
 /* A matrix that rows of activations are multiplied by: y = rewritten x w^T + bias. Neighbours (q, k, v; gate, up) whose
  * `rewrite` is the same pointer share what it makes. */

@@ -106,6 +106,20 @@ void check_hadamard(const Steps& steps, int64_t block) {
   }
 }
 
+void check_mix(const Steps& steps, int64_t order, int64_t block) {
+  const Floats x = random_floats(order * block, 1), matrix = random_floats(order * order, 1);
+  Floats out(x.size(), 7.0f);
+  steps.mix(x.data(), matrix.data(), order, block, out.data());
+  for (int64_t to = 0; to < order; to++)
+    for (int64_t i = 0; i < block; i++) {
+      double sum = 0;
+      for (int64_t from = 0; from < order; from++)
+        sum += static_cast<double>(x[static_cast<size_t>(from * block + i)]) *
+               matrix[static_cast<size_t>(from * order + to)];
+      near(out[static_cast<size_t>(to * block + i)], sum, 1e-5 * static_cast<double>(order), "mix", order);
+    }
+}
+
 void check_dense(const Steps& steps, int32_t dtype, int64_t rows, int64_t columns, int64_t tokens) {
   const Floats w = random_floats(rows * columns, 1), x = random_floats(tokens * columns, 1);
   const Floats bias = random_floats(rows, 1);
@@ -213,7 +227,7 @@ void check_attention(const Steps& steps, int32_t kv, int64_t dim, int64_t length
 void check_steps(const Steps& steps) {
   for (int64_t count : {1, 7, 16, 31, 97, 576}) check_norm(steps, count), check_functions(steps, count);
   for (int64_t pairs : {1, 4, 33}) check_turns(steps, pairs);
-  for (int64_t block : {1, 2, 8, 64}) check_hadamard(steps, block);
+  for (int64_t block : {1, 2, 8, 64}) check_hadamard(steps, block), check_mix(steps, 12, block), check_mix(steps, 7, block);
   for (int32_t dtype = FEWBIT_FLOAT32; dtype <= FEWBIT_FLOAT16; dtype++)
     for (int64_t columns : {1, 7, 31, 33, 97}) check_dense(steps, dtype, 13, columns, 6);
   for (int32_t kv = FEWBIT_FLOAT32; kv <= FEWBIT_KV_INT4; kv++)

@@ -36,7 +36,9 @@ Options = Annotated[
 ]
 Transform = Annotated[
     list[str] | None,
-    typer.Option("--transform", metavar="NAME", help="smooth or rotate: done before the method; may be repeated."),
+    typer.Option(
+        "--transform", metavar="NAME", help="smooth, rotate, quarot, ...: done before the method; may be repeated."
+    ),
 ]
 Tuning = Annotated[
     list[str] | None,

@@ -21,7 +21,8 @@ their kind. ``format = "float"`` keeps a layer as it is. A scheme that names act
 too: the format that a layer's inputs are rounded to, token by token, while it runs; or, as ``W8A8_STATIC`` does, one
 grid for all tokens that an observer finds in calibration (``int8/static/asym/mse``). ``transforms`` are done first, in
 order: names, or tables of a name and options, ``{ name = "smooth", alpha = 0.7 }``. ``tune``, written alike, is what
-the block learns once its layers are solved: ``["scales"]``. A rule that matches no layer is an error.
+the block learns once its layers are solved: ``["scales"]``. A rule that matches no layer is an error. Above the rules,
+``model = "quarot"``, or such a table, says what is done to the model as a whole before.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from fewbit import formats, methods, transforms
 from fewbit.core.facts import Need, strongest
@@ -48,60 +49,74 @@ FLOAT = "float"
 _KEYS = {"match", "format", "activation", "method", "options", "transforms", "tune"}
 
 
+C = TypeVar("C", bound="_Choice")
+
+
 @dataclass(frozen=True)
-class Step:
-    """One transform of a rule, with its options. Checked when built."""
+class _Choice:
+    """Abstract: a row of a table, with its options. Checked when built."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        transforms.named(self.name).check(self.options)
+    what: ClassVar[str]
+    example: ClassVar[str]
 
-    @staticmethod
-    def of(entry: Any) -> Step:
+    def row(self) -> Any:
+        """The row of that name, which knows its options."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        self.row().check(self.options)
+
+    @classmethod
+    def of(cls: type[C], entry: Any) -> C:
         """From a name, or a dict of ``name`` and options.
 
         Raises:
-            SpecError: it is neither, or the transform or an option does not exist.
+            SpecError: it is neither, or the row or an option does not exist.
         """
         if isinstance(entry, str):
-            return Step(entry)
+            return cls(entry)
         if isinstance(entry, dict) and isinstance(entry.get("name"), str):
-            return Step(entry["name"], {key: value for key, value in entry.items() if key != "name"})
-        raise SpecError(f"transform {entry!r}", "not a name", 'e.g. "smooth" or { name = "smooth", alpha = 0.7 }')
+            return cls(entry["name"], {key: value for key, value in entry.items() if key != "name"})
+        raise SpecError(f"{cls.what} {entry!r}", "not a name", f"e.g. {cls.example}")
 
     def plain(self) -> str | dict[str, Any]:
         """What :meth:`of` reads."""
         return {"name": self.name, **self.options} if self.options else self.name
 
 
-@dataclass(frozen=True)
-class Tune:
-    """One tuning of a rule, with its options. Checked when built."""
+class Step(_Choice):
+    """One transform of a rule, with its options."""
 
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
+    what, example = "transform", '"smooth" or { name = "smooth", alpha = 0.7 }'
 
-    def __post_init__(self) -> None:
-        methods.tuning(self.name).check(self.options)
+    def row(self) -> Any:
+        return transforms.named(self.name)
 
-    @staticmethod
-    def of(entry: Any) -> Tune:
-        """From a name, or a dict of ``name`` and options.
 
-        Raises:
-            SpecError: it is neither, or the tuning or an option does not exist.
-        """
-        if isinstance(entry, str):
-            return Tune(entry)
-        if isinstance(entry, dict) and isinstance(entry.get("name"), str):
-            return Tune(entry["name"], {key: value for key, value in entry.items() if key != "name"})
-        raise SpecError(f"tuning {entry!r}", "not a name", 'e.g. "scales" or { name = "scales", iters = 100 }')
+class Tune(_Choice):
+    """One tuning of a rule, with its options."""
 
-    def plain(self) -> str | dict[str, Any]:
-        """What :meth:`of` reads."""
-        return {"name": self.name, **self.options} if self.options else self.name
+    what, example = "tuning", '"scales" or { name = "scales", iters = 100 }'
+
+    def row(self) -> Any:
+        return methods.tuning(self.name)
+
+
+class ModelStep(_Choice):
+    """A transform of the whole model, with its options."""
+
+    what, example = "model =", '"quarot" or { name = "quarot", heads = 0 }'
+
+    def row(self) -> Any:
+        return transforms.named_model(self.name)
+
+    @property
+    def learns(self) -> bool:
+        """Whether text is needed for it."""
+        return bool(transforms.named_model(self.name).learns)
 
 
 @dataclass(frozen=True)
@@ -195,9 +210,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ordered rules; the first that matches a layer decides."""
+    """Ordered rules; the first that matches a layer decides. ``model``: what is done to the model before."""
 
     rules: tuple[Rule, ...]
+    model: ModelStep | None = None
 
     @staticmethod
     def simple(
@@ -209,11 +225,19 @@ class Recipe:
         tune: Sequence[str | dict[str, Any]] = (),
     ) -> Recipe:
         """``transforms``, then one format and method for every layer, then ``tune``; embedding and head in ``head`` (or
-        "float")."""
+        "float"). One of the transforms may be of the whole model.
+
+        Raises:
+            SpecError: two of them are.
+        """
         weight, activation = split_scheme(format)
-        steps, tunes = tuple(map(Step.of, transforms)), tuple(map(Tune.of, tune))
-        every = Rule("*", weight, method, dict(options or {}), activation, steps, tunes)
-        return Recipe((Rule("kind:embedding", head), Rule("kind:head", head), every))
+        whole = [entry for entry in transforms if _of_model(entry)]
+        if len(whole) > 1:
+            raise SpecError(f"transforms {whole}", "each rotates the whole model", "one of them")
+        own = tuple(Step.of(entry) for entry in transforms if not _of_model(entry))
+        every = Rule("*", weight, method, dict(options or {}), activation, own, tuple(map(Tune.of, tune)))
+        rules = (Rule("kind:embedding", head), Rule("kind:head", head), every)
+        return Recipe(rules, ModelStep.of(whole[0]) if whole else None)
 
     def rule_for(self, name: str, kind: str, module_class: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.matches(name, kind, module_class)), None)
@@ -233,10 +257,11 @@ class Recipe:
                 raise SpecError(f"recipe rule {rule.match!r}", "it matches no layer", f"layers are named like {shown}")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"rule": [_rule_dict(rule) for rule in self.rules]}
+        model = {} if self.model is None else {"model": self.model.plain()}
+        return {**model, "rule": [_rule_dict(rule) for rule in self.rules]}
 
     def to_toml(self) -> str:
-        lines = []
+        lines = [] if self.model is None else [f"model = {_inline(self.model.plain())}", ""]
         for rule in self.to_dict()["rule"]:
             lines.append("[[rule]]")
             for key, value in rule.items():
@@ -247,14 +272,15 @@ class Recipe:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Recipe:
         """Raises SpecError when a key is unknown or missing."""
-        unknown = set(data) - {"rule"}
+        unknown = set(data) - {"rule", "model"}
         if unknown or not isinstance(data.get("rule"), list) or not data["rule"]:
             raise SpecError(
                 "recipe",
                 f"unknown keys {sorted(unknown)}" if unknown else "it has no rules",
                 "a recipe is a list of [[rule]]",
             )
-        return Recipe(tuple(_rule(entry) for entry in data["rule"]))
+        model = ModelStep.of(data["model"]) if "model" in data else None
+        return Recipe(tuple(_rule(entry) for entry in data["rule"]), model)
 
     @staticmethod
     def read(path: str | Path) -> Recipe:
@@ -277,6 +303,11 @@ def split_scheme(format: str) -> tuple[str, str | None]:
     """A scheme such as ``W8A8`` as its weight format and activation format; any other format as it is, and None."""
     scheme = formats.SCHEMES.get(format.strip().upper())
     return (scheme.weight, scheme.activation) if scheme is not None else (format, None)
+
+
+def _of_model(entry: Any) -> bool:
+    name = entry.get("name") if isinstance(entry, dict) else entry
+    return any(row.name == name for row in transforms.MODEL_TRANSFORMS)
 
 
 def _inline(value: Any) -> str:

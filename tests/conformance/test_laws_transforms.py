@@ -102,8 +102,11 @@ def test_facts_are_rewritten_as_inputs_are(rows: tuple[Transform, ...], columns:
         return
     found = chain.facts(Facts.of(x, gram=True))
     exact = chain.apply(x)
-    # |A|: entry i of an input reaches entry j times this at most. Sums over tokens and over 64 columns are rounded.
-    reach = chain.apply(torch.eye(columns, dtype=torch.float64)).abs()
+    # |A_1| |A_2|: entry i of an input reaches entry j times this at most. Sums over tokens and over 64 columns are
+    # rounded.
+    reach = torch.eye(columns, dtype=torch.float64)
+    for step in chain.steps:
+        reach = reach @ step.apply(torch.eye(columns, dtype=torch.float64)).abs()
     relative = (TOKENS + 300) * EPS32
     total = relative * (x.abs().sum(0) @ reach)
     gram = relative * (reach.T @ (x.abs().T @ x.abs()) @ reach)

@@ -48,18 +48,23 @@ class Request:
         Raises:
             SpecError: neither --format nor --recipe, or an option, a transform or a tuning that does not exist.
         """
-        rules = () if self.recipe_file is None else Recipe.read(self.recipe_file).rules
+        given = Recipe(()) if self.recipe_file is None else Recipe.read(self.recipe_file)
+        rules, model = given.rules, given.model
         if self.format is not None:
             options, transforms = settings(self.settings or []), self.transforms or []
-            rules += Recipe.simple(self.format, self.method, self.head, options, transforms, self.tune or []).rules
-        given = {"--option": self.settings, "--transform": self.transforms, "--tune": self.tune}
-        if self.format is None and (asked := next((name for name, value in given.items() if value), None)):
+            rest = Recipe.simple(self.format, self.method, self.head, options, transforms, self.tune or [])
+            if model is not None and rest.model is not None:
+                found = f"the recipe has {model.name} for the whole model"
+                raise SpecError(f"--transform {rest.model.name}", found, "one of them")
+            rules, model = rules + rest.rules, model or rest.model
+        options_given = {"--option": self.settings, "--transform": self.transforms, "--tune": self.tune}
+        if self.format is None and (asked := next((name for name, value in options_given.items() if value), None)):
             what = {"--option": "options", "--transform": "transforms", "--tune": "tunings"}[asked]
             raise SpecError(f"{asked} without --format", f"a recipe names its own {what}", "write them into its rules")
         if not rules:
             works = "--format int4/g128/asym, or --recipe FILE, or both"
             raise SpecError(f"quantizing {self.model}", "neither --format nor --recipe was given", works)
-        return Recipe(rules)
+        return Recipe(rules, model)
 
     def planning(self) -> dict[str, Any]:
         """Keywords of :func:`fewbit.plan`."""
@@ -127,6 +132,8 @@ def tables(out: Path, described: dict[str, Any]) -> list[Any]:
         ("KL to the original", f"{N.significant(check['kl_mean'])} nats a token"),
         ("same top token", N.percent(check["top1_agreement"])),
     ]
+    if (model := described["recipe"].get("model")) is not None:
+        rows.insert(3, ("whole model", model if isinstance(model, str) else ", ".join(map(str, model.values()))))
     measured = [layer for layer in described["layers"] if layer.get("relative_error") is not None]
     measured.sort(key=lambda layer: -layer["relative_error"])
     worst = [

@@ -212,6 +212,13 @@ def fit(format: Format, weight: Tensor, importance: Tensor | None = None) -> dic
     return format.fit(B.fold(B.split(weight.float(), format.block), format.height), B.fold(mask, format.height))
 
 
+def rounded(format: Format, weight: Tensor) -> Tensor:
+    """The values, float32, that rounding to nearest gives a whole ``weight`` (rows, columns)."""
+    format = format.bind(weight)
+    params = fit(format, weight)
+    return decode(format, encode(format, weight, params), params)[: weight.shape[0]]
+
+
 def encode(format: Format, weight: Tensor, params: Params) -> Tensor:
     """Codes of a whole ``weight``: (rows, columns) -> (rows / height, columns / dim)."""
     codes = format.encode(B.fold(B.split(weight.float(), format.block), format.height), params)

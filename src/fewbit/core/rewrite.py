@@ -11,6 +11,7 @@ Every rewrite is linear, ``x' = x A`` with tokens as rows and A invertible. With
 
     Scale       A = diag(scale)               A^-T = diag(1 / scale)
     Rotation    A = diag(signs) H / sqrt(k)   A^-T = A; H repeats Sylvester's symmetric H_k along the diagonal
+    Hadamard    A = diag(signs) H / sqrt(n)   A^-T = A; H is of the whole width n (:mod:`fewbit.core.orders`)
     Chain       A = A_1 A_2 ...               A^-T = A_1^-T A_2^-T ...
 
 The arrays of a rewrite are those that a file holds, in the dtype that they are stored in: what runs is what was read.
@@ -26,18 +27,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import ClassVar, final
+from typing import ClassVar, TypeVar, final
 
 import torch
 from torch import Tensor
 
 from fewbit.core.facts import Facts
+from fewbit.core.orders import order_of, paley
 from fewbit.errors import InputError
 
 RADIX_BITS = 6
 """Hadamard matrices of at most 2^6 are multiplied with; longer blocks take a product for each of several factors."""
 
 Sizes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+S = TypeVar("S", bound="Signed")
 
 
 class Rewrite(ABC):
@@ -125,10 +128,9 @@ class Scale(Rewrite):
         )
 
 
-@final
 @dataclass(frozen=True, eq=False)
-class Rotation(Rewrite):
-    """``x' = (x * signs) H / sqrt(k)``, k the largest power of two that divides ``columns``. 1 bit a column.
+class Signed(Rewrite):
+    """Abstract: ``x' = (x * signs) H / sqrt(k)``, H of entries 0 and +-1, k of the latter in a row. 1 bit a column.
 
     ``signs``: uint8 (ceil(columns / 8),); bit ``i % 8``, counted from the lowest, of byte ``i // 8`` is set where
     column i changes its sign. Bits past the last column are zero.
@@ -136,15 +138,15 @@ class Rotation(Rewrite):
 
     columns: int
     signs: Tensor
-    kind: ClassVar[str] = "rotation"
+    kind: ClassVar[str]
     mixes: ClassVar[bool] = True
 
-    @staticmethod
-    def random(columns: int, seed: int) -> Rotation:
+    @classmethod
+    def random(cls: type[S], columns: int, seed: int) -> S:
         """Signs from SHAKE-256 of ``seed`` (0 to 2^64 - 1): the same on every machine and in every version."""
         data = bytearray(hashlib.shake_256(seed.to_bytes(8, "little")).digest(-(-columns // 8)))
         data[-1] &= (1 << ((columns - 1) % 8 + 1)) - 1
-        return Rotation(columns, torch.tensor(list(data), dtype=torch.uint8))
+        return cls(columns, torch.tensor(list(data), dtype=torch.uint8))
 
     @staticmethod
     def storage(columns: int) -> Sizes:
@@ -155,9 +157,14 @@ class Rotation(Rewrite):
         return {"signs": self.signs}
 
     @property
+    @abstractmethod
     def block(self) -> int:
-        """Columns that are mixed with one another."""
-        return power_of_two(self.columns)
+        """Order of Sylvester's matrix in H."""
+
+    @property
+    @abstractmethod
+    def order(self) -> int:
+        """Order of the matrix that stands beside it in H; 1 where there is none."""
 
     @cached_property
     def factors(self) -> Tensor:
@@ -165,13 +172,13 @@ class Rotation(Rewrite):
         with torch.inference_mode(False):  # may later be used where gradients are taken
             bits = (self.signs.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
             signs: Tensor = 1 - 2 * bits.reshape(-1)[: self.columns].double()
-            return signs / math.sqrt(self.block)
+            return signs / math.sqrt(self.block * self.order)
 
     def apply(self, x: Tensor) -> Tensor:
-        return hadamard(x * self.factors.to(_wide(x)), self.block)
+        return hadamard(x * self.factors.to(_wide(x)), self.block, self.order)
 
     def inverse(self, x: Tensor) -> Tensor:
-        return hadamard(x.to(_wide(x)), self.block) * self.factors.to(_wide(x))
+        return hadamard(x.to(_wide(x)), self.block, self.order, transposed=True) * self.factors.to(_wide(x))
 
     def weight(self, weight: Tensor) -> Tensor:
         return self.apply(weight)
@@ -194,7 +201,54 @@ class Rotation(Rewrite):
         )
 
 
-STEPS: dict[str, type[Scale] | type[Rotation]] = {"scale": Scale, "rotation": Rotation}
+@final
+@dataclass(frozen=True, eq=False)
+class Rotation(Signed):
+    """H block-diagonal, blocks Sylvester's of the largest power of two that divides ``columns``."""
+
+    kind: ClassVar[str] = "rotation"
+
+    @property
+    def block(self) -> int:
+        return power_of_two(self.columns)
+
+    @property
+    def order(self) -> int:
+        return 1
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Hadamard(Signed):
+    """H = H_order x H_block over all ``columns``: every one is mixed with every other.
+
+    Raises:
+        InputError: no such matrix is known for that many columns.
+    """
+
+    kind: ClassVar[str] = "hadamard"
+
+    def __post_init__(self) -> None:
+        if order_of(self.columns) is None:
+            works = "a width of a power of two times 1, 12, 20, 28, 36 or another order of Paley's"
+            raise InputError(f"a Hadamard matrix of {self.columns} columns", "none is known here", works)
+
+    @property
+    def block(self) -> int:
+        return self.columns // self.order
+
+    @property
+    def order(self) -> int:
+        return order_of(self.columns) or 1
+
+
+Step = Scale | Rotation | Hadamard
+
+STEPS: dict[str, type[Scale] | type[Rotation] | type[Hadamard]] = {
+    "scale": Scale,
+    "rotation": Rotation,
+    "hadamard": Hadamard,
+}
 """What a chain is made of, by kind."""
 
 
@@ -203,7 +257,7 @@ STEPS: dict[str, type[Scale] | type[Rotation]] = {"scale": Scale, "rotation": Ro
 class Chain(Rewrite):
     """Rewrites in the order in which inputs go through them, arrays ``{position}_{array}``; the identity when empty."""
 
-    steps: tuple[Scale | Rotation, ...] = ()
+    steps: tuple[Step, ...] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -262,12 +316,13 @@ def restore(kinds: Sequence[str], columns: int, arrays: Mapping[str, Tensor]) ->
         if found is None or found.dtype != dtype or tuple(found.shape) != shape:
             what = "it is missing" if found is None else f"it is {found.dtype} {tuple(found.shape)}"
             raise InputError(f"input array {name}: {dtype} {shape}", what, "quantize again")
-    steps: list[Scale | Rotation] = []
+    steps: list[Step] = []
     for i, kind in enumerate(kinds):
         if kind == Scale.kind:
             steps.append(Scale(arrays[f"{i}_scale"]))
         else:
-            steps.append(Rotation(columns, arrays[f"{i}_signs"]))
+            made = Hadamard if kind == Hadamard.kind else Rotation
+            steps.append(made(columns, arrays[f"{i}_signs"]))
     return Chain(tuple(steps))
 
 
@@ -276,24 +331,37 @@ def power_of_two(columns: int) -> int:
     return columns & -columns
 
 
-def hadamard(x: Tensor, block: int) -> Tensor:
-    """Every ``block`` consecutive entries of ``x`` (..., columns) times Sylvester's matrix: ``x H``, not normalised.
+def hadamard(x: Tensor, block: int, order: int = 1, transposed: bool = False) -> Tensor:
+    """Every ``order * block`` consecutive entries of ``x`` (..., columns) times ``H_order x H_block``, not normalised.
 
-    ``H[i, j] = (-1)^popcount(i & j)``. Since H_ab is the Kronecker product of H_a and H_b, a block is multiplied by
-    one small matrix for each digit of its index, the digits about equally wide.
+    ``H_block[i, j] = (-1)^popcount(i & j)``, Sylvester's; H_order is Paley's, or its transpose where ``transposed``.
+    Since H_ab is the Kronecker product of H_a and H_b, entries are multiplied by one small matrix for each digit of
+    their index, the digits of ``block`` about equally wide.
     """
     shape, inner, bits = x.shape, 1, block.bit_length() - 1
     digits = -(-bits // RADIX_BITS)
+    matrices = []
+    for digit in range(digits):
+        size = 1 << (bits * (digit + 1) // digits - bits * digit // digits)
+        matrices.append(_sylvester(size, x.dtype, x.device))
+    if order > 1:
+        matrix = _paley(order, x.dtype, x.device)
+        matrices.append(matrix if transposed else matrix.T)  # x H, index by index, is H^T times the index's axis
     # Under autocast the products would be rounded to bfloat16; when the model runs they are not.
     device = x.device.type
     exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
     with exact:
-        for digit in range(digits):
-            size = 1 << (bits * (digit + 1) // digits - bits * digit // digits)
-            matrix = _sylvester(size, x.dtype, x.device)
-            x = x.reshape(-1, size) @ matrix if inner == 1 else matrix @ x.reshape(-1, size, inner)
+        for matrix in matrices:
+            size = len(matrix)
+            x = x.reshape(-1, size) @ matrix.T if inner == 1 else matrix @ x.reshape(-1, size, inner)
             inner *= size
     return x.reshape(shape)
+
+
+@lru_cache(maxsize=64)
+def _paley(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return paley(order).to(dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbit.core.facts import Facts, Need
 from fewbit.core.format import Format
-from fewbit.core.rewrite import STEPS, Rotation, Scale
+from fewbit.core.rewrite import STEPS, Step
 from fewbit.errors import SpecError
 
 
@@ -34,8 +34,8 @@ class Transform:
     """
 
     name: str
-    fit: Callable[..., Scale | Rotation]
-    makes: Literal["scale", "rotation"]
+    fit: Callable[..., Step]
+    makes: Literal["scale", "rotation", "hadamard"]
     needs: Need
     options: dict[str, float] = field(default_factory=dict)
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Transform:
     rounds: bool = False
     source: str = ""
 
-    def __call__(self, weight: Tensor, facts: Facts, seed: int, format: Format, **options: Any) -> Scale | Rotation:
+    def __call__(self, weight: Tensor, facts: Facts, seed: int, format: Format, **options: Any) -> Step:
         before = (weight, facts, seed, format) if self.rounds else (weight, facts, seed)
         return self.fit(*before, **{**self.options, **options})
 
@@ -58,14 +58,38 @@ class Transform:
         Raises:
             SpecError: with what would work.
         """
-        for name, value in options.items():
-            if name not in self.options:
-                works = f"its options are {', '.join(self.options)}" if self.options else "it has no options"
-                raise SpecError(f"option {name!r} of transform {self.name}", "no such option", works)
-            low, high = self.limits[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                works = f"a number from {low:g} to {high:g}, e.g. {self.options[name]:g}"
-                raise SpecError(f"option {name} = {value!r} of transform {self.name}", "out of range", works)
+        _check(f"transform {self.name}", self.options, self.limits, options)
+
+
+@dataclass(frozen=True)
+class ModelTransform:
+    """One row of the table of what is done to a model as a whole before its layers: a rotation of its residual stream.
+
+    * ``learns``: whether the rotation is learned, from text. ``options`` and ``limits``: as of :class:`Transform`.
+    """
+
+    name: str
+    options: dict[str, float]
+    limits: dict[str, tuple[float, float]]
+    learns: bool = False
+    source: str = ""
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """As :meth:`Transform.check`."""
+        _check(f"model transform {self.name}", self.options, self.limits, options)
+
+
+def _check(
+    what: str, known: Mapping[str, float], limits: Mapping[str, tuple[float, float]], given: Mapping[str, Any]
+) -> None:
+    for name, value in given.items():
+        if name not in known:
+            works = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise SpecError(f"option {name!r} of {what}", "no such option", works)
+        low, high = limits[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            works = f"a number from {low:g} to {high:g}, e.g. {known[name]:g}"
+            raise SpecError(f"option {name} = {value!r} of {what}", "out of range", works)
 
 
 def seed_of(seed: int, name: str) -> int:

@@ -18,6 +18,7 @@ from fewbit import formats, kernels, layouts
 from fewbit.containers.safetensors import SafetensorsFile
 from fewbit.core import rewrite as R
 from fewbit.core.format import Format, code_shape
+from fewbit.core.orders import paley
 from fewbit.core.qtensor import QTensor, storage
 from fewbit.decode import structs as S
 from fewbit.errors import CorruptFileError, InputError, UnsupportedError
@@ -137,9 +138,11 @@ class Source:
             steps = R.restore(kinds, columns, arrays).steps
             made = (S.Rewrite * len(steps))()
             for place, step in enumerate(steps):
-                block = 1 if isinstance(step, R.Scale) else step.block
-                factor = step.scale.float() if isinstance(step, R.Scale) else step.factors.float()
-                made[place] = S.Rewrite(self.keep(factor), block)
+                if isinstance(step, R.Scale):
+                    made[place] = S.Rewrite(self.keep(step.scale.float()), 1, None, 1)
+                    continue
+                matrix = self.keep(paley(step.order).float()) if step.order > 1 else None
+                made[place] = S.Rewrite(self.keep(step.factors.float()), step.block, matrix, step.order)
             self.kept.append(made)
             self._rewrites[key] = C.cast(made, C.POINTER(S.Rewrite))
         return self._rewrites[key]

@@ -47,7 +47,7 @@ class Vectors(C.Structure):
 
 
 class Rewrite(C.Structure):
-    _fields_ = (("factor", C.c_void_p), ("block", C.c_int64))
+    _fields_ = (("factor", C.c_void_p), ("block", C.c_int64), ("matrix", C.c_void_p), ("order", C.c_int64))
 
 
 class Weight(C.Structure):

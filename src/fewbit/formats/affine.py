@@ -24,7 +24,10 @@ from fewbit.formats.sign import mean_magnitude
 
 @dataclass(frozen=True)
 class Affine(Format):
-    """``int{bits}/g{block}/{sym|asym}``; ``block == 0`` is spelt ``channel``.
+    """``int{bits}/g{block}/{sym|asym}[/clip{clip}]``; ``block == 0`` is spelt ``channel``.
+
+    ``clip``: the part of the range that the grid spans; what lies beyond is cut off. Below 1 it serves activations,
+    whose range nobody searches.
 
     True bits per weight: ``bits + 16 / block`` symmetric, ``bits + (16 + bits) / block`` asymmetric.
     """
@@ -32,12 +35,14 @@ class Affine(Format):
     bits: int
     block: int
     symmetric: bool
+    clip: float = 1.0
 
     dim = 1
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"int{self.bits}/{spell_group(self.block)}/{'sym' if self.symmetric else 'asym'}"
+        kind, clip = "sym" if self.symmetric else "asym", "" if self.clip == 1 else f"/clip{self.clip:g}"
+        return f"int{self.bits}/{spell_group(self.block)}/{kind}{clip}"
 
     @property
     def levels(self) -> int:  # type: ignore[override]
@@ -68,9 +73,9 @@ class Affine(Format):
         if self.symmetric and self.bits == 1:
             return {"scale": storable(2 * mean_magnitude(blocks, importance))}
         if self.symmetric:
-            return {"scale": storable(2 * blocks.abs().amax(-1, keepdim=True) / top)}
-        low = blocks.amin(-1, keepdim=True).clamp_max(0)
-        high = blocks.amax(-1, keepdim=True).clamp_min(0)
+            return {"scale": storable(2 * self.clip * blocks.abs().amax(-1, keepdim=True) / top)}
+        low = self.clip * blocks.amin(-1, keepdim=True).clamp_max(0)
+        high = self.clip * blocks.amax(-1, keepdim=True).clamp_min(0)
         scale = storable((high - low) / top)
         return {"scale": scale, "zero_point": (-low / scale.float()).round().clamp(0, top).to(torch.uint8)}
 

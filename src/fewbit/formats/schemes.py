@@ -30,6 +30,7 @@ SCHEMES: dict[str, Scheme] = {
     **{f"W{bits}A16": Scheme(f"int{bits}/g128/sym") for bits in range(1, 9)},
     **{f"W{bits}A16_ASYM": Scheme(f"int{bits}/g128/asym") for bits in range(1, 9)},
     **{f"W{bits}A8": Scheme(f"int{bits}/g128/sym", _TOKEN) for bits in range(1, 8)},
+    "W4A4": Scheme("int4/g128/sym", "int4/channel/sym/clip0.9"),
     **{f"W{bits}A8_STATIC": Scheme(f"int{bits}/g128/sym", _STATIC) for bits in range(1, 8)},
     "W8A8": Scheme("int8/channel/sym", _TOKEN),
     "W8A8_STATIC": Scheme("int8/channel/sym", _STATIC),

@@ -3,7 +3,8 @@
 
 ::
 
-    int{1-8}[/g{N} | /channel][/sym | /asym | /min]     group 128 and sym unless said
+    int{1-8}[/g{N} | /channel][/sym | /asym | /min]     group 128 and sym unless said; after sym and asym /clip0.9 cuts
+                                                        the range off there: for activations
     int{1-8}/g{N}x{M}[/sym | /asym][/s{4-8}]            M blocks of N under super scales; 6-bit scales unless said
     nf4 | fp4 | pot{2-8}  [/g{N} | /channel]            group 64 unless said
     sign | ternary  [/g{N} | /channel]                  group 128 unless said
@@ -51,8 +52,10 @@ _GROUP = r"(?:/(?:g([1-9]\d{0,4})|(channel)))?"
 
 _GRAMMAR: tuple[tuple[re.Pattern[str], Callable[..., Format]], ...] = (
     (
-        re.compile(rf"int([1-8]){_GROUP}(?:/(sym|asym))?"),
-        lambda bits, group, channel, kind: Affine(int(bits), _block(group, channel, 128), kind != "asym"),
+        re.compile(rf"int([1-8]){_GROUP}(?:/(sym|asym))?(?:/clip(0\.[1-9]\d?))?"),
+        lambda bits, group, channel, kind, clip: Affine(
+            int(bits), _block(group, channel, 128), kind != "asym", float(clip or 1)
+        ),
     ),
     (
         re.compile(rf"int([1-8]){_GROUP}/min"),

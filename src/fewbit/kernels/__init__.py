@@ -7,6 +7,7 @@ from fewbit.kernels.column8 import COLUMN8
 from fewbit.kernels.conv import conv2d, route
 from fewbit.kernels.ops import embedding, linear, prepare, set_threads
 from fewbit.kernels.prepared import Prepared, PreparedMatrix, linear_many
+from fewbit.kernels.rewrites import Rewriting
 from fewbit.kernels.sparse import SPARSE_KERNELS, SparseKernel, choose_sparse
 from fewbit.kernels.table import KERNELS, Choice, Kernel, choose
 from fewbit.kernels.terms import PreparedTerms
@@ -25,6 +26,7 @@ __all__ = [
     "Prepared",
     "PreparedMatrix",
     "PreparedTerms",
+    "Rewriting",
     "SparseKernel",
     "Window",
     "choose",

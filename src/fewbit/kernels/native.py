@@ -140,6 +140,16 @@ class Core(Protocol):
         zero: int = 0,
     ) -> None: ...
     def fields_unpack(self, packed: int, rows: int, columns: int, bits: int, codes: int, threads: int) -> None: ...
+    def rewrite(
+        self,
+        steps: tuple[tuple[int, int, int, int], ...],
+        x: int,
+        tokens: int,
+        columns: int,
+        out: int,
+        isa: int,
+        threads: int,
+    ) -> None: ...
     def decoder_new(self, model: int, kv: int, sequences: int) -> int: ...
     def decoder_free(self, decoder: int) -> None: ...
     def decoder_feed(

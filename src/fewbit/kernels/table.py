@@ -133,7 +133,7 @@ def _refuse_integers(format: Format, shape: Shape, activation: Format | None) ->
     """Why products of integers cannot serve ``format`` with inputs in ``activation``, or None."""
     if activation is None:
         return "multiplies int8 activations; these stay float"
-    own = isinstance(activation, Affine) and activation.symmetric
+    own = isinstance(activation, Affine) and activation.symmetric and activation.clip == 1
     if not (own or isinstance(activation, Fixed)) or activation.bits != 8:
         return f"rounds activations to int8/g{{N}}/sym or int8/static; these are {activation.name}"
     return _refuse_blocks(shape, format, activation)

@@ -53,3 +53,77 @@ FAMILIES: tuple[Family, ...] = (
 
 TUPLE_BLOCKS = frozenset({"gptj", "codegen", "gpt_neo"})
 """Model types whose blocks return tuples although their row's do not."""
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How the blocks of models of ``types`` read and write the residual stream: what a rotation of it must know.
+
+    Paths below a block; those that a model does not have are skipped, and matrices of a block that no row names are
+    refused.
+
+    * ``reads``: norms, and the matrices that read what each gives. ``writes``: matrices whose outputs are added.
+    * ``value`` and ``output``: the matrix that makes values head by head, and the one that reads their mixtures.
+    * ``down``: matrices that read what is inside of an MLP.
+    * ``offset``: added to the weights of norms. ``centred``: norms subtract the mean (LayerNorm).
+    * ``inner``: norms within a head or across heads, which no rotation reaches.
+    """
+
+    types: tuple[str, ...]
+    reads: tuple[tuple[str, tuple[str, ...]], ...]
+    writes: tuple[str, ...]
+    value: str | None
+    output: str
+    down: tuple[str, ...]
+    offset: float = 0.0
+    centred: bool = False
+    inner: tuple[str, ...] = ("self_attn.q_norm", "self_attn.k_norm")
+
+
+_QKV = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv"))
+_MLP = tuple(
+    f"mlp.{name}"
+    for name in (
+        *("gate_proj", "up_proj", "gate_up_proj", "c_fc"),
+        *("gate", "experts.gate_up_proj"),
+        *("shared_expert_gate", "shared_expert.gate_proj", "shared_expert.up_proj"),
+    )
+)
+_LLAMA_READS = (("input_layernorm", _QKV), ("post_attention_layernorm", _MLP))
+_LLAMA_DOWN = ("mlp.down_proj", "mlp.c_proj", "mlp.shared_expert.down_proj")
+_LLAMA_WRITES = ("self_attn.o_proj", *_LLAMA_DOWN, "mlp.experts.down_proj")
+_LLAMA = (_LLAMA_READS, _LLAMA_WRITES, "self_attn.v_proj", "self_attn.o_proj", _LLAMA_DOWN)
+
+RESIDUALS: tuple[Residual, ...] = (
+    Residual(("llama", "mistral", "qwen2", "qwen3", "phi3", "granite"), *_LLAMA),
+    Residual(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"), *_LLAMA),
+    Residual(("gemma",), *_LLAMA, offset=1.0),
+    Residual(("starcoder2",), *_LLAMA, centred=True),
+    Residual(
+        ("gpt2",),
+        (("ln_1", ("attn.c_attn",)), ("ln_2", ("mlp.c_fc",))),
+        ("attn.c_proj", "mlp.c_proj"),
+        None,
+        "attn.c_proj",
+        ("mlp.c_proj",),
+        centred=True,
+    ),
+    Residual(
+        ("opt",),
+        (("self_attn_layer_norm", _QKV), ("final_layer_norm", ("fc1",))),
+        ("self_attn.out_proj", "fc2"),
+        "self_attn.v_proj",
+        "self_attn.out_proj",
+        ("fc2",),
+        centred=True,
+    ),
+)
+
+_AFTER = "it norms what is added to the residual stream, and the weights of those norms stand where a rotation would"
+_PARALLEL = "its attention and MLP read the residual stream side by side, which no row of RESIDUALS describes"
+
+UNROTATABLE: dict[str, str] = {
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "olmo2"), _AFTER),
+    **dict.fromkeys(("phi", "falcon", "gpt_neox", "gptj", "codegen", "cohere", "stablelm"), _PARALLEL),
+}
+"""Why the residual streams of models of these types cannot be rotated."""

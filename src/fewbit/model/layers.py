@@ -143,6 +143,7 @@ class QuantLinear(Multiplier):
         for array, (dtype, size) in R.storage(self.rewrites, self.in_features).items():
             self.register_buffer(f"input_{array}", torch.empty(size, dtype=dtype))
         self._rewrite: R.Chain | None = None
+        self._rewriting: kernels.Rewriting | None = None
 
     @classmethod
     def of(cls, linear: nn.Linear, weight: T.Weight, activation: str | None = None) -> QuantLinear:
@@ -161,6 +162,7 @@ class QuantLinear(Multiplier):
     def prepare(self, kernel: str | None = None) -> None:
         super().prepare(kernel)
         self._rewrite = self.rewrite()
+        self._rewriting = kernels.Rewriting(self._rewrite)
 
     def rewrite(self) -> R.Chain:
         """What inputs go through first, sharing the buffers' memory.
@@ -180,7 +182,9 @@ class QuantLinear(Multiplier):
         if not self.rewrites:
             return self.prepared(x, self.bias)
         # Rewritten inputs stay in float32: rounding them to a shorter dtype of x would be one rounding more.
-        return self.prepared(self.rewrite().apply(x), self.bias).to(x.dtype)
+        prepared, rewriting = self.prepared, self._rewriting
+        assert rewriting is not None
+        return prepared(rewriting(x), self.bias).to(x.dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """What is used is what is saved, also after a cast of the buffers."""

@@ -8,7 +8,7 @@ to its modules as renamings and converters. They are applied here to the tensors
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -39,16 +39,22 @@ class Loader:
     """The plan of a model's loading, made once from names and shapes alone.
 
     ``unused`` are tensors that the model has no place for; ``tied`` maps a parameter to the one that it shares.
+    ``copies`` maps a parameter that the checkpoint may lack to the one whose tensor it then takes. ``change`` is what
+    every parameter goes through after it was read.
 
     Raises:
         InputError: on construction, a parameter has no tensor, or one of another shape.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, copies: Mapping[str, str] | None = None) -> None:
         self.checkpoint, self.model = checkpoint, model
         self.unused: list[str] = []
+        self.change: Callable[[str, Tensor], Tensor] = lambda name, value: value
         self.groups = self._plan()
         self.of = {target: group for group in self.groups for target in group.targets}
+        for name, source in (copies or {}).items():
+            if name not in self.of and source in self.of:
+                self.of[name] = Group(None, (name,), self.of[source].sources)
         self.tied = self._ties()
         self._check()
 
@@ -140,7 +146,11 @@ class Loader:
         values = self._make(group, lambda key: self.checkpoint.get(key).to(dtype))
         for name, value in values.items():
             check_finite(name, value)
-        return values
+        return {name: self.change(name, value) for name, value in values.items()}
+
+    def original(self, name: str) -> Tensor:
+        """The parameter ``name`` in float64 as the checkpoint has it, whatever ``change`` makes of it."""
+        return self._make(self.of[name], lambda key: self.checkpoint.get(key).double())[name]
 
     def load(self, prefix: str, dtype: torch.dtype) -> None:
         """Make every parameter and stored buffer under ``prefix`` real.

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from fewbit.model.families import FAMILIES, TUPLE_BLOCKS, Family
 from fewbit.model.loading import Loader, under
 from fewbit.model.sites import Site, find, in_block
 from fewbit.model.skeleton import build
+from fewbit.model.surgery import Preparation, Surgery
 
 Callback = Callable[[str, Tensor, int | None], None]
 """``callback(site, x, expert)``: inputs ``x`` (tokens, columns) that the matrix of ``site`` is about to see."""
@@ -46,22 +48,30 @@ class StreamedModel:
 
     * ``module``: the transformers model. ``config``: its configuration. ``architecture``: its class name.
     * ``blocks``: paths of the blocks in order. ``before`` and ``after``: what :meth:`begin` and :meth:`logits` need.
+    * ``surgery``: what rotates the model while it is read, or None.
     * ``sites``: every quantizable matrix. ``kept``: every other parameter and why. ``unused``: tensors without a place.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, preparation: Preparation | None = None) -> None:
         self.checkpoint = checkpoint
-        self.module: PreTrainedModel = build(checkpoint.config)
+        config = checkpoint.config if preparation is None else preparation.config(checkpoint.config)
+        self.module: PreTrainedModel = build(config)
         self.config: PretrainedConfig = self.module.config
         self.architecture = type(self.module).__name__
         self._family, children = _family(self.module)
         self.blocks = [f"{self._family.blocks}.{i}" for i in range(len(children))]
         self._tuples = self._family.tuples or self.config.model_type in TUPLE_BLOCKS
-        self._loader = Loader(checkpoint, self.module)
+        copies = {} if preparation is None else _head_of_embedding(self.module)
+        self._loader = Loader(checkpoint, self.module, copies)
         self.unused = self._loader.unused
         self.sites, self.kept = find(self.module, self.blocks, self._loader.tied)
         self._by_name = {site.name: site for site in self.sites}
         self.before, self.after = _surroundings(self.module, self._family)
+        self.surgery: Surgery | None = None
+        if preparation is not None:
+            tied, around = bool(checkpoint.config.tie_word_embeddings), (self.before, self.after)
+            self.surgery = preparation.plan(self.module, self.sites, self.blocks, around, tied)
+            self._loader.change = partial(self.surgery.changed, read=lru_cache(self._loader.original))
         self._local = threading.local()
         self._beginning = self._shell_of_beginning()
         self._ending = self._shell_of_ending()
@@ -69,14 +79,16 @@ class StreamedModel:
         self._latest: Calls = ()
 
     @staticmethod
-    def open(checkpoint: Checkpoint) -> StreamedModel:
-        """The skeleton of ``checkpoint``, checked against its tensors' names and shapes; no weight is read.
+    def open(checkpoint: Checkpoint, preparation: Preparation | None = None) -> StreamedModel:
+        """The skeleton of ``checkpoint``, checked against its tensors' names and shapes; no weight is read. With a
+        ``preparation``, weights are rotated as they are read (:mod:`fewbit.model.surgery`).
 
         Raises:
-            UnsupportedError: the architecture is unknown to transformers or to :mod:`fewbit.model.families`.
+            UnsupportedError: the architecture is unknown to transformers or to :mod:`fewbit.model.families`, or cannot
+                be prepared like that.
             InputError: tensors are missing or of the wrong shape.
         """
-        return StreamedModel(checkpoint)
+        return StreamedModel(checkpoint, preparation)
 
     def load(self, prefix: str, dtype: torch.dtype = torch.float32) -> None:
         """Make the parameters under ``prefix`` real; the empty prefix is the whole model.
@@ -84,6 +96,10 @@ class StreamedModel:
         A tied head shares the embedding's storage when that is loaded, else it is read again.
         """
         self._loader.load(prefix, dtype)
+
+    def original(self, name: str) -> Tensor:
+        """The parameter ``name`` in float64 as the checkpoint has it, whatever a preparation makes of it."""
+        return self._loader.original(name)
 
     def free(self, prefix: str) -> None:
         """Drop the parameters under ``prefix``."""
@@ -311,6 +327,13 @@ def _surroundings(model: PreTrainedModel, family: Family) -> tuple[list[str], li
     after = [path for name in family.after if (path := f"{base}.{name}") in present]
     head = model.get_output_embeddings()
     return before, after + [path for path, module in present.items() if module is head]
+
+
+def _head_of_embedding(model: PreTrainedModel) -> dict[str, str]:
+    """The head's weight and that of the embedding, which a checkpoint with both tied holds alone."""
+    names = {id(module): path for path, module in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
 
 
 def with_replaced(module: nn.Module, replaced: Mapping[str, nn.Module], path: str = "") -> nn.Module:

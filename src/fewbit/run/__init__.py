@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,22 +18,25 @@ from fewbit.containers import manifest as M
 from fewbit.errors import SpecError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.stream import StreamedModel
+from fewbit.model.surgery import Preparation
 from fewbit.recipe import Recipe
 from fewbit.run import opening as O
 from fewbit.run.ending import STATE, describe, finish
 from fewbit.run.events import Event, Progress
 from fewbit.run.facts import KeptFacts
 from fewbit.run.journal import Journal
+from fewbit.run.learning import learned
 from fewbit.run.planning import Plan, make_plan
 from fewbit.run.sensitivity import Sensitivity
 from fewbit.run.stages import run_stages
 from fewbit.run.state import Run
-from fewbit.run.workers import workers
+from fewbit.run.workers import Workers, workers
 
 PROBE = (8, 256)
 """Held-out windows and tokens that every run checks itself on."""
 BATCH_TOKENS = 2048
 HEAD = "int8/g64"
+ROTATIONS = "rotations.safetensors"
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,11 @@ def quantize(
         force: accept below 3 bits without data, replace ``out``, and accept a broken result.
 
     Raises:
-        FewbitError: see :mod:`fewbit.errors`. An interrupted or refused run leaves its work in ``OUT.partial``, from
-            which the same call continues.
+        FewbitError: see :mod:`fewbit.errors`. A stopped run's work is in ``OUT.partial``; the same call goes on.
     """
     chosen, target, tell = _recipe(recipe, method, head, options, transforms, tune), Path(out), progress or O.silent
     with O.source(model, tokenizer, target) as path:
-        streamed = StreamedModel.open(checkpoint := open_checkpoint(path))
+        streamed = StreamedModel.open(checkpoint := open_checkpoint(path), _preparation(chosen, seed))
         planned = _planned(checkpoint, streamed, chosen, samples * context, force, tell)
         _check(planned, device, facts)
         words, products = checkpoint.tokenizer(), O.products(calibration_dtype)
@@ -101,7 +103,8 @@ def quantize(
         journal = Journal.open(folder / STATE / "journal.json", fingerprint)
         probe = calibrate.probe(words, PROBE[0], min(PROBE[1], O.longest(checkpoint)))
         with workers(threads) as pool:
-            run = Run(streamed, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed, device)
+            prepared = _learned(chosen, streamed, planned, data, folder, pool, tell, seed)
+            run = Run(prepared, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed, device)
             run.kept, run.sensitivity = kept, _sensitivity(run)
             run_stages(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)
@@ -124,8 +127,8 @@ def plan(
 ) -> Plan:
     """What :func:`quantize` would do with the same arguments; reads no weight. See :mod:`fewbit.run.planning`."""
     checkpoint = open_checkpoint(model)
-    streamed = StreamedModel.open(checkpoint)
     chosen = _recipe(recipe, method, head, options, transforms, tune)
+    streamed = StreamedModel.open(checkpoint, _preparation(chosen, 0))
     return make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
 
 
@@ -181,6 +184,29 @@ def _recipe(
     return recipe
 
 
+def _preparation(recipe: Recipe, seed: int) -> Preparation | None:
+    """What the recipe does to the model as a whole."""
+    return None if recipe.model is None else Preparation(recipe.model.name, recipe.model.options, seed)
+
+
+def _learned(
+    recipe: Recipe,
+    model: StreamedModel,
+    plan: Plan,
+    data: Calibration | None,
+    folder: Path,
+    pool: Workers,
+    tell: Progress,
+    seed: int,
+) -> StreamedModel:
+    """``model`` with the rotations that the recipe learns, where it does."""
+    random = _preparation(recipe, seed)
+    if random is None or recipe.model is None or not recipe.model.learns or data is None:
+        return model
+    matrices = learned(folder / STATE / ROTATIONS, model, random, plan.decisions, data.ids, pool, tell)
+    return StreamedModel.open(model.checkpoint, replace(random, learned=matrices))
+
+
 def _fingerprint(
     checkpoint: Checkpoint,
     recipe: Recipe,
@@ -212,8 +238,8 @@ def _calibration(
     seed: int,
     tell: Progress,
 ) -> Calibration | None:
-    """Text for the methods, transforms and tunings that need it; None when no rule does."""
-    if not any(rule.calibrated for rule in recipe.rules):
+    """Text for the methods, transforms and tunings that need it; None when nothing does."""
+    if not any(rule.calibrated for rule in recipe.rules) and not (recipe.model and recipe.model.learns):
         if source is not None:
             tell(Event("note", message=f"the calibration text {source} is not used: nothing in the recipe needs data"))
         return None

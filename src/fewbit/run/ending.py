@@ -84,6 +84,8 @@ def _config(run: Run, folder: Path, layers: list[dict[str, Any]]) -> None:
         if site.tied_to in modules:
             modules[site.name] = {**modules[site.tied_to], "kind": site.kind, "tied_to": site.tied_to}
     config = read_json(folder / "config.json")
+    if run.model.surgery is not None:
+        config["tie_word_embeddings"] = False
     config["quantization_config"] = {"quant_method": "fewbit", "version": M.VERSION, "modules": modules}
     write_json(folder / "config.json", config)
 

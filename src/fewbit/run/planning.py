@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.sites import Site
 from fewbit.model.stream import StreamedModel
-from fewbit.recipe import FLOAT, Recipe, Rule
+from fewbit.recipe import FLOAT, Recipe, Rule, Step
 from fewbit.run.solve import kernel_name, layout_for
 
 REFERENCE = "reference"
@@ -97,7 +97,8 @@ def make_plan(
     recipe.check(named)
     dtype = model.config.dtype or torch.float32
     decisions = [
-        _decide(site, recipe.rule_for(*entry), dtype, force) for site, entry in zip(model.sites, named, strict=True)
+        _decide(site, _rule(model, site, recipe.rule_for(*entry)), dtype, force)
+        for site, entry in zip(model.sites, named, strict=True)
     ]
     kept = [(name, reason, model.module.get_parameter(name).numel() * dtype.itemsize) for name, reason in model.kept]
     quantized = [d for d in decisions if d.rule is not None]
@@ -107,9 +108,31 @@ def make_plan(
     bits = 8 * sum(d.nbytes for d in quantized) / sum(d.weights for d in quantized)
     calibrated = any(d.rule and d.rule.calibrated for d in quantized)
     seconds, memory = estimate(decisions, tokens if calibrated else 0, batch_tokens, model)
-    return Plan(
-        decisions, kept, dtype, size, checkpoint.nbytes, bits, memory, seconds, _warnings(quantized, size, checkpoint)
-    )
+    warnings = _warnings(quantized, size, checkpoint) + _of_surgery(model, decisions)
+    return Plan(decisions, kept, dtype, size, checkpoint.nbytes, bits, memory, seconds, warnings)
+
+
+def _rule(model: StreamedModel, site: Site, rule: Rule | None) -> Rule | None:
+    """``rule``, and after its own transforms the one that the rotation of the model needs at this site."""
+    online = model.surgery.online.get(site.name) if model.surgery else None
+    if rule is None or rule.format == FLOAT or online is None:
+        return rule
+    if any(transforms.named(step.name).mixes for step in rule.transforms):
+        return rule
+    return replace(rule, transforms=(*rule.transforms, Step(online)))
+
+
+def _of_surgery(model: StreamedModel, decisions: list[Decision]) -> list[str]:
+    """What the user should know of a model that is rotated as a whole."""
+    if model.surgery is None:
+        return []
+    apart = [d for d in decisions if d.site.name == model.surgery.untied]
+    untied = [
+        f"{d.site.name} was tied to the embedding and is stored apart from it, {d.nbytes} bytes more: "
+        "a norm is folded into it"
+        for d in apart
+    ]
+    return [*untied, *model.surgery.notes]
 
 
 def _module_class(model: StreamedModel, site: Site) -> str:

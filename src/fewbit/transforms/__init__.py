@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from fewbit.core.transform import Transform, seed_of
+from fewbit.core.transform import ModelTransform, Transform, seed_of
 from fewbit.errors import SpecError
 from fewbit.transforms.awq import awq
+from fewbit.transforms.hadamard import hadamard
+from fewbit.transforms.hadamard import refuse as refuse_hadamard
 from fewbit.transforms.rotate import refuse, rotate
 from fewbit.transforms.smooth import smooth
 
-__all__ = ["TRANSFORMS", "awq", "named", "rotate", "seed_of", "smooth"]
+__all__ = ["MODEL_TRANSFORMS", "TRANSFORMS", "awq", "hadamard", "named", "named_model", "rotate", "seed_of", "smooth"]
 
 TRANSFORMS: tuple[Transform, ...] = (
     Transform(
@@ -39,6 +41,28 @@ TRANSFORMS: tuple[Transform, ...] = (
         rounds=True,
         source="Lin et al. 2023, arXiv:2306.00978",
     ),
+    Transform(
+        "hadamard",
+        hadamard,
+        makes="hadamard",
+        needs="nothing",
+        refuse=refuse_hadamard,
+        source="Ashkboos et al. 2024, arXiv:2404.00456",
+    ),
+)
+
+_QUAROT: dict[str, float] = {"heads": 1, "down": 1, "output": 0}
+_SWITCHES: dict[str, tuple[float, float]] = dict.fromkeys(_QUAROT, (0, 1))
+
+MODEL_TRANSFORMS: tuple[ModelTransform, ...] = (
+    ModelTransform("quarot", _QUAROT, _SWITCHES, source="Ashkboos et al. 2024, arXiv:2404.00456"),
+    ModelTransform(
+        "spinquant",
+        {**_QUAROT, "steps": 100, "rate": 1.5, "batch": 8, "kl": 0},
+        {**_SWITCHES, "steps": (1, 10_000), "rate": (1e-6, 100.0), "batch": (1, 1024), "kl": (0, 1)},
+        learns=True,
+        source="Liu et al. 2024, arXiv:2405.16406",
+    ),
 )
 
 
@@ -54,3 +78,16 @@ def named(name: str) -> Transform:
     raise SpecError(
         f"transform {name!r}", "no such transform", f"transforms are {', '.join(t.name for t in TRANSFORMS)}"
     )
+
+
+def named_model(name: str) -> ModelTransform:
+    """The model transform called ``name``.
+
+    Raises:
+        SpecError: there is none; the message lists those that exist.
+    """
+    for transform in MODEL_TRANSFORMS:
+        if transform.name == name:
+            return transform
+    found = f"model transforms are {', '.join(t.name for t in MODEL_TRANSFORMS)}"
+    raise SpecError(f"model transform {name!r}", "no such model transform", found)

@@ -62,7 +62,7 @@ def awq(weight: Tensor, facts: Facts, seed: int, format: Format, *, steps: int =
     weight, best, least = weight.float(), Scale(torch.ones(weight.shape[1], dtype=torch.float16)), math.inf
     for step in range(int(steps) if facts.tokens else 0):
         scale = candidate(magnitude / facts.tokens, step / int(steps))
-        lost = output_error(weight, scale.unweight(_rounded(format, scale.weight(weight))), moment)
+        lost = output_error(weight, scale.unweight(F.rounded(format, scale.weight(weight))), moment)
         if lost < least:
             best, least = scale, lost
     return best
@@ -79,10 +79,3 @@ def output_error(weight: Tensor, values: Tensor, moment: Tensor) -> float:
     """``E |(W - V) x|^2`` of a layer with inputs of ``moment`` = E[x x^T] (columns, columns)."""
     error = weight - values
     return float(((error @ moment) * error).sum(dtype=torch.float64))
-
-
-def _rounded(format: Format, weight: Tensor) -> Tensor:
-    """The values that rounding to nearest gives ``weight`` (rows, columns)."""
-    format = format.bind(weight)
-    params = F.fit(format, weight)
-    return F.decode(format, F.encode(format, weight, params), params)[: weight.shape[0]]
