@@ -5,6 +5,6 @@
 
 namespace fewbit {
 
-const Kernel lut_linear_avx2 = {lut_panel_floats, lut_panel_of, run<Lut, LutBatch>, decode<LutBatch>};
+const Kernel lut_linear_avx2 = {lut_panel_floats, lut_panel_of, run<Lut>, decode<Lut>};
 
 }  // namespace fewbit

@@ -12,7 +12,7 @@ constexpr int kLanes = 8;
 constexpr bool kSumTables = false;
 constexpr int kUnroll = FEWBIT_UNROLL;
 // Row groups beside 1, 2, 4 and 8 tokens: 16 registers in all.
-constexpr int kGroups1 = 2, kGroups2 = 2, kGroups4 = 2, kGroups8 = 1;
+constexpr int kGroups1 = 4, kGroups2 = 4, kGroups4 = 2, kGroups8 = 1;
 
 typedef __m256 F;
 typedef __m256i U;

@@ -12,7 +12,7 @@ constexpr int kLanes = 16;
 constexpr bool kSumTables = true;
 constexpr int kUnroll = FEWBIT_UNROLL;
 // Row groups beside 1, 2, 4 and 8 tokens: 32 registers in all.
-constexpr int kGroups1 = 4, kGroups2 = 2, kGroups4 = 4, kGroups8 = 2;
+constexpr int kGroups1 = 4, kGroups2 = 4, kGroups4 = 4, kGroups8 = 2;
 
 typedef __m512 F;
 typedef __m512i U;

@@ -69,7 +69,7 @@ void prepare(void* context, int64_t unit) {
   float buffer[kColumnsPerUnit];
   const float* x = exists ? floats(call.x, token, first, columns, buffer) : buffer;
   const int64_t at = (token / apart * task.chunks + first / 32) * apart + token % apart;
-  call.kernel->panel(task.bits, task.mode, task.table, x, exists ? columns : 0, ceil_div(columns, 32),
+  call.kernel->panel(task.bits, task.generic, task.table, x, exists ? columns : 0, ceil_div(columns, 32),
                      call.panel + at * call.panel_floats, apart * call.panel_floats);
   if (!call.sums) return;
   for (int64_t b = ceil_div(first, task.block); b * task.block < first + columns; b++)
@@ -100,12 +100,12 @@ bool shared(const fewbit_matrix& a, const fewbit_matrix& b, int64_t) {
          (!a.table || !memcmp(a.table, b.table, sizeof(float) << a.bits));
 }
 
-Task task_of(const fewbit_matrix& w, int64_t tokens) {
+Task task_of(const fewbit_matrix& w) {
   Task task{};
   task.bits = w.bits, task.scale_half = w.scale_half, task.offset_half = w.offset_half;
   task.rows = w.rows, task.columns = w.columns, task.chunks = ceil_div(w.columns, 32);
   task.block = w.block, task.blocks = ceil_div(w.columns, w.block);
-  task.mode = w.block % 32 != 0 && task.blocks > 1 ? kGeneric : tokens < kBatchTokens ? kSingle : kBatch;
+  task.generic = w.block % 32 != 0 && task.blocks > 1;
   task.zero = w.zero, task.codes = w.codes, task.scale = w.scale, task.offset = w.offset, task.table = w.table;
   return task;
 }
@@ -113,9 +113,9 @@ Task task_of(const fewbit_matrix& w, int64_t tokens) {
 bool needs_sums(const Task& task) { return task.offset || task.zero != 0.0f; }
 
 // Tokens computed together.
-int64_t together(Mode mode, int64_t tokens) {
+int64_t together(bool generic, int64_t tokens) {
   if (tokens == 1) return 1;
-  return mode == kSingle ? 2 : mode == kGeneric ? 4 : tokens <= 4 ? 4 : 8;
+  return generic ? 4 : tokens == 2 ? 2 : tokens <= 4 ? 4 : 8;
 }
 
 int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int64_t, int32_t y_dtype, int32_t isa,
@@ -127,13 +127,13 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
   int64_t units = 0, weights = 0;
   bool sums = false;
   for (int32_t i = 0; i < count; i++) {
-    Task& task = call.task[i] = task_of(*outputs[i].matrix, x.tokens);
+    Task& task = call.task[i] = task_of(*outputs[i].matrix);
     task.bias = outputs[i].bias, task.y_stride = outputs[i].y_stride, task.y_dtype = y_dtype;
-    task.together = together(task.mode, x.tokens);
+    task.together = together(task.generic, x.tokens);
     units += units_of(task.rows), weights += task.rows * task.columns;
     sums |= needs_sums(task);
   }
-  call.panel_floats = call.kernel->panel_floats(first.bits, first.mode);
+  call.panel_floats = call.kernel->panel_floats(first.bits, first.generic);
   call.segments = ceil_div(first.columns, kColumnsPerUnit);
   // Tokens whose panels exist at a time: what fits the cache.
   const int64_t panel = first.chunks * call.panel_floats;
@@ -171,7 +171,7 @@ extern "C" int fewbit_decode(const fewbit_matrix* matrix, int64_t tile_begin, in
   if (tile_begin < 0 || tile_end > ceil_div(matrix->rows, 16) || tile_begin > tile_end || !out ||
       stride < (tile_end - tile_begin) * 16)
     return FEWBIT_BAD_ARGUMENT;
-  Decoding call = {task_of(*matrix, 1), find(matrix->family, float_isa(isa)), tile_begin, stride, out};
+  Decoding call = {task_of(*matrix), find(matrix->family, float_isa(isa)), tile_begin, stride, out};
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   parallel(tile_end - tile_begin, thread_count(threads), decode_unit, &call);
   return FEWBIT_OK;

@@ -9,15 +9,6 @@
 
 namespace fewbit {
 
-// How a call is computed. It depends on the shape, never on the threads.
-enum Mode : int32_t {
-  kSingle,   // one or two tokens: bound by decoding and by memory
-  kBatch,    // from kBatchTokens on: bound by multiply-adds, a decoded weight serves up to 8 tokens
-  kGeneric,  // blocks that are not whole chunks of 32 columns: slower, any block size
-};
-
-enum : int64_t { kBatchTokens = 3 };
-
 // Whether this processor reads memory fastest from end to end, and not from several places in turn.
 bool reads_straight();
 
@@ -28,7 +19,7 @@ enum : int32_t { kMostShared = 8 };
 struct Task {
   int32_t bits;
   int32_t scale_half, offset_half;
-  Mode mode;
+  bool generic;            // blocks are not whole chunks: slower, any block size
   int64_t rows, columns, chunks;
   int64_t block, blocks;   // columns a block; blocks a row
   float zero;
@@ -51,10 +42,10 @@ struct Task {
 // One family on one instruction set.
 struct Kernel {
   // Floats that a chunk of 32 activations takes in the panel.
-  int64_t (*panel_floats)(int32_t bits, Mode mode);
+  int64_t (*panel_floats)(int32_t bits, bool generic);
   // Writes `chunks` chunks of a token's panel, `stride` floats apart, from x, of which `columns` exist (the others
   // count as 0).
-  void (*panel)(int32_t bits, Mode mode, const float* table, const float* x, int64_t columns, int64_t chunks,
+  void (*panel)(int32_t bits, bool generic, const float* table, const float* x, int64_t columns, int64_t chunks,
                 float* out, int64_t stride);
   // Computes y for tiles [tile_begin, tile_end) and tokens [0, tokens) of the panel.
   void (*run)(const Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);

@@ -5,14 +5,14 @@
 //
 // A kernel K<BITS> offers:
 //   kBits, kPanel      bits of a code, floats of the panel that a chunk takes
-//   kChains            accumulators per row group and token: two hide the latency where there are few others
 //   K(table)           what is loaded once per strip, e.g. a table in registers
 //   chunk<T, M>(...)   adds a chunk's products to the accumulators of T row groups x M tokens
 //   value(codes, k)    the value of column k of a chunk, for blocks that are not whole chunks
 //
 // A row group is kLanes rows of a tile: one vector. Per column and row group: decode once, then one multiply-add per
 // token with a broadcast activation; no horizontal sum, no shuffle. A strip that has fewer than T groups or M tokens
-// left repeats its last one and writes it once.
+// left repeats its last one and writes it once. Each result is one chain of additions in one order, whatever T and M
+// are: a token's results do not depend on those beside it.
 #pragma once
 
 #include <stdint.h>
@@ -100,7 +100,6 @@ FEWBIT_INLINE void fold(const Task& task, const Strip& strip, const Group& group
 // T row groups x M tokens, blocks of whole chunks (the last one possibly short).
 template <class K, int T, int M>
 void compute(const Task& task, const Strip& strip) {
-  constexpr int C = K::kChains;
   const K kernel(task.table);
   F total[T][M];
   const uint8_t* codes[T];
@@ -111,21 +110,16 @@ void compute(const Task& task, const Strip& strip) {
     for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
   const int64_t step = (task.block + 31) / 32, step_panel = task.together * K::kPanel;
   for (int64_t b = 0, chunk = 0; b < task.blocks; b++) {
-    F acc[T][M][C];
+    F acc[T][M];
     for (int t = 0; t < T; t++)
-      for (int m = 0; m < M; m++)
-        for (int c = 0; c < C; c++) acc[t][m][c] = broadcast(0.0f);
+      for (int m = 0; m < M; m++) acc[t][m] = broadcast(0.0f);
     const int64_t end = chunk + step < task.chunks ? chunk + step : task.chunks;
     for (; chunk < end; chunk++) {
       kernel.template chunk<T, M>(codes, panel, acc);
       for (int t = 0; t < T; t++) codes[t] += K::kBits * 64;
       for (int m = 0; m < M; m++) panel[m] += step_panel;
     }
-    for (int t = 0; t < T; t++) {
-      F dot[M];
-      for (int m = 0; m < M; m++) dot[m] = C == 2 ? add(acc[t][m][0], acc[t][m][C - 1]) : acc[t][m][0];
-      fold<M>(task, strip, strip.at(task, t), b, dot, total[t]);
-    }
+    for (int t = 0; t < T; t++) fold<M>(task, strip, strip.at(task, t), b, acc[t], total[t]);
   }
   for (int t = 0; t < T && t < strip.groups; t++)
     write<M>(task, strip.at(task, t), strip.token, strip.tokens, total[t]);
@@ -167,24 +161,25 @@ void strips(const Task& task, int64_t begin, int64_t end, int64_t token, int64_t
   }
 }
 
-// `task.together` is 1 or 2 for few tokens, else 4 or 8: what is computed at once, but for 4 of the last 8.
-template <class Single, class Batch>
+// `task.together` tokens lie together and are computed at once; of the last 8, 4 where no more are left.
+template <class K>
 void run_bits(const Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
   for (int64_t token = 0; token < tokens; token += task.together) {
     const int64_t left = tokens - token;
-    if (task.mode == kGeneric) {
+    if (task.generic) {
       for (int64_t g = begin; g < end; g++) {
         const Strip strip = {g, 1, token, left};
-        if (task.together > 1) compute_generic<Single, 4>(task, strip);
-        else compute_generic<Single, 1>(task, strip);
+        if (task.together > 1) compute_generic<K, 4>(task, strip);
+        else compute_generic<K, 1>(task, strip);
       }
-    } else if (task.mode == kSingle) {
-      if (task.together > 1) strips<Single, kGroups2, 2>(task, begin, end, token, left);
-      else strips<Single, kGroups1, 1>(task, begin, end, token, left);
+    } else if (task.together == 1) {
+      strips<K, kGroups1, 1>(task, begin, end, token, left);
+    } else if (task.together == 2) {
+      strips<K, kGroups2, 2>(task, begin, end, token, left);
     } else {
-      if (left > 4) strips<Batch, kGroups8, 8>(task, begin, end, token, left);
-      else strips<Batch, kGroups4, 4>(task, begin, end, token, left);
+      if (left > 4) strips<K, kGroups8, 8>(task, begin, end, token, left);
+      else strips<K, kGroups4, 4>(task, begin, end, token, left);
     }
   }
 }
@@ -226,31 +221,31 @@ void decode_tile(const Task& task, int64_t tile, float* out, int64_t stride) {
   }
 }
 
-template <template <int> class B>
+template <template <int> class K>
 void decode(const Task& task, int64_t tile, float* out, int64_t stride) {
   switch (task.bits) {
-    case 1: return decode_tile<B<1>>(task, tile, out, stride);
-    case 2: return decode_tile<B<2>>(task, tile, out, stride);
-    case 3: return decode_tile<B<3>>(task, tile, out, stride);
-    case 4: return decode_tile<B<4>>(task, tile, out, stride);
-    case 5: return decode_tile<B<5>>(task, tile, out, stride);
-    case 6: return decode_tile<B<6>>(task, tile, out, stride);
-    case 7: return decode_tile<B<7>>(task, tile, out, stride);
-    case 8: return decode_tile<B<8>>(task, tile, out, stride);
+    case 1: return decode_tile<K<1>>(task, tile, out, stride);
+    case 2: return decode_tile<K<2>>(task, tile, out, stride);
+    case 3: return decode_tile<K<3>>(task, tile, out, stride);
+    case 4: return decode_tile<K<4>>(task, tile, out, stride);
+    case 5: return decode_tile<K<5>>(task, tile, out, stride);
+    case 6: return decode_tile<K<6>>(task, tile, out, stride);
+    case 7: return decode_tile<K<7>>(task, tile, out, stride);
+    case 8: return decode_tile<K<8>>(task, tile, out, stride);
   }
 }
 
-template <template <int> class S, template <int> class B>
+template <template <int> class K>
 void run(const Task& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   switch (task.bits) {
-    case 1: return run_bits<S<1>, B<1>>(task, tile_begin, tile_end, tokens);
-    case 2: return run_bits<S<2>, B<2>>(task, tile_begin, tile_end, tokens);
-    case 3: return run_bits<S<3>, B<3>>(task, tile_begin, tile_end, tokens);
-    case 4: return run_bits<S<4>, B<4>>(task, tile_begin, tile_end, tokens);
-    case 5: return run_bits<S<5>, B<5>>(task, tile_begin, tile_end, tokens);
-    case 6: return run_bits<S<6>, B<6>>(task, tile_begin, tile_end, tokens);
-    case 7: return run_bits<S<7>, B<7>>(task, tile_begin, tile_end, tokens);
-    case 8: return run_bits<S<8>, B<8>>(task, tile_begin, tile_end, tokens);
+    case 1: return run_bits<K<1>>(task, tile_begin, tile_end, tokens);
+    case 2: return run_bits<K<2>>(task, tile_begin, tile_end, tokens);
+    case 3: return run_bits<K<3>>(task, tile_begin, tile_end, tokens);
+    case 4: return run_bits<K<4>>(task, tile_begin, tile_end, tokens);
+    case 5: return run_bits<K<5>>(task, tile_begin, tile_end, tokens);
+    case 6: return run_bits<K<6>>(task, tile_begin, tile_end, tokens);
+    case 7: return run_bits<K<7>>(task, tile_begin, tile_end, tokens);
+    case 8: return run_bits<K<8>>(task, tile_begin, tile_end, tokens);
   }
 }
 
@@ -259,32 +254,38 @@ FEWBIT_INLINE void chunk_of(const float* x, int64_t columns, float (&out)[32]) {
   for (int64_t k = 0; k < 32; k++) out[k] = k < columns ? x[k] : 0.0f;
 }
 
-FEWBIT_INLINE void plain_panel(const float (&x)[32], float* out) {
-  for (int k = 0; k < 32; k++) out[k] = x[k];
+// The panel of kernels that want activations as they are.
+inline void plain_panels(const float* x, int64_t columns, int64_t chunks, float* out, int64_t stride) {
+  for (int64_t c = 0; c < chunks; c++, out += stride) {
+    float here[32];
+    chunk_of(x + c * 32, columns - c * 32, here);
+    for (int k = 0; k < 32; k++) out[k] = here[k];
+  }
 }
 
-// Column k of a chunk: its code in the low BITS bits of each lane, anything above them.
+FEWBIT_INLINE U shifted(U lanes, int right) {
+  return right > 0 ? shift_right(lanes, right) : right < 0 ? shift_left(lanes, -right) : lanes;
+}
+
+// Column k of a chunk: its code at bits [bit, bit + BITS) of each lane, anything beside them.
 template <int BITS>
-FEWBIT_INLINE U extract(const uint8_t* codes, int k) {
+FEWBIT_INLINE U extract(const uint8_t* codes, int k, int bit = 0) {
   constexpr int kFirst = part_width(BITS, 0);
-  U code = shift_right(load_lanes(codes + part_vector(kFirst, k) * 64), part_shift(kFirst, k));
+  U code = shifted(load_lanes(codes + part_vector(kFirst, k) * 64), part_shift(kFirst, k) - bit);
   for (int p = 1; p < part_count(BITS); p++) {
-    const int width = part_width(BITS, p), base = part_base(BITS, p), at = part_shift(width, k);
+    const int width = part_width(BITS, p), base = part_base(BITS, p);
     const U lanes = load_lanes(codes + (base + part_vector(width, k)) * 64);
-    code = select((1u << base) - 1, code, at > base ? shift_right(lanes, at - base) : shift_left(lanes, base - at));
+    code = select(((1u << base) - 1) << bit, code, shifted(lanes, part_shift(width, k) - base - bit));
   }
   return code;
 }
 
-// Column k of T row groups x M tokens, decoded by kernel.value: the chunk of kernels that do nothing cleverer.
-template <class K, int T, int M>
-FEWBIT_INLINE void column(const K& kernel, const uint8_t* const (&codes)[T], const float* const (&panel)[M], int k,
-                          F (&acc)[T][M][K::kChains]) {
-  F w[T];
-  for (int t = 0; t < T; t++) w[t] = kernel.value(codes[t], k);
+// Column k of T row groups, decoded, times that of M tokens.
+template <int T, int M>
+FEWBIT_INLINE void multiply_add(const F (&w)[T], const float* const (&panel)[M], int k, F (&acc)[T][M]) {
   for (int m = 0; m < M; m++) {
     const F x = broadcast(panel[m][k]);
-    for (int t = 0; t < T; t++) acc[t][m][k % K::kChains] = fma(w[t], x, acc[t][m][k % K::kChains]);
+    for (int t = 0; t < T; t++) acc[t][m] = fma(w[t], x, acc[t][m]);
   }
 }
 

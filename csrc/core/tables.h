@@ -16,7 +16,7 @@ constexpr int table_floats(int width) { return width * 8 * 16; }
 
 template <int WIDTH, int T, int M>
 FEWBIT_INLINE void table_chunk(const uint8_t* const (&codes)[T], int vector, const float* const (&panel)[M],
-                               int at, F (&acc)[T][M][2]) {
+                               int at, F (&acc)[T][M]) {
 #pragma GCC unroll kUnroll
   for (int j = 0; j < WIDTH; j++) {
     U lanes[T];
@@ -27,7 +27,7 @@ FEWBIT_INLINE void table_chunk(const uint8_t* const (&codes)[T], int vector, con
       for (int m = 0; m < M; m++) table[m] = load(panel[m] + at + (j * 8 + n) * 16);
       for (int t = 0; t < T; t++) {
         const U index = shift_right(lanes[t], 4 * n);
-        for (int m = 0; m < M; m++) acc[t][m][n & 1] = add(acc[t][m][n & 1], lookup16(table[m], index));
+        for (int m = 0; m < M; m++) acc[t][m] = add(acc[t][m], lookup16(table[m], index));
       }
     }
   }
@@ -54,6 +54,14 @@ FEWBIT_INLINE void table_panel(const float* levels, const float (&x)[32], float*
     for (int d = 1; d < kDigits; d++) sum = fma(digit[d], broadcast(x[n * kDigits + d]), sum);
     store(out + n * 16, sum);
   }
+}
+
+// Of activations in their own order.
+template <int WIDTH>
+FEWBIT_INLINE void table_panel_of(const float* levels, const float (&x)[32], float* out) {
+  float placed[32];
+  place<WIDTH>(x, placed);
+  table_panel<WIDTH>(levels, placed, out);
 }
 
 }  // namespace

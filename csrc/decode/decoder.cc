@@ -316,7 +316,9 @@ extern "C" int fewbit_decoder_feed(fewbit_decoder* decoder, const fewbit_part* p
   std::vector<int64_t> lengths;
   try {
     for (int64_t p = 0; p < count; p++) lengths.push_back(decoder->cache.length(parts[p].sequence));
-    code = feed(decoder, parts, count, logits, {&decoder->steps, thread_count(threads), &decoder->scratch.rewritten});
+    Scratch& scratch = decoder->scratch;
+    code = feed(decoder, parts, count, logits,
+                {&decoder->steps, thread_count(threads), &scratch.rewritten, &scratch.outputs});
   } catch (const std::bad_alloc&) {
   }
   if (code != FEWBIT_OK)

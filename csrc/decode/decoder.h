@@ -15,6 +15,7 @@ enum : int64_t { kChunk = 128 };  // rows that go through the blocks together: a
 struct Scratch {
   std::vector<float> x, normed, qkv, attended, wide, narrow, out, cosines, sines, row, rewritten;
   std::vector<float> shares, gathered, expert_out;
+  std::vector<fewbit_output> outputs;
 };
 
 // Consecutive rows of one sequence.

@@ -12,11 +12,17 @@ constexpr int64_t kRows = 32;         // of a dense matrix that a thread takes a
 constexpr int64_t kSmall = 1 << 17;   // multiply-adds below which a second thread costs more than it brings
 
 int multiply_tiled(const Means& means, const Product* products, int32_t count, const fewbit_input& x) {
-  fewbit_output outputs[kMostShared];
-  for (int32_t i = 0; i < count; i++)
-    outputs[i] = {&products[i].weight->tiled, products[i].weight->bias, products[i].y, products[i].y_stride};
+  std::vector<fewbit_output>& outputs = *means.outputs;
+  outputs.clear();
+  for (int32_t i = 0; i < count; i++) {
+    const Product& product = products[i];
+    const fewbit_weight& w = *product.weight;
+    for (int64_t part = 0, row = 0; part < w.parts; row += w.tiled[part++].rows)
+      outputs.push_back({&w.tiled[part], w.bias ? w.bias + row : nullptr, product.y + row, product.y_stride});
+  }
   const fewbit_weight& first = *products[0].weight;
-  return fewbit_linear_many(outputs, count, &x, first.x_block, FEWBIT_FLOAT32, first.isa, means.threads);
+  return fewbit_linear_many(outputs.data(), static_cast<int32_t>(outputs.size()), &x, first.x_block, FEWBIT_FLOAT32,
+                            first.isa, means.threads);
 }
 
 void multiply_dense(const Means& means, const Product& product, const fewbit_input& x) {
@@ -77,7 +83,7 @@ int multiply(const Means& means, const Product* products, int32_t count, const f
     }
     int code = FEWBIT_OK;
     if (first.weight->kind == FEWBIT_TILED) {
-      while (end < count && end - begin < kMostShared && together(*first.weight, *products[end].weight)) end++;
+      while (end < count && together(*first.weight, *products[end].weight)) end++;
       code = multiply_tiled(means, &first, end - begin, input);
     } else if (first.weight->kind == FEWBIT_CODEBOOK) {
       code = fewbit_vector_linear(&first.weight->codebook, &input, first.weight->bias, first.y, first.y_stride,
@@ -98,15 +104,29 @@ int look_up(const fewbit_weight& weight, int64_t row, float scale, std::vector<f
     for (int64_t k = 0; k < columns; k++) out[k] = values[k] * scale;
     return FEWBIT_OK;
   }
+  const fewbit_matrix* part = weight.tiled;
+  if (weight.kind == FEWBIT_TILED)
+    while (row >= part->rows) row -= part++->rows;
   const int64_t tile = weight.kind == FEWBIT_TILED ? 16 : 8 * weight.codebook.dim, at = row / tile;
   scratch->resize(static_cast<size_t>(tile * columns));
   float* decoded = scratch->data();
   const int code = weight.kind == FEWBIT_TILED
-                       ? fewbit_decode(&weight.tiled, at, at + 1, decoded, tile, float_isa(weight.isa), 1)
+                       ? fewbit_decode(part, at, at + 1, decoded, tile, float_isa(weight.isa), 1)
                        : fewbit_vector_decode(&weight.codebook, at, at + 1, decoded, tile, weight.isa, 1);
   for (int64_t k = 0; k < columns; k++) out[k] = decoded[k * tile + row % tile] * scale;
   return code;
 }
+
+namespace {
+
+bool has_parts(const fewbit_weight& w) {
+  int64_t rows = 0;
+  for (int64_t part = 0; part < w.parts && w.tiled && rows < w.rows; rows += w.tiled[part++].rows)
+    if (!well_formed(w.tiled[part]) || w.tiled[part].columns != w.columns) return false;
+  return rows == w.rows;
+}
+
+}  // namespace
 
 bool has_shape(const fewbit_weight& w, int64_t rows, int64_t columns, bool may_be_absent) {
   if (w.kind == FEWBIT_ABSENT) return may_be_absent;
@@ -114,7 +134,7 @@ bool has_shape(const fewbit_weight& w, int64_t rows, int64_t columns, bool may_b
     if (!well_formed(w.rewrite[i], columns)) return false;
   if (w.rows != rows || w.columns != columns) return false;
   switch (w.kind) {
-    case FEWBIT_TILED: return w.tiled.rows == rows && w.tiled.columns == columns && well_formed(w.tiled);
+    case FEWBIT_TILED: return has_parts(w);
     case FEWBIT_CODEBOOK: return w.codebook.rows == rows && w.codebook.columns == columns && w.codebook.codes;
     case FEWBIT_DENSE: return w.dense && known_dtype(w.dtype);
     default: return false;

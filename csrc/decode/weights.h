@@ -29,7 +29,8 @@ struct Product {
 struct Means {
   const Steps* steps;
   int32_t threads;
-  std::vector<float>* rewritten;  // grows as needed
+  std::vector<float>* rewritten;         // grow as needed
+  std::vector<fewbit_output>* outputs;
 };
 
 // Room for `count` floats.

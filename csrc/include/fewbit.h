@@ -84,8 +84,8 @@ void fewbit_set_threads(int32_t threads);
  *
  * x: (tokens, columns) float32, tokens `x_stride` floats apart; y: (tokens, rows) float32, `y_stride` apart; bias:
  * (rows) or NULL. isa: one bit of fewbit_caps(). threads: at most this many, the caller included.
- * Accumulates in float32, column by column within a block (two chains where tokens < 3), then block by block. The
- * result does not depend on `threads`, nor on `tokens` beyond whether it is below 3. Error: at most about
+ * Accumulates in float32, column by column within a block, then block by block. The result depends neither on `threads`
+ * nor on `tokens`: a token gives the same bits in any company. Error: at most about
  * (block + blocks + 6) * 2^-24 times the sum of (|scale| (|table[code]| + |zero|) + |offset|) |x|.
  */
 int fewbit_linear(const fewbit_matrix* matrix, const float* x, int64_t x_stride, int64_t tokens, const float* bias,

@@ -52,7 +52,9 @@ typedef struct {
   int32_t reserved;
   int64_t rows, columns;
   int64_t x_block;        /* of FEWBIT_TILED, as in fewbit_linear_many; never FEWBIT_BFLOAT16S */
-  fewbit_matrix tiled;
+  const fewbit_matrix* tiled; /* (parts): neighbouring rows, one below the other; more than one where they have tables
+                                 of their own */
+  int64_t parts;
   fewbit_vectors codebook;
   const void* dense;      /* (rows, columns) */
   const float* bias;      /* (rows) or NULL */
@@ -121,7 +123,7 @@ void fewbit_decoder_free(fewbit_decoder* decoder);
 
 /* Appends the parts, each to its sequence, at most one a sequence; logits: (parts, vocabulary) after the last token of
  * each. Long parts go through in chunks. What a sequence gives does not depend on the others, nor on how its tokens are
- * cut into calls and chunks, beyond what the kernels say of the number of tokens. After an error nothing is appended. */
+ * cut into calls and chunks. After an error nothing is appended. */
 int fewbit_decoder_feed(fewbit_decoder* decoder, const fewbit_part* parts, int64_t count, float* logits,
                         int32_t threads);
 

@@ -5,6 +5,6 @@
 
 namespace fewbit {
 
-const Kernel affine_linear_serial = {affine_panel_floats, affine_panel_of, run<Affine, AffineBatch>, decode<AffineBatch>};
+const Kernel affine_linear_serial = {affine_panel_floats, affine_panel_of, run<Affine>, decode<Affine>};
 
 }  // namespace fewbit

@@ -15,6 +15,7 @@ from typer.testing import Result
 import fewbit
 from fewbit.commands import demo as demo_command
 from fewbit.doctor import EXTRAS
+from fewbit.kernels import native
 
 Command = Callable[..., Result]
 PLAN_KEYS = {"size_bytes", "bits_per_weight", "peak_rss_bytes", "seconds", "layers"}
@@ -185,6 +186,7 @@ def test_bench_keys(quantized: Path, command: Command) -> None:
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["prefill_tokens_per_s"] > 0 and found["decode_tokens_per_s"] > 0
+    assert found["engine"] == ("native" if native.available() else "transformers")
     row = found["kernels"][0]
     assert row["seconds"] > 0
     assert row["times_fp32"] == pytest.approx(row["fp32_seconds"] / row["seconds"])

@@ -45,7 +45,17 @@ def quantized(source: Path, out: Path, format: str, **options: Any) -> Path:
 
 @pytest.mark.parametrize(
     "format",
-    ["int8/g32", "int4/g32", "int4/g32/asym", "int3/g32", "int2/g32/asym", "sign/g32", "ternary/g32", "nf4/g32"],
+    [
+        "int8/g32",
+        "int4/g32",
+        "int4/g32/asym",
+        "int3/g32",
+        "int2/g32/asym",
+        "sign/g32",
+        "ternary/g32",
+        "nf4/g32",
+        "palette3/rows32",
+    ],
 )
 def test_formats(tiny: Path, tmp_path: Path, format: str) -> None:
     both(quantized(tiny, tmp_path / "out", format), None)
@@ -70,7 +80,7 @@ def test_families(tiny_family: Callable[[str], Path], tmp_path: Path, family: st
     both(quantized(tiny_family(family), tmp_path / "out", "int4/g8"), None)
 
 
-@pytest.mark.parametrize("head", ["float", "int4/g32", "nf4/g32"])
+@pytest.mark.parametrize("head", ["float", "int4/g32", "nf4/g32", "palette6/rows16"])
 def test_heads(tiny: Path, tmp_path: Path, head: str) -> None:
     both(quantized(tiny, tmp_path / "out", "int4/g32", head=head), None)
 

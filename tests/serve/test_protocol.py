@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fewbit.decode.batch import Limits
+from fewbit.decode.templates import Templates
 from fewbit.serve import body as B
 
 httpx = pytest.importorskip("httpx")
@@ -281,3 +282,24 @@ def test_a_slow_reader_delays_nobody(fake: Callable[..., Any]) -> None:
     said = [json.loads(line[6:]) for line in found.decode().split("\n") if line.startswith("data: {")]
     text = "".join(chunk["choices"][0]["text"] for chunk in said)
     assert text == words.decode(running.served.batcher.engine.after(words.encode("slow"), 500))
+
+
+def test_a_template_that_loops_is_an_error_of_its_own_request(
+    fake: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = fake()
+    words = running.served.words
+    loops = "{% set m = messages[0].content %}{% if m == 'loop' %}{{ (3 + m | length) ** (10 ** 9) }}{% endif %}{{ m }}"
+    monkeypatch.setattr(words.tokenizer, "chat_template", loops)
+    monkeypatch.setattr(words, "_templates", Templates(seconds=0.2))
+
+    def ask(content: str) -> Any:
+        messages = [{"role": "user", "content": content}]
+        return running.post("/v1/chat/completions", {"model": "fake", "messages": messages, "max_tokens": 2})
+
+    assert ask("hello").status_code == 200
+    refused = ask("loop")
+    assert refused.status_code == 400
+    assert "processor time" in error_of(refused)["message"]
+    assert ask("hello").status_code == 200 and text_of(running)
+    words.close()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fewbit bench``: speed of a quantized folder here, and of its kernels beside torch's float ``linear``.
+"""``fewbit bench``: speed of a quantized folder here, as ``fewbit.generate`` runs it, and of its kernels beside torch's
+float ``linear``.
 
 Candidates take turns within each round (A B C A B C), each goes through copies of its weight that together exceed twice
 the last-level cache where that takes at most ``COPIES`` of them, and medians are reported.
@@ -25,8 +26,9 @@ from fewbit.commands.console import err, results, table, write_json
 from fewbit.commands.generate import prepare
 from fewbit.containers import manifest
 from fewbit.containers.terms import summary
+from fewbit.decode import Engine, open_engine
+from fewbit.decode.native_engine import NativeEngine
 from fewbit.kernels import Prepared
-from fewbit.measure.speed import Generator
 from fewbit.model.layers import QuantLinear
 from fewbit.report import numbers as N
 
@@ -71,8 +73,8 @@ def run(
     """
     prepare(threads)
     manifest.read(out)
+    speed = decode_speed(open_engine(out, activation=activation, sequences=1, threads=threads), tokens, prompt)
     model = fewbit.load(out, activation=activation)
-    speed = decode_speed(model, tokens, prompt)
     rows = [row for group in groups(model) for batch in batches for row in [kernel_row(*group, batch)]]
     found = {
         "path": str(out),
@@ -88,20 +90,40 @@ def run(
     warn(rows)
 
 
-def decode_speed(model: Any, tokens: int, prompt: int) -> dict[str, Any]:
-    """Prefill and decode tokens a second through transformers' own loop (median of three), and the linear share."""
+def decode_speed(engine: Engine, tokens: int, prompt: int) -> dict[str, Any]:
+    """Which engine runs, and its tokens a second: of a prompt read at once, and of ``tokens`` greedy ones after it. The
+    median of three, after one that is not counted.
+
+    Raises:
+        InputError: the context has no room for that many.
+    """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, prompt), generator=generator)
-    timed = Generator(model, ids, tokens)
-    timed.run()
-    runs = [timed.run() for _ in range(3)]
+    ids = torch.randint(0, engine.vocab_size, (prompt,), generator=generator).tolist()
+    runs = [_timed(engine, ids, tokens) for _ in range(4)][1:]
+    prefill, decode = (statistics.median(seconds) for seconds in zip(*runs, strict=True))
+    read = engine.read_bytes if isinstance(engine, NativeEngine) else None
     return {
-        "prefill_tokens_per_s": statistics.median(run.prefill_tokens_per_s for run in runs),
-        "decode_tokens_per_s": statistics.median(run.decode_tokens_per_s for run in runs),
-        "linear_share": timed.linear_share(),
+        "engine": engine.name,
+        "why": engine.why,
+        "prefill_tokens_per_s": prompt / prefill,
+        "decode_tokens_per_s": tokens / decode,
+        "weight_gigabytes_per_s": None if read is None else read * tokens / decode / 1e9,
         "prompt_tokens": prompt,
         "decode_tokens": tokens,
     }
+
+
+def _timed(engine: Engine, prompt: list[int], tokens: int) -> tuple[float, float]:
+    """Seconds for the prompt, and for the tokens after it."""
+    sequence = engine.open()
+    began = time.perf_counter()
+    logits = engine.feed([(sequence, prompt)])
+    read = time.perf_counter()
+    for _ in range(tokens):
+        logits = engine.feed([(sequence, [int(logits.argmax())])])
+    done = time.perf_counter()
+    engine.close(sequence)
+    return read - began, done - read
 
 
 def groups(model: Any) -> list[tuple[str, Prepared, int]]:
@@ -184,12 +206,13 @@ def interleaved(candidates: list[Callable[[], Any]]) -> list[float]:
 
 def tables(found: dict[str, Any]) -> list[Any]:
     """The model, then its kernels."""
-    share = found["linear_share"]
+    read = found["weight_gigabytes_per_s"]
     whole = [
+        ("engine", found["engine"] if found["why"] is None else f"{found['engine']}: {found['why']}"),
         ("processor", f"{found['processor']}, {found['threads']} threads, torch {found['torch']}"),
         ("prefill", f"{N.significant(found['prefill_tokens_per_s'])} tokens/s ({found['prompt_tokens']} tokens)"),
-        ("decode", f"{N.significant(found['decode_tokens_per_s'])} tokens/s (transformers' own loop)"),
-        ("inside linear layers", f"{N.percent(share, 0)} of decode time"),
+        ("decode", f"{N.significant(found['decode_tokens_per_s'])} tokens/s ({found['decode_tokens']} tokens)"),
+        *([] if read is None else [("weights read while decoding", f"{N.significant(read)} GB/s")]),
     ]
     rows = [
         (

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,10 +69,12 @@ def stream(writer: Writer, prompt: str, sampling: Sampling, chat: bool = False) 
 
 def prepare(threads: int | None) -> None:
     """``threads`` for torch and for fewbit's kernels (None leaves both as they are); no bars from transformers."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which transformers does
-    from transformers.utils import logging
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):  # read when transformers is imported, if it ever is
+        os.environ.setdefault(name, "1")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
 
-    logging.disable_progress_bar()
+        logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
         kernels.set_threads(threads)

@@ -85,6 +85,7 @@ def run(request: Request) -> None:
         except KeyboardInterrupt:  # uvicorn hands it on when all is closed
             err().print("stopped", markup=False)
         finally:
+            served.words.close()
             if served.batcher is not None:
                 served.batcher.close()
 

@@ -17,16 +17,17 @@ def describe(shape: Shape, source: Source) -> S.Model:
     Raises:
         UnsupportedError: a matrix that no native kernel runs. CorruptFileError: an array is missing or wrong.
     """
+    head = "model.embed_tokens"
+    if source.has("lm_head") and not source.modules.get("lm_head", {}).get("tied_to"):
+        head = "lm_head"
+    # The largest come first: what they take for the moment of being repacked is not on top of all others.
+    ends = source.weight("model.embed_tokens", rounded=head == "model.embed_tokens"), source.weight(head)
     ropes = (S.Rope * len(shape.ropes))()
     for place, rope in enumerate(shape.ropes):
         ropes[place] = S.Rope(rope.frequencies.numel(), source.keep(rope.frequencies), rope.scale)
     blocks = (S.Block * len(shape.layers))()
     for place, layer in enumerate(shape.layers):
         _fill(blocks[place], shape, layer, source, f"model.layers.{place}")
-    head = "lm_head" if source.has("lm_head") else "model.embed_tokens"
-    tied = source.modules.get("lm_head", {}).get("tied_to")
-    if tied:
-        head = "model.embed_tokens"
     model = S.Model(
         C.sizeof(S.Model),
         shape.hidden,
@@ -48,8 +49,7 @@ def describe(shape: Shape, source: Source) -> S.Model:
         ropes,
         blocks,
         source.vector("model.norm.weight", shape.family.norm_offset),
-        source.weight("model.embed_tokens", rounded=head == "model.embed_tokens"),
-        source.weight(head),
+        *ends,
     )
     source.kept += [ropes, blocks, model]
     return model

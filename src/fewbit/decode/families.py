@@ -4,6 +4,7 @@ from the configuration. Names are paths in transformers' module tree."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,14 @@ from fewbit.errors import UnsupportedError
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2}
 """transformers' names of what the gate of an MLP goes through, as ``fewbit_decode.h`` numbers them."""
 
-ROPES = ("default", "linear", "llama3", "yarn", "proportional")
-"""Kinds of rotary embeddings whose frequencies do not change with the length of the text."""
+OWN_ROPES: dict[str, tuple[str, ...]] = {
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Kinds of rotary embeddings that are computed here, and what each is given by."""
+ROPES = (*OWN_ROPES, "yarn", "proportional")
+"""Those whose frequencies do not change with the length of the text."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Family:
     * ``scaled_embedding``: embeddings are multiplied by the root of their width.
     * ``experts``: whether the MLP may be several of which a router chooses. ``normalised``: whether the weights of
       those chosen add up to 1; None: the configuration says.
+    * ``stated``: what else than sizes ``config.json`` must say, so that no default of transformers' class counts.
     """
 
     types: tuple[str, ...]
@@ -38,6 +46,7 @@ class Family:
     scaled_embedding: bool = False
     experts: bool = False
     normalised: bool | None = None
+    stated: tuple[str, ...] = ("hidden_act",)
 
 
 SANDWICH = (
@@ -47,16 +56,27 @@ SANDWICH = (
     "post_feedforward_layernorm",
 )
 
+WINDOWS = ("layer_types", "sliding_window")
+GEMMA = ("hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", *WINDOWS)
+EXPERTS = ("hidden_act", "num_experts_per_tok")
+QWEN_EXPERTS = (*EXPERTS, "sliding_window", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
+
 FAMILIES: tuple[Family, ...] = (
-    Family(("llama", "mistral", "qwen2")),
-    Family(("qwen3",), head_norms=True),
-    Family(("gemma",), norm_offset=1.0, scaled_embedding=True),
-    Family(("gemma2",), SANDWICH, norm_offset=1.0, scaled_embedding=True),
-    Family(("gemma3_text",), SANDWICH, norm_offset=1.0, scaled_embedding=True, head_norms=True),
-    Family(("mixtral",), experts=True, normalised=True),
-    Family(("qwen2_moe",), experts=True),
-    Family(("qwen3_moe",), experts=True, head_norms=True),
+    Family(("llama",)),
+    Family(("mistral",), stated=("hidden_act", "sliding_window")),
+    Family(("qwen2",), stated=("hidden_act", *WINDOWS)),
+    Family(("qwen3",), head_norms=True, stated=("hidden_act", *WINDOWS)),
+    Family(("gemma",), norm_offset=1.0, scaled_embedding=True, stated=("hidden_act", "hidden_activation")),
+    Family(("gemma2",), SANDWICH, norm_offset=1.0, scaled_embedding=True, stated=GEMMA),
+    Family(("gemma3_text",), SANDWICH, norm_offset=1.0, scaled_embedding=True, head_norms=True, stated=GEMMA),
+    Family(("mixtral",), experts=True, normalised=True, stated=(*EXPERTS, "sliding_window")),
+    Family(("qwen2_moe",), experts=True, stated=(*QWEN_EXPERTS, "layer_types")),
+    Family(("qwen3_moe",), experts=True, head_norms=True, stated=QWEN_EXPERTS),
 )
+
+
+def family_of(model_type: Any) -> Family | None:
+    return next((family for family in FAMILIES if model_type in family.types), None)
 
 
 @dataclass(frozen=True)
@@ -107,7 +127,7 @@ def shape_of(config: Any) -> Shape:
     """
     kind = config.model_type
     asked = f"the native runtime for a {kind} model"
-    family = next((family for family in FAMILIES if kind in family.types), None)
+    family = family_of(kind)
     if family is None:
         known = ", ".join(name for family in FAMILIES for name in family.types)
         raise UnsupportedError(asked, "it does not know this family", f"it knows {known}")
@@ -175,14 +195,29 @@ def _ropes(config: Any, head_dim: int, asked: str) -> tuple[dict[str | None, int
 
 
 def _rope(config: Any, parameters: dict[str, Any], layer_type: str | None, head_dim: int, asked: str) -> Rope:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     kind = parameters["rope_type"]
     if kind not in ROPES:
         raise UnsupportedError(asked, f"rotary embeddings of type {kind!r}", f"one of {', '.join(ROPES)}")
-    if kind == "default":
+    if kind in OWN_ROPES:
         turned = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
         exponents = torch.arange(0, turned, 2, dtype=torch.float) / turned
-        return Rope(1.0 / (parameters["rope_theta"] ** exponents), 1.0)
+        return Rope(_slowed(1.0 / (parameters["rope_theta"] ** exponents), parameters), 1.0)
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, None, layer_type=layer_type)
     return Rope(frequencies.float().contiguous(), float(scale))
+
+
+def _slowed(frequencies: Tensor, parameters: dict[str, Any]) -> Tensor:
+    """Frequencies for a longer context: all divided by ``factor`` (Chen et al. 2023, arXiv:2306.15595), or only those
+    that turn fewer than ``low_freq_factor`` times in the original context, those that turn more than
+    ``high_freq_factor`` times staying as they are, with a line between (Llama 3.1, arXiv:2407.21783)."""
+    if parameters["rope_type"] == "default":
+        return frequencies
+    kept = torch.zeros_like(frequencies)
+    if parameters["rope_type"] == "llama3":
+        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+        turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    slowed: Tensor = frequencies * (kept + (1 - kept) / parameters["factor"])
+    return slowed

@@ -7,18 +7,19 @@ import ctypes as C
 import weakref
 from array import array
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbit import formats
 from fewbit.containers.files import read_json
+from fewbit.containers.shards import weight_files
 from fewbit.decode import structs as S
+from fewbit.decode.configs import config_of
 from fewbit.decode.describe import describe
 from fewbit.decode.families import Shape, shape_of
 from fewbit.decode.ledger import Ledger, Parts
-from fewbit.decode.source import Source, mapped
+from fewbit.decode.source import Pages, Source, mapped
 from fewbit.errors import UnsupportedError
 from fewbit.kernels import native
 
@@ -63,7 +64,7 @@ class NativeEngine:
         """
         if not native.available():
             raise UnsupportedError("the native runtime", native.why_not() or "")
-        shape = shape_of(_config(folder))
+        shape = shape_of(config_of(folder))
         source = open_source(folder, activation)
         return NativeEngine(shape, source, kv, sequences, context, threads)
 
@@ -117,25 +118,17 @@ def _read_bytes(shape: Shape, source: Source) -> int:
     return total
 
 
-def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    read_json(folder / "config.json")  # refuses what is no JSON in our words
-    return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-
-
 def open_source(folder: Path, activation: str | None) -> Source:
     """The arrays of ``folder``: mapped, or, where its names differ from those of transformers' module tree, as
     transformers loads them."""
-    from fewbit.model.folder import weight_files
-
     rounding = None if activation is None else formats.parse(activation)
     quantization = read_json(folder / "config.json").get("quantization_config")
     modules = quantization.get("modules", {}) if isinstance(quantization, dict) else {}
-    tensors = {name: tensor for file in weight_files(folder) for name, tensor in mapped(file).items()}
+    files = [mapped(file) for file in weight_files(folder)]
+    tensors = {name: tensor for _, held in files for name, tensor in held.items()}
     fused = any(".experts." in name and name.endswith(".weight") for name in tensors)
     if fused:
         from fewbit.decode.transformers_engine import load_plain
 
         tensors = load_plain(folder).state_dict()
-    return Source(tensors, modules, rounding)
+    return Source(tensors, modules, rounding, Pages(*(pages for pages, _ in files)))

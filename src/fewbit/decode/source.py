@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes as C
 import mmap
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +32,28 @@ from fewbit.layouts.dense import DENSE, load_params
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def mapped(file: SafetensorsFile) -> dict[str, Tensor]:
-    """Every tensor of a checked file, over a private mapping of it: nothing is read before it is used.
+RELEASED = 1 << 24
+"""Bytes of matrices after whose repacking the pages that they were read from are given back."""
+
+
+class Pages:
+    """The memory of mapped files."""
+
+    def __init__(self, *files: mmap.mmap) -> None:
+        self._files, self._read = files, 0
+
+    def read(self, nbytes: int) -> None:
+        """So much has been read that is not needed again. The system may forget the pages: it finds them in its cache,
+        or in the file, where something is needed after all."""
+        self._read += nbytes
+        if self._read >= RELEASED and sys.platform == "linux":
+            self._read = 0
+            for file in self._files:
+                file.madvise(mmap.MADV_DONTNEED)
+
+
+def mapped(file: SafetensorsFile) -> tuple[mmap.mmap, dict[str, Tensor]]:
+    """A private mapping of a checked file, and its tensors over that: nothing is read before it is used.
 
     Raises:
         InputError: the file cannot be read. CorruptFileError: it has become shorter since it was checked.
@@ -53,7 +74,7 @@ def mapped(file: SafetensorsFile) -> dict[str, Tensor]:
         if entry.begin % entry.dtype.itemsize:
             bytes_of = bytes_of.clone()  # torch wants aligned elements
         tensors[name] = bytes_of.view(entry.dtype).reshape(entry.shape)
-    return tensors
+    return pages, tensors
 
 
 @dataclass
@@ -61,12 +82,14 @@ class Source:
     """A model's arrays by their names in transformers' module tree, and what keeps alive those that structs point to.
 
     * ``modules``: the quantized ones, as in ``quantization_config``. ``rounding``: of inputs, unless a module has its
-      own. ``sizes``: bytes of each matrix that has been asked for, as a product reads them.
+      own. ``pages``: what the arrays lie in. ``sizes``: bytes of each matrix that has been asked for, as a product
+      reads them.
     """
 
     tensors: Mapping[str, Tensor]
     modules: Mapping[str, Mapping[str, Any]]
     rounding: Format | None
+    pages: Pages = field(default_factory=Pages)
     kept: list[Any] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
     _weights: dict[str, S.Weight] = field(default_factory=dict)
@@ -172,8 +195,10 @@ class Source:
             warnings.simplefilter("ignore", RuntimeWarning)  # what it warns of is refused here
             prepared = kernels.prepare(qtensor, activation=activation)
         self.kept.append(prepared)
-        made = tiled(name, prepared)
+        made, parts = tiled(name, prepared)
+        self.kept.append(parts)
         self.sizes[name] = self.sizes.get(name, 0) + prepared.read_bytes
+        self.pages.read(prepared.read_bytes)
         return made
 
 
@@ -186,8 +211,8 @@ def _codes(packed: Tensor, shape: tuple[int, int], format: Format) -> Tensor:
     return codes
 
 
-def tiled(name: str, prepared: PreparedMatrix) -> S.Weight:
-    """The struct of a prepared matrix, which must stay alive.
+def tiled(name: str, prepared: PreparedMatrix) -> tuple[S.Weight, Any]:
+    """The struct of a prepared matrix, and those of its parts; all must stay alive.
 
     Raises:
         UnsupportedError: no native kernel runs it.
@@ -200,15 +225,16 @@ def tiled(name: str, prepared: PreparedMatrix) -> S.Weight:
         if isinstance(prepared.activation, Fixed):
             found = f"it rounds inputs by scales that it finds; these have one, {prepared.activation.name}"
             raise UnsupportedError(asked, found, "the transformers engine runs it")
-        (_, parts), *others = prepared._matrices
-        if others:
-            found = f"{prepared.qtensor().format.name} has tables for groups of rows, each a matrix of its own"
-            raise UnsupportedError(asked, found, "one table for the whole matrix")
-        matrix = S.Matrix(*(value or None if place > 7 else value for place, value in enumerate(parts)))
-        return S.Weight(S.TILED, prepared._isa, 0, 0, *prepared.shape, prepared._x_block, matrix)
+        matrices = [
+            S.Matrix(*(value or None if place > 7 else value for place, value in enumerate(members)))
+            for _, members in prepared._matrices
+        ]
+        parts = (S.Matrix * len(matrices))(*matrices)
+        made = S.Weight(S.TILED, prepared._isa, 0, 0, *prepared.shape, prepared._x_block, parts, len(parts))
+        return made, parts
     if isinstance(prepared, VectorPrepared) and prepared.activation is None:
         vectors = S.Vectors(*(value or None if place > 6 else value for place, value in enumerate(prepared._matrix)))
-        return S.Weight(S.CODEBOOK, prepared._isa, 0, 0, *prepared.shape, 0, S.Matrix(), vectors)
+        return S.Weight(S.CODEBOOK, prepared._isa, 0, 0, *prepared.shape, 0, None, 0, vectors), None
     raise UnsupportedError(asked, f"{prepared.qtensor().format.name} runs on {prepared.kernel}", "a native kernel")
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.containers.files import read_json
+from fewbit.decode.templates import Templates
+from fewbit.decode.tokenizer import open_tokenizer
 from fewbit.errors import InputError
 
 REPLACEMENT = "�"
@@ -93,10 +95,11 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Words:
-    """A tokenizer, the tokens at which its model ends, and its chat template."""
+    """A tokenizer, of transformers or a :class:`fewbit.decode.tokenizer.FileTokenizer`, the tokens at which its model
+    ends, and its chat template."""
 
-    def __init__(self, tokenizer: Any, ends: Iterable[int] = ()) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, ends: Iterable[int] = (), templates: Templates | None = None) -> None:
+        self.tokenizer, self._templates = tokenizer, templates or Templates()
         own = tokenizer.eos_token_id
         self.ends = frozenset(ends) | (frozenset() if own is None else {int(own)})
         self.encode("a")  # switches off truncation that a file may ask for: later, threads only read the tokenizer
@@ -123,26 +126,30 @@ class Words:
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation, up to where the assistant begins to answer.
 
-        The template is a program from the model's folder: transformers runs it in jinja's immutable sandbox.
+        The template is a program from the model's folder: see :mod:`fewbit.decode.templates`.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` each.
 
         Raises:
-            InputError: the folder has no template, or the template refuses the messages.
+            InputError: the folder has no template, or the template refuses the messages or takes too long.
         """
-        if not self.tokenizer.chat_template:
+        found = self.tokenizer.chat_template
+        template = found.get("default") if isinstance(found, dict) else found
+        if not template:
             found = "the model's folder holds none: it was not trained to converse"
             raise InputError("a chat template", found, "plain completions would work, or a model made for chat")
         for message in messages:
             _sound(message["content"])
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:  # whatever a template from a folder may do
-            raise InputError("the chat template", f"it refuses these messages: {error}"[:300]) from error
-        return [int(t) for t in self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        values = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
+        text = self._templates.render(
+            template, {**self.tokenizer.special_tokens_map, **values, "add_generation_prompt": True}
+        )
+        return [int(t) for t in self.tokenizer(_sound(text), add_special_tokens=False, verbose=False)["input_ids"]]
+
+    def close(self) -> None:
+        """End the process that renders templates."""
+        self._templates.close()
 
 
 def words_of(folder: Path) -> Words:
@@ -151,11 +158,14 @@ def words_of(folder: Path) -> Words:
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer
-
     if not any((folder / name).is_file() for name in TOKENIZERS):  # transformers would make up an empty one
         found, works = "the folder holds none", "copy the original's tokenizer files there"
         raise InputError(f"the tokenizer of {folder}", found, works)
+    own = open_tokenizer(folder)
+    if own is not None:
+        return Words(own, ends_of(folder))
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

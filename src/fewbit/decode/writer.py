@@ -55,6 +55,7 @@ class Writer:
         return self._batcher.stream(tokens, sampling)
 
     def close(self) -> None:
+        self.words.close()
         self._batcher.close()
 
     def __enter__(self) -> Writer:

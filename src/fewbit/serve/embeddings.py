@@ -17,7 +17,6 @@ from fewbit.containers import manifest as M
 from fewbit.containers.files import read_json
 from fewbit.decode.text import Words
 from fewbit.errors import InputError, UnsupportedError
-from fewbit.integrations.load import load
 from fewbit.serve.errors import ApiError
 
 MOST_TEXTS = 256
@@ -113,6 +112,8 @@ def embedder(folder: Path, words: Words) -> Embedder:
         InputError: there is none that transformers can load.
     """
     from transformers import AutoModel, AutoModelForCausalLM
+
+    from fewbit.integrations.load import load
 
     try:
         if (folder / M.NAME).is_file():

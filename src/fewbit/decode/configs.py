@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder's configuration. Where ``config.json`` states all that :func:`fewbit.decode.families.shape_of` asks for, as
+what transformers writes does, it is taken as it is; else transformers fills in its defaults, which takes seconds to
+import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fewbit.containers.files import read_json
+from fewbit.decode.families import OWN_ROPES, family_of
+
+COUNTS = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "num_hidden_layers",
+)
+EXPERTS = ("num_local_experts", "num_experts")
+DTYPES = (None, "float32", "bfloat16", "float16")
+
+
+def config_of(folder: Path) -> Any:
+    """An object with the configuration's values as attributes. Code that the folder may bring is never run.
+
+    Raises:
+        InputError, CorruptFileError: it is absent, no JSON, or transformers refuses it.
+    """
+    found = read_json(folder / "config.json")
+    if _whole(found):
+        return SimpleNamespace(**{**found, "dtype": found.get("dtype", found.get("torch_dtype"))})
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def _whole(found: dict[str, Any]) -> bool:
+    """Whether nothing is left to defaults, and everything is of the type that it must have."""
+    family = family_of(found.get("model_type"))
+    if family is None or any(name not in found for name in family.stated):
+        return False
+    layers, epsilon = found.get("layer_types"), found.get("rms_norm_eps")
+    return (
+        all(type(found.get(name)) is int and found[name] > 0 for name in COUNTS)
+        and type(epsilon) is float
+        and found.get("dtype", found.get("torch_dtype")) in DTYPES
+        and (layers is None or (isinstance(layers, list) and len(layers) == found["num_hidden_layers"]))
+        and (not found.get("sliding_window") or found.get("use_sliding_window", True) is True)
+        and (not family.experts or any(type(found.get(name)) is int for name in EXPERTS))
+        and _whole_ropes(found.get("rope_parameters"))
+    )
+
+
+def _whole_ropes(found: Any) -> bool:
+    if not isinstance(found, dict) or not found:
+        return False
+    each = [found] if "rope_type" in found else list(found.values())
+    return all(
+        isinstance(rope, dict)
+        and rope.get("rope_type") in OWN_ROPES
+        and all(type(rope.get(name)) in (int, float) and rope[name] > 0 for name in OWN_ROPES[rope["rope_type"]])
+        for rope in each
+    )

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tokenizer that ``tokenizer.json`` alone describes, without transformers, whose import takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fewbit.containers.files import LARGEST_JSON, read_json, size_of
+
+CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Classes of transformers that take ``tokenizer.json`` as it is; others build theirs from parts of it."""
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CHANGING = ("add_bos_token", "add_eos_token", "split_special_tokens", "added_tokens_decoder", "fix_mistral_regex")
+"""Settings beside the file by which transformers would change what it says."""
+TEMPLATE = "chat_template.jinja"
+
+
+class FileTokenizer:
+    """As much of a tokenizer of transformers as is used here, by the same names."""
+
+    def __init__(self, tokenizer: Any, config: dict[str, Any], template: str | None) -> None:
+        """``tokenizer``: of the package tokenizers. ``config``: what ``tokenizer_config.json`` holds."""
+        self._tokenizer = tokenizer
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.chat_template = template
+        self.special_tokens_map = {name: config[name] for name in NAMED if config.get(name) is not None}
+        self.model_max_length = config.get("model_max_length") or 0
+        end = self.special_tokens_map.get("eos_token")
+        self.eos_token_id = None if end is None else tokenizer.token_to_id(end)
+
+    def __len__(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = False) -> dict[str, list[int]]:
+        return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
+
+    def decode(
+        self, tokens: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+
+
+def open_tokenizer(folder: Path) -> FileTokenizer | None:
+    """The tokenizer in ``folder``; None where it takes transformers to read it.
+
+    Raises:
+        InputError, CorruptFileError: a file is no JSON object.
+    """
+    file, beside = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not (file.is_file() and beside.is_file()) or (folder / "special_tokens_map.json").is_file():
+        return None
+    config = read_json(beside)
+    template = config.get("chat_template")
+    if (folder / TEMPLATE).is_file():
+        template = (folder / TEMPLATE).read_text(encoding="utf-8")
+    several = (folder / "additional_chat_templates").is_dir()
+    if several or not isinstance(template, str | None) or not _plain(config) or size_of(file) > LARGEST_JSON:
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception:  # whatever is wrong with it, transformers says it
+        return None
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    if tokenizer.post_processor is None or not special.issuperset(_special(config)):
+        return None
+    return FileTokenizer(tokenizer, config, template)
+
+
+def _plain(config: dict[str, Any]) -> bool:
+    """Whether transformers would use what ``tokenizer.json`` describes without adding to it."""
+    if config.get("tokenizer_class") not in CLASSES or any(name in config for name in CHANGING):
+        return False
+    return all(isinstance(token, str) for token in _special(config))
+
+
+def _special(config: dict[str, Any]) -> list[Any]:
+    """Tokens that are to stand for no text; anything that is no text is no token."""
+    extra = config.get("extra_special_tokens", config.get("additional_special_tokens")) or []
+    named = [config[name] for name in NAMED if config.get(name) is not None]
+    return [*named, *extra] if isinstance(extra, list) else [None]
