@@ -47,7 +47,7 @@ void rewrite_token(const Steps& steps, const fewbit_rewrite* rewrites, int64_t c
   }
 }
 
-bool well_formed(const fewbit_rewrite& step, int64_t columns) {
+bool sensible(const fewbit_rewrite& step, int64_t columns) {
   if (!step.factor || step.block < 1 || (step.block & (step.block - 1)) || columns % step.block) return false;
   return step.order == 1 || (step.order > 1 && step.matrix && columns / step.block == step.order);
 }
@@ -131,7 +131,7 @@ bool has_parts(const fewbit_weight& w) {
 bool has_shape(const fewbit_weight& w, int64_t rows, int64_t columns, bool may_be_absent) {
   if (w.kind == FEWBIT_ABSENT) return may_be_absent;
   for (int64_t i = 0; i < w.rewrites; i++)
-    if (!well_formed(w.rewrite[i], columns)) return false;
+    if (!sensible(w.rewrite[i], columns)) return false;
   if (w.rows != rows || w.columns != columns) return false;
   switch (w.kind) {
     case FEWBIT_TILED: return has_parts(w);
@@ -150,7 +150,7 @@ extern "C" int fewbit_rewrite_tokens(const fewbit_rewrite* rewrites, int64_t cou
   if (!steps || !rewrites || count < 1 || !x || !out || tokens < 0 || columns < 1 || threads < 1)
     return FEWBIT_BAD_ARGUMENT;
   for (int64_t i = 0; i < count; i++)
-    if (!well_formed(rewrites[i], columns)) return FEWBIT_BAD_ARGUMENT;
+    if (!sensible(rewrites[i], columns)) return FEWBIT_BAD_ARGUMENT;
   const int64_t few = 8, units = ceil_div(tokens, few);
   spread(units, tokens < few ? 1 : thread_count(threads), [&](int64_t unit) {
     std::vector<float> spare(static_cast<size_t>(columns));

@@ -197,6 +197,8 @@ def _check_terms(site: Site, rule: Rule) -> None:
     works = "give this layer a rule that keeps none, e.g. with options outliers=0, sensitive=0"
     if site.experts > 1:
         raise UnsupportedError(asked, "fused experts are one matrix each", works)
+    if tunings := rule.tunings():
+        raise UnsupportedError(asked, f"{tunings[0].name} tunes layers that are one matrix", works)
     if rule.activation is not None:
         raise UnsupportedError(asked, f"what is kept apart would miss the rounding to {rule.activation}", works)
 
