@@ -48,8 +48,8 @@ def importance(method: str, weight: Tensor, format: Format, facts: Facts) -> Ten
 
 
 def fitted(weight: Tensor, format: Format, worth: Tensor | None) -> QTensor:
-    """Nearest values of the levels of least ``sum worth (w - w_hat)^2``; ``worth`` (rows, columns) or None for ones.
-    That is the least there is, but for the rounding of levels to float16."""
+    """Nearest of the levels of least ``sum worth (w - w_hat)^2``; ``worth`` (rows, columns), or None for ones. No
+    levels do better, but for the rounding of these to float16."""
     weight = weight.float()
     format = format.bind(weight)
     params = F.fit(format, weight, worth)
