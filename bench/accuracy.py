@@ -67,14 +67,14 @@ def choice(text: str) -> str:
     return text
 
 
-def settings(text: str, iters: int) -> dict[str, Any]:
-    """Keywords of :func:`fewbit.quantize` for the row ``text``."""
+def settings(text: str, steps: dict[str, float]) -> dict[str, Any]:
+    """Keywords of :func:`fewbit.quantize` for the row ``text``, its tunings with the options ``steps``."""
     name, *tune = text.split(" > ")
     transforms, method, options = METHODS[name]
     if methods.named(method).tuning:
-        options = {**options, "iters": iters}
-    steps = [{"name": one, "iters": iters} for one in tune]
-    return {"method": method, "options": options, "transforms": transforms, "tune": steps}
+        options = {**options, **steps}
+    tunes = [{"name": one, **steps} for one in tune]
+    return {"method": method, "options": options, "transforms": transforms, "tune": tunes}
 
 
 def decoded(streamed: StreamedModel, folder: Path, manifest: dict[str, Any]) -> list[Solved]:
@@ -104,20 +104,18 @@ def logits(module: nn.Module, ids: Tensor) -> Tensor:
 
 def quantized(arguments: argparse.Namespace, format: str, name: str, out: Path) -> float:
     """Quantize into ``out``; seconds."""
-    transforms, method, options = METHODS[name]
     began = time.monotonic()
     fewbit.quantize(
         arguments.model,
         format,
-        method=method,
-        options=options,
-        transforms=transforms,
+        **settings(name, {"iters": arguments.iters, "relative": arguments.relative}),
         out=out,
         calibration=arguments.calibration,
         facts=arguments.facts,
         samples=arguments.samples,
         context=arguments.context,
         head=arguments.head,
+        device=arguments.device,
         force=True,
     )
     return time.monotonic() - began
@@ -198,6 +196,7 @@ def main() -> None:
     sizes = [f"int{bits}/g{group}/asym" for group in (128, 64) for bits in (8, 4, 3, 2)]
     parser.add_argument("--formats", nargs="+", default=sizes)
     parser.add_argument("--methods", nargs="+", default=list(USUAL), type=choice, help="rows")
+    parser.add_argument("--relative", type=float, default=1.0, help="option of tunings; 0 is plain mean square")
     parser.add_argument("--device", default="cpu", help="where blocks are tuned: cpu or cuda")
     parser.add_argument("--iters", type=int, default=200, help="steps of tunings")
     parser.add_argument("--json", type=Path)

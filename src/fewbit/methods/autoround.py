@@ -30,6 +30,7 @@ from fewbit.core.facts import Facts
 from fewbit.core.format import Format, Params
 from fewbit.core.qtensor import QTensor
 from fewbit.core.tuning import Learnable, Values
+from fewbit.errors import UnsupportedError
 from fewbit.methods import objective
 
 _NEAR = 0.49
@@ -39,8 +40,14 @@ MANY, FEW_BITS = 1000, 3
 
 
 def autoround(weight: Tensor, format: Format, facts: Facts, **options: float) -> QTensor:
-    """Rounding to nearest, from which rounding and ranges are learned on the output of the whole block."""
+    """Rounding to nearest, from which rounding and ranges are learned on the output of the whole block.
+
+    Raises:
+        InputError: the weight cannot be used. UnsupportedError: nothing of ``format`` can be learned.
+    """
     objective.check("autoround", weight, format)
+    if (reason := refuse(format)) is not None:
+        raise UnsupportedError(f"autoround to {format.name}", reason, "int3/g64/asym and the like have even grids")
     weight = weight.float()
     bound = format.bind(weight)
     params = F.fit(bound, weight)
