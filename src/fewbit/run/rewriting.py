@@ -11,6 +11,7 @@ from torch import nn
 
 from fewbit.core.format import Format
 from fewbit.core.rewrite import Chain
+from fewbit.kernels import Rewriting
 from fewbit.kernels.reference import round_activations
 from fewbit.model.stream import StreamedModel
 from fewbit.run.solve import Solved
@@ -34,7 +35,9 @@ def as_run(model: StreamedModel, solved: Iterable[Solved]) -> Iterator[None]:
 
 
 def _inputs(rewrite: Chain, activation: Format | None) -> Any:
+    rewriting = Rewriting(rewrite)
+
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (round_activations(rewrite.apply(arguments[0]), activation), *arguments[1:])
+        return (round_activations(rewriting(arguments[0]), activation), *arguments[1:])
 
     return hook
