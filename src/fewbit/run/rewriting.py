@@ -12,6 +12,7 @@ from torch import nn
 from fewbit.core.format import Format
 from fewbit.core.rewrite import Chain
 from fewbit.formats.fixed import Fixed
+from fewbit.kernels import Rewriting
 from fewbit.kernels.reference import round_activations
 from fewbit.model.stream import StreamedModel
 from fewbit.run.solve import Solved
@@ -38,8 +39,9 @@ def as_run(model: StreamedModel, solved: Iterable[Solved]) -> Iterator[None]:
 def _inputs(rewrite: Chain, activation: Format | None) -> Any:
     if isinstance(activation, Fixed) and not activation.bound:
         activation = None  # calibration is about to look at what is then rounded
+    rewriting = Rewriting(rewrite)
 
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (round_activations(rewrite.apply(arguments[0]), activation), *arguments[1:])
+        return (round_activations(rewriting(arguments[0]), activation), *arguments[1:])
 
     return hook
