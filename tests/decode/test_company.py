@@ -25,7 +25,10 @@ FORMATS = {
         ("sign/g32", "int2/g32/asym", "int3/g32", "int4/g32/asym", "int5/g32", "int6/g32", "int7/channel"),
         ("int8/g32", "ternary/g32", "nf4/g32", "palette1", "palette2", "palette3/rows16", "mxfp4"),
     ),
-    "float inputs": (("vector4x6", "int4/g8", "palette8", "int4/g32x8/asym/s6", "pot5/g64", "float", "vector6x6"),) * 2,
+    "float inputs": (
+        ("vector4x6", "int4/g8", "palette8", "int4/g32x8/asym/s6", "pot5/g64", "int8/g16", "int2/g8"),
+        ("float",) * len(SITES),
+    ),
 }
 """Of the sites of either block, by what their kernels take."""
 STEPS = 3

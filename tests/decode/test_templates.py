@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +77,18 @@ def test_a_template_that_takes_too_much_is_refused_and_others_go_on(
         templates.render(template, {"messages": MESSAGES})
     assert time.monotonic() - began < 60
     assert templates.render("{{ messages | length }}", {"messages": MESSAGES}) == "3"
+
+
+def test_the_process_is_told_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWBIT_TOKEN", "secret")
+    templates = Templates()
+    templates.render("x", {})
+    assert templates._process is not None
+    environment = Path(f"/proc/{templates._process.pid}/environ")
+    if not environment.is_file():
+        pytest.skip("no /proc here")
+    assert b"PATH=" in environment.read_bytes() and b"secret" not in environment.read_bytes()
+    templates.close()
 
 
 def test_where_the_system_has_no_timer_the_clock_ends_it() -> None:
