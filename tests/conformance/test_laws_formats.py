@@ -156,7 +156,8 @@ def fits(method: Method, format: Format) -> bool:
 def test_law_1_of_every_method(name: str, method: Method) -> None:
     if not fits(method, formats.parse(name)):
         return
-    for shape in SHAPES:
+    slow = formats.parse(name).best_fit and formats.parse(name).bits > 4  # exact tables of many levels
+    for shape in SHAPES[:2] if slow else SHAPES:
         weight = normal(*shape, seed=sum(shape))
         tensor = matrix(method(weight, formats.parse(name), facts_of(shape[1], rows=shape[0])))
         codes, params = tensor.logical()
