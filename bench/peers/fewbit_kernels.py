@@ -41,13 +41,13 @@ def random(format: Format, shape: tuple[int, int]) -> QTensor:
 def _kernel(format: Format, activation: Format | None, isa: str | None, shape: tuple[int, int]) -> str:
     """The best row, on ``isa`` where that is given."""
     wanted = {isa, INTEGERS.get(str(isa))}
-    taken = [row for row in kernels.KERNELS if row.refuse(format, shape, activation) is None]
-    found = [row for row in taken if isa is None or row.isa in wanted]
-    if not found:
-        raise Unavailable(f"no row of {isa}; its best row is {taken[0].name}")
-    if activation and not found[0].integers:
-        raise Unavailable(f"no row multiplies it by {activation.name} as integers; {found[0].name} would round x first")
-    return found[0].name
+    taken = [row.name for row in kernels.KERNELS if row.isa in wanted and row.refuse(format, shape, activation) is None]
+    if isa and not taken:
+        raise Unavailable(f"no row of {isa} runs it")
+    name = taken[0] if isa else kernels.choose(format, shape, activation=activation).name
+    if activation and not kernels.table.named(name).integers:
+        raise Unavailable(f"no row multiplies it by {activation.name} as integers; {name} would round x first")
+    return name
 
 
 def prepare(

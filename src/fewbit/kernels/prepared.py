@@ -212,6 +212,7 @@ class NativePrepared(Addressed, PreparedMatrix):
             tables = physical.table.reshape(-1, physical.table.shape[-1])[:: format.group_rows or self.shape[0]]
             self._table = torch.nn.functional.pad(tables, (0, 2**format.bits - tables.shape[1])).contiguous()
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
+        self._by_sums = kernel.name == "affine_linear_avx512" and format.bits == 1  # that is faster than decoding
         self._as_bfloat16 = kernel.name == "int24_linear_avx512vnni" and "avx512bf16" in native.isas()
         self._grid = (0.0, 0)  # scale and zero that all activations have; none
         self._addend: Tensor | None = None
@@ -219,7 +220,7 @@ class NativePrepared(Addressed, PreparedMatrix):
             self._grid = (activation.scale, activation.zero)
             if activation.zero != CENTRE:
                 self._addend = activation.scale * (CENTRE - activation.zero) * reference.row_sums(qtensor).float()
-        self.company = (self._isa, self._x_block, activation)
+        self.company = (self._isa, self._x_block, activation, self._by_sums)
 
     @cached_property
     def _matrices(self) -> tuple[tuple[int, native.Matrix], ...]:
@@ -342,7 +343,7 @@ def _run_native(
     ys: list[Tensor] = []
     tokens = x.numel() // columns
     x_block, isa = first._route(x.dtype, tokens)
-    if tokens >= DECODED and not x_block:
+    if tokens >= DECODED and not x_block and not first._by_sums:
         for matrix, bias in pairs:
             ys.append(multiply_decoded(matrix, x, bias).to(dtype).reshape(*leading, matrix.shape[0]))
         return ys

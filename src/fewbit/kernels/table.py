@@ -70,6 +70,12 @@ class Kernel:
         """The family of weights that it runs: "affine", "lut" or "vector"."""
         return WEIGHTS.get(str(self.family), self.family)
 
+    def outdone(self, format: Format) -> str | None:
+        """None, or why a later row is the better choice for ``format``, though this one runs it."""
+        if self.name == "int24_linear_avx512vnni" and format.bits == 1:
+            return "affine_linear_avx512 is faster at 1 bit, as it looks up sums of activations"
+        return None
+
     def refuse(self, format: Format, shape: Shape, activation: Format | None = None) -> str | None:
         """None, or the reason why this row cannot run ``format`` of this ``shape`` (rows, columns) on this machine.
 
@@ -269,7 +275,7 @@ def choose(format: Format, shape: Shape, kernel: str | None = None, activation: 
         activation = activation.inner  # what stays float runs on a row of float products, beside this one
     reasons: dict[str, str] = {}
     for row in KERNELS if kernel is None else (named(kernel),):
-        reason = row.refuse(format, shape, activation)
+        reason = row.refuse(format, shape, activation) or (row.outdone(format) if kernel is None else None)
         if reason is None:
             return Choice(row.name, row.isa, reasons)
         reasons[row.name] = reason
