@@ -118,8 +118,15 @@ class Scales(Learnable):
         return QTensor.of(self._format, self._codes, params, self._rows)
 
     def _lost(self, params: Params) -> Tensor:
-        """(rows, blocks, 1): blocks in which some code does not come back from its value."""
-        size = self._format.block // self._format.dim
+        """(rows, blocks, 1): blocks in which some code, used or not where there are few, does not come back from its
+        value."""
+        format, size = self._format, self._format.block // self._format.dim
+        if format.dim == format.height == 1:
+            codes = B.split(self._codes, size)
+            if format.levels <= codes.shape[-1]:
+                every = torch.arange(format.levels, dtype=codes.dtype, device=codes.device)
+                codes = every.expand(*codes.shape[:2], format.levels)
+            return (format.encode(format.decode(codes, params), params) != codes).any(-1, keepdim=True)
         again = F.encode(self._format, F.decode(self._format, self._codes, params), params)
         return (B.split(again, size) != B.split(self._codes, size)).any(-1, keepdim=True)
 
