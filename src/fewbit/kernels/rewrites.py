@@ -35,11 +35,11 @@ class Rewriting:
         if not self._mixes or not known or not x.numel() or wants_gradients(x) or not native.available():
             return self.chain.apply(x)
         flat = x.float().reshape(-1, x.shape[-1]).contiguous()
-        out = torch.empty_like(flat)
+        out, (tokens, columns) = torch.empty_like(flat), flat.shape
         steps = tuple(
             (factor.data_ptr(), block, 0 if matrix is None else matrix.data_ptr(), order)
             for factor, block, matrix, order in self._steps
         )
         isa, threads = native.FLAGS[native.isas()[0]], torch.get_num_threads()
-        native.core().rewrite(steps, flat.data_ptr(), *flat.shape, out.data_ptr(), isa, threads)
+        native.core().rewrite(steps, flat.data_ptr(), tokens, columns, out.data_ptr(), isa, threads)
         return out.reshape(x.shape)
