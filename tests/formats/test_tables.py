@@ -89,8 +89,9 @@ def test_error_of_normal_weights(name: str, known: float) -> None:
 def test_finer_formats_lose_less() -> None:
     """Each pair differs in one thing that can only help on normal weights."""
     weight = normal(256, 512, seed=2)
-    error = {name: mean_square_error(name, weight) for name in formats.EXAMPLES}
-    error |= {name: mean_square_error(name, weight) for name in ("int4/g32/asym", "int4/g64/sym", "pot4/g64")}
+    pairs = "nf4/g64 nf4/channel int4/g64/sym nvfp4 mxfp4 ternary/g128 sign/g128 int5/g32x8/asym/s6 int4/g32x8/asym/s6"
+    names = [*pairs.split(), "int4/g32/asym", "int4/g128/asym", "fp4/g64", "pot4/g64"]
+    error = {name: mean_square_error(name, weight) for name in names}
     assert error["nf4/g64"] < error["nf4/channel"]
     assert error["nf4/g64"] < error["int4/g64/sym"]
     assert error["nvfp4"] < error["mxfp4"]
