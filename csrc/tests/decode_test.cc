@@ -227,7 +227,10 @@ void check_attention(const Steps& steps, int32_t kv, int64_t dim, int64_t length
 void check_steps(const Steps& steps) {
   for (int64_t count : {1, 7, 16, 31, 97, 576}) check_norm(steps, count), check_functions(steps, count);
   for (int64_t pairs : {1, 4, 33}) check_turns(steps, pairs);
-  for (int64_t block : {1, 2, 8, 64}) check_hadamard(steps, block), check_mix(steps, 12, block), check_mix(steps, 7, block);
+  for (int64_t block : {1, 2, 8, 64}) {
+    check_hadamard(steps, block);
+    for (int64_t order : {12, 7}) check_mix(steps, order, block);
+  }
   for (int32_t dtype = FEWBIT_FLOAT32; dtype <= FEWBIT_FLOAT16; dtype++)
     for (int64_t columns : {1, 7, 31, 33, 97}) check_dense(steps, dtype, 13, columns, 6);
   for (int32_t kv = FEWBIT_FLOAT32; kv <= FEWBIT_KV_INT4; kv++)

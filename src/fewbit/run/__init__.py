@@ -78,11 +78,11 @@ def quantize(
         calibration: a .txt or .jsonl file; bundled text when None.
         facts: a folder of :func:`fewbit.collect` to use instead: layers are solved on what the float model shows.
         samples, context, seed: windows, tokens in each, and what they are drawn with.
-        calibration_dtype: of the matrix products that calibration runs through the blocks; "auto" takes bfloat16 where
-            the processor multiplies it natively. Statistics, solving and checking are float32 or wider.
+        calibration_dtype: of the products that calibration runs through blocks; "auto" takes bfloat16 where the
+            processor multiplies it. Statistics, solving and checking are float32 or wider.
         threads, device: how many (any number gives the same bytes, None takes torch's); where blocks are tuned.
-        head: format of the embedding and the head, or ``"float"``.
-        force: accept below 3 bits without data, replace ``out``, and accept a broken result.
+        head, force: format of embedding and head, or "float"; whether less than 3 bits without data, an ``out`` that
+            exists, and a broken result are accepted.
 
     Raises:
         FewbitError: see :mod:`fewbit.errors`. A stopped run's work is in ``OUT.partial``; the same call goes on.
@@ -90,17 +90,14 @@ def quantize(
     chosen, target, tell = _recipe(recipe, method, head, options, transforms, tune), Path(out), progress or O.silent
     with O.source(model, tokenizer, target) as path:
         streamed = StreamedModel.open(checkpoint := open_checkpoint(path), _preparation(chosen, seed))
-        planned = _planned(checkpoint, streamed, chosen, samples * context, force, tell)
-        _check(planned, device, facts)
+        planned = _checked(_planned(checkpoint, streamed, chosen, samples * context, force, tell), device, facts)
         words, products = checkpoint.tokenizer(), O.products(calibration_dtype)
         data = _calibration(checkpoint, words, chosen, calibration, samples, context, seed, tell)
-        kept = None if facts is None else _kept(facts, checkpoint, planned, data if calibration else None)
-        data = None if kept else data
+        kept, data = _kept(facts, checkpoint, planned, data, calibration is not None)
         fingerprint = _fingerprint(checkpoint, chosen, data, seed, products, kept) | {"device": device}
         if (finished := _finished(target, fingerprint, tell)) is not None:
             return finished
-        folder = O.open_folder(target, force)
-        journal = Journal.open(folder / STATE / "journal.json", fingerprint)
+        journal = Journal.open((folder := O.open_folder(target, force)) / STATE / "journal.json", fingerprint)
         probe = calibrate.probe(words, PROBE[0], min(PROBE[1], O.longest(checkpoint)))
         with workers(threads) as pool:
             prepared = _learned(chosen, streamed, planned, data, folder, pool, tell, seed)
@@ -142,20 +139,24 @@ def _planned(
     return planned
 
 
-def _kept(facts: str | Path, checkpoint: Checkpoint, planned: Plan, data: Calibration | None) -> KeptFacts:
-    """The facts in the folder ``facts``, checked: of this model, of ``data`` where that was named, and all that the
-    plan needs."""
+def _kept(
+    facts: str | Path | None, checkpoint: Checkpoint, planned: Plan, data: Calibration | None, named: bool
+) -> tuple[KeptFacts | None, Calibration | None]:
+    """The facts in the folder ``facts``, checked: of this model, of ``data`` where that was ``named``, and all that the
+    plan needs; or, where there is no such folder, ``data``."""
+    if facts is None:
+        return None, data
     kept = KeptFacts.read(facts)
-    kept.check(O.model_hashes(checkpoint), data.sha256 if data else None)
+    kept.check(O.model_hashes(checkpoint), data.sha256 if data and named else None)
     for decision in planned.decisions:
         if decision.rule is not None and decision.site.block is not None:
             kept.require(decision.site.name, decision.rule.needs)
             kept.require(decision.site.name, methods.named(decision.rule.method).needs)
-    return kept
+    return kept, None
 
 
-def _check(planned: Plan, device: str, facts: str | Path | None) -> None:
-    """Refuse a device that is not there, and to tune blocks without the text.
+def _checked(planned: Plan, device: str, facts: str | Path | None) -> Plan:
+    """``planned``, where its device is there, and there is text where blocks are tuned.
 
     Raises:
         SpecError: what cannot be.
@@ -166,6 +167,7 @@ def _check(planned: Plan, device: str, facts: str | Path | None) -> None:
     if facts is not None and tuned is not None:
         found = "tuning runs the text through every block, and facts hold none"
         raise SpecError(f"tuning {tuned} from facts", found, "leave out the facts, or the tuning")
+    return planned
 
 
 def _recipe(
