@@ -241,11 +241,11 @@ def test_another_fewbit_of_the_same_version_does_not_continue(
     short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fewbit.errors import QualityError
-    from fewbit.run import ending
+    from fewbit.run import ending, opening
 
     monkeypatch.setattr(ending, "MOST_KL", -1.0)  # leaves a finished journal behind
     with pytest.raises(QualityError):
         short(tmp_path / "out")
-    monkeypatch.setattr(fewbit.run, "_code", lambda: "other")
+    monkeypatch.setattr(opening, "code_hash", lambda: "other")
     with pytest.raises(ResumeError, match="code was"):
         short(tmp_path / "out")
