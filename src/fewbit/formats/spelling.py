@@ -115,7 +115,7 @@ EXAMPLES: tuple[str, ...] = (
     "sign/channel",
     "ternary/g128",
     "ternary/g256",
-    *(f"palette{width}" for width in (1, 2, 4, 8)),
+    *(f"palette{width}" for width in (1, 2, 4)),
     "palette3/rows16",
     "palette6/rows16",
     "palette4/row",
