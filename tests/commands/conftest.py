@@ -22,7 +22,7 @@ def command() -> Command:
     """``command("plan", model, ...)`` runs fewbit in this process; ``.stdout`` and ``.stderr`` are apart."""
 
     def run(*arguments: object) -> Result:
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": None})
 
     return run
 

@@ -170,7 +170,7 @@ class Signed(Rewrite):
     def factors(self) -> Tensor:
         """The signs, each over sqrt(k): float64 (columns,)."""
         with torch.inference_mode(False):  # may later be used where gradients are taken
-            bits = (self.signs.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+            bits = (self.signs.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=self.signs.device)) & 1
             signs: Tensor = 1 - 2 * bits.reshape(-1)[: self.columns].double()
             return signs / math.sqrt(self.block * self.order)
 

@@ -41,6 +41,5 @@ class Rewriting:
             for factor, block, matrix, order in self._steps
         )
         isa, threads = native.FLAGS[native.isas()[0]], torch.get_num_threads()
-        tokens, columns = flat.shape
         native.core().rewrite(steps, flat.data_ptr(), tokens, columns, out.data_ptr(), isa, threads)
         return out.reshape(x.shape)
