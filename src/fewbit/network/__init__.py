@@ -75,6 +75,9 @@ def quantize(
         UnsupportedError: a layer cannot be done as asked.
     """
     chosen = Recipe.simple(recipe, method, FLOAT, options, transforms) if isinstance(recipe, str) else recipe
+    if chosen.model is not None:
+        found = "it rotates the residual stream of a language model"
+        raise UnsupportedError(f"{chosen.model.name} of a network", found, "transforms of layers")
     made, batches = copy.deepcopy(network).eval(), list(inputs)
     folded = fold_norms(made, batches[0]) if fold and batches else {}
     rules, skipped = _decide(made, chosen, bool(batches))
@@ -92,7 +95,7 @@ def quantize(
         if correct_bias:
             _correct(layer, item, wanted[name].mean)
         layers.append({**record, "bias": layer.bias is not None})
-        _put(made, name, _layer(layer, item, record["activation"]))
+        made.set_submodule(name, _layer(layer, item, record["activation"]))
     return Quantized(made, chosen, layers, skipped, folded, seed, len(batches))
 
 
@@ -118,9 +121,7 @@ def _decide(network: nn.Module, recipe: Recipe, ran: bool) -> tuple[dict[str, Ru
         elif rule is None or rule.format == FLOAT:
             reason = "the recipe keeps it in float" if rule else "no rule of the recipe matches it"
         else:
-            if kind == "conv2d" and rule.transforms:
-                found = "inputs of convolutions are not rewritten at run time"
-                raise UnsupportedError(f"transforms for {name}", found, "give convolutions a rule without transforms")
+            _check(name, kind, rule)
             rules[name] = rule
             continue
         own = list(module.parameters(recurse=False))
@@ -129,6 +130,19 @@ def _decide(network: nn.Module, recipe: Recipe, ran: bool) -> tuple[dict[str, Ru
     if not rules:
         raise SpecError("quantizing a network", "every layer would stay in float", "give a rule with a format")
     return rules, skipped
+
+
+def _check(name: str, kind: str, rule: Rule) -> None:
+    """Refuse what is asked of a layer that only a language model's blocks can have, or that its kind cannot."""
+    if kind == "conv2d" and rule.transforms:
+        found = "inputs of convolutions are not rewritten at run time"
+        raise UnsupportedError(f"transforms for {name}", found, "give convolutions a rule without transforms")
+    if tunings := rule.tunings():
+        found = "a tuning compares the outputs of a language model's blocks"
+        raise UnsupportedError(f"tuning {tunings[0].name} for {name}", found, "gptq, with correct_bias=True")
+    if methods.named(rule.method).needs == "fisher":
+        found = "the Fisher diagonal is collected of language models only"
+        raise UnsupportedError(f"method {rule.method} for {name}", found, "clip or gptq, of the same formats")
 
 
 def _need_data(rules: dict[str, Rule], correct_bias: bool, batches: list[Batch]) -> None:
@@ -198,8 +212,3 @@ def _layer(layer: nn.Module, item: Solved, activation: str | None) -> nn.Module:
     for name, array in item.rewrite.arrays.items():
         getattr(made, f"input_{name}").copy_(array)
     return made.eval()
-
-
-def _put(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(network.get_submodule(parent), leaf, module)

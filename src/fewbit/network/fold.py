@@ -61,7 +61,7 @@ def unfolded(network: nn.Module, pairs: dict[str, str]) -> None:
         assert isinstance(module, LAYERS)
         if module.bias is None:
             module.bias = nn.Parameter(torch.zeros(len(module.weight)))
-        _replace(network, norm, nn.Identity())
+        network.set_submodule(norm, nn.Identity())
 
 
 def distance(found: Any, expected: Any) -> float:
@@ -135,9 +135,4 @@ def _fold(network: nn.Module, name: str, before: str) -> None:
     dtype = layer.weight.dtype
     layer.weight.copy_(layer.weight.double() * gain.reshape(-1, *[1] * (layer.weight.dim() - 1)))
     layer.bias = nn.Parameter(shift.to(dtype))
-    _replace(network, name, nn.Identity())
-
-
-def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(network.get_submodule(parent), leaf, module)
+    network.set_submodule(name, nn.Identity())

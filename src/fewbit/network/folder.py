@@ -107,7 +107,6 @@ def load(folder: str | Path, network: nn.Module, check: bool = True) -> nn.Modul
 
 
 def _replace(network: nn.Module, record: dict[str, Any]) -> None:
-    parent, _, leaf = record["name"].rpartition(".")
     old = network.get_submodule(record["name"])
     shape = tuple(record["shape"])
     if not isinstance(old, (nn.Conv2d, nn.Linear)) or shape != (len(old.weight), old.weight[0].numel()):
@@ -119,4 +118,4 @@ def _replace(network: nn.Module, record: dict[str, Any]) -> None:
     else:
         kinds = [step["kind"] for step in record["rewrites"]]
         new = QuantLinear(plain, bias, activation, kinds)
-    setattr(network.get_submodule(parent), leaf, new)
+    network.set_submodule(record["name"], new)
