@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.errors import InputError, SpecError
+from fewbit.core.rows import find
+from fewbit.errors import InputError
 
 BINS = 4096
 """Most bins from the least number, or 0, to the largest, or 0; whatever the range, at least half as many."""
@@ -275,6 +276,4 @@ def named(name: str) -> Observer:
     Raises:
         SpecError: there is none.
     """
-    if name not in NAMES:
-        raise SpecError(f"observer {name!r}", "no such observer", f"observers are {', '.join(NAMES)}")
-    return OBSERVERS[NAMES.index(name)]
+    return find(OBSERVERS, name, "observer")

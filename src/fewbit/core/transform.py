@@ -13,7 +13,7 @@ from torch import Tensor
 from fewbit.core.facts import Facts, Need
 from fewbit.core.format import Format
 from fewbit.core.rewrite import STEPS, Step
-from fewbit.errors import SpecError
+from fewbit.core.rows import check_options
 
 
 def _takes_all(columns: int) -> str | None:
@@ -58,7 +58,7 @@ class Transform:
         Raises:
             SpecError: with what would work.
         """
-        _check(f"transform {self.name}", self.options, self.limits, options)
+        check_options(f"transform {self.name}", self.options, self.limits, options)
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,7 @@ class ModelTransform:
 
     def check(self, options: Mapping[str, Any]) -> None:
         """As :meth:`Transform.check`."""
-        _check(f"model transform {self.name}", self.options, self.limits, options)
-
-
-def _check(
-    what: str, known: Mapping[str, float], limits: Mapping[str, tuple[float, float]], given: Mapping[str, Any]
-) -> None:
-    for name, value in given.items():
-        if name not in known:
-            works = f"its options are {', '.join(known)}" if known else "it has no options"
-            raise SpecError(f"option {name!r} of {what}", "no such option", works)
-        low, high = limits[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            works = f"a number from {low:g} to {high:g}, e.g. {known[name]:g}"
-            raise SpecError(f"option {name} = {value!r} of {what}", "out of range", works)
+        check_options(f"model transform {self.name}", self.options, self.limits, options)
 
 
 def seed_of(seed: int, name: str) -> int:

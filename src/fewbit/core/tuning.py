@@ -18,7 +18,7 @@ from torch import Tensor
 from fewbit.core.descent import Rule
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
-from fewbit.errors import SpecError
+from fewbit.core.rows import check_options
 
 Values = Mapping[str, Tensor]
 """Float32 arrays by name: what is learned."""
@@ -74,16 +74,4 @@ class Tuning:
         Raises:
             SpecError: with what would work.
         """
-        for name, value in options.items():
-            if name not in self.options:
-                raise SpecError(
-                    f"option {name!r} of tuning {self.name}",
-                    "no such option",
-                    f"its options are {', '.join(self.options)}",
-                )
-            low, high = self.limits[name]
-            whole = isinstance(self.options[name], int)
-            fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-            if not fits or not low <= value <= high:
-                works = f"a {'whole ' if whole else ''}number from {low:g} to {high:g}, e.g. {self.options[name]:g}"
-                raise SpecError(f"option {name} = {value!r} of tuning {self.name}", "out of range", works)
+        check_options(f"tuning {self.name}", self.options, self.limits, options)

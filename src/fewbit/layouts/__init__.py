@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from fewbit.core.layout import UNPACKED, Layout
-from fewbit.errors import SpecError
+from fewbit.core.rows import find
 from fewbit.layouts.awq import AWQ
 from fewbit.layouts.compressed_tensors import COMPRESSED_TENSORS
 from fewbit.layouts.dense import DENSE
@@ -46,7 +46,4 @@ def named(name: str) -> Layout:
     Raises:
         SpecError: there is none; the message lists those that exist.
     """
-    for layout in LAYOUTS:
-        if layout.name == name:
-            return layout
-    raise SpecError(f"layout {name!r}", "no such layout", f"layouts are {', '.join(x.name for x in LAYOUTS)}")
+    return find(LAYOUTS, name, "layout")

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from fewbit.core.descent import Adam, SignSGD
 from fewbit.core.method import Method
+from fewbit.core.rows import find
 from fewbit.core.tuning import Tuning
-from fewbit.errors import SpecError
 from fewbit.methods import autoround as rounding
 from fewbit.methods import scales
 from fewbit.methods.autoround import autoround
@@ -147,10 +147,7 @@ def named(name: str) -> Method:
     Raises:
         SpecError: there is none; the message lists those that exist.
     """
-    for method in METHODS:
-        if method.name == name:
-            return method
-    raise SpecError(f"method {name!r}", "no such method", f"methods are {', '.join(m.name for m in METHODS)}")
+    return find(METHODS, name, "method")
 
 
 def tuning(name: str) -> Tuning:
@@ -159,7 +156,4 @@ def tuning(name: str) -> Tuning:
     Raises:
         SpecError: there is none; the message lists those that exist.
     """
-    for row in TUNINGS:
-        if row.name == name:
-            return row
-    raise SpecError(f"tuning {name!r}", "no such tuning", f"tunings are {', '.join(row.name for row in TUNINGS)}")
+    return find(TUNINGS, name, "tuning")

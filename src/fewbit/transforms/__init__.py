@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from fewbit.core.rows import find
 from fewbit.core.transform import ModelTransform, Transform, seed_of
-from fewbit.errors import SpecError
 from fewbit.transforms.awq import awq
 from fewbit.transforms.hadamard import hadamard
 from fewbit.transforms.hadamard import refuse as refuse_hadamard
@@ -72,12 +72,7 @@ def named(name: str) -> Transform:
     Raises:
         SpecError: there is none; the message lists those that exist.
     """
-    for transform in TRANSFORMS:
-        if transform.name == name:
-            return transform
-    raise SpecError(
-        f"transform {name!r}", "no such transform", f"transforms are {', '.join(t.name for t in TRANSFORMS)}"
-    )
+    return find(TRANSFORMS, name, "transform")
 
 
 def named_model(name: str) -> ModelTransform:
@@ -86,8 +81,4 @@ def named_model(name: str) -> ModelTransform:
     Raises:
         SpecError: there is none; the message lists those that exist.
     """
-    for transform in MODEL_TRANSFORMS:
-        if transform.name == name:
-            return transform
-    found = f"model transforms are {', '.join(t.name for t in MODEL_TRANSFORMS)}"
-    raise SpecError(f"model transform {name!r}", "no such model transform", found)
+    return find(MODEL_TRANSFORMS, name, "model transform")
