@@ -145,24 +145,29 @@ bool vectors_of(PyObject* tuple, fewbit_vectors* matrix) {
   return true;
 }
 
-// vector_linear(matrix, x, bias, y, y_stride, y_dtype, isa, threads); x as above
-PyObject* vector_linear(PyObject*, PyObject* args) {
-  fewbit_vectors matrix;
+// Matrices that are multiplied by a call of their own: (matrix, x, bias, y, y_stride, y_dtype, isa, threads), x as above.
+// `of` reads the matrix from its tuple.
+template <class Matrix>
+PyObject* linear_alone(PyObject* args, bool (*of)(PyObject*, Matrix*),
+                       int (*linear)(const Matrix*, const fewbit_input*, const float*, void*, int64_t, int32_t, int32_t,
+                                     int32_t)) {
+  Matrix matrix;
   PyObject* tuple;
   unsigned long long data, bias, y;
   long long tokens, stride, step, y_stride;
   int x_dtype, y_dtype, isa, threads, code;
   if (!PyArg_ParseTuple(args, "O(KLLLi)KKLiii", &tuple, &data, &tokens, &stride, &step, &x_dtype, &bias, &y, &y_stride,
                         &y_dtype, &isa, &threads) ||
-      !vectors_of(tuple, &matrix))
+      !of(tuple, &matrix))
     return nullptr;
   const fewbit_input x = {pointer<const void*>(data), tokens, stride, step, x_dtype};
   Py_BEGIN_ALLOW_THREADS
-  code = fewbit_vector_linear(&matrix, &x, pointer<const float*>(bias), pointer<void*>(y), y_stride, y_dtype, isa,
-                              threads);
+  code = linear(&matrix, &x, pointer<const float*>(bias), pointer<void*>(y), y_stride, y_dtype, isa, threads);
   Py_END_ALLOW_THREADS
   return status(code);
 }
+
+PyObject* vector_linear(PyObject*, PyObject* args) { return linear_alone(args, vectors_of, fewbit_vector_linear); }
 
 // vector_linear_int8(matrix, x_block, x, bias, y, y_stride, y_dtype, isa, threads); matrix: (rows, columns, block, dim,
 // bits, residual_bits, codes, book, step, offset)
@@ -217,45 +222,23 @@ bool rows_of(PyObject* tuple, fewbit_row_tables* matrix) {
   return true;
 }
 
-// row_linear(matrix, x, bias, y, y_stride, y_dtype, isa, threads); x as above
-PyObject* row_linear(PyObject*, PyObject* args) {
-  fewbit_row_tables matrix;
-  PyObject* tuple;
-  unsigned long long data, bias, y;
-  long long tokens, stride, step, y_stride;
-  int x_dtype, y_dtype, isa, threads, code;
-  if (!PyArg_ParseTuple(args, "O(KLLLi)KKLiii", &tuple, &data, &tokens, &stride, &step, &x_dtype, &bias, &y, &y_stride,
-                        &y_dtype, &isa, &threads) ||
-      !rows_of(tuple, &matrix))
-    return nullptr;
-  const fewbit_input x = {pointer<const void*>(data), tokens, stride, step, x_dtype};
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_row_linear(&matrix, &x, pointer<const float*>(bias), pointer<void*>(y), y_stride, y_dtype, isa, threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+// Its twin with levels of 16 bits: (rows, columns, table_rows, bits, codes, levels, factor).
+bool levels_of(PyObject* tuple, fewbit_row_levels* matrix) {
+  unsigned long long codes, levels, factor;
+  long long rows, columns, table_rows;
+  if (!PyArg_ParseTuple(tuple, "LLLiKKK", &rows, &columns, &table_rows, &matrix->bits, &codes, &levels, &factor))
+    return false;
+  matrix->rows = rows, matrix->columns = columns, matrix->table_rows = table_rows;
+  matrix->codes = pointer<const uint8_t*>(codes);
+  matrix->levels = pointer<const uint8_t*>(levels);
+  matrix->factor = pointer<const float*>(factor);
+  return true;
 }
 
-// row_linear_int8(matrix, x, bias, y, y_stride, y_dtype, isa, threads); matrix: (rows, columns, table_rows, bits, codes,
-// levels, factor)
+PyObject* row_linear(PyObject*, PyObject* args) { return linear_alone(args, rows_of, fewbit_row_linear); }
+
 PyObject* row_linear_int8(PyObject*, PyObject* args) {
-  fewbit_row_levels matrix;
-  unsigned long long codes, levels, factor, data, bias, y;
-  long long rows, columns, table_rows, tokens, stride, step, y_stride;
-  int x_dtype, y_dtype, isa, threads, code;
-  if (!PyArg_ParseTuple(args, "(LLLiKKK)(KLLLi)KKLiii", &rows, &columns, &table_rows, &matrix.bits, &codes, &levels,
-                        &factor, &data, &tokens, &stride, &step, &x_dtype, &bias, &y, &y_stride, &y_dtype, &isa,
-                        &threads))
-    return nullptr;
-  matrix.rows = rows, matrix.columns = columns, matrix.table_rows = table_rows;
-  matrix.codes = pointer<const uint8_t*>(codes);
-  matrix.levels = pointer<const uint8_t*>(levels);
-  matrix.factor = pointer<const float*>(factor);
-  const fewbit_input x = {pointer<const void*>(data), tokens, stride, step, x_dtype};
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_row_linear_int8(&matrix, &x, pointer<const float*>(bias), pointer<void*>(y), y_stride, y_dtype, isa,
-                                threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return linear_alone(args, levels_of, fewbit_row_linear_int8);
 }
 
 PyObject* row_decode(PyObject*, PyObject* args) {

@@ -176,7 +176,7 @@ extern "C" int fewbit_row_decode(const fewbit_row_tables* matrix, int64_t row_be
   if (!matrix || !sensible(*matrix) || threads < 1 || row_begin < 0 || row_begin > row_end || !out ||
       row_end > matrix->rows || stride < matrix->columns)
     return FEWBIT_BAD_ARGUMENT;
-  Call call{task_of(*matrix), find(isa), row_begin, row_end, stride, out};
+  Call call{task_of(*matrix), find(float_isa(isa)), row_begin, row_end, stride, out};
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   parallel(ceil_div(row_end - row_begin, kRows), thread_count(threads), decode_rows, &call);
   return FEWBIT_OK;

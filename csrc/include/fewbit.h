@@ -305,7 +305,8 @@ typedef struct {
 int fewbit_row_linear_int8(const fewbit_row_levels* matrix, const fewbit_input* x, const float* bias, void* y,
                            int64_t y_stride, int32_t y_dtype, int32_t isa, int32_t threads);
 
-/* The weights of rows [row_begin, row_end), scale * level: out[(row - row_begin) * stride + column]. */
+/* The weights of rows [row_begin, row_end), scale * level: out[(row - row_begin) * stride + column]. On an instruction set
+ * of integers, that of floats beside it decodes. */
 int fewbit_row_decode(const fewbit_row_tables* matrix, int64_t row_begin, int64_t row_end, float* out, int64_t stride,
                       int32_t isa, int32_t threads);
 

@@ -13,8 +13,7 @@ from fewbit.core import blocks as B
 from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, reference
-from fewbit.kernels.inputs import given
-from fewbit.kernels.prepared import Addressed, PreparedMatrix
+from fewbit.kernels.alone import AlonePrepared
 from fewbit.kernels.table import Kernel
 from fewbit.kernels.vector16 import VECTOR16, checked
 from fewbit.layouts.dense import load_params
@@ -45,15 +44,15 @@ def to_bytes(physical: Vectors) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(books, 1).contiguous(), step.float(), sum(lowest, torch.zeros(())).float()
 
 
-class ByteVectorPrepared(Addressed, PreparedMatrix):
+class ByteVectorPrepared(AlonePrepared):
     """Codes in vector16; ``w`` is what :func:`to_bytes` makes of an entry of a book, or of the sum of two."""
 
+    layout, rounds_inputs = VECTOR16, True
+
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
-        assert kernel.isa is not None and activation is not None
-        self.kernel, self.shape, self.activation = kernel.name, qtensor.shape, activation
-        self._isa = native.FLAGS[kernel.isa]
+        super().__init__(qtensor, kernel, activation)
+        assert activation is not None
         self._x_block = B.width(self.shape[1], activation.block)
-        self._stored = qtensor if qtensor.layout is VECTOR16 else qtensor.repack(VECTOR16)
         format = self._stored.format
         self._packed = checked(format, self.shape, self._stored.packed)
         physical = format.physical(load_params(format, self.shape, self._stored.params))
@@ -67,35 +66,13 @@ class ByteVectorPrepared(Addressed, PreparedMatrix):
         addresses = (array.data_ptr() for array in (self._packed, *self._arrays))
         return (*self.shape, self._block, self._stored.format.height, *self._bits, *addresses)
 
-    def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        leading, dtype, rows = x.shape[:-1], dtype or x.dtype, self.shape[0]
-        bias = None if bias is None else bias.float().contiguous()
-        x, address = given(x)
-        y = torch.empty(*leading, rows, dtype=dtype)
-        native.core().vector_linear_int8(
-            self._matrix,
-            self._x_block,
-            address,
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            rows,
-            native.DTYPES[dtype],
-            self._isa,
-            torch.get_num_threads(),
-        )
-        return y
+    def _multiply(self, x: native.Input, bias: int, y: int, dtype: int) -> None:
+        rows, threads = self.shape[0], torch.get_num_threads()
+        native.core().vector_linear_int8(self._matrix, self._x_block, x, bias, y, rows, dtype, self._isa, threads)
+
+    def _read(self) -> tuple[Tensor, ...]:
+        return self._packed, *self._arrays
 
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
         """As :meth:`PreparedMatrix.decoded`: the weights as stored, whose entries are no bytes."""
         return reference.decoded(self._stored)
-
-    def qtensor(self) -> QTensor:
-        return self._stored
-
-    @property
-    def read_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self._packed, *self._arrays))
-
-    @property
-    def nbytes(self) -> int:
-        return self._stored.nbytes + self.read_bytes - self._packed.numel()

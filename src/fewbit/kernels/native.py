@@ -28,8 +28,6 @@ FLAGS: dict[Isa, int] = {
     "serial": 1,
 }
 """Bits of ``fewbit_caps()``, best first."""
-FLOATS: dict[Isa, Isa] = {"avx512vnni": "avx512", "avxvnni": "avx2", "neondot": "neon"}
-"""Instruction sets of integers, and those that decode weights beside them."""
 FAMILIES = {"affine": 0, "lut": 1}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of activations and results."""

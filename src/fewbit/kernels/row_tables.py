@@ -12,9 +12,9 @@ from torch import Tensor
 from fewbit.core import blocks as B
 from fewbit.core.format import Format, Physical
 from fewbit.core.qtensor import QTensor
-from fewbit.kernels import native, pages, reference
-from fewbit.kernels.inputs import given
-from fewbit.kernels.prepared import DECODED, Addressed, PreparedMatrix, multiply_decoded, rows_of_strip
+from fewbit.kernels import native, pages
+from fewbit.kernels.alone import AlonePrepared
+from fewbit.kernels.prepared import rows_of_strip
 from fewbit.kernels.row16 import LANES, ROW16
 from fewbit.kernels.table import Kernel
 
@@ -22,16 +22,13 @@ LARGEST_LEVEL = 32767
 """Of integers of 16 bits."""
 
 
-class RowTablesPrepared(Addressed, PreparedMatrix):
+class RowTablesPrepared(AlonePrepared):
     """``w = scale * table[code]``, a table for each ``group_rows`` rows, a scale for each block of a row."""
 
-    _rounds_inputs = False
+    layout = ROW16
 
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
-        assert kernel.isa is not None
-        self.kernel, self.shape, self.activation = kernel.name, qtensor.shape, activation
-        self._isa = self._decoding = native.FLAGS[kernel.isa]
-        self._stored = qtensor if qtensor.layout is ROW16 else qtensor.repack(ROW16)
+        super().__init__(qtensor, kernel, activation)
         format, (rows, columns) = self._stored.format, self.shape
         physical = format.physical(self._stored.logical()[1])
         assert isinstance(physical, Physical) and physical.table is not None
@@ -47,18 +44,6 @@ class RowTablesPrepared(Addressed, PreparedMatrix):
         arrays = (t.data_ptr() for t in (self._stored.packed, self._table, self._scale))
         return (*self.shape, self._block, format.group_rows, format.bits, half, *arrays)
 
-    def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        leading, dtype, (rows, columns) = x.shape[:-1], dtype or x.dtype, self.shape
-        if self.activation is not None and not self._rounds_inputs:
-            x = reference.round_activations(x.float(), self.activation)
-        bias = None if bias is None else bias.float().contiguous()
-        if x.numel() >= DECODED * columns and not self._rounds_inputs:
-            return multiply_decoded(self, x, bias).to(dtype).reshape(*leading, rows)
-        x, address = given(x)
-        y = torch.empty(*leading, rows, dtype=dtype)
-        self._multiply(address, 0 if bias is None else bias.data_ptr(), y.data_ptr(), native.DTYPES[dtype])
-        return y
-
     def _multiply(self, x: native.Input, bias: int, y: int, dtype: int) -> None:
         rows, threads = self.shape[0], torch.get_num_threads()
         native.core().row_linear(self._matrix, x, bias, y, rows, dtype, self._isa, threads)
@@ -71,32 +56,22 @@ class RowTablesPrepared(Addressed, PreparedMatrix):
         for first in range(0, rows, step):
             last = min(first + step, rows)
             native.core().row_decode(
-                self._matrix, first, last, weight.data_ptr(), columns, self._decoding, torch.get_num_threads()
+                self._matrix, first, last, weight.data_ptr(), columns, self._isa, torch.get_num_threads()
             )
             yield slice(first, last), weight[: last - first]
 
-    def qtensor(self) -> QTensor:
-        return self._stored
-
-    @property
-    def read_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self._stored.packed, self._table, self._scale))
-
-    @property
-    def nbytes(self) -> int:
-        return self._stored.nbytes - self._stored.packed.numel() + self.read_bytes
+    def _read(self) -> tuple[Tensor, ...]:
+        return self._stored.packed, self._table, self._scale
 
 
 class RowLevelsPrepared(RowTablesPrepared):
     """The same with tables as integers of 16 bits, wrong by at most 2^-15 of a table's largest level, for inputs that
     the kernel rounds to int8; one scale a row and a token."""
 
-    _rounds_inputs = True
+    rounds_inputs = True
 
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
-        assert kernel.isa is not None
         super().__init__(qtensor, kernel, activation)
-        self._decoding = native.FLAGS[native.FLOATS.get(kernel.isa, kernel.isa)]
         tables = self._table.float()
         step = (tables.abs().amax(1, keepdim=True) / LARGEST_LEVEL).clamp_min(torch.finfo(torch.float32).tiny)
         level = ((tables / step).round().clamp(-LARGEST_LEVEL, LARGEST_LEVEL).int() + (1 << 15)).repeat(1, LANES)
@@ -115,6 +90,10 @@ class RowLevelsPrepared(RowTablesPrepared):
         rows, threads = self.shape[0], torch.get_num_threads()
         native.core().row_linear_int8(self._integers, x, bias, y, rows, dtype, self._isa, threads)
 
+    def _read(self) -> tuple[Tensor, ...]:
+        return self._stored.packed, self._levels, self._factor
+
     @property
-    def read_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self._stored.packed, self._levels, self._factor))
+    def nbytes(self) -> int:
+        """Tables and scales are held too, to decode the weights."""
+        return super().nbytes + sum(t.numel() * t.element_size() for t in (self._table, self._scale))

@@ -12,10 +12,10 @@ from torch import Tensor
 from fewbit.core import blocks as B
 from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
-from fewbit.kernels import native, reference
+from fewbit.kernels import native
+from fewbit.kernels.alone import AlonePrepared
 from fewbit.kernels.column8 import COLUMN8, TILE, checked, tiles
-from fewbit.kernels.inputs import given
-from fewbit.kernels.prepared import DECODED, Addressed, PreparedMatrix, multiply_decoded, rows_of_strip
+from fewbit.kernels.prepared import rows_of_strip
 from fewbit.kernels.table import Kernel
 from fewbit.layouts.dense import load_params
 
@@ -28,14 +28,13 @@ def _width(height: int) -> int:
     return 4 if height <= 4 else 8 if height <= 8 else 16
 
 
-class VectorPrepared(Addressed, PreparedMatrix):
+class VectorPrepared(AlonePrepared):
     """Codes in column8; ``w`` is an entry of a book, or the sum of two, of ``height`` rows of a column."""
 
+    layout = COLUMN8
+
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
-        assert kernel.isa is not None
-        self.kernel, self.shape, self.activation = kernel.name, qtensor.shape, activation
-        self._isa = native.FLAGS[kernel.isa]
-        self._stored = qtensor if qtensor.layout is COLUMN8 else qtensor.repack(COLUMN8)
+        super().__init__(qtensor, kernel, activation)
         format = self._stored.format
         self._packed = checked(format, self.shape, self._stored.packed)
         physical = format.physical(load_params(format, self.shape, self._stored.params))
@@ -54,25 +53,12 @@ class VectorPrepared(Addressed, PreparedMatrix):
         height = self._stored.format.height
         return (*self.shape, self._block, height, *self._bits, half, self._packed.data_ptr(), *addresses)
 
-    def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        leading, dtype, (rows, columns) = x.shape[:-1], dtype or x.dtype, self.shape
-        x = reference.round_activations(x.float(), self.activation) if self.activation else x
-        bias = None if bias is None else bias.float().contiguous()
-        if x.numel() >= DECODED * columns:
-            return multiply_decoded(self, x, bias).to(dtype).reshape(*leading, rows)
-        x, address = given(x)
-        y = torch.empty(*leading, rows, dtype=dtype)
-        native.core().vector_linear(
-            self._matrix,
-            address,
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            rows,
-            native.DTYPES[dtype],
-            self._isa,
-            torch.get_num_threads(),
-        )
-        return y
+    def _multiply(self, x: native.Input, bias: int, y: int, dtype: int) -> None:
+        rows, threads = self.shape[0], torch.get_num_threads()
+        native.core().vector_linear(self._matrix, x, bias, y, rows, dtype, self._isa, threads)
+
+    def _read(self) -> tuple[Tensor, ...]:
+        return self._packed, *self._books
 
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
         """As :meth:`PreparedMatrix.decoded`; a strip is a view of memory that the next one overwrites."""
@@ -86,14 +72,3 @@ class VectorPrepared(Addressed, PreparedMatrix):
                 self._matrix, first, last, weight.data_ptr(), weight.shape[1], self._isa, torch.get_num_threads()
             )
             yield slice(row, min(last * tile, rows)), weight[:, : min(step * tile, rows - row)].T
-
-    def qtensor(self) -> QTensor:
-        return self._stored
-
-    @property
-    def read_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self._packed, *self._books))
-
-    @property
-    def nbytes(self) -> int:
-        return self._stored.nbytes + self.read_bytes - self._packed.numel()

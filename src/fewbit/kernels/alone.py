@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What matrices in layouts of their own have in common: each is one call of the core."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewbit.core.format import Format
+from fewbit.core.layout import Layout
+from fewbit.core.qtensor import QTensor
+from fewbit.kernels import native, reference
+from fewbit.kernels.inputs import given
+from fewbit.kernels.prepared import DECODED, Addressed, PreparedMatrix, multiply_decoded
+from fewbit.kernels.table import Kernel
+
+
+class AlonePrepared(Addressed, PreparedMatrix):
+    """Abstract: codes in ``layout``, multiplied by a call of their own; many tokens through decoded weights, unless the
+    kernel rounds its inputs itself (``rounds_inputs``)."""
+
+    layout: ClassVar[Layout]
+    rounds_inputs: ClassVar[bool] = False
+
+    def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
+        assert kernel.isa is not None
+        self.kernel, self.shape, self.activation = kernel.name, qtensor.shape, activation
+        self._isa = native.FLAGS[kernel.isa]
+        self._stored = qtensor if qtensor.layout is self.layout else qtensor.repack(self.layout)
+
+    @abstractmethod
+    def _multiply(self, x: native.Input, bias: int, y: int, dtype: int) -> None:
+        """Write ``x W^T + bias`` to ``y``, (tokens, rows) of ``dtype``, addresses given."""
+
+    @abstractmethod
+    def _read(self) -> tuple[Tensor, ...]:
+        """What a call reads of the matrix, codes first."""
+
+    def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        leading, dtype, (rows, columns) = x.shape[:-1], dtype or x.dtype, self.shape
+        if self.activation is not None and not self.rounds_inputs:
+            x = reference.round_activations(x.float(), self.activation)
+        bias = None if bias is None else bias.float().contiguous()
+        if x.numel() >= DECODED * columns and not self.rounds_inputs:
+            return multiply_decoded(self, x, bias).to(dtype).reshape(*leading, rows)
+        x, address = given(x)
+        y = torch.empty(*leading, rows, dtype=dtype)
+        self._multiply(address, 0 if bias is None else bias.data_ptr(), y.data_ptr(), native.DTYPES[dtype])
+        return y
+
+    def qtensor(self) -> QTensor:
+        return self._stored
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._read())
+
+    @property
+    def nbytes(self) -> int:
+        return self._stored.nbytes + self.read_bytes - self._stored.packed.numel()
