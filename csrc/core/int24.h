@@ -53,13 +53,12 @@ inline void digits_of(const SegmentTask& task, const fewbit_input& x, int64_t to
 
 template <class K>
 void int24_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  constexpr auto share = [](int groups) { return groups > K::kPlanes ? groups / K::kPlanes : 1; };  // of the registers
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile, rows = tokens * kDigits;
   if (task.together == kDigits) {
     if constexpr (K::kFields * kDigits <= kSums) return strips_few<K, kDigits1, kDigits, kAloneDigits>(task, begin, end, rows);
-    return strips_direct<K, share(kDigits1), kDigits, 1>(task, begin, end, rows);
+    return strips_direct<K, share<K>(kDigits1), kDigits, 1>(task, begin, end, rows);
   }
-  if (tokens <= 2) return strips_direct<K, share(kDigits2), kDigitRows, 1>(task, begin, end, rows);
+  if (tokens <= 2) return strips_direct<K, share<K>(kDigits2), kDigitRows, 1>(task, begin, end, rows);
   strips_decoded<K, kManyDigits, kDigitRows>(task, begin, end, rows);
 }
 

@@ -82,16 +82,15 @@ FEWBIT_INLINE void strips_few(const SegmentTask& task, int64_t group, int64_t en
 
 template <class K>
 void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  constexpr auto share = [](int groups) { return groups > K::kPlanes ? groups / K::kPlanes : 1; };  // of the registers
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
   switch (task.together) {
     case 1: return strips_few<K, direct1(K::kBits), 1, kAlone>(task, begin, end, tokens);
     case 2: return strips_few<K, kDirect2, 2, kAlone2>(task, begin, end, tokens);
   }
   if (kDirect4 && task.together == 4 && tokens <= 4)
-    return strips_direct<K, share(kDirect4), 4, 1>(task, begin, end, tokens);
+    return strips_direct<K, share<K>(kDirect4), 4, 1>(task, begin, end, tokens);
   if (kDirect8 && task.together == 8 && tokens <= 8)
-    return strips_direct<K, share(kDirect8), 8, 1>(task, begin, end, tokens);
+    return strips_direct<K, share<K>(kDirect8), 8, 1>(task, begin, end, tokens);
   strips_decoded<K, kMany, kManyTokens>(task, begin, end, tokens);
 }
 

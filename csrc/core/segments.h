@@ -341,10 +341,16 @@ void decoded_once(const SegmentTask& task, int64_t group, int64_t groups, int64_
       finish<M>(task, Group(task, group + t).row, m, tokens - m, [&](int i) { return load(totals[m + i][t]); });
 }
 
+// Row groups that share the registers of `groups` whose codes are one plane.
+template <class K>
+constexpr int share(int groups) {
+  return groups > K::kPlanes ? groups / K::kPlanes : 1;
+}
+
 // Row groups [begin, end) by as many as share the registers of `groups` whose codes are one plane.
 template <class K, int groups, int M>
 void strips_decoded(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens) {
-  constexpr int T = groups > K::kPlanes ? groups / K::kPlanes : 1;
+  constexpr int T = share<K>(groups);
   for (; begin < end; begin += T) decoded_once<K, T, M>(task, begin, end - begin, tokens);
 }
 
