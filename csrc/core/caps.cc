@@ -32,7 +32,7 @@ bool has_avx_vnni() {
 }  // namespace
 #endif
 
-extern "C" int32_t fewbit_caps(void) {
+static int32_t find_caps() {
   int32_t caps = FEWBIT_SERIAL;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -57,5 +57,11 @@ extern "C" int32_t fewbit_caps(void) {
   if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) caps |= FEWBIT_NEONDOT;
 #endif
 #endif
+  return caps;
+}
+
+// Found once: a virtual machine asks its host at every CPUID, for longer than a small product takes.
+extern "C" int32_t fewbit_caps(void) {
+  static const int32_t caps = find_caps();
   return caps;
 }

@@ -30,12 +30,13 @@
 namespace fewbit {
 namespace {
 
+// Fields of a byte that are multiplied where they stand; of 1 bit the upper four are shifted down, for fewer sums.
+constexpr int fields_of(int bits) { return !kInPlace || part_count(bits) > 1 ? 1 : bits == 1 ? 4 : 8 / bits; }
+
 // Codes that are their own levels.
-template <int BITS>
+template <int BITS, int FIELDS = fields_of(BITS)>
 struct Codes {
-  static constexpr int kBits = BITS, kPlanes = planes(BITS), kApart = 0;
-  // Fields of a byte that are multiplied where they stand; of 1 bit the upper four are shifted down, for fewer sums.
-  static constexpr int kFields = !kInPlace || part_count(BITS) > 1 ? 1 : BITS == 1 ? 4 : 8 / BITS;
+  static constexpr int kBits = BITS, kPlanes = planes(BITS), kApart = 0, kFields = FIELDS;
   using X = int8_t;
   using Sum = Dot<kPlanes == 2 ? 4 : BITS>;
   U field[kFields];  // masks, in registers
@@ -84,7 +85,11 @@ template <class K>
 void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
   switch (task.together) {
-    case 1: return strips_few<K, direct1(K::kBits), 1, kAlone>(task, begin, end, tokens);
+    case 1:
+      // Sums of a long row are merged once: as many as hide the latency of a product.
+      if constexpr (K::kBits == 1 && K::kFields > 1 && kAlone > 0)
+        if (task.alone && task.segment_chunks > kPart) return strips_direct<Codes<1, 8>, 1, 1, 8>(task, begin, end, tokens);
+      return strips_few<K, direct1(K::kBits), 1, kAlone>(task, begin, end, tokens);
     case 2: return strips_few<K, kDirect2, 2, kAlone2>(task, begin, end, tokens);
   }
   if (kDirect4 && task.together == 4 && tokens <= 4)

@@ -67,9 +67,9 @@ enum : int32_t { kByteLevel = 15, kLookedUp = 6 };  // kLookedUp: bits of a code
 bool fixed_point(const float* table, int32_t bits, FixedPoint* out);
 
 // Work of a kernel that sums segments up: levels times activations that were rounded to int8, or came as bfloat16. A
-// segment is a run of whole chunks, at most kSegment columns, in one block of the weight and one of the activations. Sums
-// of integers over a segment are exact: in float32 for codes, because |code * activation| summed stays below 2^24; in
-// int32 for levels of 16 bits, because 32767 * 128 * 256 < 2^31.
+// segment is a run of whole chunks in one block of the weight and one of the activations: a whole row of codes, or at most
+// kSegment columns. Sums of integers over a segment are exact: in float32 for codes, because |code * activation| summed
+// stays below 2^24; in int32 for levels of 16 bits, because 32767 * 128 * 256 < 2^31.
 struct SegmentTask {
   int32_t bits;
   int32_t scale_half, offset_half;
@@ -96,7 +96,7 @@ struct SegmentTask {
   int32_t y_dtype;
 };
 
-// Columns a segment, rows of activations made at a time: at most. Digits of a token that becomes integers of 24 bits.
+// Columns a segment that is no whole row, rows of activations made at a time: at most. Digits of a token that becomes integers of 24 bits.
 enum : int64_t { kSegment = 256, kRoundedTokens = 128, kDigits = 3 };
 
 // Levels of one family times int8 activations on one instruction set.

@@ -24,7 +24,8 @@
 namespace fewbit {
 namespace {
 
-constexpr int64_t kShortRun = 24 * 1024;  // bytes of a tile
+constexpr int64_t kShortRun = 24 * 1024;     // bytes of a tile
+constexpr int64_t kPart = kSegment / 32;     // chunks that are decoded at a time
 
 // The vectors of a chunk that hold its columns 4g .. 4g+3, one for each part of a code. Going through g in order, each
 // is loaded once and stays in a register.
@@ -111,33 +112,35 @@ struct Line {
   }
 };
 
-// total += scale * (dot of levels) + shift * sum, for a segment of one token; times x_scale, where a token has several.
-enum Settling { kPlain, kShifted, kScaled };
+// total += scale * value + shift * sum, for a segment of one token with `value` the dot product of levels and `sum` that of
+// the activations; times x_scale, where a token has several. kPartly: total += value, of a part of the only segment.
+enum Settling { kPlain, kShifted, kScaled, kPartly };
 
 FEWBIT_INLINE Settling settling(const SegmentTask& task) {
   return task.x_blocks > 1 ? kScaled : task.shifted ? kShifted : kPlain;
 }
 
-template <Settling how, class K>
-FEWBIT_INLINE F settle(const SegmentTask& task, const K& kernel, const Segment& s,
-                       const typename K::Sum (&dot)[K::kPlanes], const Line& line, int64_t token, F total) {
-  const float sum = task.sums[token * task.segments + s.index];
-  const F value = kernel.value(dot, sum);
+FEWBIT_INLINE float sum_of(const SegmentTask& task, const Segment& s, int64_t token) {
+  return task.sums[token * task.segments + s.index];
+}
+
+template <Settling how>
+FEWBIT_INLINE F settle(const SegmentTask& task, const Segment& s, F value, const Line& line, int64_t token, F total) {
+  if constexpr (how == kPartly) return add(total, value);
+  const F sum = broadcast(sum_of(task, s, token));
   if constexpr (how == kScaled) {
-    const F here = fused(line.shift, broadcast(sum), multiply(line.scale, value));
+    const F here = fused(line.shift, sum, multiply(line.scale, value));
     return fused(here, broadcast(task.x_scale[token * task.x_blocks + s.activation]), total);
   }
   total = fused(line.scale, value, total);
-  return how == kShifted ? fused(line.shift, broadcast(sum), total) : total;
+  return how == kShifted ? fused(line.shift, sum, total) : total;
 }
 
-template <class K>
-FEWBIT_INLINE F settle(const SegmentTask& task, const K& kernel, const Segment& s,
-                       const typename K::Sum (&dot)[K::kPlanes], const Line& line, int64_t token, F total) {
+FEWBIT_INLINE F settle(const SegmentTask& task, const Segment& s, F value, const Line& line, int64_t token, F total) {
   switch (settling(task)) {
-    case kPlain: return settle<kPlain>(task, kernel, s, dot, line, token, total);
-    case kShifted: return settle<kShifted>(task, kernel, s, dot, line, token, total);
-    default: return settle<kScaled>(task, kernel, s, dot, line, token, total);
+    case kPlain: return settle<kPlain>(task, s, value, line, token, total);
+    case kShifted: return settle<kShifted>(task, s, value, line, token, total);
+    default: return settle<kScaled>(task, s, value, line, token, total);
   }
 }
 
@@ -224,7 +227,8 @@ void direct(const SegmentTask& task, const SegmentStrip& strip) {
           for (int c = 1; c < C; c++)
 #pragma GCC unroll 2
             for (int p = 0; p < P; p++) dot[0][t][m][p].merge(dot[c][t][m][p], kShiftLast ? c * K::kBits : 0);
-        total[t][m] = settle(task, kernel, segment, dot[0][t][m], line, strip.token + m, total[t][m]);
+        const F value = kernel.value(dot[0][t][m], sum_of(task, segment, strip.token + m));
+        total[t][m] = settle(task, segment, value, line, strip.token + m, total[t][m]);
       }
     }
   }
@@ -241,7 +245,8 @@ FEWBIT_INLINE void strips_direct(const SegmentTask& task, int64_t group, int64_t
   for (; group < end; group += T) direct<K, T, M, C>(task, {group, end - group, 0, tokens});
 }
 
-// One plane of one segment of T row groups, a byte a code: (groups of four columns, T, lanes of 4 bytes).
+// One plane of a segment, or of a part of a long one, of T row groups, a byte a code: (groups of four columns, T, lanes of
+// 4 bytes).
 template <int T>
 struct alignas(64) Decoded {
   uint8_t bytes[kSegment / 4][T][kLanes * 4];
@@ -252,10 +257,10 @@ FEWBIT_INLINE void decode_segment(const SegmentTask& task, const K& kernel, cons
                                   int64_t chunks, Decoded<T> (&out)[K::kPlanes]) {
   for (int t = 0; t < T; t++) {
     const uint8_t* codes = Group(task, strip.at(t)).codes + first * K::kBits * 64;
-    const int64_t ahead = task.segment_chunks * K::kBits * 64;
+    const int64_t ahead = (task.segment_chunks < kPart ? task.segment_chunks : kPart) * K::kBits * 64;
     Held<K::kBits> held;
     for (int64_t c = 0; c < chunks; c++, codes += K::kBits * 64) {
-      // The next segment, which is decoded when this one has been multiplied by all tokens.
+      // What comes next, which is decoded when this one has been multiplied by all tokens.
       prefetch<K::kBits>(codes + ahead);
 #pragma GCC unroll 8
       for (int g = 0; g < 8; g++) {
@@ -278,21 +283,22 @@ FEWBIT_INLINE void settle_all(const SegmentTask& task, const K& kernel, const Se
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
       float* total = totals[m][t];
-      store(total, settle<how>(task, kernel, segment, dot[t][m], line[t], token + m, load(total)));
+      const F value = kernel.value(dot[t][m], how == kPartly ? 0 : sum_of(task, segment, token + m));
+      store(total, settle<how>(task, segment, value, line[t], token + m, load(total)));
     }
 }
 
-// Adds T row groups x M tokens of a decoded segment to their totals. A call of its own: what surrounds it would keep
-// registers that its sums need.
+// Adds `chunks` decoded chunks from `first` of T row groups x M tokens to their totals. A call of its own: what surrounds
+// it would keep registers that its sums need.
 template <class K, int T, int M>
-__attribute__((noinline)) void add_segment(const SegmentTask& task, const K& kernel, const Segment& segment,
-                                           const Decoded<T> (&decoded)[K::kPlanes], int64_t chunks, int64_t token,
-                                           const Line (&line)[T], float (*totals)[T][kLanes]) {
+__attribute__((noinline)) void add_decoded(const SegmentTask& task, const K& kernel, const Segment& segment, Settling how,
+                                           const Decoded<T> (&decoded)[K::kPlanes], int64_t first, int64_t chunks,
+                                           int64_t token, const Line (&line)[T], float (*totals)[T][kLanes]) {
   constexpr int P = K::kPlanes;
   using Sum = typename K::Sum;
   Sum dot[T][M][P];
   const auto* x = static_cast<const typename K::X*>(task.activations);
-  x += (token * task.chunks + segment.index * task.segment_chunks * M) * 32;
+  x += (token * task.chunks + first * M) * 32;
   for (int64_t c = 0; c < chunks; c++, x += M * 32) {
     for (int begin = 0; begin < 8; begin += Sum::kGroups) {
       // Not unrolled: GCC would add the products up in an order that keeps all of them alive at once.
@@ -310,35 +316,45 @@ __attribute__((noinline)) void add_segment(const SegmentTask& task, const K& ker
           for (int p = 0; p < P; p++) dot[t][m][p].flush();
     }
   }
-  switch (settling(task)) {
+  switch (how) {
     case kPlain: return settle_all<kPlain>(task, kernel, segment, dot, token, line, totals);
     case kShifted: return settle_all<kShifted>(task, kernel, segment, dot, token, line, totals);
     case kScaled: return settle_all<kScaled>(task, kernel, segment, dot, token, line, totals);
+    case kPartly: return settle_all<kPartly>(task, kernel, segment, dot, token, line, totals);
   }
 }
 
-// T row groups x all tokens, M at a time: each segment is decoded once and serves every token.
+// T row groups x all tokens, M at a time: each segment is decoded once and serves every token; one that is a long row, part
+// by part, and settled at the end.
 template <class K, int T, int M>
 void decoded_once(const SegmentTask& task, int64_t group, int64_t groups, int64_t tokens) {
   const K kernel(task);
   const SegmentStrip rows = {group, groups, 0, tokens};
   const int64_t padded = (tokens + M - 1) / M * M;
+  const bool long_row = task.segment_chunks > kPart;
+  const Settling how = long_row ? kPartly : settling(task);
   float totals[kRoundedTokens][T][kLanes];
   Decoded<T> decoded[K::kPlanes];
+  Line line[T];
   for (int64_t m = 0; m < padded; m++)
     for (int t = 0; t < T; t++) store(totals[m][t], broadcast(0.0f));
   for (Segment segment(task); segment.index < task.segments; segment.advance(task)) {
     const int64_t first = segment.index * task.segment_chunks, left = task.chunks - first;
-    const int64_t chunks = left < task.segment_chunks ? left : task.segment_chunks;
-    decode_segment<K, T>(task, kernel, rows, first, chunks, decoded);
-    Line line[T];
+    const int64_t end = first + (left < task.segment_chunks ? left : task.segment_chunks);
     for (int t = 0; t < T; t++) line[t] = Line(task, Group(task, rows.at(t)).parameters + segment.weight);
-    for (int64_t token = 0; token < padded; token += M)
-      add_segment<K, T, M>(task, kernel, segment, decoded, chunks, token, line, totals + token);
+    for (int64_t chunk = first; chunk < end; chunk += kPart) {
+      const int64_t chunks = end - chunk < kPart ? end - chunk : kPart;
+      decode_segment<K, T>(task, kernel, rows, chunk, chunks, decoded);
+      for (int64_t token = 0; token < padded; token += M)
+        add_decoded<K, T, M>(task, kernel, segment, how, decoded, chunk, chunks, token, line, totals + token);
+    }
   }
   for (int64_t m = 0; m < tokens; m += M)
     for (int t = 0; t < T && t < groups; t++)
-      finish<M>(task, Group(task, group + t).row, m, tokens - m, [&](int i) { return load(totals[m + i][t]); });
+      finish<M>(task, Group(task, group + t).row, m, tokens - m, [&](int i) {
+        const F total = load(totals[m + i][t]);
+        return long_row ? settle(task, Segment(task), total, line[t], m + i, broadcast(0.0f)) : total;
+      });
 }
 
 // Row groups that share the registers of `groups` whose codes are one plane.

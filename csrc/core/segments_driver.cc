@@ -7,6 +7,7 @@
 namespace fewbit {
 namespace {
 
+constexpr int64_t kExact = 1 << 24;  // integers below it are float32s
 constexpr int64_t kSmall = 1 << 18;  // multiply-adds below which a second thread costs more than it brings
 
 int64_t divisor(int64_t a, int64_t b) { return b ? divisor(b, a % b) : a; }
@@ -67,15 +68,25 @@ bool sensible(const fewbit_matrix& w, int64_t x_block) {
   return (lut || (w.family == FEWBIT_AFFINE && !w.table)) && segment_columns(w.columns, w.block, x_block) > 0;
 }
 
+// Columns whose integers are summed up before scales are applied. Rows that share one of each are summed whole where that
+// is exact: whatever order it is done in, and whether in int32 or in float32.
+int64_t summed_columns(const fewbit_matrix& w, int64_t x_block) {
+  const bool codes = !w.table && x_block != FEWBIT_BFLOAT16S;
+  const bool whole = w.block >= w.columns && columns_of(x_block, w.columns) >= w.columns;
+  const int64_t most = ((int64_t{1} << w.bits) - 1) * 128 * w.columns;
+  if (codes && whole && w.columns > kSegment && most < kExact) return round_up(w.columns, 32);
+  return segment_columns(w.columns, w.block, x_block);
+}
+
 bool shared(const fewbit_matrix& a, const fewbit_matrix& b, int64_t x_block) {
   if (a.family != b.family) return false;
   if (a.table && (a.bits != b.bits || memcmp(a.table, b.table, sizeof(float) << a.bits))) return false;
-  return segment_columns(a.columns, a.block, x_block) == segment_columns(b.columns, b.block, x_block);
+  return summed_columns(a, x_block) == summed_columns(b, x_block);
 }
 
 SegmentTask task_of(const fewbit_matrix& w, int64_t x_block) {
   SegmentTask task{};
-  const int64_t columns = segment_columns(w.columns, w.block, x_block);
+  const int64_t columns = summed_columns(w, x_block);
   const bool centre = x_block == FEWBIT_BFLOAT16S && centred(w);
   x_block = columns_of(x_block, w.columns);
   task.bits = w.bits, task.scale_half = w.scale_half, task.offset_half = w.offset_half;

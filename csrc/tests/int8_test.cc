@@ -122,6 +122,7 @@ double check(const Shape& s, int32_t bits, Table kind, bool has_offset, bool ext
   for (auto& value : offset) value = normal(random);
   for (auto& value : bias) value = normal(random);
   for (auto& value : x) value = extreme ? -3.0f : normal(random) * static_cast<float>(random() % 100);
+  for (size_t k = 63; extreme && k < x.size(); k += 67) x[k] = -2.98f;  // -127: sums are odd as well
   const float zero = extreme || kind != kNone ? 0 : static_cast<float>(random() % 9) / 2;
   const std::vector<float> table = table_of(kind, bits, extreme, random);
   const std::vector<double> levels = levels_of(kind, table, bits);
@@ -192,6 +193,19 @@ void check_refusals() {
   }
 }
 
+// The longest rows of codes that are summed whole, the shortest that are not, and some whose sums are no float32.
+double check_longest(std::mt19937& random) {
+  double worst = 0;
+  for (const int32_t bits : {1, 2, 4, 7})
+    for (const int64_t tokens : {1, 2, 9})
+      for (const bool extreme : {false, true}) {
+        const int64_t most = ((1 << 24) - 1) / (128 * ((1 << bits) - 1));
+        for (const int64_t columns : {most, most + 1, most * 2})
+          worst = fmax(worst, check({3, columns, columns, columns, tokens}, bits, kNone, false, extreme, random));
+      }
+  return worst;
+}
+
 // A token with NaN or infinity gives NaN, and nothing else does.
 void check_poison() {
   const std::vector<uint8_t> codes(16 * 32 * 8 / 8 * 4, 3);
@@ -222,6 +236,7 @@ int int8_failures() {
     for (int32_t bits = 1; bits <= 8; bits++)
       for (int variant = 0; variant < 3 && (shape.x_block = FEWBIT_INT24); variant++)
         worst = fmax(worst, check(shape, bits, kNone, variant == 1, variant == 2, random));
+  worst = fmax(worst, check_longest(random));
   check_refusals();
   check_poison();
   for (int i = 0; i < 6; i++)
