@@ -5,12 +5,13 @@
     CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python
     python bench/kernels.py --threads 1 --shape 4096x4096 --batch 1 --batch 128 --json kernels.json --plot kernels.png
 
-Every row of a table is measured in the same loop, one call of each in turn, so that a noisy moment hits all alike: our
-kernels, torch's float ``linear``, llama.cpp, onnxruntime and torchao (what is not installed is said, with how to get
-it), a plain read stream and the arithmetic peaks. Weights are rotated through more than three times the last-level
-cache: at batch 1 each call streams its weight from memory. With several threads there is a pause between calls, for
-the idle workers of others to fall asleep. On a machine that others use, "--clock processor" keeps their share of long
-calls out; a busy memory still slows every row.
+Every row of a table is measured in the same loop, one call of each in turn, so that a noisy moment hits all alike, and
+right after a call that is not timed, on other weights, so that its code is warm and its weights are not: our kernels,
+torch's float ``linear``, llama.cpp, onnxruntime and torchao (what is not installed is said, with how to get it), a
+plain read stream and the arithmetic peaks. Weights are rotated through more than three times the last-level cache: at
+batch 1 each call streams its weight from memory. With several threads there is a pause between calls, for the idle
+workers of others to fall asleep. On a machine that others use, "--clock processor" keeps their share of long calls out;
+a busy memory still slows every row.
 
 "x" is what activations are rounded to inside: "int8/g32" one scale a token and 32 columns, "int8/channel" one a token;
 these rows multiply integers and are held against the int8 peak, others against that of float32. The error is the norm
@@ -115,9 +116,7 @@ def measure(shape: tuple[int, int], batch: int, rows: list[Row], arguments: argp
     except Unavailable as reason:
         missing.append(f"not measured: the arithmetic peaks: {reason}")
     calls = [limit.calls for limit in bounds] + [ready.calls for _, ready in made]
-    times = interleaved(
-        calls, arguments.seconds, PAUSE if threads > 1 else 0, arguments.cached, CLOCKS[arguments.clock]
-    )
+    times = interleaved(calls, arguments.seconds, PAUSE if threads > 1 else 0, True, CLOCKS[arguments.clock])
     known = {}
     for limit, found in zip(bounds, times[: len(bounds)], strict=True):
         known[limit.name] = {"how": limit.how} | timed(found)
