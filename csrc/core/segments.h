@@ -144,6 +144,23 @@ FEWBIT_INLINE F settle(const SegmentTask& task, const Segment& s, F value, const
   }
 }
 
+template <Settling how, class K>
+FEWBIT_INLINE F settle(const SegmentTask& task, const K& kernel, const Segment& s,
+                       const typename K::Sum (&dot)[K::kPlanes], const Line& line, int64_t token, F total) {
+  const float sum = how == kPartly ? 0 : sum_of(task, s, token);
+  return settle<how>(task, s, kernel.value(dot, sum), line, token, total);
+}
+
+template <class K>
+FEWBIT_INLINE F settle(const SegmentTask& task, const K& kernel, const Segment& s,
+                       const typename K::Sum (&dot)[K::kPlanes], const Line& line, int64_t token, F total) {
+  switch (settling(task)) {
+    case kPlain: return settle<kPlain>(task, kernel, s, dot, line, token, total);
+    case kShifted: return settle<kShifted>(task, kernel, s, dot, line, token, total);
+    default: return settle<kScaled>(task, kernel, s, dot, line, token, total);
+  }
+}
+
 // A row group, whose segments have been settled, of up to M rows of activations from `first`, of which `count` exist.
 // total(m): of row m.
 template <int M, class Total>
@@ -227,8 +244,7 @@ void direct(const SegmentTask& task, const SegmentStrip& strip) {
           for (int c = 1; c < C; c++)
 #pragma GCC unroll 2
             for (int p = 0; p < P; p++) dot[0][t][m][p].merge(dot[c][t][m][p], kShiftLast ? c * K::kBits : 0);
-        const F value = kernel.value(dot[0][t][m], sum_of(task, segment, strip.token + m));
-        total[t][m] = settle(task, segment, value, line, strip.token + m, total[t][m]);
+        total[t][m] = settle(task, kernel, segment, dot[0][t][m], line, strip.token + m, total[t][m]);
       }
     }
   }
@@ -283,8 +299,7 @@ FEWBIT_INLINE void settle_all(const SegmentTask& task, const K& kernel, const Se
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
       float* total = totals[m][t];
-      const F value = kernel.value(dot[t][m], how == kPartly ? 0 : sum_of(task, segment, token + m));
-      store(total, settle<how>(task, segment, value, line[t], token + m, load(total)));
+      store(total, settle<how>(task, kernel, segment, dot[t][m], line[t], token + m, load(total)));
     }
 }
 
