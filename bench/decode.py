@@ -63,7 +63,7 @@ class Row:
         if not line:
             last = self.process.stderr.read().strip().splitlines()
             return f"{self.name}: {last[-1] if last else 'it said nothing'}"
-        self.found |= json.loads(line) | {"prefill": [], "decode": []}
+        self.found |= json.loads(line) | {"prefill": [], "decode": [], "streams": []}
         return None
 
     def ask(self, **asked: int) -> Found:
@@ -121,7 +121,10 @@ def measure(rows: list[Row], arguments: argparse.Namespace) -> float:
     while time.perf_counter() < stop or turn < 3:
         for row in rows:
             row.found["prefill"].append(row.ask(prefill=arguments.prompt)[arguments.clock])
-            row.found["decode"].append(row.ask(decode=arguments.tokens, context=arguments.context)[arguments.clock])
+            decode = {"decode": arguments.tokens, "context": arguments.context}
+            row.found["decode"].append(row.ask(**decode)[arguments.clock])
+            if arguments.streams and row.kind != "llama.cpp":
+                row.found["streams"].append(row.ask(streams=arguments.streams, **decode)[arguments.clock])
             began = clock()
             limit.calls[turn % len(limit.calls)]()
             rates.append(limit.nbytes / (clock() - began))
@@ -135,6 +138,8 @@ def summarize(row: Row, rate: float, arguments: argparse.Namespace) -> None:
     found["prefill_tokens_per_s"] = arguments.prompt / statistics.median(found["prefill"])
     found["first_token_s"] = statistics.median(found["prefill"])
     found["decode_tokens_per_s"] = arguments.tokens / statistics.median(found["decode"])
+    if found["streams"]:
+        found["streams_tokens_per_s"] = arguments.streams * arguments.tokens / statistics.median(found["streams"])
     found["limit_tokens_per_s"] = rate / found["read"] if found["read"] else None
     found["of_limit"] = found["decode_tokens_per_s"] / found["limit_tokens_per_s"] if found["read"] else None
     found["file_bytes"] = (
@@ -149,7 +154,20 @@ def show(rows: list[Row], rate: float, arguments: argparse.Namespace, console: A
     clock = "processor time" if arguments.clock == "processor" else "wall time"
     title = f"prompt of {arguments.prompt}, {arguments.tokens} tokens after {arguments.context}, {threads}, {clock}"
     table = Table(title=title)
-    for name in ("row", "MB/token", "prefill/s", "decode/s", "limit/s", "of limit", "first s", "load s", "peak MB"):
+    streams = [f"{arguments.streams} texts/s"] if arguments.streams else []
+    names = [
+        "row",
+        "MB/token",
+        "prefill/s",
+        "decode/s",
+        "limit/s",
+        "of limit",
+        *streams,
+        "first s",
+        "load s",
+        "peak MB",
+    ]
+    for name in names:
         table.add_column(name, justify="left" if name == "row" else "right", no_wrap=True)
     for row in sorted(rows, key=lambda row: -row.found["decode_tokens_per_s"]):
         f = row.found
@@ -160,6 +178,7 @@ def show(rows: list[Row], rate: float, arguments: argparse.Namespace, console: A
             f"{f['decode_tokens_per_s']:.1f}",
             f"{f['limit_tokens_per_s']:.0f}" if f["read"] else "",
             f"{f['of_limit']:.0%}" if f["read"] else "",
+            *([f"{f['streams_tokens_per_s']:.0f}" if f["streams"] else ""] if streams else []),
             f"{f['first_token_s']:.3f}",
             f"{f['loaded']:.1f}",
             f"{f['peak'] / 1e6:.0f}",
@@ -181,6 +200,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--streams", type=int, default=0, help="texts decoded side by side as well, at most 16; ours")
     parser.add_argument("--seconds", type=float, default=60)
     help = "processor: what all threads of a process used, whatever else the machine does; for --threads 1 only"
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help=help)

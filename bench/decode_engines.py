@@ -4,6 +4,7 @@ KIND MODEL OPTION THREADS`` loads one, then answers lines of JSON on stdin with 
 
     {"prefill": n}                 a new text of n tokens          -> {"wall": seconds, "processor": seconds}
     {"decode": n, "context": c}    n tokens, greedily, after c     -> the same
+    {"streams": s, "decode": n, "context": c}    the same, n tokens of s texts, side by side; only where it can
     {}                             where it stands                 -> {"peak": bytes, "read": bytes a token, ...}
 """
 
@@ -24,6 +25,7 @@ class Engine(ABC):
 
     read_bytes: int
     note: str
+    most = 1  # texts side by side
 
     @abstractmethod
     def begin(self, length: int) -> None:
@@ -38,6 +40,8 @@ class Fewbit(Engine):
     """Either engine of fewbit. ``option``: what inputs are rounded to, or ``-``; what keys and values are kept in may
     follow after a plus: ``int8/channel+int8``."""
 
+    most = 16
+
     def __init__(self, model: str, option: str, threads: int) -> None:
         from fewbit.decode import open_engine
 
@@ -46,7 +50,7 @@ class Fewbit(Engine):
             model,
             activation=None if activation == "-" else activation,
             kv=kv or "float16",
-            sequences=1,
+            sequences=1 + self.most,
             threads=threads,
         )
         self.read_bytes = getattr(made, "read_bytes", 0)
@@ -57,6 +61,17 @@ class Fewbit(Engine):
 
     def feed(self, tokens: list[int]) -> int:
         return int(self._engine.feed([(self._sequence, tokens)])[0].argmax())
+
+    def fork(self, streams: int, length: int) -> list[int]:
+        return [self._engine.fork(self._sequence, length) for _ in range(streams)]
+
+    def step(self, streams: list[int], tokens: list[int]) -> list[int]:
+        fed = [(stream, [token]) for stream, token in zip(streams, tokens, strict=True)]
+        return [int(token) for token in self._engine.feed(fed).argmax(-1)]
+
+    def close(self, streams: list[int]) -> None:
+        for stream in streams:
+            self._engine.close(stream)
 
 
 class Transformers(Fewbit):
@@ -72,7 +87,7 @@ class Transformers(Fewbit):
         if path.is_file():
             path, more = path.parent, {"gguf_file": path.name}
         loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, option), **more).eval()
-        made = TransformersEngine(loaded, None, sequences=1)
+        made = TransformersEngine(loaded, None, sequences=1 + self.most)
         head = loaded.get_output_embeddings().weight
         matrices = {p.data_ptr(): p.nbytes for p in loaded.parameters() if p.ndim == 2}
         tied = head.data_ptr() == loaded.get_input_embeddings().weight.data_ptr()
@@ -121,6 +136,17 @@ def text(length: int) -> list[int]:
     return [7 * place % 1000 + 5 for place in range(length)]
 
 
+def side_by_side(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    streams = engine.fork(asked["streams"], asked["context"])
+    tokens = list(range(5, 5 + len(streams)))
+    began = time.perf_counter(), time.process_time()
+    for _ in range(asked["decode"]):
+        tokens = engine.step(streams, tokens)
+    spent = {"wall": time.perf_counter() - began[0], "processor": time.process_time() - began[1]}
+    engine.close(streams)
+    return spent
+
+
 def answer(engine: Engine, asked: dict[str, Any], state: dict[str, int]) -> dict[str, Any]:
     import resource
 
@@ -139,6 +165,8 @@ def answer(engine: Engine, asked: dict[str, Any], state: dict[str, int]) -> dict
         token = 5
         engine.feed([token])  # the threads wake up
         engine.begin(context)
+        if "streams" in asked:
+            return side_by_side(engine, asked)
         began = time.perf_counter(), time.process_time()
         for _ in range(asked["decode"]):
             token = engine.feed([token])
