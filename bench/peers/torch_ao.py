@@ -59,6 +59,8 @@ def prepare(name: str, problem: Problem) -> Prepared:
         reason = str(error).strip().splitlines()[0]
         raise Unavailable(f"no kernel of it runs on this CPU ({type(error).__name__}: {reason})") from error
     weight: Any = layer.weight
+    if not hasattr(weight, "tensor_data_names"):
+        raise Unavailable(f"it leaves a layer of {rows} x {columns} as it is")
     nbytes = sum(getattr(weight, part).nbytes for part in weight.tensor_data_names)
     calls = rotated(problem, nbytes, lambda: functools.partial(copy.deepcopy(layer), x))
     return Prepared(type(weight).__name__, nbytes, calls, y, weight.dequantize()[:SAMPLE])
