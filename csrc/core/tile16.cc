@@ -20,6 +20,72 @@ bool sensible(int64_t rows, int64_t columns, int32_t bits) {
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+constexpr uint32_t each(uint32_t byte) { return 0x01010101u * byte; }
+
+// A row of a chunk goes by groups of four columns, which stand at one place of their lane's four bytes.
+template <int BITS>
+struct Row {
+  static void pack(const uint8_t* codes, uint32_t (*lanes)[16], int64_t r) {
+    for (int g = 0; g < 8; g++) {
+      uint32_t four;
+      memcpy(&four, codes + 4 * g, sizeof four);
+      for (int p = 0; p < part_count(BITS); p++) {
+        const int width = part_width(BITS, p), base = part_base(BITS, p);
+        const uint32_t field = four >> base & each((1u << width) - 1);
+        lanes[base + part_vector(width, 4 * g)][r] |= field << part_shift(width, 4 * g);
+      }
+    }
+  }
+
+  static void unpack(const uint32_t (*lanes)[16], int64_t r, uint8_t* codes) {
+    for (int g = 0; g < 8; g++) {
+      uint32_t four = 0;
+      for (int p = 0; p < part_count(BITS); p++) {
+        const int width = part_width(BITS, p), base = part_base(BITS, p);
+        const uint32_t lane = lanes[base + part_vector(width, 4 * g)][r];
+        four |= (lane >> part_shift(width, 4 * g) & each((1u << width) - 1)) << base;
+      }
+      memcpy(codes + 4 * g, &four, sizeof four);
+    }
+  }
+};
+
+// Goes through chunks, tile by tile: each(codes of its first row, its rows, its columns, its bytes).
+template <class Codes, class Bytes, class Each>
+void chunks(Codes* codes, int64_t stride, int64_t rows, int64_t columns, Bytes* packed, int64_t bytes, const Each& each) {
+  for (int64_t row = 0; row < rows; row += 16)
+    for (int64_t column = 0; column < columns; column += 32, packed += bytes)
+      each(codes + row * stride + column, least(16, rows - row), least(32, columns - column), packed);
+}
+
+template <int BITS>
+void pack(const uint8_t* codes, int64_t stride, int64_t rows, int64_t columns, uint8_t* packed) {
+  chunks(codes, stride, rows, columns, packed, BITS * 64,
+         [&](const uint8_t* first, int64_t high, int64_t wide, uint8_t* bytes) {
+           uint32_t lanes[8][16] = {};
+           for (int64_t r = 0; r < high; r++) {
+             uint8_t ragged[32] = {};
+             if (wide < 32) memcpy(ragged, first + r * stride, static_cast<size_t>(wide));
+             Row<BITS>::pack(wide < 32 ? ragged : first + r * stride, lanes, r);
+           }
+           memcpy(bytes, lanes, BITS * 64);
+         });
+}
+
+template <int BITS>
+void unpack(const uint8_t* packed, int64_t rows, int64_t columns, uint8_t* codes, int64_t stride) {
+  chunks(codes, stride, rows, columns, packed, BITS * 64,
+         [&](uint8_t* first, int64_t high, int64_t wide, const uint8_t* bytes) {
+           uint32_t lanes[8][16];
+           memcpy(lanes, bytes, BITS * 64);
+           for (int64_t r = 0; r < high; r++) {
+             uint8_t row[32];
+             Row<BITS>::unpack(lanes, r, row);
+             memcpy(first + r * stride, row, static_cast<size_t>(wide));
+           }
+         });
+}
+
 }  // namespace
 
 extern "C" int64_t fewbit_tile16_bytes(int64_t rows, int64_t columns, int32_t bits) {
@@ -29,51 +95,18 @@ extern "C" int64_t fewbit_tile16_bytes(int64_t rows, int64_t columns, int32_t bi
 
 extern "C" int fewbit_tile16_pack(const uint8_t* codes, int64_t stride, int64_t rows, int64_t columns, int32_t bits,
                                   uint8_t* packed) {
+  static void (*const kPack[])(const uint8_t*, int64_t, int64_t, int64_t, uint8_t*) = {
+      pack<1>, pack<2>, pack<3>, pack<4>, pack<5>, pack<6>, pack<7>, pack<8>};
   if (!sensible(rows, columns, bits) || !codes || !packed) return FEWBIT_BAD_ARGUMENT;
-  const int64_t chunks = (columns + 31) / 32;
-  for (int64_t row0 = 0; row0 < rows; row0 += 16) {
-    for (int64_t chunk = 0; chunk < chunks; chunk++, packed += bits * 64) {
-      uint32_t lanes[8][16] = {};
-      const int64_t here = least(32, columns - chunk * 32);
-      for (int64_t r = 0; r < least(16, rows - row0); r++) {
-        const uint8_t* row = codes + (row0 + r) * stride + chunk * 32;
-        for (int p = 0; p < part_count(bits); p++) {
-          const int width = part_width(bits, p), base = part_base(bits, p);
-          for (int64_t k = 0; k < here; k++) {
-            const uint32_t field = (row[k] >> base) & ((1u << width) - 1);
-            const int at = static_cast<int>(k);
-            lanes[base + part_vector(width, at)][r] |= field << part_shift(width, at);
-          }
-        }
-      }
-      memcpy(packed, lanes, static_cast<size_t>(bits) * 64);
-    }
-  }
+  kPack[bits - 1](codes, stride, rows, columns, packed);
   return FEWBIT_OK;
 }
 
 extern "C" int fewbit_tile16_unpack(const uint8_t* packed, int64_t rows, int64_t columns, int32_t bits, uint8_t* codes,
                                     int64_t stride) {
+  static void (*const kUnpack[])(const uint8_t*, int64_t, int64_t, uint8_t*, int64_t) = {
+      unpack<1>, unpack<2>, unpack<3>, unpack<4>, unpack<5>, unpack<6>, unpack<7>, unpack<8>};
   if (!sensible(rows, columns, bits) || !codes || !packed) return FEWBIT_BAD_ARGUMENT;
-  const int64_t chunks = (columns + 31) / 32;
-  for (int64_t row0 = 0; row0 < rows; row0 += 16) {
-    for (int64_t chunk = 0; chunk < chunks; chunk++, packed += bits * 64) {
-      uint32_t lanes[8][16];
-      memcpy(lanes, packed, static_cast<size_t>(bits) * 64);
-      const int64_t here = least(32, columns - chunk * 32);
-      for (int64_t r = 0; r < least(16, rows - row0); r++) {
-        uint8_t* row = codes + (row0 + r) * stride + chunk * 32;
-        for (int64_t k = 0; k < here; k++) {
-          uint32_t code = 0;
-          for (int p = 0; p < part_count(bits); p++) {
-            const int width = part_width(bits, p), base = part_base(bits, p);
-            const int at = static_cast<int>(k);
-            code |= (lanes[base + part_vector(width, at)][r] >> part_shift(width, at) & ((1u << width) - 1)) << base;
-          }
-          row[k] = static_cast<uint8_t>(code);
-        }
-      }
-    }
-  }
+  kUnpack[bits - 1](packed, rows, columns, codes, stride);
   return FEWBIT_OK;
 }
