@@ -61,6 +61,17 @@ def means(points: Tensor, weights: Tensor, count: int, generator: torch.Generato
     return centroids
 
 
+def best_means(points: Tensor, weights: Tensor, count: int, generator: torch.Generator, restarts: int) -> Tensor:
+    """:func:`means` of ``restarts`` starts, those of least ``sum weight |point - nearest|^2``, the first of equal."""
+    best, least = means(points, weights, count, generator), float("inf")
+    for start in range(restarts if restarts > 1 else 0):
+        found = means(points, weights, count, generator) if start else best
+        lost = float((weights * (points - found[nearest(points, found)]).square().sum(1)).sum())
+        if lost < least:
+            best, least = found, lost
+    return best
+
+
 def _seeds(points: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Indices (at most count,) of starting points: each is drawn with a chance in proportion to its weight times its
     squared distance from those drawn before. Ends when nothing is left that differs."""
