@@ -37,9 +37,9 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """
     centroids = centroids.double()
     half, across = centroids.square().sum(1) / 2, centroids.T.contiguous()
-    step = max(1, CHUNK // len(centroids))
+    step = max(1, (CHUNK if points.device.type == "cpu" else CHUNK << 8) // len(centroids))
     parts = [torch.addmm(half, part.double(), across, alpha=-1).argmin(1) for part in points.split(step)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=points.device)
 
 
 def means(points: Tensor, weights: Tensor, count: int, generator: torch.Generator, rounds: int = ROUNDS) -> Tensor:

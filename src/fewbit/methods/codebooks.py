@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fewbit.core import blocks as B
 from fewbit.core import clusters
 from fewbit.core.format import Format, code_dtype
 from fewbit.core.qtensor import QTensor
@@ -29,12 +30,21 @@ class Coded:
     indices: tuple[Tensor, ...]
     width: int
 
+    @staticmethod
+    def of(qtensor: QTensor) -> Coded:
+        """What an unpacked ``qtensor`` holds."""
+        format, (codes, params) = qtensor.format, qtensor.logical()
+        rest, books, indices = codes.T.long(), list[Tensor](), list[Tensor]()
+        for param in format.params:
+            books.append(params[param.name][0, :, 0].float())
+            indices.append(rest % param.entry[0])
+            rest = rest // param.entry[0]
+        return Coded(tuple(books), tuple(indices), B.width(qtensor.shape[1], format.block))
+
     def places(self) -> list[Tensor]:
         """Indices, by book, into all entries of all groups."""
         group = torch.arange(len(self.indices[0]), device=self.indices[0].device) // self.width
-        return [
-            index + group[:, None] * book.shape[1] for book, index in zip(self.books, self.indices, strict=True)
-        ]
+        return [index + group[:, None] * book.shape[1] for book, index in zip(self.books, self.indices, strict=True)]
 
     def decode(self) -> Tensor:
         """What this stands for, transposed: float32 (columns, rows)."""
@@ -55,13 +65,15 @@ class Coded:
 class Choice:
     """Vectors of one column after another, each to the nearest sum of one entry a book.
 
-    ``beam``: entries of the first of two books that are tried, the nearest ones; 1 is greedy. ``seen``: (columns,
-    vectors, length), what was to be met when each column had its turn.
+    ``beam``: see :func:`nearest`; ``present``: what was chosen before. ``seen``: (columns, vectors, length), what each
+    column was to be when it had its turn.
     """
 
-    def __init__(self, books: tuple[Tensor, ...], shape: tuple[int, int], width: int, beam: int) -> None:
+    def __init__(
+        self, books: tuple[Tensor, ...], shape: tuple[int, int], width: int, beam: int, present: Coded | None = None
+    ) -> None:
         columns, self._length = shape[0], books[0].shape[2]
-        self._books, self._width, self._beam = books, width, beam
+        self._books, self._width, self._beam, self._present = books, width, beam, present
         self.seen = torch.empty(columns, shape[1] // self._length, self._length)
         self._indices = tuple(torch.empty(self.seen.shape[:2], dtype=torch.int64) for _ in books)
 
@@ -70,7 +82,8 @@ class Choice:
         books = [book[column // self._width] for book in self._books]
         points = values.view(-1, self._length)
         self.seen[column] = points
-        picked = nearest(points, books, self._beam)
+        present = None if self._present is None else [index[column] for index in self._present.indices]
+        picked = nearest(points, books, self._beam, present)
         for index, chosen in zip(self._indices, picked, strict=True):
             index[column] = chosen
         parts = [book[index] for book, index in zip(books, picked, strict=True)]
@@ -81,27 +94,39 @@ class Choice:
         return Coded(self._books, self._indices, self._width)
 
 
-def nearest(points: Tensor, books: list[Tensor], beam: int) -> list[Tensor]:
+def nearest(points: Tensor, books: list[Tensor], beam: int, present: list[Tensor] | None = None) -> list[Tensor]:
     """Indices, by book, of the sum nearest to each of ``points`` (n, length): at most two books (entries, length).
 
     Of two books the ``beam`` nearest entries of the first are tried, each with the nearest of the second to what it
-    leaves.
+    leaves; and the sums of the indices ``present``, which win ties.
     """
     if len(books) == 1:
         return [clusters.nearest(points, books[0])]
     first, second = books
-    beam = min(beam, len(first))
-    if beam == 1:
-        chosen = clusters.nearest(points, first)
-        return [chosen, clusters.nearest(points - first[chosen], second)]
     wide = first.double()
     far = torch.addmm(wide.square().sum(1) / 2, points.double(), wide.T, alpha=-1)
-    tried = far.topk(beam, 1, largest=False).indices
+    tried = far.topk(min(beam, len(first)), 1, largest=False).indices if beam > 1 else far.argmin(1, keepdim=True)
     left = (points[:, None] - first[tried]).flatten(0, 1)
     beside = clusters.nearest(left, second)
-    lost = (left - second[beside]).square().sum(1).view(-1, beam)
-    best = lost.argmin(1, keepdim=True)
-    return [tried.gather(1, best).squeeze(1), beside.view(-1, beam).gather(1, best).squeeze(1)]
+    lost = (left - second[beside]).square().sum(1).view(tried.shape)
+    least, best = lost.min(1, keepdim=True)
+    picked = [tried.gather(1, best).squeeze(1), beside.view(tried.shape).gather(1, best).squeeze(1)]
+    if present is None:
+        return picked
+    stays = (points - first[present[0]] - second[present[1]]).square().sum(1) <= least.squeeze(1)
+    return [torch.where(stays, now, then) for now, then in zip(present, picked, strict=True)]
+
+
+def all_nearest(
+    points: Tensor, books: tuple[Tensor, ...], width: int, beam: int, present: Coded | None = None
+) -> Coded:
+    """``points`` (columns, vectors, length) to the nearest sums of ``books``; see :func:`nearest`."""
+    found = []
+    for group, part in enumerate(points.split(width)):
+        own = None if present is None else [index.split(width)[group].flatten() for index in present.indices]
+        found.append(nearest(part.flatten(0, 1), [book[group] for book in books], beam, own))
+    indices = (torch.cat(parts).view(points.shape[:2]) for parts in zip(*found, strict=True))
+    return Coded(books, tuple(indices), width)
 
 
 def cluster(points: Tensor, worth: Tensor, entries: int, width: int, restarts: int) -> Tensor:
@@ -137,8 +162,8 @@ def refitted(weight: Tensor, coded: Coded, moment: Tensor, steps: int) -> Coded:
     """``coded`` with books nearer to those of least ``tr(E H E^T)`` under its indices.
 
     With D the linear map from books to weights, the normal equations ``D^T (D(b) H) = D^T (W H)`` are solved by
-    ``steps`` conjugate gradients from the present books, preconditioned by their diagonal (entry i: the sum of H_kk over
-    the vectors that use it); then books are rounded to float16. Entries that no vector uses stay.
+    ``steps`` conjugate gradients from the present books, preconditioned by their diagonal (entry i: the sum of H_kk
+    over the vectors that use it); then books are rounded to float16. Entries that no vector uses stay.
     """
     places, diagonal = coded.places(), moment.diagonal().double()
     weights = diagonal[:, None].expand(coded.indices[0].shape).flatten()

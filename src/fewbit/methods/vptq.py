@@ -83,7 +83,8 @@ def vptq(
     solved = _improved(high, start, moment, passing, block_size, rounds, beam).qtensor(format, rows)
     if not never_worse:
         return solved
-    plain = _nearest(high, start, beam).qtensor(format, rows)
+    points = high.T.reshape(len(start.indices[0]), -1, format.height)
+    plain = K.all_nearest(points, start.books, start.width, beam).qtensor(format, rows)
     return plain if _lost(weight, plain, facts) < _lost(weight, solved, facts) else solved
 
 
@@ -127,7 +128,7 @@ def _improved(
         before = least
         for again in (False, True):
             if again:
-                choice = K.Choice(coded.books, (weight.shape[1], len(weight)), coded.width, beam)
+                choice = K.Choice(coded.books, (weight.shape[1], len(weight)), coded.width, beam, coded)
                 feedback.descend(weight, coded.decode().T, moment, passing, choice, block_size)
                 found = choice.coded()
             else:
@@ -138,14 +139,6 @@ def _improved(
         if not least < (1 - LEAST_GAIN) * before:
             break
     return coded
-
-
-def _nearest(weight: Tensor, coded: K.Coded, beam: int) -> K.Coded:
-    """``weight`` to the nearest sums of the books of ``coded``."""
-    choice = K.Choice(coded.books, (weight.shape[1], len(weight)), coded.width, beam)
-    for column, values in enumerate(weight.T.contiguous()):
-        choice(column, values)
-    return choice.coded()
 
 
 def _lost(weight: Tensor, values: QTensor, facts: Facts) -> float:
