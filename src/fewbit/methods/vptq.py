@@ -79,7 +79,7 @@ def vptq(
     high = torch.nn.functional.pad(weight.float(), (0, 0, 0, -rows % format.height)).clamp(-K.LARGEST, K.LARGEST)
     passing = feedback.factorize(facts.second_moment, damp_percent, by_activity=True)
     moment = feedback.damped(facts.second_moment, passing)
-    start = _swept(high, format, facts, passing, block_size, restarts, beam)
+    start = _swept(high, rows, format, facts, passing, block_size, restarts, beam)
     solved = _improved(high, start, moment, passing, block_size, rounds, beam).qtensor(format, rows)
     if not never_worse:
         return solved
@@ -102,12 +102,20 @@ def _check(weight: Tensor, format: Format, facts: Facts, **least: int) -> None:
 
 
 def _swept(
-    weight: Tensor, format: Format, facts: Facts, passing: feedback.Feedback, block_size: int, restarts: int, beam: int
+    weight: Tensor,
+    rows: int,
+    format: Format,
+    facts: Facts,
+    passing: feedback.Feedback,
+    block_size: int,
+    restarts: int,
+    beam: int,
 ) -> K.Coded:
-    """Books by weighted k-means, and codes by a sweep after each."""
+    """Books by weighted k-means of whole vectors, ``rows`` being no padding, and codes by a sweep after each."""
     columns, width = weight.shape[1], B.width(weight.shape[1], format.block)
     points = weight.T.reshape(columns, -1, format.height)
-    worth = facts.mean_square[:, None].expand(points.shape[:2])
+    worth = facts.mean_square[:, None].repeat(1, points.shape[1])
+    worth[:, max(1, rows // format.height) :] = 0
     books: tuple[Tensor, ...] = ()
     for param in format.params:
         books = (*books, K.cluster(points, worth, param.entry[0], width, restarts))
