@@ -51,7 +51,7 @@ class Vectors(Learnable):
         self._coded, self._books = coded, coded.books
         self._names = [param.name for param in self._format.params]
         shape = (*coded.indices[0].shape, self._format.height)
-        high = torch.nn.functional.pad(weight.float(), (0, 0, 0, -self._rows % self._format.height))
+        high = torch.constant_pad_nd(weight.float(), (0, 0, 0, -self._rows % self._format.height))
         chosen, wanted = coded.decode().view(shape), high.T.reshape(shape)
         self._weight = self._near(chosen, wanted)
         lost = (K.all_nearest(wanted, self._books, coded.width, BEAM).decode().view(shape) - wanted).square().mean()
@@ -82,7 +82,7 @@ class Vectors(Learnable):
 
     def gradient(self, values: Values, grad: Tensor) -> dict[str, Tensor]:
         coded, length = self._choose(values), self._format.height
-        high = torch.nn.functional.pad(grad, (0, 0, 0, -self._rows % length)).T.reshape(self._weight.shape)
+        high = torch.constant_pad_nd(grad, (0, 0, 0, -self._rows % length)).T.reshape(self._weight.shape)
         found = {"offset": high * self._step}
         for name, place, book, unit in zip(self._names, coded.places(), coded.books, self._unit, strict=True):
             entries, flat = book.shape[0] * book.shape[1], high.flatten(0, 1).double().T.contiguous()

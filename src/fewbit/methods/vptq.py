@@ -76,7 +76,7 @@ def vptq(
         params = F.fit(format, weight)
         return QTensor.of(format, F.encode(format, weight, params), params, len(weight))
     rows = len(weight)
-    high = torch.nn.functional.pad(weight.float(), (0, 0, 0, -rows % format.height)).clamp(-K.LARGEST, K.LARGEST)
+    high = torch.constant_pad_nd(weight.float(), (0, 0, 0, -rows % format.height)).clamp(-K.LARGEST, K.LARGEST)
     passing = feedback.factorize(facts.second_moment, damp_percent, by_activity=True)
     moment = feedback.damped(facts.second_moment, passing)
     start = _swept(high, rows, format, facts, passing, block_size, restarts, beam)
