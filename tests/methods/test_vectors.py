@@ -49,14 +49,10 @@ def test_what_the_loss_sees_is_what_is_stored(name: str) -> None:
     end = learner.freeze(values)
     assert torch.equal(end.dequantize(), learner.weight(values))
     assert not torch.equal(end.packed, q.packed)
-    for param in q.format.params:
+    for param, unit in zip(q.format.params, learner._unit, strict=True):
         assert end.params[param.name].dtype == torch.float16
-        moved = (
-            q.params[param.name][0, :, 0].float()
-            + values[param.name] * learner._unit[0 if "r" not in param.name else 1]
-        )
-        if param.name == "codebook":
-            assert torch.equal(end.params[param.name][0, :, 0], moved.half())
+        moved = q.params[param.name][0, :, 0].float() + values[param.name] * unit
+        assert torch.equal(end.params[param.name][0, :, 0], moved.half())
 
 
 @pytest.mark.parametrize("name", NAMES)
