@@ -14,7 +14,7 @@ from fewbit.core.qtensor import QTensor
 from fewbit.methods.scales import Scales
 from fewbit.methods.vectors import Vectors
 
-NAMES = ("vector2x4/g8", "vector4x5", "vector4x4+4", "vector6x4")
+NAMES = ("vector2x4/g8", "vector4x5", "vector4x4+4", "vector2x6+4", "vector6x4")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -39,6 +39,17 @@ def test_it_starts_from_what_was_solved_bit_for_bit(name: str) -> None:
     assert all(torch.equal(values, q.params[key]) for key, values in end.params.items())
     nearer = (learner._weight.flatten(1).T[:20] - weight).abs().sum() < (q.dequantize() - weight).abs().sum()
     assert nearer, "weights start on their own side of their vectors"
+
+
+def test_sums_that_no_search_would_find_stay_where_they_are() -> None:
+    """The first vector of a sum may be far from it: nearer ones are tried, and lose."""
+    format = formats.parse("vector2x6+4")
+    codes = torch.randint(0, 1024, (10, 18), generator=torch.Generator().manual_seed(8), dtype=torch.int32)
+    books = {param.name: normal(*param.entry, seed=9 + i).half() for i, param in enumerate(format.params)}
+    params = {name: book[None, None, None].expand(10, 1, 1, -1, -1) for name, book in books.items()}
+    q = QTensor.of(format, codes, params)
+    learner = Vectors(q.dequantize(), q)
+    assert torch.equal(learner.freeze(learner.start).packed, codes)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -155,7 +155,10 @@ def test_every_step_lowers_the_loss_and_none_ends_above_rounding(name: str) -> N
     def lost(q: QTensor) -> float:
         return float(objective.row_errors(weight - q.dequantize(), facts).sum())
 
-    losses = [lost(vptq(weight, format, facts, rounds=rounds)) for rounds in (0, 1, 8)]
+    found = [vptq(weight, format, facts, rounds=rounds) for rounds in (0, 1, 8)]
+    assert not torch.equal(found[0].params["codebook"], found[1].params["codebook"]), "books are refitted"
+    assert not torch.equal(found[0].packed, found[1].packed), "codes are chosen again"
+    losses = [lost(q) for q in found]
     assert losses[0] > losses[1] > losses[2]
     assert losses[0] < lost(rtn(weight, format))
 
