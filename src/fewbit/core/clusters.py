@@ -37,9 +37,9 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """
     centroids = centroids.double()
     half, across = centroids.square().sum(1) / 2, centroids.T.contiguous()
-    step = max(1, CHUNK // len(centroids))
+    step = max(1, (CHUNK if points.device.type == "cpu" else CHUNK << 8) // len(centroids))
     parts = [torch.addmm(half, part.double(), across, alpha=-1).argmin(1) for part in points.split(step)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=points.device)
 
 
 def means(points: Tensor, weights: Tensor, count: int, generator: torch.Generator, rounds: int = ROUNDS) -> Tensor:
@@ -59,6 +59,17 @@ def means(points: Tensor, weights: Tensor, count: int, generator: torch.Generato
         if torch.equal(before, owner):
             break
     return centroids
+
+
+def best_means(points: Tensor, weights: Tensor, count: int, generator: torch.Generator, restarts: int) -> Tensor:
+    """:func:`means` of ``restarts`` starts, those of least ``sum weight |point - nearest|^2``, the first of equal."""
+    best, least = means(points, weights, count, generator), float("inf")
+    for start in range(restarts if restarts > 1 else 0):
+        found = means(points, weights, count, generator) if start else best
+        lost = float((weights * (points - found[nearest(points, found)]).square().sum(1)).sum())
+        if lost < least:
+            best, least = found, lost
+    return best
 
 
 def _seeds(points: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:

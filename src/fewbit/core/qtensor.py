@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbit.core.format import Format, code_shape, decode, encode, fit, stackable
+from fewbit.core.format import Format, code_dtype, code_shape, decode, fit, stackable
 from fewbit.core.layout import UNPACKED, Layout
 from fewbit.errors import UnsupportedError
 
@@ -114,8 +114,8 @@ def _trials(format: Format, layout: Layout, columns: int) -> list[dict[str, tupl
     for number in (_TRIAL, 2 * _TRIAL):
         zeros = torch.zeros(number * format.height, columns)
         bound = format.bind(zeros)
-        params = fit(bound, zeros)
-        packed = QTensor.of(bound, encode(bound, zeros, params), params).repack(layout)
+        codes = torch.zeros(code_shape(bound, (number * format.height, columns)), dtype=code_dtype(bound))
+        packed = QTensor.of(bound, codes, fit(bound, zeros)).repack(layout)
         trials.append({name: (t.dtype, t.shape) for name, t in {"packed": packed.packed, **packed.params}.items()})
     return trials
 

@@ -90,7 +90,8 @@ class Vector(Format):
             for name, bits in self.fields.items():
                 book = clusters.means(points, weights, 1 << bits, generator).to(torch.float16)
                 found[name].append(book)
-                points = points - book[clusters.nearest(points, book)]
+                if name != self.params[-1].name:  # what the last book leaves is not needed
+                    points = points - book[clusters.nearest(points, book)]
         return {name: _shared(torch.stack(books), len(blocks)) for name, books in found.items()}
 
     def encode(self, blocks: Tensor, params: Params) -> Tensor:

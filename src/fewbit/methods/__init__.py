@@ -8,7 +8,7 @@ from fewbit.core.method import Method
 from fewbit.core.rows import find
 from fewbit.core.tuning import Tuning
 from fewbit.methods import autoround as rounding
-from fewbit.methods import scales
+from fewbit.methods import scales, vectors
 from fewbit.methods.autoround import autoround
 from fewbit.methods.awq import awq
 from fewbit.methods.awq import refuse as refuse_awq
@@ -22,6 +22,8 @@ from fewbit.methods.sensitive import refuse as refuse_unclustered
 from fewbit.methods.skm import skm
 from fewbit.methods.squeezellm import beside as sparse_beside
 from fewbit.methods.squeezellm import squeezellm
+from fewbit.methods.vptq import refuse as refuse_scalars
+from fewbit.methods.vptq import vptq
 
 __all__ = [
     "METHODS",
@@ -37,6 +39,7 @@ __all__ = [
     "skm",
     "squeezellm",
     "tuning",
+    "vptq",
 ]
 
 _STEPS: dict[str, float] = {"iters": 200, "batch": 8, "lr": 0.0, "relative": 1.0}
@@ -67,6 +70,26 @@ TUNINGS: tuple[Tuning, ...] = (
         options=_STEPS,
         limits=_LIMITS,
         source="second phase of Chen et al. 2024, arXiv:2407.11062, block by block",
+    ),
+    Tuning(
+        "books",
+        scales.Scales,
+        Adam,
+        vectors.books_rate,
+        vectors.refuse,
+        options=_STEPS,
+        limits=_LIMITS,
+        source="layer-wise phase of Liu et al. 2024, arXiv:2409.17066, block by block",
+    ),
+    Tuning(
+        "vectors",
+        vectors.Vectors,
+        SignSGD,
+        vectors.rate,
+        vectors.refuse,
+        options=_STEPS,
+        limits=_LIMITS,
+        source="Cheng et al. 2023, arXiv:2309.05516, for vectors",
     ),
 )
 
@@ -128,6 +151,21 @@ METHODS: tuple[Method, ...] = (
         refuse=refuse_unclustered,
         beside=sparse_beside,
         source="Kim et al. 2023, arXiv:2306.07629",
+    ),
+    Method(
+        "vptq",
+        vptq,
+        needs="gram",
+        options={
+            "damp_percent": 0.01,
+            "block_size": 128,
+            "restarts": 2,
+            "rounds": 6,
+            "beam": 8,
+            "never_worse": True,
+        },
+        refuse=refuse_scalars,
+        source="Liu et al. 2024, arXiv:2409.17066",
     ),
     Method(
         "autoround",

@@ -92,4 +92,4 @@ def check_scalar(method: str, format: Format) -> None:
     """
     reason = refuse_vectors(format)
     if reason is not None:
-        raise UnsupportedError(f"{method} to {format.name}", reason, "method rtn takes such formats")
+        raise UnsupportedError(f"{method} to {format.name}", reason, "methods rtn and vptq take such formats")

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""A matrix in vectors of codebooks, on the way to its codes and books: choosing, decoding, refitting.
+
+Vector u of column k is ``w[length u + d, k] = sum over books b of b[k // width, index_b[k, u], d]``. Columns are the
+first axis of everything here: they are what is worked on one after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fewbit.core import blocks as B
+from fewbit.core import clusters
+from fewbit.core.format import Format, code_dtype
+from fewbit.core.qtensor import QTensor
+
+LARGEST = 65504.0
+"""Of float16."""
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """``books``: float32 (groups, entries, length) of float16 values; ``indices``: int64 (columns, vectors) into them,
+    one a book; ``width``: columns of a group."""
+
+    books: tuple[Tensor, ...]
+    indices: tuple[Tensor, ...]
+    width: int
+
+    @staticmethod
+    def of(qtensor: QTensor) -> Coded:
+        """What an unpacked ``qtensor`` holds."""
+        format, (codes, params) = qtensor.format, qtensor.logical()
+        rest, books, indices = codes.T.long(), list[Tensor](), list[Tensor]()
+        for param in format.params:
+            books.append(params[param.name][0, :, 0].float())
+            indices.append(rest % param.entry[0])
+            rest = rest // param.entry[0]
+        return Coded(tuple(books), tuple(indices), B.width(qtensor.shape[1], format.block))
+
+    def places(self) -> list[Tensor]:
+        """Indices, by book, into all entries of all groups."""
+        group = torch.arange(len(self.indices[0]), device=self.indices[0].device) // self.width
+        return [index + group[:, None] * book.shape[1] for book, index in zip(self.books, self.indices, strict=True)]
+
+    def decode(self) -> Tensor:
+        """What this stands for, transposed: float32 (columns, rows)."""
+        parts = [book.flatten(0, 1)[place] for book, place in zip(self.books, self.places(), strict=True)]
+        return sum(parts[1:], parts[0]).flatten(1)
+
+    def qtensor(self, format: Format, rows: int) -> QTensor:
+        """Codes and parameters of ``format``, of a matrix of ``rows``."""
+        codes, base = torch.zeros_like(self.indices[0]), 0
+        params = {}
+        for param, book, index in zip(format.params, self.books, self.indices, strict=True):
+            codes += index << base
+            base += param.entry[0].bit_length() - 1
+            params[param.name] = book.to(param.dtype)[None, :, None].expand(codes.shape[1], -1, -1, -1, -1)
+        return QTensor.of(format, codes.T.contiguous().to(code_dtype(format)), params, rows)
+
+
+class Choice:
+    """Vectors of one column after another, each to the nearest sum of one entry a book.
+
+    ``beam``: see :func:`nearest`; ``present``: what was chosen before. ``seen``: (columns, vectors, length), what each
+    column was to be when it had its turn.
+    """
+
+    def __init__(
+        self, books: tuple[Tensor, ...], shape: tuple[int, int], width: int, beam: int, present: Coded | None = None
+    ) -> None:
+        columns, self._length = shape[0], books[0].shape[2]
+        self._books, self._width, self._beam, self._present = books, width, beam, present
+        self.seen = torch.empty(columns, shape[1] // self._length, self._length)
+        self._indices = tuple(torch.empty(self.seen.shape[:2], dtype=torch.int64) for _ in books)
+
+    def __call__(self, column: int, values: Tensor) -> Tensor:
+        """Choose for ``values`` (rows,) of ``column``; what they become."""
+        books = [book[column // self._width] for book in self._books]
+        points = values.view(-1, self._length)
+        self.seen[column] = points
+        present = None if self._present is None else [index[column] for index in self._present.indices]
+        picked = nearest(points, books, self._beam, present)
+        for index, chosen in zip(self._indices, picked, strict=True):
+            index[column] = chosen
+        parts = [book[index] for book, index in zip(books, picked, strict=True)]
+        return sum(parts[1:], parts[0]).flatten()
+
+    def coded(self) -> Coded:
+        """What was chosen."""
+        return Coded(self._books, self._indices, self._width)
+
+
+def nearest(points: Tensor, books: list[Tensor], beam: int, present: list[Tensor] | None = None) -> list[Tensor]:
+    """Indices, by book, of the sum nearest to each of ``points`` (n, length): at most two books (entries, length).
+
+    Of two books the ``beam`` nearest entries of the first are tried, each with the nearest of the second to what it
+    leaves; and the sums of the indices ``present``, which win ties.
+    """
+    if len(books) == 1:
+        return [clusters.nearest(points, books[0])]
+    first, second = books
+    wide = first.double()
+    far = torch.addmm(wide.square().sum(1) / 2, points.double(), wide.T, alpha=-1)
+    tried = far.topk(min(beam, len(first)), 1, largest=False).indices if beam > 1 else far.argmin(1, keepdim=True)
+    left = (points[:, None] - first[tried]).flatten(0, 1)
+    beside = clusters.nearest(left, second)
+    lost = (left - second[beside]).square().sum(1).view(tried.shape)
+    least, best = lost.min(1, keepdim=True)
+    picked = [tried.gather(1, best).squeeze(1), beside.view(tried.shape).gather(1, best).squeeze(1)]
+    if present is None:
+        return picked
+    stays = (points - first[present[0]] - second[present[1]]).square().sum(1) <= least.squeeze(1)
+    return [torch.where(stays, now, then) for now, then in zip(present, picked, strict=True)]
+
+
+def all_nearest(
+    points: Tensor, books: tuple[Tensor, ...], width: int, beam: int, present: Coded | None = None
+) -> Coded:
+    """``points`` (columns, vectors, length) to the nearest sums of ``books``; see :func:`nearest`."""
+    found = []
+    for group, part in enumerate(points.split(width)):
+        own = None if present is None else [index.split(width)[group].flatten() for index in present.indices]
+        found.append(nearest(part.flatten(0, 1), [book[group] for book in books], beam, own))
+    indices = (torch.cat(parts).view(points.shape[:2]) for parts in zip(*found, strict=True))
+    return Coded(books, tuple(indices), width)
+
+
+def cluster(points: Tensor, worth: Tensor, entries: int, width: int, restarts: int) -> Tensor:
+    """A book of ``entries`` for each group of ``width`` columns: float32 (groups, entries, length) of float16 values.
+
+    Args:
+        points: float32 (columns, vectors, length).
+        worth: (columns, vectors), non-negative: the weight of each vector.
+        restarts: of k-means; the best counts.
+    """
+    books = []
+    for group, share in zip(points.split(width), worth.split(width), strict=True):
+        generator = torch.Generator().manual_seed(0)
+        # vectors of a row of codes beside each other: the order in which the format's own fit looks at them
+        flat, weights = group.transpose(0, 1).flatten(0, 1), share.T.flatten()
+        some, weights = clusters.sample(flat, weights, entries, generator)
+        books.append(stored(clusters.best_means(some, weights, entries, generator, restarts)))
+    return torch.stack(books)
+
+
+def stored(book: Tensor) -> Tensor:
+    """``book`` as files hold it, float32."""
+    return book.clamp(-LARGEST, LARGEST).to(torch.float16).float()
+
+
+def loss(weight: Tensor, coded: Coded, moment: Tensor) -> float:
+    """``tr(E H E^T)`` of what ``coded`` makes of ``weight`` (columns, rows), H = ``moment``."""
+    error = weight - coded.decode()
+    return float(((moment @ error) * error).sum(dtype=torch.float64))
+
+
+def refitted(weight: Tensor, coded: Coded, moment: Tensor, steps: int) -> Coded:
+    """``coded`` with books nearer to those of least ``tr(E H E^T)`` under its indices.
+
+    With D the linear map from books to weights, the normal equations ``D^T (D(b) H) = D^T (W H)`` are solved by
+    ``steps`` conjugate gradients from the present books, preconditioned by their diagonal (entry i: the sum of H_kk
+    over the vectors that use it); then books are rounded to float16. Entries that no vector uses stay.
+    """
+    places, diagonal = coded.places(), moment.diagonal().double()
+    weights = diagonal[:, None].expand(coded.indices[0].shape).flatten()
+    share = [
+        torch.bincount(place.flatten(), weights, book.shape[0] * book.shape[1])[:, None]
+        for place, book in zip(places, coded.books, strict=True)
+    ]
+
+    def gathered(errors: Tensor) -> list[Tensor]:
+        """D^T of (columns, rows) times H: float64 (groups * entries, length) a book."""
+        pulled = (moment @ errors).view(*coded.indices[0].shape, -1).double().flatten(0, 1).T.contiguous()
+        return [
+            torch.stack([torch.bincount(place.flatten(), one, len(mass)) for one in pulled], 1)
+            for place, mass in zip(places, share, strict=True)
+        ]
+
+    def spread(books: list[Tensor]) -> Tensor:
+        """D."""
+        shaped = tuple(b.float().view(book.shape) for b, book in zip(books, coded.books, strict=True))
+        return replace(coded, books=shaped).decode()
+
+    books = [book.double().flatten(0, 1) for book in coded.books]
+    rest = gathered(weight - coded.decode())
+    way, power = [torch.zeros_like(r) for r in rest], 1.0
+    for step in range(steps):
+        scaled = [r / mass.clamp_min(1e-300) for r, mass in zip(rest, share, strict=True)]
+        before, power = power, _dot(rest, scaled)
+        if not power > 0:
+            break
+        way = [s + w * (power / before if step else 0.0) for s, w in zip(scaled, way, strict=True)]
+        bent = gathered(spread(way))
+        far = power / max(_dot(way, bent), 1e-300)
+        books = [b + far * w for b, w in zip(books, way, strict=True)]
+        rest = [r - far * b for r, b in zip(rest, bent, strict=True)]
+    shaped = (stored(b).view(book.shape) for b, book in zip(books, coded.books, strict=True))
+    return replace(coded, books=tuple(shaped))
+
+
+def _dot(left: list[Tensor], right: list[Tensor]) -> float:
+    return float(sum((a * b).sum() for a, b in zip(left, right, strict=True)))

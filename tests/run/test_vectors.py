@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vectors of codebooks through the whole pipeline: planned, solved, learned on the block's output, written, run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fewbit
+from fewbit import calibrate
+from fewbit.errors import UnsupportedError
+from fewbit.run.events import Event
+
+Short = Callable[..., Any]
+FORMAT = "vector4x4+4"
+FEW: dict[str, Any] = {"samples": 4, "context": 32, "calibration_dtype": "float32"}
+STEPS = {"iters": 8, "batch": 4}
+
+
+def test_learned_vectors_are_stored_and_run(tiny: Path, tmp_path: Path, short: Short) -> None:
+    told: list[tuple[float, float]] = []
+
+    def note(event: Event) -> None:
+        if found := re.search(r"output error ([\d.]+)% -> ([\d.]+)%", event.message):
+            told.append((float(found[1]), float(found[2])))
+
+    tune = [{"name": "vectors", **STEPS, "lr": 0.01}, {"name": "books", **STEPS}]
+    done = short(tmp_path / "out", FORMAT, "vptq", tune=tune, progress=note, **FEW)
+    assert len(told) == 4 and all(after <= before for before, after in told)
+    assert all(after < before for before, after in told[1:]), told  # vectors, books, vectors, books
+    layers = [layer for layer in done.manifest["layers"] if layer["method"] == "vptq" and layer["block"] is not None]
+    assert len(layers) == 14
+    for layer in layers:
+        rows, columns = layer["shape"]
+        assert layer["format"] == FORMAT and layer["kernel"].startswith("vector_linear")
+        assert layer["nbytes"] == 2 * -(-rows // 4) * columns // 2 + 2 * 2 * 16 * 4, layer["name"]
+    theirs, ours = AutoModelForCausalLM.from_pretrained(tiny), fewbit.load(tmp_path / "out")
+    layer = ours.model.layers[0].mlp.down_proj
+    assert layer.prepared.kernel == layers[0]["kernel"]
+    probe = calibrate.probe(AutoTokenizer.from_pretrained(tiny), 8, 256)
+    with torch.no_grad():
+        expected, got = (each(probe).logits[:, :-1].double().log_softmax(-1) for each in (theirs, ours))
+    kl = float((expected.exp() * (expected - got)).sum(-1).mean())
+    assert abs(kl / done.manifest["check"]["kl_mean"] - 1) < 0.02
+
+
+def test_plans_refuse_what_is_no_vector_and_offer_vptq_where_others_refuse(tiny: Path) -> None:
+    with pytest.raises(UnsupportedError, match="do not stand for several weights"):
+        fewbit.plan(tiny, "int4/g32", method="vptq")
+    with pytest.raises(UnsupportedError, match="methods rtn, vptq take it"):
+        fewbit.plan(tiny, FORMAT, method="gptq")
+    for name in ("books", "vectors"):
+        with pytest.raises(UnsupportedError, match="no codebook of vectors"):
+            fewbit.plan(tiny, "int4/g32", method="gptq", tune=[name])
+    with pytest.raises(UnsupportedError, match="rounding"):
+        fewbit.plan(tiny, FORMAT, method="vptq", tune=["rounding"])
