@@ -8,7 +8,7 @@ from fewbit.core.method import Method
 from fewbit.core.rows import find
 from fewbit.core.tuning import Tuning
 from fewbit.methods import autoround as rounding
-from fewbit.methods import scales
+from fewbit.methods import bounds, scales
 from fewbit.methods.autoround import autoround
 from fewbit.methods.awq import awq
 from fewbit.methods.awq import refuse as refuse_awq
@@ -67,6 +67,17 @@ TUNINGS: tuple[Tuning, ...] = (
         options=_STEPS,
         limits=_LIMITS,
         source="second phase of Chen et al. 2024, arXiv:2407.11062, block by block",
+    ),
+    Tuning(
+        "bounds",
+        bounds.Bounds,
+        Adam,
+        bounds.rate,
+        rounding.refuse,
+        options=_STEPS,
+        limits=_LIMITS,
+        inputs=True,
+        source="second stage of Liu et al. 2024, arXiv:2406.06649",
     ),
 )
 
