@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two ends of a static grid of inputs, while they are learned.
 
-With scale ``s = (high - low) / (levels - 1)``, zero ``z = round(-low / s)`` and c the code of x, a number is rounded to
-``s (c - z)``. Gradients go straight through both roundings; of the ends they are, x' being what x is rounded to::
+With scale ``s = (high - low) / (levels - 1)``, zero ``z = round(-low / s)`` and c the code of x, x is rounded to ``x' =
+s (c - z)``. Gradients go straight through both roundings, which is to say that what they add to c and z stands still
+(Liu et al. 2024, arXiv:2406.06649, whose grids have no z)::
 
-    low <= x <= high    (x' - x) / (high - low) by high, the negative of that by low
-    x < low             1 by low
-    x > high            1 by high
+    within the ends    dx'/dx = 1    dx'/ds = (x' - x) / s
+    beyond             dx'/dx = 0    dx'/ds = (x' - low) / s    and 1 by low itself
 
-A symmetric grid has ``s = 2 max(-low, high) / (levels - 1)`` and a fixed z: its deeper end takes ``2 / (levels - 1)``
-times the gradient of s, which is (x' - x) / s inside and c - z beyond (Liu et al. 2024, arXiv:2406.06649, section 3.3).
+A symmetric grid has ``s = 2 max(-low, high) / (levels - 1)`` and a fixed z; beyond its ends dx'/ds = x' / s, and that
+is all.
 """
 
 from __future__ import annotations
@@ -57,23 +57,19 @@ class _Round(torch.autograd.Function):
         place = x / bound.scale + bound.zero
         rounded = (place.round().clamp_(0, bound.levels - 1) - bound.zero) * bound.scale
         ctx.save_for_backward(x, place, rounded)
-        ctx.grid, ctx.deeper = bound, bool(-low > high)
+        ctx.symmetric, ctx.top, ctx.scale = grid.symmetric, bound.levels - 1, bound.scale
+        ctx.deeper, ctx.base = bool(-low > high), 0.0 if grid.symmetric else float(low)
         return rounded
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (grad,) = gradients
         x, place, rounded = ctx.saved_tensors
-        grid: Fixed = ctx.grid
-        top = grid.levels - 1
-        inside = (place >= 0) & (place <= top)
+        inside = (place >= 0) & (place <= ctx.top)
         within = torch.where(inside, grad, 0.0)
-        by_scale = ((rounded - x) * within).sum(dtype=torch.float64) / grid.scale
-        if grid.symmetric:
-            beyond = ((grad - within) * rounded).sum(dtype=torch.float64) / grid.scale
-            by_end = 2 * (by_scale + beyond) / top
-            low, high = (-by_end, torch.zeros_like(by_end)) if ctx.deeper else (torch.zeros_like(by_end), by_end)
-        else:
-            low = torch.where(place < 0, grad, 0.0).sum(dtype=torch.float64) - by_scale / top
-            high = torch.where(place > top, grad, 0.0).sum(dtype=torch.float64) + by_scale / top
-        return within, low, high, None
+        by_scale = (torch.where(inside, rounded - x, rounded - ctx.base) * grad).sum(dtype=torch.float64) / ctx.scale
+        if ctx.symmetric:
+            by_end, none = 2 * by_scale / ctx.top, torch.zeros_like(by_scale)
+            return within, *((-by_end, none) if ctx.deeper else (none, by_end)), None
+        by_high = by_scale / ctx.top
+        return within, (grad - within).sum(dtype=torch.float64) - by_high, by_high, None
