@@ -158,24 +158,21 @@ def test_an_end_stops_at_zero() -> None:
     assert ends.freeze(torch.tensor(-0.2), torch.tensor(-1.0)).zero == 15
 
 
+@pytest.mark.parametrize(
+    "own", [{"method": "autoround", "options": {"iters": 30}}, {"tune": [{"name": "scales", "iters": 30}]}]
+)
 @torch.no_grad()
-def test_other_tunings_and_corrected_biases_and_keywords() -> None:
+def test_other_tunings_and_corrected_biases_and_keywords(own: dict[str, Any]) -> None:
+    """They leave the grids of inputs alone, but see what these do."""
     made, batches = toy()
-    plain = network.quantize(made, "int2/channel/asym", batches, correct_bias=True)
-    for method, tune in (("autoround", ()), ("rtn", ({"name": "scales", "lr": 0.01, "iters": 30},))):
-        options = {"iters": 30} if method == "autoround" else {}
-        found = network.quantize(
-            made,
-            "int2/channel/asym",
-            [{"images": batch} for batch in batches],
-            method=method,
-            options=options,
-            tune=tune,
-            correct_bias=True,
-        )
-        start, end = told(found)
-        assert loss(plain.network, made, batches) == pytest.approx(start, rel=1e-3)
-        assert loss(found.network, made, batches) == pytest.approx(end, rel=1e-3) and end < 0.95 * start
+    rule = {"match": "*", "format": "int2/channel/asym", "activation": "int3/static/minmax"}
+    plain = network.quantize(made, Recipe.from_dict({"rule": [rule]}), batches, correct_bias=True)
+    named = [{"images": batch} for batch in batches]
+    found = network.quantize(made, Recipe.from_dict({"rule": [{**rule, **own}]}), named, correct_bias=True)
+    start, end = told(found)
+    assert loss(plain.network, made, batches) == pytest.approx(start, rel=1e-3)
+    assert loss(found.network, made, batches) == pytest.approx(end, rel=1e-3) and end < start
+    assert [layer["activation"] for layer in found.layers] == [layer["activation"] for layer in plain.layers]
 
 
 def test_blocks_are_the_outermost_repeated_modules() -> None:
