@@ -73,12 +73,11 @@ ENCODER: list[tuple[str, str | Recipe, dict[str, Any]]] = [
 def enlarging(kind: superres.Kind, steps: int) -> list[tuple[str, str | Recipe, dict[str, Any]]]:
     """Rows for a network whose first and last layer stay in float; "linear": as 2DQuant has it, all convolutions do."""
 
-    def few(
-        format: str, activation: str | None = None, *, match: str = "*", method: str = "rtn", learn: int = 0
-    ) -> Recipe:
-        tune = (Tune("bounds", {"iters": learn, "batch": 1}),) if learn else ()
+    learning = {"iters": steps, "batch": 1}
+
+    def few(format: str, activation: str | None = None, match: str = "*", method: str = "rtn", **more: Any) -> Recipe:
         ends = tuple(Rule(name, FLOAT) for name in kind.ends)
-        return Recipe((*ends, Rule(match, format, method, activation=activation, tune=tune)))
+        return Recipe((*ends, Rule(match, format, method, activation=activation, **more)))
 
     rows: list[tuple[str, str | Recipe, dict[str, Any]]] = [
         ("W8A8, one scale a window", few("int8/channel", "int8/channel"), {}),
@@ -88,6 +87,7 @@ def enlarging(kind: superres.Kind, steps: int) -> list[tuple[str, str | Recipe, 
         ),
         *((f"int4/channel{', bias' if bias else ''}", few("int4/channel"), {"bias": bias}) for bias in (False, True)),
         ("int4/channel, gptq", few("int4/channel", method="gptq"), {}),
+        ("int4/channel, autoround", few("int4/channel", method="autoround", options=learning), {}),
         ("palette4", few("palette4"), {}),
         ("palette4, bias", few("palette4"), {"bias": True}),
     ]
@@ -95,10 +95,10 @@ def enlarging(kind: superres.Kind, steps: int) -> list[tuple[str, str | Recipe, 
     for (name, match), bits in itertools.product(matches.items(), (8, 4, 3, 2)):
         for observer in ("minmax", "percentile", "mse", "dobi"):
             method = "clip" if observer in ("mse", "dobi") else "rtn"
-            recipe = few(f"int{bits}/channel/asym", f"int{bits}/static/{observer}", match=match, method=method)
+            recipe = few(f"int{bits}/channel/asym", f"int{bits}/static/{observer}", match, method)
             rows.append((f"{name} W{bits}A{bits}, {method}, {observer}", recipe, {}))
         activation = f"int{bits}/static/dobi"
-        recipe = few(f"int{bits}/channel/asym", activation, match=match, method="clip", learn=steps)
+        recipe = few(f"int{bits}/channel/asym", activation, match, "clip", tune=(Tune("bounds", learning),))
         rows.append((f"{name} W{bits}A{bits}, clip, dobi > bounds", recipe, {}))
     return rows
 
