@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,17 @@ def test_the_loss_told_is_that_of_what_runs_and_it_falls(relative: float) -> Non
         assert before["decoded_sha256"] != after["decoded_sha256"]
     again = network.quantize(made, recipe(iters=30, relative=relative), batches)
     assert again.layers[0]["decoded_sha256"] == found.layers[0]["decoded_sha256"]
+
+
+@torch.no_grad()
+def test_what_was_learned_is_what_is_saved(tmp_path: Path) -> None:
+    made, batches = toy()
+    found = network.quantize(made, recipe(iters=4), batches)
+    manifest = network.save(found, tmp_path / "out")
+    again = network.load(tmp_path / "out", Toy())
+    assert torch.equal(again(batches[0])["found"], found.network(batches[0])["found"])
+    assert manifest["layers"][0]["tuned"] == found.layers[0]["tuned"]
+    assert manifest["recipe"]["rule"][1]["tune"][0]["name"] == "bounds"
 
 
 def test_no_step_and_steps_that_lose_leave_what_was_solved() -> None:

@@ -89,7 +89,7 @@ def quantize(
     look(made, batches if any(want.facts for want in wanted.values()) else batches[:1], wanted)
     solved = {name: solve(_task(made, name, rule, wanted[name], seed)) for name, rule in rules.items()}
     grids = _grids(made, rules, solved, batches)
-    teacher = copy.deepcopy(made)
+    teacher = copy.deepcopy(made) if any(rule.tunings() for rule in rules.values()) else made
     if correct_bias:
         for name, item in solved.items():
             _correct(made.get_submodule(name), item, wanted[name].mean)
