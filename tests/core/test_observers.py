@@ -139,6 +139,32 @@ def test_mse_is_the_best_of_its_ratios_on_the_bins(bits: int, symmetric: bool) -
     assert found < 1  # heavy tails are clipped
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("shape", ["tails", "floor"])
+def test_dobi_is_the_best_of_both_searches_on_the_bins(shape: str, symmetric: bool, bits: int) -> None:
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(6)).pow(3) + 1
+    x = torch.nn.functional.gelu(x) if shape == "floor" else x
+    seen = merged(list(x.split(1100)))
+    low, high = seen.low, seen.high
+    middles = (np.floor(x.double().numpy() / seen.width) + 0.5) * seen.width
+
+    def lost(bounds: tuple[float, float]) -> float:
+        scale, zero = numpy_grid(*bounds, bits, symmetric)
+        codes = np.clip(np.rint(middles / float(scale) + zero), 0, 2**bits - 1)
+        return float(((middles - float(scale) * (codes - zero)) ** 2).sum())
+
+    half, whole = (high - low) / 200, (high - low) / 100
+    two = [(low + i * half, high - i * half) for i in range(100)]
+    one = [(low, high - i * whole) for i in range(100)]
+    found = O.dobi(seen, bits, symmetric)
+    assert min(math.dist(found, bounds) for bounds in two + one) < 1e-12
+    assert lost(found) <= min(map(lost, two + one)) * (1 + 1e-9) < 0.9 * lost((low, high))
+    if not symmetric and bits == 3:
+        best = [min(map(lost, search)) for search in (two, one)]
+        assert (best[0] < best[1]) == (shape == "tails"), "each search has what it is for"
+
+
 def divergence(histogram: np.ndarray, edge: int, levels: int) -> float:
     """From the definition, bin by bin."""
     p = histogram[:edge].astype(float).copy()

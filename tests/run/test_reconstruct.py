@@ -144,6 +144,12 @@ def test_a_block_is_tuned_as_it_will_run(
         assert after < before
 
 
+def test_bounds_are_learned_block_by_block_too(tmp_path: Path, short: Short, tiny: Path) -> None:
+    told = Notes()
+    short(tmp_path / "out", "int2/channel/asym", "clip", tune=[{"name": "bounds", **STEPS}], progress=told)
+    assert told.errors and all(after < before for before, after in told.errors)
+
+
 def test_some_layers_are_tuned_and_others_stand_still(tmp_path: Path, short: Short, hashes: Hashes) -> None:
     rule = {"match": "*", "format": "int3/g32/asym", "method": "rtn"}
     recipe = {

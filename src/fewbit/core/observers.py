@@ -9,15 +9,17 @@ compared on one pass::
     percentile   +-t, t the p-quantile of |x| over all batches      within [min, max]
     mse          r [min, max], r of least sum |x - Q(x)|^power      100 ratios from 1 down to 0.2
     entropy      +-t, t of least KL divergence of the histogram     TensorRT's search
+    dobi         both ends moved in, or the upper one alone         200 ranges; the least sum of squares
 
 Sources: Krishnamoorthi 2018, arXiv:1806.08342 (the first two); Migacz 2017, "8-bit inference with TensorRT" (entropy);
-Frantar et al. 2022, github.com/IST-DASLab/gptq, quant.py (the grid of mse).
+Frantar et al. 2022, github.com/IST-DASLab/gptq, quant.py (the grid of mse); Liu et al. 2024, arXiv:2406.06649 (dobi).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,16 +173,38 @@ def mse(seen: Seen, bits: int, symmetric: bool, *, power: float = 2.0, steps: in
     down to ``floor``, the largest wins ties. GPTQ's code takes 2.4 for ``power``."""
     if not seen.batches:
         return 0.0, 0.0
+    ratios = (1 - (1 - floor) * step / (steps - 1) for step in range(steps))
+    return _least(seen, ((ratio * seen.low, ratio * seen.high) for ratio in ratios), bits, symmetric, power)
+
+
+def dobi(seen: Seen, bits: int, symmetric: bool, *, steps: int = 100) -> Range:
+    """The bounds of least ``sum (x - Q(x))^2`` of two searches, x in the middles of their bins, i < ``steps``::
+
+        two-sided    [min + i d / 2, max - i d / 2]        what has tails on both sides
+        one-sided    [min, max - i d]                      what has a floor: behind softmax, ReLU, GELU
+
+    with ``d = (max - min) / steps``: the first stage of 2DQuant (Distribution-Oriented Bound Initialization). The
+    authors say which search an input gets; here the error does. The grid has a code for 0, as all grids here.
+    """
+    if not seen.batches:
+        return 0.0, 0.0
+    low, high, step = seen.low, seen.high, (seen.high - seen.low) / steps
+    both = ((low + i * step / 2, high - i * step / 2) for i in range(steps))
+    upper = ((low, high - i * step) for i in range(steps))
+    return _least(seen, itertools.chain(both, upper), bits, symmetric, 2.0)
+
+
+def _least(seen: Seen, ranges: Iterable[Range], bits: int, symmetric: bool, power: float) -> Range:
+    """Of ``ranges``, that of least ``sum |x - Q(x)|^power`` over the middles of the bins; the first wins ties."""
     live = seen.counts > 0
     x, weight = seen.centers()[live], seen.counts[live].double()
     best, chosen = math.inf, (seen.low, seen.high)
-    for step in range(steps):
-        ratio = 1 - (1 - floor) * step / (steps - 1)
-        scale, zero = grid(ratio * seen.low, ratio * seen.high, bits, symmetric)
+    for low, high in ranges:
+        scale, zero = grid(low, high, bits, symmetric)
         rounded = scale * ((x / scale + zero).round_().clamp_(0, (1 << bits) - 1) - zero)
         lost = float(((x - rounded).abs_() ** power * weight).sum())
         if lost < best:
-            best, chosen = lost, (ratio * seen.low, ratio * seen.high)
+            best, chosen = lost, (low, high)
     return chosen
 
 
@@ -265,6 +289,7 @@ OBSERVERS: tuple[Observer, ...] = (
     Observer("percentile", percentile, {"percent": 99.99}),
     Observer("mse", mse, {"power": 2.0, "steps": 100, "floor": 0.2}),
     Observer("entropy", entropy),
+    Observer("dobi", dobi, {"steps": 100}),
 )
 
 NAMES = tuple(observer.name for observer in OBSERVERS)

@@ -57,6 +57,7 @@ class Tuning:
       windows; ``lr`` falls linearly to zero, 0 meaning ``rate(iters, format)``; ``relative``: see
       :mod:`fewbit.run.reconstruct`.
     * ``refuse(format)``: None, or the reason why it can learn nothing of that format.
+    * ``inputs``: whether the ends of static grids of inputs are learned along, where :mod:`fewbit.network` runs it.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Tuning:
     refuse: Callable[[Format], str | None]
     options: dict[str, float] = field(default_factory=dict)
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
+    inputs: bool = False
     source: str = ""
 
     def check(self, options: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from fewbit.core.method import Method
 from fewbit.core.rows import find
 from fewbit.core.tuning import Tuning
 from fewbit.methods import autoround as rounding
-from fewbit.methods import scales, vectors
+from fewbit.methods import bounds, scales, vectors
 from fewbit.methods.autoround import autoround
 from fewbit.methods.awq import awq
 from fewbit.methods.awq import refuse as refuse_awq
@@ -90,6 +90,17 @@ TUNINGS: tuple[Tuning, ...] = (
         options=_STEPS,
         limits=_LIMITS,
         source="Cheng et al. 2023, arXiv:2309.05516, for vectors",
+    ),
+    Tuning(
+        "bounds",
+        bounds.Bounds,
+        Adam,
+        bounds.rate,
+        rounding.refuse,
+        options=_STEPS,
+        limits=_LIMITS,
+        inputs=True,
+        source="second stage of Liu et al. 2024, arXiv:2406.06649",
     ),
 )
 

@@ -32,6 +32,7 @@ from fewbit.formats.fixed import Fixed
 from fewbit.model.convolution import QuantConv2d, window_of
 from fewbit.model.layers import QuantLinear
 from fewbit.model.sites import Site
+from fewbit.network.distill import distill
 from fewbit.network.feeding import Batch, Wanted, look
 from fewbit.network.fold import NORMS, fold_norms
 from fewbit.network.folder import load, save
@@ -53,6 +54,7 @@ def quantize(
     method: str = "rtn",
     options: dict[str, Any] | None = None,
     transforms: Sequence[str | dict[str, Any]] = (),
+    tune: Sequence[str | dict[str, Any]] = (),
     fold: bool = True,
     correct_bias: bool = False,
     seed: int = 0,
@@ -64,7 +66,8 @@ def quantize(
             whose rules match module names, ``kind:conv2d`` and ``kind:linear``.
         inputs: calibration batches, each a tensor, a tuple of arguments or a mapping of keywords. What looks at no data
             needs none.
-        method, options, transforms: as for :func:`fewbit.quantize`. Transforms are for linear layers.
+        method, options, transforms, tune: as for :func:`fewbit.quantize`. Transforms are for linear layers; a tuning
+            compares the whole network with the float one (:mod:`fewbit.network.distill`).
         fold: fold batch norms into the layers before them; seen on the first batch.
         correct_bias: take the mean error of each layer's output from its bias (:mod:`fewbit.core.correction`).
         seed: what anything random is drawn with.
@@ -74,7 +77,7 @@ def quantize(
         InputError: data is needed and there is none, or a layer's inputs hold NaN; the message names it.
         UnsupportedError: a layer cannot be done as asked.
     """
-    chosen = Recipe.simple(recipe, method, FLOAT, options, transforms) if isinstance(recipe, str) else recipe
+    chosen = Recipe.simple(recipe, method, FLOAT, options, transforms, tune) if isinstance(recipe, str) else recipe
     if chosen.model is not None:
         found = "it rotates the residual stream of a language model"
         raise UnsupportedError(f"{chosen.model.name} of a network", found, "transforms of layers")
@@ -86,14 +89,17 @@ def quantize(
     look(made, batches if any(want.facts for want in wanted.values()) else batches[:1], wanted)
     solved = {name: solve(_task(made, name, rule, wanted[name], seed)) for name, rule in rules.items()}
     grids = _grids(made, rules, solved, batches)
+    teacher = copy.deepcopy(made) if any(rule.tunings() for rule in rules.values()) else made
+    if correct_bias:
+        for name, item in solved.items():
+            _correct(made.get_submodule(name), item, wanted[name].mean)
+    solved, grids = distill(teacher, made, solved, grids, batches, seed)
     layers = []
     for name, item in solved.items():
         layer, grid = made.get_submodule(name), grids.get(name)
         record = item.record
         if grid is not None:
             record = {**record, "activation": grid.name}
-        if correct_bias:
-            _correct(layer, item, wanted[name].mean)
         layers.append({**record, "bias": layer.bias is not None})
         made.set_submodule(name, _layer(layer, item, record["activation"]))
     return Quantized(made, chosen, layers, skipped, folded, seed, len(batches))
@@ -137,19 +143,23 @@ def _check(name: str, kind: str, rule: Rule) -> None:
     if kind == "conv2d" and rule.transforms:
         found = "inputs of convolutions are not rewritten at run time"
         raise UnsupportedError(f"transforms for {name}", found, "give convolutions a rule without transforms")
-    if tunings := rule.tunings():
-        found = "a tuning compares the outputs of a language model's blocks"
-        raise UnsupportedError(f"tuning {tunings[0].name} for {name}", found, "gptq, with correct_bias=True")
+    activation = formats.parse(rule.activation) if rule.activation else None
+    for tune in rule.tunings():
+        reason, works = methods.tuning(tune.name).refuse(formats.parse(rule.format)), "leave the tuning out"
+        if kind == "conv2d" and activation is not None and not isinstance(activation, Fixed):
+            reason, works = "inputs of convolutions are rounded window by window", "int8/static as the activation"
+        if reason is not None:
+            raise UnsupportedError(f"tuning {tune.name} of {rule.format} for {name}", reason, works)
     if methods.named(rule.method).needs == "fisher":
         found = "the Fisher diagonal is collected of language models only"
         raise UnsupportedError(f"method {rule.method} for {name}", found, "clip or gptq, of the same formats")
 
 
 def _need_data(rules: dict[str, Rule], correct_bias: bool, batches: list[Batch]) -> None:
-    asking = [name for name, rule in rules.items() if rule.needs != "nothing"]
+    asking = [name for name, rule in rules.items() if rule.calibrated]
     if batches or not (asking or correct_bias):
         return
-    what = f"the method, transform or static activations of {asking[0]}" if asking else "bias correction"
+    what = f"the method, transform, tuning or static activations of {asking[0]}" if asking else "bias correction"
     raise InputError(what, "no inputs were given to calibrate on", "inputs=[batch, ...]")
 
 

@@ -29,6 +29,11 @@ SHOWN = 256
 @torch.no_grad()
 def feed(network: nn.Module, batch: Batch) -> Any:
     """What ``network`` makes of ``batch``, whose floats are in the dtype of the network's first parameter."""
+    return call(network, batch)
+
+
+def call(network: nn.Module, batch: Batch) -> Any:
+    """As :func:`feed`, with gradients."""
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
 
     def cast(value: Any) -> Any:

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What layers of a network learn together: the loss is that of what runs, gradients are the definition's."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewbit import Recipe, network
+from fewbit.errors import InputError, UnsupportedError
+from fewbit.formats import parse
+from fewbit.formats.fixed import Fixed
+from fewbit.kernels.reference import round_activations
+from fewbit.network.distill import FEATURES, blocks
+from fewbit.network.ends import Ends
+
+
+class Residual(nn.Module):
+    """A convolution, and one in groups, beside a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 16, 3, padding=1, groups=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x)  # type: ignore[no-any-return]
+
+
+class Toy(nn.Module):
+    """Two blocks, and a linear layer for every position; takes keywords too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = nn.Conv2d(3, 16, 3, padding=1), nn.Sequential(Residual(), Residual())
+        self.tail = nn.Linear(16, 2)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"found": self.tail(self.body(self.head(images)).permute(0, 2, 3, 1))}
+
+
+def toy() -> tuple[Toy, list[Tensor]]:
+    torch.manual_seed(0)
+    return Toy().eval(), [torch.randn(4, 3, 8, 8) for _ in range(3)]
+
+
+def recipe(format: str = "int3/channel/asym", activation: str | None = "int3/static/minmax", **tune: Any) -> Recipe:
+    rule = {"match": "*", "format": format, "tune": [{"name": "bounds", "batch": 2, "lr": 0.03, **tune}]}
+    if activation is not None:
+        rule["activation"] = activation
+    return Recipe.from_dict({"rule": [{"match": "head", "format": "float"}, rule]})
+
+
+def told(found: network.Quantized) -> tuple[float, float]:
+    """The loss before and after."""
+    (outcome,) = found.layers[0]["tuned"]
+    match = re.fullmatch(r"loss (\S+) -> (\S+) by \w+", outcome)
+    assert match is not None
+    return float(match[1]), float(match[2])
+
+
+@torch.no_grad()
+def loss(found: nn.Module, made: nn.Module, batches: list[Tensor], relative: float = 1.0) -> float:
+    """From the definition, in float64."""
+    total = 0.0
+    for batch in batches:
+        seen: list[list[np.ndarray]] = []
+        for module in (found, made):
+            outputs: list[Tensor] = []
+            handles = [b.register_forward_hook(lambda _, __, y, o=outputs: o.append(y)) for b in module.body]  # type: ignore[union-attr]
+            outputs.append(module(batch)["found"])
+            for handle in handles:
+                handle.remove()
+            seen.append([output.double().numpy() for output in outputs])
+        *features, last = [(ours - theirs, theirs) for ours, theirs in zip(*seen, strict=True)]
+        total += np.abs(last[0]).mean() / np.abs(last[1]).mean() ** relative
+        total += FEATURES * np.mean([(e**2).mean() / (y**2).mean() ** relative for e, y in features])
+    return float(total / len(batches))
+
+
+@pytest.mark.parametrize("relative", [1.0, 0.5])
+def test_the_loss_told_is_that_of_what_runs_and_it_falls(relative: float) -> None:
+    made, batches = toy()
+    plain = network.quantize(made, recipe(iters=0, relative=relative), batches)
+    found = network.quantize(made, recipe(iters=30, relative=relative), batches)
+    start, end = told(found)
+    assert told(plain) == (start, start) and end < 0.9 * start
+    assert loss(plain.network, made, batches, relative) == pytest.approx(start, rel=2e-3)
+    assert loss(found.network, made, batches, relative) == pytest.approx(end, rel=2e-3)
+    assert found.bits_per_weight == plain.bits_per_weight
+    for before, after in zip(plain.layers, found.layers, strict=True):
+        assert before["activation"] != after["activation"] and parse(after["activation"]).bound  # type: ignore[attr-defined]
+        assert before["decoded_sha256"] != after["decoded_sha256"]
+    again = network.quantize(made, recipe(iters=30, relative=relative), batches)
+    assert again.layers[0]["decoded_sha256"] == found.layers[0]["decoded_sha256"]
+
+
+@torch.no_grad()
+def test_what_was_learned_is_what_is_saved(tmp_path: Path) -> None:
+    made, batches = toy()
+    found = network.quantize(made, recipe(iters=4), batches)
+    manifest = network.save(found, tmp_path / "out")
+    again = network.load(tmp_path / "out", Toy())
+    assert torch.equal(again(batches[0])["found"], found.network(batches[0])["found"])
+    assert manifest["layers"][0]["tuned"] == found.layers[0]["tuned"]
+    assert manifest["recipe"]["rule"][1]["tune"][0]["name"] == "bounds"
+
+
+def test_no_step_and_steps_that_lose_leave_what_was_solved() -> None:
+    made, batches = toy()
+    bare = Recipe(tuple(replace(rule, tune=()) for rule in recipe().rules))
+    solved = network.quantize(made, bare, batches)
+    for options in ({"iters": 0}, {"iters": 4, "lr": 1.0}):
+        found = network.quantize(made, recipe(**options), batches)
+        assert told(found)[0] == told(found)[1]
+        for ours, theirs in zip(found.layers, solved.layers, strict=True):
+            assert ours["decoded_sha256"] == theirs["decoded_sha256"] and ours["activation"] == theirs["activation"]
+
+
+@pytest.mark.parametrize("spelling", ["int3/static/asym", "int2/static/sym"])
+def test_the_ends_round_as_the_grid_does_and_their_gradients_are_differences(spelling: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, outer = (torch.randn(400, generator=generator) for _ in range(2))
+    grid = parse(spelling)
+    assert isinstance(grid, Fixed)
+    ends, values = Ends(grid.at(-0.9, 1.7)), [torch.tensor(v, dtype=torch.float64) for v in (0.04, -0.11)]
+    assert ends.freeze(*ends.start.values()) == grid.at(-0.9, 1.7)
+    leaves = [x.clone().requires_grad_(), *(v.clone().requires_grad_() for v in values)]
+    rounded = ends.round(*leaves)
+    bound = ends.freeze(*values)
+    assert torch.equal(rounded.detach(), round_activations(x[None], bound)[0]) and bound != grid.at(-0.9, 1.7)
+    found = torch.autograd.grad(rounded, leaves, outer)
+
+    top, g, w = grid.levels - 1, outer.double().numpy(), x.double().numpy()
+    place = w / bound.scale + bound.zero
+    inside = (place >= 0) & (place <= top)
+    code = np.clip(np.round(place), 0, top)
+    assert 0 < inside.sum() < len(w)
+    start, unit = ends._from, ends._unit
+
+    def smooth(a: float, b: float) -> float:
+        """What rounding added to codes and zero held still."""
+        low, high = start["low"] + a * unit, start["high"] + b * unit
+        if grid.symmetric:
+            s = 2 * max(-low, high) / top
+            zero = float(bound.zero)
+        else:
+            s = (high - low) / top
+            zero = -low / s + (bound.zero + low0 / bound.scale)
+        c = np.where(inside, w / s + zero + (code - place), code)
+        return float(g @ (s * (c - zero)))
+
+    low0 = start["low"] + float(values[0]) * unit
+    a, b, h = *(float(v) for v in values), 1e-6
+    by = ((smooth(a + h, b) - smooth(a - h, b)) / (2 * h), (smooth(a, b + h) - smooth(a, b - h)) / (2 * h))
+    assert np.allclose([float(v) for v in found[1:]], by, rtol=1e-4, atol=1e-3)
+    assert torch.equal(found[0], torch.where(torch.from_numpy(inside), outer, 0.0))
+
+
+def test_an_end_stops_at_zero() -> None:
+    ends = Ends(Fixed(4, False).at(0.0, 3.0))
+    assert ends.bounds["low"][1] == 0 and ends.bounds["high"] == (-1, 1)
+    assert ends.freeze(torch.tensor(-0.2), torch.tensor(-1.0)).zero == 15
+
+
+@pytest.mark.parametrize(
+    "own", [{"method": "autoround", "options": {"iters": 30}}, {"tune": [{"name": "scales", "iters": 30}]}]
+)
+@torch.no_grad()
+def test_other_tunings_and_corrected_biases_and_keywords(own: dict[str, Any]) -> None:
+    """They leave the grids of inputs alone, but see what these do."""
+    made, batches = toy()
+    rule = {"match": "*", "format": "int2/channel/asym", "activation": "int3/static/minmax"}
+    plain = network.quantize(made, Recipe.from_dict({"rule": [rule]}), batches, correct_bias=True)
+    named = [{"images": batch} for batch in batches]
+    found = network.quantize(made, Recipe.from_dict({"rule": [{**rule, **own}]}), named, correct_bias=True)
+    start, end = told(found)
+    assert loss(plain.network, made, batches) == pytest.approx(start, rel=1e-3)
+    assert loss(found.network, made, batches) == pytest.approx(end, rel=1e-3) and end < start
+    assert [layer["activation"] for layer in found.layers] == [layer["activation"] for layer in plain.layers]
+
+
+def test_blocks_are_the_outermost_repeated_modules() -> None:
+    made, _ = toy()
+    assert blocks(made, ["head", "body.0.net.0", "body.1.net.2"]) == ["body.0", "body.1"]
+    assert blocks(made, ["head", "body.0.net.0"]) == ["body.0"] and blocks(made, ["head"]) == []
+    outer = nn.ModuleList([copy.deepcopy(made), made])
+    assert blocks(outer, ["1.body.0.net.0"]) == ["1"]
+
+
+def test_what_cannot_be_learned_says_what_would_work() -> None:
+    made, batches = toy()
+    with pytest.raises(UnsupportedError, match=r"body.0.net.0.*window by window"):
+        network.quantize(made, recipe(activation="int8/channel"), batches)
+    with pytest.raises(UnsupportedError, match=r"bounds of palette4 for body"):
+        network.quantize(made, recipe("palette4", None), batches)
+    with pytest.raises(InputError, match="tuning"):
+        network.quantize(made, recipe(activation=None))
