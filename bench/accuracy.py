@@ -51,6 +51,10 @@ METHODS: dict[str, tuple[tuple[str | dict[str, Any], ...], str, dict[str, Any]]]
     "skm": ((), "skm", {}),
     "squeezellm 0.45 %": ((), "squeezellm", {}),
     **{f"smooth {alpha}": (({"name": "smooth", "alpha": alpha},), "rtn", {}) for alpha in (0.3, 0.5, 0.7, 0.85)},
+    "ptq161": ((), "ptq161", {}),
+    "billm": ((), "billm", {}),
+    "arb": ((), "arb", {}),
+    **{f"nanoquant {bits}": ((), "nanoquant", {"bits": bits}) for bits in (0.55, 1.0, 1.5, 2.0, 2.3)},
     "autoround": ((), "autoround", {}),
     "awq + autoround": (("awq",), "autoround", {}),
 }
@@ -108,7 +112,7 @@ def quantized(arguments: argparse.Namespace, format: str, name: str, out: Path) 
     fewbit.quantize(
         arguments.model,
         format,
-        **settings(name, {"iters": arguments.iters, "relative": arguments.relative}),
+        **settings(name, {key: getattr(arguments, key) for key in ("iters", "lr", "relative", "cosine", "own")}),
         out=out,
         calibration=arguments.calibration,
         facts=arguments.facts,
@@ -197,6 +201,9 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=sizes)
     parser.add_argument("--methods", nargs="+", default=list(USUAL), type=choice, help="rows")
     parser.add_argument("--relative", type=float, default=1.0, help="option of tunings; 0 is plain mean square")
+    parser.add_argument("--cosine", type=float, default=0.0, help="option of tunings; -log cos added to the loss")
+    parser.add_argument("--own", type=float, default=0.0, help="option of tunings; the loss on a block's own inputs")
+    parser.add_argument("--lr", type=float, default=0.0, help="option of tunings; 0 is each one's own")
     parser.add_argument("--device", default="cpu", help="where blocks are tuned: cpu or cuda")
     parser.add_argument("--iters", type=int, default=200, help="steps of tunings")
     parser.add_argument("--json", type=Path)
