@@ -83,8 +83,8 @@ def nanoquant(
 
 
 def rank(rows: int, columns: int, bits: float) -> int:
-    """The largest rank, of whole bytes, at which the product takes ``bits`` a weight or less; 8 or less where even that
-    takes more.
+    """The largest rank, of whole bytes, at which the product takes ``bits`` a weight or less; 8 where even that takes
+    more.
 
     Raises:
         SpecError: bits are out of range.
@@ -92,7 +92,7 @@ def rank(rows: int, columns: int, bits: float) -> int:
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits <= 8:
         raise SpecError(f"nanoquant to bits={bits!r}", "out of range", "more than 0 up to 8 bits, e.g. 1.0")
     most = (bits * rows * columns - 16 * (rows + columns)) / (rows + 8 * -(-columns // 8) + 16)
-    return min(max(8, int(most) // 8 * 8), rows, columns)
+    return max(8, int(most) // 8 * 8)
 
 
 def parts(format: Format, shape: tuple[int, int], *, bits: float, **options: int) -> Parts:
@@ -123,7 +123,20 @@ class Factors:
 
     @staticmethod
     def start(target: Tensor, rank: int, iterations: int) -> Factors:
-        """From ADMM; see the module."""
+        """From ADMM; see the module. What is missing then has factors of its own where ``rank`` is more than the rank
+        that a matrix of that shape can have, and the same p and q."""
+        found = Factors.admm(target, min(rank, *target.shape), iterations)
+        if rank <= min(target.shape):
+            return found
+        found.improve()
+        more = Factors.start(target - found.product(), rank - min(target.shape), iterations)
+        middle = more.middle * (more.p.mean() * more.q.mean() / (found.p.mean() * found.q.mean()).clamp_min(1e-30))
+        u, v = torch.cat([found.u, more.u], 1), torch.cat([found.v, more.v], 1)
+        return Factors(target, u, v, found.p, torch.cat([found.middle, middle]), found.q)
+
+    @staticmethod
+    def admm(target: Tensor, rank: int, iterations: int) -> Factors:
+        """Of a ``rank`` that a matrix of that shape can have."""
         left, values, right = torch.linalg.svd(target, full_matrices=False)
         root = values[:rank].sqrt()
         sides = [left[:, :rank] * root, right[:rank].T * root]
@@ -154,10 +167,12 @@ class Factors:
         middle = torch.linalg.solve(gram, ((self.target @ v) * u).sum(0).double()).float()
         self.v, self.middle = torch.where(middle < 0, -self.v, self.v), middle.abs()
 
+    def product(self) -> Tensor:
+        return (self.u * self.middle * self.p[:, None]) @ (self.v * self.q[:, None]).T
+
     def error(self) -> float:
         """Squared error."""
-        made = (self.u * self.middle * self.p[:, None]) @ (self.v * self.q[:, None]).T
-        return float((self.target - made).square().sum(dtype=torch.float64))
+        return float((self.target - self.product()).square().sum(dtype=torch.float64))
 
 
 def _side(target: Tensor, u: Tensor, p: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
