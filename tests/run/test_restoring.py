@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,17 @@ from fewbit.errors import SpecError, UnsupportedError
 from fewbit.run.events import Event
 
 Short = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is tiny: a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 STEPS: dict[str, Any] = {"rank": 2, "steps": 20, "batch": 4, "samples": 4, "context": 64, "lr": 0.02, "dropout": 0.0}
 
 
