@@ -37,6 +37,8 @@ SHRINK, CLIP = 0.2, 0.999
 """How far D_in and D_out are drawn to their means, and the quantile that they are cut off at."""
 PENALTY, REGULAR = (0.1, 1.0), 0.03
 """First and last rho, and reg, in parts of the mean of the diagonal of V^T V."""
+ENOUGH = 1e-4
+"""Part of a weight that is not worth factors of its own: less than the scales' rounding to float16."""
 POWER = 5
 """Steps for a leading singular pair."""
 
@@ -129,7 +131,11 @@ class Factors:
         if rank <= min(target.shape):
             return found
         found.improve()
-        more = Factors.start(target - found.product(), rank - min(target.shape), iterations)
+        left, missing = rank - min(target.shape), target - found.product()
+        if float(missing.norm()) <= ENOUGH * float(target.norm()):
+            u, v = (torch.cat([side, torch.ones(len(side), left)], 1) for side in (found.u, found.v))
+            return Factors(target, u, v, found.p, torch.cat([found.middle, torch.zeros(left)]), found.q)
+        more = Factors.start(missing, left, iterations)
         middle = more.middle * (more.p.mean() * more.q.mean() / (found.p.mean() * found.q.mean()).clamp_min(1e-30))
         u, v = torch.cat([found.u, more.u], 1), torch.cat([found.v, more.v], 1)
         return Factors(target, u, v, found.p, torch.cat([found.middle, middle]), found.q)
@@ -165,7 +171,8 @@ class Factors:
         gram = ((u.T @ u) * (v.T @ v)).double()
         gram.diagonal().add_(1e-9 * gram.diagonal().mean() + 1e-300)
         middle = torch.linalg.solve(gram, ((self.target @ v) * u).sum(0).double()).float()
-        self.v, self.middle = torch.where(middle < 0, -self.v, self.v), middle.abs()
+        if bool(middle.isfinite().all()):  # equal ranks have no one solution
+            self.v, self.middle = torch.where(middle < 0, -self.v, self.v), middle.abs()
 
     def product(self) -> Tensor:
         return (self.u * self.middle * self.p[:, None]) @ (self.v * self.q[:, None]).T
