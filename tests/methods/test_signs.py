@@ -181,6 +181,13 @@ def test_nanoquant_s_rounds_never_lose_and_end_where_no_single_change_helps() ->
             scale[index] = kept
 
 
+def test_nanoquant_of_one_huge_column_ends_in_numbers() -> None:
+    """More ranks than the matrix has, most of which find next to nothing to stand for."""
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).index_fill(1, torch.tensor([3]), 1e4)
+    result = methods.nanoquant(weight, formats.parse("sign/channel"), Facts.none(40))
+    assert methods.relative_error(weight, result.dequantize()) < 1e-2
+
+
 def test_nanoquant_minds_what_matters() -> None:
     """The error weighted by E[x^2] and the Fisher diagonal's rows is less than that of factors that know neither."""
     weight, facts = case(24, 40)

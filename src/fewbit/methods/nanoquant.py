@@ -23,6 +23,8 @@ Where we depart from the authors' code:
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -70,8 +72,13 @@ def nanoquant(
     target = out[:, None] * weight.double() * into
     size = target.square().mean().sqrt().clamp_min(1e-30)
     factors = Factors.start((target / size).float(), rank(rows, columns, bits), iterations)
+    lost = factors.error()
     for _ in range(rounds):
-        factors.improve()
+        better = copy.copy(factors)  # whose arrays are replaced, never written
+        better.improve()
+        if not better.error() < lost:  # also catches NaN
+            break
+        factors, lost = better, better.error()
     left, middle, right = factors.p * size / out, factors.middle, factors.q / into
     scale = right.abs().mean().clamp_min(1e-30)
     middle, right = middle * scale, right / scale
