@@ -54,6 +54,10 @@ METHODS: dict[str, tuple[tuple[str | dict[str, Any], ...], str, dict[str, Any]]]
     "vptq greedy": ((), "vptq", {"rounds": 0, "beam": 1, "restarts": 1}),
     "hadamard + vptq": (("hadamard",), "vptq", {}),
     **{f"smooth {alpha}": (({"name": "smooth", "alpha": alpha},), "rtn", {}) for alpha in (0.3, 0.5, 0.7, 0.85)},
+    "ptq161": ((), "ptq161", {}),
+    "billm": ((), "billm", {}),
+    "arb": ((), "arb", {}),
+    **{f"nanoquant {bits}": ((), "nanoquant", {"bits": bits}) for bits in (0.55, 1.0, 1.5, 2.0, 2.3)},
     "autoround": ((), "autoround", {}),
     "awq + autoround": (("awq",), "autoround", {}),
 }
@@ -108,19 +112,33 @@ def logits(module: nn.Module, ids: Tensor) -> Tensor:
 def quantized(arguments: argparse.Namespace, format: str, name: str, out: Path) -> float:
     """Quantize into ``out``; seconds."""
     began = time.monotonic()
-    fewbit.quantize(
-        arguments.model,
-        format,
-        **settings(name, {"iters": arguments.iters, "relative": arguments.relative}),
-        out=out,
-        calibration=arguments.calibration,
-        facts=arguments.facts,
-        samples=arguments.samples,
-        context=arguments.context,
-        head=arguments.head,
-        device=arguments.device,
-        force=True,
-    )
+
+    def to(out: Path, model: Any, **more: Any) -> None:
+        fewbit.quantize(
+            model,
+            format,
+            **settings(name, {key: getattr(arguments, key) for key in ("iters", "lr", "relative", "cosine", "own")}),
+            out=out,
+            calibration=arguments.calibration,
+            facts=arguments.facts,
+            samples=arguments.samples,
+            context=arguments.context,
+            head=arguments.head,
+            device=arguments.device,
+            force=True,
+            **more,
+        )
+
+    model, more = arguments.model, {}
+    if arguments.restore:
+        to(out.parent / "first", model)
+        shared = {"text": arguments.calibration, "samples": arguments.samples, "context": arguments.context}
+        words = open_checkpoint(model).tokenizer()
+        model, more = (
+            fewbit.restore(model, out.parent / "first", steps=arguments.restore, lr=1e-3, **shared),
+            {"tokenizer": words},
+        )
+    to(out, model, **more)
     return time.monotonic() - began
 
 
@@ -200,6 +218,10 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=sizes)
     parser.add_argument("--methods", nargs="+", default=list(USUAL), type=choice, help="rows")
     parser.add_argument("--relative", type=float, default=1.0, help="option of tunings; 0 is plain mean square")
+    parser.add_argument("--cosine", type=float, default=0.0, help="option of tunings; -log cos added to the loss")
+    parser.add_argument("--own", type=float, default=0.0, help="option of tunings; the loss on a block's own inputs")
+    parser.add_argument("--lr", type=float, default=0.0, help="option of tunings; 0 is each one's own")
+    parser.add_argument("--restore", type=int, default=0, help="steps of restorative preprocessing, at a rate of 1e-3")
     parser.add_argument("--device", default="cpu", help="where blocks are tuned: cpu or cuda")
     parser.add_argument("--iters", type=int, default=200, help="steps of tunings")
     parser.add_argument("--json", type=Path)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fewbit.recipe import Recipe
     from fewbit.run import plan, quantize
     from fewbit.run.collecting import collect
+    from fewbit.run.restoring import restore
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _LATER = {
     "network": "fewbit.network",
     "quantize": "fewbit.run",
     "Recipe": "fewbit.recipe",
+    "restore": "fewbit.run.restoring",
     "Sampling": "fewbit.decode.sampling",
 }
 """Names whose modules import transformers: loaded at first use."""
@@ -76,5 +78,6 @@ __all__ = [
     "network",
     "plan",
     "quantize",
+    "restore",
     "transforms",
 ]

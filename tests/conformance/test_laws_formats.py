@@ -22,12 +22,13 @@ import torch
 from fewbit import formats, layouts, methods
 from fewbit.core import blocks as B
 from fewbit.core import format as F
+from fewbit.core import terms as T
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.layout import Layout
 from fewbit.core.method import Method
 from fewbit.core.qtensor import QTensor
-from fewbit.core.terms import Dense, Sparse, Terms
+from fewbit.core.terms import Terms
 from fewbit.errors import UnsupportedError
 from fewbit.formats.table import TABLES
 
@@ -63,13 +64,13 @@ def facts_of(columns: int, seed: int = 5, rows: int = 1) -> Facts:
     return replace(found, fisher=normal(rows, columns, seed).square() * scale)
 
 
-def matrix(result: QTensor | Terms) -> QTensor:
-    """What of a method's result is one matrix: itself, or the first term, beside which there are few entries."""
-    if isinstance(result, QTensor):
-        return result
-    dense, *sparse = result.terms
-    assert isinstance(dense, Dense) and all(isinstance(term, Sparse) for term in sparse)
-    return dense.qtensor
+def matrices(method: Method, result: QTensor | Terms, format: Format, shape: tuple[int, int]) -> list[QTensor]:
+    """What of a method's result are matrices; they have the formats and shapes that it said they would have."""
+    found, made = T.matrices(result), method.made_of(format, shape, {})
+    assert result.shape == shape and made.sum == isinstance(result, Terms)
+    assert [(matrix.format.name, matrix.shape) for matrix in found] == [(f.name, size) for f, size in made.matrices]
+    assert result.nbytes - sum(matrix.nbytes for matrix in found) == made.beside
+    return found
 
 
 HOSTILE: dict[str, Callable[[int, int], torch.Tensor]] = {
@@ -159,14 +160,17 @@ def test_law_1_of_every_method(name: str, method: Method) -> None:
     slow = formats.parse(name).best_fit and formats.parse(name).bits > 4  # exact tables of many levels
     for shape in SHAPES[:2] if slow else SHAPES:
         weight = normal(*shape, seed=sum(shape))
-        tensor = matrix(method(weight, formats.parse(name), facts_of(shape[1], rows=shape[0])))
-        codes, params = tensor.logical()
-        assert tensor.shape == shape and codes.dtype == F.code_dtype(tensor.format)
-        assert int(codes.max()) < tensor.format.levels
-        check_law_1(tensor.format, params, f"{name} {method.name} {shape}")
-    again = matrix(method(weight.clone(), formats.parse(name), facts_of(shape[1], rows=shape[0])))
-    assert torch.equal(again.packed, tensor.packed)
-    assert all(torch.equal(again.params[key], tensor.params[key]) for key in tensor.params)
+        result = method(weight, formats.parse(name), facts_of(shape[1], rows=shape[0]))
+        for tensor in matrices(method, result, formats.parse(name), shape):
+            codes, params = tensor.logical()
+            assert codes.dtype == F.code_dtype(tensor.format)
+            assert int(codes.max()) < tensor.format.levels
+            check_law_1(tensor.format, params, f"{name} {method.name} {shape}")
+    again = method(weight.clone(), formats.parse(name), facts_of(shape[1], rows=shape[0]))
+    assert torch.equal(again.dequantize(), result.dequantize())
+    for one, other in zip(T.matrices(again), T.matrices(result), strict=True):
+        assert torch.equal(one.packed, other.packed)
+        assert all(torch.equal(one.params[key], other.params[key]) for key in other.params)
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -193,25 +197,30 @@ def test_laws_4_and_5_in_every_layout(name: str, method: Method) -> None:
     for shape in (*SHAPES, SPANS):
         if shape == SPANS and method.name != "rtn":
             continue  # one method fills ggml's spans; what it chose does not matter to a layout
-        tensor = matrix(method(normal(*shape), formats.parse(name), facts_of(shape[1], rows=shape[0])))
-        codes, params = tensor.logical()
-        values = tensor.dequantize()
-        accepted = []
-        for layout in layouts.LAYOUTS:
-            reason = layout.refuse(tensor.format, shape)
-            if reason is not None:
-                assert isinstance(reason, str)
-                assert tensor.format.name in reason or any(str(size) in reason for size in shape)
-                continue
-            accepted.append(layout)
-            check_same(tensor.repack(layout), codes, params, f"{name} {shape} {layout.name}")
-            assert torch.equal(tensor.repack(layout).dequantize(), values)
-            check_size(tensor, layout)
-        assert {"unpacked", "dense", "planes"} <= {layout.name for layout in accepted}
-        walk = tensor
-        for layout in itertools.chain(accepted, reversed(accepted)):
-            walk = walk.repack(layout)
-        check_same(walk, codes, params, f"{name} {shape} chain")
+        result = method(normal(*shape), formats.parse(name), facts_of(shape[1], rows=shape[0]))
+        for tensor in matrices(method, result, formats.parse(name), shape):
+            check_layouts(tensor, f"{name} {shape}")
+
+
+def check_layouts(tensor: QTensor, context: str) -> None:
+    codes, params = tensor.logical()
+    values = tensor.dequantize()
+    accepted = []
+    for layout in layouts.LAYOUTS:
+        reason = layout.refuse(tensor.format, tensor.shape)
+        if reason is not None:
+            assert isinstance(reason, str)
+            assert tensor.format.name in reason or any(str(size) in reason for size in tensor.shape)
+            continue
+        accepted.append(layout)
+        check_same(tensor.repack(layout), codes, params, f"{context} {layout.name}")
+        assert torch.equal(tensor.repack(layout).dequantize(), values)
+        check_size(tensor, layout)
+    assert {"unpacked", "dense", "planes"} <= {layout.name for layout in accepted}
+    walk = tensor
+    for layout in itertools.chain(accepted, reversed(accepted)):
+        walk = walk.repack(layout)
+    check_same(walk, codes, params, f"{context} chain")
 
 
 def check_same(tensor: QTensor, codes: torch.Tensor, params: dict[str, torch.Tensor], context: str) -> None:

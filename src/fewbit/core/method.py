@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,20 @@ def _nothing_beside(shape: tuple[int, int], **options: Any) -> int:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What the result for a weight is made of: ``matrices``, each a format and (rows, columns); and ``beside``, the
+    bytes of everything else."""
+
+    matrices: tuple[tuple[Format, tuple[int, int]], ...]
+    beside: int
+
+    @property
+    def sum(self) -> bool:
+        """Whether it is a sum of terms, not one matrix."""
+        return self.beside > 0 or len(self.matrices) > 1
+
+
+@dataclass(frozen=True)
 class Method:
     """One row of the method table.
 
@@ -34,7 +48,8 @@ class Method:
     ``tuning``: name of the tuning that follows it and takes its options, "" for none.
     ``refuse(format)``: None, or the reason why it cannot choose codes of that format; the plan asks it.
     ``beside(shape, **options)``: bytes that the result for a (rows, columns) weight takes beside one matrix in the
-    format; where there are any, it is a sum of terms.
+    format; where there are any, it is a sum of terms. ``parts(format, shape, **options)``: the same of results that are
+    made of other matrices than one in the format.
     """
 
     name: str
@@ -43,8 +58,16 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     refuse: Callable[[Format], str | None] = _takes_all
     beside: Callable[..., int] = _nothing_beside
+    parts: Callable[..., Parts] | None = None
     tuning: str = ""
     source: str = ""
 
     def __call__(self, weight: Tensor, format: Format, facts: Facts, **options: Any) -> QTensor | Terms:
         return self.solve(weight, format, facts, **{**self.options, **options})
+
+    def made_of(self, format: Format, shape: tuple[int, int], options: Mapping[str, Any]) -> Parts:
+        """What the result for a weight of ``shape`` (rows, columns) will be made of."""
+        options = {**self.options, **options}
+        if self.parts is not None:
+            return self.parts(format, shape, **options)
+        return Parts(((format, shape),), self.beside(shape, **options))

@@ -302,6 +302,28 @@ def repack(weight: QTensor | Terms, layout_of: Callable[[Format], Layout]) -> QT
     return replace(weight, terms=tuple(map(each, weight.terms)))
 
 
+def matrices(weight: QTensor | Term) -> list[QTensor]:
+    """Every matrix in ``weight``, in the order in which they are written down."""
+    match weight:
+        case QTensor():
+            return [weight]
+        case Dense():
+            return [weight.qtensor]
+        case Product():
+            return [weight.left, weight.right]
+        case Columns():
+            return [matrix for part in weight.parts for matrix in matrices(part)]
+        case Terms():
+            return [matrix for term in weight.terms for matrix in matrices(term)]
+    return []
+
+
+def has_sparse(term: Term) -> bool:
+    """Whether any part of ``term`` is of few entries."""
+    within = term.terms if isinstance(term, Terms) else term.parts if isinstance(term, Columns) else ()
+    return isinstance(term, Sparse) or any(map(has_sparse, within))
+
+
 def _bytes(*arrays: Tensor | None) -> int:
     return sum(array.numel() * array.element_size() for array in arrays if array is not None)
 

@@ -19,6 +19,7 @@ from fewbit.core.descent import Rule
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.core.rows import check_options
+from fewbit.core.terms import Terms
 
 Values = Mapping[str, Tensor]
 """Float32 arrays by name: what is learned."""
@@ -42,7 +43,7 @@ class Learnable(ABC):
         """From ``grad`` (rows, columns) of the weight, that of every value; straight through what is rounded."""
 
     @abstractmethod
-    def freeze(self, values: Values) -> QTensor:
+    def freeze(self, values: Values) -> QTensor | Terms:
         """Codes and parameters, unpacked."""
 
 
@@ -50,24 +51,25 @@ class Learnable(ABC):
 class Tuning:
     """One row of the table of tunings.
 
-    * ``learn(weight, qtensor)``: what of the unpacked ``qtensor`` can be learned, ``weight`` float32 (rows, columns)
-      being the one that it stands for.
+    * ``learn(weight, made)``: what of the unpacked ``made`` can be learned, ``weight`` float32 (rows, columns) being
+      what it stands for. ``sums``: whether that may be a sum of terms.
     * ``descend``: makes a fresh rule of descent for one layer.
     * ``options``: names and defaults; ``limits``: smallest and largest value of each. ``iters`` steps of ``batch``
-      windows; ``lr`` falls linearly to zero, 0 meaning ``rate(iters, format)``; ``relative``: see
+      windows; ``lr`` falls linearly to zero, 0 meaning ``rate(iters, format)``; ``relative``, ``cosine``, ``own``: see
       :mod:`fewbit.run.reconstruct`.
     * ``refuse(format)``: None, or the reason why it can learn nothing of that format.
     * ``inputs``: whether the ends of static grids of inputs are learned along, where :mod:`fewbit.network` runs it.
     """
 
     name: str
-    learn: Callable[[Tensor, QTensor], Learnable]
+    learn: Callable[[Tensor, Any], Learnable]
     descend: Callable[[], Rule]
     rate: Callable[[int, Format], float]
     refuse: Callable[[Format], str | None]
     options: dict[str, float] = field(default_factory=dict)
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
     inputs: bool = False
+    sums: bool = False
     source: str = ""
 
     def check(self, options: Mapping[str, Any]) -> None:

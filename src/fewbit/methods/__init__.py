@@ -8,17 +8,28 @@ from fewbit.core.method import Method
 from fewbit.core.rows import find
 from fewbit.core.tuning import Tuning
 from fewbit.methods import autoround as rounding
-from fewbit.methods import bounds, scales, vectors
+from fewbit.methods import bounds, scales, sums, vectors
+from fewbit.methods.arb import arb
+from fewbit.methods.arb import parts as arb_parts
 from fewbit.methods.autoround import autoround
 from fewbit.methods.awq import awq
 from fewbit.methods.awq import refuse as refuse_awq
+from fewbit.methods.billm import billm
+from fewbit.methods.billm import parts as billm_parts
 from fewbit.methods.clip import clip
 from fewbit.methods.gptq import gptq
 from fewbit.methods.hqq import hqq
 from fewbit.methods.hqq import refuse as refuse_hqq
+from fewbit.methods.nanoquant import nanoquant
+from fewbit.methods.nanoquant import parts as nanoquant_parts
 from fewbit.methods.objective import refuse_vectors, relative_error
+from fewbit.methods.ptq161 import parts as ptq161_parts
+from fewbit.methods.ptq161 import ptq161
+from fewbit.methods.ptq161 import refuse as refuse_ptq161
 from fewbit.methods.rtn import rtn
 from fewbit.methods.sensitive import refuse as refuse_unclustered
+from fewbit.methods.signs import refuse as refuse_no_signs
+from fewbit.methods.signs import refuse_groups
 from fewbit.methods.skm import skm
 from fewbit.methods.squeezellm import beside as sparse_beside
 from fewbit.methods.squeezellm import squeezellm
@@ -28,12 +39,16 @@ from fewbit.methods.vptq import vptq
 __all__ = [
     "METHODS",
     "TUNINGS",
+    "arb",
     "autoround",
     "awq",
+    "billm",
     "clip",
     "gptq",
     "hqq",
     "named",
+    "nanoquant",
+    "ptq161",
     "relative_error",
     "rtn",
     "skm",
@@ -42,12 +57,14 @@ __all__ = [
     "vptq",
 ]
 
-_STEPS: dict[str, float] = {"iters": 200, "batch": 8, "lr": 0.0, "relative": 1.0}
+_STEPS: dict[str, float] = {"iters": 200, "batch": 8, "lr": 0.0, "relative": 1.0, "cosine": 0.0, "own": 0.0}
 _LIMITS: dict[str, tuple[float, float]] = {
     "iters": (0, 100_000),
     "batch": (1, 1024),
     "lr": (0.0, 1.0),
     "relative": (0.0, 1.0),
+    "cosine": (0.0, 100.0),
+    "own": (0.0, 100.0),
 }
 
 TUNINGS: tuple[Tuning, ...] = (
@@ -63,12 +80,13 @@ TUNINGS: tuple[Tuning, ...] = (
     ),
     Tuning(
         "scales",
-        scales.Scales,
+        sums.learned,
         Adam,
         scales.rate,
         scales.refuse,
         options=_STEPS,
         limits=_LIMITS,
+        sums=True,
         source="second phase of Chen et al. 2024, arXiv:2407.11062, block by block",
     ),
     Tuning(
@@ -177,6 +195,42 @@ METHODS: tuple[Method, ...] = (
         },
         refuse=refuse_scalars,
         source="Liu et al. 2024, arXiv:2409.17066",
+    ),
+    Method(
+        "ptq161",
+        ptq161,
+        needs="largest",
+        options={"salient": 0.2, "salient_bits": 4},
+        refuse=refuse_ptq161,
+        parts=ptq161_parts,
+        source="Zhao et al. 2025, arXiv:2502.13179",
+    ),
+    Method(
+        "billm",
+        billm,
+        needs="gram",
+        options={"salient": 0.1, "damp_percent": 0.01, "points": 9},
+        refuse=refuse_no_signs,
+        parts=billm_parts,
+        source="Huang et al. 2024, arXiv:2402.04291",
+    ),
+    Method(
+        "arb",
+        arb,
+        needs="mean_square",
+        options={"iterations": 15},
+        refuse=refuse_no_signs,
+        parts=arb_parts,
+        source="Li et al. 2024, arXiv:2410.03129",
+    ),
+    Method(
+        "nanoquant",
+        nanoquant,
+        needs="fisher",
+        options={"bits": 1.0, "iterations": 100, "rounds": 10},
+        refuse=refuse_groups,
+        parts=nanoquant_parts,
+        source="Chong et al. 2026, arXiv:2602.06694; scales of Lee et al. 2025, arXiv:2506.13771",
     ),
     Method(
         "autoround",

@@ -39,12 +39,15 @@ class Feedback:
 
     * ``order``: (columns,) int64, the column rounded at each step.
     * ``coefficients``: (columns, columns) float32, N above: unit upper triangular, rows and columns in ``order``.
+    * ``pivots``: (columns,) float32, d above, in ``order``: 1 / d_k is the squared k-th diagonal entry of the upper
+      Cholesky factor of the inverse.
     * ``damping``: the fraction of the mean diagonal that was added, after retries.
     * ``dead``: (columns,) bool, inputs that were always zero: rounded plainly, and no error passes through them.
     """
 
     order: Tensor
     coefficients: Tensor
+    pivots: Tensor
     damping: float
     dead: Tensor
 
@@ -78,9 +81,9 @@ def factorize(moment: Tensor, damping: float, by_activity: bool = False) -> Feed
         matrix.diagonal()[silent] = mean or 1.0
     noise = columns * torch.finfo(torch.float32).eps * mean
     for fraction in _ladder(damping):
-        factor = _unit_upper(matrix, fraction * mean, noise)
-        if factor is not None:
-            return Feedback(order, factor, fraction, dead)
+        factors = _unit_upper(matrix, fraction * mean, noise)
+        if factors is not None:
+            return Feedback(order, *factors, fraction, dead)
     raise InputError(
         f"error feedback from a second moment of {columns} inputs",
         f"it is not positive definite, even with {MOST_DAMPING:.0%} damping",
@@ -96,8 +99,8 @@ def _ladder(damping: float) -> list[float]:
     return tries
 
 
-def _unit_upper(backwards: Tensor, added: float, noise: float) -> Tensor | None:
-    """N of ``matrix + added I = N diag(d) N^T`` as float32, or None if a ``d`` is not above ``added / 2 + noise``.
+def _unit_upper(backwards: Tensor, added: float, noise: float) -> tuple[Tensor, Tensor] | None:
+    """N and d of ``matrix + added I = N diag(d) N^T`` as float32; None if a d is not above ``added / 2 + noise``.
 
     The factorization with the upper triangle on the left is the Cholesky one of the matrix read ``backwards``. Every
     pivot of a positive semi-definite matrix is at least ``added``, so a smaller one means that rounding has taken over.
@@ -109,7 +112,7 @@ def _unit_upper(backwards: Tensor, added: float, noise: float) -> Tensor | None:
     if int(info) != 0 or not bool((pivots > added / 2 + noise).all()):
         return None
     unit: Tensor = factor.div_(factor.diagonal().clone()).float().flip(0, 1)
-    return unit
+    return unit, pivots.float().flip(0)
 
 
 def sweep(

@@ -51,7 +51,7 @@ class Scales(Learnable):
         self._codes, self._stored = qtensor.logical()
         self._learned = _learned(self._format)
         self._from = {param.name: self._once(param, self._stored[param.name]).float() for param in self._learned}
-        self._unit = {name: _unit(values) for name, values in self._from.items()}
+        self._unit = {name: unit(values) for name, values in self._from.items()}
         self.start = {name: torch.zeros_like(values) for name, values in self._from.items()}
         self.bounds = dict.fromkeys(self._from, (-FAR, FAR))
 
@@ -146,7 +146,8 @@ class Scales(Learnable):
         return spans.repeat_interleave(repeat, 1)[:, : shape[1], None]
 
 
-def _unit(values: Tensor) -> Tensor:
+def unit(values: Tensor) -> Tensor:
+    """What an entry of ``values`` moves by."""
     if bool((values > 0).all()):
         return values
     return values.square().mean().sqrt().clamp_min(2.0**-24).expand_as(values)

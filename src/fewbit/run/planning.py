@@ -12,6 +12,7 @@ import torch
 from fewbit import formats, kernels, methods, transforms
 from fewbit.core import rewrite as R
 from fewbit.core.format import Format
+from fewbit.core.method import Parts
 from fewbit.core.qtensor import storage, storage_bytes
 from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint
@@ -169,38 +170,42 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
         )
     _check_tunings(site, rule, format)
     refused = methods.named(rule.method).refuse(format)
-    beside = 0 if site.block is None else methods.named(rule.method).beside(site.shape, **options_of(rule))
-    if beside:
-        _check_terms(site, rule)
     if refused is not None:
         able = ", ".join(method.name for method in methods.METHODS if method.refuse(format) is None)
         raise UnsupportedError(f"{rule.format} by {rule.method} for {site.name}", refused, f"methods {able} take it")
+    made = Parts(((format, site.shape),), 0)
+    if site.block is not None:
+        made = methods.named(rule.method).made_of(format, site.shape, rule.options)
+    if made.sum:
+        _check_terms(site, rule)
     try:
-        shape = (site.shape[0] * site.experts, site.shape[1])
-        nbytes = storage_bytes(storage(format, layout_for(format), shape))
+        nbytes = made.beside
+        for part, (rows, columns) in made.matrices:
+            nbytes += storage_bytes(storage(part, layout_for(part), (rows * site.experts, columns)))
         kinds = [transforms.named(step.name).makes for step in rule.transforms]
-        nbytes += storage_bytes(R.storage(kinds, site.shape[1])) + beside
+        nbytes += storage_bytes(R.storage(kinds, site.shape[1]))
         nbytes += grid.nbytes if isinstance(grid, formats.Fixed) else 0
     except FewbitError as error:
         raise type(error)(f"layer {site.name}: {error.asked}", error.found, error.works) from None
-    return Decision(site, rule, kernel_name(rule, site.shape, beside > 0), nbytes)
-
-
-def options_of(rule: Rule) -> dict[str, Any]:
-    """All options of the rule's method."""
-    return {**methods.named(rule.method).options, **rule.options}
+    sparse = made.sum and methods.named(rule.method).parts is None
+    return Decision(site, rule, kernel_name(rule, made.matrices, sparse), nbytes)
 
 
 def _check_terms(site: Site, rule: Rule) -> None:
     """Refuse layers whose weight cannot be a sum of terms."""
-    asked = f"{rule.format} by {rule.method} for {site.name}, which keeps few weights apart"
-    works = "give this layer a rule that keeps none, e.g. with options outliers=0, sensitive=0"
+    asked = f"{rule.format} by {rule.method} for {site.name}, which makes a sum of terms of it"
+    works = "give this layer a rule that makes one matrix, e.g. squeezellm with options outliers=0, sensitive=0"
     if site.experts > 1:
         raise UnsupportedError(asked, "fused experts are one matrix each", works)
-    if tunings := rule.tunings():
-        raise UnsupportedError(asked, f"{tunings[0].name} tunes layers that are one matrix", works)
+    for tune in rule.tunings():
+        if not methods.tuning(tune.name).sums:
+            able = ", ".join(row.name for row in methods.TUNINGS if row.sums)
+            found = f"{tune.name} tunes layers that are one matrix"
+            raise UnsupportedError(asked, found, f"{able} tunes sums; or {works}")
     if rule.activation is not None:
-        raise UnsupportedError(asked, f"what is kept apart would miss the rounding to {rule.activation}", works)
+        apart = methods.named(rule.method).parts is None
+        missed = f"what is kept apart would miss the rounding to {rule.activation}"
+        raise UnsupportedError(asked, missed if apart else "its parts would round their inputs each on its own", works)
 
 
 def _choice(rule: Rule, site: Site) -> kernels.Choice:

@@ -7,6 +7,9 @@ So a block also makes up for what those before it lost. (The code of AutoRound a
 same two inputs.) With y_t what is wanted at token t and e_t what is missing, the loss is the mean over tokens of
 ``|e_t|^2 / |y_t|^(2 relative)``: 0 is the papers' mean square; 1 counts every token alike, as the norm that reads it.
 Without that, the first token of a window, which in many models is a hundred times as large as others, decides alone.
+``cosine`` adds that many times the mean of ``-log cos(y_t, y_t + e_t)``; ``own`` adds that many times the same loss
+against what the float block makes of the very inputs of the quantized one. (1 and 1, with ``relative`` 0, are the loss
+of PTQ1.61, arXiv:2502.13179.)
 
 The loss that decides is that of all windows, taken before the first step, in between and after the last: the values of
 least loss are kept, and where no step lowered it the block stays as it was solved. Windows are drawn by the seed;
@@ -23,7 +26,7 @@ import copy
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ from torch import Tensor, nn
 from fewbit import methods
 from fewbit.core.qtensor import QTensor
 from fewbit.core.rewrite import restore
+from fewbit.core.terms import Term, matrices
 from fewbit.core.transform import seed_of
 from fewbit.core.tuning import Learnable, Values
 from fewbit.kernels.reference import round_activations
@@ -47,6 +51,9 @@ from fewbit.run.tasks import propagate
 LOOKS = 2
 """How often the loss of all windows is taken on the way."""
 
+LEAST_COSINE = 1e-3
+"""Where the logarithm of a cosine ends: a token turned around has no gradient."""
+
 Grads = list[Tensor]
 
 
@@ -56,8 +63,16 @@ def tuned(run: Run) -> bool:
 
 
 def reference_on(run: Run, stage: int, index: int) -> None:
-    """Take the float path of the calibration through block ``index``, still in float, and keep it."""
-    source, target = run.hidden(stage - 1, "reference"), run.hidden(stage, "reference", create=True)
+    """Take the float path of the calibration through block ``index``, still in float, and keep it; and the quantized
+    path, where a loss asks for it."""
+    _through(run, stage, index, "reference", "reference")
+    asked = (tune for d in run.plan.decisions if d.site.block == index and d.rule for tune in d.rule.tunings())
+    if any({**methods.tuning(tune.name).options, **tune.options}["own"] for tune in asked):
+        _through(run, stage, index, "calibration", "own")
+
+
+def _through(run: Run, stage: int, index: int, before: str, after: str) -> None:
+    source, target = run.hidden(stage - 1, before), run.hidden(stage, after, create=True)
     shared = run.inputs("calibration")
 
     def one(batch: int) -> None:
@@ -98,10 +113,13 @@ class _Phase:
         self._row = methods.tuning(tune.name)
         options = {**self._row.options, **tune.options}
         self._iters, self._batch, self._lr = int(options["iters"]), int(options["batch"]), float(options["lr"])
-        self._relative = float(options["relative"])
+        self._relative, self._cosine, self._own = (float(options[key]) for key in ("relative", "cosine", "own"))
         self._windows = sum(len(ids) for ids in run.batches())
         self._inputs = _one_by_one(run.hidden(stage - 1, "calibration"), self._windows)
         self._wanted = _one_by_one(run.hidden(stage, "reference"), self._windows)
+        self._targets = [(1.0, self._wanted)]
+        if self._own:
+            self._targets.append((self._own, _one_by_one(run.hidden(stage, "own"), self._windows)))
         self._device = torch.device(run.device)
         self._together = 1 if self._device.type == "cpu" else run.batch
         self._calls = _placed(run.inputs("window" if self._together == 1 else "calibration").calls[index], self._device)
@@ -117,8 +135,10 @@ class _Phase:
         learners = list(run.workers.map(lambda item: self._row.learn(*_placed(item.unpacked(), self._device)), chosen))
         start, least, best = self._learn(learners)
         self._inputs.close()
-        self._wanted.close()
-        outcome = f"output error {start:.3%} -> {least:.3%} by {self._row.name}"
+        for _, file in self._targets:
+            file.close()
+        what = "root of the loss" if self._cosine or self._own else "output error"
+        outcome = f"{what} {start:.3%} -> {least:.3%} by {self._row.name}"
         note = f"{run.model.blocks[self._index]}: {outcome}, {time.monotonic() - began:.1f} s"
         run.progress(Event("note", message=note, peak_rss_bytes=peak_rss()))
         if best is None:
@@ -137,7 +157,8 @@ class _Phase:
         """Relative output error before and after, and the best values; None where no step lowered the loss."""
         values = [{name: array.clone() for name, array in one.start.items()} for one in learners]
         rules = [self._row.descend() for _ in learners]
-        rates = [self._lr or self._row.rate(self._iters, self._solved[i].qtensor.format) for i in self._members]
+        firsts = [matrices(self._solved[i].weight)[0].format for i in self._members]
+        rates = [self._lr or self._row.rate(self._iters, format) for format in firsts]
         names = [self._solved[i].record["name"] for i in self._members]
         before = [self._run.model.weight(name).to(self._device, copy=True) for name in names]
         power = self._power()
@@ -191,7 +212,7 @@ class _Phase:
         return run
 
     def _gradients(self, weights: Grads) -> Grads:
-        """Of the mean square of a batch's error, by each of ``weights``."""
+        """Of the loss of a batch, by each of ``weights``."""
         leaves = [weight.detach().requires_grad_() for weight in weights]
         block, total = self._block(leaves), [torch.zeros_like(weight) for weight in weights]
         drawn = torch.randperm(self._windows, generator=self._generator)[: self._batch].tolist()
@@ -199,7 +220,7 @@ class _Phase:
 
         def one(windows: list[int]) -> tuple[Tensor, ...]:
             with torch.enable_grad():
-                lost = self._error(block, windows).square().mean() * (len(windows) / len(drawn))
+                lost = self._lost(block, windows) * (len(windows) / len(drawn))
                 return torch.autograd.grad(lost, leaves)
 
         for found in self._run.workers.map(one, self._parts(drawn)):
@@ -208,11 +229,11 @@ class _Phase:
         return total
 
     def _loss(self, weights: Grads) -> float:
-        """Mean square of the error of all windows."""
+        """The loss of all windows."""
         block = self._block(weights)
 
         def one(windows: list[int]) -> float:
-            return float(self._error(block, windows).square_().mean(dtype=torch.float64)) * len(windows)
+            return float(self._lost(block, windows, torch.float64)) * len(windows)
 
         return sum(self._run.workers.map(one, self._parts(list(range(self._windows))))) / self._windows
 
@@ -220,13 +241,20 @@ class _Phase:
         """What goes through the block at once: what it was called with fits so many windows."""
         return [windows[i : i + self._together] for i in range(0, len(windows), self._together)]
 
-    def _error(self, block: Callable[[Tensor], Tensor], windows: list[int]) -> Tensor:
-        """What the block makes of ``windows``, less what is wanted; in units of the loss."""
-        hidden, wanted = (
-            torch.cat([file.read(window) for window in windows]).to(self._device)
-            for file in (self._inputs, self._wanted)
-        )
-        return (block(hidden) - wanted) * self._units(wanted)
+    def _lost(self, block: Callable[[Tensor], Tensor], windows: list[int], sums: torch.dtype = torch.float32) -> Tensor:
+        """The loss of ``windows``, means being taken in ``sums``."""
+        made, total = block(self._read(self._inputs, windows)), torch.zeros((), dtype=sums, device=self._device)
+        for share, file in self._targets:
+            wanted = self._read(file, windows)
+            total = total + share * ((made - wanted) * self._units(wanted)).square().mean(dtype=sums)
+            if self._cosine:
+                alike = torch.cosine_similarity(made, wanted, dim=-1).clamp_min(LEAST_COSINE)
+                # for small errors half of |e across y|^2 / |y|^2: the unit of the rest, where relative is 1
+                total = total - share * self._cosine * alike.log().mean(dtype=sums)
+        return total
+
+    def _read(self, file: HiddenFile, windows: list[int]) -> Tensor:
+        return torch.cat([file.read(window) for window in windows]).to(self._device)
 
     def _units(self, wanted: Tensor) -> Tensor:
         """What errors of each token are multiplied by, (windows, tokens, 1)."""
@@ -256,8 +284,9 @@ def _placed(tree: Any, device: torch.device) -> Any:
         return type(tree)(_placed(entry, device) for entry in tree)
     if isinstance(tree, dict):
         return {key: _placed(entry, device) for key, entry in tree.items()}
-    if isinstance(tree, QTensor):
-        return replace(tree, packed=tree.packed.to(device), params=_placed(dict(tree.params), device))
+    if isinstance(tree, (QTensor, Term)):
+        held: Any = tree  # every term is a dataclass
+        return replace(held, **{one.name: _placed(getattr(held, one.name), device) for one in fields(held)})
     return tree
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +17,10 @@ from fewbit.containers import terms as T
 from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
-from fewbit.core.layout import Layout
+from fewbit.core.layout import UNPACKED, Layout
 from fewbit.core.qtensor import QTensor, stack
 from fewbit.core.rewrite import Chain
-from fewbit.core.terms import Terms, repack
+from fewbit.core.terms import Terms, has_sparse, matrices, repack
 from fewbit.errors import UnsupportedError, VerificationError
 from fewbit.formats.fixed import Fixed
 from fewbit.model.sites import Site
@@ -65,10 +66,10 @@ class Solved:
         """What its block learns after it was solved."""
         return self.task.rule.tunings() if self.task is not None else ()
 
-    def unpacked(self) -> tuple[Tensor, QTensor]:
+    def unpacked(self) -> tuple[Tensor, T.Weight]:
         """The float weight, and what stands for it, as a tuning takes them."""
         assert self.floating is not None
-        return self.floating, QTensor.of(self.qtensor.format, *self.qtensor.logical(), self.qtensor.shape[0])
+        return self.floating, repack(self.weight, lambda format: UNPACKED)
 
     @property
     def activation(self) -> Format | None:
@@ -94,11 +95,12 @@ def layout_for(format: Format) -> Layout:
     return layouts.named("trits" if format.levels == 3 else "dense")
 
 
-def kernel_name(rule: Rule, shape: tuple[int, int], sparse: bool) -> str:
-    """What will run a layer of ``shape`` under ``rule`` here; ``sparse``: with few entries beside the matrix."""
+def kernel_name(rule: Rule, matrices: Iterable[tuple[Format, tuple[int, int]]], sparse: bool) -> str:
+    """What will run a layer under ``rule`` here that is made of ``matrices``, each a format and a shape; ``sparse``:
+    with few entries beside them."""
     activation = formats.parse(rule.activation) if rule.activation else None
-    name = kernels.choose(formats.parse(rule.format), shape, activation=activation).name
-    return f"{name} + {kernels.choose_sparse().name}" if sparse else name
+    names = [kernels.choose(format, shape, activation=activation).name for format, shape in matrices]
+    return " + ".join(dict.fromkeys([*names, *([kernels.choose_sparse().name] if sparse else [])]))
 
 
 def solve(task: Task) -> Solved:
@@ -140,7 +142,7 @@ def solve(task: Task) -> Solved:
             for step in rewrite.steps
         ],
         "method": task.rule.method,
-        "kernel": kernel_name(task.rule, site.shape, isinstance(packed, Terms)),
+        "kernel": kernel_name(task.rule, [(task.format, site.shape)], False),
         "shape": list(site.shape),
         "experts": site.experts,
         "nbytes": nbytes,
@@ -152,21 +154,22 @@ def solve(task: Task) -> Solved:
         "seconds": round(time.monotonic() - began, 3),
     }
     if isinstance(packed, Terms):
-        record["terms"] = plain
+        made = [(matrix.format, matrix.shape) for matrix in matrices(packed)]
+        record |= {"terms": plain, "kernel": kernel_name(task.rule, made, has_sparse(packed))}
     if not task.rule.tunings():
         return Solved(packed, record, rewrite)
     told = {"tune": [tune.plain() for tune in task.rule.tune], "tuned": []}
     return Solved(packed, {**record, **told}, rewrite, task, rewritten)
 
 
-def retuned(item: Solved, qtensor: QTensor | None, outcome: str) -> Solved:
-    """``item`` with the codes and parameters of ``qtensor``, or its own where tuning found none better; ``outcome`` is
+def retuned(item: Solved, made: T.Weight | None, outcome: str) -> Solved:
+    """``item`` with the codes and parameters of ``made``, or its own where tuning found none better; ``outcome`` is
     told in its record."""
     record = {**item.record, "tuned": [*item.record["tuned"], outcome]}
-    if qtensor is None:
+    if made is None:
         return replace(item, record=record)
     assert item.task is not None
-    packed = qtensor.repack(item.qtensor.layout)
+    packed = repack(made, layout_for)
     decoded = packed.dequantize()
     record["relative_error"] = relative_error(item.task, item.rewrite.unweight(decoded))
     record["decoded_sha256"] = digest(decoded)

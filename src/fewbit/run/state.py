@@ -76,7 +76,8 @@ class Run:
 
     def hidden(self, stage: int, what: str, create: bool = False) -> HiddenFile:
         """Activations after ``stage`` of the "probe", whose file holds (quantized path, float path); of the
-        "calibration" on the quantized path; and of it on the float path, "reference"."""
+        "calibration" on the quantized path; of it on the float path, "reference"; and "own", what the float block of
+        the stage makes of the quantized path before it."""
         width = self.model.config.get_text_config().hidden_size
         if what == "probe":
             shape = (2, *self.probe.shape, width)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned scales of sums of terms: what they decode to, the gradient of every stored number, and that codes stay."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit import formats, methods
+from fewbit.core.facts import Facts
+from fewbit.core.qtensor import QTensor
+from fewbit.core.terms import Columns, Dense, Product, Sparse, Terms, matrices
+from fewbit.methods.scales import Scales
+from fewbit.methods.sums import SumScales, learned
+
+ROWS, COLUMNS = 5, 12
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(spelling: str, rows: int, columns: int) -> QTensor:
+    return methods.named("rtn")(normal(rows, columns, seed=rows), formats.parse(spelling), Facts.none(columns))
+
+
+def scale(length: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return (normal(length, seed=length).abs() + 0.5).to(dtype)
+
+
+def every_kind() -> Terms:
+    """Every kind of term, nested, with every scale that there is; and a matrix that has nothing to learn."""
+    product = Product(rounded("sign/channel", ROWS, 4), scale(4), rounded("sign/channel", 4, 7))
+    dense = Terms((ROWS, 5), (Dense(rounded("int2/g3/min", ROWS, 5)),), scale(ROWS, torch.bfloat16), -scale(5))
+    columns = Columns(torch.tensor([3, 11, 0, 5, 7, 1, 2, 4, 6, 8, 9, 10], dtype=torch.uint16), (product, dense))
+    fixed = Dense(rounded("mxfp4", ROWS, COLUMNS))
+    sparse = Sparse.of(torch.zeros(ROWS, COLUMNS).index_fill(1, torch.tensor([2]), 0.7))
+    return Terms((ROWS, COLUMNS), (columns, fixed, sparse), None, scale(COLUMNS, torch.float32))
+
+
+def test_every_stored_scale_is_learned_and_nothing_moves_at_first() -> None:
+    made = every_kind()
+    learner = SumScales(normal(ROWS, COLUMNS), made)
+    assert set(learner.start) == {
+        *("0.0.left.scale", "0.0.right.scale", "0.0.middle"),
+        *("0.1.0.scale", "0.1.0.minimum", "0.1.row_scale", "0.1.column_scale"),
+        "column_scale",
+    }
+    assert torch.equal(learner.weight(learner.start), made.dequantize())
+    assert torch.equal(learner.freeze(learner.start).dequantize(), made.dequantize())
+
+
+def test_what_is_shown_is_what_is_kept_and_codes_stay() -> None:
+    made = every_kind()
+    learner = SumScales(normal(ROWS, COLUMNS), made)
+    values = {
+        name: 0.4 * normal(*array.shape, seed=i).clamp(-1, 1) for i, (name, array) in enumerate(learner.start.items())
+    }
+    frozen = learner.freeze(values)
+    assert torch.equal(frozen.dequantize(), learner.weight(values))
+    assert not torch.equal(frozen.dequantize(), made.dequantize())
+    for before, after in zip(matrices(made), matrices(frozen), strict=True):
+        assert torch.equal(before.packed, after.packed)
+
+
+def test_gradient_of_every_stored_number() -> None:
+    """The weight is linear in each stored number alone, so that any step shows its gradient."""
+    learner, grad = SumScales(normal(ROWS, COLUMNS), every_kind()), normal(ROWS, COLUMNS, seed=9)
+    found, before = learner.gradient(learner.start, grad), learner.weight(learner.start).double()
+    for name, array in learner.start.items():
+        for index in itertools.product(*map(range, array.shape)):
+            values = {key: value.clone() for key, value in learner.start.items()}
+            values[name][index] = 0.5
+            change = (learner.weight(values).double() - before) * grad.double()
+            # half a unit, itself off by the rounding of the array to bfloat16 or float16
+            assert abs(0.5 * float(found[name][index]) - float(change.sum())) <= 0.01 * float(change.abs().sum()) + 1e-5
+
+
+def test_one_matrix_learns_as_ever() -> None:
+    start = rounded("int3/g4/min", ROWS, COLUMNS)
+    assert isinstance(learned(normal(ROWS, COLUMNS), start), Scales)
+    learner = SumScales(normal(ROWS, COLUMNS), Terms((ROWS, COLUMNS), (Dense(start),)))
+    plain, grad = Scales(normal(ROWS, COLUMNS), start), normal(ROWS, COLUMNS, seed=2)
+    found = learner.gradient(learner.start, grad)
+    for name, expected in plain.gradient(plain.start, grad).items():
+        assert torch.equal(found[f"0.{name}"], expected)
+
+
+@pytest.mark.parametrize("method", ["squeezellm"])
+def test_sums_of_other_methods_can_be_tuned(method: str) -> None:
+    weight = normal(ROWS, COLUMNS)
+    made = methods.named(method)(weight, formats.parse("palette2/row"), Facts.none(COLUMNS), outliers=0.1)
+    learner = learned(weight, made)
+    assert isinstance(learner, SumScales) and set(learner.start) == {"0.table"}
