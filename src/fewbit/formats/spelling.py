@@ -6,7 +6,7 @@
     int{1-8}[/g{N} | /channel][/sym | /asym | /min]     group 128 and sym unless said; after sym and asym /clip0.9 cuts
                                                         the range off there: for activations
     int{1-8}/g{N}x{M}[/sym | /asym][/s{4-8}]            M blocks of N under super scales; 6-bit scales unless said
-    nf4 | fp4 | pot{2-8}  [/g{N} | /channel]            group 64 unless said
+    nf4 | fp4 | pot{2-8}  [/g{N} | /channel][/dq]       group 64 unless said; dq codes the scales (double quantization)
     sign | ternary  [/g{N} | /channel]                  group 128 unless said
     mxfp4[/g32]   nvfp4[/g16]
     palette{1,2,3,4,6,8}[/rows{N} | /row][/g{N} | /channel]   one table a tensor, unless said a group of rows or a row;
@@ -78,8 +78,8 @@ _GRAMMAR: tuple[tuple[re.Pattern[str], Callable[..., Format]], ...] = (
         lambda bits, group, channel, threshold: _outliers(int(bits), _block(group, channel, 0), threshold),
     ),
     (
-        re.compile(rf"({'|'.join(TABLES)}){_GROUP}"),
-        lambda family, group, channel: Table(family, _block(group, channel, 64)),
+        re.compile(rf"({'|'.join(TABLES)}){_GROUP}(/dq)?"),
+        lambda family, group, channel, coded: Table(family, _block(group, channel, 64), coded is not None),
     ),
     (re.compile(rf"sign{_GROUP}"), lambda group, channel: Sign(_block(group, channel, 128))),
     (re.compile(rf"ternary{_GROUP}"), lambda group, channel: Ternary(_block(group, channel, 128))),
@@ -108,6 +108,8 @@ EXAMPLES: tuple[str, ...] = (
     "nf4/g64",
     "nf4/channel",
     "fp4/g64",
+    "nf4/g64/dq",
+    "fp4/channel/dq",
     *(f"pot{bits}/g64" for bits in range(2, 9)),
     "mxfp4",
     "nvfp4",
