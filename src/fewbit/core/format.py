@@ -178,6 +178,18 @@ class Format(ABC):
             f"a grid of {self.name} moved", "its blocks have no float offset", "int4/g64/min has one"
         )
 
+    def placed(self, scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
+        """Parameters as near as can be stored to the grids ``scale * code + offset``, (rows, blocks, 1) each, of whole
+        spans.
+
+        Where ``grid`` is "magnitude" the middle of the grid is zero, whatever ``offset`` says, and scales may be
+        negative: of an even number of levels around zero, that puts the one to spare on the other side.
+
+        Raises:
+            UnsupportedError: ``grid`` is "".
+        """
+        raise UnsupportedError(f"an even grid in {self.name}", "its levels are no such grid", "int4/g64/asym has one")
+
     def of_plain(self, params: Params) -> dict[str, Tensor]:
         """Parameters as near as can be stored to those of :attr:`plain`, (rows, blocks, 1), of a whole tensor.
 

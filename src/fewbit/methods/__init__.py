@@ -16,6 +16,8 @@ from fewbit.methods.clip import clip
 from fewbit.methods.gptq import gptq
 from fewbit.methods.hqq import hqq
 from fewbit.methods.hqq import refuse as refuse_hqq
+from fewbit.methods.imatrix import imatrix
+from fewbit.methods.imatrix import refuse as refuse_uneven
 from fewbit.methods.objective import refuse_vectors, relative_error
 from fewbit.methods.rtn import rtn
 from fewbit.methods.sensitive import refuse as refuse_unclustered
@@ -31,6 +33,7 @@ __all__ = [
     "clip",
     "gptq",
     "hqq",
+    "imatrix",
     "named",
     "relative_error",
     "rtn",
@@ -78,7 +81,15 @@ METHODS: tuple[Method, ...] = (
         needs="mean_square",
         options={"steps": 24, "floor": 0.4},
         refuse=refuse_vectors,
-        source="range search weighted by E[x^2], as in github.com/IST-DASLab/gptq (quant.py) and llama.cpp's imatrix",
+        source="range search weighted by E[x^2], as in github.com/IST-DASLab/gptq (quant.py)",
+    ),
+    Method(
+        "imatrix",
+        imatrix,
+        needs="mean_square",
+        options={"steps": 37, "rounds": 2},
+        refuse=refuse_uneven,
+        source="k-quants under an importance matrix, github.com/ggml-org/llama.cpp (ggml-quants.c)",
     ),
     Method(
         "gptq",
