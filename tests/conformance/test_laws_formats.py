@@ -90,7 +90,7 @@ def value_of(format: Format, params: dict[str, np.ndarray]) -> np.ndarray:
     kind, _, rest = format.name.partition("/")
     p = {key: value.astype(np.float64) for key, value in params.items()}
     if kind.startswith("palette"):
-        return p.get("scale", 1.0) * p["table"][:, :, 0]
+        return p.get("scale", 1.0) * p.get("table_scale", 1.0) * p["table"][:, :, 0]
     if kind.startswith("int") and "super_scale" in p and rest.endswith(("s4", "s5", "s6", "s7", "s8")):
         scale_bits = int(rest[-1])
         if "/sym/" in rest:
