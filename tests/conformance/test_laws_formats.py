@@ -258,6 +258,7 @@ def check_size(tensor: QTensor, layout: Layout) -> None:
     padded_rows = rows * (1 + len(format.params)) * format.bits
     packed = tensor.repack(layout)
     assert exact <= 8 * packed.nbytes <= exact + 8 * padded_rows, (format.name, layout.name, tensor.shape)
+    assert all(array.flatten().view(torch.uint8).numel() for array in packed.params.values()), "a file writes bytes"
     assert packed.bits_per_weight == 8 * packed.nbytes / math.prod(tensor.shape)
 
 

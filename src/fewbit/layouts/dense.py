@@ -72,6 +72,11 @@ def _repeat(format: Format) -> int:
     return max(1, format.fit_block // max(format.block, 1))
 
 
+def _apart(values: Tensor) -> Tensor:
+    """A copy where ``values`` are a view whose bytes a file could not write: one entry that repeats, say."""
+    return values.clone(memory_format=torch.contiguous_format) if values.numel() == 1 else values.contiguous()
+
+
 def store_params(format: Format, params: Params) -> dict[str, Tensor]:
     """Logical (rows, blocks, 1) parameters as they lie in a file: one entry a block, span, chunk, block of columns,
     group of rows or tensor, n-bit packed. Entries of chunks are (1, chunks), of columns (blocks, *entry), of rows
@@ -84,7 +89,7 @@ def store_params(format: Format, params: Params) -> dict[str, Tensor]:
         if param.per == "rows" or param.entry:
             values = params[param.name]
             each = format.group_rows if param.per == "rows" else len(values)
-            stored[param.name] = values[::each, 0, 0].contiguous()
+            stored[param.name] = _apart(values[::each, 0, 0])
             continue
         values = params[param.name].squeeze(-1)
         if param.per == "tensor":
@@ -93,7 +98,7 @@ def store_params(format: Format, params: Params) -> dict[str, Tensor]:
             values = values[:, :: _repeat(format)]
         elif param.per == "chunk":
             values = values.reshape(1, -1)[:, :: format.chunk]
-        values = values.contiguous()
+        values = _apart(values)
         stored[param.name] = pack_rows(values, param.bits) if param.bits < 8 else values
     return stored
 

@@ -21,6 +21,7 @@ from fewbit.methods.imatrix import refuse as refuse_uneven
 from fewbit.methods.objective import refuse_vectors, relative_error
 from fewbit.methods.rtn import rtn
 from fewbit.methods.sensitive import refuse as refuse_unclustered
+from fewbit.methods.skm import refuse as refuse_unlearned
 from fewbit.methods.skm import skm
 from fewbit.methods.squeezellm import beside as sparse_beside
 from fewbit.methods.squeezellm import squeezellm
@@ -128,7 +129,7 @@ METHODS: tuple[Method, ...] = (
         "skm",
         skm,
         needs="fisher",
-        refuse=refuse_unclustered,
+        refuse=refuse_unlearned,
         source="objective of Kim et al. 2023, arXiv:2306.07629; sensitive k-means of coremltools",
     ),
     Method(
