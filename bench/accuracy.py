@@ -40,6 +40,7 @@ from fewbit.run.verify import read_back, read_rewrite
 METHODS: dict[str, tuple[tuple[str | dict[str, Any], ...], str, dict[str, Any]]] = {
     "rtn": ((), "rtn", {}),
     "clip": ((), "clip", {}),
+    "imatrix": ((), "imatrix", {}),
     "gptq": ((), "gptq", {"desc_act": False}),
     "gptq act-order": ((), "gptq", {"desc_act": True}),
     "hqq": ((), "hqq", {}),

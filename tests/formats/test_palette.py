@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,10 +15,12 @@ from fewbit.core import scalars
 from fewbit.core.facts import Facts
 from fewbit.core.qtensor import QTensor, stack, storage
 from fewbit.errors import SpecError, UnsupportedError
-from fewbit.formats.palette import Palette, _distinct
+from fewbit.formats.palette import Palette, _distinct, _whole
 from fewbit.kernels.row16 import chunk
 
-NAMES = ("palette4", "palette3/rows16", "palette4/row", "palette2/rows3", "palette4/channel", "palette3/rows16/g32")
+NAMES = ("palette4", "palette3/rows16", "palette4/row", "palette2/rows3", "palette4/channel", "palette3/rows16/g32",
+         "palette3/rows16/lut8", "palette2/row/lut8")  # fmt: skip
+GOLDEN = Path(__file__).parent.parent / "golden" / "peers.npz"
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -75,6 +79,40 @@ def test_clip_weighs_by_the_inputs_and_is_never_worse_than_rounding(name: str) -
     assert torch.equal(same.dequantize(), methods.rtn(weight, palette(name)).dequantize())
 
 
+def test_the_centers_of_kmeans1d_and_the_entries_of_coremltools() -> None:
+    with np.load(GOLDEN, allow_pickle=False) as data:
+        saved = {key: torch.from_numpy(data[key]) for key in data.files if key.startswith(("kmeans", "lut"))}
+    for count in (4, 8, 16):
+        points = saved[f"kmeans{count}.points"].double()[None]
+        centers = scalars.centers(points, torch.ones_like(points), count)
+        torch.testing.assert_close(centers[0], saved[f"kmeans{count}.centers"], rtol=0, atol=1e-12)
+    found = _whole(saved["kmeans16.centers"][None])
+    theirs = saved["lut.entries"].double() / saved["lut.scale"].double()
+    torch.testing.assert_close(found["table"][0].double(), theirs, rtol=0, atol=1e-4)
+    assert float(found["table_scale"]) == pytest.approx(float(saved["lut.scale"]), rel=2**-11)
+
+
+def test_entries_of_8_bits_against_the_nearest_numbers() -> None:
+    """Half a step from the centers of least squares, which are those of float16 tables."""
+    weight = normal(20, 40)
+    for name in ("palette4", "palette3/rows16", "palette2/row"):
+        exact = F.fit(palette(name), weight)["table"][:, 0, 0].double()
+        params = F.fit(palette(f"{name}/lut8"), weight)
+        scale = params["table_scale"][:, 0].double()
+        assert bool(
+            ((params["table"][:, 0, 0].double() * scale - exact).abs() <= 0.5 * scale + 2.0**-11 * exact.abs()).all()
+        )
+        assert bool((scale - exact.abs().amax(1, keepdim=True) / 127).abs().le(2.0**-10 * scale).all())
+
+
+def test_entries_of_8_bits_are_all_different() -> None:
+    for values in ([0.0] * 64, [-1.0] * 32 + [1.0] * 32, [1.0] * 63 + [1.001], [float(k < 3) for k in range(64)]):
+        table = _whole(torch.tensor(sorted(values), dtype=torch.float64)[None])["table"][0].int()
+        assert bool((table.diff() > 0).all()) and int(table.abs().max()) <= 127
+    with pytest.raises(SpecError, match="all numbers of 8 bits"):
+        formats.parse("palette8/lut8")
+
+
 def test_rows_that_the_weights_do_not_serve_keep_the_plain_table() -> None:
     weight = torch.cat([normal(3, 64), torch.tensor([1000.0, 1000.5]).repeat(1, 32)])
     worth = torch.ones(64)
@@ -101,11 +139,13 @@ def test_spare_levels_are_float16_of_their_own() -> None:
 @pytest.mark.parametrize(("name", "tables", "scales"), [
     ("palette4", 1, 0), ("palette4/rows16", 3, 0), ("palette3/row", 37, 0), ("palette4/rows64", 1, 0),
     ("palette2/rows5/g32", 8, 3 * 37), ("palette8/channel", 1, 37),
+    ("palette4/lut8", 1, 0), ("palette3/row/lut8", 37, 0), ("palette4/rows16/lut8/g32", 3, 3 * 37),
 ])  # fmt: skip
 def test_true_bits_count_the_tables(name: str, tables: int, scales: int) -> None:
     format, dense, shape = palette(name), layouts.named("dense"), (37, 96)
     packed = methods.rtn(normal(*shape), format).repack(dense)
-    assert 8 * packed.nbytes == format.bits * 37 * 96 + 16 * tables * format.levels + 16 * scales
+    table = 8 * format.levels + 16 if format.lut8 else 16 * format.levels
+    assert 8 * packed.nbytes == format.bits * 37 * 96 + tables * table + 16 * scales
     sizes = {key: size for key, (_, size) in storage(format, dense, shape).items()}
     assert sizes == {"packed": tuple(packed.packed.shape)} | {k: tuple(v.shape) for k, v in packed.params.items()}
 

@@ -55,6 +55,24 @@ def test_levels_cost_what_the_best_cost(bits: int) -> None:
     assert found < 0.7 * cost(weight, plain, facts.fisher)
 
 
+def test_vectors_weigh_as_much_as_their_weights_on_average() -> None:
+    """Lloyd's iterations end where each vector of the book is the weighted mean of what is nearest to it."""
+    weight, facts = case(rows=32, columns=64)
+    assert facts.fisher is not None
+    fisher = facts.fisher.clamp(1e-10, 1e-7)
+    result = methods.skm(weight, formats.parse("vector4x4"), replace(facts, fisher=fisher))
+    points = weight.double().reshape(8, 4, 64).transpose(1, 2).reshape(-1, 4).numpy()
+    share = fisher.double().reshape(8, 4, 64).mean(1).reshape(-1).numpy()
+    codes, params = result.logical()
+    book = params["codebook"][0, 0, 0].double().numpy()
+    distance = ((points[:, None] - book) ** 2).sum(-1)
+    assert np.array_equal(codes.reshape(-1).numpy(), distance.argmin(1))
+    for entry in np.unique(codes.numpy()):
+        own = codes.reshape(-1).numpy() == entry
+        np.testing.assert_allclose(book[entry], np.average(points[own], 0, share[own]), rtol=2e-3, atol=2e-3)
+    assert cost(weight, result, fisher) < cost(weight, methods.rtn(weight, formats.parse("vector4x4")), fisher)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_what_is_kept_apart_and_what_the_levels_cost_without_it(seed: int) -> None:
     weight, facts = case(seed=seed)

@@ -33,8 +33,9 @@ class Param:
     """One stored parameter array of a format.
 
     ``bits`` are the bits a number takes when stored; ``dtype`` is that of the array in memory. ``per`` says how
-    many entries exist: one a block, one a span of ``fit_block`` columns, one a block of columns for all rows
-    ("columns"), one a group of ``group_rows`` rows for all columns ("rows"), or one for the whole tensor. ``entry``:
+    many entries exist: one a block, one a span of ``fit_block`` columns, one for ``chunk`` blocks in the order of rows,
+    one a block of columns for all rows ("columns"), one a group of ``group_rows`` rows for all columns ("rows"), or one
+    for the whole tensor. ``entry``:
     the shape of an entry that is more than a number; such a parameter is ``(rows, blocks, 1, *entry)``. What all rows
     share is a view that repeats one row.
     """
@@ -42,7 +43,7 @@ class Param:
     name: str
     bits: int
     dtype: torch.dtype
-    per: Literal["block", "span", "columns", "rows", "tensor"] = "block"
+    per: Literal["block", "span", "chunk", "columns", "rows", "tensor"] = "block"
     entry: tuple[int, ...] = ()
 
     @property
@@ -107,7 +108,10 @@ class Format(ABC):
     * ``params``: what is stored beside the codes. ``free_offset``: whether a float places the grid of a block;
       see :meth:`with_offset`.
     * ``group_rows``: rows that share an entry of those params that are one a group of rows; 1 where rows have nothing
-      in common, 0 where all rows share something that is fitted to them.
+      in common, 0 where all rows share something that is fitted to them. ``chunk``: blocks that share an entry of
+      those params that are one a chunk; the last chunk of a tensor may be short.
+    * ``plain``: the same format with parameters of each block by itself, where this one stores those of many together:
+      a search goes block by block, and :meth:`of_plain` follows it.
     * ``grid``: what decides the evenly spaced grid of a block and nothing else: its two "ends", between which the grid
       lies freely, or the larger "magnitude" of them; "" where neither is so.
     * ``best_fit``: whether ``fit`` minimises the error weighted by importance itself, so that no search around it can
@@ -124,6 +128,8 @@ class Format(ABC):
     height: int = 1
     free_offset: bool = False
     group_rows: int = 1
+    chunk: int = 0
+    plain: Format | None = None
     grid: Literal["", "magnitude", "ends"] = ""
     best_fit: bool = False
 
@@ -171,6 +177,26 @@ class Format(ABC):
         raise UnsupportedError(
             f"a grid of {self.name} moved", "its blocks have no float offset", "int4/g64/min has one"
         )
+
+    def placed(self, scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
+        """Parameters as near as can be stored to the grids ``scale * code + offset``, (rows, blocks, 1) each, of whole
+        spans.
+
+        Where ``grid`` is "magnitude" the middle of the grid is zero, whatever ``offset`` says, and scales may be
+        negative: of an even number of levels around zero, that puts the one to spare on the other side.
+
+        Raises:
+            UnsupportedError: ``grid`` is "".
+        """
+        raise UnsupportedError(f"an even grid in {self.name}", "its levels are no such grid", "int4/g64/asym has one")
+
+    def of_plain(self, params: Params) -> dict[str, Tensor]:
+        """Parameters as near as can be stored to those of :attr:`plain`, (rows, blocks, 1), of a whole tensor.
+
+        Raises:
+            UnsupportedError: ``plain`` is None.
+        """
+        raise UnsupportedError(f"{self.name} from parameters of each block", "it has these itself")
 
     @abstractmethod
     def physical(self, params: Params) -> Physical | Vectors:

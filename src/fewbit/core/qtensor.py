@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbit.core import blocks as B
 from fewbit.core.format import Format, code_dtype, code_shape, decode, fit, stackable
 from fewbit.core.layout import UNPACKED, Layout
 from fewbit.errors import UnsupportedError
@@ -91,12 +92,14 @@ def storage(format: Format, layout: Layout, shape: tuple[int, int]) -> dict[str,
     """Dtype and shape of every array that a (rows, columns) matrix will take, without making it.
 
     Packs matrices of 16 and 32 rows of codes and extrapolates: every layout is linear in these, and keeps entries of
-    groups of rows one after the other. The code array is called ``packed``. Raises UnsupportedError when the layout
-    refuses.
+    groups of rows, and of chunks, one after the other. The code array is called ``packed``. Raises UnsupportedError
+    when the layout refuses.
     """
     one, two = _trials(format, layout, shape[1])
     rows = code_shape(format, shape)[0]
     groups = {p.name: (-(-rows // format.group_rows), *p.entry) for p in format.params if p.per == "rows"}
+    blocks = rows * B.count(shape[1], format.block)
+    groups |= {p.name: (1, -(-blocks // format.chunk)) for p in format.params if p.per == "chunk"}
     sizes = {
         name: (
             dtype,

@@ -79,6 +79,15 @@ class Affine(Format):
         scale = storable((high - low) / top)
         return {"scale": scale, "zero_point": (-low / scale.float()).round().clamp(0, top).to(torch.uint8)}
 
+    def placed(self, scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
+        if not self.grid:
+            return super().placed(scale, offset)
+        stored = storable(scale.abs())
+        if self.symmetric:
+            return {"scale": torch.where(scale < 0, -stored, stored)}
+        zero = (-offset / stored.float()).round().clamp(0, self.levels - 1)
+        return {"scale": stored, "zero_point": zero.to(torch.uint8)}
+
     def _zero(self, params: Params) -> Tensor | float:
         return self.middle if self.symmetric else params["zero_point"].float()
 

@@ -56,6 +56,10 @@ class Minimum(Format):
         minimum = _stored(offset)
         return {"scale": _coarse(params["scale"].float(), minimum), "minimum": minimum}
 
+    def placed(self, scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
+        minimum = _stored(offset)
+        return {"scale": _coarse(scale, minimum), "minimum": minimum}
+
     def encode(self, blocks: Tensor, params: Params) -> Tensor:
         codes = (blocks - params["minimum"].float()) / divisor(params["scale"])
         return codes.round().clamp(0, self.levels - 1).to(torch.uint8)

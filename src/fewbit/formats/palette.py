@@ -7,13 +7,15 @@ importance v costs ``v (w - scale * table[code])^2``; given the scales, k-means 
 least sum of that. Importance may be E[x^2] of the inputs, or the Fisher diagonal, weight by weight (SqueezeLLM, Kim et
 al. 2023, arXiv:2306.07629; coremltools calls that sensitive k-means).
 
-Levels are rounded to float16. Those that a table has to spare, where fewer values than levels differ, are float16
-neighbours of others: every code has a value of its own. Between two equally near levels the lower one is taken.
+Levels are rounded to float16, or with ``lut8`` to int8 under one float16 scale a table. Those that a table has to
+spare, where fewer values than levels differ, are neighbours of others among these numbers: every code has a value of
+its own. Between two equally near levels the lower one is taken.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,20 +26,24 @@ from fewbit.formats.scales import LARGEST_SCALE, divisor, spell_group, storable,
 
 WIDTHS = (1, 2, 3, 4, 6, 8)
 """Bits of a code."""
+LARGEST_ENTRY = 127
+"""Of a table of int8."""
 
 
 @dataclass(frozen=True)
 class Palette(Format):
-    """``palette{width}[/rows{N} | /row][/g{block} | /channel]``; ``group_rows`` is 0 for one table a tensor, ``block``
-    0 for one scale a row where there are scales at all.
+    """``palette{width}[/rows{N} | /row][/lut8][/g{block} | /channel]``; ``group_rows`` is 0 for one table a tensor,
+    ``block`` 0 for one scale a row where there are scales at all; ``lut8``: tables of int8.
 
-    True bits per weight: ``width + 16 2^width / (group_rows columns)``, and ``16 / block`` where there are scales.
+    True bits per weight: ``width + 16 2^width / (group_rows columns)``, with ``lut8`` ``width + (8 2^width + 16) /
+    (group_rows columns)``, and ``16 / block`` where there are scales.
     """
 
     width: int
     group_rows: int = 0
     scaled: bool = False
     block: int = 0
+    lut8: bool = False
 
     dim = 1
     fit_block = 0
@@ -46,6 +52,7 @@ class Palette(Format):
     @property
     def name(self) -> str:  # type: ignore[override]
         rows = {0: "", 1: "/row"}.get(self.group_rows, f"/rows{self.group_rows}")
+        rows += "/lut8" if self.lut8 else ""
         return f"palette{self.width}{rows}{f'/{spell_group(self.block)}' if self.scaled else ''}"
 
     @property
@@ -58,8 +65,14 @@ class Palette(Format):
 
     @property
     def params(self) -> tuple[Param, ...]:  # type: ignore[override]
-        table = Param("table", 16, torch.float16, "rows" if self.group_rows else "tensor", (self.levels,))
-        return (table, Param("scale", 16, torch.float16)) if self.scaled else (table,)
+        bits, dtype, per = 8 if self.lut8 else 16, torch.int8 if self.lut8 else torch.float16, self._per
+        found = [Param("table", bits, dtype, per, (self.levels,))]
+        found += [Param("table_scale", 16, torch.float16, per)] if self.lut8 else []
+        return (*found, Param("scale", 16, torch.float16)) if self.scaled else tuple(found)
+
+    @property
+    def _per(self) -> Literal["rows", "tensor"]:
+        return "rows" if self.group_rows else "tensor"
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
         rows, number, size = blocks.shape
@@ -78,13 +91,21 @@ class Palette(Format):
         counts = (worth > 0) | ~(worth > 0).any(1, keepdim=True)
         values = torch.where(counts, values, values.gather(1, worth.argmax(1, keepdim=True)))
         centers = scalars.centers(values, worth, self.levels)
-        tables = _distinct(centers)[:, None, None]
-        if self.group_rows:
-            tables = tables.repeat_interleave(each, 0)[:rows]
-        return {"table": tables.expand(rows, number, 1, self.levels), **found}
+        stored = _whole(centers) if self.lut8 else {"table": _distinct(centers)}
+        for name, tables in stored.items():
+            tables = tables[:, None, None]
+            tables = tables.repeat_interleave(each, 0)[:rows] if self.group_rows else tables
+            found[name] = tables.expand(rows, number, 1, *tables.shape[3:])
+        return found
+
+    def _tables(self, params: Params) -> Tensor:
+        """Float32 (rows, levels); one row where all share it."""
+        tables = params["table"][:, 0, 0].float()
+        tables = tables * params["table_scale"][:, 0].float() if self.lut8 else tables
+        return tables if self.group_rows else tables[:1]
 
     def encode(self, blocks: Tensor, params: Params) -> Tensor:
-        tables = params["table"][:, 0, 0].float()
+        tables = self._tables(params)
         values = blocks / divisor(params["scale"]) if self.scaled else blocks
         if not self.group_rows:
             bounds = (tables[0, 1:] + tables[0, :-1]) / 2
@@ -94,7 +115,7 @@ class Palette(Format):
         return found.to(torch.uint8).reshape(values.shape)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        tables = params["table"][:, 0, 0].float()
+        tables = self._tables(params)
         if not self.group_rows:
             values = tables[0][codes.int()]
         else:
@@ -103,7 +124,7 @@ class Palette(Format):
         return params["scale"].float() * values if self.scaled else values
 
     def physical(self, params: Params) -> Physical:
-        tables = params["table"][:, 0, 0].float()
+        tables = self._tables(params)
         ones = torch.ones(params["table"].shape[:2])
         scale = params["scale"].float().squeeze(-1) if self.scaled else ones
         return Physical(scale, None, tables if self.group_rows else tables[0])
@@ -123,3 +144,14 @@ def _distinct(centers: Tensor) -> Tensor:
     start = torch.where(before > most, cells[:, :1] - levels, cells.gather(1, at))
     spare = start + repeats.cumsum(1)
     return scalars.of_cells(torch.where(repeats, spare, cells).sort(1).values)
+
+
+def _whole(centers: Tensor) -> dict[str, Tensor]:
+    """Ascending float64 ``centers`` (tables, levels) as int8 entries, each different, and their scale (tables,)."""
+    scale = storable(centers.abs().amax(1) / LARGEST_ENTRY)
+    count = torch.arange(centers.shape[1])
+    entries = (centers / scale.double()[:, None]).round().clamp(-LARGEST_ENTRY, LARGEST_ENTRY).long()
+    # one above the last where they repeat, then back from the end
+    entries = (entries - count).cummax(1).values + count
+    entries = torch.minimum(entries, LARGEST_ENTRY - count.flip(0))
+    return {"table": entries.to(torch.int8), "table_scale": scale}

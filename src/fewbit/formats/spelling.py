@@ -6,11 +6,11 @@
     int{1-8}[/g{N} | /channel][/sym | /asym | /min]     group 128 and sym unless said; after sym and asym /clip0.9 cuts
                                                         the range off there: for activations
     int{1-8}/g{N}x{M}[/sym | /asym][/s{4-8}]            M blocks of N under super scales; 6-bit scales unless said
-    nf4 | fp4 | pot{2-8}  [/g{N} | /channel]            group 64 unless said
+    nf4 | fp4 | pot{2-8}  [/g{N} | /channel][/dq]       group 64 unless said; dq codes the scales (double quantization)
     sign | ternary  [/g{N} | /channel]                  group 128 unless said
     mxfp4[/g32]   nvfp4[/g16]
-    palette{1,2,3,4,6,8}[/rows{N} | /row][/g{N} | /channel]   one table a tensor, unless said a group of rows or a row;
-                                                        no scales unless said
+    palette{1,2,3,4,6,8}[/rows{N} | /row][/lut8][/g{N} | /channel]   one table a tensor, unless said a group of rows or
+                                                        a row, of float16 unless said of int8; no scales unless said
     vector{2,4,6,8,12,16}x{4-16}[+{4-16}][/g{N}]        length x bits of an index, + bits of a residual's; one codebook
                                                         a tensor unless said, else one a group of columns
     int{2-8}/static[/sym | /asym][/OBSERVER]            activations on one grid: asym and mse unless said; or, bound,
@@ -78,16 +78,16 @@ _GRAMMAR: tuple[tuple[re.Pattern[str], Callable[..., Format]], ...] = (
         lambda bits, group, channel, threshold: _outliers(int(bits), _block(group, channel, 0), threshold),
     ),
     (
-        re.compile(rf"({'|'.join(TABLES)}){_GROUP}"),
-        lambda family, group, channel: Table(family, _block(group, channel, 64)),
+        re.compile(rf"({'|'.join(TABLES)}){_GROUP}(/dq)?"),
+        lambda family, group, channel, coded: Table(family, _block(group, channel, 64), coded is not None),
     ),
     (re.compile(rf"sign{_GROUP}"), lambda group, channel: Sign(_block(group, channel, 128))),
     (re.compile(rf"ternary{_GROUP}"), lambda group, channel: Ternary(_block(group, channel, 128))),
     (re.compile(r"mxfp4(?:/g32)?"), MXFP4),
     (re.compile(r"nvfp4(?:/g16)?"), NVFP4),
     (
-        re.compile(rf"palette({'|'.join(map(str, WIDTHS))})(?:/(row|rows[1-9]\d{{0,5}}))?{_GROUP}"),
-        lambda width, rows, group, channel: _palette(int(width), rows, group, channel),
+        re.compile(rf"palette({'|'.join(map(str, WIDTHS))})(?:/(row|rows[1-9]\d{{0,5}}))?(/lut8)?{_GROUP}"),
+        lambda width, rows, lut8, group, channel: _palette(int(width), rows, lut8, group, channel),
     ),
     (
         re.compile(r"vector([1-9]\d?)x([1-9]\d?)(?:\+([1-9]\d?))?(?:/g([1-9]\d{0,4}))?"),
@@ -108,6 +108,8 @@ EXAMPLES: tuple[str, ...] = (
     "nf4/g64",
     "nf4/channel",
     "fp4/g64",
+    "nf4/g64/dq",
+    "fp4/channel/dq",
     *(f"pot{bits}/g64" for bits in range(2, 9)),
     "mxfp4",
     "nvfp4",
@@ -122,6 +124,9 @@ EXAMPLES: tuple[str, ...] = (
     "palette2/row/g64",
     "palette4/channel",
     "palette3/g64",
+    "palette4/lut8",
+    "palette4/rows16/lut8/g64",
+    "palette3/row/lut8",
     "vector8x12",
     "vector4x8/g64",
     "vector6x6+5",
@@ -184,9 +189,11 @@ def _superblock(bits: int, group: int, repeat: int, kind: str | None, scale_bits
     return Superblock(bits, group, repeat, kind != "asym", int(scale_bits or 6))
 
 
-def _palette(width: int, rows: str | None, group: str | None, channel: str | None) -> Palette:
+def _palette(width: int, rows: str | None, lut8: str | None, group: str | None, channel: str | None) -> Palette:
     each = 0 if rows is None else int(rows[4:] or 1)
-    return Palette(width, each, bool(group or channel), _block(group, channel, 0))
+    if lut8 and width == 8:
+        raise SpecError("palette8/lut8", "its 256 entries would be all numbers of 8 bits", "int8/channel is that")
+    return Palette(width, each, bool(group or channel), _block(group, channel, 0), lut8 is not None)
 
 
 def _vector(length: int, bits: int, residual: int, group: str | None) -> Vector:

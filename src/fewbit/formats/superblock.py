@@ -25,6 +25,9 @@ from fewbit.core import blocks as B
 from fewbit.core.format import Format, Param, Params, Physical
 from fewbit.formats.scales import LARGEST_SCALE, divisor, storable
 
+_FINEST = 2.0**-14
+"""Least scale as a part of the minimum: finer steps would drown in the float32 sum, and codes could not come back."""
+
 
 @dataclass(frozen=True)
 class Superblock(Format):
@@ -105,6 +108,25 @@ class Superblock(Format):
         unit = storable(self._largest(scale) / self._top)
         code = (scale / unit.float()).round().clamp(1, self._top) + self._bias
         return {"scale_code": code.to(torch.uint8), "super_scale": unit}
+
+    def placed(self, scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
+        if self.symmetric:
+            unit = storable(self._largest(scale.abs()) / self._top)
+            code = (scale / unit.float()).round().clamp(-self._bias, self._top)
+            code = torch.where(code == 0, torch.where(scale < 0, -1.0, 1.0), code) + self._bias
+            return {"scale_code": code.to(torch.uint8), "super_scale": unit}
+        depth = (-offset).clamp_min(0)
+        low = (self._largest(depth) / self._top).clamp_max(LARGEST_SCALE).to(torch.float16)
+        minimum = (depth / divisor(low)).round().clamp(0, self._top).to(torch.uint8)
+        scale = torch.maximum(scale, depth * _FINEST)
+        unit = storable(self._largest(scale) / self._top)
+        code = (scale / unit.float()).round().clamp(1, self._top)
+        return {
+            "scale_code": code.to(torch.uint8),
+            "super_scale": unit,
+            "minimum_code": minimum,
+            "super_minimum": low,
+        }
 
     def _scale(self, params: Params) -> Tensor:
         return params["super_scale"].float() * (params["scale_code"].float() - self._bias)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixed tables under a float16 scale per block: ``w = scale * table[code]``.
+"""Fixed tables under a scale per block, float16 or coded itself: ``w = scale * table[code]``.
 
 Codes index the table in ascending order, whatever order a file of another tool uses: its layout translates.
 The scale puts the largest magnitude of the table on the largest magnitude of the block.
@@ -11,6 +11,7 @@ The scale puts the largest magnitude of the table on the largest magnitude of th
 =========  ======  ================================================================================================
 
 E2M1 and powers of two have one zero, not two: a second code for the same value could not come back from ``encode``.
+With ``/dq`` scales are coded in 8 bits, as :mod:`fewbit.formats.dynamic` says: NF4's double quantization.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fewbit.core.format import Format, Param, Params, Physical
-from fewbit.formats.scales import SMALLEST_SCALE, divisor, spell_group, storable
+from fewbit.formats.dynamic import CHUNK, PARAMS, code_scales, decode_scales
+from fewbit.formats.scales import LARGEST_SCALE, SMALLEST_SCALE, divisor, spell_group, storable
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -80,16 +82,16 @@ def look_up(codes: Tensor, table: tuple[float, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Table(Format):
-    """``{family}/g{block}`` with ``family`` a key of :data:`TABLES`.
+    """``{family}/g{block}[/dq]`` with ``family`` a key of :data:`TABLES`; ``coded``: whether scales are coded.
 
-    True bits per weight: ``bits + 16 / block``.
+    True bits per weight: ``bits + 16 / block``, coded ``bits + 8 / block + 32 / (256 block)`` and 32 bits a tensor.
     """
 
     family: str
     block: int
+    coded: bool = False
 
     dim = 1
-    params = (Param("scale", 16, torch.float16),)
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -98,7 +100,23 @@ class Table(Format):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"{self.family}/{spell_group(self.block)}"
+        return f"{self.family}/{spell_group(self.block)}{'/dq' if self.coded else ''}"
+
+    @property
+    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+        return PARAMS if self.coded else (Param("scale", 16, torch.float16),)
+
+    @property
+    def chunk(self) -> int:  # type: ignore[override]
+        return CHUNK if self.coded else 0
+
+    @property
+    def group_rows(self) -> int:  # type: ignore[override]
+        return 0 if self.coded else 1
+
+    @property
+    def plain(self) -> Table | None:  # type: ignore[override]
+        return replace(self, coded=False) if self.coded else None
 
     @property
     def levels(self) -> int:  # type: ignore[override]
@@ -110,17 +128,29 @@ class Table(Format):
 
     @property
     def fit_block(self) -> int:  # type: ignore[override]
-        return self.block
+        return 0 if self.coded else self.block
+
+    @property
+    def _smallest(self) -> float:
+        return _POT_SMALLEST if self.family.startswith("pot") else SMALLEST_SCALE
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
-        smallest = _POT_SMALLEST if self.family.startswith("pot") else SMALLEST_SCALE
-        return {"scale": storable(blocks.abs().amax(-1, keepdim=True) / self.values[-1], smallest)}
+        scale = blocks.abs().amax(-1, keepdim=True) / self.values[-1]
+        if self.coded:
+            return code_scales(scale.clamp(self._smallest, LARGEST_SCALE))
+        return {"scale": storable(scale, self._smallest)}
+
+    def of_plain(self, params: Params) -> dict[str, Tensor]:
+        return code_scales(params["scale"].float())
+
+    def _scale(self, params: Params) -> Tensor:
+        return decode_scales(params, self._smallest) if self.coded else params["scale"].float()
 
     def encode(self, blocks: Tensor, params: Params) -> Tensor:
-        return nearest(blocks / divisor(params["scale"]), self.values)
+        return nearest(blocks / divisor(self._scale(params)), self.values)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        return params["scale"].float() * look_up(codes, self.values)
+        return self._scale(params) * look_up(codes, self.values)
 
     def physical(self, params: Params) -> Physical:
-        return Physical(params["scale"].float().squeeze(-1), None, torch.tensor(self.values, dtype=torch.float32))
+        return Physical(self._scale(params).squeeze(-1), None, torch.tensor(self.values, dtype=torch.float32))

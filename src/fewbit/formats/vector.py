@@ -3,11 +3,11 @@
 codebook ``w = codebook[i] + residual[j]`` (VPTQ, Liu et al. 2024, arXiv:2409.17066).
 
 A code is ``i + 2^index_bits j``. Books are float16; all columns share them, or each group of columns has its own. The
-fit is plain vector quantization: k-means of the vectors, seeded, each weighing as much as the least important of its
-weights (with importance by column, as the paper has it, all of a vector weigh the same); the residual book is the
-k-means of what the first leaves. Encoding is greedy, as in the paper: the nearest vector, then the nearest residual. So
-without a residual every value comes back as its code (the lowest, of equal vectors); with one, a sum of two vectors may
-come back as the sum of two others.
+fit is plain vector quantization: k-means of the vectors, seeded, each weighing as much as its weights do on average
+(with importance by column, as the paper has it, all of a vector weigh the same), and nothing where one of them does not
+count; the residual book is the k-means of what the first leaves. Encoding is greedy, as in the paper: the nearest
+vector, then the nearest residual. So without a residual every value comes back as its code (the lowest, of equal
+vectors); with one, a sum of two vectors may come back as the sum of two others.
 
 VPTQ's scale and bias of a column are not part of the format: a scale is a diagonal rewrite of the layer's inputs. AQLM
 (Egiazarian et al. 2024, arXiv:2401.06118) cuts along rows instead: the same format with ``dim`` and ``height`` swapped.
@@ -80,7 +80,8 @@ class Vector(Format):
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
         vectors = self._vectors(blocks.clamp(-LARGEST_SCALE, LARGEST_SCALE))
         worth = self._vectors(importance.expand_as(blocks))
-        shares, some = worth.amin(-1), worth.amax(-1)  # zero where a vector is padded: those count only where all are
+        least, some = worth.amin(-1), worth.amax(-1)  # zero where a vector is padded: those count only where all are
+        shares = torch.where(least > 0, least + (worth - least.unsqueeze(-1)).mean(-1), 0.0)
         found: dict[str, list[Tensor]] = {name: [] for name in self.fields}
         for block in range(blocks.shape[1]):
             generator = torch.Generator().manual_seed(0)

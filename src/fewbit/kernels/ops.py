@@ -114,7 +114,7 @@ def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32)
     if qtensor.layout is TILE16:
         codes = unpack_rows(qtensor.packed, shape, format.bits, units)
         params = F.params_of_rows(format, load_params(format, shape, qtensor.params), units)
-    elif qtensor.layout is DENSE and not any(param.per == "rows" for param in format.params):
+    elif qtensor.layout is DENSE and not any(param.per in ("rows", "chunk") for param in format.params):
         stored = dict(qtensor.params)
         for param in format.params:
             if not param.shared:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -294,9 +295,12 @@ class NativePrepared(Addressed, PreparedMatrix):
 
     @property
     def unit(self) -> int:
-        """Rows that :meth:`tiles` must not cut: those of a tile, or that share a table."""
-        each = self._stored.format.group_rows
-        return each if each > 1 else ROWS
+        """Rows that :meth:`tiles` must not cut: those of a tile, or that share a table, or whose scales are coded
+        together."""
+        format = self._stored.format
+        if format.chunk:
+            return math.lcm(ROWS, format.chunk // math.gcd(format.chunk, B.count(self.shape[1], format.block)))
+        return format.group_rows if format.group_rows > 1 else ROWS
 
     def tiles(self, begin: int, end: int) -> NativePrepared:
         """Tiles of 16 rows [begin, end) as a matrix of its own, in the same memory; both at whole :attr:`unit`."""
@@ -305,6 +309,9 @@ class NativePrepared(Addressed, PreparedMatrix):
         groups = slice(rows.start // self.unit, -(-rows.stop // self.unit))
         cuts = {p.name: groups if p.per == "rows" else slice(None) if p.shared else rows for p in stored.format.params}
         params = {name: values[cuts[name]] for name, values in stored.params.items()}
+        for name in (p.name for p in stored.format.params if p.per == "chunk"):
+            blocks, chunk = B.count(self.shape[1], stored.format.block), stored.format.chunk
+            params[name] = stored.params[name][:, rows.start * blocks // chunk : -(-rows.stop * blocks // chunk)]
         if self._table is not None and len(self._table) > 1:
             made._table = self._table[groups]
         made.shape = rows.stop - rows.start, self.shape[1]

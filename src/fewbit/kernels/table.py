@@ -264,7 +264,7 @@ def choose(format: Format, shape: Shape, kernel: str | None = None, activation: 
         UnsupportedError: the kernel named cannot run this here, the reason is in the message; or a code of
             ``activation`` would stand for several tokens, or its values would have to be fitted to each.
     """
-    if activation is not None and activation.best_fit:
+    if activation is not None and (activation.best_fit or activation.plain is not None):
         found = "its values would have to be fitted to every token"
         raise UnsupportedError(f"activations in {activation.name}", found, "int8/g64 works")
     if activation is not None and activation.height > 1:

@@ -72,9 +72,15 @@ def _repeat(format: Format) -> int:
     return max(1, format.fit_block // max(format.block, 1))
 
 
+def _apart(values: Tensor) -> Tensor:
+    """A copy where ``values`` are a view whose bytes a file could not write: one entry that repeats, say."""
+    return values.clone(memory_format=torch.contiguous_format) if values.numel() == 1 else values.contiguous()
+
+
 def store_params(format: Format, params: Params) -> dict[str, Tensor]:
-    """Logical (rows, blocks, 1) parameters as they lie in a file: one entry a block, span, block of columns, group of
-    rows or tensor, n-bit packed. Entries of columns are (blocks, *entry), those of rows (groups, *entry)."""
+    """Logical (rows, blocks, 1) parameters as they lie in a file: one entry a block, span, chunk, block of columns,
+    group of rows or tensor, n-bit packed. Entries of chunks are (1, chunks), of columns (blocks, *entry), of rows
+    (groups, *entry)."""
     stored = {}
     for param in format.params:
         if param.per == "columns":
@@ -83,14 +89,16 @@ def store_params(format: Format, params: Params) -> dict[str, Tensor]:
         if param.per == "rows" or param.entry:
             values = params[param.name]
             each = format.group_rows if param.per == "rows" else len(values)
-            stored[param.name] = values[::each, 0, 0].contiguous()
+            stored[param.name] = _apart(values[::each, 0, 0])
             continue
         values = params[param.name].squeeze(-1)
         if param.per == "tensor":
             values = values[:1, :1]
         elif param.per == "span":
             values = values[:, :: _repeat(format)]
-        values = values.contiguous()
+        elif param.per == "chunk":
+            values = values.reshape(1, -1)[:, :: format.chunk]
+        values = _apart(values)
         stored[param.name] = pack_rows(values, param.bits) if param.bits < 8 else values
     return stored
 
@@ -109,6 +117,11 @@ def load_params(format: Format, shape: Shape, stored: Params) -> dict[str, Tenso
             values = take(stored, param.name, (-(-rows // each), *param.entry))
             values = values.repeat_interleave(each, 0)[:rows] if 1 < each < rows else values
             params[param.name] = values[:, None, None].expand(rows, blocks, 1, *param.entry)
+            continue
+        if param.per == "chunk":
+            values = take(stored, param.name, (1, -(-rows * blocks // format.chunk)))
+            many = values.repeat_interleave(format.chunk, 1)[:, : rows * blocks]
+            params[param.name] = many.reshape(rows, blocks, 1)
             continue
         repeat = _repeat(format) if param.per == "span" else 1
         height, entries = (1, 1) if param.per == "tensor" else (rows, -(-blocks // repeat))

@@ -20,6 +20,8 @@ from fewbit.methods.clip import clip
 from fewbit.methods.gptq import gptq
 from fewbit.methods.hqq import hqq
 from fewbit.methods.hqq import refuse as refuse_hqq
+from fewbit.methods.imatrix import imatrix
+from fewbit.methods.imatrix import refuse as refuse_uneven
 from fewbit.methods.nanoquant import nanoquant
 from fewbit.methods.nanoquant import parts as nanoquant_parts
 from fewbit.methods.objective import refuse_vectors, relative_error
@@ -30,6 +32,7 @@ from fewbit.methods.rtn import rtn
 from fewbit.methods.sensitive import refuse as refuse_unclustered
 from fewbit.methods.signs import refuse as refuse_no_signs
 from fewbit.methods.signs import refuse_groups
+from fewbit.methods.skm import refuse as refuse_unlearned
 from fewbit.methods.skm import skm
 from fewbit.methods.squeezellm import beside as sparse_beside
 from fewbit.methods.squeezellm import squeezellm
@@ -46,6 +49,7 @@ __all__ = [
     "clip",
     "gptq",
     "hqq",
+    "imatrix",
     "named",
     "nanoquant",
     "ptq161",
@@ -130,7 +134,15 @@ METHODS: tuple[Method, ...] = (
         needs="mean_square",
         options={"steps": 24, "floor": 0.4},
         refuse=refuse_vectors,
-        source="range search weighted by E[x^2], as in github.com/IST-DASLab/gptq (quant.py) and llama.cpp's imatrix",
+        source="range search weighted by E[x^2], as in github.com/IST-DASLab/gptq (quant.py)",
+    ),
+    Method(
+        "imatrix",
+        imatrix,
+        needs="mean_square",
+        options={"steps": 37, "rounds": 2},
+        refuse=refuse_uneven,
+        source="k-quants under an importance matrix, github.com/ggml-org/llama.cpp (ggml-quants.c)",
     ),
     Method(
         "gptq",
@@ -169,7 +181,7 @@ METHODS: tuple[Method, ...] = (
         "skm",
         skm,
         needs="fisher",
-        refuse=refuse_unclustered,
+        refuse=refuse_unlearned,
         source="objective of Kim et al. 2023, arXiv:2306.07629; sensitive k-means of coremltools",
     ),
     Method(

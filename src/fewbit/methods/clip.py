@@ -3,8 +3,8 @@
 
 Every block's range is shrunk over a grid of ratios and the one of least ``sum_i E[x_i^2] (w_i - w_hat_i)^2`` is kept.
 The inputs' correlations are ignored, so nothing but E[x^2] is needed. This is the search that GPTQ's code runs on
-``|w - w_hat|^2.4`` (github.com/IST-DASLab/gptq) and llama.cpp on its importance matrix; the weights are ours to
-state: E[x^2].
+``|w - w_hat|^2.4`` (github.com/IST-DASLab/gptq); the weights are ours to state: E[x^2]. llama.cpp's search under its
+importance matrix is another: :mod:`fewbit.methods.imatrix`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ Where we depart from the authors' code:
 
 * it stops the whole tensor when the mean of ``|W - W_r|`` no longer falls; here every block stops for itself, and keeps
   the grid that was best. A block is never worse in that mean than rounded to nearest;
+* the penalty grows, as the text has it; the default solver of their code leaves it as it is (``kappa=1``);
 * groups lie along the inputs (their ``axis=1``), as kernels read them; theirs lie along the outputs by default;
 * the offset of each round is the one that the format stores, so there is no rounding after the search.
 """

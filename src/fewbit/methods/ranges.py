@@ -48,6 +48,10 @@ def search(format: Format, weight: Tensor, importance: Tensor | None, ratios: tu
         return F.fit(format, weight)
     if format.best_fit:
         return _weighted(format, weight, importance)
+    if format.plain is not None:
+        found = format.of_plain(search(format.plain, weight, importance, ratios))
+        worth = torch.ones(weight.shape[1]) if importance is None else importance
+        return _better(format, weight, worth, F.fit(format, weight), found)
     columns = weight.shape[1]
     mask = B.present(columns, format.block, weight.device)
     worth = mask if importance is None else B.split(importance.float().reshape(1, -1), format.block)
@@ -58,12 +62,18 @@ def search(format: Format, weight: Tensor, importance: Tensor | None, ratios: tu
 
 
 def _weighted(format: Format, weight: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
-    """The format's own fit under ``importance``, but in groups of rows where that loses more than its plain fit (which
-    only rounding of parameters can bring about), the plain one."""
+    """The format's own fit under ``importance``."""
     plain = F.fit(format, weight)
-    if importance is None:
-        return plain
-    best = F.fit(format, weight, importance)
+    return (
+        plain if importance is None else _better(format, weight, importance, plain, F.fit(format, weight, importance))
+    )
+
+
+def _better(
+    format: Format, weight: Tensor, importance: Tensor, plain: dict[str, Tensor], best: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """``best``, but in groups of rows where that loses more than ``plain`` (which only rounding of parameters can bring
+    about), the latter."""
     rows = len(weight)
     each = format.group_rows or rows
     lost = []

@@ -17,15 +17,17 @@ from fewbit.errors import InputError, UnsupportedError
 from fewbit.methods import objective
 
 
-def refuse(format: Format) -> str | None:
-    """None, or why no weighted fit serves ``format``."""
+def refuse(format: Format, vectors: bool = False) -> str | None:
+    """None, or why no weighted fit of levels, or with ``vectors`` none of a codebook, serves ``format``."""
+    if vectors and format.height > 1:
+        return None
     reason = objective.refuse_vectors(format)
     if reason is None and not format.best_fit:
         reason = f"the values of {format.name} are not clustered from the weights"
     return reason
 
 
-def importance(method: str, weight: Tensor, format: Format, facts: Facts) -> Tensor | None:
+def importance(method: str, weight: Tensor, format: Format, facts: Facts, vectors: bool = False) -> Tensor | None:
     """The Fisher diagonal of ``weight`` (rows, columns); None when no token was seen, as all weights count alike then.
 
     Raises:
@@ -34,7 +36,7 @@ def importance(method: str, weight: Tensor, format: Format, facts: Facts) -> Ten
         UnsupportedError: :func:`refuse`.
     """
     objective.check(method, weight, format, facts)
-    if (reason := refuse(format)) is not None:
+    if (reason := refuse(format, vectors)) is not None:
         raise UnsupportedError(f"{method} to {format.name}", reason, "palettes work, such as palette3/row")
     if not facts.tokens:
         return None
@@ -53,4 +55,4 @@ def fitted(weight: Tensor, format: Format, worth: Tensor | None) -> QTensor:
     weight = weight.float()
     format = format.bind(weight)
     params = F.fit(format, weight, worth)
-    return QTensor.of(format, F.encode(format, weight, params), params)
+    return QTensor.of(format, F.encode(format, weight, params), params, len(weight))
