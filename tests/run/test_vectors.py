@@ -53,7 +53,7 @@ def test_learned_vectors_are_stored_and_run(tiny: Path, tmp_path: Path, short: S
 def test_plans_refuse_what_is_no_vector_and_offer_vptq_where_others_refuse(tiny: Path) -> None:
     with pytest.raises(UnsupportedError, match="do not stand for several weights"):
         fewbit.plan(tiny, "int4/g32", method="vptq")
-    with pytest.raises(UnsupportedError, match="methods rtn, vptq take it"):
+    with pytest.raises(UnsupportedError, match="methods rtn, skm, vptq take it"):
         fewbit.plan(tiny, FORMAT, method="gptq")
     for name in ("books", "vectors"):
         with pytest.raises(UnsupportedError, match="no codebook of vectors"):
