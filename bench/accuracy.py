@@ -204,8 +204,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(width=120).print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that :func:`run` reads."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, help="evaluation text; bundled held-out text by default")
     parser.add_argument("--calibration", type=Path, help="calibration text; bundled by default")
@@ -226,7 +227,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where blocks are tuned: cpu or cuda")
     parser.add_argument("--iters", type=int, default=200, help="steps of tunings")
     parser.add_argument("--json", type=Path)
-    show(run(parser.parse_args()))
+    return parser
+
+
+def main() -> None:
+    show(run(parser(__doc__.splitlines()[0]).parse_args()))  # type: ignore[union-attr]
 
 
 if __name__ == "__main__":
