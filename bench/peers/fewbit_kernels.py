@@ -29,8 +29,11 @@ def random(format: Format, shape: tuple[int, int]) -> QTensor:
     params = {}
     for param in format.params:
         if param.entry:
-            books = torch.randn(1, blocks, 1, *param.entry).half()
+            books = torch.randn(1, blocks, 1, *param.entry)
+            books = books.half() if param.dtype == torch.float16 else (40 * books).clamp(-127, 127).to(param.dtype)
             params[param.name] = books.expand(rows, *books.shape[1:])
+        elif param.name == "table_scale":
+            params[param.name] = torch.full((1, blocks, 1), 0.025).half().expand(rows, blocks, 1)
         elif param.name == "scale":
             params[param.name] = (torch.rand(rows, blocks, 1) + 0.5).half() / format.levels
         else:

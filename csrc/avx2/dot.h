@@ -15,6 +15,7 @@ constexpr int direct1(int bits) { return part_count(bits) == 1 && bits < 8 ? 4 :
 constexpr int planes(int bits) { return bits == 8 ? 2 : 1; }
 constexpr bool kInPlace = false;
 constexpr int kSums = 0;
+constexpr int kLevelBits = 5;
 
 inline U four(const int8_t* x) {
   int32_t lane;

@@ -34,10 +34,10 @@ bool fixed_point(const float* table, int32_t bits, FixedPoint* out) {
   if (step < least) step = least;
   out->step = static_cast<float>(step);  // a common step is a float32; another one is rounded up, to stay within kMost
   if (out->step < step) out->step = nextafterf(out->step, INFINITY);
-  out->bytes = true;
+  out->most = 0;
   for (int32_t i = 0; i < levels; i++) {
     out->level[i] = static_cast<int16_t>(rint(table[i] / static_cast<double>(out->step)));
-    out->bytes = out->bytes && out->level[i] >= -kByteLevel && out->level[i] <= kByteLevel;
+    out->most = out->level[i] > out->most ? out->level[i] : -out->level[i] > out->most ? -out->level[i] : out->most;
   }
   return true;
 }

@@ -4,6 +4,7 @@
 //
 //   Shuffle            16 bytes, looked up by the bytes of a lane:
 //     Shuffle(bytes), operator()(index), and within(index), which is 0 where the index is 16 or more
+//   kLevelBits         bits of a byte that Dot<kLevelBits> takes in one plane: 8 where it takes any byte
 //   Words              levels of 16 bits as two planes, made of their low and high bytes:
 //     kHighOrigin      what is added to the high bytes before they are looked up
 //     X, Sum, split(low, high, plane), value(sums, sum)    as those of an operand
@@ -41,20 +42,22 @@ struct ByteTable {
   }
 };
 
-// Levels within +-kByteLevel: bytes of 5 bits around 16.
+constexpr int kLevelOrigin = 1 << (kLevelBits - 1), kMostLevel = kLevelOrigin - 1;
+
+// Levels within +-kMostLevel: bytes around kLevelOrigin.
 template <int BITS>
 struct LutBytes {
   static constexpr int kBits = BITS, kPlanes = 1, kFields = 1, kApart = 0;
   using X = int8_t;
-  using Sum = Dot<5>;
+  using Sum = Dot<kLevelBits>;
   ByteTable<BITS> table;
   float step;
 
-  explicit FEWBIT_INLINE LutBytes(const SegmentTask& task) : table(*task.table, 16, 0), step(task.table->step) {}
+  explicit FEWBIT_INLINE LutBytes(const SegmentTask& task) : table(*task.table, kLevelOrigin, 0), step(task.table->step) {}
 
   FEWBIT_INLINE void split(U codes, U (&plane)[1]) const { plane[0] = table(codes); }
   FEWBIT_INLINE F value(const Sum (&dot)[1], float sum) const {
-    return multiply(add(dot[0].value(), broadcast((Sum::kOrigin - 16) * sum)), broadcast(step));
+    return multiply(add(dot[0].value(), broadcast((Sum::kOrigin - kLevelOrigin) * sum)), broadcast(step));
   }
 };
 

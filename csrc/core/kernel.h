@@ -58,10 +58,10 @@ struct Kernel {
 struct FixedPoint {
   int16_t level[256];
   float step;
-  bool bytes;  // all within +-kByteLevel
+  int32_t most;  // the largest |level|
 };
 
-enum : int32_t { kByteLevel = 15, kLookedUp = 6 };  // kLookedUp: bits of a code, at most
+enum : int32_t { kLookedUp = 6 };  // bits of a code, at most
 
 // False where an entry of table, (2^bits), is NaN or infinity.
 bool fixed_point(const float* table, int32_t bits, FixedPoint* out);
@@ -108,6 +108,12 @@ struct SegmentKernel {
   void (*prepare)(const SegmentTask& task, const fewbit_input& x, int64_t token);
   // Computes y for tiles [tile_begin, tile_end) and tokens [0, tokens) of the prepared activations.
   void (*run)(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
+};
+
+// Tables times int8 activations on one instruction set: levels of at most `most` as bytes, any other as words.
+struct LutKernels {
+  int32_t most;
+  SegmentKernel bytes, words;
 };
 
 // Work of a kernel that counts signs which differ: one scale a row of the weight, and one a token.
@@ -271,9 +277,8 @@ extern const SegmentKernel bf16_linear_avx512bf16;
 extern const SegmentKernel int24_linear_serial, int24_linear_avxvnni, int24_linear_avx512vnni, int24_linear_neondot;
 extern const SegmentKernel int8_linear_serial, int8_linear_avx2, int8_linear_avxvnni, int8_linear_avx512vnni,
     int8_linear_neon, int8_linear_neondot;
-// [0] for tables whose levels are bytes, [1] for any other.
-extern const SegmentKernel int8_lut_linear_serial[2], int8_lut_linear_avx2[2], int8_lut_linear_avxvnni[2],
-    int8_lut_linear_avx512vnni[2], int8_lut_linear_neon[2], int8_lut_linear_neondot[2];
+extern const LutKernels int8_lut_linear_serial, int8_lut_linear_avx2, int8_lut_linear_avxvnni, int8_lut_linear_avx512vnni,
+    int8_lut_linear_neon, int8_lut_linear_neondot;
 
 extern const Kernel affine_linear_serial, lut_linear_serial;
 extern const Kernel affine_linear_avx2, lut_linear_avx2;

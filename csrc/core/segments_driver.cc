@@ -37,16 +37,18 @@ const SegmentKernel* find_bfloat16(int32_t isa) {
 // `table`: that of FEWBIT_LUT, else null.
 const SegmentKernel* find(const FixedPoint* table, int32_t isa) {
   if (!(fewbit_caps() & isa)) return nullptr;
-  const int words = table && !table->bytes;
+  const auto pick = [&](const SegmentKernel& codes, const LutKernels& lut) {
+    return !table ? &codes : table->most <= lut.most ? &lut.bytes : &lut.words;
+  };
   switch (isa) {
-    case FEWBIT_SERIAL: return table ? &int8_lut_linear_serial[words] : &int8_linear_serial;
+    case FEWBIT_SERIAL: return pick(int8_linear_serial, int8_lut_linear_serial);
 #if defined(__x86_64__)
-    case FEWBIT_AVX2: return table ? &int8_lut_linear_avx2[words] : &int8_linear_avx2;
-    case FEWBIT_AVXVNNI: return table ? &int8_lut_linear_avxvnni[words] : &int8_linear_avxvnni;
-    case FEWBIT_AVX512VNNI: return table ? &int8_lut_linear_avx512vnni[words] : &int8_linear_avx512vnni;
+    case FEWBIT_AVX2: return pick(int8_linear_avx2, int8_lut_linear_avx2);
+    case FEWBIT_AVXVNNI: return pick(int8_linear_avxvnni, int8_lut_linear_avxvnni);
+    case FEWBIT_AVX512VNNI: return pick(int8_linear_avx512vnni, int8_lut_linear_avx512vnni);
 #elif defined(__aarch64__)
-    case FEWBIT_NEON: return table ? &int8_lut_linear_neon[words] : &int8_linear_neon;
-    case FEWBIT_NEONDOT: return table ? &int8_lut_linear_neondot[words] : &int8_linear_neondot;
+    case FEWBIT_NEON: return pick(int8_linear_neon, int8_lut_linear_neon);
+    case FEWBIT_NEONDOT: return pick(int8_linear_neondot, int8_lut_linear_neondot);
 #endif
     default: return nullptr;
   }

@@ -7,6 +7,8 @@
 namespace fewbit {
 namespace {
 
+constexpr int kLevelBits = 8;
+
 // level = 256 * (high - 128) + low. Both sums are exact in float32, as 255 * 128 * 256 columns < 2^24; their last
 // addition rounds once, as converting the sum of levels times activations would.
 struct Words {

@@ -6,7 +6,8 @@
 
 namespace fewbit {
 
-const SegmentKernel int8_lut_linear_neon[2] = {
+const LutKernels int8_lut_linear_neon = {
+    kMostLevel,
     {kManyTokens, 1, 1, round_token<int8_t>, int8_lut_run<LutBytes>},
     {kManyTokens, sizeof(Words::X), 1, round_token<Words::X>, int8_lut_run<LutWords>}};
 

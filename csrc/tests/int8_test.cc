@@ -74,14 +74,15 @@ void fail(const Shape& s, int32_t bits, int32_t isa, const char* what, double fo
          static_cast<long long>(s.x_block), static_cast<long long>(s.tokens), what, found, allowed);
 }
 
-enum Table { kNone, kSmallIntegers, kReal };
+enum Table { kNone, kSmallIntegers, kIntegers, kReal };
 
 std::vector<float> table_of(Table kind, int32_t bits, bool extreme, std::mt19937& random) {
   std::normal_distribution<float> normal;
   std::vector<float> table(kind == kNone ? 0 : 1 << bits);
+  const int most = kind == kIntegers ? 127 : 15;
   for (auto& value : table)
-    value = kind == kReal ? normal(random) : 0.375f * static_cast<float>(static_cast<int>(random() % 31) - 15);
-  if (extreme && !table.empty()) table.back() = kind == kReal ? -8.0f : -0.375f * 15;
+    value = kind == kReal ? normal(random) : 0.375f * static_cast<float>(static_cast<int>(random() % (2 * most + 1)) - most);
+  if (extreme && !table.empty()) table.back() = kind == kReal ? -8.0f : -0.375f * static_cast<float>(most);
   return table;
 }
 
@@ -229,7 +230,7 @@ int int8_failures() {
   double worst = 0;
   for (const Shape& shape : kShapes)
     for (int32_t bits = 1; bits <= 8; bits++)
-      for (const Table table : {kNone, kSmallIntegers, kReal})
+      for (const Table table : {kNone, kSmallIntegers, kIntegers, kReal})
         for (int variant = 0; variant < 3 && (table == kNone || bits <= 6); variant++)
           worst = fmax(worst, check(shape, bits, table, variant == 1, variant == 2, random));
   for (Shape shape : kShapes)
