@@ -160,6 +160,8 @@ def words_of(folder: Path) -> Words:
     """
     if not any((folder / name).is_file() for name in TOKENIZERS):  # transformers would make up an empty one
         found, works = "the folder holds none", "copy the original's tokenizer files there"
+        if not folder.is_dir():
+            found, works = "there is no such folder", "a folder that `fewbit quantize` wrote works"
         raise InputError(f"the tokenizer of {folder}", found, works)
     own = open_tokenizer(folder)
     if own is not None:
