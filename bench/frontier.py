@@ -91,7 +91,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         if after is not None and after["bits"] < 1.06 * row["bits"]:
             continue
         text, place = f"{row['format']} {row['method']}", (row["bits"], row["kl_mean"])
-        axes.annotate(text, place, (-6, -4), textcoords="offset points", fontsize=7, ha="right", va="top")
+        first = row is frontier[0]  # beside which there is room above
+        spot, across, up = ((6, 4), "left", "bottom") if first else ((-6, -4), "right", "top")
+        axes.annotate(text, place, spot, textcoords="offset points", fontsize=7, ha=across, va=up)
     axes.set(xscale="log", yscale="log", xlabel="true bits per weight", ylabel="mean KL to the float model")
     axes.xaxis.set_major_locator(FixedLocator([1, 2, 3, 4, 6, 8]))
     axes.xaxis.set_minor_locator(NullLocator())
