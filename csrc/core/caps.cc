@@ -32,7 +32,9 @@ bool has_avx_vnni() {
 }  // namespace
 #endif
 
-static int32_t find_caps() {
+namespace {
+
+int32_t find_caps() {
   int32_t caps = FEWBIT_SERIAL;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -59,6 +61,8 @@ static int32_t find_caps() {
 #endif
   return caps;
 }
+
+}  // namespace
 
 // Found once: a virtual machine asks its host at every CPUID, for longer than a small product takes.
 extern "C" int32_t fewbit_caps(void) {

@@ -50,12 +50,12 @@ struct Row {
   }
 };
 
-// Goes through chunks, tile by tile: each(codes of its first row, its rows, its columns, its bytes).
-template <class Codes, class Bytes, class Each>
-void chunks(Codes* codes, int64_t stride, int64_t rows, int64_t columns, Bytes* packed, int64_t bytes, const Each& each) {
+// Goes through chunks, tile by tile: visit(codes of its first row, its rows, its columns, its bytes).
+template <class Codes, class Bytes, class Visit>
+void chunks(Codes* codes, int64_t stride, int64_t rows, int64_t columns, Bytes* packed, int64_t bytes, const Visit& visit) {
   for (int64_t row = 0; row < rows; row += 16)
     for (int64_t column = 0; column < columns; column += 32, packed += bytes)
-      each(codes + row * stride + column, least(16, rows - row), least(32, columns - column), packed);
+      visit(codes + row * stride + column, least(16, rows - row), least(32, columns - column), packed);
 }
 
 template <int BITS>

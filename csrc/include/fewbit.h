@@ -108,8 +108,9 @@ int fewbit_decode(const fewbit_matrix* matrix, int64_t tile_begin, int64_t tile_
  * whole row where both are whole rows and (2^bits - 1) * 128 * columns < 2^24 (columns <= 131071 at 1 bit, 43690 at 2,
  * 8738 at 4, 1032 at 7); scales are applied to these sums. A table is multiplied as step * level, with integer levels:
  * exactly, where all entries are multiples of a step of which the largest is at most 32767 (one byte a level up to 15, as
- * for E2M1, and but for AVX2 up to 127, else 16 bits); otherwise with entries rounded to 16 bits, wrong by at most 2^-15 of the largest entry (and 2^-149). 32767 * 128 * 256
- * < 2^30 excludes overflow, as it would up to 512 columns; that sum is rounded to float32 once. Entries must be finite.
+ * for E2M1, and but for AVX2 up to 127, else 16 bits); otherwise with entries rounded to 16 bits, wrong by at most 2^-15
+ * of the largest entry (and 2^-149). 32767 * 128 * 256 < 2^30 excludes overflow, as it would up to 512 columns; that sum is
+ * rounded to float32 once. Entries must be finite.
  * The result is the same on every ISA, at any number of threads and tokens. Error against the rounded x and table: at
  * most about (2 segments + 6) * 2^-24 times the magnitude as above, with ceil(columns / 32) or fewer segments. A block
  * that holds NaN or infinity makes its token's results NaN. */

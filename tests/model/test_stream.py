@@ -20,14 +20,7 @@ from fewbit.model.stream import Inputs, StreamedModel
 
 MOE = ["mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "gpt-oss", "deepseek-v3"]
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bits may differ between thread counts; here they must not differ at all."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def opened(folder: Path) -> StreamedModel:

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fewbit
+from fewbit import calibrate
 
 SHORT: dict[str, Any] = {"samples": 8, "context": 64}
 
@@ -23,6 +26,22 @@ def short(tiny: Path) -> Callable[..., Any]:
         return fewbit.quantize(tiny, format, method=method, out=out, **{**SHORT, **more})
 
     return run
+
+
+@pytest.fixture(scope="session")
+def probe_kl(tiny: Path) -> Callable[[Any], float]:
+    """``probe_kl(model)``: mean KL of the tiny model to ``model``, on the text that a run is checked on."""
+
+    def of(model: Any) -> float:
+        probe = calibrate.probe(AutoTokenizer.from_pretrained(tiny), 8, 256)
+        with torch.no_grad():
+            theirs, ours = (
+                each(probe).logits[:, :-1].double().log_softmax(-1)
+                for each in (AutoModelForCausalLM.from_pretrained(tiny), model)
+            )
+        return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -85,22 +85,14 @@ def test_what_was_kept_apart_is_in_the_files_and_nearly_exact(tiny: Path, whole:
         assert set(largest.indices[: round(0.01 * weight.numel())].tolist()) <= kept
 
 
-def test_the_loaded_model_runs_the_fused_kernel_and_is_what_was_checked(tiny: Path, whole: Any) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from fewbit import calibrate
+def test_the_loaded_model_runs_the_fused_kernel_and_is_what_was_checked(
+    whole: Any, probe_kl: Callable[[Any], float]
+) -> None:
 
     model = fewbit.load(whole.path)
     layer = model.model.layers[0].mlp.down_proj
     assert {what.partition(",")[0] for what, _ in layer.prepared.names} == {FORMAT, "sparse"}
-    probe = calibrate.probe(AutoTokenizer.from_pretrained(tiny), 8, 256)
-    with torch.no_grad():
-        theirs, ours = (
-            each(probe).logits[:, :-1].double().log_softmax(-1)
-            for each in (AutoModelForCausalLM.from_pretrained(tiny), model)
-        )
-    kl = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
-    assert abs(kl / whole.manifest["check"]["kl_mean"] - 1) < 0.02
+    assert abs(probe_kl(model) / whole.manifest["check"]["kl_mean"] - 1) < 0.02
 
 
 class Stop(Exception):
