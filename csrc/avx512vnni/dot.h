@@ -25,7 +25,8 @@ inline U load_apart(const uint8_t* p, int64_t apart) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(two(p)), two(p + 2 * apart), 1);
 }
 
-inline int32_t total_of(U a, U b) { return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b)); }
+inline U plus(U a, U b) { return _mm512_add_epi32(a, b); }
+inline int32_t total_of(U a) { return _mm512_reduce_add_epi32(a); }
 
 // vpdpbusd: adds four products of bytes to an int32, without an intermediate sum that could saturate. Not by its intrinsic,
 // for which GCC 12 copies every sum to another register and back, and runs out of registers.

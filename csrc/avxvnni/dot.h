@@ -22,8 +22,8 @@ inline U load_apart(const uint8_t* p, int64_t apart) {
   return _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(p + apart), reinterpret_cast<const __m128i*>(p));
 }
 
-inline int32_t total_of(U a, U b) {
-  const U sum = _mm256_add_epi32(a, b);
+inline U plus(U a, U b) { return _mm256_add_epi32(a, b); }
+inline int32_t total_of(U sum) {
   __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
   four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows with tables of their own, whose levels are integers of 16 bits, times int8 activations: see fewbit_row_linear_int8.
+// Rows with tables of their own, whose levels are bytes, times int8 activations: see fewbit_row_linear_int8.
 // Included after an ISA's dot.h, which offers for this Shuffle and
 //
 //   load_apart(p, apart)      16 bytes from p, from p + apart, and so on
-//   total_of(a, b)            the sum of all their int32
+//   plus(a, b), total_of(a)   sums of int32, lane by lane and over all lanes
 //   multiply_add(sum, u, x)   adds four products of bytes to each int32 of sum; u counts from kByteOrigin
 //
 // A vector holds chunks of row16 side by side, as many as it has 16 bytes. Each field of a code, masked, is an index into
-// the row's 16 levels, of which one lookup gives the low bytes, another the high ones.
+// the row's 16 levels.
 #pragma once
 
 #include <string.h>
@@ -20,6 +20,7 @@ namespace fewbit {
 namespace {
 
 constexpr int kBytes = 4 * kLanes, kBeside = kBytes / 16;  // of a vector; chunks in it
+constexpr int64_t kAhead = 8;  // rows
 
 template <int BITS>
 struct ByteCells {
@@ -27,14 +28,8 @@ struct ByteCells {
   static constexpr int kFields = 8 * kUnit / BITS, kColumns = 16 * kFields;
   U part[kUnit];
 
-  // kBeside chunks, of which `exist` do.
-  FEWBIT_INLINE ByteCells(const uint8_t* codes, int64_t exist) {
-    uint8_t bytes[kUnit * kBytes];
-    if (exist < kBeside) {
-      memset(bytes, 0, sizeof bytes);
-      memcpy(bytes, codes, static_cast<size_t>(exist * kUnit * 16));
-      codes = bytes;
-    }
+  ByteCells() = default;
+  explicit FEWBIT_INLINE ByteCells(const uint8_t* codes) {
     for (int p = 0; p < kUnit; p++) part[p] = kUnit == 1 ? load_lanes(codes) : load_apart(codes + p * 16, kUnit * 16);
   }
 
@@ -83,49 +78,73 @@ inline void int8_row_prepare(const Int8RowTask& task, const fewbit_input& x, int
   }
 }
 
-// Row `row` of M tokens from `token`, of which `tokens` exist.
-template <int BITS, int M>
+// Rows [row, row + R) of M tokens from `token`, of which `tokens` exist: what is loaded serves R * M products.
+template <int BITS, int R, int M>
 FEWBIT_INLINE void int8_row(const Int8RowTask& task, int64_t row, int64_t token, int64_t tokens) {
   using Cells = ByteCells<BITS>;
-  constexpr int kChains = 2;
-  const uint8_t* planes = task.levels + row / task.table_rows * 32;
-  const Shuffle level[2] = {Shuffle(planes), Shuffle(planes + 16)};  // low and high bytes
-  const uint8_t* codes = task.codes + row * task.chunks * Cells::kUnit * 16;
+  constexpr int kChains = R * M >= 4 ? 1 : 4;  // of sums, so that a product need not wait for the one before it
+  constexpr int64_t kVector = Cells::kUnit * kBytes;  // bytes of a vector of chunks
+  const int64_t apart = task.chunks * Cells::kUnit * 16;
   const auto* x = static_cast<const uint8_t*>(task.activations) + token * task.padded;
-  U sum[M][2][kChains];
-  for (int m = 0; m < M; m++)
-    for (int p = 0; p < 2; p++)
-      for (int c = 0; c < kChains; c++) sum[m][p][c] = repeat(0);
-  for (int64_t left = task.chunks; left > 0; left -= kBeside, codes += kBeside * Cells::kUnit * 16) {
-    const Cells cells(codes, left);
+  const uint8_t* codes = task.codes + row * apart;
+  Shuffle level[R];
+  U sum[R][M][kChains];
+  for (int r = 0; r < R; r++) {
+    level[r] = Shuffle(task.levels + (row + r) / task.table_rows * 16);
+    for (int m = 0; m < M; m++)
+      for (int c = 0; c < kChains; c++) sum[r][m][c] = repeat(0);
+  }
+  const auto step = [&](const uint8_t* from, int64_t between) __attribute__((always_inline)) {
+    Cells cells[R];
+    for (int r = 0; r < R; r++) cells[r] = Cells(from + r * between);
 #pragma GCC unroll 8
     for (int n = 0; n < Cells::kFields; n++, x += kBytes) {
-      const U index = cells.field(n), u[2] = {level[0](index), level[1](index)};
+      U u[R];
+      for (int r = 0; r < R; r++) u[r] = level[r](cells[r].field(n));
       for (int m = 0; m < M; m++) {
         const U here = load_lanes(x + m * task.padded);
-        for (int p = 0; p < 2; p++) sum[m][p][n % kChains] = multiply_add(sum[m][p][n % kChains], u[p], here);
+        for (int r = 0; r < R; r++) sum[r][m][n % kChains] = multiply_add(sum[r][m][n % kChains], u[r], here);
       }
     }
+  };
+  const int64_t whole = apart / kVector, rest = apart % kVector;
+  for (int64_t i = 0; i < whole; i++) {
+    step(codes + i * kVector, apart);
+    // Several rows side by side are no stream that the processor foresees: what is kAhead rows on, in order of memory.
+#pragma GCC unroll 16
+    for (int64_t line = 0; R > 1 && line < R * kVector; line += 64)
+      __builtin_prefetch(codes + kAhead * apart + i * R * kVector + line, 0, M == 1 ? 3 : 2);
   }
-  for (int m = 0; m < M; m++) {
-    if (m >= tokens) break;
-    const int32_t all = task.sums[token + m];
-    const int32_t low = total_of(sum[m][0][0], sum[m][0][1]) + kByteOrigin * all;
-    const int32_t high = total_of(sum[m][1][0], sum[m][1][1]) + (kByteOrigin - 128) * all;
-    const float value = __builtin_fmaf(static_cast<float>(high), 256.0f, static_cast<float>(low));
-    float y = value * task.factor[row] * task.x_scale[token + m];
-    if (task.bias) y += task.bias[row];
-    write_float(task.y, task.y_dtype, (token + m) * task.y_stride + row, y);
+  if (rest) {
+    uint8_t last[R * kVector] = {};
+    for (int r = 0; r < R; r++)
+      memcpy(last + r * kVector, codes + r * apart + whole * kVector, static_cast<size_t>(rest));
+    step(last, kVector);
   }
+  for (int m = 0; m < M && m < tokens; m++)
+    for (int r = 0; r < R; r++) {
+      for (int c = kChains / 2; c > 0; c /= 2)
+        for (int i = 0; i < c; i++) sum[r][m][i] = plus(sum[r][m][i], sum[r][m][c + i]);
+      const int32_t value = total_of(sum[r][m][0]) + (kByteOrigin - 128) * task.sums[token + m];
+      float y = static_cast<float>(value) * task.factor[row + r] * task.x_scale[token + m];
+      if (task.bias) y += task.bias[row + r];
+      write_float(task.y, task.y_dtype, (token + m) * task.y_stride + row + r, y);
+    }
+}
+
+template <int BITS, int R, int M>
+FEWBIT_INLINE void int8_rows_of(const Int8RowTask& task, int64_t row, int64_t end, int64_t token, int64_t tokens) {
+  for (; row + R <= end; row += R) int8_row<BITS, R, M>(task, row, token, tokens);
+  for (; row < end; row++) int8_row<BITS, 1, M>(task, row, token, tokens);
 }
 
 template <int BITS>
 void int8_rows(const Int8RowTask& task, int64_t begin, int64_t end, int64_t tokens) {
-  for (int64_t token = 0; token < tokens; token += task.together)
-    for (int64_t row = begin; row < end; row++) {
-      if (task.together == 1) int8_row<BITS, 1>(task, row, token, 1);
-      else int8_row<BITS, kRowTokens>(task, row, token, tokens - token);
-    }
+  constexpr int kBySide = BITS <= 2 ? 4 : 1;  // rows of one token: longer ones wait for memory, a stream by itself
+  for (int64_t token = 0; token < tokens; token += task.together) {
+    if (task.together == 1) int8_rows_of<BITS, kBySide, 1>(task, begin, end, token, 1);
+    else int8_rows_of<BITS, 2, kRowTokens>(task, begin, end, token, tokens - token);
+  }
 }
 
 inline void int8_row_run(const Int8RowTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {

@@ -242,7 +242,7 @@ struct Int8RowTask {
   int64_t padded;          // columns of whole vectors of chunks
   int64_t table_rows;      // rows that share a table
   const uint8_t* codes;    // (rows, chunks, bytes of a chunk)
-  const uint8_t* levels;   // (tables, 2, 16): low and high bytes
+  const uint8_t* levels;   // (tables, 16)
   const float* factor;     // (rows)
   int64_t together;        // tokens that are computed together: 1 or kRowTokens
   void* activations;       // (padded tokens, padded) bytes

@@ -289,20 +289,20 @@ typedef struct {
 int fewbit_row_linear(const fewbit_row_tables* matrix, const fewbit_input* x, const float* bias, void* y,
                       int64_t y_stride, int32_t y_dtype, int32_t isa, int32_t threads);
 
-/* As fewbit_row_tables, with levels of 16 bits: w[row][column] = factor[row] * (level[row / table_rows][code] - 2^15). */
+/* As fewbit_row_tables, with levels of 8 bits: w[row][column] = factor[row] * (level[row / table_rows][code] - 128). */
 typedef struct {
   int64_t rows, columns;
   int64_t table_rows;    /* rows that share a table */
   int32_t bits;          /* 1 to 4 */
   const uint8_t* codes;  /* in row16 */
-  const uint8_t* levels; /* (tables, 2, 16): low bytes of the levels, then high ones; entry i is that of code i % 2^bits */
+  const uint8_t* levels; /* (tables, 16); entry i is that of code i % 2^bits */
   const float* factor;   /* (rows) */
 } fewbit_row_levels;
 
 /* y = x W^T + bias with x rounded to int8, one scale a token, as by fewbit_linear_int8. Products of bytes and activations
  * are summed in int32 over the whole row: at most 2^16 columns, where 255 * 128 * 2^16 < 2^31 excludes overflow. isa:
  * FEWBIT_SERIAL or one that multiplies four bytes at once. The result is the same on every ISA, at any number of threads
- * and tokens. Error against the rounded x and these levels: at most about 6 * 2^-24 times the sum of 2^16 |factor| |x| and
+ * and tokens. Error against the rounded x and these levels: at most about 6 * 2^-24 times the sum of 2^8 |factor| |x| and
  * |bias|. NaN or infinity makes its token's results NaN. */
 int fewbit_row_linear_int8(const fewbit_row_levels* matrix, const fewbit_input* x, const float* bias, void* y,
                            int64_t y_stride, int32_t y_dtype, int32_t isa, int32_t threads);

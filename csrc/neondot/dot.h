@@ -17,7 +17,8 @@ constexpr int kSums = 0;
 constexpr int kByteOrigin = 128;
 
 inline U load_apart(const uint8_t* p, int64_t) { return load_lanes(p); }
-inline int32_t total_of(U a, U b) { return vaddvq_s32(vreinterpretq_s32_u32(vaddq_u32(a, b))); }
+inline U plus(U a, U b) { return vaddq_u32(a, b); }
+inline int32_t total_of(U a) { return vaddvq_s32(vreinterpretq_s32_u32(a)); }
 
 // Four products of signed bytes, those of u being shifted down by 128 first.
 inline U multiply_add(U sum, U u, U x) {

@@ -17,8 +17,9 @@ constexpr int kSums = 0;
 constexpr int kByteOrigin = 0;
 
 inline U load_apart(const uint8_t* p, int64_t) { return load_lanes(p); }
-inline int32_t total_of(U a, U b) {
-  const I sum = reinterpret_cast<I>(a + b);
+inline U plus(U a, U b) { return a + b; }
+inline int32_t total_of(U a) {
+  const I sum = reinterpret_cast<I>(a);
   return sum[0] + sum[1] + sum[2] + sum[3];
 }
 

@@ -105,10 +105,12 @@ def signs(shape: tuple[int, int], generator: torch.Generator) -> QTensor:
     return QTensor.of(formats.parse("sign/channel"), codes, {"scale": scale})
 
 
-def table_error(kernel: str) -> float:
-    """Of the levels that ``kernel`` multiplies, relative to the largest: integers of 16 bits hold a table, bytes a
-    book. Sums of such bytes and of their offsets, of magnitudes within twice the ranges of books with entries of both
-    signs, are rounded about 2^7 times."""
+def table_error(kernel: str, bits: int) -> float:
+    """Of the levels that ``kernel`` multiplies, relative to the largest: bytes hold a table and a book, integers of 16
+    bits a table of more than 16 levels. Sums of a book's bytes and of their offsets, of magnitudes within twice the
+    ranges of books with entries of both signs, are rounded about 2^7 times."""
     if kernel.startswith("int8_vector"):
         return 1 / 255 + 2.0**-16
-    return 2.0**-15 if kernel.startswith(("int8_lut", "int8_row_lut")) else 0.0
+    if not kernel.startswith(("int8_lut", "int8_row_lut")):
+        return 0.0
+    return 1 / 254 + 2.0**-17 if bits <= 4 else 2.0**-15

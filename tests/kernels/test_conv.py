@@ -97,7 +97,7 @@ def check(
     kernel: str, x: Tensor, matrix: QTensor, window: Window, bias: Tensor | None, inputs: Format | None = None
 ) -> Tensor:
     y = kernels.conv2d(x, kernels.prepare(matrix, kernel, inputs), window, bias)
-    answer, bound = definition(x, matrix, window, bias, inputs, table_error(kernel))
+    answer, bound = definition(x, matrix, window, bias, inputs, table_error(kernel, matrix.format.bits))
     assert y.dtype == x.dtype and y.shape == answer.shape
     bound = bound + ROUNDING[x.dtype] * (answer.abs() + bound)
     error = (y.double() - answer).abs()

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from kernel_cases import HERE, raw_matrix
+from kernel_cases import HERE, raw_matrix, table_error
 from raw_format import exact
 
 from fewbit import formats, kernels, methods
@@ -72,10 +72,10 @@ def test_kernels_multiply_the_codes_of_the_grid(kernel: str, grid: str) -> None:
             prepared = kernels.prepare(matrix, kernel, fixed(grid))
             y = prepared.run(x, bias, torch.float32)
             rounded = reference.round_activations(x.float(), fixed(grid))
-            answer, bound = exact(matrix).answer(rounded, bias, 2.0**-15 if "lut" in kernel else 0.0)
+            answer, bound = exact(matrix).answer(rounded, bias, table_error(kernel, bits))
             # The codes less 128 are what is multiplied: their magnitude, not that of what they stand for, is rounded.
             q = (rounded / fixed(grid).scale + fixed(grid).zero).round() - 128
-            _, more = exact(matrix).answer(q * fixed(grid).scale, None, 2.0**-15 if "lut" in kernel else 0.0)
+            _, more = exact(matrix).answer(q * fixed(grid).scale, None, table_error(kernel, bits))
             apart = abs(128 - fixed(grid).zero) * fixed(grid).scale
             sums = 2.0**-22 * apart * matrix.dequantize().abs().sum(1).double()
             assert bool(((y.double() - answer).abs() <= bound + more + sums).all())

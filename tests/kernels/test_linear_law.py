@@ -36,7 +36,7 @@ def check(
     y = ready(x, bias)
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], matrix.shape[0])
     rounded = ready.inputs(x)
-    answer, bound = expected.answer(rounded, bias, table_error(kernel))
+    answer, bound = expected.answer(rounded, bias, table_error(kernel, matrix.format.bits))
     bound = bound + ROUNDING[x.dtype] * (answer.abs() + bound)
     error = (y.double() - answer).abs()
     assert bool((error <= bound).all()), (matrix.format.name, matrix.shape, x.shape, float((error - bound).max()))
@@ -141,7 +141,7 @@ def test_zeros_denormals_and_huge_scales_give_no_nan(kernel: str) -> None:
                 x = torch.randn(3, 96, generator=generator) * size
                 ready = kernels.prepare(matrix, kernel, inputs)
                 y, rounded = ready(x), ready.inputs(x)
-                answer, bound = exact(matrix).answer(rounded, None, table_error(kernel))
+                answer, bound = exact(matrix).answer(rounded, None, table_error(kernel, matrix.format.bits))
                 # Absolute part: products below the least normal float32 may vanish, and activations are scaled by
                 # up to 2^-30 before they meet their codes.
                 least = 96 * 256 * 2.0**-149 * (2.0**30 * scale + 1)

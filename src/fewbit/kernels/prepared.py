@@ -23,6 +23,7 @@ from fewbit.errors import InputError
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native, pages, reference
 from fewbit.kernels.inputs import check_supported, given, wants_gradients
+from fewbit.kernels.levels import as_integers
 from fewbit.kernels.table import Kernel
 from fewbit.kernels.tile16 import ROWS, TILE16
 
@@ -209,10 +210,11 @@ class NativePrepared(Addressed, PreparedMatrix):
         self._zero = zero or 0.0
         self._scale = _tiles(scale)
         self._offset = None if offset is None or zero is not None else _tiles(offset)
-        self._table = None
+        self._table = self._levels = None  # as they are, and as they are multiplied
         if physical.table is not None:
             tables = physical.table.reshape(-1, physical.table.shape[-1])[:: format.group_rows or self.shape[0]]
             self._table = torch.nn.functional.pad(tables, (0, 2**format.bits - tables.shape[1])).contiguous()
+            self._levels = as_integers(self._table) if kernel.family == "int8_lut" else self._table
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
         self._by_sums = kernel.name == "affine_linear_avx512" and format.bits == 1  # that is faster than decoding
         self._as_bfloat16 = kernel.name == "int24_linear_avx512vnni" and "avx512bf16" in native.isas()
@@ -227,12 +229,15 @@ class NativePrepared(Addressed, PreparedMatrix):
     @cached_property
     def _matrices(self) -> tuple[tuple[int, native.Matrix], ...]:
         """(first row, rows that share a table): one matrix unless groups of rows have their own."""
-        if self._table is None or len(self._table) == 1:
-            return ((0, self._matrix(0, self.shape[0], self._table)),)
+        return self._with(self._levels)
+
+    def _with(self, tables: Tensor | None) -> tuple[tuple[int, native.Matrix], ...]:
+        if tables is None or len(tables) == 1:
+            return ((0, self._matrix(0, self.shape[0], tables)),)
         each, rows = self._stored.format.group_rows, self.shape[0]
         return tuple(
             (first, self._matrix(first, min(first + each, rows), table))
-            for first, table in zip(range(0, rows, each), self._table, strict=True)
+            for first, table in zip(range(0, rows, each), tables, strict=True)
         )
 
     def _matrix(self, first: int, last: int, table: Tensor | None) -> native.Matrix:
@@ -277,7 +282,7 @@ class NativePrepared(Addressed, PreparedMatrix):
         weight = torch.empty(columns, min(strip, -(-rows // ROWS) * ROWS))  # (columns, rows of the strip)
         for row in range(0, rows, strip):
             last = min(row + strip, rows)
-            for first, matrix in self._matrices:
+            for first, matrix in self._with(self._table):
                 begin, end = max(row, first), min(last, first + matrix[0])
                 if begin < end:
                     tiles = (begin - first) // ROWS, -(-(end - first) // ROWS)
@@ -312,8 +317,8 @@ class NativePrepared(Addressed, PreparedMatrix):
         for name in (p.name for p in stored.format.params if p.per == "chunk"):
             blocks, chunk = B.count(self.shape[1], stored.format.block), stored.format.chunk
             params[name] = stored.params[name][:, rows.start * blocks // chunk : -(-rows.stop * blocks // chunk)]
-        if self._table is not None and len(self._table) > 1:
-            made._table = self._table[groups]
+        if self._table is not None and self._levels is not None and len(self._table) > 1:
+            made._table, made._levels = self._table[groups], self._levels[groups]
         made.shape = rows.stop - rows.start, self.shape[1]
         made._stored = QTensor(stored.format, stored.layout, made.shape, stored.packed[begin:end], params)
         made._scale = self._scale[begin:end]

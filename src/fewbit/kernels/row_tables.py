@@ -14,12 +14,10 @@ from fewbit.core.format import Format, Physical
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, pages
 from fewbit.kernels.alone import AlonePrepared
-from fewbit.kernels.prepared import rows_of_strip
+from fewbit.kernels.levels import nearest_bytes
+from fewbit.kernels.prepared import CENTRE, rows_of_strip
 from fewbit.kernels.row16 import LANES, ROW16
 from fewbit.kernels.table import Kernel
-
-LARGEST_LEVEL = 32767
-"""Of integers of 16 bits."""
 
 
 class RowTablesPrepared(AlonePrepared):
@@ -65,20 +63,17 @@ class RowTablesPrepared(AlonePrepared):
 
 
 class RowLevelsPrepared(RowTablesPrepared):
-    """The same with tables as integers of 16 bits, wrong by at most 2^-15 of a table's largest level, for inputs that
-    the kernel rounds to int8; one scale a row and a token."""
+    """The same with tables as integers of 8 bits, for inputs that the kernel rounds to int8; one scale a row and a
+    token. Levels are wrong by at most 1/254 of the largest of their table."""
 
     rounds_inputs = True
 
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
         super().__init__(qtensor, kernel, activation)
-        tables = self._table.float()
-        step = (tables.abs().amax(1, keepdim=True) / LARGEST_LEVEL).clamp_min(torch.finfo(torch.float32).tiny)
-        level = ((tables / step).round().clamp(-LARGEST_LEVEL, LARGEST_LEVEL).int() + (1 << 15)).repeat(1, LANES)
-        planes = (level[:, None, :LANES] >> torch.tensor([[0], [8]], dtype=torch.int32)) & 255
-        self._levels = pages.held(planes.to(torch.uint8))
+        levels, step = nearest_bytes(self._table.float())
+        self._levels = pages.held((levels + CENTRE).to(torch.uint8).repeat(1, LANES)[:, :LANES])
         rows, each = self.shape[0], self._stored.format.group_rows
-        self._factor = (self._scale[:, 0] * step[:, 0].repeat_interleave(each)[:rows]).contiguous()
+        self._factor = (self._scale[:, 0] * step.repeat_interleave(each)[:rows]).contiguous()
 
     @cached_property
     def _integers(self) -> native.RowLevels:
