@@ -54,7 +54,7 @@ def tables(found: Allocation) -> list[Any]:
         bits = sum(row.bits * row.weights for row in mine) / weights
         share = N.percent(harm / found.expected) if found.expected else None
         rows.append((kind, *counts, f"{bits:.3f}", share))
-    whole = [
+    whole: list[tuple[str | None, ...]] = [
         (row.candidate, f"{row.bits:.3f}", N.significant(row.expected, 3), N.significant(row.measured, 3))
         for row in found.uniform
     ]
