@@ -133,6 +133,8 @@ def test_more_rounds_are_never_worse(tiny: Path, kept: KeptFacts, measured: Allo
     assert once.measured is not None and measured.measured is not None
     assert measured.measured <= once.measured
     assert once.uniform == measured.uniform
+    fitting = [row.measured for row in once.uniform if row.bits <= 3.7]
+    assert len(fitting) == 2 and once.measured <= min(fitting)  # type: ignore[type-var]
 
 
 def test_what_cannot_be_is_refused_before_any_work(tiny: Path, kept: KeptFacts, tmp_path: Path) -> None:

@@ -54,8 +54,7 @@ class Renderer:
             return
         if self._task is None:
             self._task = self._bar.add_task(self._doing, total=event.blocks or None, left="")
-        done = event.block if event.kind == "block" or event.block else None
-        self._bar.update(self._task, completed=done, total=event.blocks or None, left=self._left())
+        self._bar.update(self._task, completed=event.block or None, total=event.blocks or None, left=self._left())
 
     def _left(self) -> str:
         return f"{N.seconds(self._eta)} left" if self._eta is not None else ""

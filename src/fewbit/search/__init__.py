@@ -104,7 +104,8 @@ def allocate(
         estimate: a cheap method (``rtn``, ``clip``) to find errors with in place of the candidates' own; not by ``kl``.
         head: format of embedding and head, or "float"; outside of the budget.
         calibration, samples, context, seed: the text that ``kl`` is measured on, as in :func:`fewbit.quantize`.
-        rounds: of ``kl``; from the second on, changes are measured in the model as it was chosen, not in the float one.
+        rounds: of ``kl``; from the second on, changes are measured in the best model so far, not in the float one. What
+            is chosen never measures worse than one candidate for all layers, where that fits.
         threads, force, progress: as in :func:`fewbit.quantize`.
 
     Raises:
@@ -145,7 +146,7 @@ def _check(by: str, unit: str, rounds: int, estimate: str | None) -> None:
 
 def _allocation(model: StreamedModel, table: T.Table, found: Found, by: str, budget: float) -> Allocation:
     rows = []
-    for at, (unit, chosen) in enumerate(zip(table.units, found.choices.chosen, strict=True)):
+    for at, (unit, chosen) in enumerate(zip(table.units, found.chosen, strict=True)):
         weights, prefix = sum(site.parameters for site in unit.sites), f"{model.blocks[unit.block]}."
         bits, harm = 8 * int(table.costs[at, chosen]) / weights, float(found.harms[at, chosen]) / weights
         rows += [
@@ -168,8 +169,9 @@ def _allocation(model: StreamedModel, table: T.Table, found: Found, by: str, bud
         )
         for at, rule in enumerate(table.rules)
     )
-    bits, expected = table.bits(found.choices.cost), sum(row.harm for row in rows)
-    recipe = table.recipe(found.choices.chosen)
+    cost = sum(int(row[at]) for row, at in zip(table.costs, found.chosen, strict=True))
+    bits, expected = table.bits(cost), sum(row.harm for row in rows)
+    recipe = table.recipe(found.chosen)
     return Allocation(
         recipe,
         by,
@@ -177,7 +179,7 @@ def _allocation(model: StreamedModel, table: T.Table, found: Found, by: str, bud
         bits,
         expected,
         found.measured,
-        found.choices.bound if by != "kl" else None,
+        found.bound,
         tuple(rows),
         uniform,
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,17 +20,19 @@ from fewbit.run.workers import Workers
 from fewbit.search import candidates as C
 from fewbit.search import harm
 from fewbit.search.divergence import Divergence, Measure
-from fewbit.search.knapsack import Choices, Harms, choose
+from fewbit.search.knapsack import Harms, choose
 from fewbit.search.table import Table, Unit
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """``harms`` (units, candidates) of each unit alone in float surroundings, nats a token; ``measured``: KL of the
-    model as chosen, and ``uniform``: as all layers in each candidate, where these were measured."""
+    """``chosen``: a candidate's index for every unit; ``harms`` (units, candidates) of each unit alone in float
+    surroundings, nats a token; ``bound`` of the estimates; ``measured``: KL of the model as chosen, and ``uniform``: as
+    all layers in each candidate, where these were measured."""
 
-    choices: Choices
+    chosen: tuple[int, ...]
     harms: Harms
+    bound: float | None = None
     measured: float | None = None
     uniform: tuple[float, ...] = ()
 
@@ -87,12 +90,14 @@ def estimated(table: Table, budget: int, by: str, half: float, layers: Layers, t
             harms[at] = found.reshape(len(table.rules), -1).sum(1)
             pace.step(unit.name, harms[at])
         model.free(model.blocks[block])
-    return Found(choose(table.costs, harms, budget), harms)
+    choices = choose(table.costs, harms, budget)
+    return Found(choices.chosen, harms, choices.bound)
 
 
 def measured(table: Table, budget: int, ids: Tensor, rounds: int, layers: Layers, tell: Progress) -> Found:
     """By :mod:`fewbit.search.divergence`. The first round changes one unit at a time in the float model; each of the
-    others one at a time in the model as it was chosen so far. The choice of least KL, measured as a whole, is taken."""
+    others one at a time in the best model so far. Of what was chosen and of each candidate for all layers, as far as it
+    fits, the one of least KL, measured as a whole, is taken."""
     model, width = layers.model, len(table.rules)
     model.load("")
     tell(Event("note", message=f"{len(table.units)} units x {width} candidates on {len(ids)} windows, {rounds} rounds"))
@@ -111,18 +116,20 @@ def measured(table: Table, budget: int, ids: Tensor, rounds: int, layers: Layers
 
     first = harms = _round(table, whole, weights, pace)
     uniform = tuple(put((at,) * len(table.units)) for at in range(width))
-    best: tuple[float, Choices] | None = None
-    for last in range(1, rounds + 1):
+    fitting = [at for at in range(width) if int(table.costs[:, at].sum()) <= budget]
+    best = min(((uniform[at], (at,) * len(table.units)) for at in fitting), default=(math.inf, ()))
+    for last in range(rounds):
+        if last:
+            put(best[1])
+            harms = _round(table, whole, weights, pace)
         choices = choose(table.costs, harms, budget)
         kl = put(choices.chosen)
-        tell(Event("note", message=f"round {last}: KL {kl:.4f} at {table.bits(choices.cost):.3f} bits"))
-        if best is not None and kl >= best[0]:
-            break
-        best = kl, choices
-        if last < rounds:
-            harms = _round(table, whole, weights, pace)
-    assert best is not None
-    return Found(best[1], first, best[0], uniform)
+        tell(Event("note", message=f"round {last + 1}: KL {kl:.4f} at {table.bits(choices.cost):.3f} bits"))
+        if kl < best[0]:
+            best = kl, choices.chosen
+        elif last:
+            break  # the next round would start where this one did
+    return Found(best[1], first, None, best[0], uniform)
 
 
 def _round(table: Table, whole: Divergence, weights: Callable[[Unit, int], dict[str, Tensor]], pace: Pace) -> Harms:
