@@ -185,13 +185,9 @@ def allocate(
         typer.Option("--candidate", metavar="FORMAT[:METHOD]", help="Repeat it; default: int2 to int8/g64/asym."),
     ] = None,
     method: Annotated[str, typer.Option("--method", "-m", help="Of candidates that name none.")] = "gptq",
-    by: Annotated[
-        str, typer.Option("--by", help="Harm: output, fisher (estimates), or kl (measured, slow).")
-    ] = "output",
+    by: Annotated[str, typer.Option("--by", help="Harm: output or fisher, or kl, which is measured.")] = "output",
     unit: Annotated[str, typer.Option("--unit", help="What shares a format: layer or block.")] = "layer",
-    estimate: Annotated[
-        str | None, typer.Option("--estimate", help="A cheap method to find errors with, e.g. clip; not by kl.")
-    ] = None,
+    estimate: Annotated[str | None, typer.Option("--estimate", help="A cheaper method to find errors with.")] = None,
     head: Head = "int8/g64",
     calibration: Calibration = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Windows that kl is measured on.")] = 8,
@@ -329,25 +325,8 @@ def serve(
     """Serve OUT to clients of the OpenAI protocol, and a page to chat with it. Needs the extra `serve`."""
     from fewbit.commands import serve as command
 
-    command.run(
-        command.Request(
-            out,
-            host,
-            port,
-            token,
-            no_token,
-            name,
-            sequences,
-            kept,
-            queue,
-            context,
-            max_tokens,
-            kv,
-            activation,
-            embeddings,
-            threads,
-        )
-    )
+    what = (out, host, port, token, no_token, name, sequences, kept, queue, context, max_tokens)
+    command.run(command.Request(*what, kv, activation, embeddings, threads))
 
 
 @app.command()

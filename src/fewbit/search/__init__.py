@@ -105,7 +105,7 @@ def allocate(
         head: format of embedding and head, or "float"; outside of the budget.
         calibration, samples, context, seed: the text that ``kl`` is measured on, as in :func:`fewbit.quantize`.
         rounds: of ``kl``; from the second on, changes are measured in the best model so far, not in the float one. What
-            is chosen never measures worse than one candidate for all layers, where that fits.
+            is chosen measures no worse than any one candidate for all layers that fits.
         threads, force, progress: as in :func:`fewbit.quantize`.
 
     Raises:
@@ -121,15 +121,13 @@ def allocate(
     kept = KeptFacts.read(facts)
     kept.check(O.model_hashes(checkpoint))
     T.check_facts(table, kept, by, estimate)
-    text = kept.described["calibration"]
     with workers(threads) as pool:
         layers = Layers(streamed, kept, pool, estimate)
         if by == "kl":
             ids = O.draw(checkpoint, checkpoint.tokenizer(), calibration, samples, context, seed, tell).ids
             found = measured(table, limit, ids, rounds, layers, tell)
         else:
-            half = text["context"] / (2 * text["samples"])
-            found = estimated(table, limit, by, half, layers, tell)
+            found = estimated(table, limit, by, layers, tell)
     return _allocation(streamed, table, found, by, budget)
 
 

@@ -70,10 +70,11 @@ class Pace:
         self._tell(Event("layer", name=name, message=found, **progress))  # type: ignore[arg-type]
 
 
-def estimated(table: Table, budget: int, by: str, half: float, layers: Layers, tell: Progress) -> Found:
+def estimated(table: Table, budget: int, by: str, layers: Layers, tell: Progress) -> Found:
     """By :mod:`fewbit.search.harm`, block by block; only one is in memory at a time."""
     harms, pace = np.empty(table.costs.shape), Pace(tell, len(table.units))
-    model = layers.model
+    model, text = layers.model, layers.kept.described["calibration"]
+    half = text["context"] / (2 * text["samples"])
 
     def one(work: tuple[Site, Rule]) -> float:
         weight = layers.weight(work[0])
