@@ -3,10 +3,10 @@
 
     python bench/accuracy.py MODEL --text wikitext2_test.txt --windows 40 --unscored 256 --json results.json
 
-Quantizes MODEL with every format (or scheme: W8A8, W8A8_STATIC) and method asked for, decodes the written folder, and
-scores it, inputs rounded where the scheme says so, against the float model on the same windows: perplexity, KL to the
-float model, top-1 agreement, all with standard errors clustered by window. Scoring runs on a GPU where there is one;
-quantizing is the pipeline's own.
+Quantizes MODEL with every format (or scheme: W8A8, W8A8_STATIC) and method asked for, and by every recipe, decodes
+the written folder, and scores it, inputs rounded where the scheme says so, against the float model on the same windows:
+perplexity, KL to the float model, top-1 agreement, all with standard errors clustered by window. Scoring runs on a GPU
+where there is one; quantizing is the pipeline's own.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ METHODS: dict[str, tuple[tuple[str | dict[str, Any], ...], str, dict[str, Any]]]
     "awq + autoround": (("awq",), "autoround", {}),
 }
 """Transforms, method and options by the name of a row. ``NAME > rounding > scales`` tunes blocks after a row."""
+RECIPE = "recipe"
+"""In place of a method: the format is the name of a recipe's file."""
 USUAL = ("rtn", "clip", "gptq", "gptq act-order")
 
 
@@ -113,12 +115,14 @@ def logits(module: nn.Module, ids: Tensor) -> Tensor:
 def quantized(arguments: argparse.Namespace, format: str, name: str, out: Path) -> float:
     """Quantize into ``out``; seconds."""
     began = time.monotonic()
+    steps = {key: getattr(arguments, key) for key in ("iters", "lr", "relative", "cosine", "own")}
+    given = {} if name == RECIPE else settings(name, steps)
 
     def to(out: Path, model: Any, **more: Any) -> None:
         fewbit.quantize(
             model,
-            format,
-            **settings(name, {key: getattr(arguments, key) for key in ("iters", "lr", "relative", "cosine", "own")}),
+            Recipe.read(format) if name == RECIPE else format,
+            **given,
             out=out,
             calibration=arguments.calibration,
             facts=arguments.facts,
@@ -154,33 +158,31 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         streamed.load("")
         streamed.module.to(device)  # type: ignore[arg-type]
     rows = []
-    for format in arguments.formats:
-        for name in arguments.methods:
-            with TemporaryDirectory() as scratch:
-                out = Path(scratch) / "out"
-                with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # whose peak memory is its own
-                    seconds = apart.submit(quantized, arguments, format, name, out).result()
-                manifest, peak = M.read(out), read_json(Path(f"{out}.log.json"))["peak_rss_bytes"]
-                ours.load("")
-                ours.module.to(device)  # type: ignore[arg-type]
-                rounding = decoded(ours, out, manifest)
-            with as_run(ours, rounding):
-                scored: list[Scores] = [
-                    score(logits(ours.module, ids), ids, logits(reference.module, ids), arguments.unscored)
-                    for ids in windows
-                ]
-            linear = [layer for layer in manifest["layers"] if layer["kind"] not in ("embedding", "head")]
-            weights = sum(layer["shape"][0] * layer["shape"][1] * layer["experts"] for layer in linear)
-            bits = 8 * sum(layer["nbytes"] for layer in linear) / weights
-            row = {"format": format, "method": name, "bits": bits, "seconds": seconds, **summarize(scored)}
-            row["peak_rss_bytes"] = peak
-            row["reference_perplexity"] = row["perplexity"] / row["perplexity_ratio"]
-            rows.append(row)
-            print(
-                json.dumps({key: row[key] for key in ("format", "method", "bits", "perplexity", "kl_mean")}), flush=True
-            )
-            if arguments.json:
-                write_json(arguments.json, {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "rows": rows})
+    work = [(format, name) for format in arguments.formats for name in arguments.methods]
+    for format, name in [*work, *((str(path), RECIPE) for path in arguments.recipes)]:
+        with TemporaryDirectory() as scratch:
+            out = Path(scratch) / "out"
+            with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # whose peak memory is its own
+                seconds = apart.submit(quantized, arguments, format, name, out).result()
+            manifest, peak = M.read(out), read_json(Path(f"{out}.log.json"))["peak_rss_bytes"]
+            ours.load("")
+            ours.module.to(device)  # type: ignore[arg-type]
+            rounding = decoded(ours, out, manifest)
+        with as_run(ours, rounding):
+            scored: list[Scores] = [
+                score(logits(ours.module, ids), ids, logits(reference.module, ids), arguments.unscored)
+                for ids in windows
+            ]
+        linear = [layer for layer in manifest["layers"] if layer["kind"] not in ("embedding", "head")]
+        weights = sum(layer["shape"][0] * layer["shape"][1] * layer["experts"] for layer in linear)
+        bits = 8 * sum(layer["nbytes"] for layer in linear) / weights
+        row = {"format": format, "method": name, "bits": bits, "seconds": seconds, **summarize(scored)}
+        row["peak_rss_bytes"] = peak
+        row["reference_perplexity"] = row["perplexity"] / row["perplexity_ratio"]
+        rows.append(row)
+        print(json.dumps({key: row[key] for key in ("format", "method", "bits", "perplexity", "kl_mean")}), flush=True)
+        if arguments.json:
+            write_json(arguments.json, {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "rows": rows})
     return rows
 
 
@@ -217,8 +219,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--head", default="int8/g64")
     sizes = [f"int{bits}/g{group}/asym" for group in (128, 64) for bits in (8, 4, 3, 2)]
-    parser.add_argument("--formats", nargs="+", default=sizes)
+    parser.add_argument("--formats", nargs="*", default=sizes)
     parser.add_argument("--methods", nargs="+", default=list(USUAL), type=choice, help="rows")
+    parser.add_argument("--recipes", nargs="+", default=[], type=Path, help="files; they name methods of their own")
     parser.add_argument("--relative", type=float, default=1.0, help="option of tunings; 0 is plain mean square")
     parser.add_argument("--cosine", type=float, default=0.0, help="option of tunings; -log cos added to the loss")
     parser.add_argument("--own", type=float, default=0.0, help="option of tunings; the loss on a block's own inputs")

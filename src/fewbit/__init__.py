@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from fewbit.run import plan, quantize
     from fewbit.run.collecting import collect
     from fewbit.run.restoring import restore
+    from fewbit.search import allocate
 
 __version__ = "0.1.0"
 
 _LATER = {
+    "allocate": "fewbit.search",
     "collect": "fewbit.run.collecting",
     "evaluate": "fewbit.evaluation",
     "generate": "fewbit.decode.writer",
@@ -66,6 +68,7 @@ __all__ = [
     "QTensor",
     "Recipe",
     "Sampling",
+    "allocate",
     "collect",
     "evaluate",
     "formats",

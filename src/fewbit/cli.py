@@ -175,6 +175,40 @@ def plan(
 
 @app.command()
 @guarded
+def allocate(
+    model: Model,
+    budget: Annotated[float, typer.Option("--budget", help="True bits a weight of the blocks' layers, all included.")],
+    facts: Annotated[Path, typer.Option("--facts", help="A folder of `fewbit calibrate`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="RECIPE", help="TOML file to write.")],
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option("--candidate", metavar="FORMAT[:METHOD]", help="Repeat it; default: int2 to int8/g64/asym."),
+    ] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="Of candidates that name none.")] = "gptq",
+    by: Annotated[str, typer.Option("--by", help="Harm: output or fisher, or kl, which is measured.")] = "output",
+    unit: Annotated[str, typer.Option("--unit", help="What shares a format: layer or block.")] = "layer",
+    estimate: Annotated[str | None, typer.Option("--estimate", help="A cheaper method to find errors with.")] = None,
+    head: Head = "int8/g64",
+    calibration: Calibration = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Windows that kl is measured on.")] = 8,
+    context: Annotated[int, typer.Option("--context", min=2, help="Tokens in such a window.")] = 256,
+    seed: Annotated[int, typer.Option("--seed", help="Which windows; other ones than those of the facts.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of kl; later ones start from what was chosen.")] = 2,
+    threads: Threads = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace RECIPE; accept data-free below 3 bits.")] = False,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Write a recipe that spends a budget of true bits where MODEL minds most: `fewbit quantize --recipe RECIPE`."""
+    from fewbit.commands import allocate as command
+
+    text = {"calibration": calibration, "samples": samples, "context": context, "seed": seed, "rounds": rounds}
+    what = {"facts": facts, "method": method, "by": by, "unit": unit, "estimate": estimate, "head": head}
+    command.run(model, budget, candidate, out, json, **what, **text, threads=threads, force=force)
+
+
+@app.command()
+@guarded
 def eval(
     out: Folder,
     reference: Annotated[
@@ -291,25 +325,8 @@ def serve(
     """Serve OUT to clients of the OpenAI protocol, and a page to chat with it. Needs the extra `serve`."""
     from fewbit.commands import serve as command
 
-    command.run(
-        command.Request(
-            out,
-            host,
-            port,
-            token,
-            no_token,
-            name,
-            sequences,
-            kept,
-            queue,
-            context,
-            max_tokens,
-            kv,
-            activation,
-            embeddings,
-            threads,
-        )
-    )
+    what = (out, host, port, token, no_token, name, sequences, kept, queue, context, max_tokens)
+    command.run(command.Request(*what, kv, activation, embeddings, threads))
 
 
 @app.command()

@@ -16,8 +16,8 @@ from fewbit.run.events import Event
 class Renderer:
     """A ``progress`` callable and a context manager: ``with Renderer() as progress: quantize(...)``."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or err()
+    def __init__(self, console: Console | None = None, doing: str = "quantizing", counted: str = "blocks") -> None:
+        self._console, self._doing, self._counted = console or err(), doing, counted
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._eta: float | None = None
@@ -27,7 +27,7 @@ class Renderer:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.completed}/{task.total} blocks"),
+                TextColumn("{task.completed}/{task.total} " + self._counted),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[left]}"),
                 console=self._console,
@@ -53,9 +53,8 @@ class Renderer:
         if self._bar is None:
             return
         if self._task is None:
-            self._task = self._bar.add_task("quantizing", total=event.blocks or None, left="")
-        done = event.block if event.kind == "block" else None
-        self._bar.update(self._task, completed=done, total=event.blocks or None, left=self._left())
+            self._task = self._bar.add_task(self._doing, total=event.blocks or None, left="")
+        self._bar.update(self._task, completed=event.block or None, total=event.blocks or None, left=self._left())
 
     def _left(self) -> str:
         return f"{N.seconds(self._eta)} left" if self._eta is not None else ""
@@ -75,6 +74,8 @@ class Renderer:
     def _layer(self, event: Event) -> str:
         place = f"{event.block}/{event.blocks} " if event.blocks else ""
         parts = [f"{place}{event.name:<44}"]
+        if event.message and event.blocks:
+            parts.append(event.message)
         if event.error is not None:
             parts.append(f"error {event.error:8.2%}")
         if event.bits is not None:
