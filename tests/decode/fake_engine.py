@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,9 @@ class FakeEngine:
             self._ledger.feed([(sequence, tokens)])
         self.parts.append({sequence: list(tokens) for sequence, tokens in parts})
         return torch.stack([self.logits(self.held[sequence]) for sequence, _ in parts])
+
+    def feed_array(self, parts: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
+        return self.feed(parts).numpy()
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """(vocab): one likely token, three that follow it; those of ``never`` do not come."""

@@ -14,10 +14,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from fewbit.decode.engine import Engine
+from fewbit.decode.engine import Engine, Logits
 from fewbit.decode.job import Job, Piece
 from fewbit.decode.prefixes import REUSE, Prefixes, shared
 from fewbit.decode.sampling import Sampler, Sampling, logprobs, sample
@@ -232,13 +231,13 @@ class Batcher:
             budget -= count
         return plan
 
-    def _feed(self, plan: list[tuple[Job, int]]) -> list[tuple[Job, Tensor]]:
+    def _feed(self, plan: list[tuple[Job, int]]) -> list[tuple[Job, Logits]]:
         """One pass; (vocab) logits after the last token of each job. Where a pass fails, its jobs run one by one, so
         that only the one at fault ends."""
         if not plan:
             return []
         try:
-            logits = self.engine.feed([(job.sequence, job.tokens[job.fed : job.fed + count]) for job, count in plan])
+            logits = self.engine.feed_array([(job.sequence, job.tokens[job.fed : job.fed + count]) for job, count in plan])
         except Exception as error:
             if len(plan) == 1:
                 self._fail(plan[0][0], error)
@@ -257,11 +256,11 @@ class Batcher:
             return False
         return True
 
-    def _next(self, jobs: list[Job], rows: list[Tensor]) -> None:
+    def _next(self, jobs: list[Job], rows: list[Logits]) -> None:
         """Draw a token of each job and tell whoever asked."""
         if not jobs:
             return
-        logits = torch.stack(rows)
+        logits = np.stack(rows)
         tokens = sample(logits, [job.sampler for job in jobs])
         for job, row, token in zip(jobs, rows, tokens, strict=True):
             try:

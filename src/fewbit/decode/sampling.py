@@ -13,9 +13,10 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from fewbit.errors import InputError, SpecError
 from fewbit.kernels import native
@@ -129,10 +130,10 @@ class Sampler:
         self._counted = (s.repetition_penalty, s.frequency_penalty, s.presence_penalty) != (1, 0, 0)
         first = list(dict.fromkeys(prompt)) if self._counted else []
         self._slot = {token: slot for slot, token in enumerate(first)}
-        self._seen = torch.tensor([*first, *[0] * 64], dtype=torch.int32)
-        self._counts = torch.zeros_like(self._seen)
-        self._biased = torch.tensor(list(s.logit_bias), dtype=torch.int32)
-        self._bias = torch.tensor(list(s.logit_bias.values()), dtype=torch.float32)
+        self._seen = np.array([*first, *[0] * 64], dtype=np.int32)
+        self._counts = np.zeros_like(self._seen)
+        self._biased = np.array(list(s.logit_bias), dtype=np.int32)
+        self._bias = np.array(list(s.logit_bias.values()), dtype=np.float32)
 
     def take(self, token: int) -> None:
         """``token`` was added to the text."""
@@ -141,27 +142,27 @@ class Sampler:
             return
         slot = self._slot.setdefault(token, len(self._slot))
         if slot == len(self._seen):
-            self._seen = torch.cat([self._seen, torch.zeros_like(self._seen)])
-            self._counts = torch.cat([self._counts, torch.zeros_like(self._counts)])
+            self._seen = np.concatenate([self._seen, np.zeros_like(self._seen)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
         self._seen[slot] = token
         self._counts[slot] += 1
 
     @property
-    def seen(self) -> tuple[Tensor, Tensor]:
+    def seen(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Different tokens of prompt and text, and how often each is in the text: (n) int32 each; empty where no
         penalty asks for them."""
         return self._seen[: len(self._slot)], self._counts[: len(self._slot)]
 
     @property
-    def biases(self) -> tuple[Tensor, Tensor]:
+    def biases(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Tokens (n) int32 and what is added to their logits (n) float32."""
         return self._biased, self._bias
 
-    def as_native(self, row: Tensor) -> native.Draw:
+    def as_native(self, row: NDArray[np.float32]) -> native.Draw:
         """The arguments of the native draw from ``row`` (vocab) float32; pointers live as long as row and self."""
         s, (seen, counts) = self.sampling, self.seen
         return (
-            row.data_ptr(),
+            row.ctypes.data,
             row.shape[0],
             s.temperature,
             s.top_p,
@@ -170,11 +171,11 @@ class Sampler:
             s.frequency_penalty,
             s.presence_penalty,
             s.top_k,
-            seen.data_ptr(),
-            counts.data_ptr(),
+            seen.ctypes.data,
+            counts.ctypes.data,
             len(seen),
-            self._biased.data_ptr(),
-            self._bias.data_ptr(),
+            self._biased.ctypes.data,
+            self._bias.ctypes.data,
             len(self._bias),
             _key(s),
             self.position,
@@ -187,20 +188,20 @@ def _key(sampling: Sampling) -> int:
     return sampling.seed & ((1 << 64) - 1)
 
 
-def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | InputError]:
+def sample(logits: ArrayLike, samplers: Sequence[Sampler]) -> list[int | InputError]:
     """A token of each row, or the error of a row that holds no distribution: NaN, +infinity, or -infinity alone.
 
     Args:
-        logits: (samplers, vocab) float32, rows contiguous; overwritten.
+        logits: (samplers, vocab) float32, rows contiguous, an array or a tensor; overwritten.
     """
-    threads = torch.get_num_threads()
+    rows: NDArray[np.float32] = np.asarray(logits)
     if native.available():
-        tokens = torch.empty(len(samplers), dtype=torch.int32)
-        draws = tuple(sampler.as_native(row) for sampler, row in zip(samplers, logits, strict=True))
-        native.core().sample(draws, tokens.data_ptr(), threads)
-        drawn = tokens.tolist()
+        tokens = np.empty(len(samplers), dtype=np.int32)
+        draws = tuple(sampler.as_native(row) for sampler, row in zip(samplers, rows, strict=True))
+        native.core().sample(draws, tokens.ctypes.data, native.threads())
+        drawn: list[int] = tokens.tolist()
     else:
-        drawn = [sample_reference(row, sampler) for row, sampler in zip(logits, samplers, strict=True)]
+        drawn = [sample_reference(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
     return [_broken() if token < 0 else token for token in drawn]
 
 
@@ -208,35 +209,39 @@ def _broken() -> InputError:
     return InputError("the next token", "the model's logits are not finite", "check the model with fewbit eval")
 
 
-def logprobs(row: Tensor, token: int, count: int) -> Logprobs:
+def logprobs(row: ArrayLike, token: int, count: int) -> Logprobs:
     """The model's logarithm of the probability of ``token`` and of the ``count`` likeliest, from ``row`` (vocab)."""
-    logs = torch.log_softmax(row.double(), dim=-1)
-    values, tokens = torch.topk(logs, count)
-    return Logprobs(float(logs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
+    x = np.asarray(row, dtype=np.float64)
+    logs = x - x.max()
+    logs -= math.log(np.exp(logs).sum())
+    some = np.argpartition(-logs, count - 1)[:count] if count else np.empty(0, dtype=np.int64)
+    top = some[np.argsort(-logs[some])]
+    return Logprobs(float(logs[token]), tuple(zip(top.tolist(), logs[top].tolist(), strict=True)))
 
 
-def sample_reference(row: Tensor, sampler: Sampler) -> int:
+def sample_reference(row: ArrayLike, sampler: Sampler) -> int:
     """The definition in float64, by sorting; -1 where ``row`` (vocab) holds no distribution. Slow."""
-    s, x = sampler.sampling, row.double()
+    s, x = sampler.sampling, np.array(row, dtype=np.float64)
     tokens, bias = sampler.biases
-    x[tokens.long()] += bias.double()
-    seen, counts = sampler.seen[0].long(), sampler.seen[1].double()
-    logits = torch.where(x[seen] > 0, x[seen] / s.repetition_penalty, x[seen] * s.repetition_penalty)
+    x[tokens] += bias
+    seen, counts = sampler.seen
+    logits = np.where(x[seen] > 0, x[seen] / s.repetition_penalty, x[seen] * s.repetition_penalty)
     x[seen] = logits - s.frequency_penalty * counts - s.presence_penalty * (counts > 0)
     if not (x < math.inf).all() or not (x > -math.inf).any():
         return -1
-    order = torch.sort(x, descending=True, stable=True).indices  # stable: of equals the lower token goes first
+    order = np.argsort(-x, kind="stable")  # of equals the lower token goes first
     if s.temperature == 0:
         return int(order[0])
     kept = order[: s.top_k] if s.top_k else order
-    p = torch.softmax((x[kept] - x[order[0]]) / s.temperature, dim=-1)
-    enough = p.cumsum(0) - p < s.top_p
+    p = np.exp((x[kept] - x[order[0]]) / s.temperature)
+    p /= p.sum()
+    enough = p.cumsum() - p < s.top_p
     enough[0] = True
     enough &= p >= s.min_p * p[0]
     kept, p = kept[enough], p[enough]
-    by_token = torch.argsort(kept)
-    ends = p[by_token].cumsum(0)
-    at = int(torch.searchsorted(ends, uniform(_key(s), sampler.position, sampler.branch) * float(ends[-1]), right=True))
+    by_token = np.argsort(kept)
+    ends: NDArray[Any] = p[by_token].cumsum()
+    at = int(np.searchsorted(ends, uniform(_key(s), sampler.position, sampler.branch) * ends[-1], side="right"))
     return int(kept[by_token[min(at, len(ends) - 1)]])
 
 
