@@ -65,6 +65,7 @@ Activation = Annotated[
         help="Round inputs of linear layers to this format, e.g. int8/g64, and multiply integers; default: float.",
     ),
 ]
+Image = Annotated[bool, typer.Option(help="Keep the model as kernels read it, in OUT/.fewbit, for faster starts.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; `-` is stdout.")]
 Report = Annotated[
     Path | None,
@@ -238,6 +239,7 @@ def generate(
         "float16"
     ),
     threads: Threads = None,
+    image: Image = True,
     activation: Activation = None,
     debug: Debug = False,
 ) -> None:
@@ -254,7 +256,7 @@ def generate(
         "stop": tuple(stop or ()),
         "seed": seed,
     }
-    command.run(command.Request(out, prompt, chat, sampling, activation, kv, threads))
+    command.run(command.Request(out, prompt, chat, sampling, activation, kv, threads, image))
 
 
 @app.command()
@@ -285,6 +287,7 @@ def serve(
         bool, typer.Option("--embeddings", help="Serve /v1/embeddings too: loads the model in transformers as well.")
     ] = False,
     threads: Threads = None,
+    image: Image = True,
     activation: Activation = None,
     debug: Debug = False,
 ) -> None:
@@ -308,6 +311,7 @@ def serve(
             activation,
             embeddings,
             threads,
+            image,
         )
     )
 

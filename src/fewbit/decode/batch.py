@@ -237,7 +237,9 @@ class Batcher:
         if not plan:
             return []
         try:
-            logits = self.engine.feed_array([(job.sequence, job.tokens[job.fed : job.fed + count]) for job, count in plan])
+            logits = self.engine.feed_array(
+                [(job.sequence, job.tokens[job.fed : job.fed + count]) for job, count in plan]
+            )
         except Exception as error:
             if len(plan) == 1:
                 self._fail(plan[0][0], error)

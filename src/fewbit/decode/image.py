@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import bisect
 import ctypes as C
-import functools
 import gc
 import json
 import shutil
 import struct
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -27,12 +26,14 @@ from torch import Tensor
 from fewbit.containers.files import Hashing, write_atomically
 from fewbit.containers.shards import weight_files
 from fewbit.decode import opened as O
-from fewbit.decode import structs as S
 from fewbit.decode.source import Source
 from fewbit.errors import InputError, UnsupportedError
 
 STRUCTS, IMAGE, FILES = 0, 1, 2
 """What a relocation points into; see :mod:`fewbit.decode.opened`."""
+NUMBERS = {getattr(C, f"c_{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
+NUMBERS |= {C.c_float, C.c_double, C.c_bool}
+"""Members of structs that mean the same in every process."""
 SPARE = 2
 """An image is written where this many times its bytes are free."""
 
@@ -133,25 +134,22 @@ def _lay(memory: _Memory, root: int) -> _Laid:
     return laid
 
 
-@functools.cache
-def _pointers(kind: Hashable) -> tuple[int, ...]:
-    """Where in a ctypes type its pointers are.
+def _pointers(kind: Any, begin: int = 0) -> Iterator[int]:
+    """Where in a ctypes type its pointers are, plus ``begin``.
 
     Raises:
         UnsupportedError: it has some that lead to no memory, such as functions.
     """
-    assert isinstance(kind, type)
     if issubclass(kind, C.Structure):
-        members = [(getattr(kind, entry[0]).offset, entry[1]) for entry in kind._fields_]
+        for member in kind._fields_:
+            yield from _pointers(member[1], begin + getattr(kind, member[0]).offset)
     elif issubclass(kind, C.Array):
-        members = [(place * C.sizeof(kind._type_), kind._type_) for place in range(kind._length_)]
+        for place in range(kind._length_):
+            yield from _pointers(kind._type_, begin + place * C.sizeof(kind._type_))
     elif kind is C.c_void_p or issubclass(kind, C._Pointer):
-        return (0,)
-    elif issubclass(kind, C._SimpleCData) and kind._type_ in "bBhHiIlLqQfd?":
-        return ()
-    else:
+        yield begin
+    elif kind not in NUMBERS:
         raise UnsupportedError("an image of this model", f"a struct has a member of type {kind.__name__}")
-    return tuple(begin + at for begin, member in members for at in _pointers(member))
 
 
 class _Memory:
@@ -168,7 +166,8 @@ class _Memory:
             if begin + size > end:
                 self.structs[begin], end = value, begin + size
         spans = [(begin, begin + size, FILES + place) for place, (begin, size) in enumerate(files)]
-        spans += [(*span, IMAGE) for span in _united(arrays) if not any(a <= span[0] < b for a, b, _ in spans[: len(files)])]
+        mapped = spans.copy()
+        spans += [(*span, IMAGE) for span in _united(arrays) if not any(a <= span[0] < b for a, b, _ in mapped)]
         spans += [(begin, begin + C.sizeof(value), STRUCTS) for begin, value in self.structs.items()]
         self._spans = sorted(spans)
 

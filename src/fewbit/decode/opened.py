@@ -61,7 +61,7 @@ class Model:
 
     * ``address``: of its :class:`fewbit.decode.structs.Model`. ``kept``: what keeps that, and all that it points to.
     * ``vocab_size``, ``context``: as of :class:`fewbit.decode.Engine`.
-    * ``read_bytes``: of weights, that one decoded token reads.
+    * ``read_bytes``: of weights, that one decoded token reads. ``image``: where it lies, None: made from the folder.
     """
 
     address: int
@@ -69,6 +69,7 @@ class Model:
     context: int
     read_bytes: int
     kept: Any
+    image: Path | None = None
 
 
 def place(folder: Path, activation: str | None) -> Path:
@@ -138,7 +139,7 @@ def open_image(folder: Path, activation: str | None) -> Model | None:
     try:
         image = _Pages(path)
         head, begin = _checked(image, folder, activation)
-        return _related(image, head, begin, [_Pages(member(folder, name)) for name in head["mapped"]])
+        return _related(path, image, head, begin, [_Pages(member(folder, name)) for name in head["mapped"]])
     except _Wrong as error:
         found = str(error)
     except (OSError, RuntimeError, ValueError, FewbitError) as error:
@@ -191,7 +192,7 @@ def aligned(offset: int) -> int:
     return -(-offset // ALIGNED) * ALIGNED
 
 
-def _related(image: _Pages, head: dict[str, Any], begin: int, files: list[_Pages]) -> Model:
+def _related(path: Path, image: _Pages, head: dict[str, Any], begin: int, files: list[_Pages]) -> Model:
     """The model, its structs a copy of those in the image with addresses for offsets."""
     middle = begin + head["structs"]
     structs = (C.c_char * head["structs"]).from_buffer_copy(image.data[begin:middle])
@@ -206,4 +207,4 @@ def _related(image: _Pages, head: dict[str, Any], begin: int, files: list[_Pages
         raise _Wrong("an address in it leads out of its file")
     np.frombuffer(structs, dtype=np.int64)[where // 8] = bases[target] + offset
     address = C.addressof(structs) + head["model"]
-    return Model(address, head["vocab_size"], head["context"], head["read_bytes"], (structs, image, *files))
+    return Model(address, head["vocab_size"], head["context"], head["read_bytes"], (structs, image, *files), path)
