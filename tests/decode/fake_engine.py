@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,8 +61,8 @@ class FakeEngine:
         self.parts.append({sequence: list(tokens) for sequence, tokens in parts})
         return torch.stack([self.logits(self.held[sequence]) for sequence, _ in parts])
 
-    def feed_array(self, parts: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
-        return self.feed(parts).numpy()
+    def feed_rows(self, parts: Sequence[tuple[int, Sequence[int]]]) -> list[memoryview]:
+        return [memoryview(row) for row in self.feed(parts).numpy()]
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """(vocab): one likely token, three that follow it; those of ``never`` do not come."""

@@ -7,15 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fewbit.errors import SpecError, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Logits = NDArray[np.float32]
 
 KV = ("float16", "bfloat16", "float32", "int8", "int4")
 """Formats that keys and values can be kept in."""
@@ -47,8 +43,8 @@ class Engine(Protocol):
         """
         ...
 
-    def feed_array(self, parts: Sequence[tuple[int, Sequence[int]]]) -> Logits:
-        """As :meth:`feed`, an array of numpy: the native runtime needs no torch for it."""
+    def feed_rows(self, parts: Sequence[tuple[int, Sequence[int]]]) -> list[memoryview[float]]:
+        """As :meth:`feed`, each row as memory that may be overwritten: the native runtime needs no torch for it."""
         ...
 
     def length(self, sequence: int) -> int:

@@ -9,10 +9,7 @@ from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fewbit.decode import structs as S
-from fewbit.decode.engine import Logits
 from fewbit.decode.ledger import Ledger, Parts
 from fewbit.decode.opened import Model, StaleError, open_image
 from fewbit.errors import UnsupportedError
@@ -77,18 +74,25 @@ class NativeEngine:
     def feed(self, parts: Parts) -> Tensor:
         import torch
 
-        return torch.from_numpy(self.feed_array(parts))
+        logits = self._feed(parts)
+        return torch.frombuffer(logits, dtype=torch.float32).reshape(-1, self.vocab_size) if parts else torch.empty(0)
 
-    def feed_array(self, parts: Parts) -> Logits:
+    def feed_rows(self, parts: Parts) -> list[memoryview[float]]:
+        logits: memoryview[float] = memoryview(self._feed(parts))
+        width = self.vocab_size
+        return [logits[row * width : (row + 1) * width] for row in range(len(parts))]
+
+    def _feed(self, parts: Parts) -> array[float]:
+        """Logits (parts, vocab_size), one after the other."""
         self._ledger.check_feed(parts)
         ids = [array("i", tokens) for _, tokens in parts]
         addressed = tuple(
             (sequence, held.buffer_info()[0], len(held)) for (sequence, _), held in zip(parts, ids, strict=True)
         )
-        logits: Logits = np.empty((len(parts), self.vocab_size), dtype=np.float32)
+        logits = array("f", bytes(4 * len(parts) * self.vocab_size))
         if addressed:
             threads = self._threads or native.threads()
-            self._core.decoder_feed(self._decoder, addressed, logits.ctypes.data, threads)
+            self._core.decoder_feed(self._decoder, addressed, logits.buffer_info()[0], threads)
         self._ledger.feed(parts)
         return logits
 

@@ -28,11 +28,10 @@ import json
 import mmap
 import os
 import secrets
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import fewbit
 from fewbit.containers.files import member
@@ -152,15 +151,17 @@ class _Wrong(Exception):
 
 
 class _Pages:
-    """A file, mapped to be read. ``data``: its bytes; ``address``: where they lie, as long as this lives."""
+    """A file mapped privately: nothing written here would reach it. ``data``: its bytes; ``address``: where they lie,
+    as long as this lives."""
 
     def __init__(self, path: Path) -> None:
         with open(path, "rb") as stream:
-            self.data = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
-        self.address = self.data.ctypes.data
+            self.data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._first = C.c_char.from_buffer(self.data)
+        self.address = C.addressof(self._first)
 
     def word(self, at: int) -> int:
-        return int.from_bytes(self.data[at : at + 8].tobytes(), "little")
+        return int.from_bytes(self.data[at : at + 8], "little")
 
 
 def _checked(image: _Pages, folder: Path, activation: str | None) -> tuple[dict[str, Any], int]:
@@ -169,15 +170,15 @@ def _checked(image: _Pages, folder: Path, activation: str | None) -> tuple[dict[
     they are, and ``model``, where among them the model's is; ``relocations``, how many; and the numbers of
     :class:`Model`."""
     size = len(image.data)
-    if size < HEAD or image.data[: len(MAGIC)].tobytes() != MAGIC:
+    if size < HEAD or image.data[: len(MAGIC)] != MAGIC:
         raise _Wrong("it is none, or of another version")
     arrays = image.word(DIGESTED)
     if not HEAD <= arrays <= size:
         raise _Wrong("it is cut off")
-    if not hmac.compare_digest(signed(image.data[DIGESTED:arrays].tobytes(), secret()), image.data[8:40].tobytes()):
+    if not hmac.compare_digest(signed(image.data[DIGESTED:arrays], secret()), image.data[8:40]):
         raise _Wrong("it was made elsewhere, or is damaged")
     end = HEAD + image.word(HEAD - 8)
-    head: dict[str, Any] = json.loads(image.data[HEAD:end].tobytes())
+    head: dict[str, Any] = json.loads(image.data[HEAD:end])
     if arrays + head["array_bytes"] != size:
         raise _Wrong("it is cut off")
     now, then = stamp(folder, activation, head["weights"]), head["made_from"]
@@ -195,16 +196,16 @@ def aligned(offset: int) -> int:
 def _related(path: Path, image: _Pages, head: dict[str, Any], begin: int, files: list[_Pages]) -> Model:
     """The model, its structs a copy of those in the image with addresses for offsets."""
     middle = begin + head["structs"]
-    structs = (C.c_char * head["structs"]).from_buffer_copy(image.data[begin:middle])
-    table = np.frombuffer(image.data, dtype="<u8", count=4 * head["relocations"], offset=middle).reshape(-1, 4)
-    where, target, offset, length = table.astype(np.int64).T
-    bases = np.array([C.addressof(structs), image.address, *(file.address for file in files)], dtype=np.int64)
-    sizes = np.array([len(structs), *(len(pages.data) for pages in (image, *files))], dtype=np.int64)
-    inside = (where >= 0) & (where % 8 == 0) & (where <= len(structs) - 8) & (target >= 0) & (target < len(bases))
-    room = sizes[np.where(inside, target, 0)]
-    inside &= (offset >= 0) & (length > 0) & (offset <= room) & (length <= room - offset)
-    if not inside.all() or not 0 <= head["model"] <= len(structs) - C.sizeof(S.Model):
-        raise _Wrong("an address in it leads out of its file")
-    np.frombuffer(structs, dtype=np.int64)[where // 8] = bases[target] + offset
+    structs = (C.c_uint64 * (head["structs"] // 8)).from_buffer_copy(image.data[begin:middle])
+    bases = [C.addressof(structs), image.address, *(file.address for file in files)]
+    sizes = [C.sizeof(structs), *(len(pages.data) for pages in (image, *files))]
+    table = image.data[middle : middle + 32 * head["relocations"]]
+    for place, target, offset, length in struct.iter_unpack("<4Q", table):
+        at, rest = divmod(place, 8)
+        if rest or at >= len(structs) or target >= len(sizes) or offset + length > sizes[target]:
+            raise _Wrong("an address in it leads out of its file")
+        structs[at] = bases[target] + offset
+    if head["model"] + C.sizeof(S.Model) > C.sizeof(structs):
+        raise _Wrong("it is cut off")
     address = C.addressof(structs) + head["model"]
     return Model(address, head["vocab_size"], head["context"], head["read_bytes"], (structs, image, *files), path)

@@ -8,18 +8,23 @@ text alone, so that one seed gives one text whatever runs beside it.
 
 from __future__ import annotations
 
+import ctypes as C
 import dataclasses
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from typing import TYPE_CHECKING, cast
 
 from fewbit.errors import InputError, SpecError
 from fewbit.kernels import native
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Row = memoryview[float] | Tensor
+    """Logits (vocab), float32 and contiguous."""
 
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
@@ -130,10 +135,10 @@ class Sampler:
         self._counted = (s.repetition_penalty, s.frequency_penalty, s.presence_penalty) != (1, 0, 0)
         first = list(dict.fromkeys(prompt)) if self._counted else []
         self._slot = {token: slot for slot, token in enumerate(first)}
-        self._seen = np.array([*first, *[0] * 64], dtype=np.int32)
-        self._counts = np.zeros_like(self._seen)
-        self._biased = np.array(list(s.logit_bias), dtype=np.int32)
-        self._bias = np.array(list(s.logit_bias.values()), dtype=np.float32)
+        self._seen = array("i", first)
+        self._counts = array("i", [0] * len(first))
+        self._biased = array("i", s.logit_bias)
+        self._bias = array("f", s.logit_bias.values())
 
     def take(self, token: int) -> None:
         """``token`` was added to the text."""
@@ -142,28 +147,28 @@ class Sampler:
             return
         slot = self._slot.setdefault(token, len(self._slot))
         if slot == len(self._seen):
-            self._seen = np.concatenate([self._seen, np.zeros_like(self._seen)])
-            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
-        self._seen[slot] = token
+            self._seen.append(token)
+            self._counts.append(0)
         self._counts[slot] += 1
 
     @property
-    def seen(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Different tokens of prompt and text, and how often each is in the text: (n) int32 each; empty where no
+    def seen(self) -> tuple[array[int], array[int]]:
+        """Different tokens of prompt and text, and how often each is in the text: (n) each; empty where no
         penalty asks for them."""
-        return self._seen[: len(self._slot)], self._counts[: len(self._slot)]
+        return self._seen, self._counts
 
     @property
-    def biases(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Tokens (n) int32 and what is added to their logits (n) float32."""
+    def biases(self) -> tuple[array[int], array[float]]:
+        """Tokens (n) and what is added to their logits (n)."""
         return self._biased, self._bias
 
-    def as_native(self, row: NDArray[np.float32]) -> native.Draw:
-        """The arguments of the native draw from ``row`` (vocab) float32; pointers live as long as row and self."""
+    def as_native(self, row: memoryview[float]) -> native.Draw:
+        """The arguments of the native draw from ``row`` (vocab) float32; pointers live as long as row, and as self
+        until the next token."""
         s, (seen, counts) = self.sampling, self.seen
         return (
-            row.ctypes.data,
-            row.shape[0],
+            C.addressof(C.c_float.from_buffer(row)),
+            len(row),
             s.temperature,
             s.top_p,
             s.min_p,
@@ -171,11 +176,11 @@ class Sampler:
             s.frequency_penalty,
             s.presence_penalty,
             s.top_k,
-            seen.ctypes.data,
-            counts.ctypes.data,
+            seen.buffer_info()[0],
+            counts.buffer_info()[0],
             len(seen),
-            self._biased.ctypes.data,
-            self._bias.ctypes.data,
+            self._biased.buffer_info()[0],
+            self._bias.buffer_info()[0],
             len(self._bias),
             _key(s),
             self.position,
@@ -188,18 +193,18 @@ def _key(sampling: Sampling) -> int:
     return sampling.seed & ((1 << 64) - 1)
 
 
-def sample(logits: ArrayLike, samplers: Sequence[Sampler]) -> list[int | InputError]:
+def sample(logits: Iterable[Row], samplers: Sequence[Sampler]) -> list[int | InputError]:
     """A token of each row, or the error of a row that holds no distribution: NaN, +infinity, or -infinity alone.
 
     Args:
-        logits: (samplers, vocab) float32, rows contiguous, an array or a tensor; overwritten.
+        logits: (samplers, vocab) float32, rows contiguous; overwritten.
     """
-    rows: NDArray[np.float32] = np.asarray(logits)
+    rows = [cast("memoryview[float]", row if isinstance(row, memoryview) else row.numpy().data) for row in logits]
     if native.available():
-        tokens = np.empty(len(samplers), dtype=np.int32)
+        tokens = array("i", bytes(4 * len(samplers)))
         draws = tuple(sampler.as_native(row) for sampler, row in zip(samplers, rows, strict=True))
-        native.core().sample(draws, tokens.ctypes.data, native.threads())
-        drawn: list[int] = tokens.tolist()
+        native.core().sample(draws, tokens.buffer_info()[0], native.threads())
+        drawn = tokens.tolist()
     else:
         drawn = [sample_reference(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
     return [_broken() if token < 0 else token for token in drawn]
@@ -209,8 +214,10 @@ def _broken() -> InputError:
     return InputError("the next token", "the model's logits are not finite", "check the model with fewbit eval")
 
 
-def logprobs(row: ArrayLike, token: int, count: int) -> Logprobs:
+def logprobs(row: Row, token: int, count: int) -> Logprobs:
     """The model's logarithm of the probability of ``token`` and of the ``count`` likeliest, from ``row`` (vocab)."""
+    import numpy as np  # whose import takes longer than some tokens
+
     x = np.asarray(row, dtype=np.float64)
     logs = x - x.max()
     logs -= math.log(np.exp(logs).sum())
@@ -219,12 +226,14 @@ def logprobs(row: ArrayLike, token: int, count: int) -> Logprobs:
     return Logprobs(float(logs[token]), tuple(zip(top.tolist(), logs[top].tolist(), strict=True)))
 
 
-def sample_reference(row: ArrayLike, sampler: Sampler) -> int:
+def sample_reference(row: Row, sampler: Sampler) -> int:
     """The definition in float64, by sorting; -1 where ``row`` (vocab) holds no distribution. Slow."""
+    import numpy as np
+
     s, x = sampler.sampling, np.array(row, dtype=np.float64)
-    tokens, bias = sampler.biases
+    tokens, bias = (np.asarray(values) for values in sampler.biases)
     x[tokens] += bias
-    seen, counts = sampler.seen
+    seen, counts = (np.asarray(values) for values in sampler.seen)
     logits = np.where(x[seen] > 0, x[seen] / s.repetition_penalty, x[seen] * s.repetition_penalty)
     x[seen] = logits - s.frequency_penalty * counts - s.presence_penalty * (counts > 0)
     if not (x < math.inf).all() or not (x > -math.inf).any():
@@ -240,7 +249,7 @@ def sample_reference(row: ArrayLike, sampler: Sampler) -> int:
     enough &= p >= s.min_p * p[0]
     kept, p = kept[enough], p[enough]
     by_token = np.argsort(kept)
-    ends: NDArray[Any] = p[by_token].cumsum()
+    ends = p[by_token].cumsum()
     at = int(np.searchsorted(ends, uniform(_key(s), sampler.position, sampler.branch) * ends[-1], side="right"))
     return int(kept[by_token[min(at, len(ends) - 1)]])
 

@@ -11,14 +11,13 @@ import copy
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbit import kernels
 from fewbit.containers import manifest as M
-from fewbit.decode.engine import Logits
 from fewbit.decode.ledger import Ledger, Parts
 from fewbit.errors import InputError
 
@@ -82,8 +81,8 @@ class TransformersEngine:
         self._ledger.feed(parts)
         return logits
 
-    def feed_array(self, parts: Parts) -> Logits:
-        return cast(Logits, self.feed(parts).numpy())
+    def feed_rows(self, parts: Parts) -> list[memoryview[float]]:
+        return [row.data for row in self.feed(parts).numpy()]
 
     def _advance(self, held: _Sequence) -> Tensor:
         """Compute what ``held`` has not cached yet; the logits (vocab_size,) after its last token."""
