@@ -230,7 +230,7 @@ def sample_reference(row: Row, sampler: Sampler) -> int:
     """The definition in float64, by sorting; -1 where ``row`` (vocab) holds no distribution. Slow."""
     import numpy as np
 
-    s, x = sampler.sampling, np.array(row, dtype=np.float64)
+    s, x = sampler.sampling, np.asarray(row).astype(np.float64)
     tokens, bias = (np.asarray(values) for values in sampler.biases)
     x[tokens] += bias
     seen, counts = (np.asarray(values) for values in sampler.seen)
