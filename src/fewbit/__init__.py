@@ -12,21 +12,21 @@ torch.Size([1, 64])
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import fewbit_autoload
-from fewbit import formats, kernels, layouts, methods, transforms
-from fewbit.core.facts import Facts
-from fewbit.core.qtensor import QTensor
 from fewbit.errors import FewbitError
-from fewbit.kernels import linear
+from fewbit.later import later
 
 if TYPE_CHECKING:
-    from fewbit import network
+    from fewbit import formats, kernels, layouts, methods, network, transforms
+    from fewbit.core.facts import Facts
+    from fewbit.core.qtensor import QTensor
     from fewbit.decode.sampling import Sampling
     from fewbit.decode.writer import generate
     from fewbit.evaluation import evaluate
     from fewbit.integrations.load import load
+    from fewbit.kernels.ops import linear
     from fewbit.recipe import Recipe
     from fewbit.run import plan, quantize
     from fewbit.run.collecting import collect
@@ -36,29 +36,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LATER = {
+    "Facts": "fewbit.core.facts",
+    "QTensor": "fewbit.core.qtensor",
+    "Recipe": "fewbit.recipe",
+    "Sampling": "fewbit.decode.sampling",
     "allocate": "fewbit.search",
     "collect": "fewbit.run.collecting",
     "evaluate": "fewbit.evaluation",
     "generate": "fewbit.decode.writer",
+    "linear": "fewbit.kernels.ops",
     "load": "fewbit.integrations.load",
     "plan": "fewbit.run",
-    "network": "fewbit.network",
     "quantize": "fewbit.run",
-    "Recipe": "fewbit.recipe",
     "restore": "fewbit.run.restoring",
-    "Sampling": "fewbit.decode.sampling",
-}
-"""Names whose modules import transformers: loaded at first use."""
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module 'fewbit' has no attribute {name!r}")
-    import importlib
-
-    module = importlib.import_module(_LATER[name])
-    return module if module.__name__ == f"fewbit.{name}" else getattr(module, name)
-
+} | {name: f"fewbit.{name}" for name in ("formats", "kernels", "layouts", "methods", "network", "transforms")}
+"""Names whose modules import torch or transformers: loaded at first use."""
+__getattr__ = later(__name__, _LATER)
 
 fewbit_autoload.install()
 

@@ -65,6 +65,7 @@ Activation = Annotated[
         help="Round inputs of linear layers to this format, e.g. int8/g64, and multiply integers; default: float.",
     ),
 ]
+Image = Annotated[bool, typer.Option(help="Keep the model as kernels read it, in OUT/.fewbit, for faster starts.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; `-` is stdout.")]
 Report = Annotated[
     Path | None,
@@ -272,6 +273,7 @@ def generate(
         "float16"
     ),
     threads: Threads = None,
+    image: Image = True,
     activation: Activation = None,
     debug: Debug = False,
 ) -> None:
@@ -288,7 +290,7 @@ def generate(
         "stop": tuple(stop or ()),
         "seed": seed,
     }
-    command.run(command.Request(out, prompt, chat, sampling, activation, kv, threads))
+    command.run(command.Request(out, prompt, chat, sampling, activation, kv, threads, image))
 
 
 @app.command()
@@ -319,6 +321,7 @@ def serve(
         bool, typer.Option("--embeddings", help="Serve /v1/embeddings too: loads the model in transformers as well.")
     ] = False,
     threads: Threads = None,
+    image: Image = True,
     activation: Activation = None,
     debug: Debug = False,
 ) -> None:
@@ -326,7 +329,7 @@ def serve(
     from fewbit.commands import serve as command
 
     what = (out, host, port, token, no_token, name, sequences, kept, queue, context, max_tokens)
-    command.run(command.Request(*what, kv, activation, embeddings, threads))
+    command.run(command.Request(*what, kv, activation, embeddings, threads, image))
 
 
 @app.command()

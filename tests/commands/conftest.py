@@ -39,3 +39,9 @@ def quantized(tiny: Path, command: Command, tmp_path_factory: pytest.TempPathFac
 def loaded(path: Path) -> Any:
     """The JSON in ``path``."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that keep images sign them with a secret that lies in the user's cache, which is not that of tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -201,6 +201,25 @@ def test_generate_streams_the_prompt_and_more(quantized: Path, command: Command)
     assert again.stdout == result.stdout
 
 
+def test_generate_keeps_an_image_says_so_and_starts_from_it(quantized: Path, command: Command, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(quantized, copy, ignore=shutil.ignore_patterns(".fewbit"))
+    run = ("generate", copy, "--prompt", "abc", "--max-tokens", 5)
+    without = command(*run, "--no-image")
+    assert without.exit_code == 0 and not (copy / ".fewbit").exists() and "kept" not in without.stderr
+    first, second = command(*run), command(*run)
+    (image,) = (copy / ".fewbit").iterdir()
+    assert str(image) in first.stderr and "kB" in first.stderr and str(image) not in second.stderr
+    assert without.stdout == first.stdout == second.stdout
+    image.write_bytes(image.read_bytes()[:-1])
+    third = command(*run)
+    assert "cut off" in third.stderr and f"{image} (" in third.stderr and third.stdout == first.stdout
+    shutil.rmtree(copy / ".fewbit")
+    (copy / ".fewbit").touch()
+    refused = command(*run)
+    assert refused.exit_code == 0 and "every start repacks" in refused.stderr and refused.stdout == first.stdout
+
+
 def test_generate_draws_by_seed_and_stops_where_it_is_told(quantized: Path, command: Command) -> None:
     def text(*options: object) -> str:
         result = command("generate", quantized, "--prompt", "abc", "--max-tokens", 12, *options)

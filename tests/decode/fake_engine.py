@@ -61,6 +61,9 @@ class FakeEngine:
         self.parts.append({sequence: list(tokens) for sequence, tokens in parts})
         return torch.stack([self.logits(self.held[sequence]) for sequence, _ in parts])
 
+    def feed_rows(self, parts: Sequence[tuple[int, Sequence[int]]]) -> list[memoryview]:
+        return [memoryview(row) for row in self.feed(parts).numpy()]
+
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """(vocab): one likely token, three that follow it; those of ``never`` do not come."""
         if tokens[-1] == self.hollow:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from fewbit import kernels
+from fewbit.commands import images
 from fewbit.commands.console import err
+from fewbit.kernels import native
 
 if TYPE_CHECKING:
     from fewbit.decode.sampling import Sampling
@@ -32,6 +31,7 @@ class Request:
     activation: str | None = None
     kv: str = "float16"
     threads: int | None = None
+    image: bool = True
 
 
 def run(request: Request) -> None:
@@ -39,7 +39,8 @@ def run(request: Request) -> None:
     from fewbit.decode.sampling import Sampling
     from fewbit.decode.writer import Writer
 
-    prepare(request.threads)
+    quieten()
+    limit_threads(request.threads)
     sampling = Sampling(**request.sampling)  # type: ignore[arg-type]
     with Writer(request.folder, activation=request.activation, kv=request.kv, threads=request.threads) as writer:
         if writer.engine.why is not None:
@@ -47,6 +48,8 @@ def run(request: Request) -> None:
         began = time.perf_counter()
         added = stream(writer, request.prompt, sampling, request.chat)
         seconds = time.perf_counter() - began
+        if request.image:
+            images.keep(writer.engine, request.folder, request.activation)
     err().print(f"{added} tokens in {seconds:.1f} s, {added / max(seconds, 1e-9):.1f} tokens/s", markup=False)
 
 
@@ -69,12 +72,25 @@ def stream(writer: Writer, prompt: str, sampling: Sampling, chat: bool = False) 
 
 def prepare(threads: int | None) -> None:
     """``threads`` for torch and for fewbit's kernels (None leaves both as they are); no bars from transformers."""
+    quieten()
+    limit_threads(threads)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def quieten() -> None:
+    """No bars from transformers."""
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):  # read when transformers is imported, if it ever is
         os.environ.setdefault(name, "1")
     if "transformers" in sys.modules:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    if threads is not None:
-        torch.set_num_threads(threads)
-        kernels.set_threads(threads)
+
+
+def limit_threads(threads: int | None) -> None:
+    """``threads`` for fewbit's kernels, without torch; None leaves them as they are."""
+    if threads is not None and native.available():
+        native.core().set_threads(threads)

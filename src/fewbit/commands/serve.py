@@ -11,8 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fewbit.commands import images
 from fewbit.commands.console import err, out
-from fewbit.commands.generate import prepare
+from fewbit.commands.generate import limit_threads, quieten
 from fewbit.errors import InputError, SpecError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Request:
     activation: str | None = None
     embeddings: bool = False
     threads: int | None = None
+    image: bool = True
 
 
 def run(request: Request) -> None:
@@ -66,7 +68,8 @@ def run(request: Request) -> None:
 
     token = _token(request)
     with _listen(request.host, request.port) as listener:  # before loading: a taken port is said at once
-        prepare(request.threads)
+        quieten()
+        limit_threads(request.threads)
         served = serve(request, token)
         config = uvicorn.Config(
             application(served),
@@ -128,6 +131,8 @@ def _batcher(request: Request, words: Words) -> Batcher:
     )
     if engine.why is not None:
         err().print(f"note: {engine.name} runs this model, more slowly: {engine.why}", markup=False)
+    if request.image:
+        images.keep(engine, request.folder, request.activation)
     return Batcher(engine, words, Limits(request.sequences, request.queue, request.kept))
 
 

@@ -14,9 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from fewbit.decode.engine import Engine
 from fewbit.decode.job import Job, Piece
 from fewbit.decode.prefixes import REUSE, Prefixes, shared
@@ -232,13 +229,15 @@ class Batcher:
             budget -= count
         return plan
 
-    def _feed(self, plan: list[tuple[Job, int]]) -> list[tuple[Job, Tensor]]:
+    def _feed(self, plan: list[tuple[Job, int]]) -> list[tuple[Job, memoryview[float]]]:
         """One pass; (vocab) logits after the last token of each job. Where a pass fails, its jobs run one by one, so
         that only the one at fault ends."""
         if not plan:
             return []
         try:
-            logits = self.engine.feed([(job.sequence, job.tokens[job.fed : job.fed + count]) for job, count in plan])
+            logits = self.engine.feed_rows(
+                [(job.sequence, job.tokens[job.fed : job.fed + count]) for job, count in plan]
+            )
         except Exception as error:
             if len(plan) == 1:
                 self._fail(plan[0][0], error)
@@ -257,12 +256,12 @@ class Batcher:
             return False
         return True
 
-    def _next(self, jobs: list[Job], rows: list[Tensor]) -> None:
+    def _next(self, jobs: list[Job], rows: list[memoryview[float]]) -> None:
         """Draw a token of each job and tell whoever asked."""
         if not jobs:
             return
-        logits = torch.stack(rows)
-        tokens = sample(logits, [job.sampler for job in jobs])
+        copies = [memoryview(bytearray(row)).cast("f") for row in rows]  # a draw overwrites them
+        tokens = sample(copies, [job.sampler for job in jobs])
         for job, row, token in zip(jobs, rows, tokens, strict=True):
             try:
                 if isinstance(token, InputError):

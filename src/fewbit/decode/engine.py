@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
-
-from fewbit import formats
 from fewbit.errors import SpecError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 KV = ("float16", "bfloat16", "float32", "int8", "int4")
 """Formats that keys and values can be kept in."""
@@ -40,6 +41,10 @@ class Engine(Protocol):
             InputError: a sequence is not open or comes twice, there are no tokens, an id is not of the vocabulary, or
                 the sequence would outgrow the context. Nothing has been appended then.
         """
+        ...
+
+    def feed_rows(self, parts: Sequence[tuple[int, Sequence[int]]]) -> list[memoryview[float]]:
+        """As :meth:`feed`, each row as memory that may be overwritten: the native runtime needs no torch for it."""
         ...
 
     def length(self, sequence: int) -> int:
@@ -73,7 +78,8 @@ def open_engine(
     threads: int | None = None,
 ) -> Engine:
     """The model in ``folder``, in the native runtime where that knows the family and the machine, else in transformers.
-    The native runtime checks the files' headers, not their hashes: no file can make it read what is not its own.
+    The native runtime checks the files' headers, not their hashes: no file can make it read what is not its own. Where
+    the folder holds an image of the model (:mod:`fewbit.decode.image`), torch is not imported.
 
     Args:
         folder: what ``fewbit quantize`` wrote, or an unquantized Hugging Face folder.
@@ -81,7 +87,7 @@ def open_engine(
         kv: what keys and values are kept in, one of :data:`KV`; that of transformers keeps the model's dtype.
         sequences: how many may be open at once.
         context: positions of a sequence at most; None and more than the model has: as many as the model has.
-        threads: of the kernels; None follows ``torch.get_num_threads()``.
+        threads: of the kernels; None follows ``torch.get_num_threads()`` where torch is imported, else all cores.
 
     Raises:
         SpecError: ``kv`` or ``activation`` is none. InputError, CorruptFileError: as :func:`fewbit.load`.
@@ -90,14 +96,13 @@ def open_engine(
         raise SpecError(f"kv {kv!r}", "", f"one of {', '.join(KV)}")
     if sequences < 1 or (context is not None and context < 1):
         raise SpecError(f"{sequences} sequences of {context} positions", "", "at least one of each")
-    if activation is not None:
-        formats.parse(activation)
     folder = Path(folder)
     from fewbit.decode.native_engine import NativeEngine
-    from fewbit.decode.transformers_engine import TransformersEngine
 
     try:
         return NativeEngine.load(folder, activation, kv, sequences, context, threads)
     except UnsupportedError as error:
         why = str(error)
+    from fewbit.decode.transformers_engine import TransformersEngine
+
     return TransformersEngine.load(folder, why, activation, sequences, context, threads)

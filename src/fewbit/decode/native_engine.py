@@ -1,27 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native runtime as an engine: Python describes the model once and passes token ids."""
+"""The native runtime as an engine: it is given the struct of a model once, and token ids. Nothing here needs torch."""
 
 from __future__ import annotations
 
-import ctypes as C
+import warnings
 import weakref
 from array import array
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from fewbit import formats
-from fewbit.containers.files import read_json
-from fewbit.containers.shards import weight_files
 from fewbit.decode import structs as S
-from fewbit.decode.configs import config_of
-from fewbit.decode.describe import describe
-from fewbit.decode.families import Shape, shape_of
 from fewbit.decode.ledger import Ledger, Parts
-from fewbit.decode.source import Pages, Source, mapped
+from fewbit.decode.opened import Model, StaleError, open_image
 from fewbit.errors import UnsupportedError
 from fewbit.kernels import native
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class NativeEngine:
@@ -32,22 +27,19 @@ class NativeEngine:
 
     def __init__(
         self,
-        shape: Shape,
-        source: Source,
+        model: Model,
         kv: str = "float16",
         sequences: int = 8,
         context: int | None = None,
         threads: int | None = None,
     ) -> None:
         core = native.core()
-        model = describe(shape, source)
-        self.vocab_size = shape.vocabulary
-        self.context = min(shape.context, context or shape.context)
-        self._source, self._threads, self._core = source, threads, core
-        self.read_bytes = _read_bytes(shape, source)
+        self.model, self.vocab_size, self.read_bytes = model, model.vocab_size, model.read_bytes
+        self.context = min(model.context, context or model.context)
+        self._threads, self._core = threads, core
         self._ledger = Ledger(self.vocab_size, self.context, sequences)
         try:
-            self._decoder = core.decoder_new(C.addressof(model), S.KV[kv], sequences)
+            self._decoder = core.decoder_new(model.address, S.KV[kv], sequences)
         except ValueError:
             found = "its arrays have other shapes than its configuration says"
             raise UnsupportedError("the native runtime for this model", found) from None
@@ -57,30 +49,50 @@ class NativeEngine:
     def load(
         folder: Path, activation: str | None, kv: str, sequences: int, context: int | None, threads: int | None
     ) -> NativeEngine:
-        """The model in ``folder``; arguments as of :func:`fewbit.decode.open_engine`.
+        """The model in ``folder``, as its image describes it where there is one, else as torch makes it; arguments as
+        of :func:`fewbit.decode.open_engine`.
 
         Raises:
             UnsupportedError: the machine, the family or a matrix is none that the runtime knows.
         """
         if not native.available():
             raise UnsupportedError("the native runtime", native.why_not() or "")
-        shape = shape_of(config_of(folder))
-        source = open_source(folder, activation)
-        return NativeEngine(shape, source, kv, sequences, context, threads)
+        try:
+            model = open_image(folder, activation)
+        except StaleError as error:
+            model = None
+            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+        if model is None:
+            from fewbit.decode.described import described
+
+            model = described(folder, activation)
+        return NativeEngine(model, kv, sequences, context, threads)
 
     def open(self) -> int:
         return self._ledger.open()
 
     def feed(self, parts: Parts) -> Tensor:
+        import torch
+
+        logits = self._feed(parts)
+        return torch.frombuffer(logits, dtype=torch.float32).reshape(-1, self.vocab_size) if parts else torch.empty(0)
+
+    def feed_rows(self, parts: Parts) -> list[memoryview[float]]:
+        logits: memoryview[float] = memoryview(self._feed(parts))
+        width = self.vocab_size
+        return [logits[row * width : (row + 1) * width] for row in range(len(parts))]
+
+    def _feed(self, parts: Parts) -> array[float]:
+        """Logits (parts, vocab_size), one after the other."""
         self._ledger.check_feed(parts)
         ids = [array("i", tokens) for _, tokens in parts]
         addressed = tuple(
             (sequence, held.buffer_info()[0], len(held)) for (sequence, _), held in zip(parts, ids, strict=True)
         )
-        logits = torch.empty(len(parts), self.vocab_size)
-        threads = self._threads or torch.get_num_threads()
+        logits = array("f", bytes(4 * len(parts) * self.vocab_size))
         if addressed:
-            self._core.decoder_feed(self._decoder, addressed, logits.data_ptr(), threads)
+            threads = self._threads or native.threads()
+            self._core.decoder_feed(self._decoder, addressed, logits.buffer_info()[0], threads)
         self._ledger.feed(parts)
         return logits
 
@@ -103,32 +115,3 @@ class NativeEngine:
 
     def nbytes(self) -> int:
         return self._core.decoder_bytes(self._decoder)
-
-
-def _read_bytes(shape: Shape, source: Source) -> int:
-    """All matrices but the embedding, of which a row is read, and of the experts those that are chosen."""
-    tied = not source.has("lm_head") or "tied_to" in source.modules.get("lm_head", {})
-    total = 0
-    for name, size in source.sizes.items():
-        if ".experts." in name:
-            experts = next(layer.experts for layer in shape.layers if layer.experts)
-            total += size * shape.experts_per_token // experts
-        elif tied or name != "model.embed_tokens":
-            total += size
-    return total
-
-
-def open_source(folder: Path, activation: str | None) -> Source:
-    """The arrays of ``folder``: mapped, or, where its names differ from those of transformers' module tree, as
-    transformers loads them."""
-    rounding = None if activation is None else formats.parse(activation)
-    quantization = read_json(folder / "config.json").get("quantization_config")
-    modules = quantization.get("modules", {}) if isinstance(quantization, dict) else {}
-    files = [mapped(file) for file in weight_files(folder)]
-    tensors = {name: tensor for _, held in files for name, tensor in held.items()}
-    fused = any(".experts." in name and name.endswith(".weight") for name in tensors)
-    if fused:
-        from fewbit.decode.transformers_engine import load_plain
-
-        tensors = load_plain(folder).state_dict()
-    return Source(tensors, modules, rounding, Pages(*(pages for pages, _ in files)))

@@ -8,17 +8,23 @@ text alone, so that one seed gives one text whatever runs beside it.
 
 from __future__ import annotations
 
+import ctypes as C
 import dataclasses
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, cast
 
 from fewbit.errors import InputError, SpecError
 from fewbit.kernels import native
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Row = memoryview[float] | Tensor
+    """Logits (vocab), float32 and contiguous."""
 
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
@@ -129,10 +135,10 @@ class Sampler:
         self._counted = (s.repetition_penalty, s.frequency_penalty, s.presence_penalty) != (1, 0, 0)
         first = list(dict.fromkeys(prompt)) if self._counted else []
         self._slot = {token: slot for slot, token in enumerate(first)}
-        self._seen = torch.tensor([*first, *[0] * 64], dtype=torch.int32)
-        self._counts = torch.zeros_like(self._seen)
-        self._biased = torch.tensor(list(s.logit_bias), dtype=torch.int32)
-        self._bias = torch.tensor(list(s.logit_bias.values()), dtype=torch.float32)
+        self._seen = array("i", first)
+        self._counts = array("i", [0] * len(first))
+        self._biased = array("i", s.logit_bias)
+        self._bias = array("f", s.logit_bias.values())
 
     def take(self, token: int) -> None:
         """``token`` was added to the text."""
@@ -141,28 +147,28 @@ class Sampler:
             return
         slot = self._slot.setdefault(token, len(self._slot))
         if slot == len(self._seen):
-            self._seen = torch.cat([self._seen, torch.zeros_like(self._seen)])
-            self._counts = torch.cat([self._counts, torch.zeros_like(self._counts)])
-        self._seen[slot] = token
+            self._seen.append(token)
+            self._counts.append(0)
         self._counts[slot] += 1
 
     @property
-    def seen(self) -> tuple[Tensor, Tensor]:
-        """Different tokens of prompt and text, and how often each is in the text: (n) int32 each; empty where no
+    def seen(self) -> tuple[array[int], array[int]]:
+        """Different tokens of prompt and text, and how often each is in the text: (n) each; empty where no
         penalty asks for them."""
-        return self._seen[: len(self._slot)], self._counts[: len(self._slot)]
+        return self._seen, self._counts
 
     @property
-    def biases(self) -> tuple[Tensor, Tensor]:
-        """Tokens (n) int32 and what is added to their logits (n) float32."""
+    def biases(self) -> tuple[array[int], array[float]]:
+        """Tokens (n) and what is added to their logits (n)."""
         return self._biased, self._bias
 
-    def as_native(self, row: Tensor) -> native.Draw:
-        """The arguments of the native draw from ``row`` (vocab) float32; pointers live as long as row and self."""
+    def as_native(self, row: memoryview[float]) -> native.Draw:
+        """The arguments of the native draw from ``row`` (vocab) float32; pointers live as long as row, and as self
+        until the next token."""
         s, (seen, counts) = self.sampling, self.seen
         return (
-            row.data_ptr(),
-            row.shape[0],
+            C.addressof(C.c_float.from_buffer(row)),
+            len(row),
             s.temperature,
             s.top_p,
             s.min_p,
@@ -170,11 +176,11 @@ class Sampler:
             s.frequency_penalty,
             s.presence_penalty,
             s.top_k,
-            seen.data_ptr(),
-            counts.data_ptr(),
+            seen.buffer_info()[0],
+            counts.buffer_info()[0],
             len(seen),
-            self._biased.data_ptr(),
-            self._bias.data_ptr(),
+            self._biased.buffer_info()[0],
+            self._bias.buffer_info()[0],
             len(self._bias),
             _key(s),
             self.position,
@@ -187,20 +193,20 @@ def _key(sampling: Sampling) -> int:
     return sampling.seed & ((1 << 64) - 1)
 
 
-def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | InputError]:
+def sample(logits: Iterable[Row], samplers: Sequence[Sampler]) -> list[int | InputError]:
     """A token of each row, or the error of a row that holds no distribution: NaN, +infinity, or -infinity alone.
 
     Args:
         logits: (samplers, vocab) float32, rows contiguous; overwritten.
     """
-    threads = torch.get_num_threads()
+    rows = [cast("memoryview[float]", row if isinstance(row, memoryview) else row.numpy().data) for row in logits]
     if native.available():
-        tokens = torch.empty(len(samplers), dtype=torch.int32)
-        draws = tuple(sampler.as_native(row) for sampler, row in zip(samplers, logits, strict=True))
-        native.core().sample(draws, tokens.data_ptr(), threads)
+        tokens = array("i", bytes(4 * len(samplers)))
+        draws = tuple(sampler.as_native(row) for sampler, row in zip(samplers, rows, strict=True))
+        native.core().sample(draws, tokens.buffer_info()[0], native.threads())
         drawn = tokens.tolist()
     else:
-        drawn = [sample_reference(row, sampler) for row, sampler in zip(logits, samplers, strict=True)]
+        drawn = [sample_reference(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
     return [_broken() if token < 0 else token for token in drawn]
 
 
@@ -208,35 +214,43 @@ def _broken() -> InputError:
     return InputError("the next token", "the model's logits are not finite", "check the model with fewbit eval")
 
 
-def logprobs(row: Tensor, token: int, count: int) -> Logprobs:
+def logprobs(row: Row, token: int, count: int) -> Logprobs:
     """The model's logarithm of the probability of ``token`` and of the ``count`` likeliest, from ``row`` (vocab)."""
-    logs = torch.log_softmax(row.double(), dim=-1)
-    values, tokens = torch.topk(logs, count)
-    return Logprobs(float(logs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
+    import numpy as np  # whose import takes longer than some tokens
+
+    x = np.asarray(row, dtype=np.float64)
+    logs = x - x.max()
+    logs -= math.log(np.exp(logs).sum())
+    some = np.argpartition(-logs, count - 1)[:count] if count else np.empty(0, dtype=np.int64)
+    top = some[np.argsort(-logs[some])]
+    return Logprobs(float(logs[token]), tuple(zip(top.tolist(), logs[top].tolist(), strict=True)))
 
 
-def sample_reference(row: Tensor, sampler: Sampler) -> int:
+def sample_reference(row: Row, sampler: Sampler) -> int:
     """The definition in float64, by sorting; -1 where ``row`` (vocab) holds no distribution. Slow."""
-    s, x = sampler.sampling, row.double()
-    tokens, bias = sampler.biases
-    x[tokens.long()] += bias.double()
-    seen, counts = sampler.seen[0].long(), sampler.seen[1].double()
-    logits = torch.where(x[seen] > 0, x[seen] / s.repetition_penalty, x[seen] * s.repetition_penalty)
+    import numpy as np
+
+    s, x = sampler.sampling, np.asarray(row).astype(np.float64)
+    tokens, bias = (np.asarray(values) for values in sampler.biases)
+    x[tokens] += bias
+    seen, counts = (np.asarray(values) for values in sampler.seen)
+    logits = np.where(x[seen] > 0, x[seen] / s.repetition_penalty, x[seen] * s.repetition_penalty)
     x[seen] = logits - s.frequency_penalty * counts - s.presence_penalty * (counts > 0)
     if not (x < math.inf).all() or not (x > -math.inf).any():
         return -1
-    order = torch.sort(x, descending=True, stable=True).indices  # stable: of equals the lower token goes first
+    order = np.argsort(-x, kind="stable")  # of equals the lower token goes first
     if s.temperature == 0:
         return int(order[0])
     kept = order[: s.top_k] if s.top_k else order
-    p = torch.softmax((x[kept] - x[order[0]]) / s.temperature, dim=-1)
-    enough = p.cumsum(0) - p < s.top_p
+    p = np.exp((x[kept] - x[order[0]]) / s.temperature)
+    p /= p.sum()
+    enough = p.cumsum() - p < s.top_p
     enough[0] = True
     enough &= p >= s.min_p * p[0]
     kept, p = kept[enough], p[enough]
-    by_token = torch.argsort(kept)
-    ends = p[by_token].cumsum(0)
-    at = int(torch.searchsorted(ends, uniform(_key(s), sampler.position, sampler.branch) * float(ends[-1]), right=True))
+    by_token = np.argsort(kept)
+    ends = p[by_token].cumsum()
+    at = int(np.searchsorted(ends, uniform(_key(s), sampler.position, sampler.branch) * ends[-1], side="right"))
     return int(kept[by_token[min(at, len(ends) - 1)]])
 
 

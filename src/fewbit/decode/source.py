@@ -40,7 +40,7 @@ class Pages:
     """The memory of mapped files."""
 
     def __init__(self, *files: mmap.mmap) -> None:
-        self._files, self._read = files, 0
+        self.files, self._read = files, 0
 
     def read(self, nbytes: int) -> None:
         """So much has been read that is not needed again. The system may forget the pages: it finds them in its cache,
@@ -48,7 +48,7 @@ class Pages:
         self._read += nbytes
         if self._read >= RELEASED and sys.platform == "linux":
             self._read = 0
-            for file in self._files:
+            for file in self.files:
                 file.madvise(mmap.MADV_DONTNEED)
 
 

@@ -81,6 +81,9 @@ class TransformersEngine:
         self._ledger.feed(parts)
         return logits
 
+    def feed_rows(self, parts: Parts) -> list[memoryview[float]]:
+        return [row.data for row in self.feed(parts).numpy()]
+
     def _advance(self, held: _Sequence) -> Tensor:
         """Compute what ``held`` has not cached yet; the logits (vocab_size,) after its last token."""
         from transformers import DynamicCache

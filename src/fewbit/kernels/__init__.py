@@ -2,18 +2,40 @@
 """Who computes: :data:`KERNELS` is the table, best first; ``reference`` takes everything and is the oracle.
 :data:`SPARSE_KERNELS` add few entries onto what these compute."""
 
-from fewbit.kernels import native, reference
-from fewbit.kernels.column8 import COLUMN8
-from fewbit.kernels.conv import conv2d, route
-from fewbit.kernels.ops import embedding, linear, prepare, set_threads
-from fewbit.kernels.prepared import Prepared, PreparedMatrix, linear_many
-from fewbit.kernels.rewrites import Rewriting
-from fewbit.kernels.sparse import SPARSE_KERNELS, SparseKernel, choose_sparse
-from fewbit.kernels.table import KERNELS, Choice, Kernel, choose
-from fewbit.kernels.terms import PreparedTerms
-from fewbit.kernels.tile16 import TILE16
-from fewbit.kernels.vector16 import VECTOR16
-from fewbit.kernels.window import Window
+from typing import TYPE_CHECKING
+
+from fewbit.kernels import native
+from fewbit.later import later
+
+if TYPE_CHECKING:
+    from fewbit.kernels import reference
+    from fewbit.kernels.column8 import COLUMN8
+    from fewbit.kernels.conv import conv2d, route
+    from fewbit.kernels.ops import embedding, linear, prepare, set_threads
+    from fewbit.kernels.prepared import Prepared, PreparedMatrix, linear_many
+    from fewbit.kernels.rewrites import Rewriting
+    from fewbit.kernels.sparse import SPARSE_KERNELS, SparseKernel, choose_sparse
+    from fewbit.kernels.table import KERNELS, Choice, Kernel, choose
+    from fewbit.kernels.terms import PreparedTerms
+    from fewbit.kernels.tile16 import TILE16
+    from fewbit.kernels.vector16 import VECTOR16
+    from fewbit.kernels.window import Window
+
+_NAMES = {
+    "column8": ("COLUMN8",),
+    "conv": ("conv2d", "route"),
+    "ops": ("embedding", "linear", "prepare", "set_threads"),
+    "prepared": ("Prepared", "PreparedMatrix", "linear_many"),
+    "reference": ("reference",),
+    "rewrites": ("Rewriting",),
+    "sparse": ("SPARSE_KERNELS", "SparseKernel", "choose_sparse"),
+    "table": ("KERNELS", "Choice", "Kernel", "choose"),
+    "terms": ("PreparedTerms",),
+    "tile16": ("TILE16",),
+    "vector16": ("VECTOR16",),
+    "window": ("Window",),
+}
+__getattr__ = later(__name__, {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names})
 
 __all__ = [
     "COLUMN8",

@@ -5,11 +5,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Literal, Protocol, cast
-
-import torch
+import os
+import sys
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from fewbit.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    DTYPES: dict[torch.dtype, int]
+    """Of activations and results."""
 
 Isa = Literal[
     "avx512vpopcnt", "avx512vbmi", "avx512vnni", "avx512bf16", "avx512", "avxvnni", "avx2", "neondot", "neon", "serial"
@@ -29,8 +35,6 @@ FLAGS: dict[Isa, int] = {
 }
 """Bits of ``fewbit_caps()``, best first."""
 FAMILIES = {"affine": 0, "lut": 1}
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Of activations and results."""
 SIGNS = -1
 """``x_block`` of ``linear_many`` where activations are rounded to signs."""
 BFLOAT16S = -2
@@ -157,6 +161,16 @@ class Core(Protocol):
     def decoder_bytes(self, decoder: int) -> int: ...
 
 
+def __getattr__(name: str) -> Any:
+    """:data:`DTYPES`, for which torch is imported: what only decodes does without."""
+    if name != "DTYPES":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import torch
+
+    globals()[name] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+    return globals()[name]
+
+
 @functools.cache
 def _load() -> tuple[Core | None, str | None]:
     try:
@@ -198,3 +212,11 @@ def capabilities() -> int:
 def isas() -> tuple[Isa, ...]:
     """Instruction sets that this machine can run and this build contains, best first."""
     return tuple(isa for isa, flag in FLAGS.items() if capabilities() & flag)
+
+
+def threads() -> int:
+    """As many as torch uses where it is imported, else the cores of this process."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return int(torch.get_num_threads())
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

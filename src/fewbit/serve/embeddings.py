@@ -8,16 +8,16 @@ import base64
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fewbit.containers import manifest as M
 from fewbit.containers.files import read_json
 from fewbit.decode.text import Words
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.serve.errors import ApiError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_TEXTS = 256
 TOGETHER = 16
@@ -57,6 +57,8 @@ class Embedder:
 
     def embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """(texts, width) float32, rows of length one. Texts of like length share a pass."""
+        import torch
+
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         rows: list[Tensor] = [torch.empty(0)] * len(texts)
         for begin in range(0, len(order), TOGETHER):
@@ -68,6 +70,8 @@ class Embedder:
         return torch.stack(rows)
 
     def _pass(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        import torch
+
         longest = max(map(len, texts))
         ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
         mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder's model made ready for the native runtime, which takes torch: its matrices are repacked as kernels read
+them."""
+
+from __future__ import annotations
+
+import ctypes as C
+from pathlib import Path
+
+from fewbit import formats
+from fewbit.containers.files import read_json
+from fewbit.containers.shards import weight_files
+from fewbit.decode.configs import config_of
+from fewbit.decode.describe import describe
+from fewbit.decode.families import Shape, shape_of
+from fewbit.decode.opened import Model
+from fewbit.decode.source import Pages, Source, mapped
+
+
+def described(folder: Path, activation: str | None) -> Model:
+    """The model in ``folder``, which its :class:`fewbit.decode.source.Source` keeps.
+
+    Raises:
+        UnsupportedError: the family or a matrix is none that the runtime knows. SpecError: ``activation`` is no format.
+    """
+    if activation is not None:
+        formats.parse(activation)  # refused before anything is read
+    shape = shape_of(config_of(folder))
+    source = open_source(folder, activation)
+    address = C.addressof(describe(shape, source))
+    return Model(address, shape.vocabulary, shape.context, _read_bytes(shape, source), source)
+
+
+def _read_bytes(shape: Shape, source: Source) -> int:
+    """All matrices but the embedding, of which a row is read, and of the experts those that are chosen."""
+    tied = not source.has("lm_head") or "tied_to" in source.modules.get("lm_head", {})
+    total = 0
+    for name, size in source.sizes.items():
+        if ".experts." in name:
+            experts = next(layer.experts for layer in shape.layers if layer.experts)
+            total += size * shape.experts_per_token // experts
+        elif tied or name != "model.embed_tokens":
+            total += size
+    return total
+
+
+def open_source(folder: Path, activation: str | None) -> Source:
+    """The arrays of ``folder``: mapped, or, where its names differ from those of transformers' module tree, as
+    transformers loads them."""
+    rounding = None if activation is None else formats.parse(activation)
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    modules = quantization.get("modules", {}) if isinstance(quantization, dict) else {}
+    files = [mapped(file) for file in weight_files(folder)]
+    tensors = {name: tensor for _, held in files for name, tensor in held.items()}
+    fused = any(".experts." in name and name.endswith(".weight") for name in tensors)
+    if fused:
+        from fewbit.decode.transformers_engine import load_plain
+
+        tensors = load_plain(folder).state_dict()
+    return Source(tensors, modules, rounding, Pages(*(pages for pages, _ in files)))
