@@ -38,9 +38,12 @@ def asymmetric(weight: torch.Tensor) -> torch.Tensor:
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     zero = (-7 * low / (high - low)).round()
     scale = short(torch.maximum(-low / zero, high / (7 - zero)))
-    return groups.clamp(-zero * scale, (7 - zero) * scale).scatter(
-        -1, groups.argmin(-1, keepdim=True), -zero * scale
-    ).scatter(-1, groups.argmax(-1, keepdim=True), (7 - zero) * scale).reshape(ROWS, COLUMNS)
+    return (
+        groups.clamp(-zero * scale, (7 - zero) * scale)
+        .scatter(-1, groups.argmin(-1, keepdim=True), -zero * scale)
+        .scatter(-1, groups.argmax(-1, keepdim=True), (7 - zero) * scale)
+        .reshape(ROWS, COLUMNS)
+    )
 
 
 @torch.no_grad()

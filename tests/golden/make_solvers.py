@@ -6,9 +6,10 @@ CPU: ``python tests/golden/make_solvers.py PEER`` writes PEER.npz, PEER being on
   act-order being ``weight`` (each group keeps its scale);
 * ``gptqmodel`` (7.7.0): ``GPTQ.quantize``, the same, act-order being ``desc_act`` with ``static_groups``;
 * ``gptqmodel_vptq`` (7.7.0): ``VPTQ.quantize``, one book of 64 vectors of 4 weights down a column, damping 0.01;
-* ``quanto`` (optimum-quanto 0.2.7): ``quantize_weight`` to qint8 a row, and to qint4 and qint2 in groups of 32, by the
+* ``quanto`` (optimum-quanto 0.2.7): ``quantize_weight`` to qint8 in rows of 512, to qint4 and qint2 in groups of 32, by the
   scale and shift of its default optimizers, rounded to float16;
-* ``torchao`` (0.18.0): ``IntxWeightOnlyConfig``, 8 bits a row and 4 bits in groups of 32, symmetric and not.
+* ``torchao`` (0.18.0): ``IntxWeightOnlyConfig``, scales of float16: 8 bits a row and 4 in groups of 32, symmetric,
+  and 3 bits in groups of 32 with a zero point.
 
 ``{case}.codes`` uint8 from 0 on and ``{case}.scale`` float32 (rows, groups), with a zero point ``{case}.zero``; or
 ``{case}.values`` float32.
@@ -90,8 +91,9 @@ def quanto(layer: Arrays) -> Arrays:
     from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qint2, qint4, qint8, quantize_weight
 
     weight, found = layer["sym4"], {}
-    scale = AbsmaxOptimizer()(weight, qint8, 0).half().float()
-    found["qint8.values"] = quantize_weight(weight, qint8, 0, scale, optimized=False).dequantize()
+    long = weight.reshape(-1, 512)
+    scale = AbsmaxOptimizer()(long, qint8, 0).half().float()
+    found["qint8.values"] = quantize_weight(long, qint8, 0, scale, optimized=False).dequantize()
     for kind in (qint4, qint2):
         scale, shift = (part.half().float() for part in MaxOptimizer()(weight, kind, 0, GROUP))
         made = quantize_weight(weight, kind, 0, scale, shift, GROUP, optimized=False)
@@ -106,13 +108,17 @@ def torchao(layer: Arrays) -> Arrays:
     from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, PerGroup, quantize_
 
     found: Arrays = {}
-    cases = (("int8", PerAxis(0), "SYMMETRIC"), ("int4", PerGroup(32), "SYMMETRIC"), ("int3", PerGroup(32), "ASYMMETRIC"))
+    cases = (
+        ("int8", PerAxis(0), "SYMMETRIC"),
+        ("int4", PerGroup(32), "SYMMETRIC"),
+        ("int3", PerGroup(32), "ASYMMETRIC"),
+    )
     for kind, granularity, mapping in cases:
         weight = layer["asym3" if mapping == "ASYMMETRIC" else "sym4"]
         model = torch.nn.Sequential(torch.nn.Linear(*reversed(weight.shape), bias=False))
         model[0].weight.data = weight.clone()
         dtype = getattr(torch, kind)
-        quantize_(model, IntxWeightOnlyConfig(dtype, granularity, getattr(MappingType, mapping)))
+        quantize_(model, IntxWeightOnlyConfig(dtype, granularity, getattr(MappingType, mapping), torch.float16))
         made, middle = model[0].weight, 2 ** (int(kind[3:]) - 1)
         scale, zero = (part.reshape(len(weight), -1).float() for part in (made.scale, made.zero_point))
         case = f"{kind}.{mapping.lower()}"
@@ -132,7 +138,9 @@ def main() -> None:
         layer = {name: torch.from_numpy(data[name]).float() for name in data.files}
     with torch.no_grad():
         found = PEERS[sys.argv[1]](layer)
-    arrays = {name: array.numpy() if array.dtype == torch.uint8 else array.float().numpy() for name, array in found.items()}
+    arrays = {
+        name: array.numpy() if array.dtype == torch.uint8 else array.float().numpy() for name, array in found.items()
+    }
     np.savez_compressed(HERE / f"{sys.argv[1]}.npz", **arrays)
 
 
