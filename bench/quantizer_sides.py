@@ -10,9 +10,11 @@ together. Scales, minima and codebooks count as float16, in which a float16 mode
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import resource
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,7 +247,7 @@ SIDES: dict[str, Callable[[Job], tuple[Timed, Read]]] = {
 
 
 def peak() -> int:
-    """Most bytes that this process held; ``ru_maxrss`` would begin with what its parent held."""
+    """Most bytes that this process held since that was last forgotten."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
@@ -257,26 +259,38 @@ def used() -> float:
 
 
 def main() -> None:
+    """Every job in turn, so that packages are imported once: the first leaves ``0.json`` and ``0.safetensors``."""
     parser = argparse.ArgumentParser(description="one side of bench/quantizers.py")
     parser.add_argument("side", choices=sorted(SIDES))
-    for name in ("model", "tokens", "out"):
+    for name in ("model", "folder"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--text", type=Path)
-    for name in ("bits", "iters"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--what", default="")
+    parser.add_argument("--iters", type=int, required=True)
     told = parser.parse_args()
     torch.set_num_threads(1)
-    tokens = load_file(told.tokens)["calibration"]
-    solve, read = SIDES[told.side](Job(told.model, told.text, tokens, told.bits, told.what, told.iters))
+    importlib.import_module("transformers.models.auto.modeling_auto")
+    importlib.import_module("transformers.models.llama.modeling_llama")
+    tokens = load_file(told.folder / "tokens.safetensors")["calibration"]
+    for number, (bits, what) in enumerate(json.loads((told.folder / "jobs.json").read_text())):
+        try:
+            found, row = quantized(told.side, Job(told.model, told.text, tokens, bits, what, told.iters))
+            save_file(found, told.folder / f"{number}.safetensors")
+        except Exception as error:  # the rest of the table stands without this row
+            traceback.print_exc()
+            row = {"failed": f"{type(error).__name__}: {error}"}
+        (told.folder / f"{number}.json").write_text(json.dumps(row))
+
+
+def quantized(side: str, job: Job) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights, and what they took."""
+    solve, read = SIDES[side](job)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     began, before = time.monotonic(), used()
     made = solve()
-    spent = {"seconds": time.monotonic() - began, "cpu_seconds": used() - before}
-    spent["peak_rss_bytes"] = peak()
+    spent = {"seconds": time.monotonic() - began, "cpu_seconds": used() - before, "peak_rss_bytes": peak()}
     with torch.no_grad():
         found, bits = read(made)
-    save_file({name: weight.contiguous() for name, weight in found.items()}, told.out)
-    told.out.with_suffix(".json").write_text(json.dumps({**spent, "bits": bits / count(found), "layers": len(found)}))
+    return {name: weight.contiguous() for name, weight in found.items()}, {**spent, "bits": bits / count(found)}
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 
     python bench/quantizers.py stories15m --peers PEERS --text samples.txt --calibration stories.txt --json rows.json
 
-PEERS/NAME is what ``pip install --no-deps --target PEERS/NAME NAME`` leaves, for the packages of :data:`ROWS`;
-PEERS/deps, where it is there, what they share. Linear layers but the head are quantized, each row in a process of its own on one
-thread, and what the layers decode to is put into the float model and scored: activations are float everywhere. Seconds go
-from the model's folder to quantized layers in memory; fewbit's also write and check the file. Rows that are in the file
-``--json`` already are not run again; those of a peer that fails are listed with its last words.
+PEERS/NAME is what ``pip install --no-deps --target PEERS/NAME NAME`` leaves, for the packages of :data:`ROWS`, and
+PEERS/deps what they share. Linear layers but the head are quantized, on one thread and in one process a package, and
+what they decode to is put into the float model and scored: activations are float everywhere. Seconds go from the
+model's folder to quantized layers in memory, imports left out; fewbit's also write and check the file. Rows that are
+in the file ``--json`` already are not run again; of those that fail, why is listed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from accuracy import logits
 from fewbit import calibrate
-from fewbit.measure.accuracy import Scores, score, summarize
+from fewbit.measure.accuracy import score, summarize
 
 ROWS: tuple[tuple[str, str, tuple[int, ...], str], ...] = (
     ("fewbit", "gptq act-order", (8, 4, 3, 2), "int{bits}/g32/asym gptq act-order"),
@@ -68,21 +69,24 @@ def environment(peer: str, folder: Path) -> dict[str, str]:
     return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(here + before)}
 
 
-def quantized(arguments: argparse.Namespace, scratch: Path, peer: str, what: str, bits: int) -> dict[str, Any]:
-    """What one side says of itself, with ``weights``; or its last words as ``failed``."""
-    out = scratch / "out.safetensors"
-    for old in (out, out.with_suffix(".json")):
-        old.unlink(missing_ok=True)
+def quantized(
+    arguments: argparse.Namespace, folder: Path, peer: str, jobs: list[tuple[int, str]]
+) -> list[dict[str, Any]]:
+    """What one side says of each of ``jobs``, bits and setting, with ``weights``; or ``failed``, why."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
     side = Path(__file__).parent / "quantizer_sides.py"
-    command = [sys.executable, str(side), peer, str(arguments.model), str(scratch / "tokens.safetensors"), str(out)]
-    command += ["--bits", str(bits), "--iters", str(arguments.iters), "--what", what.format(bits=bits)]
-    command += ["--text", str(arguments.calibration)] if arguments.calibration else []
-    done = subprocess.run(
-        command, env=environment(peer, arguments.peers), cwd=scratch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    if done.returncode:
-        return {"failed": done.stdout.decode(errors="replace").strip()[-LAST_WORDS:]}
-    return {**json.loads(out.with_suffix(".json").read_text()), "weights": load_file(out)}
+    command = [sys.executable, str(side), peer, str(told.model), str(folder), "--iters", str(told.iters)]
+    command += ["--text", str(told.calibration)] if told.calibration else []
+    where = environment(peer, told.peers)
+    done = subprocess.run(command, env=where, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    found = []
+    for number in range(len(jobs)):
+        said, weights = folder / f"{number}.json", folder / f"{number}.safetensors"
+        last = {"failed": done.stdout.decode(errors="replace").strip()[-LAST_WORDS:]}
+        found.append(json.loads(said.read_text()) if said.exists() else last)
+        if weights.exists():
+            found[-1]["weights"] = load_file(weights)
+    return found
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -94,31 +98,35 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     reference, twin = (AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32) for _ in range(2))
     wanted = [logits(reference, ids) for ids in windows]
     layers = sum(isinstance(m, torch.nn.Linear) for m in reference.modules()) - 1
-    rows = json.loads(arguments.json.read_text())["rows"] if arguments.json and arguments.json.exists() else []
+    kept: Path | None = arguments.json
+    rows = json.loads(kept.read_text())["rows"] if kept is not None and kept.exists() else []
     there = {(row["package"], row["method"], row["asked"]) for row in rows}
-    with TemporaryDirectory() as scratch:
-        save_file({"calibration": drawn}, Path(scratch) / "tokens.safetensors")
-        for bits in arguments.bits:
-            for peer, name, sizes, what in ROWS:
-                if bits not in sizes or (peer, name, bits) in there or peer not in arguments.packages:
-                    continue
-                found = quantized(arguments, Path(scratch), peer, what, bits)
-                row = {"package": peer, "method": name, "asked": bits, **found}
-                made = row.pop("weights", None)
-                if made is not None:
-                    if len(made) != layers:
-                        raise SystemExit(f"{peer} {name} quantized {len(made)} of {layers} layers")
-                    with torch.no_grad():
-                        for layer, weight in made.items():
-                            twin.get_submodule(layer).weight.copy_(weight)
-                    scored: list[Scores] = [score(logits(twin, i), i, w) for i, w in zip(windows, wanted, strict=True)]
-                    row |= summarize(scored)
-                rows.append(row)
-                print(json.dumps({key: row[key] for key in row if "quantiles" not in key}), flush=True)
-                if arguments.json:
-                    told = {key: str(value) for key, value in vars(arguments).items()}
-                    arguments.json.write_text(json.dumps({"arguments": told, "rows": rows}, indent=1) + "\n")
+    for peer in arguments.packages:
+        asked = [(n, bits, what) for package, n, sizes, what in ROWS if package == peer for bits in sizes]
+        asked = [one for one in asked if one[1] in arguments.bits and (peer, *one[:2]) not in there]
+        with TemporaryDirectory() as scratch:
+            save_file({"calibration": drawn}, Path(scratch) / "tokens.safetensors")
+            jobs = [(bits, what.format(bits=bits)) for _, bits, what in asked]
+            found = quantized(arguments, Path(scratch), peer, jobs) if jobs else []
+        for (name, bits, _), row in zip(asked, found, strict=True):
+            if (made := row.pop("weights", None)) is not None:
+                if len(made) != layers:
+                    raise SystemExit(f"{peer} {name} quantized {len(made)} of {layers} layers")
+                row |= scored(twin, made, windows, wanted)
+            rows.append({"package": peer, "method": name, "asked": bits, **row})
+            print(json.dumps({key: value for key, value in rows[-1].items() if "kl_q" not in key}), flush=True)
+        if kept is not None:
+            told = {key: str(value) for key, value in vars(arguments).items()}
+            kept.write_text(json.dumps({"arguments": told, "rows": rows}, indent=1) + "\n")
     return rows
+
+
+@torch.no_grad()
+def scored(twin: Any, made: dict[str, Tensor], windows: Tensor, wanted: list[Tensor]) -> dict[str, Any]:
+    """Figures of ``twin`` with the weights ``made``, beside the logits ``wanted``."""
+    for layer, weight in made.items():
+        twin.get_submodule(layer).weight.copy_(weight)
+    return summarize([score(logits(twin, ids), ids, other) for ids, other in zip(windows, wanted, strict=True)])
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -148,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("model", type=Path)
     parser.add_argument("--peers", type=Path, required=True, help="a folder with a folder a package")
-    parser.add_argument("--packages", nargs="+", default=sorted({row[0] for row in ROWS}))
+    parser.add_argument("--packages", nargs="+", default=list(dict.fromkeys(row[0] for row in ROWS)))
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2, 8])
     parser.add_argument("--text", type=Path, help="evaluation text; bundled held-out text by default")
     parser.add_argument("--calibration", type=Path, help="calibration text; bundled by default")
