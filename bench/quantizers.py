@@ -69,9 +69,7 @@ def environment(peer: str, folder: Path) -> dict[str, str]:
     return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(here + before)}
 
 
-def quantized(
-    arguments: argparse.Namespace, folder: Path, peer: str, jobs: list[tuple[int, str]]
-) -> list[dict[str, Any]]:
+def quantized(told: argparse.Namespace, folder: Path, peer: str, jobs: list[tuple[int, str]]) -> list[dict[str, Any]]:
     """What one side says of each of ``jobs``, bits and setting, with ``weights``; or ``failed``, why."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     side = Path(__file__).parent / "quantizer_sides.py"

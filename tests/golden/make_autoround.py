@@ -19,8 +19,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 HERE = Path(__file__).parent
 WINDOWS, CONTEXT, GROUP = 12, 64, 32
 SHAPE = {
-    "vocab_size": 258, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1,
+    "vocab_size": 258,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
     "tie_word_embeddings": True,
 }
 

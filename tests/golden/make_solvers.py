@@ -6,8 +6,8 @@ CPU: ``python tests/golden/make_solvers.py PEER`` writes PEER.npz, PEER being on
   act-order being ``weight`` (each group keeps its scale);
 * ``gptqmodel`` (7.7.0): ``GPTQ.quantize``, the same, act-order being ``desc_act`` with ``static_groups``;
 * ``gptqmodel_vptq`` (7.7.0): ``VPTQ.quantize``, one book of 64 vectors of 4 weights down a column, damping 0.01;
-* ``quanto`` (optimum-quanto 0.2.7): ``quantize_weight`` to qint8 in rows of 512, to qint4 and qint2 in groups of 32, by the
-  scale and shift of its default optimizers, rounded to float16;
+* ``quanto`` (optimum-quanto 0.2.7): ``quantize_weight`` to qint8 in rows of 512, to qint4 and qint2 in groups of 32,
+  by the scale and shift of its default optimizers, rounded to float16;
 * ``torchao`` (0.18.0): ``IntxWeightOnlyConfig``, scales of float16: 8 bits a row and 4 in groups of 32, symmetric,
   and 3 bits in groups of 32 with a zero point.
 

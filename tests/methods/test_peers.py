@@ -68,7 +68,7 @@ def test_vptq_loses_less_than_gptqmodels() -> None:
     weight, inputs = layer["sym4"].float(), layer["inputs"].float()
     found = [vptq(weight, formats.parse("vector4x6"), facts_of(inputs), rounds=rounds) for rounds in (0, 6)]
     lost = [objective(weight, one.dequantize(), inputs) for one in found]
-    assert lost[1] < lost[0] and lost[1] < 0.95 * objective(weight, theirs, inputs)
+    assert lost[1] < lost[0] < objective(weight, theirs, inputs)
 
 
 @pytest.mark.parametrize("bits", [4, 2])
@@ -81,8 +81,8 @@ def test_what_quanto_stores(bits: int) -> None:
 
 
 def test_eight_bits_a_row_lose_no_more_than_quantos() -> None:
-    """Its grid spans 254 steps, ours 255. Rows of 128 are too short for that to win: the largest weight, which lies half a
-    step beyond the last positive code, then costs as much as finer steps bring."""
+    """Its grid spans 254 steps, ours 255. Rows of 128 are too short for that to win: the largest weight, which lies half
+    a step beyond the last positive code, then costs as much as finer steps bring."""
     weight, theirs = golden("layer")["sym4"].float().reshape(-1, 512), golden("quanto", "qint8.")["values"]
     ours = rtn(weight, formats.parse("int8/channel/sym")).dequantize()
     assert float((ours - weight).square().sum()) < float((theirs - weight).square().sum())
@@ -90,8 +90,8 @@ def test_eight_bits_a_row_lose_no_more_than_quantos() -> None:
 
 @pytest.mark.parametrize("name", ["int8/channel/sym", "int4/g32/sym", "int3/g32/asym"])
 def test_what_torchao_stores(name: str) -> None:
-    """It multiplies by the reciprocal of a scale, and before that is rounded to float16: codes may differ where a weight
-    is, by so much, between two."""
+    """It multiplies by the reciprocal of a scale, and before that is rounded to float16: codes may differ where a
+    weight is, by so much, between two."""
     bits, zeros = int(name[3]), "asym" in name
     weight = golden("layer")["asym3" if zeros else "sym4"].float()
     theirs = golden("torchao", f"int{bits}.{'asymmetric' if zeros else 'symmetric'}.")

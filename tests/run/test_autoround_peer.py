@@ -29,9 +29,7 @@ def block(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     return seen[0].double()
 
 
-def test_tuning_loses_no_more_than_auto_rounds(
-    tmp_path: Path, byte_tokenizer: Callable[[Path], int]
-) -> None:
+def test_tuning_loses_no_more_than_auto_rounds(tmp_path: Path, byte_tokenizer: Callable[[Path], int]) -> None:
     """Mean square error at the output of the block on the windows it was tuned on, 60 iterations of 8 windows."""
     with np.load(GOLDEN, allow_pickle=False) as data:
         saved = {name: torch.from_numpy(data[name]) for name in data.files}
@@ -53,7 +51,12 @@ def test_tuning_loses_no_more_than_auto_rounds(
     assert not model.load_state_dict(weights, strict=False).unexpected_keys
     model.save_pretrained(folder)
     (tmp_path / "text.txt").write_text("".join(chr(token - 2 + ord("!")) for token in ids.flatten().tolist()))
-    options = {"method": "autoround", "options": {"iters": 60, "batch": 8, "relative": 0.0}, "head": "float", "force": True}
+    options = {
+        "method": "autoround",
+        "options": {"iters": 60, "batch": 8, "relative": 0.0},
+        "head": "float",
+        "force": True,
+    }
     data_ = {"calibration": tmp_path / "text.txt", "samples": 12, "context": 64, "calibration_dtype": "float32"}
     fewbit.quantize(folder, "int3/g32/asym", out=tmp_path / "out", **options, **data_)
     ours, wanted = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), block(model, ids)
