@@ -100,8 +100,9 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = json.loads(kept.read_text())["rows"] if kept is not None and kept.exists() else []
     there = {(row["package"], row["method"], row["asked"]) for row in rows}
     for peer in arguments.packages:
-        asked = [(n, bits, what) for package, n, sizes, what in ROWS if package == peer for bits in sizes]
-        asked = [one for one in asked if one[1] in arguments.bits and (peer, *one[:2]) not in there]
+        rows_of = [row[1:] for row in ROWS if row[0] == peer and (not arguments.methods or row[1] in arguments.methods)]
+        asked = [(name, bits, what) for bits in arguments.bits for name, sizes, what in rows_of if bits in sizes]
+        asked = [one for one in asked if (peer, *one[:2]) not in there]
         with TemporaryDirectory() as scratch:
             save_file({"calibration": drawn}, Path(scratch) / "tokens.safetensors")
             jobs = [(bits, what.format(bits=bits)) for _, bits, what in asked]
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--peers", type=Path, required=True, help="a folder with a folder a package")
     parser.add_argument("--packages", nargs="+", default=list(dict.fromkeys(row[0] for row in ROWS)))
+    parser.add_argument("--methods", nargs="+", help="as the table calls them; all by default")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2, 8])
     parser.add_argument("--text", type=Path, help="evaluation text; bundled held-out text by default")
     parser.add_argument("--calibration", type=Path, help="calibration text; bundled by default")

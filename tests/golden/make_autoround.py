@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes autoround.npz with auto-round 0.16.1, transformers 5.23.0 and torch 2.13.0 on the CPU, in an environment of its
-own: ``python tests/golden/make_autoround.py``.
+"""Writes autoround.npz with auto-round 0.16.1, transformers 5.23.0 and torch 2.13.0 on the CPU, in an environment of
+its own: ``python tests/golden/make_autoround.py``.
 
 One block of a random Llama (64 wide, heavy-tailed weights of float16): ``weight.{parameter}`` float16;
 ``ids`` (12, 64) uint8, windows of prose without spaces, ``!`` being token 2; and what 60 iterations of 8 windows at 3

@@ -81,8 +81,8 @@ def test_what_quanto_stores(bits: int) -> None:
 
 
 def test_eight_bits_a_row_lose_no_more_than_quantos() -> None:
-    """Its grid spans 254 steps, ours 255. Rows of 128 are too short for that to win: the largest weight, which lies half
-    a step beyond the last positive code, then costs as much as finer steps bring."""
+    """Its grid spans 254 steps, ours 255. Rows of 128 are too short to win: the largest weight, which lies half a step
+    beyond the last positive code, then costs as much as finer steps bring."""
     weight, theirs = golden("layer")["sym4"].float().reshape(-1, 512), golden("quanto", "qint8.")["values"]
     ours = rtn(weight, formats.parse("int8/channel/sym")).dequantize()
     assert float((ours - weight).square().sum()) < float((theirs - weight).square().sum())
