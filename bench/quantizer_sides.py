@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quantizes in ``bench/quantizers.py``: a function a package, run in a process of its own in that package's
+environment, where fewbit need not be.
+
+Each takes a :class:`Job`, imports what it needs, and returns what is then timed: from the model's folder to quantized
+layers in memory. That gives weights by layer, dequantized, (out, in), and the bits that are stored for all of them
+together. Scales, minima and codebooks count as float16, in which a float16 model stores them, whatever they are here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import resource
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+GROUP = 32
+"""Of the widths of stories15m, 288 and 768, a divisor: several packages leave out layers where theirs is none."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """``model``: a Hugging Face folder. ``tokens``: (windows, tokens) to calibrate on, drawn from the file ``text``.
+    ``what``: a setting that the side understands. ``iters``: of tunings."""
+
+    model: Path
+    text: Path | None
+    tokens: Tensor
+    bits: int
+    what: str
+    iters: int
+
+
+Found = tuple[dict[str, Tensor], float]
+"""Weights by layer, and their bits."""
+Timed = Callable[[], Any]
+Read = Callable[[Any], Found]
+
+
+def network(job: Job) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32).eval()
+
+
+def linears(model: Any) -> dict[str, Any]:
+    """Layers that are quantized, by name: all but the head."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: layer.weight.detach().float() for name, layer in linears(model).items()}
+
+
+def count(found: dict[str, Tensor]) -> int:
+    return sum(weight.numel() for weight in found.values())
+
+
+def asymmetric(model: Any, bits: int) -> Found:
+    """Dequantized weights that lie in ``model``, a scale and an integer zero point a group."""
+    found = weights(model)
+    return found, (bits + (16 + bits) / GROUP) * count(found)
+
+
+def rows_of(job: Job) -> list[dict[str, list[int]]]:
+    return [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job.tokens.tolist()]
+
+
+def fewbit(job: Job) -> tuple[Timed, Read]:
+    import accuracy
+    import fewbit
+    from fewbit.containers import manifest as M
+    from fewbit.containers.files import read_json
+    from fewbit.run.verify import read_back, read_rewrite
+
+    format, _, row = job.what.partition(" ")
+    steps = {"iters": job.iters}
+    keywords = accuracy.settings(row, steps)
+    folder = TemporaryDirectory()
+    out = Path(folder.name) / "out"
+
+    def run() -> Any:
+        drawn = {"calibration": job.text, "samples": len(job.tokens), "context": job.tokens.shape[1]}
+        fewbit.quantize(job.model, format, out=out, head="float", threads=1, force=True, **drawn, **keywords)
+        return folder
+
+    def read(_: Any) -> Found:
+        records = [record for record in M.read(out)["layers"] if record["kind"] not in ("embedding", "head")]
+        where = read_json(out / "model.safetensors.index.json")["weight_map"]
+        found = {}
+        for record in records:
+            path = out / next(file for key, file in where.items() if key.startswith(f"{record['name']}.weight_"))
+            values = read_back(path, record).dequantize()
+            found[record["name"]] = read_rewrite(path, record).unweight(values).reshape(record["shape"])
+        return found, 8.0 * sum(record["nbytes"] for record in records)
+
+    return run, read
+
+
+def llmcompressor(job: Job) -> tuple[Timed, Read]:
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from torch.utils.data import DataLoader
+
+    grid = {"num_bits": job.bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP}
+    grid["actorder"] = job.what or None
+
+    def run() -> Any:
+        model = network(job)
+        groups = {"group_0": {"targets": ["Linear"], "weights": grid}}
+        oneshot(
+            model=model,
+            dataset=DataLoader([{n: torch.tensor(v) for n, v in row.items()} for row in rows_of(job)]),
+            recipe=GPTQModifier(config_groups=groups, ignore=["lm_head"]),
+            max_seq_length=job.tokens.shape[1],
+            num_calibration_samples=len(job.tokens),
+        )
+        return model
+
+    return run, lambda model: asymmetric(model, job.bits)
+
+
+def gptqmodel(job: Job) -> tuple[Timed, Read]:
+    from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel.quantization.config import VPTQConfig
+
+    if job.what == "vptq":
+        config = VPTQConfig(vector_lens=[-1, 4], num_centroids=[-1, 256], num_res_centroids=[-1, -1])
+    else:
+        act = {"desc_act": True, "static_groups": True, "act_group_aware": False} if job.what == "desc_act" else {}
+        config = QuantizeConfig(
+            bits=job.bits, group_size=GROUP, sym=False, format="gptq_v2", offload_to_disk=False, **act
+        )
+
+    def run() -> Any:
+        model = GPTQModel.load(str(job.model), config, device="cpu")
+        model.quantize(rows_of(job), batch_size=1)
+        return model.model
+
+    def read(model: Any) -> Found:
+        layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "dequantize_weight")}
+        found = {name: layer.dequantize_weight().float().T.contiguous() for name, layer in layers.items()}
+        return found, 8.0 * sum(b.nbytes for layer in layers.values() for b in layer.buffers())
+
+    return run, read
+
+
+def autoround(job: Job) -> tuple[Timed, Read]:
+    from auto_round import AutoRound
+    from transformers import AutoTokenizer
+
+    rows = [{name: torch.tensor([values]) for name, values in row.items()} for row in rows_of(job)]
+    options = {"iters": job.iters, "nsamples": len(rows), "seqlen": job.tokens.shape[1], "batch_size": 8}
+
+    def run() -> Any:
+        words = AutoTokenizer.from_pretrained(job.model)
+        grid = {"bits": job.bits, "group_size": GROUP, "sym": False}
+        return AutoRound(network(job), words, dataset=rows, device_map="cpu", **grid, **options).quantize()[0]
+
+    return run, lambda model: asymmetric(model, job.bits)
+
+
+def hqq(job: Job) -> tuple[Timed, Read]:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=job.bits, group_size=64, axis=1)
+    options = {"compute_dtype": torch.float32, "device": "cpu", "del_orig": False}
+
+    def run() -> Any:
+        return {name: HQQLinear(layer, config, **options) for name, layer in linears(network(job)).items()}
+
+    def read(layers: Any) -> Found:
+        found = {name: layer.dequantize().float() for name, layer in layers.items()}
+        packed = sum(layer.W_q.nbytes for layer in layers.values())
+        return found, 8 * packed + 32 / 64 * count(found)
+
+    return run, read
+
+
+def quanto(job: Job) -> tuple[Timed, Read]:
+    import optimum.quanto as Q
+
+    kind = getattr(Q, f"qint{job.bits}")
+
+    def run() -> Any:
+        model = network(job)
+        Q.quantize(model, weights=kind, exclude="lm_head")
+        Q.freeze(model)
+        return model
+
+    def read(model: Any) -> Found:
+        layers = {name: layer.weight for name, layer in linears(model).items()}
+        beside = sum(w._scale.numel() + (w._shift.numel() if job.bits < 8 else 0) for w in layers.values())
+        found = {name: weight.dequantize().float() for name, weight in layers.items()}
+        return found, job.bits * count(found) + 16 * beside
+
+    return run, read
+
+
+def torchao(job: Job) -> tuple[Timed, Read]:
+    from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
+
+    config = IntxWeightOnlyConfig(getattr(torch, f"int{job.bits}"), PerGroup(GROUP), MappingType.ASYMMETRIC)
+
+    def run() -> Any:
+        model = network(job)
+        quantize_(model, config, lambda layer, name: isinstance(layer, nn.Linear) and name != "lm_head")
+        return model
+
+    def read(model: Any) -> Found:
+        found = {name: layer.weight.dequantize().float() for name, layer in linears(model).items()}
+        return found, (job.bits + (16 + job.bits) / GROUP) * count(found)
+
+    return run, read
+
+
+def bitsandbytes(job: Job) -> tuple[Timed, Read]:
+    from bitsandbytes import functional
+
+    def run() -> Any:
+        options = {"blocksize": 64, "compress_statistics": True, "quant_type": job.what}
+        found = weights(network(job)).items()  # rows that no whole blocks make are decoded wrongly on the CPU
+        return {name: (w.shape, functional.quantize_4bit(w.reshape(-1, 64), **options)) for name, w in found}
+
+    def read(made: Any) -> Found:
+        found = {n: functional.dequantize_4bit(*each).float().reshape(shape) for n, (shape, each) in made.items()}
+        bits = sum(packed.nbytes + s.absmax.nbytes + s.state2.absmax.nbytes for _, (packed, s) in made.values())
+        return found, 8.0 * bits
+
+    return run, read
+
+
+SIDES: dict[str, Callable[[Job], tuple[Timed, Read]]] = {
+    one.__name__: one for one in (fewbit, llmcompressor, gptqmodel, autoround, hqq, quanto, torchao, bitsandbytes)
+}
+
+
+def peak() -> int:
+    """Most bytes that this process held since that was last forgotten."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def used() -> float:
+    """Processor seconds of this process and those that it started."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in both)
+
+
+def main() -> None:
+    """Every job in turn, so that packages are imported once: the first leaves ``0.json`` and ``0.safetensors``."""
+    parser = argparse.ArgumentParser(description="one side of bench/quantizers.py")
+    parser.add_argument("side", choices=sorted(SIDES))
+    for name in ("model", "folder"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--iters", type=int, required=True)
+    told = parser.parse_args()
+    torch.set_num_threads(1)
+    importlib.import_module("transformers.models.auto.modeling_auto")
+    importlib.import_module("transformers.models.llama.modeling_llama")
+    tokens = load_file(told.folder / "tokens.safetensors")["calibration"]
+    for number, (bits, what) in enumerate(json.loads((told.folder / "jobs.json").read_text())):
+        try:
+            found, row = quantized(told.side, Job(told.model, told.text, tokens, bits, what, told.iters))
+            save_file(found, told.folder / f"{number}.safetensors")
+        except Exception as error:  # the rest of the table stands without this row
+            traceback.print_exc()
+            row = {"failed": f"{type(error).__name__}: {error}"}
+        (told.folder / f"{number}.json").write_text(json.dumps(row))
+
+
+def quantized(side: str, job: Job) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights, and what they took."""
+    solve, read = SIDES[side](job)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    began, before = time.monotonic(), used()
+    made = solve()
+    spent = {"seconds": time.monotonic() - began, "cpu_seconds": used() - before, "peak_rss_bytes": peak()}
+    with torch.no_grad():
+        found, bits = read(made)
+    return {name: weight.contiguous() for name, weight in found.items()}, {**spent, "bits": bits / count(found)}
+
+
+if __name__ == "__main__":
+    main()
