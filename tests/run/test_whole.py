@@ -87,12 +87,24 @@ def test_the_gradient_of_a_scale_is_that_of_finite_differences(
             ends.append(kl())
         found["slope"] = (ends[0] - ends[1]) / (2 * far)
 
-    monkeypatch.setattr(fewbit.run, "learn_whole", look)
+    monkeypatch.setattr(again, "learn_whole", look)
     end = {**DISTILL, "batch": 7}
     short(tmp_path / "out", "int3/g32/sym", "rtn", tune=[end], **FLOAT32)
     assert found["loss"] == pytest.approx(found["kl"], rel=1e-4)
     assert abs(found["slope"]) > 1e-7
     assert found["ours"] == pytest.approx(found["slope"], rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["distill", "distill-codes"])
+def test_a_gpu_does_what_the_processor_does(tmp_path: Path, short: Short, name: str) -> None:
+    ends = []
+    for device in ("cpu", "cuda"):
+        more: dict[str, Any] = {"tune": [{**DISTILL, "name": name, "lr": 0.02}], "device": device, **FLOAT32}
+        ends.append(short(tmp_path / device, "int3/g32/asym", "rtn", **more).manifest["end"])
+    assert ends[1]["before"] == pytest.approx(ends[0]["before"], rel=1e-3)
+    assert ends[1]["after"] < ends[1]["before"]
+    assert ends[1]["after"] == pytest.approx(ends[0]["after"], rel=0.1)  # signs of small gradients differ
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from fewbit.model.stream import StreamedModel
 from fewbit.model.surgery import Preparation
 from fewbit.recipe import Recipe
 from fewbit.run import opening as O
-from fewbit.run.again import learn_whole
+from fewbit.run.again import run_all
 from fewbit.run.ending import STATE, describe, finish
 from fewbit.run.events import Event, Progress
 from fewbit.run.facts import KeptFacts
@@ -29,7 +29,6 @@ from fewbit.run.journal import Journal
 from fewbit.run.learning import learned
 from fewbit.run.planning import Plan, make_plan
 from fewbit.run.sensitivity import Sensitivity
-from fewbit.run.stages import run_stages
 from fewbit.run.state import Run
 from fewbit.run.workers import Workers, workers
 
@@ -91,8 +90,7 @@ def quantize(
     chosen, target, tell = _recipe(recipe, method, head, options, transforms, tune), Path(out), progress or O.silent
     with O.source(model, tokenizer, target) as path:
         streamed = StreamedModel.open(checkpoint := open_checkpoint(path), _preparation(chosen, seed))
-        planned = _planned(checkpoint, streamed, chosen, samples * context, force, tell)
-        _check(planned, chosen, device, facts)
+        _check(planned := _planned(checkpoint, streamed, chosen, samples * context, force, tell), chosen, device, facts)
         words, products = checkpoint.tokenizer(), O.products(calibration_dtype)
         data = _calibration(checkpoint, words, chosen, calibration, samples, context, seed, tell)
         kept, data = _kept(facts, checkpoint, planned, data, calibration is not None)
@@ -105,8 +103,7 @@ def quantize(
             prepared = _learned(chosen, streamed, planned, data, folder, pool, tell, seed)
             run = Run(prepared, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed, device)
             run.kept, run.sensitivity, run.end = kept, _sensitivity(run), chosen.end
-            run_stages(run)
-            learn_whole(run)
+            run_all(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)
     tell(Event("done", message=str(target)))
     return Result(target, manifest)

@@ -20,13 +20,19 @@ from fewbit.run.collect import observe_probe, probe_through
 from fewbit.run.events import Event
 from fewbit.run.rewriting import as_run
 from fewbit.run.solve import Solved, Task, relative_error, repacked
-from fewbit.run.stages import check_ends, float_logits, tail_sites, write_stage
+from fewbit.run.stages import check_ends, float_logits, run_stages, tail_sites, write_stage
 from fewbit.run.state import Run, peak_rss
 from fewbit.run.tasks import block_sites, propagate
 from fewbit.run.whole import Found, Whole, stored
 
 PLACE = "learned"
 """Folder of new shards in ``state``."""
+
+
+def run_all(run: Run) -> None:
+    """Every stage, and what the whole model learns after them."""
+    run_stages(run)
+    learn_whole(run)
 
 
 def learn_whole(run: Run) -> None:
