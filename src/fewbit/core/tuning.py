@@ -85,14 +85,14 @@ class Tuning:
 class ModelTuning:
     """One row of the table of what a model learns as a whole, once all its blocks are done.
 
-    * ``by``: names of tunings. A layer learns what the first of them that takes its format does; where none takes it,
-      it stands still.
+    * ``by``: tunings by name, and the rate of the first step. A layer learns what the first of them that takes its
+      format does; where none takes it, it stands still.
     * ``options`` and ``limits``: as of :class:`Tuning`. ``iters`` steps of ``batch`` windows; ``lr`` falls linearly to
-      zero, 0 meaning the rate of each tuning; ``vectors``, ``label``: see :mod:`fewbit.run.whole`.
+      zero, 0 meaning the rates of ``by``; ``vectors``, ``label``: see :mod:`fewbit.run.whole`.
     """
 
     name: str
-    by: tuple[str, ...]
+    by: Mapping[str, float]
     options: dict[str, float]
     limits: dict[str, tuple[float, float]]
     source: str = ""

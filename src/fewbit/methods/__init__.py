@@ -140,14 +140,14 @@ _WHOLE_LIMITS: dict[str, tuple[float, float]] = {
 MODEL_TUNINGS: tuple[ModelTuning, ...] = (
     ModelTuning(
         "distill",
-        ("books", "scales"),
+        {"books": 0.006, "scales": 0.006},
         _WHOLE,
         _WHOLE_LIMITS,
         source="second phase of Chen et al. 2024, arXiv:2407.11062; loss of Hinton et al. 2015, arXiv:1503.02531",
     ),
     ModelTuning(
         "distill-codes",
-        ("rounding", "vectors", "scales"),
+        {"rounding": 0.01, "vectors": 0.01, "scales": 0.006},
         _WHOLE,
         _WHOLE_LIMITS,
         source="Cheng et al. 2023, arXiv:2309.05516, on the loss of Hinton et al. 2015, arXiv:1503.02531",

@@ -173,7 +173,7 @@ class Whole:
         floating = item.rewrite.weight(self._model.weight(name).float().cpu())
         whole = Solved(item.weight, item.record, item.rewrite, None, floating)
         learner = tuning.learn(*placed(whole.unpacked(), self._device))
-        rate = self.options["lr"] or tuning.rate(int(self.options["iters"]), matrices(item.weight)[0].format)
+        rate = self.options["lr"] or self._row.by[tuning.name]
         values = {key: array.clone() for key, array in learner.start.items()}
         return Member(site.parameter, name, site.transposed, learner, tuning.descend(), rate, values)
 
@@ -214,7 +214,7 @@ class Whole:
             left = (time.monotonic() - began) / step * (iters - step)
             event = Event("step", block=step, blocks=iters, eta_seconds=left, message=told, peak_rss_bytes=peak_rss())
             self._run.progress(event)
-        found = Found({}, {}, start, start, self.still) if best is None else self._frozen(best, start)
+        found = self._nothing(start) if best is None else self._frozen(best, start)
         self.close()
         return found
 
@@ -239,7 +239,11 @@ class Whole:
         decoded = [layers[m.layer].dequantize() if m.layer else vectors[m.parameter] for m in self._members]
         self._show([weight.to(self._device) for weight in decoded])
         after = self.held_out()
-        return Found(layers, vectors, start, after, self.still) if after < start else Found({}, {}, start, start, {})
+        return Found(layers, vectors, start, after, self.still) if after < start else self._nothing(start)
+
+    def _nothing(self, start: float) -> Found:
+        """All stays as it is."""
+        return Found({}, {}, start, start, self.still)
 
     def _step(self, share: float) -> float:
         """One step, at ``share`` of the first rate; the loss before it."""
