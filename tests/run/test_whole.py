@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import fewbit
 from fewbit import calibrate
 from fewbit.errors import SpecError, UnsupportedError
+from fewbit.methods.scales import Scales
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.recipe import Recipe
 from fewbit.run import again
@@ -118,9 +119,16 @@ def test_a_gpu_does_what_the_processor_does(tmp_path: Path, short: Short, name: 
     ],
 )
 def test_the_loss_is_the_divergence_that_eval_measures(
-    tmp_path: Path, short: Short, tiny: Path, format: str, method: str, transforms: list[str], options: Any
+    tmp_path: Path,
+    short: Short,
+    tiny: Path,
+    probe_kl: Callable[[Any], float],
+    format: str,
+    method: str,
+    transforms: list[str],
+    options: Any,
 ) -> None:
-    """Before and after, on the window held out: of the folder as ``fewbit eval`` runs it."""
+    """Before and after, on the window held out: of the folder as ``fewbit eval`` runs it. And the check of the run."""
     more = {"transforms": transforms, "force": True, **FLOAT32}
     plain = short(tmp_path / "plain", format, method, **more)
     tuned = short(tmp_path / "tuned", format, method, tune=[{**DISTILL, **options}], **more)
@@ -129,6 +137,7 @@ def test_the_loss_is_the_divergence_that_eval_measures(
         measured = fewbit.evaluate(result.path, tiny, ids, context=64, decode_tokens=0)
         assert measured.kl_mean == pytest.approx(expected, rel=1e-3)
     assert end["after"] < end["before"] and end["still"] == {}
+    assert abs(probe_kl(fewbit.load(tuned.path)) / tuned.manifest["check"]["kl_mean"] - 1) < 0.02
     assert tuned.manifest["bits_per_weight"] == plain.manifest["bits_per_weight"]
     assert tuned.manifest["size_bytes"] == plain.manifest["size_bytes"]
 
@@ -151,11 +160,18 @@ def test_codes_stand_still_and_scales_and_norms_move(tmp_path: Path, short: Shor
     assert torch.equal(fewbit.load(still.path).get_parameter("model.norm.weight"), norms[0])
 
 
-def test_steps_that_lose_are_not_kept(tmp_path: Path, short: Short, hashes: Hashes) -> None:
+def test_what_loses_is_not_kept(
+    tmp_path: Path, short: Short, hashes: Hashes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither steps that lose, nor values of which files would hold others."""
     wild = short(tmp_path / "wild", tune=[{**DISTILL, "iters": 2, "lr": 1.0}])
+    good = Scales.freeze
+    monkeypatch.setattr(Scales, "freeze", lambda one, v: good(one, {name: a - 0.3 for name, a in v.items()}))
+    lost = short(tmp_path / "lost", tune=[DISTILL])
     short(tmp_path / "plain")
-    assert wild.manifest["end"]["after"] == wild.manifest["end"]["before"]
-    assert shards(hashes(tmp_path / "wild")) == shards(hashes(tmp_path / "plain"))
+    for name, run in (("wild", wild), ("lost", lost)):
+        assert run.manifest["end"]["after"] == run.manifest["end"]["before"]
+        assert shards(hashes(tmp_path / name)) == shards(hashes(tmp_path / "plain"))
 
 
 def test_bytes_do_not_depend_on_threads_or_interruptions(
