@@ -160,9 +160,7 @@ def test_codes_stand_still_and_scales_and_norms_move(tmp_path: Path, short: Shor
     assert torch.equal(fewbit.load(still.path).get_parameter("model.norm.weight"), norms[0])
 
 
-def test_what_loses_is_not_kept(
-    tmp_path: Path, short: Short, hashes: Hashes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_loses_is_not_kept(tmp_path: Path, short: Short, hashes: Hashes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither steps that lose, nor values of which files would hold others."""
     wild = short(tmp_path / "wild", tune=[{**DISTILL, "iters": 2, "lr": 1.0}])
     good = Scales.freeze
