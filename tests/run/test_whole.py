@@ -111,11 +111,9 @@ def test_a_gpu_does_what_the_processor_does(tmp_path: Path, short: Short, name: 
 @pytest.mark.parametrize(
     ("format", "method", "transforms", "options"),
     [
-        ("int2/g32/asym", "gptq", [], {}),
         ("W4A8", "rtn", ["smooth"], {"lr": 0.02}),
         ("int3/g32/asym", "rtn", ["rotate"], {"name": "distill-codes", "lr": 0.02}),
         ("sign/g32", "billm", [], {}),
-        ("vector4x4", "vptq", [], {"name": "distill-codes"}),
     ],
 )
 def test_the_loss_is_the_divergence_that_eval_measures(
