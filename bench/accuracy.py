@@ -62,7 +62,8 @@ METHODS: dict[str, tuple[tuple[str | dict[str, Any], ...], str, dict[str, Any]]]
     "autoround": ((), "autoround", {}),
     "awq + autoround": (("awq",), "autoround", {}),
 }
-"""Transforms, method and options by the name of a row. ``NAME > rounding > scales`` tunes blocks after a row."""
+"""Transforms, method and options by the name of a row. ``NAME > rounding > scales`` tunes blocks after a row, and
+a last ``> distill`` the whole model."""
 RECIPE = "recipe"
 """In place of a method: the format is the name of a recipe's file."""
 USUAL = ("rtn", "clip", "gptq", "gptq act-order")
@@ -77,13 +78,15 @@ def choice(text: str) -> str:
     return text
 
 
-def settings(text: str, steps: dict[str, float]) -> dict[str, Any]:
-    """Keywords of :func:`fewbit.quantize` for the row ``text``, its tunings with the options ``steps``."""
+def settings(text: str, steps: dict[str, float], whole: dict[str, float]) -> dict[str, Any]:
+    """Keywords of :func:`fewbit.quantize` for the row ``text``, its tunings with the options ``steps``, what the whole
+    model learns with ``whole``."""
     name, *tune = text.split(" > ")
     transforms, method, options = METHODS[name]
     if methods.named(method).tuning:
         options = {**options, **steps}
-    tunes = [{"name": one, **steps} for one in tune]
+    ends = {row.name for row in methods.MODEL_TUNINGS}
+    tunes = [{"name": one, **(whole if one in ends else steps)} for one in tune]
     return {"method": method, "options": options, "transforms": transforms, "tune": tunes}
 
 
@@ -116,7 +119,8 @@ def quantized(arguments: argparse.Namespace, format: str, name: str, out: Path) 
     """Quantize into ``out``; seconds."""
     began = time.monotonic()
     steps = {key: getattr(arguments, key) for key in ("iters", "lr", "relative", "cosine", "own")}
-    given = {} if name == RECIPE else settings(name, steps)
+    whole = {key: getattr(arguments, f"whole_{key}") for key in ("iters", "batch", "lr", "vectors", "label")}
+    given = {} if name == RECIPE else settings(name, steps, whole)
 
     def to(out: Path, model: Any, **more: Any) -> None:
         fewbit.quantize(
@@ -229,6 +233,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--restore", type=int, default=0, help="steps of restorative preprocessing, at a rate of 1e-3")
     parser.add_argument("--device", default="cpu", help="where blocks are tuned: cpu or cuda")
     parser.add_argument("--iters", type=int, default=200, help="steps of tunings")
+    for option, default in methods.MODEL_TUNINGS[0].options.items():
+        told = f"option {option} of what the whole model learns"
+        parser.add_argument(f"--whole-{option}", type=type(default), default=default, help=told)
     parser.add_argument("--json", type=Path)
     return parser
 

@@ -35,6 +35,15 @@ def test_every_method_has_a_page() -> None:
             assert f"`{option}`" in page, f"{method.name}.md does not explain {option}"
 
 
+def test_what_a_model_learns_has_a_page() -> None:
+    from fewbit.methods import MODEL_TUNINGS
+
+    page = (ROOT / "docs" / "methods" / "distill.md").read_text(encoding="utf-8")
+    for row in MODEL_TUNINGS:
+        for word in (row.name, *row.options):
+            assert f"`{word}`" in page, f"distill.md does not explain {word}"
+
+
 def test_every_transform_has_a_page() -> None:
     from fewbit.transforms import MODEL_TRANSFORMS, TRANSFORMS
 

@@ -43,7 +43,9 @@ Transform = Annotated[
 Tuning = Annotated[
     list[str] | None,
     typer.Option(
-        "--tune", metavar="NAME", help="scales or rounding: learned block by block after the method; may be repeated."
+        "--tune",
+        metavar="NAME",
+        help="scales or rounding: learned by blocks after the method; distill, last: by the model; may be repeated.",
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="Where blocks are tuned: cpu or cuda; all else runs on the CPU.")]

@@ -22,7 +22,8 @@ too: the format that a layer's inputs are rounded to, token by token, while it r
 grid for all tokens that an observer finds in calibration (``int8/static/asym/mse``). ``transforms`` are done first, in
 order: names, or tables of a name and options, ``{ name = "smooth", alpha = 0.7 }``. ``tune``, written alike, is what
 the block learns once its layers are solved: ``["scales"]``. A rule that matches no layer is an error. Above the rules,
-``model = "quarot"``, or such a table, says what is done to the model as a whole before.
+``model = "quarot"``, or such a table, says what is done to the model as a whole before, and ``end = "distill"`` what it
+learns as a whole in the end.
 """
 
 from __future__ import annotations
@@ -119,6 +120,15 @@ class ModelStep(_Choice):
         return bool(transforms.named_model(self.name).learns)
 
 
+class ModelTune(_Choice):
+    """What the whole model learns in the end, with its options."""
+
+    what, example = "end =", '"distill" or { name = "distill", iters = 400 }'
+
+    def row(self) -> Any:
+        return methods.model_tuning(self.name)
+
+
 @dataclass(frozen=True)
 class Rule:
     """One line of a recipe. Checked when built: an unknown format, method, transform or option never reaches a run."""
@@ -210,10 +220,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ordered rules; the first that matches a layer decides. ``model``: what is done to the model before."""
+    """Ordered rules; the first that matches a layer decides. ``model``: what is done to the model before; ``end``: what
+    it learns as a whole in the end."""
 
     rules: tuple[Rule, ...]
     model: ModelStep | None = None
+    end: ModelTune | None = None
 
     @staticmethod
     def simple(
@@ -225,19 +237,29 @@ class Recipe:
         tune: Sequence[str | dict[str, Any]] = (),
     ) -> Recipe:
         """``transforms``, then one format and method for every layer, then ``tune``; embedding and head in ``head`` (or
-        "float"). One of the transforms may be of the whole model.
+        "float"). One of the transforms may be of the whole model, and the last of ``tune``.
 
         Raises:
-            SpecError: two of them are.
+            SpecError: two of them are, or what the whole model learns is not the last.
         """
         weight, activation = split_scheme(format)
         whole = [entry for entry in transforms if _of_model(entry)]
         if len(whole) > 1:
             raise SpecError(f"transforms {whole}", "each rotates the whole model", "one of them")
         own = tuple(Step.of(entry) for entry in transforms if not _of_model(entry))
-        every = Rule("*", weight, method, dict(options or {}), activation, own, tuple(map(Tune.of, tune)))
+        *blocks, last = tune or (None,)
+        ends = _is_row(methods.MODEL_TUNINGS, last)
+        if any(_is_row(methods.MODEL_TUNINGS, entry) for entry in blocks):
+            raise SpecError(f"tune {list(tune)}", "the whole model learns once, after all blocks", "put it last")
+        tunes = tuple(map(Tune.of, blocks if ends else tune))
+        every = Rule("*", weight, method, dict(options or {}), activation, own, tunes)
         rules = (Rule("kind:embedding", head), Rule("kind:head", head), every)
-        return Recipe(rules, ModelStep.of(whole[0]) if whole else None)
+        return Recipe(rules, ModelStep.of(whole[0]) if whole else None, ModelTune.of(last) if ends else None)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the model as a whole needs text, for a rotation or in the end."""
+        return self.end is not None or (self.model is not None and self.model.learns)
 
     def rule_for(self, name: str, kind: str, module_class: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.matches(name, kind, module_class)), None)
@@ -257,11 +279,16 @@ class Recipe:
                 raise SpecError(f"recipe rule {rule.match!r}", "it matches no layer", f"layers are named like {shown}")
 
     def to_dict(self) -> dict[str, Any]:
-        model = {} if self.model is None else {"model": self.model.plain()}
-        return {**model, "rule": [_rule_dict(rule) for rule in self.rules]}
+        return {**self._whole(), "rule": [_rule_dict(rule) for rule in self.rules]}
+
+    def _whole(self) -> dict[str, Any]:
+        """What is said above the rules."""
+        found = {"model": self.model, "end": self.end}
+        return {key: choice.plain() for key, choice in found.items() if choice is not None}
 
     def to_toml(self) -> str:
-        lines = [] if self.model is None else [f"model = {_inline(self.model.plain())}", ""]
+        lines = [f"{key} = {_inline(value)}" for key, value in self._whole().items()]
+        lines += [""] if lines else []
         for rule in self.to_dict()["rule"]:
             lines.append("[[rule]]")
             for key, value in rule.items():
@@ -272,7 +299,7 @@ class Recipe:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Recipe:
         """Raises SpecError when a key is unknown or missing."""
-        unknown = set(data) - {"rule", "model"}
+        unknown = set(data) - {"rule", "model", "end"}
         if unknown or not isinstance(data.get("rule"), list) or not data["rule"]:
             raise SpecError(
                 "recipe",
@@ -280,7 +307,8 @@ class Recipe:
                 "a recipe is a list of [[rule]]",
             )
         model = ModelStep.of(data["model"]) if "model" in data else None
-        return Recipe(tuple(_rule(entry) for entry in data["rule"]), model)
+        end = ModelTune.of(data["end"]) if "end" in data else None
+        return Recipe(tuple(_rule(entry) for entry in data["rule"]), model, end)
 
     @staticmethod
     def read(path: str | Path) -> Recipe:
@@ -306,8 +334,13 @@ def split_scheme(format: str) -> tuple[str, str | None]:
 
 
 def _of_model(entry: Any) -> bool:
+    return _is_row(transforms.MODEL_TRANSFORMS, entry)
+
+
+def _is_row(rows: Sequence[Any], entry: Any) -> bool:
+    """Whether ``entry``, a name or a table of one, names one of ``rows``."""
     name = entry.get("name") if isinstance(entry, dict) else entry
-    return any(row.name == name for row in transforms.MODEL_TRANSFORMS)
+    return any(row.name == name for row in rows)
 
 
 def _inline(value: Any) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -27,7 +28,7 @@ class Renderer:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.completed}/{task.total} " + self._counted),
+                TextColumn("{task.completed}/{task.total} {task.fields[unit]}"),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[left]}"),
                 console=self._console,
@@ -53,8 +54,11 @@ class Renderer:
         if self._bar is None:
             return
         if self._task is None:
-            self._task = self._bar.add_task(self._doing, total=event.blocks or None, left="")
-        self._bar.update(self._task, completed=event.block or None, total=event.blocks or None, left=self._left())
+            self._task = self._bar.add_task(self._doing, total=event.blocks or None, left="", unit=self._counted)
+        steps = event.kind == "step"
+        done = event.block if steps or event.kind == "block" else None
+        named: dict[str, Any] = {"description": "learning", "unit": "steps"} if steps else {}
+        self._bar.update(self._task, completed=done, total=event.blocks or None, left=self._left(), **named)
 
     def _left(self) -> str:
         return f"{N.seconds(self._eta)} left" if self._eta is not None else ""
@@ -63,6 +67,8 @@ class Renderer:
         """The line that an event prints; empty when it prints none."""
         if event.kind == "note":
             return f"note: {event.message}"
+        if event.kind == "step":
+            return f"learning: {event.message}" if event.message else ""
         if event.kind == "start":
             return event.message or f"{event.blocks} blocks"
         if event.kind == "done":

@@ -49,14 +49,16 @@ class Request:
             SpecError: neither --format nor --recipe, or an option, a transform or a tuning that does not exist.
         """
         given = Recipe(()) if self.recipe_file is None else Recipe.read(self.recipe_file)
-        rules, model = given.rules, given.model
+        rules, model, end = given.rules, given.model, given.end
         if self.format is not None:
             options, transforms = settings(self.settings or []), self.transforms or []
             rest = Recipe.simple(self.format, self.method, self.head, options, transforms, self.tune or [])
             if model is not None and rest.model is not None:
                 found = f"the recipe has {model.name} for the whole model"
                 raise SpecError(f"--transform {rest.model.name}", found, "one of them")
-            rules, model = rules + rest.rules, model or rest.model
+            if end is not None and rest.end is not None:
+                raise SpecError(f"--tune {rest.end.name}", f"the recipe ends with {end.name}", "one of them")
+            rules, model, end = rules + rest.rules, model or rest.model, end or rest.end
         options_given = {"--option": self.settings, "--transform": self.transforms, "--tune": self.tune}
         if self.format is None and (asked := next((name for name, value in options_given.items() if value), None)):
             what = {"--option": "options", "--transform": "transforms", "--tune": "tunings"}[asked]
@@ -64,7 +66,7 @@ class Request:
         if not rules:
             works = "--format int4/g128/asym, or --recipe FILE, or both"
             raise SpecError(f"quantizing {self.model}", "neither --format nor --recipe was given", works)
-        return Recipe(rules, model)
+        return Recipe(rules, model, end)
 
     def planning(self) -> dict[str, Any]:
         """Keywords of :func:`fewbit.plan`."""
@@ -134,6 +136,9 @@ def tables(out: Path, described: dict[str, Any]) -> list[Any]:
     ]
     if (model := described["recipe"].get("model")) is not None:
         rows.insert(3, ("whole model", model if isinstance(model, str) else ", ".join(map(str, model.values()))))
+    if (end := described.get("end")) is not None:
+        told = f"{end['name']}: {N.significant(end['before'])} -> {N.significant(end['after'])} on windows held out"
+        rows.append(("learned as a whole", told))
     measured = [layer for layer in described["layers"] if layer.get("relative_error") is not None]
     measured.sort(key=lambda layer: -layer["relative_error"])
     worst = [

@@ -79,3 +79,24 @@ class Tuning:
             SpecError: with what would work.
         """
         check_options(f"tuning {self.name}", self.options, self.limits, options)
+
+
+@dataclass(frozen=True)
+class ModelTuning:
+    """One row of the table of what a model learns as a whole, once all its blocks are done.
+
+    * ``by``: tunings by name, and the rate of the first step. A layer learns what the first of them that takes its
+      format does; where none takes it, it stands still.
+    * ``options`` and ``limits``: as of :class:`Tuning`. ``iters`` steps of ``batch`` windows; ``lr`` falls linearly to
+      zero, 0 meaning the rates of ``by``; ``vectors``, ``label``: see :mod:`fewbit.run.whole`.
+    """
+
+    name: str
+    by: Mapping[str, float]
+    options: dict[str, float]
+    limits: dict[str, tuple[float, float]]
+    source: str = ""
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """As :meth:`Tuning.check`."""
+        check_options(f"model tuning {self.name}", self.options, self.limits, options)

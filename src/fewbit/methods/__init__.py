@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods: which codes to choose, and tunings: what a block learns after that. Two literal tables."""
+"""Methods: which codes to choose; tunings: what a block learns after that, or the whole model. Three literal tables."""
 
 from __future__ import annotations
 
 from fewbit.core.descent import Adam, SignSGD
 from fewbit.core.method import Method
 from fewbit.core.rows import find
-from fewbit.core.tuning import Tuning
+from fewbit.core.tuning import ModelTuning, Tuning
 from fewbit.methods import autoround as rounding
 from fewbit.methods import bounds, scales, sums, vectors
 from fewbit.methods.arb import arb
@@ -41,6 +41,7 @@ from fewbit.methods.vptq import vptq
 
 __all__ = [
     "METHODS",
+    "MODEL_TUNINGS",
     "TUNINGS",
     "arb",
     "autoround",
@@ -50,6 +51,7 @@ __all__ = [
     "gptq",
     "hqq",
     "imatrix",
+    "model_tuning",
     "named",
     "nanoquant",
     "ptq161",
@@ -123,6 +125,32 @@ TUNINGS: tuple[Tuning, ...] = (
         limits=_LIMITS,
         inputs=True,
         source="second stage of Liu et al. 2024, arXiv:2406.06649",
+    ),
+)
+
+_WHOLE: dict[str, float] = {"iters": 200, "batch": 8, "lr": 0.0, "vectors": 1, "label": 0.0}
+_WHOLE_LIMITS: dict[str, tuple[float, float]] = {
+    "iters": (0, 100_000),
+    "batch": (1, 1024),
+    "lr": (0.0, 1.0),
+    "vectors": (0, 1),
+    "label": (0.0, 100.0),
+}
+
+MODEL_TUNINGS: tuple[ModelTuning, ...] = (
+    ModelTuning(
+        "distill",
+        {"books": 0.006, "scales": 0.006},
+        _WHOLE,
+        _WHOLE_LIMITS,
+        source="second phase of Chen et al. 2024, arXiv:2407.11062; loss of Hinton et al. 2015, arXiv:1503.02531",
+    ),
+    ModelTuning(
+        "distill-codes",
+        {"rounding": 0.01, "vectors": 0.01, "scales": 0.006},
+        _WHOLE,
+        _WHOLE_LIMITS,
+        source="Cheng et al. 2023, arXiv:2309.05516, on the loss of Hinton et al. 2015, arXiv:1503.02531",
     ),
 )
 
@@ -272,3 +300,12 @@ def tuning(name: str) -> Tuning:
         SpecError: there is none; the message lists those that exist.
     """
     return find(TUNINGS, name, "tuning")
+
+
+def model_tuning(name: str) -> ModelTuning:
+    """The tuning of a whole model called ``name``.
+
+    Raises:
+        SpecError: there is none; the message lists those that exist.
+    """
+    return find(MODEL_TUNINGS, name, "model tuning")

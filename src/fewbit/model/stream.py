@@ -128,10 +128,18 @@ class StreamedModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary) of the last block's output; ``after`` must be loaded."""
+        return self._end(self._ending, hidden)
+
+    def logits_as_now(self) -> Callable[[Tensor], Tensor]:
+        """:meth:`logits` of copies of what ``after`` holds now, whatever becomes of it."""
+        copies = {name: copy.deepcopy(self.module.get_submodule(name)) for name in self.after}
+        return partial(self._end, with_replaced(self._ending, copies))
+
+    def _end(self, ending: nn.Module, hidden: Tensor) -> Tensor:
         self._local.hidden = hidden
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         try:
-            return self._ending(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+            return ending(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
         finally:
             self._local.hidden = None
 
@@ -250,7 +258,7 @@ class _Nothing(nn.Module):
         self._width, self._axes = width, axes
 
     def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        return torch.zeros(*x.shape[: x.ndim - self._axes], self._width)
+        return torch.zeros(*x.shape[: x.ndim - self._axes], self._width, device=x.device)
 
 
 class _ExpertWatch(TorchFunctionMode):
@@ -290,7 +298,7 @@ def _equal(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
     if isinstance(one, (tuple, list)):
         return len(one) == len(other) and all(map(_equal, one, other))
     if isinstance(one, dict):

@@ -81,6 +81,9 @@ def quantize(
     if chosen.model is not None:
         found = "it rotates the residual stream of a language model"
         raise UnsupportedError(f"{chosen.model.name} of a network", found, "transforms of layers")
+    if chosen.end is not None:
+        found = "it foretells no tokens; tunings of layers compare the whole network already"
+        raise UnsupportedError(f"{chosen.end.name} of a network", found, 'tune=["scales"]')
     made, batches = copy.deepcopy(network).eval(), list(inputs)
     folded = fold_norms(made, batches[0]) if fold and batches else {}
     rules, skipped = _decide(made, chosen, bool(batches))

@@ -21,6 +21,7 @@ from fewbit.model.stream import StreamedModel
 from fewbit.model.surgery import Preparation
 from fewbit.recipe import Recipe
 from fewbit.run import opening as O
+from fewbit.run.again import run_all
 from fewbit.run.ending import STATE, describe, finish
 from fewbit.run.events import Event, Progress
 from fewbit.run.facts import KeptFacts
@@ -28,7 +29,6 @@ from fewbit.run.journal import Journal
 from fewbit.run.learning import learned
 from fewbit.run.planning import Plan, make_plan
 from fewbit.run.sensitivity import Sensitivity
-from fewbit.run.stages import run_stages
 from fewbit.run.state import Run
 from fewbit.run.workers import Workers, workers
 
@@ -90,7 +90,7 @@ def quantize(
     chosen, target, tell = _recipe(recipe, method, head, options, transforms, tune), Path(out), progress or O.silent
     with O.source(model, tokenizer, target) as path:
         streamed = StreamedModel.open(checkpoint := open_checkpoint(path), _preparation(chosen, seed))
-        planned = _checked(_planned(checkpoint, streamed, chosen, samples * context, force, tell), device, facts)
+        _check(planned := _planned(checkpoint, streamed, chosen, samples * context, force, tell), chosen, device, facts)
         words, products = checkpoint.tokenizer(), O.products(calibration_dtype)
         data = _calibration(checkpoint, words, chosen, calibration, samples, context, seed, tell)
         kept, data = _kept(facts, checkpoint, planned, data, calibration is not None)
@@ -102,8 +102,8 @@ def quantize(
         with workers(threads) as pool:
             prepared = _learned(chosen, streamed, planned, data, folder, pool, tell, seed)
             run = Run(prepared, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed, device)
-            run.kept, run.sensitivity = kept, _sensitivity(run)
-            run_stages(run)
+            run.kept, run.sensitivity, run.end = kept, _sensitivity(run), chosen.end
+            run_all(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)
     tell(Event("done", message=str(target)))
     return Result(target, manifest)
@@ -155,8 +155,8 @@ def _kept(
     return kept, None
 
 
-def _checked(planned: Plan, device: str, facts: str | Path | None) -> Plan:
-    """``planned``, where its device is there, and there is text where blocks are tuned.
+def _check(planned: Plan, recipe: Recipe, device: str, facts: str | Path | None) -> None:
+    """Refuse a device that is not there, and tunings without text.
 
     Raises:
         SpecError: what cannot be.
@@ -164,10 +164,10 @@ def _checked(planned: Plan, device: str, facts: str | Path | None) -> Plan:
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise SpecError(f"tuning on device {device!r}", "torch finds no such device here", "cpu, or cuda with a GPU")
     tuned = next((d.site.name for d in planned.decisions if d.rule is not None and d.rule.tunings()), None)
+    tuned = "the whole model" if recipe.end is not None else tuned
     if facts is not None and tuned is not None:
         found = "tuning runs the text through every block, and facts hold none"
         raise SpecError(f"tuning {tuned} from facts", found, "leave out the facts, or the tuning")
-    return planned
 
 
 def _recipe(
@@ -241,7 +241,7 @@ def _calibration(
     tell: Progress,
 ) -> Calibration | None:
     """Text for the methods, transforms and tunings that need it; None when nothing does."""
-    if not any(rule.calibrated for rule in recipe.rules) and not (recipe.model and recipe.model.learns):
+    if not any(rule.calibrated for rule in recipe.rules) and not recipe.learns:
         if source is not None:
             tell(Event("note", message=f"the calibration text {source} is not used: nothing in the recipe needs data"))
         return None

@@ -133,6 +133,7 @@ def _manifest(
             {"block": stage["stage"] - 1, "relative_error": stage["drift"]} for stage in stages if "drift" in stage
         ],
         "check": stages[-1]["check"],
+        **({"end": stages[-1]["end"]} if "end" in stages[-1] else {}),
         "files": files,
     }
 

@@ -15,11 +15,12 @@ class Event:
     * "start": ``blocks`` known. "done": everything is written and checked. "note": ``message`` is for the user.
     * "layer": ``name`` is solved: relative output ``error``, true ``bits`` per weight, ``seconds``; ``message`` or "".
     * "block": ``block`` of ``blocks`` is written; ``eta_seconds`` left.
+    * "step": as much of what the whole model learns is done: step ``block`` of ``blocks``; ``message`` now and then.
 
     ``peak_rss_bytes`` is the peak of this process so far.
     """
 
-    kind: Literal["start", "layer", "block", "note", "done"]
+    kind: Literal["start", "layer", "block", "step", "note", "done"]
     name: str = ""
     block: int = 0
     blocks: int = 0

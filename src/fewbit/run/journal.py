@@ -36,7 +36,11 @@ class Journal:
         return Journal(path, fingerprint, found["stages"])
 
     def finish(self, record: dict[str, Any]) -> None:
-        self.stages.append(record)
+        self.become([*self.stages, record])
+
+    def become(self, stages: list[dict[str, Any]]) -> None:
+        """``stages`` in place of those there are, at once."""
+        self.stages = stages
         write_json(self.path, {"fingerprint": self.fingerprint, "stages": self.stages})
 
 

@@ -18,7 +18,7 @@ from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.sites import Site
 from fewbit.model.stream import StreamedModel
-from fewbit.recipe import FLOAT, Recipe, Rule, Step
+from fewbit.recipe import FLOAT, ModelTune, Recipe, Rule, Step
 from fewbit.run.solve import kernel_name, layout_for
 
 REFERENCE = "reference"
@@ -105,10 +105,11 @@ def make_plan(
     quantized = [d for d in decisions if d.rule is not None]
     if not quantized:
         raise SpecError("quantizing", "every layer would stay in float", "give a rule with a format")
+    _check_end(recipe.end, quantized)
     size = sum(d.nbytes for d in decisions) + sum(size for _, _, size in kept)
     bits = 8 * sum(d.nbytes for d in quantized) / sum(d.weights for d in quantized)
-    calibrated = any(d.rule and d.rule.calibrated for d in quantized)
-    seconds, memory = estimate(decisions, tokens if calibrated else 0, batch_tokens, model)
+    calibrated = recipe.end is not None or any(d.rule and d.rule.calibrated for d in quantized)
+    seconds, memory = estimate(decisions, tokens if calibrated else 0, batch_tokens, model, recipe.end)
     warnings = _warnings(quantized, size, checkpoint) + _of_surgery(model, decisions)
     return Plan(decisions, kept, dtype, size, checkpoint.nbytes, bits, memory, seconds, warnings)
 
@@ -244,6 +245,19 @@ def _check_tunings(site: Site, rule: Rule, format: Format) -> None:
             raise UnsupportedError(f"tuning {tune.name} of {format.name} for {site.name}", reason, works)
 
 
+def _check_end(end: ModelTune | None, quantized: list[Decision]) -> None:
+    """Refuse what the whole model learns where no layer has anything to learn."""
+    rows = [] if end is None else [methods.tuning(name) for name in methods.model_tuning(end.name).by]
+    inside = [d.rule for d in quantized if d.rule and d.site.block is not None and d.site.kind != "experts"]
+    if end is not None and not any(row.refuse(formats.parse(rule.format)) is None for rule in inside for row in rows):
+        asked = (
+            f"{end.name} of a model whose blocks hold {', '.join(sorted({rule.format for rule in inside})) or FLOAT}"
+        )
+        raise UnsupportedError(
+            asked, f"no layer has what {' or '.join(end.row().by)} learns", "int4/g64/asym has scales"
+        )
+
+
 def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> list[str]:
     found = []
     slow = [d for d in quantized if d.kernel.startswith(REFERENCE) and d.site.kind != "embedding"]
@@ -259,7 +273,9 @@ def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> l
     return found
 
 
-def estimate(decisions: list[Decision], tokens: int, batch_tokens: int, model: StreamedModel) -> tuple[float, int]:
+def estimate(
+    decisions: list[Decision], tokens: int, batch_tokens: int, model: StreamedModel, end: ModelTune | None = None
+) -> tuple[float, int]:
     """Seconds and peak bytes, from a matrix product timed here and now and the work that each layer needs."""
     side = 768
     a = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
@@ -291,9 +307,15 @@ def estimate(decisions: list[Decision], tokens: int, batch_tokens: int, model: S
             flops += decision.site.experts * (2 * tokens * columns**2 + 4 * columns**3 + rows * columns**2)
             seconds += columns * 2.5e-4
             largest = max(largest, decision.site.experts * 4 * columns**2)
+    every = sum(d.weights for d in decisions) if end is not None else 0
+    if end is not None:
+        options = {**end.row().options, **end.options}
+        # forward, again, and two products backward, in a step; attention and the float model's head as long again
+        flops += 16 * options["iters"] * options["batch"] * WINDOW * every
     base = 700 * 2**20  # python, torch and transformers themselves
     activations = 16 * batch_tokens * model.config.get_text_config().hidden_size * 8
     memory = base + int(2.5 * max(blocks.values())) + 4 * largest + activations
     # the sum of squares, and the gradients of a sequence a worker and one more
     memory += (2 + torch.get_num_threads()) * max(gradients.values(), default=0)
+    memory += (3 + torch.get_num_threads()) * 4 * every  # the model, what is learned, and gradients a worker
     return seconds + flops / rate, memory

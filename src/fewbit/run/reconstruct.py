@@ -26,24 +26,21 @@ import copy
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewbit import methods
-from fewbit.core.qtensor import QTensor
-from fewbit.core.rewrite import restore
-from fewbit.core.terms import Term, matrices
+from fewbit.core.terms import matrices
 from fewbit.core.transform import seed_of
 from fewbit.core.tuning import Learnable, Values
-from fewbit.kernels.reference import round_activations
 from fewbit.model.stream import with_replaced
 from fewbit.recipe import Tune
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenFile
 from fewbit.run.memory import give_back
+from fewbit.run.rewriting import placed, straight_through
 from fewbit.run.solve import Solved, retuned
 from fewbit.run.state import Run, peak_rss
 from fewbit.run.tasks import propagate
@@ -122,7 +119,7 @@ class _Phase:
             self._targets.append((self._own, _one_by_one(run.hidden(stage, "own"), self._windows)))
         self._device = torch.device(run.device)
         self._together = 1 if self._device.type == "cpu" else run.batch
-        self._calls = _placed(run.inputs("window" if self._together == 1 else "calibration").calls[index], self._device)
+        self._calls = placed(run.inputs("window" if self._together == 1 else "calibration").calls[index], self._device)
         block = run.model.module.get_submodule(run.model.blocks[index])
         self._bare = block if self._device.type == "cpu" else copy.deepcopy(block).to(self._device)
         name = f"{run.model.blocks[index]} {place} {tune.name}"
@@ -132,7 +129,7 @@ class _Phase:
         """What was solved, ``members`` tuned."""
         began, run = time.monotonic(), self._run
         chosen = [self._solved[i] for i in self._members]
-        learners = list(run.workers.map(lambda item: self._row.learn(*_placed(item.unpacked(), self._device)), chosen))
+        learners = list(run.workers.map(lambda item: self._row.learn(*placed(item.unpacked(), self._device)), chosen))
         start, least, best = self._learn(learners)
         self._inputs.close()
         for _, file in self._targets:
@@ -144,7 +141,7 @@ class _Phase:
         if best is None:
             return [retuned(item, None, outcome) if i in self._members else item for i, item in enumerate(self._solved)]
         pairs = zip(learners, best, strict=True)
-        ends = [_placed(learner.freeze(values), torch.device("cpu")) for learner, values in pairs]
+        ends = [placed(learner.freeze(values), torch.device("cpu")) for learner, values in pairs]
         frozen = dict(zip(self._members, ends, strict=True))
         result = [
             retuned(item, frozen[i], outcome) if i in self._members else item for i, item in enumerate(self._solved)
@@ -276,33 +273,10 @@ def _one_by_one(file: HiddenFile, windows: int) -> HiddenFile:
     return HiddenFile(file.path, (windows, 1, *file.shape[2:]), "read")
 
 
-def _placed(tree: Any, device: torch.device) -> Any:
-    """``tree`` with its tensors on ``device``."""
-    if isinstance(tree, Tensor):
-        return tree.to(device)
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(_placed(entry, device) for entry in tree)
-    if isinstance(tree, dict):
-        return {key: _placed(entry, device) for key, entry in tree.items()}
-    if isinstance(tree, (QTensor, Term)):
-        held: Any = tree  # every term is a dataclass
-        return replace(held, **{one.name: _placed(getattr(held, one.name), device) for one in fields(held)})
-    return tree
-
-
 def _twin(module: nn.Module, item: Solved, device: torch.device) -> nn.Module:
     """``module`` with parameters and input hooks of its own: inputs are rewritten and rounded as when the model runs,
     and gradients go straight through that rounding."""
     twin = copy.copy(module)
     twin._parameters = dict(module._parameters)
-    kinds, columns = [step.kind for step in item.rewrite.steps], item.record["shape"][1]
-    rewrite, activation = restore(kinds, columns, _placed(item.rewrite.arrays, device)), item.activation
-
-    def inputs(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = rewrite.apply(arguments[0]) if rewrite.steps else arguments[0]
-        if activation is not None:
-            x = x + (round_activations(x.detach(), activation) - x.detach())
-        return (x, *arguments[1:])
-
-    twin._forward_pre_hooks = OrderedDict({0: inputs})
+    twin._forward_pre_hooks = OrderedDict({0: straight_through(item, device)})
     return twin

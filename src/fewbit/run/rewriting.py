@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations of the quantized path, rewritten and rounded as the quantized layers will do it when the model runs."""
+"""Activations of the quantized path, rewritten and rounded as the quantized layers will do it when the model runs; and
+what that takes on another device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fewbit.core.format import Format
-from fewbit.core.rewrite import Chain
+from fewbit.core.qtensor import QTensor
+from fewbit.core.rewrite import Chain, restore
+from fewbit.core.terms import Term
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels import Rewriting
 from fewbit.kernels.reference import round_activations
@@ -45,3 +50,32 @@ def _inputs(rewrite: Chain, activation: Format | None) -> Any:
         return (round_activations(rewriting(arguments[0]), activation), *arguments[1:])
 
     return hook
+
+
+def straight_through(item: Solved, device: torch.device) -> Any:
+    """A pre-hook that rewrites and rounds inputs on ``device`` as :func:`as_run` does, gradients going straight through
+    the rounding."""
+    kinds, columns = [step.kind for step in item.rewrite.steps], item.record["shape"][1]
+    rewrite, activation = restore(kinds, columns, placed(item.rewrite.arrays, device)), item.activation
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = rewrite.apply(arguments[0]) if rewrite.steps else arguments[0]
+        if activation is not None:
+            x = x + (round_activations(x.detach(), activation) - x.detach())
+        return (x, *arguments[1:])
+
+    return hook
+
+
+def placed(tree: Any, device: torch.device) -> Any:
+    """``tree`` with its tensors on ``device``."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(placed(entry, device) for entry in tree)
+    if isinstance(tree, dict):
+        return {key: placed(entry, device) for key, entry in tree.items()}
+    if isinstance(tree, (QTensor, Term)):
+        held: Any = tree  # every term is a dataclass
+        return replace(held, **{one.name: placed(getattr(held, one.name), device) for one in fields(held)})
+    return tree

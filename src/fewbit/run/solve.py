@@ -169,11 +169,15 @@ def retuned(item: Solved, made: T.Weight | None, outcome: str) -> Solved:
     if made is None:
         return replace(item, record=record)
     assert item.task is not None
+    again = repacked(replace(item, record=record), made)
+    error = relative_error(item.task, item.rewrite.unweight(again.weight.dequantize()))
+    return replace(again, record={**again.record, "relative_error": error})
+
+
+def repacked(item: Solved, made: T.Weight) -> Solved:
+    """``item`` with the codes and parameters of the unpacked ``made``."""
     packed = repack(made, layout_for)
-    decoded = packed.dequantize()
-    record["relative_error"] = relative_error(item.task, item.rewrite.unweight(decoded))
-    record["decoded_sha256"] = digest(decoded)
-    return replace(item, weight=packed, record=record)
+    return replace(item, weight=packed, record={**item.record, "decoded_sha256": digest(packed.dequantize())})
 
 
 def _whole(parts: list[QTensor | Terms]) -> T.Weight:

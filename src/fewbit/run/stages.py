@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -65,7 +66,7 @@ def embedding_stage(run: Run) -> dict[str, Any]:
     if tuned(run):
         _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "reference")
     solved = solve_sites(run, sites, {}, {})
-    record = _write(run, 0, sites, solved, {})
+    record = write_stage(run, 0, sites, solved, {})
     _store(run, 0, [model.begin(run.probe).hidden, floating], "probe")
     if run.calibration is not None:
         _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "calibration")
@@ -89,7 +90,7 @@ def block_stage(run: Run, stage: int) -> dict[str, Any]:
     flushed = run.workers.start(lambda: None if passed_on is None else passed_on.commit())
     with as_run(model, solved):
         quantized_when_ready = probe_started(run, index, before.read(0))
-        record = _write(run, stage, sites, solved, seen)
+        record = write_stage(run, stage, sites, solved, seen)
         quantized = quantized_when_ready()
     before.close()
     _store(run, stage, [quantized, floating], "probe")
@@ -106,19 +107,37 @@ def tail_stage(run: Run) -> dict[str, Any]:
     for path in model.after:
         model.load(path)
     last = run.hidden(run.stages - 2, "probe")
-    floating = list(run.workers.map(lambda hidden: model.logits(hidden).half(), last.read(1).split(1)))
-    sites = [site for site in model.sites if site.block is None and site.kind != "embedding"]
+    floating = float_logits(run, last.read(1))
+    sites = tail_sites(run)
     solved = solve_sites(run, sites, {}, {})
-    record = _write(run, run.stages - 1, sites, solved, {})
-    for site in sites:
-        if site.tied_to is not None:
-            propagate(model, _embedding(run, site.tied_to), site.name)
-    with as_run(model, solved):
-        triples = zip(last.read(0).split(1), floating, run.probe, strict=True)
-        compared = run.workers.map(lambda one: compare_logits(model.logits(one[0]).float(), one[1], one[2]), triples)
-        record["check"] = summary(compared)
+    record = write_stage(run, run.stages - 1, sites, solved, {})
+    record["check"] = check_ends(run, sites, solved, last.read(0), floating)
     last.close()
     return record
+
+
+def tail_sites(run: Run) -> list[Site]:
+    """What the last stage solves."""
+    return [site for site in run.model.sites if site.block is None and site.kind != "embedding"]
+
+
+def float_logits(run: Run, hidden: Tensor) -> list[Tensor]:
+    """Logits of the float path's ``hidden`` (windows, tokens, width), float16, by window; ``after`` is loaded, and in
+    float yet."""
+    return list(run.workers.map(lambda window: run.model.logits(window).half(), hidden.split(1)))
+
+
+def check_ends(
+    run: Run, sites: list[Site], solved: list[Solved], hidden: Tensor, floating: list[Tensor]
+) -> dict[str, Any]:
+    """The two ends compared on the probe: logits of the quantized path's ``hidden`` and those of the float path."""
+    for site in sites:
+        if site.tied_to is not None:
+            propagate(run.model, _embedding(run, site.tied_to), site.name)
+    with as_run(run.model, solved):
+        triples = zip(hidden.split(1), floating, run.probe, strict=True)
+        logits = run.model.logits
+        return summary(run.workers.map(lambda one: compare_logits(logits(one[0]).float(), one[1], one[2]), triples))
 
 
 def _embedding(run: Run, name: str) -> Solved | None:
@@ -131,14 +150,20 @@ def _embedding(run: Run, name: str) -> Solved | None:
     return Solved(read_back(path, found[0]), found[0], read_rewrite(path, found[0]))
 
 
-def _write(
-    run: Run, stage: int, sites: list[Site], solved: list[Solved], seen: dict[str, list[Tensor]]
+def write_stage(
+    run: Run,
+    stage: int,
+    sites: list[Site],
+    solved: list[Solved],
+    seen: dict[str, list[Tensor]],
+    folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Write the stage's shard and check it: read back from disk, decode, run the kernel, compare."""
+    """Write the stage's shard and check it: read back from disk, decode, run the kernel, compare. ``folder``: elsewhere
+    than in the run's."""
     tensors = {f"{item.record['name']}.{key}": tensor for item in solved for key, tensor in item.arrays().items()}
     tensors |= _kept(run, stage, sites)
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))  # keeps all aligned
-    path = run.folder / run.shard(stage)
+    path = (folder or run.folder) / run.shard(stage)
     sha256 = write_safetensors(path, tensors, {"format": "pt"})
 
     def check(item: Solved) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewbit.calibrate import Calibration
 from fewbit.model.stream import Inputs, StreamedModel
+from fewbit.recipe import ModelTune
 from fewbit.run.events import Progress
 from fewbit.run.facts import KeptFacts
 from fewbit.run.hidden import HiddenFile
@@ -27,7 +28,8 @@ from fewbit.run.workers import Workers
 class Run:
     """Everything a stage needs. ``probe`` (windows, tokens) is held-out text that the run checks itself on; ``seed``
     is what anything random is drawn from; ``device`` where blocks are tuned; ``sensitivity`` is there where a method
-    asks for the Fisher diagonal, and ``kept`` where facts were collected beforehand."""
+    asks for the Fisher diagonal, ``kept`` where facts were collected beforehand, and ``end`` where the model learns as
+    a whole once all blocks are done."""
 
     model: StreamedModel
     plan: Plan
@@ -43,6 +45,7 @@ class Run:
     device: str = "cpu"
     sensitivity: Sensitivity | None = None
     kept: KeptFacts | None = None
+    end: ModelTune | None = None
     began: float = field(default_factory=time.monotonic)
     calls: dict[str, Inputs] = field(default_factory=dict)
 

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""What the whole model learns in the end: to answer as the float model does.
+
+After EfficientQAT's second phase (Chen et al. 2024, arXiv:2407.11062): everything is quantized, codes stand still, and
+what scales them is learned through all layers at once. The loss is that of distillation (Hinton et al. 2015,
+arXiv:1503.02531) instead of the next token's: with p_t what the float model foretells after token t of a window, and
+q_t what the quantized one does, over all tokens but the last::
+
+    loss = mean of KL(p_t || q_t) + label * mean of -log q_t(next token)
+
+Which layer learns what is :attr:`fewbit.core.tuning.ModelTuning.by`; embedding and head stand still. ``vectors``: as
+well as that, vectors that are stored in float and in no layer (weights of norms, biases), as they are stored.
+
+The float model runs once, for its last block's outputs, which go to a file; from them and its own head come p_t. Then
+the quantized model, decoded, is in its place: 4 bytes a weight, as many for what is learned, for gradients and for each
+worker, and activations of one block, as blocks run again on the way back. An eighth of the windows is held out. Kept
+are the values whose codes and scales, as files hold them, lose least there in float32; where none lose less than the
+start, nothing changes. Gradients of windows are added up in order: any number of threads gives the same bytes. The
+phase is not resumed halfway: a run that is stopped in it begins it again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+
+from fewbit import methods
+from fewbit.containers import terms as T
+from fewbit.core.descent import Adam, Rule
+from fewbit.core.qtensor import QTensor
+from fewbit.core.terms import matrices
+from fewbit.core.transform import seed_of
+from fewbit.core.tuning import Learnable, ModelTuning, Tuning
+from fewbit.methods.floats import RATE, FloatVector
+from fewbit.model.loading import place
+from fewbit.run.events import Event
+from fewbit.run.hidden import HiddenFile
+from fewbit.run.memory import give_back
+from fewbit.run.rewriting import placed, straight_through
+from fewbit.run.solve import Solved
+from fewbit.run.state import Run, peak_rss
+from fewbit.run.verify import read_back, read_rewrite
+
+LOOKS = 8
+"""How often the windows that are held out are looked at."""
+TOLD = 20
+"""How often the loss is told."""
+HELD = 8
+"""One window of so many is held out, at most MOST_HELD, at least one."""
+MOST_HELD = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What was learned: weights of layers, unpacked, and vectors by the parameter's name; and the mean loss of what was
+    held out before and after. ``still``: layers that learn nothing, and why."""
+
+    layers: dict[str, T.Weight]
+    vectors: dict[str, Tensor]
+    before: float
+    after: float
+    still: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One parameter that is learned. ``layer``: the name of its layer, or "" of a vector."""
+
+    parameter: str
+    layer: str
+    transposed: bool
+    learner: Learnable | FloatVector
+    rule: Rule
+    rate: float
+    values: dict[str, Tensor]
+
+
+def stored(run: Run) -> list[Solved]:
+    """Every layer as the shards of ``run`` hold it."""
+    found = []
+    for stage in run.journal.stages:
+        path = run.folder / stage["file"]
+        found += [Solved(read_back(path, one), one, read_rewrite(path, one)) for one in stage["layers"]]
+    return found
+
+
+def fitting(row: ModelTuning, weight: T.Weight) -> Tuning | str:
+    """The tuning by which a layer of ``weight`` learns, or why it has none."""
+    reasons = []
+    for name in row.by:
+        tuning = methods.tuning(name)
+        if not isinstance(weight, QTensor) and not tuning.sums:
+            continue
+        refused = [tuning.refuse(one.format) for one in matrices(weight)]
+        if not isinstance(weight, QTensor) or not any(refused):
+            return tuning
+        reasons.append(refused[0] or "")
+    return reasons[-1] if reasons else "it is a sum of terms"
+
+
+class Whole:
+    """The model of ``run``, all of it in memory, quantized and about to learn."""
+
+    def __init__(self, run: Run) -> None:
+        assert run.end is not None and run.calibration is not None
+        self._run, self._row = run, methods.model_tuning(run.end.name)
+        self.options = {**self._row.options, **run.end.options}
+        self._device, self._model = torch.device(run.device), run.model
+        self._together = 1 if self._device.type == "cpu" else run.batch
+        self._map: Callable[..., Iterator[Any]] = run.workers.map if self._device.type == "cpu" else map
+        self._ids = run.calibration.ids
+        number = len(self._ids)
+        held = min(MOST_HELD, max(1, number // HELD))
+        self._held = list(range(number - held, number))
+        self._learned_from = list(range(number - held)) or self._held
+        self._generator = torch.Generator().manual_seed(seed_of(run.seed, run.end.name) & (2**63 - 1))
+        self._model.load("")
+        self._model.module.to(self._device)
+        self._wanted = self._model.logits_as_now()
+        self._float = self._float_path()
+        self.still: dict[str, str] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._members = self._quantized(stored(run))
+        self._leaves = [self._leaf(member) for member in self._members]
+
+    def _float_path(self) -> HiddenFile:
+        """The last block's outputs in the float model, a window an entry."""
+        width = self._model.config.get_text_config().hidden_size
+        shape = (len(self._ids), 1, self._ids.shape[1], width)
+        file = HiddenFile(self._run.folder / "state" / "float", shape, "scratch")
+
+        def one(windows: list[int]) -> None:
+            for window, hidden in zip(windows, self._through(windows).split(1), strict=True):
+                file.write(window, hidden.float().cpu())
+
+        for _ in self._map(one, self._parts(range(len(self._ids)))):
+            pass
+        return file
+
+    def _quantized(self, layers: list[Solved]) -> list[Member]:
+        """Put what ``layers`` decode to, and other parameters as stored, into the model; what can be learned."""
+        run, model, members = self._run, self._model, []
+        skipped = [d.site.parameter for d in run.plan.decisions if d.rule is None and d.site.tied_to is None]
+        for name in [*(name for name, _ in model.kept), *skipped]:
+            parameter = model.module.get_parameter(name)
+            parameter.data = parameter.to(run.plan.kept_dtype).float()
+        for item in layers:
+            name, site = item.record["name"], model.site(item.record["name"])
+            member = None if site.block is None else self._member(item)
+            for each in model.sites:
+                if name in (each.name, each.tied_to):
+                    model.set_weight(each.name, item.weight.dequantize().reshape(model.weight(each.name).shape))
+            if item.rewrite.steps or item.activation is not None:
+                hook = straight_through(item, self._device)
+                self._hooks.append(model.module.get_submodule(name).register_forward_pre_hook(hook))
+            members += [] if member is None else [member]
+        return members + (self._vectors() if self.options["vectors"] else [])
+
+    def _member(self, item: Solved) -> Member | None:
+        name, site = item.record["name"], self._model.site(item.record["name"])
+        tuning = fitting(self._row, item.weight)
+        if site.experts > 1 or isinstance(tuning, str):
+            self.still[name] = tuning if isinstance(tuning, str) else "experts see only what is routed to them"
+            return None
+        floating = item.rewrite.weight(self._model.weight(name).float().cpu())
+        whole = Solved(item.weight, item.record, item.rewrite, None, floating)
+        learner = tuning.learn(*placed(whole.unpacked(), self._device))
+        rate = self.options["lr"] or self._row.by[tuning.name]
+        values = {key: array.clone() for key, array in learner.start.items()}
+        return Member(site.parameter, name, site.transposed, learner, tuning.descend(), rate, values)
+
+    def _vectors(self) -> list[Member]:
+        """Vectors that are stored in float, from the first block on."""
+        found = []
+        for name, _ in self._model.kept:
+            parameter = self._model.module.get_parameter(name)
+            if parameter.ndim == 1 and not name.startswith(tuple(f"{path}." for path in self._model.before)):
+                learner = FloatVector(parameter.detach(), self._run.plan.kept_dtype)
+                values = {key: array.clone() for key, array in learner.start.items()}
+                found.append(Member(name, "", False, learner, Adam(), self.options["lr"] or RATE, values))
+        return found
+
+    def _leaf(self, member: Member) -> nn.Parameter:
+        leaf = nn.Parameter(self._model.module.get_parameter(member.parameter).detach().clone())
+        place(self._model.module, member.parameter, leaf)
+        return leaf
+
+    def learn(self) -> Found:
+        """All steps; what is kept."""
+        iters, began = int(self.options["iters"]), time.monotonic()
+        start = least = self.held_out()
+        best: list[dict[str, Tensor]] | None = None
+        looks = {iters * look // LOOKS for look in range(1, LOOKS + 1)}
+        losses: list[float] = []
+        for step in range(1, iters + 1):
+            losses.append(self._step(1 - (step - 1) / iters))
+            told = ""
+            if step in looks:
+                self._show([member.learner.weight(member.values) for member in self._members])
+                if (loss := self.held_out()) < least:
+                    least, best = loss, [{k: a.clone() for k, a in one.values.items()} for one in self._members]
+                told = f", {loss:.4f} on what is held out ({start:.4f} before)"
+            every = max(1, iters // TOLD)
+            if told or step % every == 0:
+                told = f"step {step} of {iters}, loss {sum(losses[-every:]) / len(losses[-every:]):.4f}{told}"
+            left = (time.monotonic() - began) / step * (iters - step)
+            event = Event("step", block=step, blocks=iters, eta_seconds=left, message=told, peak_rss_bytes=peak_rss())
+            self._run.progress(event)
+        found = self._nothing(start) if best is None else self._frozen(best, start)
+        self.close()
+        return found
+
+    def close(self) -> None:
+        """Leave the model as it was, unloaded."""
+        self._float.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._model.module.to("cpu")
+        self._model.free("")
+        give_back()
+
+    def _frozen(self, best: Sequence[dict[str, Tensor]], start: float) -> Found:
+        """``best`` as files hold it, if that loses less than the start."""
+        layers: dict[str, T.Weight] = {}
+        vectors: dict[str, Tensor] = {}
+        for member, values in zip(self._members, best, strict=True):
+            if isinstance(member.learner, FloatVector):
+                vectors[member.parameter] = member.learner.weight(values).cpu()
+            else:
+                layers[member.layer] = placed(member.learner.freeze(values), torch.device("cpu"))
+        decoded = [layers[m.layer].dequantize() if m.layer else vectors[m.parameter] for m in self._members]
+        self._show([weight.to(self._device) for weight in decoded])
+        after = self.held_out()
+        return Found(layers, vectors, start, after, self.still) if after < start else self._nothing(start)
+
+    def _nothing(self, start: float) -> Found:
+        """All stays as it is."""
+        return Found({}, {}, start, start, self.still)
+
+    def _step(self, share: float) -> float:
+        """One step, at ``share`` of the first rate; the loss before it."""
+        self._show(list(self._map(lambda member: member.learner.weight(member.values), self._members)))
+        loss, grads = self.gradients()
+
+        def move(pair: tuple[Member, Tensor]) -> None:
+            member, grad = pair
+            for name, found in member.learner.gradient(member.values, grad).items():
+                member.rule.step(name, member.values[name], found, member.rate * share)
+                member.values[name].clamp_(*member.learner.bounds[name])
+
+        for _ in self._map(move, zip(self._members, grads, strict=True)):
+            pass
+        return loss
+
+    def _show(self, weights: Sequence[Tensor]) -> None:
+        """Let the model go on with ``weights`` of the members."""
+        for member, leaf, weight in zip(self._members, self._leaves, weights, strict=True):
+            leaf.data.copy_(weight.T if member.transposed else weight)
+
+    def gradients(self) -> tuple[float, list[Tensor]]:
+        """The loss of a batch, and its gradient by the weight of each member."""
+        order = torch.randperm(len(self._learned_from), generator=self._generator)[: int(self.options["batch"])]
+        drawn = [self._learned_from[i] for i in order.tolist()]
+        total, loss = [torch.zeros_like(leaf) for leaf in self._leaves], 0.0
+
+        def one(windows: list[int]) -> tuple[float, Sequence[Tensor]]:
+            with torch.enable_grad():
+                with self._run.arithmetic(self._device.type):
+                    logits = self._model.logits(self._through(windows, True)).float()
+                lost = self._lost(logits, windows) * (len(windows) / len(drawn))
+                return lost.detach(), torch.autograd.grad(lost, self._leaves)  # type: ignore[return-value]
+
+        for part, found in self._map(one, self._parts(drawn)):
+            loss += float(part)
+            for sum_, grad in zip(total, found, strict=True):
+                sum_ += grad
+        members = zip(self._members, total, strict=True)
+        return loss, [grad.T if member.transposed else grad for member, grad in members]
+
+    def held_out(self) -> float:
+        """The mean loss of the windows that are held out, products in float32."""
+
+        def one(windows: list[int]) -> float:
+            logits = self._model.logits(self._through(windows)).float()
+            return float(self._lost(logits, windows, torch.float64)) * len(windows)
+
+        return float(sum(self._map(one, self._parts(self._held)))) / len(self._held)
+
+    def _parts(self, windows: Sequence[int]) -> list[list[int]]:
+        """What goes through the model at once."""
+        return [list(windows[i : i + self._together]) for i in range(0, len(windows), self._together)]
+
+    def _through(self, windows: list[int], again: bool = False) -> Tensor:
+        """The last block's outputs for ``windows``; ``again``: blocks keep nothing and run again on the way back."""
+        inputs = self._model.begin(self._ids[windows].to(self._device))
+        hidden, run = inputs.hidden, self._model.run_block
+        for index in range(len(self._model.blocks)):
+            if again:
+                options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+                hidden = checkpoint(run, index, hidden, inputs, **options)
+            else:
+                hidden = run(index, hidden, inputs)
+        return hidden
+
+    def _lost(self, logits: Tensor, windows: list[int], sums: torch.dtype = torch.float32) -> Tensor:
+        """The loss of ``windows`` whose ``logits`` (windows, tokens, vocabulary) are these, means being taken in
+        ``sums``."""
+        with torch.no_grad():
+            hidden = torch.cat([self._float.read(window) for window in windows]).to(self._device)
+            wanted = self._wanted(hidden)[:, :-1].float().log_softmax(-1)
+        made = logits[:, :-1].log_softmax(-1)
+        lost = (wanted.exp() * (wanted - made)).sum(-1).mean(dtype=sums)
+        if self.options["label"]:
+            ids = self._ids[windows][:, 1:].to(self._device)
+            lost = lost + self.options["label"] * cross_entropy(logits[:, :-1].flatten(0, 1), ids.flatten())
+        return lost
