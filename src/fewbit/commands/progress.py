@@ -56,7 +56,7 @@ class Renderer:
         if self._task is None:
             self._task = self._bar.add_task(self._doing, total=event.blocks or None, left="", unit=self._counted)
         steps = event.kind == "step"
-        done = event.block if steps or event.kind == "block" else None
+        done = event.block if steps else event.block or None
         named: dict[str, Any] = {"description": "learning", "unit": "steps"} if steps else {}
         self._bar.update(self._task, completed=done, total=event.blocks or None, left=self._left(), **named)
 
