@@ -13,8 +13,8 @@ import torch
 
 import fewbit
 from fewbit.decode import open_engine
-from fewbit.decode.source import _codes
 from fewbit.decode.transformers_engine import TransformersEngine
+from fewbit.decode.weights import codes_of
 from fewbit.kernels import native
 from fewbit.layouts import dense
 
@@ -90,4 +90,4 @@ def test_heads(tiny: Path, tmp_path: Path, head: str) -> None:
 def test_codes_of_a_file(bits: int, columns: int) -> None:
     codes = torch.randint(0, 2**bits, (5, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
     format = fewbit.formats.parse(f"int{bits}/channel") if bits > 1 else fewbit.formats.parse("sign/channel")
-    assert torch.equal(_codes(dense.pack_rows(codes, bits), (5, columns), format), codes)
+    assert torch.equal(codes_of(dense.pack_rows(codes, bits), (5, columns), format), codes)
