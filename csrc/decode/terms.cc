@@ -192,8 +192,8 @@ bool has_terms(const fewbit_weight& w) {
 
 }  // namespace fewbit
 
-extern "C" int fewbit_weight_multiply(const fewbit_weight* weight, const float* x, int64_t tokens, float* y, int32_t isa,
-                                      int32_t threads) {
+extern "C" int fewbit_weight_multiply(const fewbit_weight* weight, const float* x, int64_t tokens, float* y,
+                                      int32_t isa, int32_t threads) {
   using namespace fewbit;
   const Steps* steps = steps_of(isa);
   if (!steps || !weight || !x || !y || tokens < 0 || threads < 1) return FEWBIT_BAD_ARGUMENT;
@@ -203,8 +203,9 @@ extern "C" int fewbit_weight_multiply(const fewbit_weight* weight, const float* 
     std::vector<float> rewritten;
     std::vector<fewbit_output> outputs;
     Rooms rooms;
+    const Means means = {steps, thread_count(threads), &rewritten, &outputs, &rooms};
     const Product product = {weight, y, weight->rows};
-    return multiply({steps, thread_count(threads), &rewritten, &outputs, &rooms}, &product, 1, x, weight->columns, tokens);
+    return multiply(means, &product, 1, x, weight->columns, tokens);
   } catch (const std::bad_alloc&) {
     return FEWBIT_NO_MEMORY;
   }

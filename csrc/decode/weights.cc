@@ -77,7 +77,8 @@ int multiply_rounded(const Means& means, const Product* products, int32_t count,
   switch (w.kind) {
     case FEWBIT_TILED: return multiply_tiled(means, products, count, x);
     case FEWBIT_CODEBOOK:
-      return fewbit_vector_linear(&w.codebook, &x, w.bias, first.y, first.y_stride, FEWBIT_FLOAT32, w.isa, means.threads);
+      return fewbit_vector_linear(&w.codebook, &x, w.bias, first.y, first.y_stride, FEWBIT_FLOAT32, w.isa,
+                                  means.threads);
     case FEWBIT_BYTE_CODEBOOK:
       return fewbit_vector_linear_int8(w.bytes, w.x_block, &x, w.bias, first.y, first.y_stride, FEWBIT_FLOAT32, w.isa,
                                        means.threads);

@@ -4,6 +4,7 @@ rounded and with rewritten inputs, and for experts."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,48 @@ def test_rounded_inputs(tiny: Path, tmp_path: Path, activation: str) -> None:
 
 def test_inputs_that_were_quantized_with_the_weights(tiny: Path, tmp_path: Path) -> None:
     both(quantized(tiny, tmp_path / "out", "W8A8", transforms=["smooth", "rotate"]), None, exact=False)
+
+
+SUMS = {
+    "nanoquant": ("sign/channel", {"bits": 1.5, "iterations": 10, "rounds": 2}),
+    "billm": ("sign/g32", {}),
+    "arb": ("sign/g32", {}),
+    "ptq161": ("int1/channel/min", {}),
+    "squeezellm": ("palette3/rows16", {}),
+}
+
+
+@pytest.mark.parametrize("method", list(SUMS))
+def test_sums_of_terms(tiny: Path, tmp_path: Path, method: str) -> None:
+    """The logits of transformers, prompts cut anywhere, and the same greedy text."""
+    format, options = SUMS[method]
+    folder = quantized(tiny, tmp_path / "out", format, method=method, options=options)
+    entry = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
+    assert sum("terms" in module for module in entry.values()) == 14
+    both(folder, None)
+    both(folder, "int8/channel", exact=False)
+    engine, other = open_engine(folder, kv="float32"), TransformersEngine.load(folder, None, None, 8, None, None)
+    whole, cut, theirs = engine.open(), engine.open(), other.open()
+    logits = engine.feed([(whole, TOKENS)])
+    for piece in (TOKENS[:1], TOKENS[1:10], TOKENS[10:]):
+        last = engine.feed([(cut, piece)])
+    assert torch.equal(last, logits)
+    expected = other.feed([(theirs, TOKENS)])
+    for _ in range(12):
+        token = int(logits.argmax())
+        assert token == int(expected.argmax())
+        logits, expected = engine.feed([(whole, [token])]), other.feed([(theirs, [token])])
+
+
+@pytest.mark.parametrize("scheme", ["W8A8_STATIC", "W4A8_STATIC", "W4A4", "LLM_INT8"])
+def test_schemes(tiny: Path, tmp_path: Path, scheme: str) -> None:
+    both(quantized(tiny, tmp_path / "out", scheme, head="float"), None, exact=False)
+
+
+def test_tables_of_rows_that_are_also_looked_up(tiny: Path, tmp_path: Path) -> None:
+    folder = quantized(tiny, tmp_path / "out", "palette3/row", head="palette4/row")
+    both(folder, None)
+    both(folder, "int8/channel", exact=False)
 
 
 @pytest.mark.parametrize("transform", ["rotate", "smooth"])
