@@ -54,11 +54,32 @@ int sparse(const Means& means, const Product& product, const fewbit_input& x, bo
   return fewbit_sparse_add(w.sparse, &x, product.y, product.y_stride, w.isa, means.threads);
 }
 
+// `count` terms that one call computes: all but one that y may begin with beside it, and added in their order.
+int neighbours(const Means& means, const Product& product, const fewbit_weight* term, int32_t count,
+               const fewbit_input& x, bool add) {
+  const int64_t rows = product.weight->rows, apart = x.tokens * rows;
+  const Room room(means.rooms, count * apart);
+  std::vector<Product> products;
+  for (int32_t i = 0; i < count; i++) products.push_back({&term[i], room.data() + i * apart, rows});
+  if (!add) products[0] = {term, product.y, product.y_stride};
+  const int code = multiply_matrices(means, products.data(), count, x);
+  if (code != FEWBIT_OK) return code;
+  each(means, x.tokens, [&](int64_t token) {
+    for (int32_t i = add ? 0 : 1; i < count; i++)
+      means.steps->add(product.y + token * product.y_stride, room.data() + i * apart + token * rows, rows);
+  });
+  return FEWBIT_OK;
+}
+
 // Terms of x, which has been scaled.
 int terms(const Means& means, const Product& product, const fewbit_input& x, bool add) {
   const fewbit_weight& w = *product.weight;
-  for (int64_t i = 0; i < w.terms; i++) {
-    const int code = onto(means, {&w.term[i], product.y, product.y_stride}, x, add || i);
+  for (int64_t begin = 0, end; begin < w.terms; begin = end, add = true) {
+    const fewbit_weight* term = &w.term[begin];
+    for (end = begin + 1; end < w.terms && together(*term, w.term[end]);) end++;
+    const int code = end - begin > 1
+                         ? neighbours(means, product, term, static_cast<int32_t>(end - begin), x, add)
+                         : onto(means, {term, product.y, product.y_stride}, x, add);
     if (code != FEWBIT_OK) return code;
   }
   return FEWBIT_OK;

@@ -65,11 +65,6 @@ const float* rewrite(const Means& means, const fewbit_weight& w, const float* x,
   return out;
 }
 
-bool together(const fewbit_weight& a, const fewbit_weight& b) {
-  return a.kind == FEWBIT_TILED && b.kind == FEWBIT_TILED && a.isa == b.isa && a.x_block == b.x_block &&
-         a.rewrite == b.rewrite && a.rounding == b.rounding && a.x_scale == b.x_scale && a.x_zero == b.x_zero;
-}
-
 // The same without rounding inputs first.
 int multiply_rounded(const Means& means, const Product* products, int32_t count, const fewbit_input& x) {
   const Product& first = products[0];
@@ -93,6 +88,11 @@ int multiply_rounded(const Means& means, const Product* products, int32_t count,
 }
 
 }  // namespace
+
+bool together(const fewbit_weight& a, const fewbit_weight& b) {
+  return a.kind == FEWBIT_TILED && b.kind == FEWBIT_TILED && a.isa == b.isa && a.x_block == b.x_block &&
+         a.rewrite == b.rewrite && a.rounding == b.rounding && a.x_scale == b.x_scale && a.x_zero == b.x_zero;
+}
 
 int multiply_matrices(const Means& means, const Product* products, int32_t count, const fewbit_input& x) {
   const fewbit_weight& w = *products[0].weight;

@@ -71,7 +71,10 @@ inline int32_t threads_for(const Means& means, int64_t rows) { return rows < 8 ?
 int multiply(const Means& means, const Product* products, int32_t count, const float* x, int64_t x_stride,
              int64_t tokens);
 
-// The matrices of products [0, count), all TILED alike, or one of another kind that has no terms; x as they want it.
+// Whether two matrices of the same activations are computed by one call of one kernel.
+bool together(const fewbit_weight& a, const fewbit_weight& b);
+
+// The matrices of products [0, count), together, or one that has no terms; x as they want it.
 int multiply_matrices(const Means& means, const Product* products, int32_t count, const fewbit_input& x);
 
 // A matrix of any kind: y = x w^T + bias, or y += that where `add`.

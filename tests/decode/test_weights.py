@@ -66,6 +66,12 @@ def sums() -> dict[str, Terms]:
     return {
         "one matrix": Terms(shape, (Dense(matrix("nf4/g32")),)),
         "signs under scales": scaled(Dense(matrix("sign/channel"))),
+        "three of one kernel": Terms(
+            shape, (entries(), *(Dense(matrix(f"int{bits}/g32")) for bits in (2, 4, 2)), Dense(matrix("nf4/g32")))
+        ),
+        "two more onto one": Terms(
+            shape, (Dense(matrix("nf4/g32")), Terms(shape, (Dense(matrix("int4/g32")), Dense(matrix("int2/g32")))))
+        ),
         "product": Terms(shape, (product(None),)),
         "scaled products": scaled(product(random(RANK, seed=7).half()), product(None), Dense(matrix("ternary/g32"))),
         "sparse alone": Terms(shape, (entries(),)),
