@@ -5,9 +5,9 @@
 
 MODEL, a GGUF file or a Hugging Face folder, is quantized by rounding, or by the method after a space ("sign/channel
 nanoquant"), to each --format into DIR, once. Every row runs in a process of its own (its peak memory is its own),
-loaded once; then rows take turns, so that a noisy moment hits all alike: a prompt is prefilled, then some tokens are decoded
-after a context, then memory is read. The limit of decoding is the rate of that read, median of the run, over the bytes
-of weights that a token reads; keys and values come on top.
+loaded once; then rows take turns, so that a noisy moment hits all alike: a prompt is prefilled, then some tokens are
+decoded after a context, then memory is read. The limit of decoding is the rate of that read, median of the run, over
+the bytes of weights that a token reads; keys and values come on top.
 
 Our rows are formats times --activation (``-``: inputs stay float). llama.cpp requantizes the GGUF file to each --llama
 type, as ``llama-quantize`` does without an importance matrix; it needs the package:
