@@ -3,10 +3,11 @@
 
     python bench/decode.py MODEL.gguf --work DIR --threads 1 --json decode.json
 
-MODEL, a GGUF file or a Hugging Face folder, is quantized by rounding to each --format into DIR, once. Every row runs in
-a process of its own (its peak memory is its own), loaded once; then rows take turns, so that a noisy moment hits all
-alike: a prompt is prefilled, then some tokens are decoded after a context, then memory is read. The limit of decoding
-is the rate of that read, median of the run, over the bytes of weights that a token reads; keys and values come on top.
+MODEL, a GGUF file or a Hugging Face folder, is quantized by rounding, or by the method after a space ("sign/channel
+nanoquant"), to each --format into DIR, once. Every row runs in a process of its own (its peak memory is its own),
+loaded once; then rows take turns, so that a noisy moment hits all alike: a prompt is prefilled, then some tokens are
+decoded after a context, then memory is read. The limit of decoding is the rate of that read, median of the run, over
+the bytes of weights that a token reads; keys and values come on top.
 
 Our rows are formats times --activation (``-``: inputs stay float). llama.cpp requantizes the GGUF file to each --llama
 type, as ``llama-quantize`` does without an importance matrix; it needs the package:
@@ -79,12 +80,13 @@ class Row:
 def ours(arguments: argparse.Namespace) -> list[Row]:
     """A folder for each format, quantized unless it is there."""
     rows = []
-    for format in arguments.format or FORMATS:
-        folder = arguments.work / format.replace("/", "-")
+    for spelt in arguments.format or FORMATS:
+        format, _, method = spelt.partition(" ")
+        folder = arguments.work / spelt.replace("/", "-").replace(" ", "-")
         if not folder.is_dir():
-            fewbit.quantize(str(arguments.model), format, out=folder, force=True)
+            fewbit.quantize(str(arguments.model), format, method=method or "rtn", out=folder, force=True)
         rows += [
-            Row(f"fewbit {format}" + ("" if option == "-" else f" x {option}"), "fewbit", folder, option)
+            Row(f"fewbit {spelt}" + ("" if option == "-" else f" x {option}"), "fewbit", folder, option)
             for option in arguments.activation or ACTIVATIONS
         ]
     return rows
@@ -192,7 +194,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="where quantized models are kept between runs")
-    parser.add_argument("--format", action="append", help=f"default {', '.join(FORMATS)}")
+    parser.add_argument("--format", action="append", help=f"default {', '.join(FORMATS)}; a method may follow")
     parser.add_argument("--activation", action="append", help=f"default {', '.join(ACTIVATIONS)}; +int8: keys in int8")
     parser.add_argument("--llama", action="append", choices=list(LLAMA), help=f"default {', '.join(LLAMA)}")
     parser.add_argument("--no-torch", action="store_true")

@@ -73,6 +73,19 @@ PyObject* rewrite(PyObject*, PyObject* args) {
   return status(code);
 }
 
+// weight_multiply(weight, x, tokens, y, isa, threads); weight: the address of a fewbit_weight.
+PyObject* weight_multiply(PyObject*, PyObject* args) {
+  unsigned long long weight, x, y;
+  long long tokens;
+  int isa, threads, code;
+  if (!PyArg_ParseTuple(args, "KKLKii", &weight, &x, &tokens, &y, &isa, &threads)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_weight_multiply(pointer<const fewbit_weight*>(weight), pointer<const float*>(x), tokens,
+                                pointer<float*>(y), isa, threads);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
 // decoder_new(model, kv, sequences) -> the decoder's address; model: that of a fewbit_model, which stays where it is, as
 // does all that it points to, until decoder_free.
 PyObject* decoder_new(PyObject*, PyObject* args) {
@@ -132,6 +145,7 @@ PyMethodDef decode_methods[] = {
     {"sample", sample, METH_VARARGS, "(draws, tokens, threads)"},
     {"fields_unpack", fields_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, threads)"},
     {"rewrite", rewrite, METH_VARARGS, "(steps, x, tokens, columns, out, isa, threads)"},
+    {"weight_multiply", weight_multiply, METH_VARARGS, "(weight, x, tokens, y, isa, threads)"},
     {"decoder_new", decoder_new, METH_VARARGS, "(model, kv, sequences) -> decoder; see fewbit_decode.h."},
     {"decoder_free", decoder_free, METH_VARARGS, "(decoder)"},
     {"decoder_feed", decoder_feed, METH_VARARGS, "(decoder, parts, logits, threads)"},

@@ -91,6 +91,57 @@ void scale_by(const float* x, const float* factor, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i++) out[i] = x[i] * factor[i];
 }
 
+// Scale and zero of one block.
+struct Grid {
+  float scale, zero;
+};
+
+Grid grid_of(const fewbit_rounding& rounding, const float* x, int64_t count) {
+  const float top = static_cast<float>((1 << rounding.bits) - 1), least = 5.9604644775390625e-08f;
+  int32_t bits = 0;  // of the largest magnitude
+  float low = 0.0f, high = 0.0f;
+  for (int64_t i = 0; i < count; i++) {
+    const int32_t magnitude = static_cast<int32_t>(bits_of(x[i]) & 0x7fffffffu);
+    bits = bits > magnitude ? bits : magnitude;
+    low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+  }
+  if (rounding.scale != 0.0f)
+    return {bits < 0x7f800000 ? rounding.scale : NAN, static_cast<float>(rounding.zero)};
+  const float clip = rounding.clip, most = float_of(static_cast<uint32_t>(bits));
+  const float wide = rounding.symmetric ? 2.0f * clip * most / top : (clip * high - clip * low) / top;
+  const float clamped = wide < least ? least : wide > 65504.0f ? 65504.0f : wide;
+  const float scale = bits > 0x7f800000 ? NAN : from_float16(to_float16(clamped));
+  if (rounding.symmetric) return {scale, static_cast<float>(1 << (rounding.bits - 1))};
+  const float zero = nearbyintf(-(clip * low) / scale);
+  return {scale, zero < top ? zero : top};
+}
+
+// Between 0 and `top` before it is rounded, a quotient is small enough to be rounded by adding 1.5 * 2^23.
+void round_to(const fewbit_rounding& rounding, const float* x, int64_t count, float* out) {
+  const float top = static_cast<float>((1 << rounding.bits) - 1), round = 12582912.0f;
+  for (int64_t first = 0; first < count; first += rounding.block) {
+    const int64_t last = count - first < rounding.block ? count : first + rounding.block;
+    const Grid grid = grid_of(rounding, x + first, last - first);
+    for (int64_t i = first; i < last; i++) {
+      float code = x[i] / grid.scale + grid.zero;
+      code = code > 0.0f ? code : 0.0f;
+      code = code < top ? code : top;
+      out[i] = grid.scale * (code + round - round - grid.zero);
+    }
+  }
+}
+
+bool split_at(const float* x, float threshold, int64_t count, float* small, float* large) {
+  int32_t found = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const bool is_large = fabsf(x[i]) >= threshold;
+    found |= is_large;
+    large[i] = is_large ? x[i] : 0.0f;
+    small[i] = is_large ? 0.0f : x[i];
+  }
+  return found != 0;
+}
+
 void softmax(float* x, int64_t count) {
   float most = x[0];
   for (int64_t i = 1; i < count; i++) most = x[i] > most ? x[i] : most;

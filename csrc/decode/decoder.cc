@@ -261,7 +261,8 @@ bool sensible(const fewbit_model& m) {
       m.heads % m.kv_heads || m.head_dim < 1 || m.head_dim > kMostHeadDim || m.vocabulary < 1 || m.ropes < 1 || !m.norm ||
       !m.rope || !m.block)
     return false;
-  if (!has_shape(m.embedding, m.vocabulary, m.hidden, false) || !has_shape(m.head, m.vocabulary, m.hidden, false))
+  if (!has_shape(m.embedding, m.vocabulary, m.hidden, false) || !has_rows(m.embedding) ||
+      !has_shape(m.head, m.vocabulary, m.hidden, false))
     return false;
   for (int64_t r = 0; r < m.ropes; r++)
     if (m.rope[r].pairs < 0 || 2 * m.rope[r].pairs > m.head_dim || !m.rope[r].frequency) return false;
@@ -292,11 +293,11 @@ extern "C" int fewbit_decoder_new(const fewbit_model* model, int32_t kv, int64_t
   using namespace fewbit;
   if (!out) return FEWBIT_BAD_ARGUMENT;
   *out = nullptr;
-  if (!model || !sensible(*model) || kv < FEWBIT_FLOAT32 || kv > FEWBIT_KV_INT4 || sequences < 1)
-    return FEWBIT_BAD_ARGUMENT;
-  const Steps* steps = steps_of(model->isa);
-  if (!steps) return FEWBIT_NO_KERNEL;
   try {
+    if (!model || !sensible(*model) || kv < FEWBIT_FLOAT32 || kv > FEWBIT_KV_INT4 || sequences < 1)
+      return FEWBIT_BAD_ARGUMENT;
+    const Steps* steps = steps_of(model->isa);
+    if (!steps) return FEWBIT_NO_KERNEL;
     Cache cache(*steps, kv, model->layers, model->kv_heads, model->head_dim, sequences);
     *out = new fewbit_decoder{*model, *steps, std::move(cache), {}, {}};
   } catch (const std::bad_alloc&) {
@@ -318,7 +319,7 @@ extern "C" int fewbit_decoder_feed(fewbit_decoder* decoder, const fewbit_part* p
     for (int64_t p = 0; p < count; p++) lengths.push_back(decoder->cache.length(parts[p].sequence));
     Scratch& scratch = decoder->scratch;
     code = feed(decoder, parts, count, logits,
-                {&decoder->steps, thread_count(threads), &scratch.rewritten, &scratch.outputs});
+                {&decoder->steps, thread_count(threads), &scratch.rewritten, &scratch.outputs, &scratch.rooms});
   } catch (const std::bad_alloc&) {
   }
   if (code != FEWBIT_OK)

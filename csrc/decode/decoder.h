@@ -16,6 +16,7 @@ struct Scratch {
   std::vector<float> x, normed, qkv, attended, wide, narrow, out, cosines, sines, row, rewritten;
   std::vector<float> shares, gathered, expert_out;
   std::vector<fewbit_output> outputs;
+  Rooms rooms;
 };
 
 // Consecutive rows of one sequence.

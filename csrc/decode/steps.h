@@ -75,6 +75,10 @@ struct Steps {
   void (*mix)(const float* x, const float* matrix, int64_t order, int64_t block, float* out);
   // out = x * factor
   void (*scale)(const float* x, const float* factor, int64_t count, float* out);
+  // out = x rounded.
+  void (*round)(const fewbit_rounding& rounding, const float* x, int64_t count, float* out);
+  // small = x where |x| < threshold or x is NaN, large = x elsewhere, each 0 where the other is not; whether any is large.
+  bool (*split)(const float* x, float threshold, int64_t count, float* small, float* large);
   // x = softmax(x)
   void (*softmax)(float* x, int64_t count);
   // Writes the key and the value of one position, (dim) each, into its place of a block.

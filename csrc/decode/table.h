@@ -8,8 +8,8 @@
 namespace fewbit {
 namespace {
 
-constexpr Steps kSteps = {norm,     add_to,  add_share, rotate,      gate,         cap_to, hadamard, mix,
-                          scale_by, softmax, append,    close_block, reopen_block, attend, dense};
+constexpr Steps kSteps = {norm,     add_to,   add_share, rotate,  gate,   cap_to,      hadamard,     mix,   scale_by,
+                          round_to, split_at, softmax,   append,  close_block, reopen_block, attend, dense};
 
 }  // namespace
 }  // namespace fewbit

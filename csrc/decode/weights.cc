@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "decode/weights.h"
 
+#include <math.h>
+
 #include "core/dtypes.h"
 #include "core/kernel.h"
 #include "core/products.h"
@@ -11,7 +13,7 @@ namespace {
 constexpr int64_t kRows = 32;         // of a dense matrix that a thread takes at a time
 constexpr int64_t kSmall = 1 << 17;   // multiply-adds below which a second thread costs more than it brings
 
-int multiply_tiled(const Means& means, const Product* products, int32_t count, const fewbit_input& x) {
+int multiply_tiled(const Means& means, const Product* products, int32_t count, fewbit_input x) {
   std::vector<fewbit_output>& outputs = *means.outputs;
   outputs.clear();
   for (int32_t i = 0; i < count; i++) {
@@ -21,6 +23,7 @@ int multiply_tiled(const Means& means, const Product* products, int32_t count, c
       outputs.push_back({&w.tiled[part], w.bias ? w.bias + row : nullptr, product.y + row, product.y_stride});
   }
   const fewbit_weight& first = *products[0].weight;
+  x.scale = first.x_scale, x.zero = first.x_zero;
   return fewbit_linear_many(outputs.data(), static_cast<int32_t>(outputs.size()), &x, first.x_block, FEWBIT_FLOAT32,
                             first.isa, means.threads);
 }
@@ -62,12 +65,45 @@ const float* rewrite(const Means& means, const fewbit_weight& w, const float* x,
   return out;
 }
 
-bool together(const fewbit_weight& a, const fewbit_weight& b) {
-  return a.kind == FEWBIT_TILED && b.kind == FEWBIT_TILED && a.isa == b.isa && a.x_block == b.x_block &&
-         a.rewrite == b.rewrite;
+// The same without rounding inputs first.
+int multiply_rounded(const Means& means, const Product* products, int32_t count, const fewbit_input& x) {
+  const Product& first = products[0];
+  const fewbit_weight& w = *first.weight;
+  switch (w.kind) {
+    case FEWBIT_TILED: return multiply_tiled(means, products, count, x);
+    case FEWBIT_CODEBOOK:
+      return fewbit_vector_linear(&w.codebook, &x, w.bias, first.y, first.y_stride, FEWBIT_FLOAT32, w.isa,
+                                  means.threads);
+    case FEWBIT_BYTE_CODEBOOK:
+      return fewbit_vector_linear_int8(w.bytes, w.x_block, &x, w.bias, first.y, first.y_stride, FEWBIT_FLOAT32, w.isa,
+                                       means.threads);
+    case FEWBIT_ROW_TABLES:
+      return fewbit_row_linear(w.row_tables, &x, w.bias, first.y, first.y_stride, FEWBIT_FLOAT32, w.isa, means.threads);
+    case FEWBIT_ROW_LEVELS:
+      return fewbit_row_linear_int8(w.row_levels, &x, w.bias, first.y, first.y_stride, FEWBIT_FLOAT32, w.isa,
+                                    means.threads);
+    case FEWBIT_DENSE: multiply_dense(means, first, x); return FEWBIT_OK;
+    default: return FEWBIT_BAD_ARGUMENT;
+  }
 }
 
 }  // namespace
+
+bool together(const fewbit_weight& a, const fewbit_weight& b) {
+  return a.kind == FEWBIT_TILED && b.kind == FEWBIT_TILED && a.isa == b.isa && a.x_block == b.x_block &&
+         a.rewrite == b.rewrite && a.rounding == b.rounding && a.x_scale == b.x_scale && a.x_zero == b.x_zero;
+}
+
+int multiply_matrices(const Means& means, const Product* products, int32_t count, const fewbit_input& x) {
+  const fewbit_weight& w = *products[0].weight;
+  if (!w.rounding) return multiply_rounded(means, products, count, x);
+  const Room room(means.rooms, x.tokens * w.columns);
+  spread(x.tokens, threads_for(means, x.tokens), [&](int64_t token) {
+    means.steps->round(*w.rounding, static_cast<const float*>(x.data) + token * x.stride, w.columns,
+                       room.data() + token * w.columns);
+  });
+  return multiply_rounded(means, products, count, {room.data(), x.tokens, w.columns, 1, FEWBIT_FLOAT32});
+}
 
 int multiply(const Means& means, const Product* products, int32_t count, const float* x, int64_t x_stride,
              int64_t tokens) {
@@ -81,16 +117,9 @@ int multiply(const Means& means, const Product* products, int32_t count, const f
       input.data = done ? rewrite(means, *first.weight, x, x_stride, tokens) : x;
       input.stride = done ? first.weight->columns : x_stride;
     }
-    int code = FEWBIT_OK;
-    if (first.weight->kind == FEWBIT_TILED) {
-      while (end < count && together(*first.weight, *products[end].weight)) end++;
-      code = multiply_tiled(means, &first, end - begin, input);
-    } else if (first.weight->kind == FEWBIT_CODEBOOK) {
-      code = fewbit_vector_linear(&first.weight->codebook, &input, first.weight->bias, first.y, first.y_stride,
-                                  FEWBIT_FLOAT32, first.weight->isa, means.threads);
-    } else if (first.weight->kind == FEWBIT_DENSE) {
-      multiply_dense(means, first, input);
-    }
+    while (end < count && together(*first.weight, *products[end].weight)) end++;
+    const int code =
+        end - begin > 1 ? multiply_matrices(means, &first, end - begin, input) : onto(means, first, input, false);
     if (code != FEWBIT_OK) return code;
   }
   return FEWBIT_OK;
@@ -103,6 +132,11 @@ int look_up(const fewbit_weight& weight, int64_t row, float scale, std::vector<f
     const float* values = floats(table, row, 0, columns, out);
     for (int64_t k = 0; k < columns; k++) out[k] = values[k] * scale;
     return FEWBIT_OK;
+  }
+  if (weight.kind == FEWBIT_ROW_TABLES) {
+    const int code = fewbit_row_decode(weight.row_tables, row, row + 1, out, columns, weight.isa, 1);
+    for (int64_t k = 0; k < columns; k++) out[k] *= scale;
+    return code;
   }
   const fewbit_matrix* part = weight.tiled;
   if (weight.kind == FEWBIT_TILED)
@@ -126,18 +160,38 @@ bool has_parts(const fewbit_weight& w) {
   return rows == w.rows;
 }
 
+// Whether what rounds the inputs of a matrix, itself or its kernel, can.
+bool rounds(const fewbit_weight& w) {
+  if (!(w.x_scale >= 0.0f && w.x_scale < INFINITY) || w.x_zero < 0 || w.x_zero > 255) return false;
+  const fewbit_rounding* r = w.rounding;
+  return !r || (r->bits >= 2 && r->bits <= 8 && r->block >= 1 && r->scale >= 0.0f && r->scale < INFINITY);
+}
+
+template <class Stored>
+bool fits(const Stored* stored, const fewbit_weight& w) {
+  return stored && stored->rows == w.rows && stored->columns == w.columns && stored->codes;
+}
+
 }  // namespace
+
+bool has_rows(const fewbit_weight& w) {
+  return w.kind == FEWBIT_TILED || w.kind == FEWBIT_CODEBOOK || w.kind == FEWBIT_DENSE || w.kind == FEWBIT_ROW_TABLES;
+}
 
 bool has_shape(const fewbit_weight& w, int64_t rows, int64_t columns, bool may_be_absent) {
   if (w.kind == FEWBIT_ABSENT) return may_be_absent;
   for (int64_t i = 0; i < w.rewrites; i++)
     if (!sensible(w.rewrite[i], columns)) return false;
-  if (w.rows != rows || w.columns != columns) return false;
+  if (w.rows != rows || w.columns != columns || !rounds(w)) return false;
   switch (w.kind) {
     case FEWBIT_TILED: return has_parts(w);
-    case FEWBIT_CODEBOOK: return w.codebook.rows == rows && w.codebook.columns == columns && w.codebook.codes;
+    case FEWBIT_CODEBOOK: return fits(&w.codebook, w);
     case FEWBIT_DENSE: return w.dense && known_dtype(w.dtype);
-    default: return false;
+    case FEWBIT_BYTE_CODEBOOK: return fits(w.bytes, w);
+    case FEWBIT_ROW_TABLES: return fits(w.row_tables, w);
+    case FEWBIT_ROW_LEVELS: return fits(w.row_levels, w);
+    case FEWBIT_SPARSE: return w.sparse && w.sparse->rows == rows && w.sparse->columns == columns && w.sparse->start;
+    default: return has_terms(w);
   }
 }
 

@@ -22,8 +22,22 @@
 extern "C" {
 #endif
 
-/* What a matrix is stored as. */
-enum { FEWBIT_ABSENT = 0, FEWBIT_TILED = 1, FEWBIT_CODEBOOK = 2, FEWBIT_DENSE = 3 };
+/* What a matrix is stored as: one of fewbit.h, numbers, or other matrices, its terms. */
+enum {
+  FEWBIT_ABSENT = 0,
+  FEWBIT_TILED = 1,
+  FEWBIT_CODEBOOK = 2,
+  FEWBIT_DENSE = 3,
+  FEWBIT_BYTE_CODEBOOK = 4,
+  FEWBIT_ROW_TABLES = 5,
+  FEWBIT_ROW_LEVELS = 6,
+  FEWBIT_SPARSE = 7,
+  FEWBIT_SUM = 8,      /* diag(row_scale) (term + term + ...) diag(column_scale), terms being added in their order */
+  FEWBIT_PRODUCT = 9,  /* left diag(middle) right, the terms being right (rank, columns), then left (rows, rank) */
+  FEWBIT_COLUMNS = 10, /* terms side by side: column k of that is column order[k] of the matrix */
+  FEWBIT_OUTLIERS = 11 /* the same matrix twice: the second term multiplies the activations of at least `threshold`, the
+                          first one all others */
+};
 /* The activation of the gate. */
 enum { FEWBIT_SILU = 0, FEWBIT_GELU_TANH = 1, FEWBIT_GELU = 2 };
 /* What keys and values are kept in; the first three are the types of activations. */
@@ -43,13 +57,32 @@ typedef struct {
 int fewbit_rewrite_tokens(const fewbit_rewrite* rewrites, int64_t count, const float* x, int64_t tokens,
                           int64_t columns, float* out, int32_t isa, int32_t threads);
 
-/* A matrix that rows of activations are multiplied by: y = rewritten x w^T + bias. Neighbours (q, k, v; gate, up) whose
- * `rewrite` is the same pointer share what it makes. */
+/* Integers that activations are rounded to before a kernel of floats multiplies them: with s a scale and z a zero,
+ *
+ *   x becomes s * (q - z),  q = clamp(round_half_even(x / s + z), 0, top),  top = 2^bits - 1
+ *
+ * `scale` 0: s is found for each `block` columns of a token, as the formats int{bits}/g{block} of fewbit.formats do it;
+ * symmetric s = float16(2 clip max|x| / top), z = 2^(bits - 1); else s = float16((high - low) / top), z = round(-low / s)
+ * of low = clip min(x, 0) and high = clip max(x, 0); the quotient between 2^-24 and 65504. A block with NaN becomes NaN.
+ * Any other `scale`: it and `zero` are those of all tokens; one with NaN or infinity becomes NaN. */
 typedef struct {
+  int32_t bits;      /* 2 to 8 */
+  int32_t symmetric;
+  int64_t block;     /* at least 1 */
+  float clip;
+  float scale;
+  int32_t zero;
+  int32_t reserved;
+} fewbit_rounding;
+
+/* A matrix that rows of activations are multiplied by: y = rewritten x w^T + bias. Neighbours (q, k, v; gate, up) whose
+ * `rewrite` is the same pointer share what it makes. Of terms, only the matrix that they are terms of is rewritten. */
+typedef struct fewbit_weight fewbit_weight;
+struct fewbit_weight {
   int32_t kind;
   int32_t isa;            /* of the kernel: one bit of fewbit_caps() */
   int32_t dtype;          /* of FEWBIT_DENSE */
-  int32_t reserved;
+  int32_t x_zero;         /* of FEWBIT_TILED, with x_scale: zero and scale of fewbit_input */
   int64_t rows, columns;
   int64_t x_block;        /* of FEWBIT_TILED, as in fewbit_linear_many; never FEWBIT_BFLOAT16S */
   const fewbit_matrix* tiled; /* (parts): neighbouring rows, one below the other; more than one where they have tables
@@ -60,7 +93,26 @@ typedef struct {
   const float* bias;      /* (rows) or NULL */
   const fewbit_rewrite* rewrite; /* (rewrites), in their order */
   int64_t rewrites;
-} fewbit_weight;
+  const fewbit_rounding* rounding; /* of what one matrix is multiplied by; NULL: it is not, or the kernel rounds */
+  const fewbit_byte_vectors* bytes;     /* of FEWBIT_BYTE_CODEBOOK, with x_block */
+  const fewbit_row_tables* row_tables;  /* of FEWBIT_ROW_TABLES */
+  const fewbit_row_levels* row_levels;  /* of FEWBIT_ROW_LEVELS */
+  const fewbit_sparse* sparse;          /* of FEWBIT_SPARSE */
+  const fewbit_weight* term;            /* (terms) */
+  int64_t terms;
+  const float* row_scale;               /* (rows) of FEWBIT_SUM, or NULL for ones */
+  const float* column_scale;            /* (columns) likewise */
+  const float* middle;                  /* (rank) of FEWBIT_PRODUCT, or NULL for ones */
+  const int32_t* order;                 /* (columns) of FEWBIT_COLUMNS: each column once */
+  float x_scale;
+  float threshold;                      /* of FEWBIT_OUTLIERS */
+};
+
+/* y = rewritten x w^T + bias, x (tokens, columns), y (tokens, rows), as the decoder computes it. What a token gives depends
+ * neither on the others nor on `threads`. Terms are added in float32, one after the other: the error is the sum of theirs,
+ * and 2^-24 of the magnitudes for each addition and each scale. isa: of all that is not a matrix product. */
+int fewbit_weight_multiply(const fewbit_weight* weight, const float* x, int64_t tokens, float* y, int32_t isa,
+                           int32_t threads);
 
 /* Where `up` is absent, `gate` has the rows of both. */
 typedef struct {

@@ -19,6 +19,7 @@ int many_failures();         // many_test.cc
 int row_failures();          // row_test.cc
 int sample_failures();       // sample_test.cc
 int sparse_failures();       // sparse_test.cc
+int terms_failures();        // terms_test.cc
 int unfold_failures();       // unfold_test.cc
 int vector_failures();       // vector_test.cc
 int windows_failures();      // windows_test.cc
@@ -211,8 +212,8 @@ int main() {
       }
   check_refusals();
   failures += bfloat16_failures() + decode_failures() + int8_failures() + int8_vector_failures() + many_failures() +
-              row_failures() + sample_failures() + sparse_failures() + unfold_failures() + vector_failures() +
-              windows_failures() + xnor_failures();
+              row_failures() + sample_failures() + sparse_failures() + terms_failures() + unfold_failures() +
+              vector_failures() + windows_failures() + xnor_failures();
   for (int i = 0; i < 4; i++)
     if (fewbit_caps() & kIsas[i].flag) printf("%s: at most %.2f of the bound\n", kIsas[i].name, worst[i]);
   printf("%d cases, %d failures\n", cases, failures);

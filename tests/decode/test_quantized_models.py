@@ -4,6 +4,7 @@ rounded and with rewritten inputs, and for experts."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 
 import fewbit
 from fewbit.decode import open_engine
-from fewbit.decode.source import _codes
 from fewbit.decode.transformers_engine import TransformersEngine
+from fewbit.decode.weights import codes_of
 from fewbit.kernels import native
 from fewbit.layouts import dense
 
@@ -70,6 +71,48 @@ def test_inputs_that_were_quantized_with_the_weights(tiny: Path, tmp_path: Path)
     both(quantized(tiny, tmp_path / "out", "W8A8", transforms=["smooth", "rotate"]), None, exact=False)
 
 
+SUMS = {
+    "nanoquant": ("sign/channel", {"bits": 1.5, "iterations": 10, "rounds": 2}),
+    "billm": ("sign/g32", {}),
+    "arb": ("sign/g32", {}),
+    "ptq161": ("int1/channel/min", {}),
+    "squeezellm": ("palette3/rows16", {}),
+}
+
+
+@pytest.mark.parametrize("method", list(SUMS))
+def test_sums_of_terms(tiny: Path, tmp_path: Path, method: str) -> None:
+    """The logits of transformers, prompts cut anywhere, and the same greedy text."""
+    format, options = SUMS[method]
+    folder = quantized(tiny, tmp_path / "out", format, method=method, options=options)
+    entry = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
+    assert sum("terms" in module for module in entry.values()) == 14
+    both(folder, None)
+    both(folder, "int8/channel", exact=False)
+    engine, other = open_engine(folder, kv="float32"), TransformersEngine.load(folder, None, None, 8, None, None)
+    whole, cut, theirs = engine.open(), engine.open(), other.open()
+    logits = engine.feed([(whole, TOKENS)])
+    for piece in (TOKENS[:1], TOKENS[1:10], TOKENS[10:]):
+        last = engine.feed([(cut, piece)])
+    assert torch.equal(last, logits)
+    expected = other.feed([(theirs, TOKENS)])
+    for _ in range(12):
+        token = int(logits.argmax())
+        assert token == int(expected.argmax())
+        logits, expected = engine.feed([(whole, [token])]), other.feed([(theirs, [token])])
+
+
+@pytest.mark.parametrize("scheme", ["W8A8_STATIC", "W4A8_STATIC", "W4A4", "LLM_INT8"])
+def test_schemes(tiny: Path, tmp_path: Path, scheme: str) -> None:
+    both(quantized(tiny, tmp_path / "out", scheme, head="float"), None, exact=False)
+
+
+def test_tables_of_rows_that_are_also_looked_up(tiny: Path, tmp_path: Path) -> None:
+    folder = quantized(tiny, tmp_path / "out", "palette3/row", head="palette4/row")
+    both(folder, None)
+    both(folder, "int8/channel", exact=False)
+
+
 @pytest.mark.parametrize("transform", ["rotate", "smooth"])
 def test_rewritten_inputs(tiny: Path, tmp_path: Path, transform: str) -> None:
     both(quantized(tiny, tmp_path / "out", "int4/g32/asym", transforms=[transform]), None)
@@ -90,4 +133,4 @@ def test_heads(tiny: Path, tmp_path: Path, head: str) -> None:
 def test_codes_of_a_file(bits: int, columns: int) -> None:
     codes = torch.randint(0, 2**bits, (5, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
     format = fewbit.formats.parse(f"int{bits}/channel") if bits > 1 else fewbit.formats.parse("sign/channel")
-    assert torch.equal(_codes(dense.pack_rows(codes, bits), (5, columns), format), codes)
+    assert torch.equal(codes_of(dense.pack_rows(codes, bits), (5, columns), format), codes)

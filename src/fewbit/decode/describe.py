@@ -8,6 +8,7 @@ import ctypes as C
 from fewbit.decode import structs as S
 from fewbit.decode.families import Layer, Shape
 from fewbit.decode.source import Source
+from fewbit.decode.weights import LOOKED_UP
 from fewbit.kernels import native
 
 
@@ -21,7 +22,10 @@ def describe(shape: Shape, source: Source) -> S.Model:
     if source.has("lm_head") and not source.modules.get("lm_head", {}).get("tied_to"):
         head = "lm_head"
     # The largest come first: what they take for the moment of being repacked is not on top of all others.
-    ends = source.weight("model.embed_tokens", rounded=head == "model.embed_tokens"), source.weight(head)
+    tied = head == "model.embed_tokens"
+    last = source.weight(head)
+    alike = tied and last.kind in LOOKED_UP
+    ends = last if alike else source.weight("model.embed_tokens", rounded=False), last
     ropes = (S.Rope * len(shape.ropes))()
     for place, rope in enumerate(shape.ropes):
         ropes[place] = S.Rope(rope.frequencies.numel(), source.keep(rope.frequencies), rope.scale)

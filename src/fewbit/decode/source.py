@@ -7,7 +7,6 @@ from __future__ import annotations
 import ctypes as C
 import mmap
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,22 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit import formats, kernels, layouts
+from fewbit import formats
+from fewbit.containers import terms as T
 from fewbit.containers.safetensors import SafetensorsFile
 from fewbit.core import rewrite as R
-from fewbit.core.format import Format, code_shape
+from fewbit.core.format import Format
 from fewbit.core.orders import paley
-from fewbit.core.qtensor import QTensor, storage
+from fewbit.core.qtensor import QTensor
 from fewbit.decode import structs as S
-from fewbit.errors import CorruptFileError, InputError, UnsupportedError
-from fewbit.formats.fixed import Fixed
-from fewbit.kernels import native
-from fewbit.kernels.prepared import NativePrepared, PreparedMatrix
-from fewbit.kernels.vectors import VectorPrepared
-from fewbit.layouts.dense import DENSE, load_params
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
+from fewbit.decode.weights import Builder, dense, unpacked
+from fewbit.errors import CorruptFileError, InputError
 
 RELEASED = 1 << 24
 """Bytes of matrices after whose repacking the pages that they were read from are given back."""
@@ -118,14 +111,14 @@ class Source:
         """The matrix of module ``name``, with its bias; ``rounded``: its inputs may be. Made once."""
         key = f"{name} {rounded}"
         if key not in self._weights:
+            bias = self.tensor(f"{name}.bias").float().contiguous() if f"{name}.bias" in self.tensors else None
             if name in self.modules:
-                made = self._quantized(name, rounded)
+                made = self._quantized(name, self._activation(name) if rounded else None, bias)
             else:
                 tensor = self.tensor(f"{name}.weight")
                 made, self.sizes[name] = dense(tensor), tensor.nbytes
                 self.kept.append(tensor)
-            if f"{name}.bias" in self.tensors:
-                made.bias = self.vector(f"{name}.bias")
+                made.bias = None if bias is None else self.keep(bias)
             self._weights[key] = made
         return self._weights[key]
 
@@ -136,22 +129,31 @@ class Source:
             self.kept.append(whole)
             self.sizes[name] = whole.nbytes
             return [dense(part) for part in whole]
-        qtensor, activation = self._qtensor(name), self._activation(name)
-        codes, params = qtensor.logical()
+        stored, build = self._stored(name), Builder(name, self._activation(name))
+        assert isinstance(stored, QTensor)  # what is fused is no sum
+        codes, params = unpacked(stored).logical()
         rows = codes.shape[0] // count
         made = []
         for expert in range(count):
             part = slice(expert * rows, (expert + 1) * rows)
-            one = QTensor.of(qtensor.format, codes[part], {key: value[part] for key, value in params.items()})
-            made.append(self._ready(name, one, activation))
+            one = QTensor.of(stored.format, codes[part], {key: value[part] for key, value in params.items()})
+            made.append(build.weight(one))
+        self._keep(build)
         return made
 
-    def _quantized(self, name: str, rounded: bool) -> S.Weight:
-        made = self._ready(name, self._qtensor(name), self._activation(name) if rounded else None)
+    def _quantized(self, name: str, activation: Format | None, bias: Tensor | None) -> S.Weight:
+        build = Builder(name, activation)
+        made = build.weight(self._stored(name), bias)
+        self._keep(build)
         kinds = self.modules[name].get("rewrites", ())
         if kinds:
             made.rewrite, made.rewrites = self._rewrite(name, kinds, made.columns), len(kinds)
         return made
+
+    def _keep(self, build: Builder) -> None:
+        self.kept += build.kept
+        self.sizes.setdefault(build.name, build.read_bytes)  # a matrix made again is an embedding's, looked up
+        self.pages.read(build.read_bytes)
 
     def _rewrite(self, name: str, kinds: Sequence[str], columns: int) -> Any:
         """What inputs of module ``name`` go through; the same address for modules that rewrite them alike."""
@@ -174,78 +176,17 @@ class Source:
         own = self.modules[name].get("activation")
         return formats.parse(own) if own else self.rounding
 
-    def _qtensor(self, name: str) -> QTensor:
+    def _stored(self, name: str) -> T.Weight:
+        """The weight of module ``name``, its experts stacked by rows."""
         entry = self.modules[name]
-        if "terms" in entry:
-            raise UnsupportedError(f"the native runtime for {name}", "its weight is a sum of terms", "one matrix")
-        format, layout = formats.parse(entry["format"]), layouts.named(entry["layout"])
-        shape = (int(entry["shape"][0]) * int(entry.get("experts", 1)), int(entry["shape"][1]))
-        arrays = {array: self.tensor(f"{name}.weight_{array}") for array in storage(format, layout, shape)}
-        for array, (dtype, size) in storage(format, layout, shape).items():
-            if arrays[array].dtype != dtype or tuple(arrays[array].shape) != size:
-                found = f"{arrays[array].dtype} {tuple(arrays[array].shape)}"
-                raise CorruptFileError(f"array {name}.weight_{array}: {dtype} {size}", f"found {found}")
-        packed = arrays.pop("packed")
-        if layout is DENSE and format.bits <= 8 and format.height == 1:
-            return QTensor.of(format, _codes(packed, shape, format), load_params(format, shape, arrays))
-        return QTensor(format, layout, shape, packed, arrays)
-
-    def _ready(self, name: str, qtensor: QTensor, activation: Format | None) -> S.Weight:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # what it warns of is refused here
-            prepared = kernels.prepare(qtensor, activation=activation)
-        self.kept.append(prepared)
-        made, parts = tiled(name, prepared)
-        self.kept.append(parts)
-        self.sizes[name] = self.sizes.get(name, 0) + prepared.read_bytes
-        self.pages.read(prepared.read_bytes)
-        return made
-
-
-def _codes(packed: Tensor, shape: tuple[int, int], format: Format) -> Tensor:
-    """Codes (rows, columns / dim) of the layout ``dense``, as :func:`fewbit.layouts.dense.unpack_rows` reads them."""
-    rows, columns = code_shape(format, shape)
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
-    threads = torch.get_num_threads()
-    native.core().fields_unpack(packed.data_ptr(), rows, columns, format.bits, codes.data_ptr(), threads)
-    return codes
-
-
-def tiled(name: str, prepared: PreparedMatrix) -> tuple[S.Weight, Any]:
-    """The struct of a prepared matrix, and those of its parts; all must stay alive.
-
-    Raises:
-        UnsupportedError: no native kernel runs it.
-    """
-    asked = f"the native runtime for {name}"
-    if isinstance(prepared, NativePrepared):
-        if prepared.activation is not None and not prepared.rounds_inputs:
-            found = f"no kernel multiplies {prepared.qtensor().format.name} by {prepared.activation.name}"
-            raise UnsupportedError(asked, found, "leave inputs float")
-        if isinstance(prepared.activation, Fixed):
-            found = f"it rounds inputs by scales that it finds; these have one, {prepared.activation.name}"
-            raise UnsupportedError(asked, found, "the transformers engine runs it")
-        matrices = [
-            S.Matrix(*(value or None if place > 7 else value for place, value in enumerate(members)))
-            for _, members in prepared._matrices
-        ]
-        parts = (S.Matrix * len(matrices))(*matrices)
-        made = S.Weight(S.TILED, prepared._isa, 0, 0, *prepared.shape, prepared._x_block, parts, len(parts))
-        return made, parts
-    if isinstance(prepared, VectorPrepared) and prepared.activation is None:
-        vectors = S.Vectors(*(value or None if place > 6 else value for place, value in enumerate(prepared._matrix)))
-        return S.Weight(S.CODEBOOK, prepared._isa, 0, 0, *prepared.shape, 0, None, 0, vectors), None
-    raise UnsupportedError(asked, f"{prepared.qtensor().format.name} runs on {prepared.kernel}", "a native kernel")
-
-
-def dense(tensor: Tensor) -> S.Weight:
-    """The struct of a matrix (rows, columns) that is not quantized, which must stay alive.
-
-    Raises:
-        UnsupportedError: of another dtype than :data:`FLOATS`.
-    """
-    if tensor.dtype not in FLOATS or tensor.ndim != 2 or not tensor.is_contiguous():
-        raise UnsupportedError("the native runtime", f"a matrix of {tensor.dtype} {tuple(tensor.shape)}")
-    weight = S.Weight(S.DENSE, 0, native.DTYPES[tensor.dtype], 0, *tensor.shape)
-    weight.dense = tensor.data_ptr()
-    return weight
+        plain = T.of_entry(entry)
+        if "experts" in entry:
+            rows, columns = plain["shape"]
+            plain = {**plain, "shape": [rows * int(entry["experts"]), columns]}
+        found = {}
+        for array, (dtype, size) in T.sizes(plain).items():
+            found[array] = self.tensor(f"{name}.weight_{array}")
+            if found[array].dtype != dtype or tuple(found[array].shape) != size:
+                what = f"found {found[array].dtype} {tuple(found[array].shape)}"
+                raise CorruptFileError(f"array {name}.weight_{array}: {dtype} {size}", what)
+        return T.restore(plain, found)

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import ctypes as C
 
-ABSENT, TILED, CODEBOOK, DENSE = range(4)
+ABSENT, TILED, CODEBOOK, DENSE, BYTE_CODEBOOK, ROW_TABLES, ROW_LEVELS, SPARSE, SUM, PRODUCT, COLUMNS, OUTLIERS = range(
+    12
+)
 KV = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 
 
@@ -46,27 +48,117 @@ class Vectors(C.Structure):
     )
 
 
+class ByteVectors(C.Structure):
+    """``fewbit_byte_vectors``; its members in the order of :data:`fewbit.kernels.native.ByteVectorMatrix`."""
+
+    _fields_ = (
+        ("rows", C.c_int64),
+        ("columns", C.c_int64),
+        ("block", C.c_int64),
+        ("dim", C.c_int32),
+        ("bits", C.c_int32),
+        ("residual_bits", C.c_int32),
+        ("codes", C.c_void_p),
+        ("book", C.c_void_p),
+        ("step", C.c_void_p),
+        ("offset", C.c_void_p),
+    )
+
+
+class RowTables(C.Structure):
+    """``fewbit_row_tables``; its members in the order of :data:`fewbit.kernels.native.RowTables`."""
+
+    _fields_ = (
+        ("rows", C.c_int64),
+        ("columns", C.c_int64),
+        ("block", C.c_int64),
+        ("table_rows", C.c_int64),
+        ("bits", C.c_int32),
+        ("table_half", C.c_int32),
+        ("codes", C.c_void_p),
+        ("table", C.c_void_p),
+        ("scale", C.c_void_p),
+    )
+
+
+class RowLevels(C.Structure):
+    """``fewbit_row_levels``; its members in the order of :data:`fewbit.kernels.native.RowLevels`."""
+
+    _fields_ = (
+        ("rows", C.c_int64),
+        ("columns", C.c_int64),
+        ("table_rows", C.c_int64),
+        ("bits", C.c_int32),
+        ("codes", C.c_void_p),
+        ("levels", C.c_void_p),
+        ("factor", C.c_void_p),
+    )
+
+
+class Sparse(C.Structure):
+    """``fewbit_sparse``; its members in the order of :data:`fewbit.kernels.native.SparseMatrix`."""
+
+    _fields_ = (
+        ("rows", C.c_int64),
+        ("columns", C.c_int64),
+        ("index_bytes", C.c_int32),
+        ("value_half", C.c_int32),
+        ("start", C.c_void_p),
+        ("order", C.c_void_p),
+        ("index", C.c_void_p),
+        ("value", C.c_void_p),
+    )
+
+
+class Rounding(C.Structure):
+    _fields_ = (
+        ("bits", C.c_int32),
+        ("symmetric", C.c_int32),
+        ("block", C.c_int64),
+        ("clip", C.c_float),
+        ("scale", C.c_float),
+        ("zero", C.c_int32),
+        ("reserved", C.c_int32),
+    )
+
+
 class Rewrite(C.Structure):
     _fields_ = (("factor", C.c_void_p), ("block", C.c_int64), ("matrix", C.c_void_p), ("order", C.c_int64))
 
 
 class Weight(C.Structure):
-    _fields_ = (
-        ("kind", C.c_int32),
-        ("isa", C.c_int32),
-        ("dtype", C.c_int32),
-        ("reserved", C.c_int32),
-        ("rows", C.c_int64),
-        ("columns", C.c_int64),
-        ("x_block", C.c_int64),
-        ("tiled", C.POINTER(Matrix)),
-        ("parts", C.c_int64),
-        ("codebook", Vectors),
-        ("dense", C.c_void_p),
-        ("bias", C.c_void_p),
-        ("rewrite", C.POINTER(Rewrite)),
-        ("rewrites", C.c_int64),
-    )
+    """``fewbit_weight``."""
+
+
+Weight._fields_ = (
+    ("kind", C.c_int32),
+    ("isa", C.c_int32),
+    ("dtype", C.c_int32),
+    ("x_zero", C.c_int32),
+    ("rows", C.c_int64),
+    ("columns", C.c_int64),
+    ("x_block", C.c_int64),
+    ("tiled", C.POINTER(Matrix)),
+    ("parts", C.c_int64),
+    ("codebook", Vectors),
+    ("dense", C.c_void_p),
+    ("bias", C.c_void_p),
+    ("rewrite", C.POINTER(Rewrite)),
+    ("rewrites", C.c_int64),
+    ("rounding", C.POINTER(Rounding)),
+    ("bytes", C.POINTER(ByteVectors)),
+    ("row_tables", C.POINTER(RowTables)),
+    ("row_levels", C.POINTER(RowLevels)),
+    ("sparse", C.POINTER(Sparse)),
+    ("term", C.POINTER(Weight)),
+    ("terms", C.c_int64),
+    ("row_scale", C.c_void_p),
+    ("column_scale", C.c_void_p),
+    ("middle", C.c_void_p),
+    ("order", C.c_void_p),
+    ("x_scale", C.c_float),
+    ("threshold", C.c_float),
+)
 
 
 class Mlp(C.Structure):
