@@ -85,9 +85,16 @@ def test_an_image_gives_the_same_bits(four_bits: Path, tmp_path: Path, activatio
 
 @pytest.mark.parametrize(
     ("format", "options"),
-    [("vector2x4", {"head": "palette6/rows16"}), ("W8A8", {"transforms": ["smooth", "rotate"]})],
+    [
+        ("vector2x4", {"head": "palette6/rows16"}),
+        ("palette3/row", {}),
+        ("W8A8", {"transforms": ["smooth", "rotate"]}),
+        ("W8A8_STATIC", {}),
+        ("sign/g32", {"method": "billm"}),
+        ("palette3/row", {"method": "squeezellm"}),
+    ],
 )
-def test_books_palettes_and_rewrites(tiny: Path, tmp_path: Path, format: str, options: dict[str, Any]) -> None:
+def test_books_palettes_rewrites_and_sums(tiny: Path, tmp_path: Path, format: str, options: dict[str, Any]) -> None:
     same(quantized(tiny, tmp_path / "out", format, **options))
 
 

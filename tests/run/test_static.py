@@ -118,11 +118,3 @@ def test_what_cannot_be_static_is_refused_before_any_work(tiny: Path) -> None:
         assert "before the head" in str(error)
     else:  # the head is tied to the embedding
         assert recipe.rules[1].open_grid
-
-
-def test_native_decoding_leaves_static_models_to_the_other_engine(short: Short, tmp_path: Path) -> None:
-    from fewbit.decode import open_engine
-
-    short(tmp_path / "out", "W8A8_STATIC", method="rtn")
-    engine = open_engine(tmp_path / "out")
-    assert type(engine).__name__ == "TransformersEngine"

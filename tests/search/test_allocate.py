@@ -171,7 +171,7 @@ def test_the_command_writes_a_recipe_that_the_others_read(tiny: Path, kept: Kept
     out, run = tmp_path / "recipe.toml", CliRunner().invoke
     chosen = [part for text in CANDIDATES for part in ("--candidate", text)]
     call = ["allocate", str(tiny), "--budget", "3.9", "--facts", str(kept.path), "-m", "clip", *chosen, "-o", str(out)]
-    result = run(app, call)
+    result = run(app, call, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.stderr
     assert "allocated" in result.stdout and "mlp.down_proj" in result.stdout and "int2/g32/asym:clip" in result.stdout
     assert "14/14" in result.stderr and "left" in result.stderr

@@ -101,7 +101,7 @@ class Builder:
         self.kept.append(prepared)
         self.read_bytes += prepared.read_bytes
         rows, columns = sparse.shape
-        entries = C.pointer(S.Sparse(*prepared._matrix))
+        entries = self._pointer(S.Sparse(*prepared._matrix))
         return S.Weight(kind=S.SPARSE, isa=prepared._isa, rows=rows, columns=columns, sparse=entries)
 
     def _matrix(self, qtensor: QTensor, bias: Tensor | None = None) -> S.Weight:
@@ -122,7 +122,9 @@ class Builder:
             case NativePrepared():
                 made.kind, made.x_block = S.TILED, prepared._x_block
                 matrices = [S.Matrix(*members) for _, members in prepared._matrices]
-                made.tiled, made.parts = (S.Matrix * len(matrices))(*matrices), len(matrices)
+                tiled = (S.Matrix * len(matrices))(*matrices)
+                self.kept.append(tiled)
+                made.tiled, made.parts = tiled, len(matrices)
                 made.x_scale, made.x_zero = prepared._grid
                 if prepared._addend is not None:
                     bias = prepared._addend if bias is None else prepared._addend + bias
@@ -130,11 +132,11 @@ class Builder:
                 made.kind, made.codebook = S.CODEBOOK, S.Vectors(*prepared._matrix)
             case ByteVectorPrepared():
                 made.kind, made.x_block = S.BYTE_CODEBOOK, prepared._x_block
-                made.bytes = C.pointer(S.ByteVectors(*prepared._matrix))
+                made.bytes = self._pointer(S.ByteVectors(*prepared._matrix))
             case RowLevelsPrepared():
-                made.kind, made.row_levels = S.ROW_LEVELS, C.pointer(S.RowLevels(*prepared._integers))
+                made.kind, made.row_levels = S.ROW_LEVELS, self._pointer(S.RowLevels(*prepared._integers))
             case RowTablesPrepared():
-                made.kind, made.row_tables = S.ROW_TABLES, C.pointer(S.RowTables(*prepared._matrix))
+                made.kind, made.row_tables = S.ROW_TABLES, self._pointer(S.RowTables(*prepared._matrix))
             case _:
                 found = f"{prepared.qtensor().format.name} runs on {prepared.kernel}"
                 raise UnsupportedError(f"the native runtime for {self.name}", found, "a native kernel")
@@ -149,6 +151,9 @@ class Builder:
         if made is None:
             found = f"no kernel multiplies {format.name} by {activation.name}"
             raise UnsupportedError(f"the native runtime for {self.name}", found, "leave inputs float")
+        return self._pointer(made)
+
+    def _pointer(self, made: C.Structure) -> Any:
         self.kept.append(made)
         return C.pointer(made)
 
