@@ -92,5 +92,5 @@ def quieten() -> None:
 
 def limit_threads(threads: int | None) -> None:
     """``threads`` for fewbit's kernels, without torch; None leaves them as they are."""
-    if threads is not None and native.available():
-        native.core().set_threads(threads)
+    if threads is not None:
+        native.set_threads(threads)

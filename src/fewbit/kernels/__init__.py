@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from fewbit.kernels import reference
     from fewbit.kernels.column8 import COLUMN8
     from fewbit.kernels.conv import conv2d, route
-    from fewbit.kernels.ops import embedding, linear, prepare, set_threads
+    from fewbit.kernels.native import set_threads
+    from fewbit.kernels.ops import embedding, linear, prepare
     from fewbit.kernels.prepared import Prepared, PreparedMatrix, linear_many
     from fewbit.kernels.rewrites import Rewriting
     from fewbit.kernels.sparse import SPARSE_KERNELS, SparseKernel, choose_sparse
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 _NAMES = {
     "column8": ("COLUMN8",),
     "conv": ("conv2d", "route"),
-    "ops": ("embedding", "linear", "prepare", "set_threads"),
+    "native": ("set_threads",),
+    "ops": ("embedding", "linear", "prepare"),
     "prepared": ("Prepared", "PreparedMatrix", "linear_many"),
     "reference": ("reference",),
     "rewrites": ("Rewriting",),

@@ -215,6 +215,12 @@ def isas() -> tuple[Isa, ...]:
     return tuple(isa for isa, flag in FLAGS.items() if capabilities() & flag)
 
 
+def set_threads(threads: int | None) -> None:
+    """Threads of the native kernels, for every later call; None follows ``torch.get_num_threads()`` (the default)."""
+    if available():
+        core().set_threads(threads or 0)
+
+
 def threads() -> int:
     """As many as torch uses where it is imported, else the cores of this process."""
     torch = sys.modules.get("torch")

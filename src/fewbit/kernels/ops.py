@@ -126,9 +126,3 @@ def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32)
         codes, params = codes[units], F.params_of_rows(format, params, units)
     decoded = F.decode(format, codes, params).reshape(-1, format.height, shape[1])
     return decoded[torch.arange(len(rows)), within].to(dtype).reshape(*ids.shape, shape[1])
-
-
-def set_threads(threads: int | None) -> None:
-    """Threads of the native kernels, for every later call; None follows ``torch.get_num_threads()`` (the default)."""
-    if native.available():
-        native.core().set_threads(threads or 0)

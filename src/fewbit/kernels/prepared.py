@@ -278,11 +278,11 @@ class NativePrepared(Addressed, PreparedMatrix):
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
         """As :meth:`PreparedMatrix.decoded`; a strip is a view of memory that the next one overwrites."""
         rows, columns = self.shape
-        strip = rows_of_strip(columns, ROWS)
+        strip, matrices = rows_of_strip(columns, ROWS), self._with(self._table)
         weight = torch.empty(columns, min(strip, -(-rows // ROWS) * ROWS))  # (columns, rows of the strip)
         for row in range(0, rows, strip):
             last = min(row + strip, rows)
-            for first, matrix in self._with(self._table):
+            for first, matrix in matrices:
                 begin, end = max(row, first), min(last, first + matrix[0])
                 if begin < end:
                     tiles = (begin - first) // ROWS, -(-(end - first) // ROWS)

@@ -103,13 +103,22 @@ def kernel_name(rule: Rule, matrices: Iterable[tuple[Format, tuple[int, int]]], 
     return " + ".join(dict.fromkeys([*names, *([kernels.choose_sparse().name] if sparse else [])]))
 
 
+def fit(weight: Tensor, format: Format, facts: Facts, rule: Rule) -> tuple[T.Weight, bool]:
+    """``weight`` (rows, columns) by the method of ``rule``, or rounded to nearest where that needs tokens and saw none;
+    and whether it saw none."""
+    method = methods.named(rule.method)
+    if method.needs != "nothing" and facts.tokens == 0:
+        return methods.named("rtn")(weight, format, facts), True
+    return method(weight, format, facts, **rule.options), False
+
+
 def solve(task: Task) -> Solved:
     """Do the rule's transforms, choose codes with its method, pack, and measure the error of the outputs on ``seen``.
 
     Raises:
         UnsupportedError: a per-tensor format on fused experts.
     """
-    began, site, method = time.monotonic(), task.site, methods.named(task.rule.method)
+    began, site = time.monotonic(), task.site
     if site.experts > 1 and not F.stackable(task.format, site.shape[0]):
         raise UnsupportedError(
             f"{task.format.name} for the fused experts {site.name}",
@@ -119,12 +128,9 @@ def solve(task: Task) -> Solved:
     rewrite, rewritten, known = transformed(task)
     parts, starved = [], []
     for expert, weight in enumerate(rewritten.split(site.shape[0])):
-        facts = known[expert]
-        if method.needs != "nothing" and facts.tokens == 0:
-            starved.append(expert)
-            parts.append(methods.named("rtn")(weight, task.format, facts))
-        else:
-            parts.append(method(weight, task.format, facts, **task.rule.options))
+        part, blind = fit(weight, task.format, known[expert], task.rule)
+        parts.append(part)
+        starved += [expert] if blind else []
     packed = repack(_whole(parts), layout_for)
     plain, decoded = T.describe(packed), packed.dequantize()
     nbytes = packed.nbytes + rewrite.nbytes

@@ -17,6 +17,7 @@ from fewbit.errors import SpecError
 from fewbit.model.sites import Site
 from fewbit.recipe import FLOAT, Rule, split_scheme
 from fewbit.run.facts import KeptFacts
+from fewbit.run.solve import fit
 
 DEFAULT = tuple(f"int{bits}/g64/asym" for bits in (2, 3, 4, 5, 6, 8))
 
@@ -68,12 +69,8 @@ def known_of(kept: KeptFacts, site: Site) -> list[Facts]:
 def solve(rule: Rule, weight: Tensor, known: Sequence[Facts]) -> Solution:
     """``weight`` (experts * rows, columns) by ``rule``; an expert that saw no token is rounded to nearest, as in a
     run."""
-    format, method, made = formats.parse(rule.format), methods.named(rule.method), []
-    for part, facts in zip(weight.chunk(len(known)), known, strict=True):
-        blind = method.needs != "nothing" and not facts.tokens
-        chosen, options = (methods.named("rtn"), {}) if blind else (method, rule.options)
-        made.append(chosen(part, format, facts, **options))
-    return made
+    format = formats.parse(rule.format)
+    return [fit(part, format, facts, rule)[0] for part, facts in zip(weight.chunk(len(known)), known, strict=True)]
 
 
 def values(solution: Solution) -> Tensor:

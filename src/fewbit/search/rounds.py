@@ -19,7 +19,7 @@ from fewbit.run.facts import KeptFacts
 from fewbit.run.workers import Workers
 from fewbit.search import candidates as C
 from fewbit.search import harm
-from fewbit.search.divergence import Divergence, Measure
+from fewbit.search.divergence import Divergence
 from fewbit.search.knapsack import Harms, choose
 from fewbit.search.table import Table, Unit
 
@@ -136,13 +136,9 @@ def measured(table: Table, budget: int, ids: Tensor, rounds: int, layers: Layers
 def _round(table: Table, whole: Divergence, weights: Callable[[Unit, int], dict[str, Tensor]], pace: Pace) -> Harms:
     """KL with each unit in each candidate, all others as they are."""
     harms = np.empty(table.costs.shape)
-
-    def units(measure: Measure) -> None:
+    for measure in whole.blocks():
         for at, unit in enumerate(table.units):
             if unit.block == measure.block:
                 harms[at] = [measure.of(weights(unit, candidate)) for candidate in range(len(table.rules))]
                 pace.step(unit.name, harms[at])
-
-    for measure in whole.blocks():
-        units(measure)
     return harms
