@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors of bytes, looked up 64 codes at a time: a register holds one row's byte of up to 64 entries (vpermb); of 256,
-// four do (vpermi2b twice). Bytes of a residual are added before they are multiplied. Indices are decoded a chunk ahead,
-// by way of memory: looked up as they are decoded, every one of them would be waited for.
+// four do (vpermi2b twice). Bytes of a residual are added before they are multiplied. Indices of 6 bits are looked up as
+// they are stored, since vpermb heeds no more than 6 bits of a byte; others are decoded a chunk ahead, by way of memory:
+// looked up as they are decoded, every one of them would be waited for.
 #include "avx512vnni/dot.h"
 
 #include "core/int8_vector.h"
@@ -12,16 +13,12 @@ namespace {
 
 constexpr int64_t kAhead = 12 * 1024;  // bytes that are fetched early: no processor foresees the order within a chunk
 
-// The index in the low bits of every byte; above 6 bits there may be anything.
-template <int BITS>
-FEWBIT_INLINE U index(const Held<BITS>& held, int g) {
-  if constexpr (BITS != 6) {
-    return held.quad(g);
-  } else {
-    const U low = g % 2 ? shift_right(held.part[0], 4) : held.part[0];
-    const int at = g % 4 * 2;
-    return select(0x0f0f0f0fu, low, at < 4 ? shift_left(held.part[1], 4 - at) : shift_right(held.part[1], at - 4));
-  }
+// The indices of columns 4g .. 4g+3 in the low 6 bits of every byte; above them may be anything.
+FEWBIT_INLINE U six_bits(const uint8_t* codes, int g) {
+  if (g < 6) return load_lanes(codes + g * 64);
+  const uint8_t* first = codes + (g - 6) * 192;
+  const U low = shift_right(load_lanes(first), 6), high = shift_right(load_lanes(first + 128), 2);
+  return select(0x0f0f0f0fu, select(0x03030303u, low, shift_right(load_lanes(first + 64), 4)), high);
 }
 
 // Writes the indices of a chunk, which another lies kAhead behind.
@@ -31,8 +28,8 @@ FEWBIT_INLINE void decode(const uint8_t* codes, uint8_t (*out)[64]) {
   Held<BITS> held;
 #pragma GCC unroll 8
   for (int g = 0; g < 8; g++) {
-    held.advance(codes, g);
-    store_lanes(out[g], index(held, g));
+    if constexpr (BITS != 6) held.advance(codes, g);
+    store_lanes(out[g], BITS == 6 ? six_bits(codes, g) : held.quad(g));
   }
 }
 
@@ -63,6 +60,29 @@ struct alignas(64) Indices {
       codes += bits[b] * 64;
     }
   }
+  FEWBIT_INLINE void enter(int64_t chunk, int64_t chunks) {
+    if (chunk == 0) write(0);
+    if (chunk + 1 < chunks) write(chunk + 1);
+    now = bytes[chunk % 2];
+  }
+  FEWBIT_INLINE U operator()(int b, int g) const { return load_lanes(now[b][g]); }
+
+ private:
+  const uint8_t (*now)[8][64];
+};
+
+// The indices of a chunk of a tile where all have 6 bits.
+template <int BOOKS>
+struct SixBits {
+  const uint8_t *next, *now;
+
+  FEWBIT_INLINE SixBits(const Int8VectorTask& task, int64_t tile) : next(codes_of(task, tile)), now(next) {}
+
+  FEWBIT_INLINE void enter(int64_t, int64_t) {
+    now = next, next += BOOKS * 6 * 64;
+    for (int i = 0; i < BOOKS * 6; i++) __builtin_prefetch(now + kAhead + i * 64, 0, 2);
+  }
+  FEWBIT_INLINE U operator()(int b, int g) const { return six_bits(now + b * 6 * 64, g); }
 };
 
 // One row's byte of each entry.
@@ -84,13 +104,13 @@ struct Entries {
 };
 
 // A chunk's products: rows T of a tile's codes x M tokens.
-template <int ENTRIES, int BOOKS, int M, int T>
-FEWBIT_INLINE void add_chunk(const Entries<ENTRIES> (&entries)[BOOKS][T], const uint8_t (&indices)[BOOKS][8][64],
-                             const int8_t* x, U (&dot)[M][T]) {
+template <int ENTRIES, int BOOKS, int M, int T, class Source>
+FEWBIT_INLINE void add_chunk(const Entries<ENTRIES> (&entries)[BOOKS][T], const Source& indices, const int8_t* x,
+                             U (&dot)[M][T]) {
 #pragma GCC unroll 8
   for (int g = 0; g < 8; g++) {
     U at[BOOKS], four[M];
-    for (int b = 0; b < BOOKS; b++) at[b] = load_lanes(indices[b][g]);
+    for (int b = 0; b < BOOKS; b++) at[b] = indices(b, g);
     for (int m = 0; m < M; m++) {
       int32_t lane;
       memcpy(&lane, x + m * 32 + g * 4, sizeof lane);
@@ -106,15 +126,14 @@ FEWBIT_INLINE void add_chunk(const Entries<ENTRIES> (&entries)[BOOKS][T], const 
 }
 
 // Rows [d, d + T) of a tile's codes x M tokens, of which `tokens` exist.
-template <int ENTRIES, int BOOKS, int M, int T>
+template <int ENTRIES, int BOOKS, template <int> class Source, int M, int T>
 void strip(const Int8VectorTask& task, int64_t tile, int64_t token, int64_t tokens, int64_t d) {
   Entries<ENTRIES> entries[BOOKS][T];
   alignas(64) float totals[M][T][16];
   for (int m = 0; m < M; m++)
     for (int t = 0; t < T; t++) store(totals[m][t], broadcast(task.start[(token + m) * task.dim + d + t]));
   const int8_t* x = activations_of(task, token);
-  Indices<BOOKS> indices(task, tile);
-  indices.write(0);
+  Source<BOOKS> indices(task, tile);
   VectorSegment segment(task);
   for (int64_t s = 0, chunk = 0; s < task.segments; s++, segment.next()) {
     if (segment.enters)
@@ -124,8 +143,8 @@ void strip(const Int8VectorTask& task, int64_t tile, int64_t token, int64_t toke
 #pragma GCC unroll 16
     for (int i = 0; i < M * T; i++) dot[i / T][i % T] = _mm512_setzero_si512();
     for (const int64_t end = chunk + segment.chunks; chunk < end; chunk++, x += M * 32) {
-      if (chunk + 1 < task.chunks) indices.write(chunk + 1);
-      add_chunk<ENTRIES, BOOKS, M, T>(entries, indices.bytes[chunk % 2], x, dot);
+      indices.enter(chunk, task.chunks);
+      add_chunk<ENTRIES, BOOKS, M, T>(entries, indices, x, dot);
     }
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++)
@@ -135,38 +154,39 @@ void strip(const Int8VectorTask& task, int64_t tile, int64_t token, int64_t toke
         store(totals[m][t], fused(factor, convert(dot[m][t]), load(totals[m][t])));
       }
   }
-  for (int m = 0; m < M && m < tokens; m++)
-    for (int t = 0; t < T; t++) put(task, tile, token + m, d + t, totals[m][t]);
+  for (int m = 0; m < M && m < tokens; m++) put<T>(task, tile, token + m, d, totals[m]);
 }
 
 // All rows of a tile's codes, as many at a time as share the registers with M tokens.
-template <int ENTRIES, int BOOKS, int M>
+template <int ENTRIES, int BOOKS, template <int> class Source, int M>
 void strips(const Int8VectorTask& task, int64_t tile, int64_t token, int64_t tokens) {
   constexpr int kMost = (ENTRIES == 64 ? 8 : 4 / BOOKS) / (M == 4 ? 2 : 1);
   int64_t d = 0;
   if constexpr (kMost >= 8)
-    for (; d + 8 <= task.dim; d += 8) strip<ENTRIES, BOOKS, M, 8>(task, tile, token, tokens, d);
+    for (; d + 8 <= task.dim; d += 8) strip<ENTRIES, BOOKS, Source, M, 8>(task, tile, token, tokens, d);
   if constexpr (kMost >= 4)
-    for (; d + 4 <= task.dim; d += 4) strip<ENTRIES, BOOKS, M, 4>(task, tile, token, tokens, d);
+    for (; d + 4 <= task.dim; d += 4) strip<ENTRIES, BOOKS, Source, M, 4>(task, tile, token, tokens, d);
   if constexpr (kMost >= 2)
-    for (; d < task.dim; d += 2) strip<ENTRIES, BOOKS, M, 2>(task, tile, token, tokens, d);
-  for (; d < task.dim; d++) strip<ENTRIES, BOOKS, M, 1>(task, tile, token, tokens, d);
+    for (; d < task.dim; d += 2) strip<ENTRIES, BOOKS, Source, M, 2>(task, tile, token, tokens, d);
+  for (; d < task.dim; d++) strip<ENTRIES, BOOKS, Source, M, 1>(task, tile, token, tokens, d);
 }
 
-template <int ENTRIES, int BOOKS>
+template <int ENTRIES, int BOOKS, template <int> class Source = Indices>
 void tiles(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   for (int64_t tile = tile_begin; tile < tile_end; tile++)
     for (int64_t token = 0; token < tokens; token += task.together) switch (task.together) {
-        case 1: strips<ENTRIES, BOOKS, 1>(task, tile, token, tokens - token); break;
-        case 2: strips<ENTRIES, BOOKS, 2>(task, tile, token, tokens - token); break;
-        default: strips<ENTRIES, BOOKS, 4>(task, tile, token, tokens - token);
+        case 1: strips<ENTRIES, BOOKS, Source, 1>(task, tile, token, tokens - token); break;
+        case 2: strips<ENTRIES, BOOKS, Source, 2>(task, tile, token, tokens - token); break;
+        default: strips<ENTRIES, BOOKS, Source, 4>(task, tile, token, tokens - token);
       }
 }
 
 void run(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  const bool two = task.books == 2;
-  if (task.entries == 64) return (two ? tiles<64, 2> : tiles<64, 1>)(task, tile_begin, tile_end, tokens);
-  return (two ? tiles<256, 2> : tiles<256, 1>)(task, tile_begin, tile_end, tokens);
+  const bool two = task.books == 2, six = task.bits == 6 && (!two || task.residual_bits == 6);
+  const auto of = six                 ? two ? tiles<64, 2, SixBits> : tiles<64, 1, SixBits>
+                  : task.entries == 64 ? two ? tiles<64, 2> : tiles<64, 1>
+                                       : two ? tiles<256, 2> : tiles<256, 1>;
+  of(task, tile_begin, tile_end, tokens);
 }
 
 }  // namespace

@@ -8,6 +8,8 @@
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 // Measured: Zen 4 does; on Sapphire Rapids four places are faster.
@@ -34,6 +36,10 @@ bool has_avx_vnni() {
 
 namespace {
 
+#if defined(__aarch64__) && defined(__linux__)
+constexpr unsigned long kHasI8mm = 1ul << 13;  // HWCAP2_I8MM, of which older headers know no name
+#endif
+
 int32_t find_caps() {
   int32_t caps = FEWBIT_SERIAL;
 #if defined(__x86_64__)
@@ -55,8 +61,12 @@ int32_t find_caps() {
   caps |= FEWBIT_NEON;
 #if defined(__APPLE__)
   caps |= FEWBIT_NEONDOT;  // every 64-bit Mac has it
+  int has = 0;
+  size_t size = sizeof has;
+  if (!sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &size, nullptr, 0) && has) caps |= FEWBIT_NEONI8MM;
 #elif defined(__linux__)
   if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) caps |= FEWBIT_NEONDOT;
+  if (caps & FEWBIT_NEONDOT && getauxval(AT_HWCAP2) & kHasI8mm) caps |= FEWBIT_NEONI8MM;
 #endif
 #endif
   return caps;

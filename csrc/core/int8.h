@@ -19,6 +19,7 @@
 //   kInPlace           whether any byte may be multiplied: a field of several in a byte then need not be shifted
 //     kSums            sums beside which masks of fields have room in registers
 //     add_once(u, x)   add, where no other sum takes these activations
+//     Rows, Pair       see pairs.h; or neither
 //
 // An operand's (see segments.h) activations are int8_t, or int16_t where widening them once spares many times, and its
 // value is rounded to float32 once. What is computed is the same everywhere, bit for bit: sums are exact integers, and

@@ -68,11 +68,16 @@ inline const int8_t* activations_of(const Int8VectorTask& task, int64_t token) {
   return static_cast<const int8_t*>(task.activations) + token * task.chunks * 32;
 }
 
-// Row d of a tile's 16 codes, of one token, to y, the bias added.
-inline void put(const Int8VectorTask& task, int64_t tile, int64_t token, int64_t d, const float* total) {
+// Rows [d, d + T) of a tile's 16 codes, of one token, to y, the bias added.
+template <int T>
+void put(const Int8VectorTask& task, int64_t tile, int64_t token, int64_t d, const float (*total)[16]) {
   int64_t row = tile * 16 * task.dim + d;
-  for (int64_t u = 0; u < 16 && row < task.out_rows; u++, row += task.dim)
-    write_float(task.y, task.y_dtype, token * task.y_stride + row, task.bias ? total[u] + task.bias[row] : total[u]);
+  for (int64_t u = 0; u < 16; u++, row += task.dim)
+    for (int64_t t = 0; t < T && row + t < task.out_rows; t++) {
+      const float y = task.bias ? total[t][u] + task.bias[row + t] : total[t][u];
+      if (task.y_dtype == FEWBIT_FLOAT32) static_cast<float*>(task.y)[token * task.y_stride + row + t] = y;
+      else write_float(task.y, task.y_dtype, token * task.y_stride + row + t, y);
+    }
 }
 
 }  // namespace

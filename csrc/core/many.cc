@@ -34,7 +34,7 @@ bool well_formed(const fewbit_input& x) {
 int32_t float_isa(int32_t isa) {
   if (isa & (FEWBIT_AVX512VNNI | FEWBIT_AVX512VBMI | FEWBIT_AVX512VPOPCNT | FEWBIT_AVX512BF16)) return FEWBIT_AVX512;
   if (isa == FEWBIT_AVXVNNI) return FEWBIT_AVX2;
-  return isa == FEWBIT_NEONDOT ? FEWBIT_NEON : isa;
+  return isa == FEWBIT_NEONDOT || isa == FEWBIT_NEONI8MM ? FEWBIT_NEON : isa;
 }
 
 fewbit_input tokens_of(const fewbit_input& x, int64_t token, int64_t tokens) {

@@ -20,6 +20,7 @@
 #include <string.h>
 
 #include "core/linear.h"
+#include "core/pairs.h"
 
 namespace fewbit {
 namespace {
@@ -314,7 +315,9 @@ __attribute__((noinline)) void add_decoded(const SegmentTask& task, const K& ker
   Sum dot[T][M][P];
   const auto* x = static_cast<const typename K::X*>(task.activations);
   x += (token * task.chunks + first * M) * 32;
-  for (int64_t c = 0; c < chunks; c++, x += M * 32) {
+  constexpr bool pairs = kHasPairs<Sum>;
+  if constexpr (pairs) multiply_pairs<K, T, M>(decoded, chunks, x, dot);
+  for (int64_t c = 0; !pairs && c < chunks; c++, x += M * 32) {
     for (int begin = 0; begin < 8; begin += Sum::kGroups) {
       // Not unrolled: GCC would add the products up in an order that keeps all of them alive at once.
 #pragma GCC unroll 1

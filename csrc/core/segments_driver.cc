@@ -22,6 +22,7 @@ const SegmentKernel* find_int24(int32_t isa) {
     case FEWBIT_AVX512VNNI: return &int24_linear_avx512vnni;
 #elif defined(__aarch64__)
     case FEWBIT_NEONDOT: return &int24_linear_neondot;
+    case FEWBIT_NEONI8MM: return &int24_linear_neoni8mm;
 #endif
     default: return nullptr;
   }
@@ -49,6 +50,7 @@ const SegmentKernel* find(const FixedPoint* table, int32_t isa) {
 #elif defined(__aarch64__)
     case FEWBIT_NEON: return pick(int8_linear_neon, int8_lut_linear_neon);
     case FEWBIT_NEONDOT: return pick(int8_linear_neondot, int8_lut_linear_neondot);
+    case FEWBIT_NEONI8MM: return pick(int8_linear_neoni8mm, int8_lut_linear_neoni8mm);
 #endif
     default: return nullptr;
   }

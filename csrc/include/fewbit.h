@@ -40,7 +40,8 @@ enum {
   FEWBIT_AVX512VPOPCNT = 64, /* that of FEWBIT_AVX512, and VPOPCNTDQ */
   FEWBIT_AVX512VBMI = 128,   /* that of FEWBIT_AVX512VNNI, and VBMI */
   FEWBIT_AVX512BF16 = 256,   /* that of FEWBIT_AVX512, and BF16, where it is faster than float32: on AMD */
-  FEWBIT_AVXVNNI = 512       /* that of FEWBIT_AVX2, and AVX-VNNI */
+  FEWBIT_AVXVNNI = 512,      /* that of FEWBIT_AVX2, and AVX-VNNI */
+  FEWBIT_NEONI8MM = 1024     /* that of FEWBIT_NEONDOT, and the matrix product of bytes of ARMv8.6 */
 };
 
 /* Families, types of activations and results, status codes. */
@@ -243,7 +244,9 @@ int fewbit_vector_decode(const fewbit_vectors* matrix, int64_t tile_begin, int64
  * residual[d][j]), with the books, steps and offsets of block column / block; a sum of two bytes must stay below 256.
  *
  * Layout vector16: the codes of a matrix of (ceil(rows / dim), columns) in tiles of 16 and chunks of 32 columns. A chunk is
- * that of the indices i in tile16, in `bits` vectors, then that of the indices j, in `residual_bits`. Bytes:
+ * that of the indices i in tile16, in `bits` vectors, then that of the indices j, in `residual_bits`. Of 6 bits it is
+ * another: vector g holds columns 4g .. 4g+3 in the low 6 bits of its bytes, and the two above, of vectors 3h, 3h+1 and
+ * 3h+2, are bits 0-1, 2-3 and 4-5 of columns 24 + 4h .. 27 + 4h. Bytes:
  * ceil(ceil(rows / dim) / 16) * ceil(columns / 32) * (bits + residual_bits) * 64. */
 typedef struct {
   int64_t rows, columns;

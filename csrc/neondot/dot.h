@@ -42,6 +42,30 @@ struct Dot {
   inline void flush() {}
   inline void merge(const Dot& other, int) { sum = vaddq_s32(sum, other.sum); }
   inline F value() const { return vcvtq_f32_s32(sum); }
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  // Eight columns of two rows a register.
+  struct Rows {
+    int8x16_t low, high;
+
+    inline Rows() = default;
+    inline Rows(U first, U second) {
+      const U a = BITS == 8 ? flip(first, 0x80808080u) : first, b = BITS == 8 ? flip(second, 0x80808080u) : second;
+      low = vreinterpretq_s8_u32(vzip1q_u32(a, b)), high = vreinterpretq_s8_u32(vzip2q_u32(a, b));
+    }
+  };
+
+  // Sums of two tokens; smmla adds eight products to each of two rows x two tokens.
+  struct Pair {
+    int32x4_t low = vdupq_n_s32(0), high = vdupq_n_s32(0);
+
+    inline void add(const Rows& rows, const int8_t* x, const int8_t* next) {
+      const int8x16_t both = vcombine_s8(vld1_s8(x), vld1_s8(next));
+      low = vmmlaq_s32(low, rows.low, both), high = vmmlaq_s32(high, rows.high, both);
+    }
+    inline int32x4_t of(int token) const { return token ? vuzp2q_s32(low, high) : vuzp1q_s32(low, high); }
+  };
+#endif
 };
 
 }  // namespace

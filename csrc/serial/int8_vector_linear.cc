@@ -8,13 +8,18 @@ namespace {
 
 constexpr int64_t kTogether = 4;  // tokens, at most
 
-// Index of code `u` of a tile, column k of a chunk, among `bits` vectors of tile16.
+// Index of code `u` of a tile, column k of a chunk, among `bits` vectors (see fewbit_byte_vectors).
 int index_of(const uint8_t* codes, int bits, int64_t u, int k) {
+  const auto byte_of = [&](int vector) { return codes[vector * 64 + u * 4 + k % 4]; };
   int index = 0;
+  if (bits == 6) {
+    if (k < 24) return byte_of(k / 4) & 63;
+    for (int p = 0; p < 3; p++) index |= byte_of((k - 24) / 4 * 3 + p) >> 6 << 2 * p;
+    return index;
+  }
   for (int p = 0; p < part_count(bits); p++) {
-    const int width = part_width(bits, p), base = part_base(bits, p), shift = part_shift(width, k);
-    const uint8_t byte = codes[(base + part_vector(width, k)) * 64 + u * 4 + shift / 8];
-    index |= (byte >> shift % 8 & ((1 << width) - 1)) << base;
+    const int width = part_width(bits, p), base = part_base(bits, p), shift = part_shift(width, k) % 8;
+    index |= (byte_of(base + part_vector(width, k)) >> shift & ((1 << width) - 1)) << base;
   }
   return index;
 }
@@ -57,7 +62,7 @@ void run_tile(const Int8VectorTask& task, int64_t tile, int64_t token, int64_t t
               __builtin_fmaf(segment.factor(token + m, d), static_cast<float>(dot[m][d][u]), totals[m][d][u]);
   }
   for (int64_t m = 0; m < tokens; m++)
-    for (int64_t d = 0; d < task.dim; d++) put(task, tile, token + m, d, totals[m][d]);
+    for (int64_t d = 0; d < task.dim; d++) put<1>(task, tile, token + m, d, totals[m] + d);
 }
 
 void run(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {

@@ -24,8 +24,9 @@ const Shape kShapes[] = {
     {530, 260, 64, 260, 2},
 };
 
-const int32_t kIsas[] = {FEWBIT_SERIAL, FEWBIT_AVX2, FEWBIT_AVXVNNI, FEWBIT_AVX512VNNI, FEWBIT_NEON, FEWBIT_NEONDOT};
-const char* const kNames[] = {"serial", "avx2", "avxvnni", "avx512vnni", "neon", "neondot"};
+const int32_t kIsas[] = {FEWBIT_SERIAL, FEWBIT_AVX2, FEWBIT_AVXVNNI, FEWBIT_AVX512VNNI, FEWBIT_NEON,
+                         FEWBIT_NEONDOT, FEWBIT_NEONI8MM};
+const char* const kNames[] = {"serial", "avx2", "avxvnni", "avx512vnni", "neon", "neondot", "neoni8mm"};
 
 double half_of(double x) {
   const int exponent = x < ldexp(1, -14) ? -14 : ilogb(x);
@@ -240,7 +241,7 @@ int int8_failures() {
   worst = fmax(worst, check_longest(random));
   check_refusals();
   check_poison();
-  for (int i = 0; i < 6; i++)
+  for (size_t i = 0; i < sizeof kIsas / sizeof *kIsas; i++)
     if (fewbit_caps() & kIsas[i]) printf("int8 on %s\n", kNames[i]);
   printf("int8: at most %.2f of the bound\n", worst);
   return failures;

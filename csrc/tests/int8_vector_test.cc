@@ -31,6 +31,18 @@ int failures = 0;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The chunk of 16 x 32 codes from (row, column), those beyond the edge being 0, as fewbit_byte_vectors draws 6 bits.
+void pack_six(const std::vector<uint8_t>& codes, int64_t rows, int64_t columns, int64_t row, int64_t column, uint8_t* out) {
+  const auto code = [&](int64_t u, int64_t k) {
+    return row + u < rows && column + k < columns ? codes[(row + u) * columns + column + k] : 0;
+  };
+  for (int64_t v = 0; v < 6; v++)
+    for (int64_t u = 0; u < 16; u++)
+      for (int64_t k = 0; k < 4; k++)
+        out[v * 64 + u * 4 + k] =
+            static_cast<uint8_t>(code(u, 4 * v + k) | (code(u, 24 + v / 3 * 4 + k) >> v % 3 * 2 & 3) << 6);
+}
+
 struct Case {
   Shape shape;
   int32_t dim, bits[2], books, entries;
@@ -47,6 +59,9 @@ struct Case {
       for (int64_t k = 0; k < units * s.columns; k++) codes[i].push_back(random() & ((1u << bits[i]) - 1));
       std::vector<uint8_t> apart(fewbit_tile16_bytes(units, s.columns, bits[i]));
       fewbit_tile16_pack(codes[i].data(), s.columns, units, s.columns, bits[i], apart.data());
+      const int64_t wide = ceil_div(s.columns, 32);
+      for (int64_t c = 0; bits[i] == 6 && c < chunks; c++)
+        pack_six(codes[i], units, s.columns, c / wide * 16, c % wide * 32, apart.data() + c * 384);
       const int64_t size = bits[i] * 64;
       for (int64_t c = 0; c < chunks; c++)
         memcpy(packed.data() + 1 + c * (b + r) * 64 + (i ? b * 64 : 0), apart.data() + c * size, size);

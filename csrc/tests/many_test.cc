@@ -212,7 +212,8 @@ int many_failures() {
   std::mt19937 random(3);
   for (const int32_t isa : {FEWBIT_SERIAL, FEWBIT_AVX2, FEWBIT_AVX512, FEWBIT_NEON})
     if (fewbit_caps() & isa) check_isa(isa, false, random);
-  for (const int32_t isa : {FEWBIT_SERIAL, FEWBIT_AVX2, FEWBIT_AVXVNNI, FEWBIT_AVX512VNNI, FEWBIT_NEON, FEWBIT_NEONDOT})
+  for (const int32_t isa : {FEWBIT_SERIAL, FEWBIT_AVX2, FEWBIT_AVXVNNI, FEWBIT_AVX512VNNI, FEWBIT_NEON, FEWBIT_NEONDOT,
+                            FEWBIT_NEONI8MM})
     if (fewbit_caps() & isa) check_isa(isa, true, random);
   check_conversions();
   check_callers();

@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     """Of activations and results."""
 
 Isa = Literal[
-    "avx512vpopcnt", "avx512vbmi", "avx512vnni", "avx512bf16", "avx512", "avxvnni", "avx2", "neondot", "neon", "serial"
+    "avx512vpopcnt",
+    "avx512vbmi",
+    "avx512vnni",
+    "avx512bf16",
+    "avx512",
+    "avxvnni",
+    "avx2",
+    "neoni8mm",
+    "neondot",
+    "neon",
+    "serial",
 ]
 
 FLAGS: dict[Isa, int] = {
@@ -29,6 +39,7 @@ FLAGS: dict[Isa, int] = {
     "avx512": 4,
     "avxvnni": 512,
     "avx2": 2,
+    "neoni8mm": 1024,
     "neondot": 32,
     "neon": 16,
     "serial": 1,

@@ -7,6 +7,10 @@ indices of its 16 x 32 codes into the codebook, as :mod:`fewbit.kernels.tile16` 
 those into the residual book, as one of ``residual_bits``. Chunks of a tile follow one another, then the next tile:
 (tiles, chunks * bits of a code * 64) bytes, ragged edges padded with code 0. Sixty-four indices into one book then come
 out as bytes by shifts and masks, 16 codes of four neighbouring columns.
+
+Indices of 6 bits lie otherwise, as a lookup among 64 entries heeds no more than 6 bits of a byte: vector g of their six
+holds columns 4g to 4g + 3 in the low 6 bits of bytes. The two bits above, of vectors 0, 1, 2 and of 3, 4, 5, are bits 0
+and 1, 2 and 3, 4 and 5 of columns 24 to 27 and of 28 to 31.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from fewbit.core.layout import Layout, Shape
 from fewbit.errors import InputError
 from fewbit.formats.vector import Vector
 from fewbit.kernels import pages
-from fewbit.kernels.tile16 import pack_codes, size, unpack_rows
+from fewbit.kernels.tile16 import COLUMNS, ROWS, pack_codes, size, unpack_rows
 from fewbit.layouts.dense import load_params, store_params
 
 MOST_BITS = 8
@@ -42,6 +46,23 @@ def checked(format: Format, shape: Shape, packed: Tensor) -> Tensor:
     return packed.contiguous()
 
 
+def pack_six(indices: Tensor) -> Tensor:
+    """uint8 indices (codes, columns) of 6 bits -> uint8 (tiles, bytes a tile)."""
+    rows, columns = indices.shape
+    padded = torch.nn.functional.pad(indices, (0, -columns % COLUMNS, 0, -rows % ROWS))
+    groups = padded.reshape(-1, ROWS, padded.shape[1] // COLUMNS, 8, 4).permute(0, 2, 3, 1, 4)
+    rest = [groups[:, :, group] >> low << 6 for group in (6, 7) for low in (0, 2, 4)]
+    return (groups[:, :, :6] | torch.stack(rest, 2)).reshape(len(padded) // ROWS, -1)
+
+
+def unpack_six(packed: Tensor, shape: Shape) -> Tensor:
+    """The inverse of :func:`pack_six`: uint8 (codes, columns)."""
+    vectors = packed.reshape(len(packed), -1, 6, ROWS, 4)
+    first, second, third = (vectors >> 6).reshape(len(packed), -1, 2, 3, ROWS, 4).unbind(3)
+    groups = torch.cat([vectors & 63, first | second << 2 | third << 4], 2)
+    return groups.permute(0, 3, 1, 2, 4).reshape(len(packed) * ROWS, -1)[: shape[0], : shape[1]].contiguous()
+
+
 def _fields(format: Format) -> list[int]:
     assert isinstance(format, Vector)
     return list(format.fields.values())
@@ -58,7 +79,8 @@ def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[
     packed = pages.empty(size(code_shape(format, shape), format.bits))
     chunks, base = packed.reshape(len(packed), -1, format.bits * 64), 0
     for bits in _fields(format):
-        field = pack_codes(((codes >> base) & ((1 << bits) - 1)).to(torch.uint8), bits)
+        indices = ((codes >> base) & ((1 << bits) - 1)).to(torch.uint8)
+        field = pack_six(indices) if bits == 6 else pack_codes(indices, bits)
         chunks[:, :, base * 64 : (base + bits) * 64] = field.reshape(len(packed), -1, bits * 64)
         base += bits
     return packed, store_params(format, params)
@@ -72,7 +94,11 @@ def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tup
     base = 0
     for bits in _fields(format):
         field = chunks[:, :, base * 64 : (base + bits) * 64].reshape(len(packed), -1)
-        codes |= unpack_rows(field, (rows, columns), bits, torch.arange(rows)).to(codes.dtype) << base
+        if bits == 6:
+            indices = unpack_six(field, (rows, columns))
+        else:
+            indices = unpack_rows(field, (rows, columns), bits, torch.arange(rows))
+        codes |= indices.to(codes.dtype) << base
         base += bits
     return codes, load_params(format, shape, stored)
 
