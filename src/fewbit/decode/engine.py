@@ -44,8 +44,8 @@ class Engine(Protocol):
         ...
 
     def feed_rows(self, parts: Sequence[tuple[int, Sequence[int]]]) -> list[memoryview[float]]:
-        """As :meth:`feed`, each row as memory that may be overwritten, and is by the next call: the native runtime needs no
-        torch for it."""
+        """As :meth:`feed`, each row as memory that may be overwritten, and that the next call overwrites: the native
+        runtime needs no torch for it."""
         ...
 
     def length(self, sequence: int) -> int:
