@@ -93,8 +93,7 @@ def open_engine(
     Raises:
         SpecError: ``kv`` or ``activation`` is none. InputError, CorruptFileError: as :func:`fewbit.load`.
     """
-    if kv not in KV:
-        raise SpecError(f"kv {kv!r}", "", f"one of {', '.join(KV)}")
+    check_kv(kv)
     if sequences < 1 or (context is not None and context < 1):
         raise SpecError(f"{sequences} sequences of {context} positions", "", "at least one of each")
     folder = Path(folder)
@@ -107,3 +106,9 @@ def open_engine(
     from fewbit.decode.transformers_engine import TransformersEngine
 
     return TransformersEngine.load(folder, why, activation, sequences, context, threads)
+
+
+def check_kv(kv: str) -> None:
+    """Raises SpecError unless ``kv`` is one of :data:`KV`."""
+    if kv not in KV:
+        raise SpecError(f"kv {kv!r}", "", f"one of {', '.join(KV)}")

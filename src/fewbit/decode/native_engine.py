@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,15 +88,29 @@ class NativeEngine:
         self._feed(parts, self._logits.buffer_info()[0])
         return [logits[row * width : (row + 1) * width] for row in range(len(parts))]
 
-    def _feed(self, parts: Parts, logits: int) -> None:
-        """Writes logits (parts, vocab_size), one after the other, to the address ``logits``."""
+    def every_logit(self, tokens: Sequence[int]) -> Tensor:
+        """Float32 (tokens, vocab_size): the logits after each of ``tokens``, a text of its own, read in chunks as a
+        prompt is. Raises what :meth:`feed` and :meth:`open` do."""
+        import torch
+
+        logits = torch.empty(len(tokens), self.vocab_size)
+        sequence = self.open()
+        try:
+            self._feed([(sequence, tokens)], logits.data_ptr(), every=True)
+        finally:
+            self.close(sequence)
+        return logits
+
+    def _feed(self, parts: Parts, logits: int, every: bool = False) -> None:
+        """Writes logits (parts, vocab_size), one after the other, to the address ``logits``; ``every``: those after
+        every token."""
         self._ledger.check_feed(parts)
         ids = [array("i", tokens) for _, tokens in parts]
         addressed = tuple(
             (sequence, held.buffer_info()[0], len(held)) for (sequence, _), held in zip(parts, ids, strict=True)
         )
         if addressed:
-            self._core.decoder_feed(self._decoder, addressed, logits, self._threads or native.threads())
+            self._core.decoder_feed(self._decoder, addressed, every, logits, self._threads or native.threads())
         self._ledger.feed(parts)
 
     def length(self, sequence: int) -> int:
