@@ -39,7 +39,8 @@ class NativeEngine:
         self.context = min(model.context, context or model.context)
         self._threads, self._core = threads, core
         self._ledger = Ledger(self.vocab_size, self.context, sequences)
-        self._logits = array("f")  # of feed_rows, used again: fresh memory of this size costs as much as the draw
+        # Of feed_rows, used again: fresh memory of this size costs as much as the draw.
+        self._logits: array[float] = array("f")
         try:
             self._decoder = core.decoder_new(model.address, S.KV[kv], sequences)
         except ValueError:
@@ -84,7 +85,7 @@ class NativeEngine:
         width = self.vocab_size
         if len(self._logits) < len(parts) * width:  # a new one: rows of the old one may still be looked at
             self._logits = array("f", bytes(4 * width)) * len(parts)
-        logits = memoryview(self._logits)
+        logits: memoryview[float] = memoryview(self._logits)
         self._feed(parts, self._logits.buffer_info()[0])
         return [logits[row * width : (row + 1) * width] for row in range(len(parts))]
 
