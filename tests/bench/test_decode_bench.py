@@ -16,7 +16,7 @@ from fewbit.kernels import native
 from fewbit.measure.energy import meter
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
-import decode  # noqa: E402
+import decode
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native module here")
 
