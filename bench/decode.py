@@ -229,7 +229,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    console = begun(arguments.threads, 120)
+    console = begun(arguments.threads, 140)
     arguments.work.mkdir(parents=True, exist_ok=True)
     peers, missing = theirs(arguments)
     rows = []

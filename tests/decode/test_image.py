@@ -220,6 +220,11 @@ def test_an_image_of_another_version_or_machine_is_refused(
             with pytest.raises(O.StaleError, match=r"version|instructions|build"):
                 O.open_image(folder, None)
     assert O.open_image(folder, None) is not None
+    whole = bytearray(path.read_bytes().replace(b'"indices"', b'"earlier"', 1))  # a head with other members
+    whole[8:40] = O.signed(whole[40 : int.from_bytes(whole[40:48], "little")], O.secret())
+    path.write_bytes(whole)
+    monkeypatch.setattr(fewbit, "__version__", "0.0.9")
+    refused(folder, "version")
 
 
 def test_a_folder_that_cannot_be_written_to(four_bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,13 +191,13 @@ def _checked(image: _Pages, folder: Path, activation: str | None) -> tuple[dict[
     head: dict[str, Any] = json.loads(image.data[HEAD:end])
     if arrays + head["array_bytes"] != size:
         raise _Wrong("it is cut off")
-    indices = (image.data[arrays + offset : arrays + offset + length] for offset, length in head["indices"])
-    if digest(indices) != head["indices_digest"]:
-        raise _Wrong("its indices are damaged")
     now, then = stamp(folder, activation, head["weights"]), head["made_from"]
     changed = [name for name, value in now.items() if value != then[name]]
     if changed:
         raise _Wrong(f"it was made from another state of things ({', '.join(changed)})")
+    indices = (image.data[arrays + offset : arrays + offset + length] for offset, length in head["indices"])
+    if digest(indices) != head["indices_digest"]:
+        raise _Wrong("its indices are damaged")
     return head, aligned(end)
 
 
