@@ -227,10 +227,7 @@ def eval(
     ] = 64,
     threads: Threads = None,
     activation: Activation = None,
-    engine: Annotated[
-        Literal["native", "transformers"],
-        typer.Option("--engine", help="What computes OUT's logits; native: what generate and serve run, where it can."),
-    ] = "native",
+    engine: Annotated[Literal["native", "transformers"], typer.Option("--engine", help="Of OUT's logits.")] = "native",
     json: Json = None,
     report: Report = None,
     debug: Debug = False,
