@@ -128,14 +128,13 @@ def evaluate(
         tokenizer: for models in memory; by default that of the folder.
         dtype: of the reference and of whatever the model leaves in float.
         activation: run the model, a fewbit folder, as :func:`fewbit.load` does with it.
-        forward: computes the logits of the model, a fewbit folder, in the place of transformers, as
-            :func:`fewbit.decode.forward.native_forward` does; speed and memory stay those of transformers.
+        forward: gives the logits of the model, a fewbit folder, as :func:`fewbit.decode.forward.native_forward` does,
+            in the place of transformers; speed and memory stay those of transformers.
 
     Neither the global random state nor the thread count changes.
 
     Raises:
-        InputError: no such model or text, the text is too short, the vocabularies differ, or ``forward`` for a model
-            that is no fewbit folder.
+        InputError: no such model or text, the text is too short, the vocabularies differ, ``forward`` for no folder.
         SpecError: an option is out of range. VerificationError: a model answers NaN.
 
     Example:
@@ -145,8 +144,6 @@ def evaluate(
     notes: list[str] = []
     report = progress or (lambda stage, done, total: None)
     side = Side.of(model, dtype, activation)
-    if forward is not None and not side.manifest:
-        raise InputError("logits computed otherwise", "the model is no fewbit folder", "leave forward out")
     other = reference_of(side, dtype, notes) if reference is None else Side.of(reference, dtype)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         seen = _score(side, other, forward, (text, tokenizer, context, max_tokens, unscored), notes, report)
@@ -199,6 +196,8 @@ def _score(
     notes: list[str],
     report: Progress,
 ) -> _Seen:
+    if given is not None and not side.manifest:
+        raise InputError("logits computed otherwise", "the model is no fewbit folder", "leave forward out")
     text, tokenizer, context, max_tokens, unscored = request
     report("load", 0, 2)
     model = None if given is not None else side.open()
