@@ -7,7 +7,8 @@ MODEL, a GGUF file or a Hugging Face folder, is quantized by rounding, or by the
 nanoquant"), to each --format into DIR, once. Every row runs in a process of its own (its peak memory is its own),
 loaded once; then rows take turns, so that a noisy moment hits all alike: a prompt is prefilled, then some tokens are
 decoded after a context, then memory is read. The limit of decoding is the rate of that read, median of the run, over
-the bytes of weights that a token reads; keys and values come on top.
+the bytes of weights that a token reads; keys and values come on top. Energy is that of the processor package while a
+row decodes, whatever else runs on it; ``-`` where its counters cannot be read.
 
 Our rows are formats times --activation (``-``: inputs stay float). llama.cpp requantizes the GGUF file to each --llama
 type, as ``llama-quantize`` does without an importance matrix; it needs the package:
@@ -33,6 +34,7 @@ from rich.table import Table
 
 import fewbit
 import limits
+from fewbit.measure.energy import Meter, meter
 from session import begun
 
 FORMATS = ["int8/g64", "int4/g64", "int3/g64", "int2/g64", "sign/g64", "nf4/g64"]
@@ -64,7 +66,7 @@ class Row:
         if not line:
             last = self.process.stderr.read().strip().splitlines()
             return f"{self.name}: {last[-1] if last else 'it said nothing'}"
-        self.found |= json.loads(line) | {"prefill": [], "decode": [], "streams": []}
+        self.found |= json.loads(line) | {"prefill": [], "decode": [], "streams": [], "joules": []}
         return None
 
     def ask(self, **asked: int) -> Found:
@@ -115,7 +117,14 @@ def theirs(arguments: argparse.Namespace) -> tuple[list[Row], list[str]]:
     return rows, []
 
 
-def measure(rows: list[Row], arguments: argparse.Namespace) -> float:
+def metered(energy: Meter, row: Row, **asked: int) -> Found:
+    """The answer of ``row``, and the joules that passed meanwhile where ``energy`` has a source."""
+    before = energy.read() if energy.source else {}
+    found = row.ask(**asked)
+    return found | ({"joules": energy.joules(before, energy.read())} if energy.source else {})
+
+
+def measure(rows: list[Row], energy: Meter, arguments: argparse.Namespace) -> float:
     """Rounds in which each row takes its turn; bytes a second of a read, the median of all rounds."""
     limit, rates, turn = limits.read_stream(arguments.threads), [], 0
     stop = time.perf_counter() + arguments.seconds
@@ -124,7 +133,9 @@ def measure(rows: list[Row], arguments: argparse.Namespace) -> float:
         for row in rows:
             row.found["prefill"].append(row.ask(prefill=arguments.prompt)[arguments.clock])
             decode = {"decode": arguments.tokens, "context": arguments.context}
-            row.found["decode"].append(row.ask(**decode)[arguments.clock])
+            decoded = metered(energy, row, **decode)
+            row.found["decode"].append(decoded[arguments.clock])
+            row.found["joules"] += [decoded["joules"]] if "joules" in decoded else []
             if arguments.streams and row.kind != "llama.cpp":
                 row.found["streams"].append(row.ask(streams=arguments.streams, **decode)[arguments.clock])
             began = clock()
@@ -140,6 +151,7 @@ def summarize(row: Row, rate: float, arguments: argparse.Namespace) -> None:
     found["prefill_tokens_per_s"] = arguments.prompt / statistics.median(found["prefill"])
     found["first_token_s"] = statistics.median(found["prefill"])
     found["decode_tokens_per_s"] = arguments.tokens / statistics.median(found["decode"])
+    found["joules_per_token"] = statistics.median(found["joules"]) / arguments.tokens if found["joules"] else None
     if found["streams"]:
         found["streams_tokens_per_s"] = arguments.streams * arguments.tokens / statistics.median(found["streams"])
     found["limit_tokens_per_s"] = rate / found["read"] if found["read"] else None
@@ -165,6 +177,7 @@ def show(rows: list[Row], rate: float, arguments: argparse.Namespace, console: A
         "limit/s",
         "of limit",
         *streams,
+        "J/token",
         "first s",
         "load s",
         "peak MB",
@@ -181,6 +194,7 @@ def show(rows: list[Row], rate: float, arguments: argparse.Namespace, console: A
             f"{f['limit_tokens_per_s']:.0f}" if f["read"] else "",
             f"{f['of_limit']:.0%}" if f["read"] else "",
             *([f"{f['streams_tokens_per_s']:.0f}" if f["streams"] else ""] if streams else []),
+            "-" if f["joules_per_token"] is None else f"{f['joules_per_token']:.3f}",
             f"{f['first_token_s']:.3f}",
             f"{f['loaded']:.1f}",
             f"{f['peak'] / 1e6:.0f}",
@@ -215,7 +229,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    console = begun(arguments.threads, 120)
+    console = begun(arguments.threads, 140)
     arguments.work.mkdir(parents=True, exist_ok=True)
     peers, missing = theirs(arguments)
     rows = []
@@ -225,7 +239,10 @@ def main() -> int:
             rows.append(row)
         else:
             missing.append(reason)
-    rate = measure(rows, arguments)
+    energy = meter()
+    if not energy.source:
+        missing.append(f"energy: {energy.unavailable}")
+    rate = measure(rows, energy, arguments)
     for row in rows:
         summarize(row, rate, arguments)
         row.stop()

@@ -106,12 +106,12 @@ PyObject* decoder_free(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
-// decoder_feed(decoder, ((sequence, tokens, count), ...), logits, threads); tokens: address of int32
+// decoder_feed(decoder, ((sequence, tokens, count), ...), every, logits, threads); tokens: address of int32
 PyObject* decoder_feed(PyObject*, PyObject* args) {
   PyObject* tuple;
   unsigned long long decoder, logits;
-  int threads, code;
-  if (!PyArg_ParseTuple(args, "KO!Ki", &decoder, &PyTuple_Type, &tuple, &logits, &threads)) return nullptr;
+  int every, threads, code;
+  if (!PyArg_ParseTuple(args, "KO!pKi", &decoder, &PyTuple_Type, &tuple, &every, &logits, &threads)) return nullptr;
   const Py_ssize_t count = PyTuple_Size(tuple);
   std::vector<fewbit_part> parts(static_cast<size_t>(count));
   for (Py_ssize_t i = 0; i < count; i++) {
@@ -121,7 +121,8 @@ PyObject* decoder_feed(PyObject*, PyObject* args) {
     parts[static_cast<size_t>(i)] = {sequence, tokens_count, pointer<const int32_t*>(tokens)};
   }
   Py_BEGIN_ALLOW_THREADS
-  code = fewbit_decoder_feed(pointer<fewbit_decoder*>(decoder), parts.data(), count, pointer<float*>(logits), threads);
+  code = fewbit_decoder_feed(pointer<fewbit_decoder*>(decoder), parts.data(), count, every, pointer<float*>(logits),
+                             threads);
   Py_END_ALLOW_THREADS
   return status(code);
 }
@@ -148,7 +149,7 @@ PyMethodDef decode_methods[] = {
     {"weight_multiply", weight_multiply, METH_VARARGS, "(weight, x, tokens, y, isa, threads)"},
     {"decoder_new", decoder_new, METH_VARARGS, "(model, kv, sequences) -> decoder; see fewbit_decode.h."},
     {"decoder_free", decoder_free, METH_VARARGS, "(decoder)"},
-    {"decoder_feed", decoder_feed, METH_VARARGS, "(decoder, parts, logits, threads)"},
+    {"decoder_feed", decoder_feed, METH_VARARGS, "(decoder, parts, every, logits, threads)"},
     {"decoder_keep", decoder_keep, METH_VARARGS, "(decoder, from, to, length)"},
     {"decoder_bytes", decoder_bytes, METH_VARARGS, "(decoder) -> bytes of keys and values."},
     {nullptr, nullptr, 0, nullptr},

@@ -21,6 +21,7 @@ inline F broadcast(float x) { return _mm512_set1_ps(x); }
 inline F load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F larger(F a, F b) { return _mm512_max_ps(a, b); }  // b where either is NaN
 inline F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F fused(F a, F b, F c) { return fma(a, b, c); }

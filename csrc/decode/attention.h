@@ -88,9 +88,11 @@ FEWBIT_INLINE void mix_block(const HeadLayout& layout, const uint8_t* values, in
 template <class E, int Q>
 FEWBIT_INLINE void score_block(const HeadLayout& layout, const uint8_t* head, int64_t begin, int64_t end,
                                const float* const* q, float* scores) {
-  constexpr int T = kLanes == 16 ? 2 : 1;
   int64_t t = begin;
-  for (; t + T <= end; t += T) score_tiles<E, Q, T>(layout, head + t * layout.key_tile, q, scores + t * kTile);
+  if constexpr (kLanes == 16) {  // up to 16 sums, 4 keys and as many queries in 32 registers
+    for (; t + 4 <= end; t += 4) score_tiles<E, Q, 4>(layout, head + t * layout.key_tile, q, scores + t * kTile);
+    for (; t + 2 <= end; t += 2) score_tiles<E, Q, 2>(layout, head + t * layout.key_tile, q, scores + t * kTile);
+  }
   for (; t < end; t++) score_tiles<E, Q, 1>(layout, head + t * layout.key_tile, q, scores + t * kTile);
 }
 
@@ -140,12 +142,11 @@ struct State {
 // Scores of positions [begin, end) of a block become weights, the others 0; `out`, (width), is scaled to the new largest
 // score. Nothing changes where nothing is seen.
 FEWBIT_INLINE void weigh(float* scores, int64_t begin, int64_t end, State* state, float* out, int64_t width) {
-  for (int64_t p = 0; p < kBlock; p++) scores[p] = p >= begin && p < end ? scores[p] : kNever;
-  float lane[16], most = state->most;
-  for (int i = 0; i < 16; i++) lane[i] = scores[i];
-  for (int64_t p = 16; p < kBlock; p += 16)
-    for (int i = 0; i < 16; i++) lane[i] = lane[i] > scores[p + i] ? lane[i] : scores[p + i];
-  for (int i = 0; i < 16; i++) most = most > lane[i] ? most : lane[i];
+  for (int64_t p = 0; p < begin; p++) scores[p] = kNever;
+  for (int64_t p = end; p < kBlock; p++) scores[p] = kNever;
+  F lane = load(scores);
+  for (int64_t p = kLanes; p < kBlock; p += kLanes) lane = larger(lane, load(scores + p));
+  const float here = largest_of(lane), most = state->most > here ? state->most : here;
   if (most > state->most) {
     const float factor = state->total == 0.0f ? 0.0f : exp_of(state->most - most);
     for (int64_t d = 0; d < width; d++) out[d] *= factor;
@@ -176,7 +177,8 @@ void see_block(const AttentionTask& task, int64_t b, const Query* queries, int64
     q[i] = queries[i].q;
   }
   if (first >= last) return;
-  codec.score(layout, head, first / kTile, (last + kTile - 1) / kTile, q, count, scores);
+  const int64_t tile = first / kTile, tiles_end = (last + kTile - 1) / kTile;
+  codec.score(layout, head, tile, tiles_end, q, count, scores);
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + layout.scales);
   for (int64_t i = 0; i < count; i++) {
     float* s = scores + i * kBlock;
@@ -184,10 +186,10 @@ void see_block(const AttentionTask& task, int64_t b, const Query* queries, int64
       for (int64_t p = 0; p < kBlock; p++) s[p] = 0.0f;
       continue;
     }
-    for (int64_t p = 0; p < kBlock; p++) s[p] *= task.scale;
+    for (int64_t p = tile * kTile; p < tiles_end * kTile; p++) s[p] *= task.scale;
     if (layout.scales)
-      for (int64_t p = 0; p < kBlock; p++) s[p] *= from_float16(scales[p]);
-    if (task.cap != 0.0f) cap_to(s, 1.0f, task.cap, kBlock);
+      for (int64_t p = tile * kTile; p < tiles_end * kTile; p++) s[p] *= from_float16(scales[p]);
+    if (task.cap != 0.0f) cap_to(s + tile * kTile, 1.0f, task.cap, (tiles_end - tile) * kTile);
     weigh(s, begin[i], end[i], &states[i], out + i * layout.width, layout.width);
     if (layout.scales)
       for (int64_t p = 0; p < kBlock; p++) s[p] *= from_float16(scales[kBlock + p]);
@@ -196,7 +198,7 @@ void see_block(const AttentionTask& task, int64_t b, const Query* queries, int64
 }
 
 void attend(const AttentionTask& task) {
-  float scores[kTogether * kBlock] = {};
+  float scores[kTogether * kBlock];
   alignas(64) float out[kTogether * kMostHeadDim];
   const int64_t width = task.open.width;
   for (int64_t at = 0; at < task.count; at += kTogether) {
@@ -217,18 +219,37 @@ void attend(const AttentionTask& task) {
   }
 }
 
-// One number into its place; the layout's elements are floats.
-FEWBIT_INLINE void put(int32_t kv, uint8_t* tile, int64_t index, float x) {
+// `count` floats as elements of an open block; their type is that of `out`.
+FEWBIT_INLINE void narrow(int32_t, const float* x, int64_t count, float* out) {
+  memcpy(out, x, static_cast<size_t>(count) * sizeof(float));
+}
+
+FEWBIT_INLINE void narrow(int32_t kv, const float* x, int64_t count, uint16_t* out) {
+  if (kv == FEWBIT_BFLOAT16) {
+    for (int64_t d = 0; d < count; d++) out[d] = to_bfloat16(x[d]);
+    return;
+  }
   const float most = 65504.0f;  // an infinity would be NaN times the weight 0 of a position that is not seen
-  if (kv == FEWBIT_FLOAT16) x = x > most ? most : x < -most ? -most : x;
-  write_float(tile, kv, index, x);
+  float clamped[kMostHeadDim];
+  for (int64_t d = 0; d < count; d++) clamped[d] = x[d] > most ? most : x[d] < -most ? -most : x[d];
+  for (int64_t d = 0; d < count; d++) out[d] = to_float16(clamped[d]);
+}
+
+template <class T>
+FEWBIT_INLINE void append_as(const HeadLayout& layout, uint8_t* head, int64_t position, const float* key,
+                             const float* value) {
+  T narrowed[kMostHeadDim];
+  const int64_t at = position % kTile;
+  T* keys = reinterpret_cast<T*>(head + position / kTile * layout.key_tile) + at;
+  uint8_t* values = head + layout.values + position / kTile * layout.value_tile;
+  narrow(layout.kv, key, layout.dim, narrowed);
+  for (int64_t d = 0; d < layout.dim; d++) keys[d * kTile] = narrowed[d];
+  narrow(layout.kv, value, layout.dim, reinterpret_cast<T*>(values) + at * layout.width);
 }
 
 void append(const HeadLayout& layout, uint8_t* head, int64_t position, const float* key, const float* value) {
-  uint8_t* keys = head + position / kTile * layout.key_tile;
-  uint8_t* values = head + layout.values + position / kTile * layout.value_tile;
-  for (int64_t d = 0; d < layout.dim; d++) put(layout.kv, keys, d * kTile + position % kTile, key[d]);
-  for (int64_t d = 0; d < layout.dim; d++) put(layout.kv, values, position % kTile * layout.width + d, value[d]);
+  if (layout.kv == FEWBIT_FLOAT32) append_as<float>(layout, head, position, key, value);
+  else append_as<uint16_t>(layout, head, position, key, value);
 }
 
 // Where element d of position p is, in either half of a head: element index and, for 4 bits, whether the high half.
@@ -294,7 +315,8 @@ void reopen_block(const HeadLayout& closed, const uint8_t* from, const HeadLayou
         bool high;
         const uint8_t byte = codes[index_of(closed, value, p, d, &high)];
         const int32_t code = closed.kv == FEWBIT_KV_INT8 ? byte - 128 : ((byte >> (high ? 4 : 0)) & 15) - 8;
-        put(open.kv, tile, index_of(open, value, p, d, &high), static_cast<float>(code) * scale);
+        const float x = static_cast<float>(code) * scale;
+        narrow(open.kv, &x, 1, reinterpret_cast<uint16_t*>(tile) + index_of(open, value, p, d, &high));
       }
     }
 }

@@ -134,8 +134,7 @@ void norm_rows(const fewbit_decoder* d, const Means& means, const float* weight,
   });
 }
 
-// One block; of the last one, what follows attention is computed for the last rows of parts alone. Returns their number in
-// `rows`.
+// One block; of the last one, what follows attention is computed for the wanted rows alone. Returns their number in `rows`.
 int run_block(fewbit_decoder* d, const Means& means, int64_t layer, int64_t* rows) {
   const fewbit_model& m = d->model;
   const fewbit_block& block = m.block[layer];
@@ -145,9 +144,9 @@ int run_block(fewbit_decoder* d, const Means& means, int64_t layer, int64_t* row
   int code = attention(d, means, block, layer, normed);
   if (code != FEWBIT_OK) return code;
   if (layer + 1 == m.layers) {
-    *rows = static_cast<int64_t>(d->pass.last_rows.size());
-    gather(x, hidden, d->pass.last_rows);
-    gather(d->scratch.attended.data(), width, d->pass.last_rows);
+    *rows = static_cast<int64_t>(d->pass.wanted.size());
+    gather(x, hidden, d->pass.wanted);
+    gather(d->scratch.attended.data(), width, d->pass.wanted);
     if (!*rows) return FEWBIT_OK;
   }
   const Product output = {&block.o, out, hidden};
@@ -174,8 +173,8 @@ int run_pass(fewbit_decoder* d, const Means& means, float* logits) {
   if (code != FEWBIT_OK || !rows) return code;
   float* normed = d->scratch.normed.data();
   norm_rows(d, means, m.norm, x, rows, normed);
-  // Parts end in their order, so that their rows of the logits follow one another.
-  float* first = logits + d->pass.parts[0] * m.vocabulary;
+  // Wanted rows come in the order of the parts, so that those of the logits follow one another.
+  float* first = logits + d->pass.outputs[0] * m.vocabulary;
   const Product head = {&m.head, first, m.vocabulary};
   if ((code = multiply(means, &head, 1, normed, m.hidden, rows)) != FEWBIT_OK) return code;
   if (m.logit_cap != 0.0f || m.logit_scale != 1.0f)
@@ -198,22 +197,26 @@ void divide(const fewbit_model& m, Pass* pass) {
 
 // The next rows of the parts, of which `done` tokens have gone through; where there is one that has not, true. Parts are
 // taken in their order.
-bool next_pass(fewbit_decoder* d, const fewbit_part* parts, int64_t count, std::vector<int64_t>* done) {
+bool next_pass(fewbit_decoder* d, const fewbit_part* parts, int64_t count, bool every, std::vector<int64_t>* done) {
   Pass& pass = d->pass;
-  pass.runs.clear(), pass.tokens.clear(), pass.positions.clear(), pass.last_rows.clear(), pass.parts.clear();
-  for (int64_t p = 0; p < count && pass.rows() < kChunk; p++) {
+  pass.runs.clear(), pass.tokens.clear(), pass.positions.clear(), pass.wanted.clear(), pass.outputs.clear();
+  int64_t tokens = 0;  // of the parts before
+  for (int64_t p = 0; p < count && pass.rows() < kChunk; tokens += parts[p++].count) {
     const int64_t before = (*done)[static_cast<size_t>(p)], left = parts[p].count - before;
     if (!left) continue;
     const int64_t some = d->cache.room(parts[p].sequence, least(left, kChunk - pass.rows()));
     const int64_t position = d->cache.length(parts[p].sequence);
     pass.runs.push_back({parts[p].sequence, position, pass.rows(), some, {}, {}});
     for (int64_t i = 0; i < some; i++) {
+      if (every || i + 1 == left) {
+        pass.wanted.push_back(pass.rows());
+        pass.outputs.push_back(every ? tokens + before + i : p);
+      }
       pass.tokens.push_back(parts[p].tokens[before + i]);
       pass.positions.push_back(position + i);
     }
     (*done)[static_cast<size_t>(p)] += some;
-    if (some == left) pass.last_rows.push_back(pass.rows() - 1), pass.parts.push_back(p);
-    else break;  // logits of a pass follow one another: no later part ends before this one
+    if (some < left) break;  // logits of a pass follow one another: no later part ends before this one
   }
   for (Run& run : pass.runs) {
     d->cache.reserve(run.sequence, run.count);
@@ -223,9 +226,9 @@ bool next_pass(fewbit_decoder* d, const fewbit_part* parts, int64_t count, std::
   return !pass.runs.empty();
 }
 
-int feed(fewbit_decoder* d, const fewbit_part* parts, int64_t count, float* logits, const Means& means) {
+int feed(fewbit_decoder* d, const fewbit_part* parts, int64_t count, bool every, float* logits, const Means& means) {
   std::vector<int64_t> done(static_cast<size_t>(count));
-  while (next_pass(d, parts, count, &done)) {
+  while (next_pass(d, parts, count, every, &done)) {
     const int code = run_pass(d, means, logits);
     if (code != FEWBIT_OK) return code;
     for (const Run& run : d->pass.runs) d->cache.advance(run.sequence, run.count);
@@ -308,8 +311,8 @@ extern "C" int fewbit_decoder_new(const fewbit_model* model, int32_t kv, int64_t
 
 extern "C" void fewbit_decoder_free(fewbit_decoder* decoder) { delete decoder; }
 
-extern "C" int fewbit_decoder_feed(fewbit_decoder* decoder, const fewbit_part* parts, int64_t count, float* logits,
-                                   int32_t threads) {
+extern "C" int fewbit_decoder_feed(fewbit_decoder* decoder, const fewbit_part* parts, int64_t count, int32_t every,
+                                   float* logits, int32_t threads) {
   using namespace fewbit;
   if (!decoder || !parts || count < 1 || !logits || threads < 1 || !sensible(decoder, parts, count))
     return FEWBIT_BAD_ARGUMENT;
@@ -318,7 +321,7 @@ extern "C" int fewbit_decoder_feed(fewbit_decoder* decoder, const fewbit_part* p
   try {
     for (int64_t p = 0; p < count; p++) lengths.push_back(decoder->cache.length(parts[p].sequence));
     Scratch& scratch = decoder->scratch;
-    code = feed(decoder, parts, count, logits,
+    code = feed(decoder, parts, count, every != 0, logits,
                 {&decoder->steps, thread_count(threads), &scratch.rewritten, &scratch.outputs, &scratch.rooms});
   } catch (const std::bad_alloc&) {
   }

@@ -37,7 +37,7 @@ struct Pass {
   std::vector<Unit> units;
   std::vector<int32_t> tokens;            // (rows)
   std::vector<int64_t> positions;         // (rows)
-  std::vector<int64_t> last_rows, parts;  // rows that end a part, and which
+  std::vector<int64_t> wanted, outputs;   // rows whose logits are, and which rows of the logits these become
   int64_t rows() const { return static_cast<int64_t>(tokens.size()); }
 };
 

@@ -90,6 +90,7 @@ FEWBIT_INLINE float sum_of(int64_t count, Number number) {
   for (; k + 16 <= count; k += 16)
     for (int i = 0; i < 16; i++) chain[i] += number(k + i);
   for (int i = 0; k < count; k++, i++) chain[i] += number(k);
+#pragma GCC unroll 4
   for (int half = 8; half; half /= 2)
     for (int i = 0; i < half; i++) chain[i] += chain[i + half];
   return chain[0];
@@ -98,8 +99,18 @@ FEWBIT_INLINE float sum_of(int64_t count, Number number) {
 FEWBIT_INLINE float sum_lanes(F x) {
   float lanes[kLanes];
   store(lanes, x);
+#pragma GCC unroll 4
   for (int half = kLanes / 2; half; half /= 2)
     for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+FEWBIT_INLINE float largest_of(F x) {
+  float lanes[kLanes];
+  store(lanes, x);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
   return lanes[0];
 }
 

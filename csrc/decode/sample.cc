@@ -20,7 +20,7 @@ namespace fewbit {
 namespace {
 
 constexpr int64_t kLanes = 16;       // independent sums and maxima, so that the compiler may use vectors
-constexpr int64_t kTogether = 1024;  // tokens whose sum is kept, to find the drawn one without adding up all of them
+constexpr int64_t kTogether = 1024;  // tokens whose sum or largest is kept, to find one without another walk over all
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Candidate {
@@ -70,19 +70,25 @@ void adjust(const fewbit_draw& draw) {
   }
 }
 
-// The largest of n values; NaN where one is NaN or +infinity, or none is finite.
-float largest(const float* values, int64_t n) {
-  float lanes[kLanes];
+// The largest of n values, and the first of the kTogether tokens that it is among; NaN where a value is NaN or +infinity, or
+// none is finite.
+Candidate largest(const float* values, int64_t n) {
+  Candidate most = {-kInfinity, 0};
   int32_t bad = 0;
-  std::fill(lanes, lanes + kLanes, -kInfinity);
-  const int64_t whole = n - n % kLanes;
-  for (int64_t i = 0; i < n; i++) bad |= !(values[i] < kInfinity);
-  for (int64_t i = 0; i < whole; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; lane++)
-      lanes[lane] = values[i + lane] > lanes[lane] ? values[i + lane] : lanes[lane];
-  for (int64_t i = whole; i < n; i++) lanes[0] = std::max(lanes[0], values[i]);
-  const float most = *std::max_element(lanes, lanes + kLanes);
-  return !bad && most > -kInfinity ? most : std::numeric_limits<float>::quiet_NaN();
+  for (int64_t first = 0; first < n; first += kTogether) {
+    const int64_t count = std::min(kTogether, n - first), whole = count - count % kLanes;
+    const float* x = values + first;
+    float lanes[kLanes];
+    std::fill(lanes, lanes + kLanes, -kInfinity);
+    for (int64_t i = 0; i < count; i++) bad |= !(x[i] < kInfinity);
+    for (int64_t i = 0; i < whole; i += kLanes)
+      for (int64_t lane = 0; lane < kLanes; lane++) lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
+    for (int64_t i = whole; i < count; i++) lanes[0] = std::max(lanes[0], x[i]);
+    const float here = *std::max_element(lanes, lanes + kLanes);
+    if (here > most.value) most = {here, static_cast<int32_t>(first)};
+  }
+  if (bad || !(most.value > -kInfinity)) most.value = std::numeric_limits<float>::quiet_NaN();
+  return most;
 }
 
 // The k-th best of n values, or kAll where fewer are above -infinity. Candidates gather until there are twice as many as
@@ -169,9 +175,10 @@ int32_t sample(const fewbit_draw& draw) {
   float* const x = draw.logits;
   const int64_t n = draw.vocabulary;
   adjust(draw);
-  const float most = largest(x, n);
+  const Candidate likeliest = largest(x, n);
+  const float most = likeliest.value;
   if (isnan(most)) return -1;
-  if (draw.temperature == 0) return static_cast<int32_t>(std::find(x, x + n, most) - x);
+  if (draw.temperature == 0) return static_cast<int32_t>(std::find(x + likeliest.token, x + n, most) - x);
   const Candidate last = draw.top_k > 0 ? best(x, n, draw.top_k, gathered) : kAll;
   for (int64_t i = 0; i < n; i++) {
     const float weight = exponential((x[i] - most) / draw.temperature);

@@ -174,9 +174,10 @@ int fewbit_decoder_new(const fewbit_model* model, int32_t kv, int64_t sequences,
 void fewbit_decoder_free(fewbit_decoder* decoder);
 
 /* Appends the parts, each to its sequence, at most one a sequence; logits: (parts, vocabulary) after the last token of
- * each. Long parts go through in chunks. What a sequence gives does not depend on the others, nor on how its tokens are
- * cut into calls and chunks. After an error nothing is appended. */
-int fewbit_decoder_feed(fewbit_decoder* decoder, const fewbit_part* parts, int64_t count, float* logits,
+ * each, or, where `every` is not 0, (tokens of all parts, vocabulary) after every token. Long parts go through in chunks.
+ * What a sequence gives does not depend on the others, nor on how its tokens are cut into calls and chunks. After an
+ * error nothing is appended. */
+int fewbit_decoder_feed(fewbit_decoder* decoder, const fewbit_part* parts, int64_t count, int32_t every, float* logits,
                         int32_t threads);
 
 int64_t fewbit_decoder_length(const fewbit_decoder* decoder, int64_t sequence);

@@ -21,6 +21,7 @@ inline F broadcast(float x) { return vdupq_n_f32(x); }
 inline F load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, F x) { vst1q_f32(p, x); }
 inline F add(F a, F b) { return vaddq_f32(a, b); }
+inline F larger(F a, F b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }  // b where either is NaN
 inline F multiply(F a, F b) { return vmulq_f32(a, b); }
 inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 inline F fused(F a, F b, F c) { return fma(a, b, c); }

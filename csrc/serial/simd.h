@@ -25,6 +25,7 @@ inline F broadcast(float x) { return F{x, x, x, x}; }
 inline F load(const float* p) { F r; memcpy(&r, p, sizeof r); return r; }
 inline void store(float* p, F x) { memcpy(p, &x, sizeof x); }
 inline F add(F a, F b) { return a + b; }
+inline F larger(F a, F b) { return a > b ? a : b; }  // b where either is NaN
 inline F multiply(F a, F b) { return a * b; }
 inline F fma(F a, F b, F c) { return a * b + c; }
 // Rounded once, as other instruction sets do it: where a result must have the same bits everywhere.

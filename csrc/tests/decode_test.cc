@@ -278,7 +278,7 @@ Floats feed(fewbit_decoder* decoder, int64_t sequence, const std::vector<int32_t
   const std::vector<int32_t> some(tokens.begin() + static_cast<long>(begin), tokens.begin() + static_cast<long>(end));
   const fewbit_part part = {sequence, static_cast<int64_t>(some.size()), some.data()};
   Floats logits(29);
-  expect(fewbit_decoder_feed(decoder, &part, 1, logits.data(), 2) == FEWBIT_OK, "feed", sequence);
+  expect(fewbit_decoder_feed(decoder, &part, 1, 0, logits.data(), 2) == FEWBIT_OK, "feed", sequence);
   return logits;
 }
 
@@ -289,8 +289,19 @@ void check_decoder(int32_t kv) {
   std::vector<int32_t> tokens;
   for (int i = 0; i < 300; i++) tokens.push_back(static_cast<int32_t>(generator() % 29));
   const Floats whole = feed(decoder, 0, tokens, 0, 300);
-  for (size_t at = 0; at < 299; at++) feed(decoder, 1, tokens, at, at + 1);
-  expect(feed(decoder, 1, tokens, 299, 300) == whole, "token by token", kv);
+  Floats one_by_one, every(300 * 29);
+  for (size_t at = 0; at < 300; at++) {
+    const Floats logits = feed(decoder, 1, tokens, at, at + 1);
+    one_by_one.insert(one_by_one.end(), logits.begin(), logits.end());
+  }
+  expect(Floats(one_by_one.end() - 29, one_by_one.end()) == whole, "token by token", kv);
+  const fewbit_part parts[] = {{1, 170, tokens.data()}, {2, 130, tokens.data()}};
+  for (const fewbit_part& part : parts) expect(fewbit_decoder_keep(decoder, 1, part.sequence, 0) == FEWBIT_OK, "keep", kv);
+  expect(fewbit_decoder_feed(decoder, parts, 2, 1, every.data(), 1) == FEWBIT_OK, "every", kv);
+  expect(std::equal(every.begin(), every.begin() + 170 * 29, one_by_one.begin()), "after every token", kv);
+  expect(std::equal(every.begin() + 170 * 29, every.end(), one_by_one.begin()), "after every token of the second", kv);
+  expect(feed(decoder, 1, tokens, 170, 300) == whole, "after every token, one more", kv);
+  expect(fewbit_decoder_keep(decoder, 1, 2, 0) == FEWBIT_OK, "keep", kv);
   feed(decoder, 2, tokens, 0, 77), feed(decoder, 2, tokens, 77, 205);
   const int64_t before = fewbit_decoder_bytes(decoder);
   expect(fewbit_decoder_keep(decoder, 2, 1, 200) == FEWBIT_OK, "fork", kv);
@@ -303,9 +314,9 @@ void check_decoder(int32_t kv) {
   const int32_t wrong[] = {1, 29};
   Floats logits(58);
   const fewbit_part bad[] = {{0, 2, wrong}, {0, 1, wrong}};
-  expect(fewbit_decoder_feed(decoder, bad, 1, logits.data(), 1) == FEWBIT_BAD_ARGUMENT, "a token", kv);
+  expect(fewbit_decoder_feed(decoder, bad, 1, 0, logits.data(), 1) == FEWBIT_BAD_ARGUMENT, "a token", kv);
   const fewbit_part twice[] = {{0, 1, wrong}, {0, 1, wrong}};
-  expect(fewbit_decoder_feed(decoder, twice, 2, logits.data(), 1) == FEWBIT_BAD_ARGUMENT, "a sequence twice", kv);
+  expect(fewbit_decoder_feed(decoder, twice, 2, 0, logits.data(), 1) == FEWBIT_BAD_ARGUMENT, "a sequence twice", kv);
   expect(fewbit_decoder_keep(decoder, 0, 1, 301) == FEWBIT_BAD_ARGUMENT, "keep", kv);
   expect(fewbit_decoder_length(decoder, 0) == 300 && fewbit_decoder_length(decoder, 3) == -1, "lengths", kv);
   fewbit_decoder_free(decoder);

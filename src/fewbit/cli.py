@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -227,6 +227,7 @@ def eval(
     ] = 64,
     threads: Threads = None,
     activation: Activation = None,
+    engine: Annotated[Literal["native", "transformers"], typer.Option("--engine", help="Of OUT's logits.")] = "native",
     json: Json = None,
     report: Report = None,
     debug: Debug = False,
@@ -234,7 +235,7 @@ def eval(
     """Measure OUT against the original; write evaluation.json, README.md and report.html into OUT."""
     from fewbit.commands import evaluate as command
 
-    command.run(out, reference, text, context, max_tokens, decode_tokens, threads, activation, json, report)
+    command.run(out, reference, text, context, max_tokens, decode_tokens, threads, activation, engine, json, report)
 
 
 @app.command()

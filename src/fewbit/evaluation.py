@@ -27,7 +27,8 @@ from torch import Tensor
 from fewbit.containers.files import write_json
 from fewbit.errors import InputError, SpecError
 from fewbit.measure import accuracy
-from fewbit.measure.side import Side, longest_context, reference_of
+from fewbit.measure.forward import Forward, through_transformers
+from fewbit.measure.side import Side, reference_of
 from fewbit.measure.speed import Run
 from fewbit.measure.tokens import Windows, cut, same_vocabulary
 from fewbit.measure.worker import Child, Here
@@ -111,6 +112,7 @@ def evaluate(
     tokenizer: Any = None,
     dtype: torch.dtype = torch.float32,
     activation: str | None = None,
+    forward: Forward | None = None,
 ) -> Evaluation:
     """Measure ``model`` beside ``reference``.
 
@@ -126,11 +128,13 @@ def evaluate(
         tokenizer: for models in memory; by default that of the folder.
         dtype: of the reference and of whatever the model leaves in float.
         activation: run the model, a fewbit folder, as :func:`fewbit.load` does with it.
+        forward: gives the logits of the model, a fewbit folder, as :func:`fewbit.decode.forward.native_forward` does,
+            in the place of transformers; speed and memory stay those of transformers.
 
     Neither the global random state nor the thread count changes.
 
     Raises:
-        InputError: no such model or text, the text is too short, the vocabularies differ.
+        InputError: no such model or text, the text is too short, the vocabularies differ, ``forward`` for no folder.
         SpecError: an option is out of range. VerificationError: a model answers NaN.
 
     Example:
@@ -142,7 +146,7 @@ def evaluate(
     side = Side.of(model, dtype, activation)
     other = reference_of(side, dtype, notes) if reference is None else Side.of(reference, dtype)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        seen = _score(side, other, (text, tokenizer, context, max_tokens, unscored), notes, report)
+        seen = _score(side, other, forward, (text, tokenizer, context, max_tokens, unscored), notes, report)
         gc.collect()
         prompt = seen.prompt(decode_tokens)
         timing = _time([s for s in (side, other) if s is not None], prompt, decode_tokens, notes, report)
@@ -174,6 +178,7 @@ class _Seen:
     scores: list[accuracy.Scores]
     facts: list[dict[str, Any]]
     limit: int | None
+    engine: str
 
     def prompt(self, decode_tokens: int) -> Tensor:
         """(tokens,) the beginning of the text, short enough that prompt and generated tokens fit the model."""
@@ -184,15 +189,24 @@ class _Seen:
 
 
 def _score(
-    side: Side, other: Side | None, request: tuple[Any, Any, int, int | None, int], notes: list[str], report: Progress
+    side: Side,
+    other: Side | None,
+    given: Forward | None,
+    request: tuple[Any, Any, int, int | None, int],
+    notes: list[str],
+    report: Progress,
 ) -> _Seen:
+    if given is not None and not side.manifest:
+        raise InputError("logits computed otherwise", "the model is no fewbit folder", "leave forward out")
     text, tokenizer, context, max_tokens, unscored = request
     report("load", 0, 2)
-    model = side.open()
+    model = None if given is not None else side.open()
     original = None if other is None else other.open()
+    forward = given or through_transformers(model)
+    reference = None if original is None else through_transformers(original)
     report("load", 2, 2)
-    limits = [n for n in (longest_context(m) for m in (model, original) if m is not None) if n is not None]
-    limit = min(limits, default=None)
+    contexts = (forward.context, None if reference is None else reference.context)
+    limit = min((n for n in contexts if n is not None), default=None)
     if limit is not None and limit < context:
         notes.append(f"context cut from {context} to the {limit} positions of the model")
         context = limit
@@ -204,8 +218,8 @@ def _score(
     scores = []
     for number, ids in enumerate(windows.ids):
         report("score", number, len(windows.ids))
-        expected = None if original is None else _logits(original, ids)
-        logits = _logits(model, ids)
+        expected = None if reference is None else reference.logits(ids)
+        logits = forward.logits(ids)
         if expected is not None and expected.shape != logits.shape:
             raise InputError(
                 f"compare {side.name} with its reference",
@@ -215,18 +229,7 @@ def _score(
         scores.append(accuracy.score(logits, ids.to(logits.device), expected, unscored))
     report("score", len(windows.ids), len(windows.ids))
     facts = [_facts(s, m, notes) for s, m in ((side, model), (other, original)) if s is not None]
-    return _Seen(windows, scores, facts, limit)
-
-
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    """(tokens, vocabulary) of one window, in eval mode whatever mode a model in memory is in."""
-    training = model.training
-    model.eval()
-    try:
-        result: Tensor = model(ids.unsqueeze(0).to(model.device), use_cache=False).logits[0]
-    finally:
-        model.train(training)
-    return result
+    return _Seen(windows, scores, facts, limit, forward.about)
 
 
 def _tokenizer(side: Side, other: Side | None, given: Any, notes: list[str]) -> Any:
@@ -326,6 +329,7 @@ def _protocol(
         "tokens_scored": windows * (context - unscored),
         "unscored_per_window": unscored,
         "bos": seen.windows.bos,
+        "engine": seen.engine,
         "perplexity": "exp of the mean negative log-likelihood over non-overlapping windows; "
         f"every token of a window but the first {unscored} is scored",
         "stderr": "clustered by window, because tokens of one window are dependent" if many else

@@ -169,6 +169,7 @@ def test_eval_measures_and_writes(quantized: Path, command: Command, tmp_path: P
     assert measured["kl_mean"] > 0 and measured["perplexity"] > 1
     assert loaded(quantized / "evaluation.json") == measured
     assert "perplexity" in result.stdout
+    assert measured["protocol"]["engine"] in result.stderr and "native runtime" in result.stderr
     assert "<html" in (quantized / "report.html").read_text(encoding="utf-8")
     assert (quantized / "README.md").is_file()
 

@@ -42,6 +42,7 @@ class FakeEngine:
         self.words = sorted(set(range(vocab_size)) - set(never))
         self.held: dict[int, list[int]] = {}
         self.parts: list[dict[int, list[int]]] = []
+        self._rows = torch.empty(sequences, vocab_size)
         self._ledger = Ledger(vocab_size, context, sequences)
 
     def open(self) -> int:
@@ -62,7 +63,10 @@ class FakeEngine:
         return torch.stack([self.logits(self.held[sequence]) for sequence, _ in parts])
 
     def feed_rows(self, parts: Sequence[tuple[int, Sequence[int]]]) -> list[memoryview]:
-        return [memoryview(row) for row in self.feed(parts).numpy()]
+        """Rows that the next call overwrites, as the native runtime's."""
+        fed = self.feed(parts)
+        self._rows[: len(fed)] = fed
+        return [memoryview(row) for row in self._rows[: len(fed)].numpy()]
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """(vocab): one likely token, three that follow it; those of ``never`` do not come."""

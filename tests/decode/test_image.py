@@ -146,6 +146,26 @@ def test_every_byte_that_leads_somewhere_is_vouched_for(four_bits: Path, tmp_pat
     assert O.open_image(folder, None) is not None
 
 
+def test_damaged_indices_are_refused(tiny: Path, tmp_path: Path) -> None:
+    """One that would lead out of the activations; other numbers of the arrays are not read at the start."""
+    folder = quantized(tiny, tmp_path / "out", "palette3/row", method="squeezellm")
+    path = kept(folder)
+    whole = path.read_bytes()
+    arrays, length = (int.from_bytes(whole[at : at + 8], "little") for at in (40, 48))
+    head = json.loads(whole[56 : 56 + length])
+    assert opened(folder).model.image == path and head["indices"]
+    for offset, size in (head["indices"][0], head["indices"][-1]):
+        damaged = bytearray(whole)
+        damaged[arrays + offset + size - 1] ^= 0x80
+        path.write_bytes(damaged)
+        refused(folder, "its indices are damaged")
+    followed = {at for offset, size in head["indices"] for at in range(offset, offset + size)}
+    damaged = bytearray(whole)
+    damaged[arrays + next(at for at in range(head["array_bytes"]) if at not in followed)] ^= 1
+    path.write_bytes(damaged)
+    assert opened(folder).model.image == path
+
+
 @pytest.mark.parametrize(
     "change", [{"place": 4}, {"place": 1 << 40}, {"target": 99}, {"offset": 1 << 63}, {"length": -8}]
 )
@@ -200,6 +220,11 @@ def test_an_image_of_another_version_or_machine_is_refused(
             with pytest.raises(O.StaleError, match=r"version|instructions|build"):
                 O.open_image(folder, None)
     assert O.open_image(folder, None) is not None
+    whole = bytearray(path.read_bytes().replace(b'"indices"', b'"earlier"', 1))  # a head with other members
+    whole[8:40] = O.signed(whole[40 : int.from_bytes(whole[40:48], "little")], O.secret())
+    path.write_bytes(whole)
+    monkeypatch.setattr(fewbit, "__version__", "0.0.9")
+    refused(folder, "version")
 
 
 def test_a_folder_that_cannot_be_written_to(four_bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

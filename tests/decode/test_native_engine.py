@@ -209,3 +209,17 @@ def test_arrays_that_contradict_the_configuration(tiny_family: Callable[[str], P
     (folder / "config.json").write_text(json.dumps(config | {"head_dim": 16}))
     with pytest.raises(UnsupportedError, match="other shapes"):
         NativeEngine.load(folder, None, "float16", 1, None, None)
+
+
+def test_rows_lie_where_those_of_the_call_before_did(tiny_family: Callable[[str], Path]) -> None:
+    engine = opened(tiny_family("llama"))
+    one, other = engine.open(), engine.open()
+    expected = engine.feed([(one, TOKENS[:9]), (other, TOKENS[3:5])])
+    for sequence in (one, other):
+        engine.keep(sequence, 0)
+    rows = engine.feed_rows([(one, TOKENS[:9]), (other, TOKENS[3:5])])
+    assert [row.tolist() for row in rows] == expected.tolist()
+    rows[0][0] = 5e5  # a draw overwrites them
+    again = engine.feed_rows([(one, TOKENS[9:10])])
+    assert again[0].obj is rows[0].obj and again[0][0] != 5e5
+    assert expected[0, 0] != 5e5  # what feed() gave stays

@@ -162,6 +162,21 @@ def test_seeds_positions_and_branches_are_streams_of_their_own() -> None:
     assert stats.kstest([S.uniform(9, position, 0) for position in range(2000)], "uniform").pvalue > 1e-3
 
 
+@pytest.mark.parametrize("size", [1, 7, 1023, 1024, 1025, 3000])
+def test_the_likeliest_is_the_first_of_the_largest(size: int) -> None:
+    """The walk is cut into pieces of 1024: equals lie in two of them, at borders, and beyond the whole vectors."""
+    chance = np.random.default_rng(size)
+    for _ in range(50):
+        row = chance.integers(-3, 3, size).astype(np.float32)
+        row[chance.random(size) < 0.1] = -math.inf
+        row[chance.integers(size)] = 2
+        expected = int(np.flatnonzero(row == row.max())[0])
+        sampler = Sampler(Sampling(temperature=0), [], size)
+        assert S.sample([memoryview(row.copy())], [sampler]) == [expected]
+        row[chance.integers(size)] = math.nan
+        assert isinstance(S.sample([memoryview(row)], [sampler])[0], InputError)
+
+
 @pytest.mark.parametrize("how", DRAWS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_no_numbers_fail_their_own_row(how: str, bad: float) -> None:

@@ -67,7 +67,7 @@ def run(
         str(source), format, method, None, None, None, None, None, "int8/g64", samples, 512, 0, threads, False
     )
     quantize.run(request, out, None, None)
-    evaluate.run(out, str(source), None, CONTEXT, max_tokens, 64, threads, None, json_target, None)
+    evaluate.run(out, str(source), None, CONTEXT, max_tokens, 64, threads, None, "native", json_target, None)
     if json_target != "-":
         with Writer(out, threads=threads) as writer:
             generate.stream(writer, PROMPT, Sampling(temperature=0.0, max_tokens=40))

@@ -242,7 +242,8 @@ class Batcher:
             if len(plan) == 1:
                 self._fail(plan[0][0], error)
                 return []
-            return [row for entry in plan if self._rewound(entry[0]) for row in self._feed([entry])]
+            alone = (fed for entry in plan if self._rewound(entry[0]) for fed in self._feed([entry]))
+            return [(job, _copied(row)) for job, row in alone]
         for job, count in plan:
             job.fed += count
         return [(job, row) for (job, _), row in zip(plan, logits, strict=True)]
@@ -260,14 +261,14 @@ class Batcher:
         """Draw a token of each job and tell whoever asked."""
         if not jobs:
             return
-        copies = [memoryview(bytearray(row)).cast("f") for row in rows]  # a draw overwrites them
-        tokens = sample(copies, [job.sampler for job in jobs])
-        for job, row, token in zip(jobs, rows, tokens, strict=True):
+        counts = [job.sampler.sampling.logprobs for job in jobs]
+        kept = [None if count is None else _copied(row) for row, count in zip(rows, counts, strict=True)]
+        tokens = sample(rows, [job.sampler for job in jobs])  # overwrites them
+        for job, row, count, token in zip(jobs, kept, counts, tokens, strict=True):
             try:
                 if isinstance(token, InputError):
                     raise token
-                count = job.sampler.sampling.logprobs
-                ended = job.take(token, None if count is None else logprobs(row, token, count))
+                ended = job.take(token, None if row is None or count is None else logprobs(row, token, count))
             except Exception as error:
                 self._fail(job, error)
                 continue
@@ -292,3 +293,7 @@ class Batcher:
         for job in list(self._active):
             self._fail(job, error)
         self._prefixes.clear()
+
+
+def _copied(row: memoryview[float]) -> memoryview[float]:
+    return memoryview(bytearray(row)).cast("f")

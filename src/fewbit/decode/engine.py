@@ -44,7 +44,8 @@ class Engine(Protocol):
         ...
 
     def feed_rows(self, parts: Sequence[tuple[int, Sequence[int]]]) -> list[memoryview[float]]:
-        """As :meth:`feed`, each row as memory that may be overwritten: the native runtime needs no torch for it."""
+        """As :meth:`feed`, each row as memory that may be overwritten, and that the next call overwrites: the native
+        runtime needs no torch for it."""
         ...
 
     def length(self, sequence: int) -> int:
@@ -92,8 +93,7 @@ def open_engine(
     Raises:
         SpecError: ``kv`` or ``activation`` is none. InputError, CorruptFileError: as :func:`fewbit.load`.
     """
-    if kv not in KV:
-        raise SpecError(f"kv {kv!r}", "", f"one of {', '.join(KV)}")
+    check_kv(kv)
     if sequences < 1 or (context is not None and context < 1):
         raise SpecError(f"{sequences} sequences of {context} positions", "", "at least one of each")
     folder = Path(folder)
@@ -106,3 +106,9 @@ def open_engine(
     from fewbit.decode.transformers_engine import TransformersEngine
 
     return TransformersEngine.load(folder, why, activation, sequences, context, threads)
+
+
+def check_kv(kv: str) -> None:
+    """Raises SpecError unless ``kv`` is one of :data:`KV`."""
+    if kv not in KV:
+        raise SpecError(f"kv {kv!r}", "", f"one of {', '.join(KV)}")

@@ -34,6 +34,8 @@ STRUCTS, IMAGE, FILES = 0, 1, 2
 NUMBERS = {getattr(C, f"c_{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
 NUMBERS |= {C.c_float, C.c_double, C.c_bool}
 """Members of structs that mean the same in every process."""
+INDICES = ("Sparse.start", "Sparse.index")
+"""Members that lead to numbers which the core follows: of the arrays only these are vouched for, byte by byte."""
 SPARE = 2
 """An image is written where this many times its bytes are free."""
 
@@ -52,6 +54,8 @@ def write(model: O.Model, folder: Path, activation: str | None) -> tuple[Path, i
         "weights": names,
         "mapped": names[: len(model.kept.pages.files)],
         "array_bytes": laid.array_bytes,
+        "indices": [[offset, length] for _, length, offset in laid.indices],
+        "indices_digest": O.digest(_bytes_at(begin, length) for begin, length, _ in laid.indices),
         "structs": len(laid.structs),
         "model": 0,
         "relocations": len(laid.relocations),
@@ -73,11 +77,15 @@ def write(model: O.Model, folder: Path, activation: str | None) -> tuple[Path, i
         written = 0
         for begin, length, offset in laid.arrays:
             stream.write(bytes(offset - written))
-            stream.write(memoryview((C.c_char * length).from_address(begin)).cast("B"))
+            stream.write(_bytes_at(begin, length))
             written = offset + length
 
     write_atomically(path, produce, nbytes)
     return path, nbytes
+
+
+def _bytes_at(begin: int, length: int) -> memoryview:
+    return memoryview((C.c_char * length).from_address(begin)).cast("B")
 
 
 def _described(head: bytes, laid: _Laid) -> bytes:
@@ -95,12 +103,14 @@ def _described(head: bytes, laid: _Laid) -> bytes:
 @dataclass
 class _Laid:
     """``structs``: their bytes. ``relocations``: (place among the structs, what it points into, where, bytes there),
-    where counts from the first array for those of the image. ``arrays``: (address, bytes, where), which counts alike.
+    where counts from the first array for those of the image. ``arrays``: (address, bytes, where), which counts alike;
+    ``indices``: those of :data:`INDICES`.
     """
 
     structs: bytearray = field(default_factory=bytearray)
     relocations: list[tuple[int, int, int, int]] = field(default_factory=list)
     arrays: list[tuple[int, int, int]] = field(default_factory=list)
+    indices: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
     def array_bytes(self) -> int:
@@ -116,7 +126,7 @@ def _lay(memory: _Memory, root: int) -> _Laid:
         begin = queue.popleft()
         held = memory.structs[begin]
         laid.structs += bytes(structs[begin] - len(laid.structs)) + C.string_at(begin, C.sizeof(held))
-        for at in _pointers(type(held)):
+        for at, member in _pointers(type(held)):
             address = C.c_uint64.from_address(begin + at).value
             if not address:
                 continue
@@ -128,26 +138,30 @@ def _lay(memory: _Memory, root: int) -> _Laid:
             if target == IMAGE and first not in arrays:
                 arrays[first] = O.aligned(laid.array_bytes)
                 laid.arrays.append((first, last - first, arrays[first]))
+            if member in INDICES and target != IMAGE:
+                raise UnsupportedError("an image of this model", f"{member} leads to no array of its own")
+            if member in INDICES:
+                laid.indices.append((first, last - first, arrays[first]))
             base = structs[first] if target == STRUCTS else arrays[first] if target == IMAGE else 0
             laid.relocations.append((structs[begin] + at, target, base + address - first, last - address))
     laid.structs += bytes(room - len(laid.structs))
     return laid
 
 
-def _pointers(kind: Any, begin: int = 0) -> Iterator[int]:
-    """Where in a ctypes type its pointers are, plus ``begin``.
+def _pointers(kind: Any, begin: int = 0, name: str = "") -> Iterator[tuple[int, str]]:
+    """Where in a ctypes type its pointers are, plus ``begin``, and what they are called, ``struct.member``.
 
     Raises:
         UnsupportedError: it has some that lead to no memory, such as functions.
     """
     if issubclass(kind, C.Structure):
         for member in kind._fields_:
-            yield from _pointers(member[1], begin + getattr(kind, member[0]).offset)
+            yield from _pointers(member[1], begin + getattr(kind, member[0]).offset, f"{kind.__name__}.{member[0]}")
     elif issubclass(kind, C.Array):
         for place in range(kind._length_):
-            yield from _pointers(kind._type_, begin + place * C.sizeof(kind._type_))
+            yield from _pointers(kind._type_, begin + place * C.sizeof(kind._type_), name)
     elif kind is C.c_void_p or issubclass(kind, C._Pointer):
-        yield begin
+        yield begin, name
     elif kind not in NUMBERS:
         raise UnsupportedError("an image of this model", f"a struct has a member of type {kind.__name__}")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,8 @@ class NativeEngine:
         self.context = min(model.context, context or model.context)
         self._threads, self._core = threads, core
         self._ledger = Ledger(self.vocab_size, self.context, sequences)
+        # Of feed_rows, used again: fresh memory of this size costs as much as the draw.
+        self._logits: array[float] = array("f")
         try:
             self._decoder = core.decoder_new(model.address, S.KV[kv], sequences)
         except ValueError:
@@ -74,27 +77,42 @@ class NativeEngine:
     def feed(self, parts: Parts) -> Tensor:
         import torch
 
-        logits = self._feed(parts)
-        return torch.frombuffer(logits, dtype=torch.float32).reshape(-1, self.vocab_size) if parts else torch.empty(0)
+        logits = torch.empty(len(parts), self.vocab_size)
+        self._feed(parts, logits.data_ptr())
+        return logits
 
     def feed_rows(self, parts: Parts) -> list[memoryview[float]]:
-        logits: memoryview[float] = memoryview(self._feed(parts))
         width = self.vocab_size
+        if len(self._logits) < len(parts) * width:  # a new one: rows of the old one may still be looked at
+            self._logits = array("f", bytes(4 * width)) * len(parts)
+        logits: memoryview[float] = memoryview(self._logits)
+        self._feed(parts, self._logits.buffer_info()[0])
         return [logits[row * width : (row + 1) * width] for row in range(len(parts))]
 
-    def _feed(self, parts: Parts) -> array[float]:
-        """Logits (parts, vocab_size), one after the other."""
+    def every_logit(self, tokens: Sequence[int]) -> Tensor:
+        """Float32 (tokens, vocab_size): the logits after each of ``tokens``, a text of its own, read in chunks as a
+        prompt is. Raises what :meth:`feed` and :meth:`open` do."""
+        import torch
+
+        logits = torch.empty(len(tokens), self.vocab_size)
+        sequence = self.open()
+        try:
+            self._feed([(sequence, tokens)], logits.data_ptr(), every=True)
+        finally:
+            self.close(sequence)
+        return logits
+
+    def _feed(self, parts: Parts, logits: int, every: bool = False) -> None:
+        """Writes logits (parts, vocab_size), one after the other, to the address ``logits``; ``every``: those after
+        every token."""
         self._ledger.check_feed(parts)
         ids = [array("i", tokens) for _, tokens in parts]
         addressed = tuple(
             (sequence, held.buffer_info()[0], len(held)) for (sequence, _), held in zip(parts, ids, strict=True)
         )
-        logits = array("f", bytes(4 * len(parts) * self.vocab_size))
         if addressed:
-            threads = self._threads or native.threads()
-            self._core.decoder_feed(self._decoder, addressed, logits.buffer_info()[0], threads)
+            self._core.decoder_feed(self._decoder, addressed, every, logits, self._threads or native.threads())
         self._ledger.feed(parts)
-        return logits
 
     def length(self, sequence: int) -> int:
         return self._ledger.length(sequence)

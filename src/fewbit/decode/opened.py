@@ -16,7 +16,8 @@ stay pages of the file, which processes share; nothing is read before it is used
     a..           the arrays, each at a multiple of 64
 
 The structs hold sizes that the core believes. So an image counts only with a digest that this user alone can make: a
-folder from elsewhere may bring one, and it is passed over.
+folder from elsewhere may bring one, and it is passed over. Arrays are not read at the start, but for those of indices,
+which are few and which the core follows: the head vouches for them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import mmap
 import os
 import secrets
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,14 @@ def signed(digested: bytes | memoryview, key: bytes) -> bytes:
     return hashlib.blake2b(digested, digest_size=32, key=key).digest()
 
 
+def digest(pieces: Iterable[bytes | memoryview]) -> str:
+    """Of arrays, one after the other."""
+    made = hashlib.blake2b(digest_size=32)
+    for piece in pieces:
+        made.update(piece)
+    return made.hexdigest()
+
+
 def open_image(folder: Path, activation: str | None) -> Model | None:
     """The model in ``folder`` from its image; None where there is none.
 
@@ -166,9 +176,9 @@ class _Pages:
 
 def _checked(image: _Pages, folder: Path, activation: str | None) -> tuple[dict[str, Any], int]:
     """The head, and where the structs begin. The head is ``made_from``, the :func:`stamp`; ``weights``, the files of
-    the model, and ``mapped``, those that relocations name; ``array_bytes``, of all arrays; ``structs``, how many bytes
-    they are, and ``model``, where among them the model's is; ``relocations``, how many; and the numbers of
-    :class:`Model`."""
+    the model, and ``mapped``, those that relocations name; ``array_bytes``, of all arrays; ``indices``, where among
+    them arrays of indices are, and their ``indices_digest``; ``structs``, how many bytes they are, and ``model``,
+    where among them the model's is; ``relocations``, how many; and the numbers of :class:`Model`."""
     size = len(image.data)
     if size < HEAD or image.data[: len(MAGIC)] != MAGIC:
         raise _Wrong("it is none, or of another version")
@@ -185,6 +195,9 @@ def _checked(image: _Pages, folder: Path, activation: str | None) -> tuple[dict[
     changed = [name for name, value in now.items() if value != then[name]]
     if changed:
         raise _Wrong(f"it was made from another state of things ({', '.join(changed)})")
+    indices = (image.data[arrays + offset : arrays + offset + length] for offset, length in head["indices"])
+    if digest(indices) != head["indices_digest"]:
+        raise _Wrong("its indices are damaged")
     return head, aligned(end)
 
 

@@ -61,10 +61,8 @@ class Side:
         return None if self.path is None else L.load_tokenizer(self.path)
 
     def size(self, model: Any) -> size.Size:
-        """Bytes and bits; ``model`` is what :meth:`open` gave."""
-        if self.path is None:
-            return size.of_model(model)
-        return size.of_path(self.path, sum(p.numel() for p in model.parameters()))
+        """Bytes and bits; ``model`` is what :meth:`open` gave, of which a fewbit folder has no need."""
+        return size.of_model(model) if self.path is None else size.of_path(self.path, self.parameters(model))
 
     def parameters(self, model: Any) -> int:
         """Number of parameters; of a fewbit folder what its manifest says, as packed weights are no parameters."""
@@ -93,9 +91,3 @@ def reference_of(side: Side, dtype: torch.dtype, notes: list[str]) -> Side | Non
         notes.append(f"the original {Path(source).name} is not here any more: KL and top-1 agreement are not measured")
         return None
     return Side.of(source, dtype)
-
-
-def longest_context(model: Any) -> int | None:
-    """Positions the model was built for, or None when its configuration sets no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else None
