@@ -98,7 +98,7 @@ def test_harms_are_of_what_the_method_makes_of_a_layer(tiny: Path, kept: KeptFac
     facts, fisher = kept.of(site), kept.fisher(site)
     assert facts is not None and fisher is not None
     d, f, gram = (weight - values).double(), fisher[0].double(), facts[0].gram.double()
-    rows = f.sum(1) / gram.trace()
+    rows = kept.output_square(site)[0].double() / (SAMPLES * CONTEXT)  # type: ignore[index]
     expected = {"fisher": (d.square() * f).sum(), "output": ((d @ gram * d).sum(1) * rows).sum()}
     for by, total in expected.items():
         one = {"candidates": [format], "method": "clip", "by": by, "threads": 1}

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from fewbit.model.sites import Site, in_block
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Rule
 from fewbit.run.events import Event
+from fewbit.run.facts import with_gradients
 from fewbit.run.solve import Solved, Task, solve
 from fewbit.run.state import Run, peak_rss
 
@@ -48,13 +47,13 @@ def make_task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[st
 
 def known_of(run: Run, site: Site, rule: Rule, facts: dict[str, list[Facts]]) -> list[Facts]:
     """What is known of ``site``, one entry an expert: from ``facts``, just collected, or from those kept on disk; and
-    the Fisher diagonal where the method asks for it."""
+    what is known of gradients where the method asks for it."""
     known = facts.get(site.name) or (run.kept.of(site) if run.kept is not None else None)
     known = known or [Facts.none(site.shape[1]) for _ in range(site.experts)]
     source = run.kept or run.sensitivity
-    if methods.named(rule.method).needs != "fisher" or source is None or (fisher := source.fisher(site)) is None:
+    if methods.named(rule.method).needs != "fisher" or source is None:
         return known
-    return [replace(of, fisher=part) for of, part in zip(known, fisher, strict=True)]
+    return with_gradients(known, source, site)
 
 
 def solve_all(run: Run, tasks: list[Task]) -> list[Solved]:
