@@ -48,6 +48,7 @@ def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[
         "recipe": quantized.recipe.to_dict(),
         "seed": quantized.seed,
         "calibration_batches": quantized.batches,
+        "sequential": quantized.sequential,
         "folded": quantized.folded,
         "layers": [{k: v for k, v in record.items() if k != "seconds"} for record in quantized.layers],
         "skipped": quantized.skipped,
