@@ -31,6 +31,7 @@ from fewbit.network.fold import NORMS, fold_norms
 from fewbit.network.folder import load, save
 from fewbit.network.quantized import Quantized
 from fewbit.recipe import FLOAT, Recipe, Rule
+from fewbit.run.planning import check_terms
 
 __all__ = ["Quantized", "fold_norms", "load", "quantize", "save"]
 
@@ -117,7 +118,7 @@ def _decide(network: nn.Module, recipe: Recipe, ran: bool) -> tuple[dict[str, Ru
         elif rule is None or rule.format == FLOAT:
             reason = "the recipe keeps it in float" if rule else "no rule of the recipe matches it"
         else:
-            _check(name, kind, rule)
+            _check(name, kind, module, rule)
             rules[name] = rule
             continue
         own = list(module.parameters(recurse=False))
@@ -128,7 +129,7 @@ def _decide(network: nn.Module, recipe: Recipe, ran: bool) -> tuple[dict[str, Ru
     return rules, skipped
 
 
-def _check(name: str, kind: str, rule: Rule) -> None:
+def _check(name: str, kind: str, layer: nn.Module, rule: Rule) -> None:
     """Refuse what is asked of a layer that only a language model's blocks can have, or that its kind cannot."""
     if kind == "conv2d" and rule.transforms:
         found = "inputs of convolutions are not rewritten at run time"
@@ -143,6 +144,9 @@ def _check(name: str, kind: str, rule: Rule) -> None:
     if methods.named(rule.method).needs == "fisher":
         found = "the Fisher diagonal is collected of language models only"
         raise UnsupportedError(f"method {rule.method} for {name}", found, "clip or gptq, of the same formats")
+    site = solving.site_of(name, layer)
+    if methods.named(rule.method).made_of(formats.parse(rule.format), site.shape, rule.options).sum:
+        check_terms(site, rule)
 
 
 def _need_data(rules: dict[str, Rule], more: bool, batches: list[Batch]) -> None:

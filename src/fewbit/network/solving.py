@@ -89,15 +89,21 @@ def wanted_of(layer: nn.Module, rule: Rule, correct_bias: bool) -> Wanted:
     return Wanted(layer.weight[0].numel(), window, rule.needs == "gram", facts, False)
 
 
-def _task(network: nn.Module, name: str, rule: Rule, want: Wanted, seed: int) -> Task:
-    weight = network.get_submodule(name).weight
+def site_of(name: str, layer: nn.Module) -> Site:
+    """A convolution or linear layer as the matrix that it is."""
+    weight = layer.weight
     assert isinstance(weight, Tensor)
-    matrix = weight.detach().float().reshape(len(weight), -1)
-    shape = (matrix.shape[0], matrix.shape[1])
-    kind = SITES[type(network.get_submodule(name))]
-    site = Site(name, kind, f"{name}.weight", shape, 1, None, None)  # type: ignore[arg-type]
+    shape = (len(weight), weight[0].numel())
+    return Site(name, SITES[type(layer)], f"{name}.weight", shape, 1, None, None)  # type: ignore[arg-type]
+
+
+def _task(network: nn.Module, name: str, rule: Rule, want: Wanted, seed: int) -> Task:
+    layer = network.get_submodule(name)
+    site, weight = site_of(name, layer), layer.weight
+    assert isinstance(weight, Tensor)
+    matrix = weight.detach().float().reshape(site.shape)
     shown = torch.cat(want.shown) if want.shown and (want.window is None or want.window.groups == 1) else None
-    seen = torch.zeros(0, shape[1]) if shown is None else shown
+    seen = torch.zeros(0, site.shape[1]) if shown is None else shown
     return Task(site, rule, formats.parse(rule.format), matrix, [want.known()], [seen], seed_of(seed, name))
 
 
@@ -127,7 +133,7 @@ def _correct(layer: nn.Module, item: Solved, floating: Tensor, mean: Tensor) -> 
     """``floating``: E[x] of the float network; ``mean``: of what the layer will see."""
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
     weight = layer.weight.detach().float().reshape(len(layer.weight), -1)
-    more = correction(weight, item.rewrite.unweight(item.qtensor.dequantize()), mean)
+    more = correction(weight, item.rewrite.unweight(item.weight.dequantize()), mean)
     more += correction(weight, torch.zeros_like(weight), floating - mean)
     bias = more if layer.bias is None else layer.bias.float() + more
     layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
@@ -135,10 +141,10 @@ def _correct(layer: nn.Module, item: Solved, floating: Tensor, mean: Tensor) -> 
 
 def quantized(layer: nn.Module, item: Solved, activation: str | None) -> nn.Module:
     if isinstance(layer, nn.Conv2d):
-        return QuantConv2d.of(layer, item.qtensor, activation)
+        return QuantConv2d.of(layer, item.weight, activation)
     assert isinstance(layer, nn.Linear)
-    made = QuantLinear(T.describe(item.qtensor), layer.bias, activation, item.rewrite.kinds)
-    made.fill(item.qtensor)
+    made = QuantLinear(T.describe(item.weight), layer.bias, activation, item.rewrite.kinds)
+    made.fill(item.weight)
     for name, array in item.rewrite.arrays.items():
         getattr(made, f"input_{name}").copy_(array)
     return made.eval()
