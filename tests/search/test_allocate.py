@@ -107,6 +107,23 @@ def test_harms_are_of_what_the_method_makes_of_a_layer(tiny: Path, kept: KeptFac
         assert harm == pytest.approx(CONTEXT / (2 * SAMPLES) * float(total), rel=1e-4)
 
 
+def test_palettes_and_vectors_stand_beside_integers(tiny: Path, kept: KeptFacts) -> None:
+    """Their tables and books are in the budget, and their harm is that of what their own methods make."""
+    others = ["palette3/row:skm", "palette2/row:gptq", "vector2x4:vptq"]
+    found = fewbit.allocate(tiny, 3.4, facts=kept.path, candidates=["int4/g32/asym", *others], method="clip", threads=1)
+    chosen = {row.name: row.candidate for row in found.layers}
+    assert len({candidate.partition("/")[0] for candidate in chosen.values()}) > 1 and found.bits <= 3.4
+    planned = fewbit.plan(tiny, found.recipe)
+    decisions = [decision for decision in planned.decisions if decision.site.block is not None]
+    assert 8 * sum(d.nbytes for d in decisions) / sum(d.weights for d in decisions) == pytest.approx(found.bits)
+    site = StreamedModel.open(open_checkpoint(tiny)).site("model.layers.1.mlp.up_proj")
+    rows, columns = site.shape
+    for candidate, bits in ((others[0], 3 + 8 * 16 / columns), (others[2], 2 + 16 * 2 * 16 / (rows * columns))):
+        one = fewbit.allocate(tiny, 8, facts=kept.path, candidates=[candidate, "int8/channel:rtn"], threads=1)
+        row = next(row for row in one.uniform if row.candidate == candidate)
+        assert row.bits == pytest.approx(bits, rel=0.3) and row.expected > 0
+
+
 def test_estimates_can_be_those_of_a_cheaper_method(tiny: Path, kept: KeptFacts) -> None:
     cheap = fewbit.allocate(tiny, 4.0, facts=kept.path, **{**FEW, "method": "gptq"}, estimate="clip")
     own = fewbit.allocate(tiny, 4.0, facts=kept.path, **FEW)
