@@ -204,7 +204,8 @@ def enlarged(name: str, steps: int, chosen: list[str]) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     measure = next(key for key in rows[0] if key not in ("row", "bits", "kernel"))
-    table = Table()
+    told = "products of attention, queries with keys and the map with values, in float"
+    table = Table(caption=told if any(row["row"].startswith("linear") for row in rows) else None)
     for column in ("row", "true bits", measure, "CPU seconds", "kernels"):
         table.add_column(column, justify="left" if column in ("row", "kernels") else "right")
     for row in rows:
