@@ -50,8 +50,16 @@ VISION: list[tuple[str, str | Recipe, dict[str, Any]]] = [
     ("W4A8_STATIC, channels, bias", Recipe((Rule("*", "int4/channel", activation="int8/static"),)), {"bias": True}),
     ("int4/channel", "int4/channel", {}),
     ("int4/channel, bias", "int4/channel", {"bias": True}),
-    ("int4/channel, gptq", "int4/channel", {"method": "gptq"}),
-    ("int3/channel, gptq", "int3/channel", {"method": "gptq"}),
+    ("int4/channel, bias, sequence", "int4/channel", {"bias": True, "sequential": True}),
+    *(
+        (f"int{bits}/channel, gptq{''.join(f', {one}' for one in more)}", f"int{bits}/channel", options)
+        for bits in (4, 3)
+        for more, options in (
+            ((), {"method": "gptq"}),
+            (("sequence",), {"method": "gptq", "sequential": True}),
+            (("bias", "sequence"), {"method": "gptq", "bias": True, "sequential": True}),
+        )
+    ),
     ("palette4", "palette4", {}),
     ("palette4/rows16, bias", "palette4/rows16", {"bias": True}),
     ("palette2/channel, bias", "palette2/channel", {"bias": True}),
@@ -118,12 +126,12 @@ def measured(
         if chosen and name not in chosen:
             continue
         given = dict(options)
-        correct = bool(given.pop("bias", False))
+        correct, sequential = bool(given.pop("bias", False)), bool(given.pop("sequential", False))
         if isinstance(recipe, Recipe) and given:
             (rule,) = recipe.rules
             recipe, given = Recipe((with_options(rule, given),)), {}
         began = time.process_time()
-        quantized = network.quantize(made, recipe, inputs, correct_bias=correct, **given)
+        quantized = network.quantize(made, recipe, inputs, correct_bias=correct, sequential=sequential, **given)
         seconds = time.process_time() - began
         kernels = {record["kernel"] for record in quantized.layers}
         row = {"row": name, "bits": quantized.bits_per_weight, measure: score(quantized.network), "seconds": seconds}
@@ -196,7 +204,8 @@ def enlarged(name: str, steps: int, chosen: list[str]) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     measure = next(key for key in rows[0] if key not in ("row", "bits", "kernel"))
-    table = Table()
+    told = "products of attention, queries with keys and the map with values, in float"
+    table = Table(caption=told if any(row["row"].startswith("linear") for row in rows) else None)
     for column in ("row", "true bits", measure, "CPU seconds", "kernels"):
         table.add_column(column, justify="left" if column in ("row", "kernels") else "right")
     for row in rows:

@@ -108,6 +108,7 @@ def quantize(
     seed: Seed = 0,
     threads: Threads = None,
     device: Device = "cpu",
+    correct_bias: Annotated[bool, typer.Option("--correct-bias", help="Take mean errors from biases.")] = False,
     force: Force = False,
     json: Json = None,
     report: Report = None,
@@ -117,8 +118,8 @@ def quantize(
     from fewbit.commands import quantize as command
 
     what = (model, format, method, recipe, option, transform, tune)
-    request = command.Request(*what, calibration, head, samples, context, seed, threads, force, device, facts)
-    command.run(request, out, json, report)
+    data = (calibration, head, samples, context, seed)
+    command.run(command.Request(*what, *data, threads, force, device, facts, correct_bias), out, json, report)
 
 
 @app.command()

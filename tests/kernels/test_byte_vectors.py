@@ -42,6 +42,18 @@ def test_every_length_and_width(kernel: str, length: int) -> None:
                 assert bool(((y.double() - answer).abs() <= bound).all()), (matrix.format.name, rows, columns)
 
 
+@pytest.mark.parametrize("kernel", ROWS)
+def test_indices_of_fewer_than_four_bits(kernel: str) -> None:
+    for bits, residual in ((1, 0), (2, 0), (3, 0), (3, 2), (1, 5), (8, 2)):
+        for length, shape, block in ((2, (131, 320), 64), (4, (37, 33), 32), (12, (25, 40), 0)):
+            matrix = vectors(Vector(length, bits, residual, block), shape, generator(bits))
+            rounded = kernels.reference.round_activations(x := torch.randn(5, shape[1], generator=generator(1)), INT8)
+            answer, bound = exact(matrix).answer(rounded, None, 1 / 255 + 2.0**-16)
+            ready = kernels.prepare(matrix, kernel, INT8)
+            assert bool(((ready(x).double() - answer).abs() <= bound).all()), (matrix.format.name, shape)
+            assert torch.equal(ready.weight().dequantize(), matrix.dequantize())
+
+
 @pytest.mark.parametrize("kind", ["random", "constant", "far from zero", "tie"])
 def test_bytes_of_books(kind: str) -> None:
     """Every sum of entries is within half a step a book, and no sum of bytes passes 255."""

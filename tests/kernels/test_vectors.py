@@ -42,6 +42,24 @@ def test_every_length_and_width(kernel: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("kernel", ROWS)
+def test_indices_of_fewer_than_four_bits(kernel: str) -> None:
+    """They take four in memory; what they stand for, and what is stored, stays."""
+    for bits, residual in ((1, 0), (2, 0), (3, 0), (3, 2), (1, 5), (9, 3)):
+        for length, shape, block in ((2, (131, 70), 0), (4, (37, 33), 8), (12, (25, 40), 0)):
+            format = formats.parse(Vector(length, bits, residual, block).name)
+            assert isinstance(format, Vector)
+            matrix = vectors(format, shape, generator(bits))
+            stored = matrix.repack(layouts.DENSE)
+            assert stored.packed.shape[-1] == -(-shape[1] * (bits + residual) // 8)
+            again = matrix.repack(COLUMN8).repack(layouts.DENSE)
+            assert torch.equal(again.packed, stored.packed)
+            ready, x = kernels.prepare(stored, kernel), torch.randn(5, shape[1], generator=generator(1))
+            answer, bound = exact(matrix).answer(x, None)
+            assert bool(((ready(x).double() - answer).abs() <= bound).all()), (format.name, shape)
+            assert torch.equal(torch.cat([weight.clone() for _, weight in ready.decoded()]), matrix.dequantize())
+
+
+@pytest.mark.parametrize("kernel", ROWS)
 def test_tokens_give_the_same_bits_in_any_company(kernel: str) -> None:
     matrix = kernels.prepare(vectors(Vector(8, 9, 5), (70, 97), generator(1)), kernel)
     x = torch.randn(DECODED - 1, 97, generator=generator(2))

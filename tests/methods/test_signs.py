@@ -227,3 +227,15 @@ def test_options_and_facts_out_of_range_are_refused() -> None:
         methods.nanoquant(weight, one, facts, bits=0)
     with pytest.raises(SpecError, match="positive"):
         methods.arb(weight, one, facts, iterations=0)
+
+
+def test_nanoquant_weighs_outputs_by_the_gradients_that_were_seen_at_them() -> None:
+    """A Fisher diagonal whose row means are those squares would say the same; another one is not asked."""
+    one = torch.Generator().manual_seed(4)
+    squares, facts = torch.rand(24, generator=one) + 0.1, Facts.of(torch.randn(50, 16, generator=one))
+    seen = replace(facts, output_square=squares, fisher=torch.rand(24, 16, generator=one))
+    told = replace(facts, fisher=squares[:, None].expand(24, 16))
+    for found, expected in zip(preconditioners(seen, 24), preconditioners(told, 24), strict=True):
+        torch.testing.assert_close(found, expected)
+    other, _ = preconditioners(replace(seen, output_square=None), 24)
+    assert not torch.allclose(other, preconditioners(seen, 24)[0])

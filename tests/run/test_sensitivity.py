@@ -34,12 +34,15 @@ def collected(source: Path, folder: Path, threads: int = 2) -> Sensitivity:
     return found
 
 
-def oracle(source: Path) -> dict[str, Tensor]:
-    """By the definition: the gradient of each sequence's own loss, squared, summed."""
+def oracle(source: Path, outputs: Callable[[nn.Module, dict[str, Tensor]], object] | None = None) -> dict[str, Tensor]:
+    """By the definition: the gradient of each sequence's own loss, squared, summed. ``outputs``: prepares the model to
+    add more."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64, experts_implementation="eager").eval()
     sums = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+    if outputs is not None:
+        outputs(model, sums)
     for ids in windows(model.config.vocab_size):
         model.zero_grad()
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
@@ -73,6 +76,61 @@ def test_equals_autograd_through_the_whole_model(
     assert [path.name for path in sorted((tmp_path / "pass").iterdir())] == [
         f"fisher-{block:05d}.safetensors" for block in range(len(found.model.blocks))
     ]
+
+
+def at_outputs(model: nn.Module, sums: dict[str, Tensor]) -> None:
+    """Let the backward pass of ``model`` add up squared gradients at the outputs of each module, under its name."""
+
+    def watched(name: str, module: nn.Module) -> None:
+        def back(module: nn.Module, into: object, out: tuple[Tensor, ...]) -> None:
+            sums[name] = sums.get(name, 0) + out[0].square().reshape(-1, out[0].shape[-1]).sum(0)
+
+        module.register_full_backward_hook(back)
+
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) and isinstance(getattr(module, "weight", None), nn.Parameter):
+            watched(name, module)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+def test_gradients_at_outputs_equal_autograd_s(tiny_family: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+    source = tiny_family(family)
+    found, expected = collected(source, tmp_path / "pass"), oracle(source, at_outputs)
+    compared = 0
+    for site in found.model.sites:
+        parts = found.output_square(site)
+        if site.block is None:
+            assert parts is None
+            continue
+        assert parts is not None and len(parts) == 1 and parts[0].shape == site.shape[:1]
+        assert float((parts[0].double() - expected[site.name]).abs().max()) <= 2e-5 * float(expected[site.name].max())
+        compared += float(expected[site.name].max()) > 0
+    assert compared == len([site for site in found.model.sites if site.block is not None]) >= 8
+
+
+def test_gradients_at_outputs_of_experts_are_theirs(tiny_family: Callable[[str], Path], tmp_path: Path) -> None:
+    """With one token a sequence that has a loss, and one an expert sees of it, F_oi is g_o^2 x_i^2: both factors are
+    known, and each expert's own."""
+    source = tiny_family("qwen2-moe")
+    model = StreamedModel.open(open_checkpoint(source))
+    wanted = frozenset(site.name for site in model.sites if site.kind == "experts")
+    ids = windows(model.config.vocab_size, 1, 2)
+    with workers(1) as pool:
+        made = Sensitivity(model, ids, tmp_path / "pass", wanted, pool, lambda event: None, watched="mean_square")
+        made.collect()
+    compared = 0
+    last = len(model.blocks) - 1  # before it, attention brings the loss of the second token to the first
+    for site in (site for site in model.sites if site.name in wanted and site.block == last):
+        squares, fisher = made.output_square(site), made.fisher(site)
+        assert squares is not None and fisher is not None and len(squares) == site.experts
+        for square, f in zip(squares, fisher, strict=True):
+            if bool(f.any()):
+                inputs = f.double().sum(0) / square.double().sum()
+                torch.testing.assert_close(torch.outer(square.double(), inputs), f.double(), rtol=1e-3, atol=0)
+                compared += 1
+            else:
+                assert not bool(square.any())
+    assert compared >= 2
 
 
 class Stop(Exception):

@@ -98,13 +98,30 @@ def test_harms_are_of_what_the_method_makes_of_a_layer(tiny: Path, kept: KeptFac
     facts, fisher = kept.of(site), kept.fisher(site)
     assert facts is not None and fisher is not None
     d, f, gram = (weight - values).double(), fisher[0].double(), facts[0].gram.double()
-    rows = f.sum(1) / gram.trace()
+    rows = kept.output_square(site)[0].double() / (SAMPLES * CONTEXT)  # type: ignore[index]
     expected = {"fisher": (d.square() * f).sum(), "output": ((d @ gram * d).sum(1) * rows).sum()}
     for by, total in expected.items():
         one = {"candidates": [format], "method": "clip", "by": by, "threads": 1}
         found = fewbit.allocate(tiny, 4.625, facts=kept.path, **one)  # 16 + 4 bits a group
         harm = next(row.harm for row in found.layers if row.name == site.name)
         assert harm == pytest.approx(CONTEXT / (2 * SAMPLES) * float(total), rel=1e-4)
+
+
+def test_palettes_and_vectors_stand_beside_integers(tiny: Path, kept: KeptFacts) -> None:
+    """Their tables and books are in the budget, and their harm is that of what their own methods make."""
+    others = ["palette3/row:skm", "palette2/row:gptq", "vector2x4:vptq"]
+    found = fewbit.allocate(tiny, 3.4, facts=kept.path, candidates=["int4/g32/asym", *others], method="clip", threads=1)
+    chosen = {row.name: row.candidate for row in found.layers}
+    assert len({candidate.partition("/")[0] for candidate in chosen.values()}) > 1 and found.bits <= 3.4
+    planned = fewbit.plan(tiny, found.recipe)
+    decisions = [decision for decision in planned.decisions if decision.site.block is not None]
+    assert 8 * sum(d.nbytes for d in decisions) / sum(d.weights for d in decisions) == pytest.approx(found.bits)
+    site = StreamedModel.open(open_checkpoint(tiny)).site("model.layers.1.mlp.up_proj")
+    rows, columns = site.shape
+    for candidate, bits in ((others[0], 3 + 8 * 16 / columns), (others[2], 2 + 16 * 2 * 16 / (rows * columns))):
+        one = fewbit.allocate(tiny, 8, facts=kept.path, candidates=[candidate, "int8/channel:rtn"], threads=1)
+        row = next(row for row in one.uniform if row.candidate == candidate)
+        assert row.bits == pytest.approx(bits, rel=0.3) and row.expected > 0
 
 
 def test_estimates_can_be_those_of_a_cheaper_method(tiny: Path, kept: KeptFacts) -> None:

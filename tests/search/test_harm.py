@@ -17,7 +17,7 @@ ROWS, COLUMNS, SEQUENCES, TOKENS = 5, 7, 2000, 3
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def draw(gram: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Facts]:
+def draw(gram: bool = True, outputs: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Facts]:
     """(x, weight, error, facts) of a softmax of W x, tokens of a sequence apart from one another, labels of its own."""
     one = torch.Generator().manual_seed(3)
     weight = torch.randn(ROWS, COLUMNS, generator=one, dtype=torch.float64) * 0.5
@@ -28,7 +28,10 @@ def draw(gram: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, F
     at_outputs = p.scatter_add(1, label, torch.full_like(label, -1, dtype=torch.float64))
     gradient = torch.einsum("sto,sti->soi", *(v.reshape(SEQUENCES, TOKENS, -1) for v in (at_outputs, x))) / TOKENS
     error = torch.randn(ROWS, COLUMNS, generator=one, dtype=torch.float64) * 0.01
-    return x, weight, error, replace(Facts.of(x.float(), gram=gram), fisher=gradient.square().sum(0).float())
+    facts = replace(Facts.of(x.float(), gram=gram), fisher=gradient.square().sum(0).float())
+    if outputs:
+        facts = replace(facts, output_square=(at_outputs / TOKENS).square().sum(0).float())
+    return x, weight, error, facts
 
 
 HALF = TOKENS / (2 * SEQUENCES)
@@ -52,6 +55,13 @@ def test_the_sums_are_those_of_the_definitions() -> None:
     *_, alone = draw(gram=False)
     expected = sum(rows[o] * d[o] @ np.diag(np.diag(gram)) @ d[o] for o in range(ROWS))
     assert harm.output(error, alone, 0.25) == pytest.approx(0.25 * expected, rel=1e-5)
+
+
+def test_outputs_weigh_as_much_as_the_gradients_that_were_seen_at_them() -> None:
+    _, _, error, facts = draw(outputs=True)
+    d, gram, squares = error.numpy(), facts.gram.double().numpy(), facts.output_square.double().numpy()
+    expected = sum(squares[o] / (SEQUENCES * TOKENS) * d[o] @ gram @ d[o] for o in range(ROWS))
+    assert harm.output(error, facts, 0.25) == pytest.approx(0.25 * expected, rel=1e-5)
 
 
 def test_output_is_nats_a_token() -> None:

@@ -41,6 +41,7 @@ class Request:
     force: bool
     device: str = "cpu"
     facts: Path | None = None
+    correct_bias: bool = False
 
     def recipe(self) -> Recipe:
         """What to do with which layer: the recipe's rules first, then --format for what they leave.
@@ -75,7 +76,8 @@ class Request:
     def running(self) -> dict[str, Any]:
         """Keywords of :func:`fewbit.quantize`."""
         data = {"calibration": self.calibration, "facts": self.facts, "seed": self.seed}
-        return {**self.planning(), **data, "threads": self.threads, "device": self.device}
+        more = {"threads": self.threads, "device": self.device, "correct_bias": self.correct_bias}
+        return {**self.planning(), **data, **more}
 
 
 def settings(given: list[str]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ TILE = 128
 Need = Literal["nothing", "largest", "mean_square", "fisher", "gram"]
 """What is asked of calibration: max|x|, E[x^2], that and the Fisher diagonal of the weight, E[x x^T].
 
-The Fisher diagonal comes from a pass of its own (:mod:`fewbit.run.sensitivity`), whatever is collected at the inputs.
+The Fisher diagonal comes from a pass of its own (:mod:`fewbit.run.sensitivity`), whatever is collected at the inputs,
+and with it the squared gradients at the outputs.
 """
 _NEEDS: tuple[Need, ...] = ("nothing", "largest", "mean_square", "fisher", "gram")
 
@@ -41,6 +42,8 @@ class Facts:
     ``total_magnitude``: (columns,) sum of |x|, float32; None where ``largest`` is.
     ``fisher``: (rows, columns) float32, of the layer's weight: the sum over sequences of the squared gradient of a
     sequence's loss, or None when no method asked for it.
+    ``output_square``: (rows,) float32, of the layer's outputs: the sum over tokens of the squared gradient of their
+    sequence's loss; None where ``fisher`` is, or where it was not collected.
     """
 
     columns: int
@@ -51,6 +54,7 @@ class Facts:
     gram: Tensor | None = None
     total_magnitude: Tensor | None = None
     fisher: Tensor | None = None
+    output_square: Tensor | None = None
 
     @staticmethod
     def none(columns: int, gram: bool = False) -> Facts:
@@ -74,21 +78,19 @@ class Facts:
                 "they describe different layers",
                 "merge facts of one layer only",
             )
-        gram = None if self.gram is None or other.gram is None else self.gram + other.gram
-        largest = magnitude = None
+        largest = None
         if self.largest is not None and other.largest is not None:
             largest = torch.maximum(self.largest, other.largest)
-        if self.total_magnitude is not None and other.total_magnitude is not None:
-            magnitude = self.total_magnitude + other.total_magnitude
         return Facts(
             self.columns,
             self.tokens + other.tokens,
             self.total + other.total,
             self.total_square + other.total_square,
             largest,
-            gram,
-            magnitude,
-            None if self.fisher is None or other.fisher is None else self.fisher + other.fisher,
+            _sum(self.gram, other.gram),
+            _sum(self.total_magnitude, other.total_magnitude),
+            _sum(self.fisher, other.fisher),
+            _sum(self.output_square, other.output_square),
         )
 
     @property
@@ -102,6 +104,11 @@ class Facts:
         if self.gram is None or not self.tokens:
             return torch.eye(self.columns)
         return self.gram / self.tokens
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """None unless both streams have it."""
+    return None if one is None or other is None else one + other
 
 
 class Accumulator:

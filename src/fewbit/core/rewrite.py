@@ -125,6 +125,7 @@ class Scale(Rewrite):
             None if facts.gram is None else facts.gram * torch.outer(scale, scale),
             None if facts.total_magnitude is None else facts.total_magnitude * scale,
             None if facts.fisher is None else facts.fisher * scale.square(),  # a weight is divided by its scale
+            facts.output_square,
         )
 
 
@@ -197,7 +198,13 @@ class Signed(Rewrite):
         upper = self.apply(self.apply(facts.gram).T)
         gram = upper.triu() + upper.triu(1).T
         return Facts(
-            facts.columns, facts.tokens, self.apply(facts.total), gram.diagonal().clamp_min(0).clone(), None, gram
+            facts.columns,
+            facts.tokens,
+            self.apply(facts.total),
+            gram.diagonal().clamp_min(0).clone(),
+            None,
+            gram,
+            output_square=facts.output_square,
         )
 
 

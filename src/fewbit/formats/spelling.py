@@ -11,7 +11,7 @@
     mxfp4[/g32]   nvfp4[/g16]
     palette{1,2,3,4,6,8}[/rows{N} | /row][/lut8][/g{N} | /channel]   one table a tensor, unless said a group of rows or
                                                         a row, of float16 unless said of int8; no scales unless said
-    vector{2,4,6,8,12,16}x{4-16}[+{4-16}][/g{N}]        length x bits of an index, + bits of a residual's; one codebook
+    vector{2,4,6,8,12,16}x{1-16}[+{1-16}][/g{N}]        length x bits of an index, + bits of a residual's; one codebook
                                                         a tensor unless said, else one a group of columns
     int{2-8}/static[/sym | /asym][/OBSERVER]            activations on one grid: asym and mse unless said; or, bound,
     int{2-8}/static/{sym | asym}/s{scale}[/z{zero}]

@@ -25,7 +25,7 @@ from fewbit.core.format import Format, Param, Params, Vectors, code_dtype
 from fewbit.formats.scales import LARGEST_SCALE
 
 LENGTHS = (2, 4, 6, 8, 12, 16)
-LEAST_BITS, MOST_BITS, MOST_CODE = 4, 16, 24
+LEAST_BITS, MOST_BITS, MOST_CODE = 1, 16, 24
 """Of an index; of a whole code."""
 
 

@@ -14,6 +14,7 @@ from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, reference
 from fewbit.kernels.alone import AlonePrepared
+from fewbit.kernels.column8 import fields
 from fewbit.kernels.table import Kernel
 from fewbit.kernels.vector16 import VECTOR16, checked
 from fewbit.layouts.dense import load_params
@@ -57,7 +58,7 @@ class ByteVectorPrepared(AlonePrepared):
         self._packed = checked(format, self.shape, self._stored.packed)
         physical = format.physical(load_params(format, self.shape, self._stored.params))
         assert isinstance(physical, Vectors)
-        self._bits = (*physical.bits, 0)[:2]
+        self._bits = (*fields(format), 0)[:2]
         self._arrays = to_bytes(physical)
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
 

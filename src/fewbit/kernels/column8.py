@@ -6,7 +6,8 @@ The eight codes of a tile and a column lie together: their indices into the code
 book in ``residual_bits`` bytes. Columns follow one another, then the next tile: (tiles, columns * bits of a code)
 bytes, tight but for rows of codes that are no multiple of eight, padded with code 0. While a kernel walks the columns
 of a tile, its eight vectors of outputs stay in registers. Every index is below the entries of its book, whatever the
-bytes are.
+bytes are. Indices of fewer than 4 bits take 4 here, and their books are read as 16 entries (:func:`lowered`): files
+hold what they need.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewbit.core.format import Format, Params, code_dtype, code_shape
+from fewbit.core.format import Format, Params, Vectors, code_dtype, code_shape
 from fewbit.core.layout import Layout, Shape
 from fewbit.errors import InputError
 from fewbit.formats.vector import Vector
@@ -23,6 +24,8 @@ from fewbit.layouts.dense import load_params, pack_rows, store_params, unpack_ro
 
 TILE = 8
 """Codes that lie together."""
+LEAST = 4
+"""Bits of an index in memory: kernels read no fewer."""
 
 
 def tiles(format: Format, shape: Shape) -> int:
@@ -36,15 +39,43 @@ def checked(format: Format, shape: Shape, packed: Tensor) -> Tensor:
     Raises:
         InputError: it is not the bytes of a (rows, columns) matrix: a kernel would read beyond them.
     """
-    expect("column8 codes", packed, (tiles(format, shape), shape[1] * format.bits))
+    expect("column8 codes", packed, (tiles(format, shape), shape[1] * sum(fields(format))))
     if packed.dtype != torch.uint8:
         raise InputError("column8 codes", f"found {packed.dtype}", "uint8 would work")
     return packed.contiguous()
 
 
-def _fields(format: Format) -> list[int]:
+def fields(format: Format) -> list[int]:
+    """Bits of the indices of a code in memory, by book."""
     assert isinstance(format, Vector)
-    return list(format.fields.values())
+    return [max(LEAST, bits) for bits in format.fields.values()]
+
+
+def lowered(physical: Vectors) -> Vectors:
+    """``physical`` with indices of at least ``LEAST`` bits, and zeros in books for those that no code holds."""
+    bits = tuple(max(LEAST, own) for own in physical.bits)
+    books = zip(physical.books, bits, strict=True)
+    return Vectors(tuple(torch.nn.functional.pad(b, (0, 0, 0, (1 << n) - b.shape[1])) for b, n in books), bits)
+
+
+def split(format: Format, codes: Tensor) -> list[Tensor]:
+    """The indices of ``codes``, by book."""
+    assert isinstance(format, Vector)
+    found = []
+    for bits in format.fields.values():
+        found.append(codes & ((1 << bits) - 1))
+        codes = codes >> bits
+    return found
+
+
+def joined(format: Format, indices: list[Tensor]) -> Tensor:
+    """Codes of indices by book: the inverse of :func:`split`."""
+    assert isinstance(format, Vector)
+    codes, base = torch.zeros_like(indices[0], dtype=code_dtype(format)), 0
+    for index, bits in zip(indices, format.fields.values(), strict=True):
+        codes |= index.to(codes.dtype) << base
+        base += bits
+    return codes
 
 
 def _refuse(format: Format, shape: Shape) -> str | None:
@@ -55,23 +86,19 @@ def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[
     columns = codes.shape[1]
     padded = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[0] % TILE))
     eights = padded.reshape(-1, TILE, columns).transpose(1, 2).reshape(-1, TILE)
-    parts = []
-    for bits in _fields(format):
-        index = eights & ((1 << bits) - 1)
-        parts.append(pack_rows(index.to(torch.uint8) if bits <= 8 else index, bits))
-        eights = eights >> bits
-    return torch.cat(parts, 1).reshape(-1, columns * format.bits), store_params(format, params)
+    parts = [
+        pack_rows(index.to(torch.uint8) if bits <= 8 else index, bits)
+        for index, bits in zip(split(format, eights), fields(format), strict=True)
+    ]
+    return torch.cat(parts, 1).reshape(-1, columns * sum(fields(format))), store_params(format, params)
 
 
 def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tuple[Tensor, dict[str, Tensor]]:
     rows, columns = code_shape(format, shape)
     packed = checked(format, shape, packed)
-    eights = torch.zeros(packed.shape[0] * columns, TILE, dtype=code_dtype(format))
-    base = 0
-    for bits in _fields(format):
-        field = packed.reshape(-1, format.bits)[:, base : base + bits].contiguous()
-        eights |= unpack_rows(field, bits, TILE).to(eights.dtype) << base
-        base += bits
+    strings = packed.reshape(-1, sum(fields(format))).split(fields(format), 1)
+    indices = [unpack_rows(s.contiguous(), b, TILE) for s, b in zip(strings, fields(format), strict=True)]
+    eights = joined(format, indices)
     codes = eights.reshape(-1, columns, TILE).transpose(1, 2).reshape(-1, columns)
     return codes[:rows].contiguous(), load_params(format, shape, stored)
 

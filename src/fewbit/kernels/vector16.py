@@ -5,8 +5,9 @@
 A code stands for ``length`` rows of a column, so there are ceil(rows / length) codes a column. A chunk holds the
 indices of its 16 x 32 codes into the codebook, as :mod:`fewbit.kernels.tile16` draws a chunk of ``index_bits``, then
 those into the residual book, as one of ``residual_bits``. Chunks of a tile follow one another, then the next tile:
-(tiles, chunks * bits of a code * 64) bytes, ragged edges padded with code 0. Sixty-four indices into one book then come
-out as bytes by shifts and masks, 16 codes of four neighbouring columns.
+(tiles, chunks * bits of a code * 64) bytes, ragged edges padded with code 0; indices of fewer than 4 bits take 4, as in
+:mod:`fewbit.kernels.column8`. Sixty-four indices into one book then come out as bytes by shifts and masks, 16 codes of
+four neighbouring columns.
 
 Indices of 6 bits lie otherwise, as a lookup among 64 entries heeds no more than 6 bits of a byte: vector g of their six
 holds columns 4g to 4g + 3 in the low 6 bits of bytes. The two bits above, of vectors 0, 1, 2 and of 3, 4, 5, are bits 0
@@ -18,11 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewbit.core.format import Format, Params, code_dtype, code_shape
+from fewbit.core.format import Format, Params, code_shape
 from fewbit.core.layout import Layout, Shape
 from fewbit.errors import InputError
 from fewbit.formats.vector import Vector
 from fewbit.kernels import pages
+from fewbit.kernels.column8 import fields, joined, split
 from fewbit.kernels.tile16 import COLUMNS, ROWS, pack_codes, size, unpack_rows
 from fewbit.layouts.dense import load_params, store_params
 
@@ -36,7 +38,7 @@ def checked(format: Format, shape: Shape, packed: Tensor) -> Tensor:
     Raises:
         InputError: it is not the bytes of a (rows, columns) matrix: a kernel would read beyond them.
     """
-    expected = size(code_shape(format, shape), format.bits)
+    expected = size(code_shape(format, shape), sum(fields(format)))
     if tuple(packed.shape) != expected or packed.dtype != torch.uint8:
         raise InputError(
             f"vector16 codes of a {tuple(shape)} matrix of {format.name}",
@@ -63,11 +65,6 @@ def unpack_six(packed: Tensor, shape: Shape) -> Tensor:
     return groups.permute(0, 3, 1, 2, 4).reshape(len(packed) * ROWS, -1)[: shape[0], : shape[1]].contiguous()
 
 
-def _fields(format: Format) -> list[int]:
-    assert isinstance(format, Vector)
-    return list(format.fields.values())
-
-
 def _refuse(format: Format, shape: Shape) -> str | None:
     if not isinstance(format, Vector):
         return f"holds vectors down columns; {format.name} is something else"
@@ -76,11 +73,11 @@ def _refuse(format: Format, shape: Shape) -> str | None:
 
 
 def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[Tensor, dict[str, Tensor]]:
-    packed = pages.empty(size(code_shape(format, shape), format.bits))
-    chunks, base = packed.reshape(len(packed), -1, format.bits * 64), 0
-    for bits in _fields(format):
-        indices = ((codes >> base) & ((1 << bits) - 1)).to(torch.uint8)
-        field = pack_six(indices) if bits == 6 else pack_codes(indices, bits)
+    packed = pages.empty(size(code_shape(format, shape), sum(fields(format))))
+    chunks, base = packed.reshape(len(packed), -1, sum(fields(format)) * 64), 0
+    for index, bits in zip(split(format, codes), fields(format), strict=True):
+        index = index.to(torch.uint8)
+        field = pack_six(index) if bits == 6 else pack_codes(index, bits)
         chunks[:, :, base * 64 : (base + bits) * 64] = field.reshape(len(packed), -1, bits * 64)
         base += bits
     return packed, store_params(format, params)
@@ -89,18 +86,14 @@ def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[
 def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tuple[Tensor, dict[str, Tensor]]:
     rows, columns = code_shape(format, shape)
     packed = checked(format, shape, packed)
-    chunks = packed.reshape(len(packed), -1, format.bits * 64)
-    codes = torch.zeros(rows, columns, dtype=code_dtype(format))
-    base = 0
-    for bits in _fields(format):
+    chunks = packed.reshape(len(packed), -1, sum(fields(format)) * 64)
+    indices, base, every = [], 0, torch.arange(rows)
+    for bits in fields(format):
         field = chunks[:, :, base * 64 : (base + bits) * 64].reshape(len(packed), -1)
-        if bits == 6:
-            indices = unpack_six(field, (rows, columns))
-        else:
-            indices = unpack_rows(field, (rows, columns), bits, torch.arange(rows))
-        codes |= indices.to(codes.dtype) << base
+        six = bits == 6
+        indices.append(unpack_six(field, (rows, columns)) if six else unpack_rows(field, (rows, columns), bits, every))
         base += bits
-    return codes, load_params(format, shape, stored)
+    return joined(format, indices), load_params(format, shape, stored)
 
 
 VECTOR16 = Layout("vector16", _refuse, _pack, _unpack)

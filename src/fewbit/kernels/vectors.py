@@ -14,7 +14,7 @@ from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native
 from fewbit.kernels.alone import AlonePrepared
-from fewbit.kernels.column8 import COLUMN8, TILE, checked, tiles
+from fewbit.kernels.column8 import COLUMN8, TILE, checked, lowered, tiles
 from fewbit.kernels.prepared import rows_of_strip
 from fewbit.kernels.table import Kernel
 from fewbit.layouts.dense import load_params
@@ -39,6 +39,7 @@ class VectorPrepared(AlonePrepared):
         self._packed = checked(format, self.shape, self._stored.packed)
         physical = format.physical(load_params(format, self.shape, self._stored.params))
         assert isinstance(physical, Vectors)
+        physical = lowered(physical)
         self._bits = (*physical.bits, 0)[:2]
         width = _width(format.height)
         single = 4 * width * sum(1 << bits for bits in physical.bits) <= SINGLE or kernel.isa == "serial"

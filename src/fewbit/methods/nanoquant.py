@@ -16,7 +16,7 @@ Where we depart from the authors' code:
 
 * l, from LittleBit (Lee et al. 2025, arXiv:2506.13771), is kept; it takes 16 bits a rank;
 * the second half, after ADMM, is ours;
-* the row means of the Fisher diagonal stand for D_out;
+* of facts without gradients at the outputs, the row means of the Fisher diagonal stand for D_out;
 * neither block nor model is trained with it: the tuning ``scales`` learns the scales of a block;
 * ranks are whole bytes.
 """
@@ -113,8 +113,13 @@ def parts(format: Format, shape: tuple[int, int], *, bits: float, **options: int
 def preconditioners(facts: Facts, rows: int) -> tuple[Tensor, Tensor]:
     """``D_out^1/2`` (rows,) and ``D_in^1/2`` (columns,), float64, of mean square 1 before they are cut and drawn in."""
     into = _tamed(facts.mean_square.double())
-    fisher = facts.fisher if facts.fisher is not None and facts.tokens else torch.ones(rows, 1)
-    return _tamed(fisher.double().mean(1)), into
+    if not facts.tokens:
+        out = torch.ones(rows)
+    elif facts.output_square is not None:
+        out = facts.output_square
+    else:
+        out = torch.ones(rows) if facts.fisher is None else facts.fisher.double().mean(1)
+    return _tamed(out.double()), into
 
 
 def _tamed(worth: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ from fewbit.model.skeleton import build
 from fewbit.model.surgery import Preparation, Surgery
 
 Callback = Callable[[str, Tensor, int | None], None]
-"""``callback(site, x, expert)``: inputs ``x`` (tokens, columns) that the matrix of ``site`` is about to see."""
+"""``callback(site, x, expert)``: inputs ``x`` (tokens, columns) that the matrix of ``site`` is about to see, or outputs
+(tokens, rows) that it has made."""
 
 Calls = tuple[tuple[tuple[Any, ...], Mapping[str, Any]], ...]
 """Positional and named arguments of each block, without the hidden state."""
@@ -75,7 +76,7 @@ class StreamedModel:
         self._local = threading.local()
         self._beginning = self._shell_of_beginning()
         self._ending = self._shell_of_ending()
-        self._watches: dict[int, tuple[dict[int, Site], Callback]] = {}
+        self._watches: dict[int, tuple[dict[int, Site], Callback, bool]] = {}
         self._latest: Calls = ()
 
     @staticmethod
@@ -144,8 +145,11 @@ class StreamedModel:
             self._local.hidden = None
 
     @contextmanager
-    def observe(self, index: int, callback: Callback, sites: set[str] | None = None) -> Iterator[None]:
-        """While open, each run of block ``index`` calls ``callback`` for its sites (all, or those named in ``sites``).
+    def observe(
+        self, index: int, callback: Callback, sites: set[str] | None = None, outputs: bool = False
+    ) -> Iterator[None]:
+        """While open, each run of block ``index`` calls ``callback`` with the inputs of its sites (all, or those named
+        in ``sites``), or with their ``outputs``: the very tensors that the block goes on with, in their own shape.
 
         Fused experts are reported once an expert with the tokens routed to it, and not at all without tokens.
         The callback runs in the thread that runs the block.
@@ -154,13 +158,16 @@ class StreamedModel:
         experts = {
             self._parameter(site).untyped_storage().data_ptr(): site for site in chosen if site.kind == "experts"
         }
-        handles = [
-            self.module.get_submodule(site.name).register_forward_pre_hook(_reporter(site.name, callback))
-            for site in chosen
-            if site.kind != "experts"
-        ]
+        handles = []
+        for site in (site for site in chosen if site.kind != "experts"):
+            module = self.module.get_submodule(site.name)
+            handles.append(
+                module.register_forward_hook(_made_by(site.name, callback))
+                if outputs
+                else module.register_forward_pre_hook(_reporter(site.name, callback))
+            )
         if experts:
-            self._watches[index] = (experts, callback)
+            self._watches[index] = (experts, callback, outputs)
         try:
             yield
         finally:
@@ -269,9 +276,9 @@ class _ExpertWatch(TorchFunctionMode):
 
     PRODUCTS = (torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
-    def __init__(self, experts: Mapping[int, Site], callback: Callback) -> None:
+    def __init__(self, experts: Mapping[int, Site], callback: Callback, outputs: bool) -> None:
         super().__init__()
-        self._experts, self._callback = experts, callback
+        self._experts, self._callback, self._outputs = experts, callback, outputs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.PRODUCTS and len(args) >= 2 and isinstance(args[1], Tensor):
@@ -279,6 +286,10 @@ class _ExpertWatch(TorchFunctionMode):
             site = self._experts.get(weight.untyped_storage().data_ptr())
             if site is not None and weight.ndim == 2:
                 expert = weight.storage_offset() // (site.shape[0] * site.shape[1])
+                if self._outputs:
+                    y = func(*args, **(kwargs or {}))
+                    self._callback(site.name, y, expert)
+                    return y
                 self._callback(site.name, x.reshape(-1, x.shape[-1]), expert)
         return func(*args, **(kwargs or {}))
 
@@ -289,6 +300,10 @@ def _reporter(name: str, callback: Callback) -> Callable[[nn.Module, tuple[Any, 
         callback(name, x.reshape(-1, x.shape[-1]), None)
 
     return report
+
+
+def _made_by(name: str, callback: Callback) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    return lambda module, arguments, y: callback(name, y, None)
 
 
 def _equal(one: Any, other: Any) -> bool:

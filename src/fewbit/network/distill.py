@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fewbit import methods
 from fewbit.core.descent import Rule
+from fewbit.core.terms import matrices
 from fewbit.core.transform import seed_of
 from fewbit.core.tuning import Learnable, Values
 from fewbit.formats.fixed import Fixed
@@ -114,7 +115,7 @@ class _Phase:
         self._given: dict[str, tuple[Tensor, Tensor]] = {}
         for name, item in solved.items():
             layer = self._student.get_submodule(name)
-            self._place(name, item.qtensor.dequantize())
+            self._place(name, item.weight.dequantize())
             layer.register_forward_pre_hook(self._inputs(name, item), with_kwargs=True)
 
     def done(self, batches: list[Batch], seed: int) -> tuple[dict[str, Solved], Grids]:
@@ -136,7 +137,7 @@ class _Phase:
         """The loss before and after, and the best values; None where no step lowered it."""
         state, bounds = self._start()
         rules: dict[str, Rule] = {name: self._row.descend() for name in self._members}
-        formats = {name: self._solved[name].qtensor.format for name in self._members}
+        formats = {name: matrices(self._solved[name].weight)[0].format for name in self._members}
         rates = {name: self._lr or self._row.rate(self._iters, formats[name]) for name in self._members}
         start = least = self._total(state, batches)
         best: State | None = None

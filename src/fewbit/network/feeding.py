@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,9 @@ from fewbit.kernels.window import Window
 
 Batch = Any
 """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+
+Last = Sequence[tuple[str, int]]
+"""By batch: a layer, and after how many of its calls the rest of the network need not run. Empty: it all runs."""
 
 STRIP = 1 << 22
 """Elements of windows that are looked at at a time: 16 MiB of float32."""
@@ -110,29 +115,56 @@ class Wanted:
             yield out.reshape(end - begin, -1, self.columns)
 
 
-def look(network: nn.Module, batches: Iterable[Batch], wanted: Mapping[str, Wanted]) -> int:
-    """Run ``network`` on ``batches`` and look at the inputs of the layers named; how many batches there were.
+class _Enough(Exception):
+    """Raised inside a network once all was seen: what it would still compute, nobody needs."""
+
+
+def look(network: nn.Module, batches: Iterable[Batch], wanted: Mapping[str, Wanted], last: Last = ()) -> None:
+    """Run ``network`` on ``batches`` and look at the inputs of the layers named, each batch until its ``last``.
 
     Raises:
         InputError: a layer's inputs hold NaN or infinity; the message names it.
     """
+    left = Counter[str]()
+
+    def seen(name: str, x: Tensor) -> None:
+        try:
+            wanted[name].look(x)
+        except InputError as error:
+            raise InputError(f"layer {name}: {error.asked}", error.found, error.works) from None
+        left[name] -= 1
+        if left[name] == 0:
+            raise _Enough
+
+    with _reporting(network, wanted, seen):
+        for index, batch in enumerate(batches):
+            left = Counter(dict(last[index : index + 1]))
+            with suppress(_Enough):
+                feed(network, batch)
+
+
+def calls(network: nn.Module, batch: Batch, names: Iterable[str]) -> Counter[str]:
+    """How often each of the layers ``names`` runs on ``batch``, in the order in which they begin."""
+    count = Counter[str]()
+
+    def seen(name: str, x: Tensor) -> None:
+        count[name] += 1
+
+    with _reporting(network, names, seen):
+        feed(network, batch)
+    return count
+
+
+@contextmanager
+def _reporting(network: nn.Module, names: Iterable[str], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, every layer of ``names`` calls ``seen`` with its inputs."""
 
     def hook(name: str) -> Any:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            try:
-                wanted[name].look(args[0] if args else kwargs["input"])
-            except InputError as error:
-                raise InputError(f"layer {name}: {error.asked}", error.found, error.works) from None
+        return lambda module, args, kwargs: seen(name, args[0] if args else kwargs["input"])
 
-        return before
-
-    handles = [network.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in wanted]
-    count = 0
+    handles = [network.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in names]
     try:
-        for batch in batches:
-            feed(network, batch)
-            count += 1
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return count

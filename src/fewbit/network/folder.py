@@ -48,6 +48,7 @@ def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[
         "recipe": quantized.recipe.to_dict(),
         "seed": quantized.seed,
         "calibration_batches": quantized.batches,
+        "sequential": quantized.sequential,
         "folded": quantized.folded,
         "layers": [{k: v for k, v in record.items() if k != "seconds"} for record in quantized.layers],
         "skipped": quantized.skipped,
@@ -102,6 +103,8 @@ def load(folder: str | Path, network: nn.Module, check: bool = True) -> nn.Modul
             theirs = tuple(stored[name].shape) if name in stored else "missing"
             found = f"{name} is {theirs} in the file and {ours} in the network"
             raise InputError(f"{path} into a {type(network).__name__}", found, "an instance of the same class")
+    for record in manifest["layers"]:
+        network.get_submodule(record["name"]).to_empty(device="cpu")
     network.load_state_dict(stored)
     return network.eval()
 
@@ -118,4 +121,5 @@ def _replace(network: nn.Module, record: dict[str, Any]) -> None:
     else:
         kinds = [step["kind"] for step in record["rewrites"]]
         new = QuantLinear(plain, bias, activation, kinds)
-    network.set_submodule(record["name"], new)
+    # names and sizes alone: what the arrays of a sum hold is checked whenever they are read
+    network.set_submodule(record["name"], new.to("meta"))

@@ -16,7 +16,8 @@ class Quantized:
     """``network`` runs on the kernels.
 
     ``layers``: a record each, as in the manifest; ``skipped``: names of modules whose parameters stay as they are, with
-    the reason; ``folded``: norm -> layer; ``batches``: that calibration saw.
+    the reason; ``folded``: norm -> layer; ``batches``: that calibration saw; ``sequential``: whether each layer was
+    solved on what the quantized ones before it make of them.
     """
 
     network: nn.Module
@@ -26,6 +27,7 @@ class Quantized:
     folded: dict[str, str]
     seed: int
     batches: int
+    sequential: bool = False
 
     @property
     def bits_per_weight(self) -> float:

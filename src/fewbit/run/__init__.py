@@ -15,7 +15,7 @@ import fewbit
 from fewbit import calibrate, methods
 from fewbit.calibrate import Calibration
 from fewbit.containers import manifest as M
-from fewbit.errors import SpecError
+from fewbit.errors import SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.model.surgery import Preparation
@@ -30,6 +30,7 @@ from fewbit.run.learning import learned
 from fewbit.run.planning import Plan, make_plan
 from fewbit.run.sensitivity import Sensitivity
 from fewbit.run.state import Run
+from fewbit.run.tasks import has_bias
 from fewbit.run.workers import Workers, workers
 
 PROBE = (8, 256)
@@ -66,6 +67,7 @@ def quantize(
     tune: Sequence[str | dict[str, Any]] = (),
     calibration_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: str = "cpu",
+    correct_bias: bool = False,
     progress: Progress | None = None,
     tokenizer: Any = None,
 ) -> Result:
@@ -75,14 +77,12 @@ def quantize(
         model: a Hugging Face folder, a ``.gguf`` file, a hub id, or a transformers model (with ``tokenizer``).
         recipe: a format such as ``"int4/g128/asym"``, a scheme such as ``"W4A16"``, or a :class:`Recipe`.
         method: for a format: ``rtn``, ``gptq``, ... with ``options``, after ``transforms``, before ``tune`` (names).
-        calibration: a .txt or .jsonl file; bundled text when None.
+        calibration, samples, context, seed: text (None: bundled), windows, tokens in each, what draws them.
         facts: a folder of :func:`fewbit.collect` to use instead: layers are solved on what the float model shows.
-        samples, context, seed: windows, tokens in each, and what they are drawn with.
-        calibration_dtype: of the products that calibration runs through blocks; "auto" takes bfloat16 where the
-            processor multiplies it. Statistics, solving and checking are float32 or wider.
+        calibration_dtype: of products in blocks that calibrate; "auto": bfloat16 where the processor multiplies it.
         threads, device: how many (any number gives the same bytes, None takes torch's); where blocks are tuned.
-        head, force: format of embedding and head, or "float"; whether less than 3 bits without data, an ``out`` that
-            exists, and a broken result are accepted.
+        correct_bias: take the mean error of each layer's output from its bias, where it has one.
+        head, force: format of embedding and head, or "float"; accept few bits without data, old ``out``, bad results.
 
     Raises:
         FewbitError: see :mod:`fewbit.errors`. A stopped run's work is in ``OUT.partial``; the same call goes on.
@@ -91,10 +91,11 @@ def quantize(
     with O.source(model, tokenizer, target) as path:
         streamed = StreamedModel.open(checkpoint := open_checkpoint(path), _preparation(chosen, seed))
         _check(planned := _planned(checkpoint, streamed, chosen, samples * context, force, tell), chosen, device, facts)
+        _check_biases(correct_bias, streamed, planned, chosen)
         words, products = checkpoint.tokenizer(), O.products(calibration_dtype)
-        data = _calibration(checkpoint, words, chosen, calibration, samples, context, seed, tell)
+        data = _calibration(checkpoint, words, chosen, correct_bias, calibration, samples, context, seed, tell)
         kept, data = _kept(facts, checkpoint, planned, data, calibration is not None)
-        fingerprint = _fingerprint(checkpoint, chosen, data, seed, products, kept) | {"device": device}
+        fingerprint = _fingerprint(checkpoint, chosen, data, seed, products, kept, device, correct_bias)
         if (finished := _finished(target, fingerprint, tell)) is not None:
             return finished
         journal = Journal.open((folder := O.open_folder(target, force)) / STATE / "journal.json", fingerprint)
@@ -102,7 +103,7 @@ def quantize(
         with workers(threads) as pool:
             prepared = _learned(chosen, streamed, planned, data, folder, pool, tell, seed)
             run = Run(prepared, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed, device)
-            run.kept, run.sensitivity, run.end = kept, _sensitivity(run), chosen.end
+            run.kept, run.sensitivity, run.end, run.correct_bias = kept, _sensitivity(run), chosen.end, correct_bias
             run_all(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)
     tell(Event("done", message=str(target)))
@@ -170,6 +171,21 @@ def _check(planned: Plan, recipe: Recipe, device: str, facts: str | Path | None)
         raise SpecError(f"tuning {tuned} from facts", found, "leave out the facts, or the tuning")
 
 
+def _check_biases(asked: bool, model: StreamedModel, planned: Plan, recipe: Recipe) -> None:
+    """Refuse to correct biases that are not there, or that the whole model would learn around.
+
+    Raises:
+        UnsupportedError: what cannot be.
+    """
+    inside = [decision.site for decision in planned.decisions if decision.rule and decision.site.block is not None]
+    if asked and not any(has_bias(model, site) for site in inside):
+        found = "no layer that is quantized has a bias"
+        raise UnsupportedError("correcting biases", found, "leave it out; gptq weighs the mean of the inputs too")
+    if asked and recipe.end is not None:
+        found = f"{recipe.end.name} begins with the float model's biases"
+        raise UnsupportedError("correcting biases", found, f"leave out one of them; {recipe.end.name} sees mean errors")
+
+
 def _recipe(
     recipe: str | Recipe,
     method: str,
@@ -216,6 +232,8 @@ def _fingerprint(
     seed: int,
     products: torch.dtype,
     kept: KeptFacts | None,
+    device: str,
+    correct_bias: bool,
 ) -> dict[str, str]:
     """Everything that the bytes of the result depend on."""
     return {
@@ -227,6 +245,8 @@ def _fingerprint(
         "calibration_dtype": str(products) if data else "none",
         "facts": kept.sha256 if kept else "none",
         "seed": str(seed),
+        "device": device,
+        "correct_bias": str(correct_bias),
     }
 
 
@@ -234,6 +254,7 @@ def _calibration(
     checkpoint: Checkpoint,
     words: Any,
     recipe: Recipe,
+    correct_bias: bool,
     source: str | Path | None,
     samples: int,
     context: int,
@@ -241,7 +262,7 @@ def _calibration(
     tell: Progress,
 ) -> Calibration | None:
     """Text for the methods, transforms and tunings that need it; None when nothing does."""
-    if not any(rule.calibrated for rule in recipe.rules) and not recipe.learns:
+    if not any(rule.calibrated for rule in recipe.rules) and not recipe.learns and not correct_bias:
         if source is not None:
             tell(Event("note", message=f"the calibration text {source} is not used: nothing in the recipe needs data"))
         return None

@@ -14,6 +14,7 @@ from fewbit.model.sites import in_block
 from fewbit.run.observe import Observer
 from fewbit.run.solve import SHOWN
 from fewbit.run.state import Run
+from fewbit.run.tasks import needs
 
 
 def probe_through(run: Run, index: int, hidden: Tensor) -> Tensor:
@@ -45,15 +46,11 @@ def observe_probe(run: Run, index: int, hidden: Tensor) -> dict[str, list[Tensor
 
 def collect(run: Run, stage: int, index: int) -> dict[str, list[Facts]]:
     """Facts of every site of block ``index`` over the calibration, merged in the order of the batches."""
-    needs = {
-        decision.site.name: decision.rule.needs
-        for decision in run.plan.decisions
-        if decision.site.block == index and decision.rule is not None
-    }
-    if run.calibration is None or not set(needs.values()) - {"nothing"}:
+    asked = needs(run, index)
+    if run.calibration is None or not set(asked.values()) - {"nothing"}:
         return {}
     routed = any(site.kind == "experts" for site in in_block(run.model.sites, index))
-    observer = Observer({name for name, need in needs.items() if need == "gram"}, 0 if routed else len(needs))
+    observer = Observer({name for name, need in asked.items() if need == "gram"}, 0 if routed else len(asked))
     source, shared = run.hidden(stage - 1, "calibration"), run.inputs("calibration")
 
     def step(batch: int) -> dict[tuple[str, int], Facts]:
@@ -61,7 +58,7 @@ def collect(run: Run, stage: int, index: int) -> dict[str, list[Facts]]:
             run.model.run_block(index, source.read(batch), shared)
         return found
 
-    with run.model.observe(index, observer, set(needs)):
+    with run.model.observe(index, observer, set(asked)):
         for found in run.workers.map(step, range(len(run.batches()))):
             observer.merge(found)
     source.close()

@@ -47,8 +47,8 @@ def collect(
 
     Sums, squares and largest magnitudes of the inputs of every layer of the blocks; with ``gram`` their second moments
     E[x x^T] (4 columns^2 bytes a group of layers), with ``fisher`` the Fisher diagonal of the weights (4 bytes a
-    weight, and on disk, while at it, what enters every block). Other arguments are those of :func:`fewbit.quantize`,
-    which takes the folder as ``facts``.
+    weight, and on disk, while at it, what enters every block) and the squared gradients at the outputs of layers. Other
+    arguments are those of :func:`fewbit.quantize`, which takes the folder as ``facts``.
 
     Raises:
         FewbitError: see :mod:`fewbit.errors`. An interrupted call leaves its work in ``OUT.partial``, from which the
@@ -92,12 +92,7 @@ def merge(folders: Sequence[str | Path], *, out: str | Path, force: bool = False
     for block in range(first["blocks"]):
         _merge_inputs(kept, folder, block, "gram" in collected)
         if "fisher" in collected:
-            files = [open_safetensors(K.fisher_file(each.path, block)) for each in kept]
-            total = {name: files[0].get(name) for name in files[0].entries}
-            for file in files[1:]:
-                for name, values in total.items():
-                    values += file.get(name)
-            write_safetensors(K.fisher_file(folder, block), total, {"format": "pt"})
+            _merge_gradients(kept, folder, block, "output_square" in collected)
     texts = [each.described["calibration"] for each in kept]
     calibration = {
         "source": " and ".join(str(text["source"]) for text in texts),
@@ -124,6 +119,18 @@ def _merge_inputs(kept: list[K.KeptFacts], folder: Path, block: int, gram: bool)
     K.write_inputs(K.inputs_file(folder, block), merged)
 
 
+def _merge_gradients(kept: list[K.KeptFacts], folder: Path, block: int, outputs: bool) -> None:
+    """Write the Fisher diagonals of one block, and what was seen at its ``outputs``, all of ``kept`` together."""
+    files = [open_safetensors(K.fisher_file(each.path, block)) for each in kept]
+    sites = K.owners(open_safetensors(K.inputs_file(kept[0].path, block)))
+    names = [name for name in files[0].entries if outputs or name in sites]
+    total = {name: files[0].get(name) for name in names}
+    for file in files[1:]:
+        for name, values in total.items():
+            values += file.get(name)
+    write_safetensors(K.fisher_file(folder, block), total, {"format": "pt"})
+
+
 def _described(
     checkpoint: Checkpoint, data: Calibration, gram: bool, fisher: bool, blocks: int, products: str
 ) -> dict[str, Any]:
@@ -134,7 +141,7 @@ def _described(
         "model": O.model_hashes(checkpoint),
         "calibration": data.describe(),
         "calibration_dtype": products,
-        "collected": ["mean_square", *(["gram"] if gram else []), *(["fisher"] if fisher else [])],
+        "collected": ["mean_square", *(["gram"] if gram else []), *(["fisher", "output_square"] if fisher else [])],
         "blocks": blocks,
     }
 

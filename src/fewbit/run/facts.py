@@ -5,17 +5,19 @@
 
     facts.json                  what model and text they are of (hashes), what was collected, hash of every file
     inputs-00000.safetensors    of block 0: sums over the inputs of every site, {site}.{array}, (experts, ...)
-    fisher-00000.safetensors    of block 0: the Fisher diagonal of every weight, {site}, (experts * rows, columns)
+    fisher-00000.safetensors    of block 0: the Fisher diagonal of every weight, {site}, (experts * rows, columns), and
+                                the squared gradients at the outputs, {site}.output, (experts, rows)
 
 Sites that see the same inputs share their sums: the header's ``__metadata__`` says whose a site's are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -103,10 +105,40 @@ def stored(file: SafetensorsFile, site: str) -> list[Facts]:
 
 def read_fisher(path: Path, site: Site) -> list[Tensor]:
     """The Fisher diagonal of ``site``, float32 (rows, columns) of every expert."""
-    whole = open_safetensors(path).get(site.name)
-    if whole.numel() != site.parameters:
-        raise CorruptFileError(f"{site.name} of {path}", f"its shape is {tuple(whole.shape)}", "collect it again")
-    return list(whole.reshape(site.experts, *site.shape))
+    return _read(path, site.name, (site.experts, *site.shape))
+
+
+def read_outputs(path: Path, site: Site) -> list[Tensor]:
+    """The squared gradients at the outputs of ``site``, float32 (rows,) of every expert."""
+    return _read(path, outputs_key(site.name), (site.experts, site.shape[0]))
+
+
+def outputs_key(site: str) -> str:
+    return f"{site}.output"
+
+
+def _read(path: Path, key: str, shape: tuple[int, ...]) -> list[Tensor]:
+    whole = open_safetensors(path).get(key)
+    if whole.numel() != math.prod(shape):
+        raise CorruptFileError(f"{key} of {path}", f"its shape is {tuple(whole.shape)}", "collect it again")
+    return list(whole.reshape(shape))
+
+
+class Gradients(Protocol):
+    """What knows of gradients: a pass, or a folder."""
+
+    def fisher(self, site: Site) -> list[Tensor] | None: ...
+
+    def output_square(self, site: Site) -> list[Tensor] | None: ...
+
+
+def with_gradients(known: list[Facts], source: Gradients, site: Site) -> list[Facts]:
+    """``known`` of ``site``, one entry an expert, with what ``source`` has of it."""
+    if (fisher := source.fisher(site)) is not None:
+        known = [replace(of, fisher=part) for of, part in zip(known, fisher, strict=True)]
+    if (outputs := source.output_square(site)) is not None:
+        known = [replace(of, output_square=part) for of, part in zip(known, outputs, strict=True)]
+    return known
 
 
 @dataclass(frozen=True)
@@ -168,3 +200,10 @@ class KeptFacts:
         if site.block is None or "fisher" not in self.described["collected"]:
             return None
         return read_fisher(fisher_file(self.path, site.block), site)
+
+    def output_square(self, site: Site) -> list[Tensor] | None:
+        """The squared gradients at the outputs of ``site``, one entry an expert; None as for the Fisher diagonal, and
+        in folders that were written before there were any."""
+        if site.block is None or "output_square" not in self.described["collected"]:
+            return None
+        return read_outputs(fisher_file(self.path, site.block), site)

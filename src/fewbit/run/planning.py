@@ -178,7 +178,7 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
     if site.block is not None:
         made = methods.named(rule.method).made_of(format, site.shape, rule.options)
     if made.sum:
-        _check_terms(site, rule)
+        check_terms(site, rule)
     try:
         nbytes = made.beside
         for part, (rows, columns) in made.matrices:
@@ -192,7 +192,7 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
     return Decision(site, rule, kernel_name(rule, made.matrices, sparse), nbytes)
 
 
-def _check_terms(site: Site, rule: Rule) -> None:
+def check_terms(site: Site, rule: Rule) -> None:
     """Refuse layers whose weight cannot be a sum of terms."""
     asked = f"{rule.format} by {rule.method} for {site.name}, which makes a sum of terms of it"
     works = "give this layer a rule that makes one matrix, e.g. squeezellm with options outliers=0, sensitive=0"

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Fisher diagonal of every weight of the blocks: how much the loss minds a change of it.
+"""The Fisher diagonal of every weight of the blocks: how much the loss minds a change of it; and of every output.
 
 ::
 
     F_ij = sum over sequences s of (d L_s / d W_ij)^2         L_s: mean cross-entropy of the next tokens of s
+    O_i  = sum over tokens t of (d L_s / d y_ti)^2            y = x W^T, s: the sequence of t
 
 of the float model (the empirical Fisher of SqueezeLLM, Kim et al. 2023, arXiv:2306.07629). The model is never in memory
 as a whole. Forward, block by block, only what enters each block is kept, on disk; the gradient of the loss is taken at
 the end; then blocks come backwards, each run once more on what entered it (gradient checkpointing), which gives the
-gradients of its weights and the gradient at its inputs, for the block before. Memory is that of one block, its Fisher
-diagonal, and the gradients of one sequence a worker and one more. The disk holds what enters every block, or, where
-there is no room for that, every so many, and those in between when they are needed again, for one more run forward.
+gradients of its weights and of its layers' outputs, and the gradient at its inputs, for the block before. Memory is
+that of one block, its Fisher diagonal, and the gradients of one sequence a worker and one more. The disk holds what
+enters every block, or, where there is no room for that, every so many, and those in between when they are needed again,
+for one more run forward.
 
 On the way forward facts of the inputs of every layer can be collected as well.
 
@@ -22,8 +24,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +40,7 @@ from fewbit.errors import InputError
 from fewbit.model.sites import Site, in_block
 from fewbit.model.stream import Inputs, StreamedModel
 from fewbit.run.events import Event, Progress
-from fewbit.run.facts import fisher_file, inputs_file, read_fisher, write_inputs
+from fewbit.run.facts import fisher_file, inputs_file, outputs_key, read_fisher, read_outputs, write_inputs
 from fewbit.run.hidden import HiddenFile
 from fewbit.run.memory import give_back
 from fewbit.run.observe import Observer
@@ -93,6 +96,12 @@ class Sensitivity:
         if site.block is None or site.name not in self.wanted:
             return None
         return read_fisher(fisher_file(self.folder, site.block), site)
+
+    def output_square(self, site: Site) -> list[Tensor] | None:
+        """Float32 (rows,) of every expert of ``site``: O; None where there is no Fisher diagonal."""
+        if site.block is None or site.name not in self.wanted:
+            return None
+        return read_outputs(fisher_file(self.folder, site.block), site)
 
     def _forward(self) -> None:
         """Keep what enters every block, and what leaves the last one."""
@@ -184,27 +193,32 @@ class Sensitivity:
         model.load(model.blocks[block])
         sites = [site for site in in_block(model.sites, block) if site.name in self.wanted]
         weights: list[Tensor] = [model.module.get_parameter(site.parameter).requires_grad_() for site in sites]
+        made = _Outputs(sites)
 
-        def step(sequence: int) -> list[Tensor]:
+        def step(sequence: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
             x = hidden.read(sequence).requires_grad_()
-            with torch.enable_grad():
+            with torch.enable_grad(), made.kept() as outputs:
                 with self._arithmetic():
                     y = model.run_block(block, x, call)
-                found = torch.autograd.grad(y, [x, *weights], above.read(sequence).to(y.dtype), allow_unused=True)
-            squares = [w.new_zeros(1) if g is None else g.square_() for g, w in zip(found[1:], weights, strict=True)]
-            return [torch.zeros_like(x) if found[0] is None else found[0], *squares]
+                of = [x, *weights, *(output for _, output in outputs)]
+                found = torch.autograd.grad(y, of, above.read(sequence).to(y.dtype), allow_unused=True)
+            own, at_outputs = found[1 : len(weights) + 1], found[len(weights) + 1 :]
+            squares = [w.new_zeros(1) if g is None else g.square_() for g, w in zip(own, weights, strict=True)]
+            return torch.zeros_like(x) if found[0] is None else found[0], squares, made.squares(outputs, at_outputs)
 
         totals = [torch.zeros_like(weight, requires_grad=False) for weight in weights]
         below = self._created("gradient", block)
-        for sequence, (gradient, *squares) in enumerate(self.workers.map(step, range(len(self.ids)))):
-            below.write(sequence, gradient)
-            for total, square in zip(totals, squares, strict=True):
-                total += square
+        with model.observe(block, made, {site.name for site in sites}, outputs=True):
+            for sequence, (gradient, squares, outputs) in enumerate(self.workers.map(step, range(len(self.ids)))):
+                below.write(sequence, gradient)
+                for total, square in zip((*totals, *made.totals), (*squares, *outputs), strict=True):
+                    total += square
         below.commit()
         hidden.close()
         above.close()
         model.free(model.blocks[block])
-        write_safetensors(fisher_file(self.folder, block), _named(sites, totals), {"format": "pt"})
+        found = {**_named(sites, totals), **made.named()}
+        write_safetensors(fisher_file(self.folder, block), found, {"format": "pt"})
         self._path("gradient", block + 1).unlink(missing_ok=True)
         for done in ("hidden", "gradient") if block == 0 else ("hidden",):
             self._path(done, block).unlink(missing_ok=True)
@@ -241,6 +255,42 @@ class Sensitivity:
         for index, values in enumerate(sequences):
             file.write(index, values)
         file.commit()
+
+
+class _Outputs:
+    """A callback for ``StreamedModel.observe``: what the layers ``sites`` make, kept until gradients are taken; each
+    thread keeps its own. ``totals``: float32 (experts, rows) of each, their sums of squares."""
+
+    def __init__(self, sites: list[Site]) -> None:
+        self._sites, self._local = sites, threading.local()
+        self._place = {site.name: place for place, site in enumerate(sites)}
+        self.totals = [torch.zeros(site.experts, site.shape[0]) for site in sites]
+
+    @contextmanager
+    def kept(self) -> Iterator[list[tuple[tuple[int, int], Tensor]]]:
+        """What is made while open, as ((place of the site, expert), tensor)."""
+        self._local.found = []
+        try:
+            yield self._local.found
+        finally:
+            self._local.found = []
+
+    def __call__(self, site: str, y: Tensor, expert: int | None) -> None:
+        self._local.found.append(((self._place[site], expert or 0), y))
+
+    def squares(
+        self, outputs: list[tuple[tuple[int, int], Tensor]], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """What one sequence adds to ``totals``."""
+        sums = [torch.zeros_like(total) for total in self.totals]
+        for ((place, expert), _), gradient in zip(outputs, gradients, strict=True):
+            if gradient is not None:
+                sums[place][expert] += gradient.float().square().flatten(0, -2).sum(0)
+        return sums
+
+    def named(self) -> dict[str, Tensor]:
+        """What a file holds."""
+        return {outputs_key(site.name): total for site, total in zip(self._sites, self.totals, strict=True)}
 
 
 def _named(sites: list[Site], totals: list[Tensor]) -> dict[str, Tensor]:

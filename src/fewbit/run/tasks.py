@@ -9,23 +9,33 @@ import torch
 from torch import Tensor
 
 from fewbit import formats, methods
-from fewbit.core.facts import Facts, Need
+from fewbit.core.correction import correction
+from fewbit.core.facts import Facts, Need, strongest
 from fewbit.core.transform import seed_of
 from fewbit.model.sites import Site, in_block
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Rule
 from fewbit.run.events import Event
+from fewbit.run.facts import with_gradients
 from fewbit.run.solve import Solved, Task, solve
 from fewbit.run.state import Run, peak_rss
 
 
 def needs(run: Run, index: int) -> dict[str, Need]:
-    """What the rule of each site of block ``index`` asks of calibration; sites that stay in float are left out."""
+    """What the rule of each site of block ``index`` asks of calibration, and its bias where it is to be corrected;
+    sites that stay in float are left out."""
     return {
-        decision.site.name: decision.rule.needs
+        decision.site.name: strongest(
+            decision.rule.needs, "mean_square" if run.correct_bias and has_bias(run.model, decision.site) else "nothing"
+        )
         for decision in run.plan.decisions
         if decision.site.block == index and decision.rule is not None
     }
+
+
+def has_bias(model: StreamedModel, site: Site) -> bool:
+    """Whether something is added to the outputs of ``site`` that can be corrected."""
+    return site.kind in ("linear", "conv1d") and (f"{site.name}.bias", "a bias") in model.kept
 
 
 def make_task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[str, list[Tensor]]) -> Task | None:
@@ -48,13 +58,13 @@ def make_task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[st
 
 def known_of(run: Run, site: Site, rule: Rule, facts: dict[str, list[Facts]]) -> list[Facts]:
     """What is known of ``site``, one entry an expert: from ``facts``, just collected, or from those kept on disk; and
-    the Fisher diagonal where the method asks for it."""
+    what is known of gradients where the method asks for it."""
     known = facts.get(site.name) or (run.kept.of(site) if run.kept is not None else None)
     known = known or [Facts.none(site.shape[1]) for _ in range(site.experts)]
     source = run.kept or run.sensitivity
-    if methods.named(rule.method).needs != "fisher" or source is None or (fisher := source.fisher(site)) is None:
+    if methods.named(rule.method).needs != "fisher" or source is None:
         return known
-    return [replace(of, fisher=part) for of, part in zip(known, fisher, strict=True)]
+    return with_gradients(known, source, site)
 
 
 def solve_all(run: Run, tasks: list[Task]) -> list[Solved]:
@@ -80,11 +90,25 @@ def solve_all(run: Run, tasks: list[Task]) -> list[Solved]:
 def solve_sites(
     run: Run, sites: list[Site], facts: dict[str, list[Facts]], seen: dict[str, list[Tensor]]
 ) -> list[Solved]:
-    """Solve ``sites`` and put the decoded weights into the loaded model."""
-    solved = solve_all(run, [task for site in sites if (task := make_task(run, site, facts, seen))])
+    """Solve ``sites`` and put the decoded weights into the loaded model, and corrected biases where that is asked."""
+    tasks = [task for site in sites if (task := make_task(run, site, facts, seen))]
+    solved = solve_all(run, tasks)
+    if run.correct_bias:  # while the model still holds the float weights
+        solved = [_corrected(run.model, task, item) for task, item in zip(tasks, solved, strict=True)]
     for item in solved:
         propagate(run.model, item)
     return solved
+
+
+def _corrected(model: StreamedModel, task: Task, item: Solved) -> Solved:
+    """``item``, the bias of its layer corrected, where it has one and tokens were seen."""
+    known = task.facts[0]
+    if not has_bias(model, task.site) or not known.tokens:
+        return item
+    quantized = item.rewrite.unweight(item.weight.dequantize())
+    bias = model.module.get_parameter(f"{task.site.name}.bias")
+    bias.add_(correction(task.weight, quantized, known.total.double() / known.tokens).to(bias.dtype))
+    return replace(item, record={**item.record, "bias": "corrected"})
 
 
 def block_sites(run: Run, index: int) -> list[Site]:

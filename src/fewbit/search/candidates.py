@@ -16,7 +16,7 @@ from fewbit.core.terms import Terms
 from fewbit.errors import SpecError
 from fewbit.model.sites import Site
 from fewbit.recipe import FLOAT, Rule, split_scheme
-from fewbit.run.facts import KeptFacts
+from fewbit.run.facts import KeptFacts, with_gradients
 from fewbit.run.solve import fit
 
 DEFAULT = tuple(f"int{bits}/g64/asym" for bits in (2, 3, 4, 5, 6, 8))
@@ -62,8 +62,7 @@ def fitted_by(rule: Rule, method: str | None) -> Rule:
 
 def known_of(kept: KeptFacts, site: Site) -> list[Facts]:
     """What is known of a layer of a block, one entry an expert, with the Fisher diagonal where it was collected."""
-    facts, fisher = kept.of(site) or [], kept.fisher(site)
-    return facts if fisher is None else [replace(of, fisher=part) for of, part in zip(facts, fisher, strict=True)]
+    return with_gradients(kept.of(site) or [], kept, site)
 
 
 def solve(rule: Rule, weight: Tensor, known: Sequence[Facts]) -> Solution:

@@ -8,11 +8,12 @@ it are known, from S sequences of T tokens (:mod:`fewbit.run.sensitivity`)::
     G    = sum over tokens of x x^T
 
     fisher    T/2S sum_oi F_oi D_oi^2                        every weight on its own: errors that cancel count in full
-    output    T/2S sum_o  r_o  d_o G d_o^T                   r_o = sum_i F_oi / sum_i G_ii
+    output    T/2S sum_o  r_o  d_o G d_o^T                   r_o = E[g_o^2], g = d L / d y of a token
 
 ``output`` is the layer's output error, GPTQ's objective, every output weighted by its mean squared gradient: F factored
 into E[g_o^2] E[x_i^2], as where gradients and inputs of different tokens are independent (the diagonal, on the side of
-the outputs, of Martens and Grosse 2015, arXiv:1503.05671). Both are second-order, and add up over layers. Of errors so
+the outputs, of Martens and Grosse 2015, arXiv:1503.05671). Of facts that are too old to have seen gradients at outputs,
+r_o is what F says of it, sum_i F_oi / sum_i G_ii. Both are second-order, and add up over layers. Of errors so
 large that the loss is no parabola any more, below 3 bits, they say which layer minds more, not how much.
 """
 
@@ -38,11 +39,14 @@ def fisher(error: Tensor, facts: Facts, half: float) -> float:
 
 def output(error: Tensor, facts: Facts, half: float) -> float:
     """T/2S sum_o r_o d_o G d_o^T; with E[x^2] alone, G is its diagonal. No token, no harm."""
-    assert facts.fisher is not None
     seen = float(facts.total_square.sum(dtype=torch.float64))
     if not facts.tokens or seen == 0:
         return 0.0
-    rows = facts.fisher.sum(1, dtype=torch.float64) / seen
+    if facts.output_square is not None:
+        rows = facts.output_square.double() / facts.tokens
+    else:
+        assert facts.fisher is not None
+        rows = facts.fisher.sum(1, dtype=torch.float64) / seen
     return half * facts.tokens * float((rows * objective.row_errors(error, facts)).sum())
 
 
