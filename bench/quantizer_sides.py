@@ -80,13 +80,13 @@ def rows_of(job: Job) -> list[dict[str, list[int]]]:
 def fewbit(job: Job) -> tuple[Timed, Read]:
     import accuracy
     import fewbit
+    import fewbit.run
     from fewbit.containers import manifest as M
     from fewbit.containers.files import read_json
     from fewbit.run.verify import read_back, read_rewrite
 
     format, _, row = job.what.partition(" ")
-    steps = {"iters": job.iters}
-    keywords = accuracy.settings(row, steps)
+    keywords = accuracy.settings(row, {"iters": job.iters}, {})
     folder = TemporaryDirectory()
     out = Path(folder.name) / "out"
 
