@@ -80,13 +80,13 @@ def rows_of(job: Job) -> list[dict[str, list[int]]]:
 def fewbit(job: Job) -> tuple[Timed, Read]:
     import accuracy
     import fewbit
+    import fewbit.run
     from fewbit.containers import manifest as M
     from fewbit.containers.files import read_json
     from fewbit.run.verify import read_back, read_rewrite
 
     format, _, row = job.what.partition(" ")
-    steps = {"iters": job.iters}
-    keywords = accuracy.settings(row, steps)
+    keywords = accuracy.settings(row, {"iters": job.iters}, {})
     folder = TemporaryDirectory()
     out = Path(folder.name) / "out"
 
@@ -163,12 +163,18 @@ def autoround(job: Job) -> tuple[Timed, Read]:
     rows = [{name: torch.tensor([values]) for name, values in row.items()} for row in rows_of(job)]
     options = {"iters": job.iters, "nsamples": len(rows), "seqlen": job.tokens.shape[1], "batch_size": 8}
 
+    symmetric = job.bits == 8  # it refuses zero points there
+
     def run() -> Any:
         words = AutoTokenizer.from_pretrained(job.model)
-        grid = {"bits": job.bits, "group_size": GROUP, "sym": False}
+        grid = {"bits": job.bits, "group_size": GROUP, "sym": symmetric}
         return AutoRound(network(job), words, dataset=rows, device_map="cpu", **grid, **options).quantize()[0]
 
-    return run, lambda model: asymmetric(model, job.bits)
+    def read(model: Any) -> Found:
+        found, bits = asymmetric(model, job.bits)
+        return found, bits - symmetric * job.bits / GROUP * count(found)
+
+    return run, read
 
 
 def hqq(job: Job) -> tuple[Timed, Read]:

@@ -39,7 +39,8 @@ def blocks_of(
     for row in range(weight.shape[0]):
         for block in range(weight.shape[1] // 8):
             last, symmetric = format.levels - 1, format.name.endswith("sym") and not format.name.endswith("asym")
-            reach, offset = float(first.scale[row, block]) * last, float(first.offset[row, block])
+            scale, offset = float(first.scale[row, block]), float(first.offset[row, block])
+            reach = abs(scale) * last
             low, high = (-reach / 2, reach / 2) if symmetric else (offset, offset + reach)
             found[row, block] = Block(
                 weight[row, 8 * block : 8 * block + 8].double().numpy(),
@@ -49,14 +50,18 @@ def blocks_of(
                 float(now.offset[row, block]),
                 format.levels,
                 symmetric,
+                float(np.sign(scale)),
             )
     return found
 
 
-@pytest.mark.parametrize("spelling", FORMATS)
-def test_values_and_gradient_are_those_of_the_definition(spelling: str) -> None:
+@pytest.mark.parametrize(
+    ("spelling", "method"), [*((one, "rtn") for one in FORMATS), ("int4/g8/sym", "clip"), ("int2/g8/sym", "autoround")]
+)
+def test_values_and_gradient_are_those_of_the_definition(spelling: str, method: str) -> None:
     weight, grad = normal(3, 16), normal(3, 16, seed=1)
-    learner, start = learnable(weight, spelling)
+    learner, start = learnable(weight, spelling, method)
+    assert bool((start.params["scale"] < 0).any()) == (method != "rtn"), "a search turns some symmetric grids around"
     generator = torch.Generator().manual_seed(2)
     values = {
         "offset": torch.rand(3, 2, 8, generator=generator) - 0.5,

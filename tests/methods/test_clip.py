@@ -71,7 +71,15 @@ def test_is_the_best_of_the_grid_span_by_span(name: str) -> None:
         for first in range(0, 21, width):
             part = weight[row : row + 1, first : first + width]
             worth = facts.mean_square[first : first + width]
-            candidates = [F.fit(format, part), *(F.fit(format, part * r, worth) for r in ratios)]
+            candidates = [F.fit(format, part)]
+            for ratio in ratios:
+                if format.grid == "magnitude":  # the largest weight of a block on the level that has no counterpart
+                    blocks = B.split(part, format.block)
+                    most = torch.where(blocks.amax(-1) > -blocks.amin(-1), blocks.amax(-1), blocks.amin(-1))
+                    scale = (-ratio * most / (format.levels / 2)).unsqueeze(-1)
+                    candidates.append(format.placed(scale, torch.zeros_like(scale)))
+                else:
+                    candidates.append(F.fit(format, part * ratio, worth))
             errors = []
             for candidate in candidates:
                 near = F.decode(format, F.encode(format, part, candidate), candidate)

@@ -41,37 +41,38 @@ def by_block(error: Tensor, format: F.Format) -> Tensor:
 @pytest.mark.parametrize("iterations", [1, 2, 20])
 @pytest.mark.parametrize("size", [0.05, 3.0])
 @pytest.mark.parametrize("name", ["int4/g16/min", "int3/g16/min", "int2/channel/min"])
-def test_equals_the_oracle_block_by_block(name: str, size: float, iterations: int) -> None:
+def test_equals_the_oracle(name: str, size: float, iterations: int) -> None:
     """At the size of usual weights nothing survives the shrinking; three times a unit Gaussian, much does.
 
-    The mean that moves the minimum is summed in float32, so each round it may fall to the neighbouring float16. Where
-    as many weights lie above the grid as below, moving it changes no mean and rounding decides: such blocks are left
-    out, and after many rounds only what is lost is compared.
+    The mean that moves the minimum is summed in float32, so each round it may fall to the neighbouring float16, and
+    after many of them only what is lost is compared.
     """
     options = {"p": 0.7, "beta": 10.0, "kappa": 1.5, "iterations": iterations}
     weight, format = normal(6, 40, seed=4) * size, formats.parse(name)
-    fitted = F.fit(format, weight)
+    fitted, width = F.fit(format, weight), format.block or 40
+    places = [(row, block) for row in range(6) for block in range(B.count(40, format.block))]
+    asked = [
+        (
+            weight[row, block * width : (block + 1) * width].numpy(),
+            *(float(fitted[key][row, block, 0]) for key in ("scale", "minimum")),
+        )
+        for row, block in places
+    ]
     found = hqq(weight, format, **options)
-    lost = by_block(weight - found.dequantize(), format)
-    total, compared = 0, 0
-    for row in range(6):
-        for block in range(B.count(40, format.block)):
-            width = format.block or 40
-            part = weight[row, block * width : (block + 1) * width].numpy()
-            scale, minimum = (float(fitted[key][row, block, 0]) for key in ("scale", "minimum"))
-            wanted, least, rounds, margin = hqq_oracle(part, scale, minimum, format.levels, **options)
-            assert math.isclose(float(lost[row, block]), least * len(part), rel_tol=0.02)
-            if margin > 1e-3:
-                got = float(found.params["minimum"][row, block, 0])
-                assert abs(got - wanted) <= max(1, rounds) * abs(float(np.spacing(np.float16(wanted))))
-                total, compared = total + rounds, compared + 1
-    assert iterations == 20 or (total > 0 and compared > 2), "the case is too easy"
+    wanted, least, rounds, margin = hqq_oracle(asked, format.levels, **options)
+    assert rounds > 0, "the case is too easy"
+    assert math.isclose(float((weight - found.dequantize()).abs().sum()), least, rel_tol=0.005)
+    if iterations <= 2:
+        assert margin > 1e-4, "rounding decides this case"
+        for (row, block), minimum in zip(places, wanted, strict=True):
+            got = float(found.params["minimum"][row, block, 0])
+            assert abs(got - minimum) <= rounds * abs(float(np.spacing(np.float16(minimum))))
 
 
 @pytest.mark.parametrize("bits", [4, 2])
 def test_what_the_package_hqq_loses(bits: int) -> None:
     """Its default solver, whose penalty does not grow: 20 rounds, of weights so large that shrinking decides. Minima of
-    float16, and blocks that stop for themselves, make the difference."""
+    float16, and what is kept of the last round, make the difference."""
     with np.load(GOLDEN, allow_pickle=False) as data:
         weight, values = (torch.from_numpy(data[f"hqq{bits}.{key}"]).float() for key in ("weight", "values"))
     format = formats.parse(f"int{bits}/g64/min")
@@ -90,11 +91,11 @@ def test_shrinking_is_what_makes_outliers_not_count() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(MOVABLE), rows=st.integers(1, 4), columns=st.integers(1, 40), seed=st.integers(0, 10**6))
-def test_never_worse_than_rounding_in_any_block(name: str, rows: int, columns: int, seed: int) -> None:
+def test_never_worse_than_rounding(name: str, rows: int, columns: int, seed: int) -> None:
     weight, format = normal(rows, columns, seed), formats.parse(name)
-    lost = by_block(weight - hqq(weight, format).dequantize(), format)
-    plain = by_block(weight - rtn(weight, format).dequantize(), format)
-    assert (lost <= plain * (1 + 2 * columns * torch.finfo(torch.float32).eps)).all()
+    lost = float((weight - hqq(weight, format).dequantize()).abs().sum(dtype=torch.float64))
+    plain = float((weight - rtn(weight, format).dequantize()).abs().sum(dtype=torch.float64))
+    assert lost <= plain * (1 + 2 * columns * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("name", ["int4/g64/min", "int3/g64/min", "int2/g16/min"])

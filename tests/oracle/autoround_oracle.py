@@ -16,7 +16,8 @@ H = 1e-6
 
 @dataclass(frozen=True)
 class Block:
-    """One block: weights ``w`` (n,), ends ``low`` and ``high`` of its first grid, the grid stored now, and its kind."""
+    """One block: weights ``w`` (n,), ends ``low`` and ``high`` of its first grid, the grid stored now, its kind, and
+    the sign of its scale."""
 
     w: np.ndarray
     low: float
@@ -25,12 +26,13 @@ class Block:
     offset: float
     levels: int
     symmetric: bool
+    sign: float = 1.0
 
     def grid(self, beta: float, gamma: float) -> tuple[float, float]:
         """Scale and offset before they are rounded to what can be stored."""
         last = self.levels - 1
         if self.symmetric:
-            scale = 2 * max(-self.low * beta, self.high * gamma) / last
+            scale = self.sign * 2 * max(-self.low * beta, self.high * gamma) / last
             return scale, -scale * self.levels / 2
         return (self.high * gamma - self.low * beta) / last, self.low * beta
 

@@ -17,7 +17,7 @@ from fewbit.errors import SpecError, UnsupportedError
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Recipe
-from fewbit.run import sequential
+from fewbit.run import reconstruct, sequential
 from fewbit.run.events import Event
 from fewbit.run.rewriting import as_run
 from fewbit.run.verify import read_back
@@ -44,8 +44,8 @@ class Notes:
 
 
 def test_no_step_is_rounding_to_nearest_bit_for_bit(tmp_path: Path, short: Short, hashes: Hashes) -> None:
-    short(tmp_path / "rtn", "int3/g32/sym", "rtn")
-    short(tmp_path / "none", "int3/g32/sym", "autoround", options={"iters": 0})
+    short(tmp_path / "rtn", "int3/g32/asym", "rtn")
+    short(tmp_path / "none", "int3/g32/asym", "autoround", options={"iters": 0})
     assert tensors(hashes(tmp_path / "none")) == tensors(hashes(tmp_path / "rtn"))
 
 
@@ -105,6 +105,25 @@ def test_bytes_do_not_depend_on_threads_or_interruptions(tmp_path: Path, short: 
     assert any("continuing" in message for message in messages)
     assert not any("layers.0: output error" in message for message in messages), "the first block was done"
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+def test_weights_rounded_once_a_step_give_the_bytes_of_weights_rounded_with_every_window(
+    tmp_path: Path, short: Short, hashes: Hashes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[set[torch.dtype]] = []
+    good = reconstruct._Phase._multiplied
+
+    def noted(phase: Any, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        given.append({weight.dtype for weight in good(phase, weights)})
+        return good(phase, weights)
+
+    options = {"options": STEPS, "calibration_dtype": "bfloat16"}
+    monkeypatch.setattr(reconstruct._Phase, "_multiplied", noted)
+    short(tmp_path / "once", "int3/g32/asym", "autoround", **options)
+    assert given and all(dtypes == {torch.bfloat16} for dtypes in given)
+    monkeypatch.setattr(reconstruct._Phase, "_multiplied", lambda phase, weights: weights)
+    short(tmp_path / "each", "int3/g32/asym", "autoround", **options)
+    assert tensors(hashes(tmp_path / "once")) == tensors(hashes(tmp_path / "each"))
 
 
 @pytest.mark.parametrize(

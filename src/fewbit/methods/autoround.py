@@ -13,8 +13,9 @@ straight through the rounding. Where t = (W - o) / s + V is within half a step o
 
 and beyond the ends ``dw/dV = 0, dw/ds = code, dw/do = 1``. Where we depart from the authors' code:
 
-* scales are what the format stores, rounded to float16 and positive, before the loss sees them; theirs of symmetric
-  grids may be negative;
+* scales are what the format stores, rounded to float16, before the loss sees them;
+* symmetric grids begin as plain rounding has them where that loses less than the full range that theirs begin with, on
+  whose last level the largest weight lies (:mod:`fewbit.methods.ranges`; the sign of a scale stays what it was);
 * it starts from any method, not from rounding alone. Where that method did not take the nearest level, W is replaced by
   the point next to the level taken from which it is the nearest.
 """
@@ -31,7 +32,7 @@ from fewbit.core.format import Format, Params
 from fewbit.core.qtensor import QTensor
 from fewbit.core.tuning import Learnable, Values
 from fewbit.errors import UnsupportedError
-from fewbit.methods import objective
+from fewbit.methods import objective, ranges
 
 _NEAR = 0.49
 """Steps from its level at which a weight is put that was not at the nearest one."""
@@ -50,7 +51,7 @@ def autoround(weight: Tensor, format: Format, facts: Facts, **options: float) ->
         raise UnsupportedError(f"autoround to {format.name}", reason, "int3/g64/asym and the like have even grids")
     weight = weight.float()
     bound = format.bind(weight)
-    params = F.fit(bound, weight)
+    params = ranges.search(bound, weight, None, (1.0,)) if bound.grid == "magnitude" else F.fit(bound, weight)
     return QTensor.of(bound, F.encode(bound, weight, params), params, len(weight))
 
 
@@ -76,9 +77,10 @@ class Rounding(Learnable):
         self._columns = qtensor.shape[1]
         blocks, codes = B.split(weight.float(), format.block), B.split(codes, format.block)
         scale, values = _scale(format, params), format.decode(codes, params)
-        near = values + (blocks - values).clamp(-_NEAR * scale, _NEAR * scale)
+        near = values + (blocks - values).clamp(-_NEAR * scale.abs(), _NEAR * scale.abs())
         self._weight = torch.where(format.encode(blocks, params) == codes, blocks, near)
         self._ends = _ends(format, params)
+        self._sign = scale.sign() if bool((scale < 0).any()) else None
         ones = torch.ones_like(scale)
         self.start = {"offset": torch.zeros_like(blocks), "low": ones, "high": ones.clone()}
         self.bounds = {"offset": (-0.5, 0.5), "low": (0.0, 1.0), "high": (0.0, 1.0)}
@@ -86,7 +88,11 @@ class Rounding(Learnable):
     def _params(self, values: Values) -> Params:
         low, high = self._ends
         ends = torch.cat([low * values["low"], high * values["high"]], -1)
-        return self._format.fit(ends, torch.ones(1, 1, 1, device=ends.device))
+        fitted = self._format.fit(ends, torch.ones(1, 1, 1, device=ends.device))
+        if self._sign is None:
+            return fitted
+        scale = _scale(self._format, fitted) * self._sign
+        return self._format.placed(scale, torch.zeros_like(scale))
 
     def weight(self, values: Values) -> Tensor:
         params = self._params(values)
@@ -109,12 +115,12 @@ class Rounding(Learnable):
 
     def _ends_gradient(self, values: Values, scale: Tensor, offset: Tensor | None) -> dict[str, Tensor]:
         """From the gradients of scale and, where it is free, offset (rows, blocks, 1): s = (hi - lo) / (levels - 1) and
-        o = lo; without a free offset s = 2 max(-lo, hi) / (levels - 1)."""
+        o = lo; without a free offset s = +-2 max(-lo, hi) / (levels - 1)."""
         (low, high), last = self._ends, self._format.levels - 1
         if offset is not None:
             return {"low": (offset - scale / last) * low, "high": scale * high / last}
         deeper = -low * values["low"] > high * values["high"]
-        both = 2 * scale * high / last
+        both = 2 * scale * high / last * (1.0 if self._sign is None else self._sign)
         return {"low": torch.where(deeper, both, 0.0), "high": torch.where(deeper, 0.0, both)}
 
     def freeze(self, values: Values) -> QTensor:
@@ -136,7 +142,7 @@ def _offset(format: Format, params: Params) -> Tensor:
 
 def _ends(format: Format, params: Params) -> tuple[Tensor, Tensor]:
     """Least and greatest weight of a block whose fit would be ``params``, (rows, blocks, 1) each."""
-    reach = _scale(format, params) * (format.levels - 1)
+    reach = _scale(format, params).abs() * (format.levels - 1)
     if format.grid == "ends":
         low = _offset(format, params)
         return low, low + reach

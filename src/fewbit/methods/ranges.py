@@ -4,6 +4,11 @@
 A block fitted as if it were ``ratio * block`` has a narrower grid: finer inside, clipped outside. Every ratio of a
 grid is tried on every span (the columns whose parameters must be fitted together) and the one of least
 ``sum_i importance_i (w_i - w_hat_i)^2`` is kept; what plain rounding would use is among the candidates and wins ties.
+
+Of grids around zero with an even number of levels one side has a level more than the other. Plain rounding fits the
+shorter one; here the largest weight of the block is on the longer, to which the sign of the scale turns it, and a
+ratio of 1 puts it right on the last level: a step is ``max|w| / 2^(b-1)``, not ``max|w| / (2^(b-1) - 1/2)``. (So do
+llama.cpp's symmetric types, and auto-round.)
 """
 
 from __future__ import annotations
@@ -95,14 +100,21 @@ def _search(
     best = dict(format.fit(blocks, mask))
     least = _span_errors(format, blocks, worth, best)
     repeat = span_blocks(format, blocks.shape[1])
+    full = full_range(format, blocks) if format.grid == "magnitude" else None
     for ratio in ratios:
-        params = format.fit(blocks * ratio, worth)
+        params = format.fit(blocks * ratio, worth) if full is None else format.placed(full * ratio, 0 * full)
         errors = _span_errors(format, blocks, worth, params)
         better = errors < least
         least = torch.where(better, errors, least)
         chosen = B.per_block(better.unsqueeze(-1), blocks.shape[1], repeat)
         best = {name: torch.where(chosen, params[name], values) for name, values in best.items()}
     return best
+
+
+def full_range(format: Format, blocks: Tensor) -> Tensor:
+    """The scale, negative where it has to be, of the grid around zero on whose last level the largest weight of each of
+    ``blocks`` (rows, blocks, block) lies: (rows, blocks, 1)."""
+    return blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) * (-2 / format.levels)
 
 
 def _span_errors(format: Format, blocks: Tensor, worth: Tensor, params: Params) -> Tensor:

@@ -184,6 +184,14 @@ class _Phase:
     def _weights(self, learners: list[Learnable], values: Sequence[Values]) -> Grads:
         return list(self._run.workers.map(lambda pair: pair[0].weight(pair[1]), zip(learners, values, strict=True)))
 
+    def _multiplied(self, weights: Grads) -> Grads:
+        """``weights`` of the members as products take them, rounded once and not again with every window; in layers
+        that do more than multiply by them, as they are."""
+        start, dtype = len(self._run.model.blocks[self._index]) + 1, self._run.calibration_dtype
+        paths = [self._solved[i].record["name"][start:] for i in self._members]
+        plain = [type(self._bare.get_submodule(path)) is nn.Linear for path in paths]
+        return [weight.to(dtype) if one else weight for weight, one in zip(weights, plain, strict=True)]
+
     def _block(self, weights: Grads) -> Callable[[Tensor], Tensor]:
         """The block with ``weights`` in place of those of the members."""
         model, start = self._run.model, len(self._run.model.blocks[self._index]) + 1
@@ -210,7 +218,7 @@ class _Phase:
 
     def _gradients(self, weights: Grads) -> Grads:
         """Of the loss of a batch, by each of ``weights``."""
-        leaves = [weight.detach().requires_grad_() for weight in weights]
+        leaves = [weight.detach().requires_grad_() for weight in self._multiplied(weights)]
         block, total = self._block(leaves), [torch.zeros_like(weight) for weight in weights]
         drawn = torch.randperm(self._windows, generator=self._generator)[: self._batch].tolist()
         drawn = drawn[: max(self._together, len(drawn) // self._together * self._together)]
@@ -227,7 +235,7 @@ class _Phase:
 
     def _loss(self, weights: Grads) -> float:
         """The loss of all windows."""
-        block = self._block(weights)
+        block = self._block(self._multiplied(weights))
 
         def one(windows: list[int]) -> float:
             return float(self._lost(block, windows, torch.float64)) * len(windows)
