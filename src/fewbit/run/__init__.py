@@ -92,9 +92,11 @@ def quantize(
         streamed = StreamedModel.open(checkpoint := open_checkpoint(path), _preparation(chosen, seed))
         _check(planned := _planned(checkpoint, streamed, chosen, samples * context, force, tell), chosen, device, facts)
         words, products = checkpoint.tokenizer(), O.products(calibration_dtype)
-        data = _calibration(checkpoint, words, chosen, calibration, samples, context, seed, tell)
+        data = _calibration(checkpoint, words, chosen, calibration, max(samples, chosen.windows), context, seed, tell)
+        data, whole = _shared(data, samples)
         kept, data = _kept(facts, checkpoint, planned, data, calibration is not None)
-        fingerprint = _fingerprint(checkpoint, chosen, data, seed, products, kept) | {"device": device}
+        fingerprint = _fingerprint(checkpoint, chosen, data, seed, products, kept)
+        fingerprint |= {"device": device, "whole": whole.sha256 if whole and chosen.end else "none"}
         if (finished := _finished(target, fingerprint, tell)) is not None:
             return finished
         journal = Journal.open((folder := O.open_folder(target, force)) / STATE / "journal.json", fingerprint)
@@ -102,7 +104,7 @@ def quantize(
         with workers(threads) as pool:
             prepared = _learned(chosen, streamed, planned, data, folder, pool, tell, seed)
             run = Run(prepared, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed, device)
-            run.kept, run.sensitivity, run.end = kept, _sensitivity(run), chosen.end
+            run.kept, run.sensitivity, run.end, run.whole = kept, _sensitivity(run), chosen.end, whole
             run_all(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)
     tell(Event("done", message=str(target)))
@@ -246,6 +248,13 @@ def _calibration(
             tell(Event("note", message=f"the calibration text {source} is not used: nothing in the recipe needs data"))
         return None
     return O.draw(checkpoint, words, source, samples, context, seed, tell)
+
+
+def _shared(data: Calibration | None, samples: int) -> tuple[Calibration | None, Calibration | None]:
+    """``samples`` windows for blocks, from all over ``data``; and all of it for the whole model."""
+    if data is None or len(data.ids) <= samples:
+        return data, data
+    return Calibration(data.source, data.ids[:: len(data.ids) // samples][:samples].contiguous()), data
 
 
 def _sensitivity(run: Run) -> Sensitivity | None:

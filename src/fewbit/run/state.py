@@ -29,7 +29,7 @@ class Run:
     """Everything a stage needs. ``probe`` (windows, tokens) is held-out text that the run checks itself on; ``seed``
     is what anything random is drawn from; ``device`` where blocks are tuned; ``sensitivity`` is there where a method
     asks for the Fisher diagonal, ``kept`` where facts were collected beforehand, and ``end`` where the model learns as
-    a whole once all blocks are done."""
+    a whole once all blocks are done, from ``whole`` where that is more text than the ``calibration``."""
 
     model: StreamedModel
     plan: Plan
@@ -46,6 +46,7 @@ class Run:
     sensitivity: Sensitivity | None = None
     kept: KeptFacts | None = None
     end: ModelTune | None = None
+    whole: Calibration | None = None
     began: float = field(default_factory=time.monotonic)
     calls: dict[str, Inputs] = field(default_factory=dict)
 
