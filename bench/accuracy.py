@@ -117,9 +117,9 @@ def logits(module: nn.Module, ids: Tensor) -> Tensor:
 
 
 def aloud(event: Event) -> None:
-    """Say what an event says, and when."""
-    if event.message:
-        print(f"{time.strftime('%H:%M:%S')} {event.message}", flush=True)
+    """Say what happens, and when."""
+    if event.message or event.kind == "block":
+        print(f"{time.strftime('%H:%M:%S')} {event.message or f'{event.block} of {event.blocks}'}", flush=True)
 
 
 def quantized(arguments: argparse.Namespace, format: str, name: str, out: Path) -> float:

@@ -138,7 +138,7 @@ TUNINGS: tuple[Tuning, ...] = (
     ),
 )
 
-_WHOLE: dict[str, float] = {"iters": 200, "batch": 8, "lr": 0.0, "vectors": 1, "label": 0.0, "windows": 0}
+_WHOLE: dict[str, float] = {"iters": 200, "batch": 8, "lr": 0.0, "vectors": 1, "label": 0.0, "windows": 0, "warmup": 0}
 _WHOLE_LIMITS: dict[str, tuple[float, float]] = {
     "iters": (0, 100_000),
     "batch": (1, 1024),
@@ -146,6 +146,7 @@ _WHOLE_LIMITS: dict[str, tuple[float, float]] = {
     "vectors": (0, 1),
     "label": (0.0, 100.0),
     "windows": (0, 1_000_000),
+    "warmup": (0, 100_000),
 }
 
 MODEL_TUNINGS: tuple[ModelTuning, ...] = (

@@ -35,10 +35,11 @@ from fewbit.core.tuning import Learnable, Values
 from fewbit.errors import UnsupportedError
 from fewbit.methods import objective
 
-_NEAR = 0.49
+NEAR = 0.49
 """Steps from its level at which a weight is put that was not at the nearest one."""
-FAR, WIDE = 256.0, 2.0
-"""Steps of the grid that a weight may travel, and times its range that a block may grow, where weights are learned."""
+FAR, WIDE, CLOSE = 256.0, 2.0, 0.25
+"""Where weights are learned: steps of the grid that one may travel, times its range that a block may grow, and what
+:data:`NEAR` is, as it would go back at once from the brink."""
 MANY, FEW_BITS = 1000, 3
 """From so many steps on, and up to so many bits, the rate is twice as high."""
 
@@ -75,14 +76,16 @@ class Rounding(Learnable):
     """``offset`` is V, as (rows, blocks, block), of magnitude ``reach`` at most; ``low`` and ``high`` are beta and
     gamma, (rows, blocks, 1), ``wide`` at most."""
 
-    def __init__(self, weight: Tensor, qtensor: QTensor, reach: float = 0.5, wide: float = 1.0) -> None:
+    def __init__(
+        self, weight: Tensor, qtensor: QTensor, reach: float = 0.5, wide: float = 1.0, near: float = NEAR
+    ) -> None:
         self._format = format = qtensor.format
         codes, params = qtensor.logical()
         self._columns = qtensor.shape[1]
         blocks, codes = B.split(weight.float(), format.block), B.split(codes, format.block)
         scale, values = _scale(format, params), format.decode(codes, params)
-        near = values + (blocks - values).clamp(-_NEAR * scale, _NEAR * scale)
-        self._weight = torch.where(format.encode(blocks, params) == codes, blocks, near)
+        put = values + (blocks - values).clamp(-near * scale, near * scale)
+        self._weight = torch.where(format.encode(blocks, params) == codes, blocks, put)
         self._ends = _ends(format, params)
         ones = torch.ones_like(scale)
         self.start = {"offset": torch.zeros_like(blocks), "low": ones, "high": ones.clone()}
@@ -129,7 +132,7 @@ class Rounding(Learnable):
         return QTensor.of(self._format, codes, params)
 
 
-Weights = partial(Rounding, reach=FAR, wide=WIDE)
+Weights = partial(Rounding, reach=FAR, wide=WIDE, near=CLOSE)
 """Weights that go wherever their gradient leads, straight through the rounding, and ranges (EfficientQAT's first phase,
 Chen et al. 2024, arXiv:2407.11062)."""
 

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text that a model tells by itself, to calibrate it on.
 
-As LLM-QAT does where the data that a model was trained on is not at hand (Liu et al. 2023, arXiv:2305.17888): token
-after token is drawn from what the model foretells, at temperature 1 and from all of the vocabulary, so that the text
-covers what the model knows as often as the model expects it. (The paper takes the most likely token for the first few;
-here all are drawn.) A text that ends makes room for a new one in the same window.
+After LLM-QAT (Liu et al. 2023, arXiv:2305.17888), for where the data that a model was trained on is not at hand: the
+first token of a text is any of the vocabulary, the next :data:`GREEDY` are those that the model holds most likely, and
+all others are drawn from what it foretells. So the text covers what the model knows about as often as the model expects
+it. Special tokens never come: texts do not end.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +23,9 @@ from fewbit.run.events import Event, Progress
 from fewbit.run.opening import longest, silent
 from fewbit.run.workers import workers
 
+GREEDY = 4
+"""Tokens after the first one that are not drawn: the authors take 3 to 5."""
+
 
 def tell(
     model: str | Path,
@@ -32,9 +33,8 @@ def tell(
     *,
     samples: int = 128,
     context: int = 512,
-    seed: int = 0,
-    opening: str | None = None,
     temperature: float = 1.0,
+    seed: int = 0,
     batch: int = 64,
     threads: int | None = None,
     device: str = "cpu",
@@ -42,78 +42,58 @@ def tell(
     progress: Progress | None = None,
 ) -> Path:
     """Write ``samples`` texts of ``context`` tokens that ``model`` tells into ``out``, JSON lines with a ``text`` each,
-    which ``calibration=`` takes. The whole model is in memory, in float32.
+    which ``calibration=`` takes.
 
     Args:
-        model: the float model: a folder, a GGUF file, or a hub id.
-        opening: what each text begins with, such as ``"<|endoftext|>"``; the tokenizer's token for a beginning, else
-            that for an end, where it is None.
-        temperature: less than 1 keeps to what is likely.
-        batch: texts at once. Each batch has a seed of its own: on a CPU any number of ``threads`` tells the same.
-        device: where it runs. What a GPU tells is not what a CPU does.
+        model: the float model: a folder, a GGUF file, or a hub id. All of it is in memory, in float32.
+        temperature: below 1 keeps to what is likely.
+        seed, batch: texts at once. Each batch is drawn by a generator of its own, so that on a CPU any number of
+            ``threads`` tells the same.
+        device: where the model runs; a GPU tells other texts than a CPU does.
 
     Raises:
-        InputError: ``out`` exists and ``force`` is off, or the tokenizer has no such token. SpecError: a number is out
-        of range.
+        InputError: ``out`` exists and ``force`` is off. SpecError: a number is out of range.
     """
     target, checkpoint = Path(out), open_checkpoint(model)
     if target.exists() and not force:
         works = "give another -o, remove it, or --force to replace it"
         raise InputError(f"writing {target}", "it exists already", works)
     if min(samples, batch) < 1 or not temperature > 0 or not 2 <= context <= longest(checkpoint):
-        works = f"at least 1, and a context of 2 to {longest(checkpoint)} tokens"
-        raise SpecError(
-            "telling texts", f"samples={samples}, context={context}, batch={batch}, temperature={temperature}", works
-        )
+        found = f"samples={samples}, context={context}, temperature={temperature}, batch={batch}"
+        raise SpecError("telling texts", found, f"positive numbers, and a context of 2 to {longest(checkpoint)} tokens")
     words, say = checkpoint.tokenizer(), progress or silent
-    first = _first(words, opening)
-    streamed = StreamedModel.open(checkpoint)
+    streamed, texts = StreamedModel.open(checkpoint), list[str]()
     streamed.load("")
     streamed.module.to(device)
-    texts: list[str] = []
+    special = torch.tensor(sorted(words.all_special_ids), dtype=torch.long)
 
     def one(start: int) -> Tensor:
         generator = torch.Generator(device).manual_seed((seed << 32) + start)
-        ids = torch.tensor(first, device=device).expand(min(batch, samples - start), -1)
-        return draw(streamed.module, ids, context, temperature, generator, words.eos_token_id)
+        return draw(streamed.module, special, (min(batch, samples - start), context), temperature, generator)
 
     with workers(threads) as pool:
         for ids in (pool.map if device == "cpu" else map)(one, range(0, samples, batch)):
-            texts += words.batch_decode(ids, skip_special_tokens=True)
+            texts += words.batch_decode(ids)
             say(Event("note", message=f"{len(texts)} of {samples} texts told"))
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    write_bytes(target, lines.encode())
+    write_bytes(target, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
     return target
 
 
-def _first(words: Callable[..., Any], opening: str | None) -> list[int]:
-    """Tokens that every text begins with."""
-    if opening is not None:
-        ids: list[int] = words(opening, add_special_tokens=False)["input_ids"]
-        if ids:
-            return ids
-    found = getattr(words, "bos_token_id", None), getattr(words, "eos_token_id", None)
-    known = [token for token in found if token is not None]
-    if not known or opening is not None:
-        raise InputError("the beginning of a text", "there is no token for it", "give an opening, such as a letter")
-    return known[:1]
-
-
 def draw(
-    module: nn.Module, first: Tensor, tokens: int, temperature: float, generator: torch.Generator, end: int | None
+    module: nn.Module, never: Tensor, shape: tuple[int, int], temperature: float, generator: torch.Generator
 ) -> Tensor:
-    """``first`` (texts, n) continued to (texts, ``tokens``) ids, each drawn as ``module`` foretells it; after ``end``
-    comes ``first`` again, where that is something else."""
-    ids = torch.zeros(len(first), tokens, dtype=torch.long, device=first.device)
-    ids[:, : first.shape[1]] = first
-    again = first[:, :1] if first.shape[1] == 1 else None
-    inputs, past = first, None
-    for place in range(first.shape[1], tokens):
-        answer = module(input_ids=inputs, past_key_values=past, use_cache=True)
-        past = answer.past_key_values
-        chances = (answer.logits[:, -1].float() / temperature).softmax(-1)
-        inputs = torch.multinomial(chances, 1, generator=generator)
-        if again is not None and end is not None:
-            inputs = torch.where(ids[:, place - 1 : place] == end, again, inputs)
-        ids[:, place] = inputs[:, 0]
-    return ids
+    """Ids (texts, tokens) of ``shape`` without any of ``never`` (n,), as this module says."""
+    texts, tokens = shape
+    refused, past, ids = never.to(generator.device), None, list[Tensor]()
+    for place in range(tokens):
+        if ids:
+            answer = module(input_ids=ids[-1], past_key_values=past, use_cache=True)
+            past, scores = answer.past_key_values, answer.logits[:, -1].float()
+        else:
+            scores = torch.zeros(texts, module.get_input_embeddings().num_embeddings, device=generator.device)
+        scores = scores.index_fill(1, refused, -torch.inf)
+        if 0 < place <= GREEDY:
+            ids.append(scores.argmax(-1, keepdim=True))
+        else:
+            ids.append(torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator))
+    return torch.cat(ids, 1)

@@ -270,7 +270,7 @@ class Whole:
         looks = {iters * look // LOOKS for look in range(1, LOOKS + 1)}
         losses: list[float] = []
         for step in range(1, iters + 1):
-            losses.append(self._step(1 - (step - 1) / iters))
+            losses.append(self._step(min(step / (self.options["warmup"] + 1), 1 - (step - 1) / iters)))
             told = ""
             if step in looks:
                 self._show([member.learner.weight(member.values) for member in self._members])
