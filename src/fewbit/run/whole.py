@@ -38,16 +38,14 @@ from torch.utils.hooks import RemovableHandle
 
 from fewbit import methods
 from fewbit.containers import terms as T
-from fewbit.core import format as F
-from fewbit.core.descent import Adam, Rule
-from fewbit.core.qtensor import QTensor, stack, unstack
-from fewbit.core.terms import matrices
+from fewbit.core.descent import Adam
+from fewbit.core.qtensor import unstack
 from fewbit.core.transform import seed_of
-from fewbit.core.tuning import Learnable, ModelTuning, Tuning
 from fewbit.methods.floats import RATE, FloatVector
 from fewbit.model.loading import place
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenFile, HiddenTensor
+from fewbit.run.members import Candidate, Member, Part, begin, fitting, joined
 from fewbit.run.memory import give_back
 from fewbit.run.rewriting import placed, straight_through
 from fewbit.run.solve import Solved
@@ -80,52 +78,6 @@ class Found:
     still: dict[str, str]
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """One parameter that is learned. ``layer``: the name of its layer, or "" of a vector. ``rows`` of the matrix."""
-
-    parameter: str
-    layer: str
-    transposed: bool
-    rows: int
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """What learns as one matrix, or vector: its ``parts`` one below the other."""
-
-    parts: tuple[Part, ...]
-    learner: Learnable | FloatVector
-    rule: Rule
-    rate: float
-    values: dict[str, Tensor]
-
-    @property
-    def rows(self) -> list[int]:
-        return [part.rows for part in self.parts]
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A layer that can learn by ``tuning``: its float weight (rows, columns), and unpacked what stands for it."""
-
-    part: Part
-    tuning: Tuning
-    weight: Tensor
-    made: T.Weight
-
-    def beside(self, other: Candidate) -> bool:
-        """Whether both can learn as one matrix."""
-        one, two = self.made, other.made
-        return (
-            isinstance(one, QTensor)
-            and isinstance(two, QTensor)
-            and (self.tuning.name, one.format, one.shape[1]) == (other.tuning.name, two.format, two.shape[1])
-            and one.format.height == 1
-            and all(F.stackable(each.format, each.shape[0]) for each in (one, two))
-        )
-
-
 def stored(run: Run) -> list[Solved]:
     """Every layer as the shards of ``run`` hold it."""
     found = []
@@ -133,20 +85,6 @@ def stored(run: Run) -> list[Solved]:
         path = run.folder / stage["file"]
         found += [Solved(read_back(path, one), one, read_rewrite(path, one)) for one in stage["layers"]]
     return found
-
-
-def fitting(row: ModelTuning, weight: T.Weight) -> Tuning | str:
-    """The tuning by which a layer of ``weight`` learns, or why it has none."""
-    reasons = []
-    for name in row.by:
-        tuning = methods.tuning(name)
-        if not isinstance(weight, QTensor) and not tuning.sums:
-            continue
-        refused = [tuning.refuse(one.format) for one in matrices(weight)]
-        if not isinstance(weight, QTensor) or not any(refused):
-            return tuning
-        reasons.append(refused[0] or "")
-    return reasons[-1] if reasons else "it is a sum of terms"
 
 
 class Whole:
@@ -214,7 +152,9 @@ class Whole:
             if item.rewrite.steps or item.activation is not None:
                 hook = straight_through(item, self._device)
                 self._hooks.append(model.module.get_submodule(name).register_forward_pre_hook(hook))
-        members = [self._member(one) for one in self._joined(candidates)]
+        groups = [[one] for one in candidates] if self._alone else joined(candidates)
+        rates, lr = self._row.by, self.options["lr"]
+        members = [begin(group, lr or rates[group[0].tuning.name], self._device) for group in groups]
         return members + (self._vectors() if self.options["vectors"] else [])
 
     def _candidates(self, item: Solved) -> list[Candidate]:
@@ -227,23 +167,6 @@ class Whole:
         floating = item.rewrite.weight(self._model.weight(name).float().cpu())
         weight, made = Solved(item.weight, item.record, item.rewrite, None, floating).unpacked()
         return [Candidate(Part(site.parameter, name, site.transposed, len(weight)), tuning, weight, made)]
-
-    def _joined(self, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-        """What learns as one: each layer for itself, as many workers take them; on a GPU what can."""
-        groups: list[list[Candidate]] = []
-        for one in candidates:
-            group = None if self._alone else next((each for each in groups if each[0].beside(one)), None)
-            groups.append([one]) if group is None else group.append(one)
-        return groups
-
-    def _member(self, group: Sequence[Candidate]) -> Member:
-        tuning = group[0].tuning
-        made = group[0].made if len(group) == 1 else stack([one.made for one in group])  # type: ignore[misc]
-        weight = torch.cat([one.weight for one in group])
-        learner = tuning.learn(*placed((weight, made), self._device))
-        values = {key: array.clone() for key, array in learner.start.items()}
-        rate = self.options["lr"] or self._row.by[tuning.name]
-        return Member(tuple(one.part for one in group), learner, tuning.descend(), rate, values)
 
     def _vectors(self) -> list[Member]:
         """Vectors that are stored in float, from the first block on."""
