@@ -149,30 +149,6 @@ def calibrate(
 
 @app.command()
 @guarded
-def tell(
-    model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="TEXT", help="JSONL file to write.")],
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Texts.")] = 128,
-    context: Annotated[int, typer.Option("--context", min=2, help="Tokens of each.")] = 512,
-    temperature: Annotated[float, typer.Option("--temperature", help="Below 1 keeps to what is likely.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="What they are drawn with.")] = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Texts at once.")] = 64,
-    threads: Threads = None,
-    device: Annotated[str, typer.Option("--device", help="Where MODEL runs: cpu or cuda.")] = "cpu",
-    force: Annotated[bool, typer.Option("--force", help="Replace TEXT.")] = False,
-    json: Json = None,
-    debug: Debug = False,
-) -> None:
-    """Let MODEL tell texts to be calibrated on: `fewbit quantize MODEL --calibration TEXT`."""
-    from fewbit.commands import tell as command
-
-    size = {"samples": samples, "context": context, "batch": batch}
-    how = {"temperature": temperature, "seed": seed, "threads": threads, "device": device, "force": force}
-    command.run(model, out, json, **size, **how)
-
-
-@app.command()
-@guarded
 def plan(
     model: Model,
     format: Format = None,

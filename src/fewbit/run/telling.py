@@ -84,7 +84,8 @@ def draw(
 ) -> Tensor:
     """Ids (texts, tokens) of ``shape`` without any of ``never`` (n,), as this module says."""
     texts, tokens = shape
-    refused, past, ids = never.to(generator.device), None, list[Tensor]()
+    refused, past = never.to(generator.device), None
+    ids: list[Tensor] = []
     for place in range(tokens):
         if ids:
             answer = module(input_ids=ids[-1], past_key_values=past, use_cache=True)
