@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.containers.files import write_bytes
+from fewbit.core.transform import seed_of
 from fewbit.errors import InputError, SpecError
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
@@ -68,7 +69,7 @@ def tell(
     special = torch.tensor(sorted(words.all_special_ids), dtype=torch.long)
 
     def one(start: int) -> Tensor:
-        generator = torch.Generator(device).manual_seed((seed << 32) + start)
+        generator = torch.Generator(device).manual_seed(seed_of(seed, f"text {start}") & (2**63 - 1))
         return draw(streamed.module, special, (min(batch, samples - start), context), temperature, generator)
 
     with workers(threads) as pool:
