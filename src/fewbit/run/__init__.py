@@ -92,11 +92,9 @@ def quantize(
         streamed = StreamedModel.open(checkpoint := open_checkpoint(path), _preparation(chosen, seed))
         _check(planned := _planned(checkpoint, streamed, chosen, samples * context, force, tell), chosen, device, facts)
         words, products = checkpoint.tokenizer(), O.products(calibration_dtype)
-        data = _calibration(checkpoint, words, chosen, calibration, max(samples, chosen.windows), context, seed, tell)
-        data, whole = _shared(data, samples)
+        data, whole = _calibration(checkpoint, words, chosen, calibration, samples, context, seed, tell)
         kept, data = _kept(facts, checkpoint, planned, data, calibration is not None)
-        fingerprint = _fingerprint(checkpoint, chosen, data, seed, products, kept)
-        fingerprint |= {"device": device, "whole": whole.sha256 if whole and chosen.end else "none"}
+        fingerprint = _fingerprint(checkpoint, chosen, data, whole, seed, products, kept) | {"device": device}
         if (finished := _finished(target, fingerprint, tell)) is not None:
             return finished
         journal = Journal.open((folder := O.open_folder(target, force)) / STATE / "journal.json", fingerprint)
@@ -215,6 +213,7 @@ def _fingerprint(
     checkpoint: Checkpoint,
     recipe: Recipe,
     data: Calibration | None,
+    whole: Calibration | None,
     seed: int,
     products: torch.dtype,
     kept: KeptFacts | None,
@@ -227,6 +226,7 @@ def _fingerprint(
         "recipe": describe(recipe),
         "calibration": data.sha256 if data else "none",
         "calibration_dtype": str(products) if data else "none",
+        "whole": whole.sha256 if whole and recipe.end else "none",
         "facts": kept.sha256 if kept else "none",
         "seed": str(seed),
     }
@@ -241,20 +241,17 @@ def _calibration(
     context: int,
     seed: int,
     tell: Progress,
-) -> Calibration | None:
-    """Text for the methods, transforms and tunings that need it; None when nothing does."""
+) -> tuple[Calibration | None, Calibration | None]:
+    """Text for the methods, transforms and tunings that need it, None when nothing does: ``samples`` windows for
+    blocks; and all that the whole model learns from, of which these are some, from all over."""
     if not any(rule.calibrated for rule in recipe.rules) and not recipe.learns:
         if source is not None:
             tell(Event("note", message=f"the calibration text {source} is not used: nothing in the recipe needs data"))
-        return None
-    return O.draw(checkpoint, words, source, samples, context, seed, tell)
-
-
-def _shared(data: Calibration | None, samples: int) -> tuple[Calibration | None, Calibration | None]:
-    """``samples`` windows for blocks, from all over ``data``; and all of it for the whole model."""
-    if data is None or len(data.ids) <= samples:
-        return data, data
-    return Calibration(data.source, data.ids[:: len(data.ids) // samples][:samples].contiguous()), data
+        return None, None
+    whole = O.draw(checkpoint, words, source, max(samples, recipe.windows), context, seed, tell)
+    if len(whole.ids) <= samples:
+        return whole, whole
+    return Calibration(whole.source, whole.ids[:: len(whole.ids) // samples][:samples].contiguous()), whole
 
 
 def _sensitivity(run: Run) -> Sensitivity | None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewbit.containers.files import write_bytes
 from fewbit.core.transform import seed_of
@@ -80,9 +81,7 @@ def tell(
     return target
 
 
-def draw(
-    module: nn.Module, never: Tensor, shape: tuple[int, int], temperature: float, generator: torch.Generator
-) -> Tensor:
+def draw(module: Any, never: Tensor, shape: tuple[int, int], temperature: float, generator: torch.Generator) -> Tensor:
     """Ids (texts, tokens) of ``shape`` without any of ``never`` (n,), as this module says."""
     texts, tokens = shape
     refused, past = never.to(generator.device), None
