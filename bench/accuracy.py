@@ -33,6 +33,7 @@ from fewbit.measure.accuracy import Scores, score, summarize
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Recipe
+from fewbit.run.events import Event
 from fewbit.run.rewriting import as_run
 from fewbit.run.solve import Solved
 from fewbit.run.verify import read_back, read_rewrite
@@ -115,6 +116,12 @@ def logits(module: nn.Module, ids: Tensor) -> Tensor:
     return module(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()  # type: ignore[no-any-return]
 
 
+def aloud(event: Event) -> None:
+    """Say what happens, and when."""
+    if event.message or event.kind == "block":
+        print(f"{time.strftime('%H:%M:%S')} {event.message or f'{event.block} of {event.blocks}'}", flush=True)
+
+
 def quantized(arguments: argparse.Namespace, format: str, name: str, out: Path) -> float:
     """Quantize into ``out``; seconds."""
     began = time.monotonic()
@@ -135,6 +142,7 @@ def quantized(arguments: argparse.Namespace, format: str, name: str, out: Path) 
             head=arguments.head,
             device=arguments.device,
             force=True,
+            progress=aloud,
             **more,
         )
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fewbit.run import plan, quantize
     from fewbit.run.collecting import collect
     from fewbit.run.restoring import restore
+    from fewbit.run.telling import tell
     from fewbit.search import allocate
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ _LATER = {
     "plan": "fewbit.run",
     "quantize": "fewbit.run",
     "restore": "fewbit.run.restoring",
+    "tell": "fewbit.run.telling",
 } | {name: f"fewbit.{name}" for name in ("formats", "kernels", "layouts", "methods", "network", "transforms")}
 """Names whose modules import torch or transformers: loaded at first use."""
 __getattr__ = later(__name__, _LATER)
@@ -75,5 +77,6 @@ __all__ = [
     "plan",
     "quantize",
     "restore",
+    "tell",
     "transforms",
 ]

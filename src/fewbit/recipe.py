@@ -261,6 +261,11 @@ class Recipe:
         """Whether the model as a whole needs text, for a rotation or in the end."""
         return self.end is not None or (self.model is not None and self.model.learns)
 
+    @property
+    def windows(self) -> int:
+        """Windows that the whole model learns from, where the recipe says how many; else 0."""
+        return 0 if self.end is None else int(self.end.options.get("windows", 0))
+
     def rule_for(self, name: str, kind: str, module_class: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.matches(name, kind, module_class)), None)
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fewbit import formats, methods
+from fewbit.core import format as F
 from fewbit.core.descent import SignSGD
 from fewbit.core.facts import Facts
 from fewbit.core.qtensor import QTensor
-from fewbit.methods.autoround import Rounding
+from fewbit.methods.autoround import CLOSE, Rounding, Weights
 from oracle.autoround_oracle import Block
 
 FORMATS = ("int2/g8/asym", "int3/g8/asym", "int4/g8/sym", "int2/g8/sym", "int3/g8/min")
@@ -116,6 +117,25 @@ def test_it_starts_where_the_method_ended(spelling: str, method: str) -> None:
         again = learner.freeze(learner.start)
         assert torch.equal(again.packed, start.packed)
         assert torch.equal(learner.weight(learner.start), start.dequantize())
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_weights_start_off_the_brink_and_go_far(method: str) -> None:
+    """A quarter of a step off their level where another is nearer, so that small moves change none of these; and to any
+    level in the end."""
+    weight = normal(4, 16)
+    _, start = learnable(weight, "int3/g8/asym", method)
+    learner, codes = Weights(weight, start), start.logical()[0].int()
+    values = {name: array.clone() for name, array in learner.start.items()}
+    assert torch.equal(learner.weight(values), start.dequantize())
+    far = F.encode(start.format, weight, start.logical()[1]).int() != codes
+    assert bool(far.any()) == (method == "gptq")
+    values["offset"] += 0.9 * (0.5 - CLOSE)
+    assert torch.equal(learner.freeze(values).logical()[0].int()[far], codes[far])
+    values["offset"] += 3
+    found = learner.freeze(values).logical()[0].int()
+    assert bool((found - codes == (codes + 3).clamp_max(7) - codes).sum() > found.numel() // 2)
+    assert learner.bounds["offset"][1] > 7 and learner.bounds["low"][1] > 1
 
 
 def test_padding_learns_nothing() -> None:

@@ -62,7 +62,7 @@ def test_the_gradient_of_a_scale_is_that_of_finite_differences(
         whole = Whole(run)
         loss, grads = whole.gradients()
         for member, grad in zip(whole._members, grads, strict=True):
-            if member.layer == layer:
+            if member.parts[0].layer == layer:
                 slopes = member.learner.gradient(member.values, grad)["scale"]
                 row, block = divmod(int(slopes.abs().argmax()), slopes.shape[1])
                 found["ours"] = float(slopes[row, block])
@@ -114,6 +114,7 @@ def test_a_gpu_does_what_the_processor_does(tmp_path: Path, short: Short, name: 
     [
         ("W4A8", "rtn", ["smooth"], {"lr": 0.02}),
         ("int3/g32/asym", "rtn", ["rotate"], {"name": "distill-codes", "lr": 0.02}),
+        ("int2/g32/asym", "gptq", [], {"name": "distill-weights", "lr": 0.02, "warmup": 2}),
         ("sign/g32", "billm", [], {}),
     ],
 )
@@ -202,6 +203,25 @@ def test_bytes_do_not_depend_on_threads_or_interruptions(
     short(tmp_path / "cut", threads=3, progress=lambda e: steps.append(e) if e.kind == "step" else None, **more)
     assert not steps, "it was learned"
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+def test_more_text_for_the_whole_than_for_blocks(tmp_path: Path, short: Short, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are calibrated on some of its windows, from all over it; the rate rises, then falls."""
+    rates: list[float] = []
+
+    def step(whole: Whole, share: float) -> float:
+        assert len(whole._ids) == 16
+        rates.append(share)
+        return 0.0
+
+    monkeypatch.setattr(Whole, "_step", step)
+    result = short(tmp_path / "out", samples=4, tune=[{**DISTILL, "windows": 16, "warmup": 2}], **FLOAT32)
+    found = result.manifest["calibration"]
+    assert (found["samples"], found["whole"]["samples"]) == (4, 16)
+    whole = calibrate.calibration(open_checkpoint(Path(result.manifest["source"]["path"])).tokenizer(), None, 16, 64, 0)
+    assert found["whole"]["sha256"] == whole.sha256
+    assert found["sha256"] == calibrate.Calibration("", whole.ids[::4].contiguous()).sha256
+    assert rates == pytest.approx([1 / 3, 2 / 3, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
 
 
 def test_another_architecture(tmp_path: Path, tiny_family: Callable[[str], Path]) -> None:

@@ -88,6 +88,14 @@ def stack(parts: Sequence[QTensor]) -> QTensor:
     return QTensor.of(parts[0].format, torch.cat([codes for codes, _ in logical]), params)
 
 
+def unstack(whole: QTensor, rows: Sequence[int]) -> list[QTensor]:
+    """The matrices of so many ``rows`` that :func:`stack` made ``whole`` of, unpacked; of a format of height 1."""
+    codes, params = whole.logical()
+    split = {name: values.split(list(rows)) for name, values in params.items()}
+    parts = enumerate(codes.split(list(rows)))
+    return [QTensor.of(whole.format, one, {name: each[i] for name, each in split.items()}) for i, one in parts]
+
+
 def storage(format: Format, layout: Layout, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of every array that a (rows, columns) matrix will take, without making it.
 

@@ -88,7 +88,8 @@ class ModelTuning:
     * ``by``: tunings by name, and the rate of the first step. A layer learns what the first of them that takes its
       format does; where none takes it, it stands still.
     * ``options`` and ``limits``: as of :class:`Tuning`. ``iters`` steps of ``batch`` windows; ``lr`` falls linearly to
-      zero, 0 meaning the rates of ``by``; ``vectors``, ``label``: see :mod:`fewbit.run.whole`.
+      zero, 0 meaning the rates of ``by``; ``vectors``, ``label``: see :mod:`fewbit.run.whole`; ``windows`` of the text
+      are drawn for it, if they are more than blocks are calibrated on.
     """
 
     name: str

@@ -85,6 +85,16 @@ TUNINGS: tuple[Tuning, ...] = (
         source="Cheng et al. 2023, arXiv:2309.05516",
     ),
     Tuning(
+        "weights",
+        rounding.Weights,
+        Adam,
+        rounding.weights_rate,
+        rounding.refuse,
+        options=_STEPS,
+        limits=_LIMITS,
+        source="first phase of Chen et al. 2024, arXiv:2407.11062",
+    ),
+    Tuning(
         "scales",
         sums.learned,
         Adam,
@@ -128,13 +138,15 @@ TUNINGS: tuple[Tuning, ...] = (
     ),
 )
 
-_WHOLE: dict[str, float] = {"iters": 200, "batch": 8, "lr": 0.0, "vectors": 1, "label": 0.0}
+_WHOLE: dict[str, float] = {"iters": 200, "batch": 8, "lr": 0.0, "vectors": 1, "label": 0.0, "windows": 0, "warmup": 0}
 _WHOLE_LIMITS: dict[str, tuple[float, float]] = {
     "iters": (0, 100_000),
     "batch": (1, 1024),
     "lr": (0.0, 1.0),
     "vectors": (0, 1),
     "label": (0.0, 100.0),
+    "windows": (0, 1_000_000),
+    "warmup": (0, 100_000),
 }
 
 MODEL_TUNINGS: tuple[ModelTuning, ...] = (
@@ -151,6 +163,13 @@ MODEL_TUNINGS: tuple[ModelTuning, ...] = (
         _WHOLE,
         _WHOLE_LIMITS,
         source="Cheng et al. 2023, arXiv:2309.05516, on the loss of Hinton et al. 2015, arXiv:1503.02531",
+    ),
+    ModelTuning(
+        "distill-weights",
+        {"weights": 0.003, "vectors": 0.01, "scales": 0.006},
+        _WHOLE,
+        _WHOLE_LIMITS,
+        source="Liu et al. 2023, arXiv:2305.17888; steps of Chen et al. 2024, arXiv:2407.11062",
     ),
 )
 

@@ -22,6 +22,8 @@ and beyond the ends ``dw/dV = 0, dw/ds = code, dw/do = 1``. Where we depart from
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,11 @@ from fewbit.core.tuning import Learnable, Values
 from fewbit.errors import UnsupportedError
 from fewbit.methods import objective, ranges
 
-_NEAR = 0.49
+NEAR = 0.49
 """Steps from its level at which a weight is put that was not at the nearest one."""
+FAR, WIDE, CLOSE = 256.0, 2.0, 0.25
+"""Where weights are learned: steps of the grid that one may travel, times its range that a block may grow, and what
+:data:`NEAR` is, as it would go back at once from the brink."""
 MANY, FEW_BITS = 1000, 3
 """From so many steps on, and up to so many bits, the rate is twice as high."""
 
@@ -69,21 +74,24 @@ def rate(iters: int, format: Format) -> float:
 
 
 class Rounding(Learnable):
-    """``offset`` is V, as (rows, blocks, block); ``low`` and ``high`` are beta and gamma, (rows, blocks, 1)."""
+    """``offset`` is V, as (rows, blocks, block), of magnitude ``reach`` at most; ``low`` and ``high`` are beta and
+    gamma, (rows, blocks, 1), ``wide`` at most."""
 
-    def __init__(self, weight: Tensor, qtensor: QTensor) -> None:
+    def __init__(
+        self, weight: Tensor, qtensor: QTensor, reach: float = 0.5, wide: float = 1.0, near: float = NEAR
+    ) -> None:
         self._format = format = qtensor.format
         codes, params = qtensor.logical()
         self._columns = qtensor.shape[1]
         blocks, codes = B.split(weight.float(), format.block), B.split(codes, format.block)
         scale, values = _scale(format, params), format.decode(codes, params)
-        near = values + (blocks - values).clamp(-_NEAR * scale.abs(), _NEAR * scale.abs())
-        self._weight = torch.where(format.encode(blocks, params) == codes, blocks, near)
+        put = values + (blocks - values).clamp(-near * scale.abs(), near * scale.abs())
+        self._weight = torch.where(format.encode(blocks, params) == codes, blocks, put)
         self._ends = _ends(format, params)
         self._sign = scale.sign() if bool((scale < 0).any()) else None
         ones = torch.ones_like(scale)
         self.start = {"offset": torch.zeros_like(blocks), "low": ones, "high": ones.clone()}
-        self.bounds = {"offset": (-0.5, 0.5), "low": (0.0, 1.0), "high": (0.0, 1.0)}
+        self.bounds = {"offset": (-reach, reach), "low": (0.0, wide), "high": (0.0, wide)}
 
     def _params(self, values: Values) -> Params:
         low, high = self._ends
@@ -128,6 +136,16 @@ class Rounding(Learnable):
         moved = values["offset"] * _scale(self._format, params) + self._weight
         codes = B.join(self._format.encode(moved, params), self._columns).contiguous()
         return QTensor.of(self._format, codes, params)
+
+
+Weights = partial(Rounding, reach=FAR, wide=WIDE, near=CLOSE)
+"""Weights that go wherever their gradient leads, straight through the rounding, and ranges (EfficientQAT's first phase,
+Chen et al. 2024, arXiv:2407.11062)."""
+
+
+def weights_rate(iters: int, format: Format) -> float:
+    """Steps of the grid."""
+    return 3e-3
 
 
 def _scale(format: Format, params: Params) -> Tensor:

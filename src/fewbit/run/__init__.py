@@ -93,9 +93,9 @@ def quantize(
         _check(planned := _planned(checkpoint, streamed, chosen, samples * context, force, tell), chosen, device, facts)
         _check_biases(correct_bias, streamed, planned, chosen)
         words, products = checkpoint.tokenizer(), O.products(calibration_dtype)
-        data = _calibration(checkpoint, words, chosen, correct_bias, calibration, samples, context, seed, tell)
+        data, whole = _calibration(checkpoint, words, chosen, correct_bias, calibration, samples, context, seed, tell)
         kept, data = _kept(facts, checkpoint, planned, data, calibration is not None)
-        fingerprint = _fingerprint(checkpoint, chosen, data, seed, products, kept, device, correct_bias)
+        fingerprint = _fingerprint(checkpoint, chosen, data, whole, seed, products, kept, device, correct_bias)
         if (finished := _finished(target, fingerprint, tell)) is not None:
             return finished
         journal = Journal.open((folder := O.open_folder(target, force)) / STATE / "journal.json", fingerprint)
@@ -103,7 +103,8 @@ def quantize(
         with workers(threads) as pool:
             prepared = _learned(chosen, streamed, planned, data, folder, pool, tell, seed)
             run = Run(prepared, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed, device)
-            run.kept, run.sensitivity, run.end, run.correct_bias = kept, _sensitivity(run), chosen.end, correct_bias
+            run.kept, run.sensitivity, run.end, run.whole = kept, _sensitivity(run), chosen.end, whole
+            run.correct_bias = correct_bias
             run_all(run)
             manifest = finish(run, checkpoint, chosen, seed, target, force)
     tell(Event("done", message=str(target)))
@@ -229,6 +230,7 @@ def _fingerprint(
     checkpoint: Checkpoint,
     recipe: Recipe,
     data: Calibration | None,
+    whole: Calibration | None,
     seed: int,
     products: torch.dtype,
     kept: KeptFacts | None,
@@ -243,6 +245,7 @@ def _fingerprint(
         "recipe": describe(recipe),
         "calibration": data.sha256 if data else "none",
         "calibration_dtype": str(products) if data else "none",
+        "whole": whole.sha256 if whole and recipe.end else "none",
         "facts": kept.sha256 if kept else "none",
         "seed": str(seed),
         "device": device,
@@ -260,13 +263,17 @@ def _calibration(
     context: int,
     seed: int,
     tell: Progress,
-) -> Calibration | None:
-    """Text for the methods, transforms and tunings that need it; None when nothing does."""
+) -> tuple[Calibration | None, Calibration | None]:
+    """Text for the methods, transforms and tunings that need it, None when nothing does: ``samples`` windows for
+    blocks; and all that the whole model learns from, of which these are some, from all over."""
     if not any(rule.calibrated for rule in recipe.rules) and not recipe.learns and not correct_bias:
         if source is not None:
             tell(Event("note", message=f"the calibration text {source} is not used: nothing in the recipe needs data"))
-        return None
-    return O.draw(checkpoint, words, source, samples, context, seed, tell)
+        return None, None
+    whole = O.draw(checkpoint, words, source, max(samples, recipe.windows), context, seed, tell)
+    if len(whole.ids) <= samples:
+        return whole, whole
+    return Calibration(whole.source, whole.ids[:: len(whole.ids) // samples][:samples].contiguous()), whole
 
 
 def _sensitivity(run: Run) -> Sensitivity | None:

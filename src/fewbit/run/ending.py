@@ -142,7 +142,10 @@ def _calibration(run: Run) -> dict[str, Any] | None:
     """The text that facts come from, whether of this run or of one before."""
     if run.kept is not None:
         return {**run.kept.described["calibration"], "facts": run.kept.sha256}
-    return run.calibration.describe() if run.calibration else None
+    if run.calibration is None or run.whole is None:
+        return None
+    more = {"whole": run.whole.describe()} if len(run.whole.ids) > len(run.calibration.ids) else {}
+    return {**run.calibration.describe(), **more}
 
 
 def _judge(check: dict[str, Any], force: bool, folder: Path) -> None:

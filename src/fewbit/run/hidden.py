@@ -64,7 +64,7 @@ class HiddenFile:
         """Batch ``index``, in any shape, and of a dtype that the file's holds without loss."""
         if torch.promote_types(hidden.dtype, self.dtype) != self.dtype:
             raise InputError(f"writing activations of {hidden.dtype} to {self.path}", f"the file holds {self.dtype}")
-        view = _bytes(hidden.detach().to(self.dtype).contiguous())
+        view = _bytes(hidden.detach().to("cpu", self.dtype).contiguous())
         if len(view) != self._stride:
             raise InputError(f"writing {len(view)} bytes to {self.path}", f"a batch has {self._stride}")
         offset = index * self._stride
@@ -89,6 +89,22 @@ class HiddenFile:
         if self._file >= 0:
             os.close(self._file)
         self._file = -1
+
+
+class HiddenTensor:
+    """As :class:`HiddenFile`, in memory, where there is plenty: float32 on ``device``."""
+
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
+        self._values = torch.empty(shape, device=device)
+
+    def read(self, index: int) -> Tensor:
+        return self._values[index]
+
+    def write(self, index: int, hidden: Tensor) -> None:
+        self._values[index] = hidden.reshape(self._values.shape[1:])
+
+    def close(self) -> None:
+        self._values = torch.empty(0)
 
 
 def _bytes(values: Tensor) -> memoryview:

@@ -29,7 +29,8 @@ class Run:
     """Everything a stage needs. ``probe`` (windows, tokens) is held-out text that the run checks itself on; ``seed``
     is what anything random is drawn from; ``device`` where blocks are tuned; ``sensitivity`` is there where a method
     asks for the Fisher diagonal, ``kept`` where facts were collected beforehand, and ``end`` where the model learns as
-    a whole once all blocks are done; ``correct_bias``: see :mod:`fewbit.core.correction`."""
+    a whole once all blocks are done, from ``whole`` where that is more text than the ``calibration``; ``correct_bias``:
+    see :mod:`fewbit.core.correction`."""
 
     model: StreamedModel
     plan: Plan
@@ -47,6 +48,7 @@ class Run:
     kept: KeptFacts | None = None
     end: ModelTune | None = None
     correct_bias: bool = False
+    whole: Calibration | None = None
     began: float = field(default_factory=time.monotonic)
     calls: dict[str, Inputs] = field(default_factory=dict)
 

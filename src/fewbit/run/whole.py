@@ -17,10 +17,14 @@ worker, and activations of one block, as blocks run again on the way back. An ei
 are the values whose codes and scales, as files hold them, lose least there in float32; where none lose less than the
 start, nothing changes. Gradients of windows are added up in order: any number of threads gives the same bytes. The
 phase is not resumed halfway: a run that is stopped in it begins it again.
+
+A GPU wants few and large operations: there, layers of one format and width learn as one matrix, some windows are one
+batch, and outputs and activations stay in its memory where they fit.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,15 +38,14 @@ from torch.utils.hooks import RemovableHandle
 
 from fewbit import methods
 from fewbit.containers import terms as T
-from fewbit.core.descent import Adam, Rule
-from fewbit.core.qtensor import QTensor
-from fewbit.core.terms import matrices
+from fewbit.core.descent import Adam
+from fewbit.core.qtensor import unstack
 from fewbit.core.transform import seed_of
-from fewbit.core.tuning import Learnable, ModelTuning, Tuning
 from fewbit.methods.floats import RATE, FloatVector
 from fewbit.model.loading import place
 from fewbit.run.events import Event
-from fewbit.run.hidden import HiddenFile
+from fewbit.run.hidden import HiddenFile, HiddenTensor
+from fewbit.run.members import Candidate, Member, Part, begin, fitting, joined
 from fewbit.run.memory import give_back
 from fewbit.run.rewriting import placed, straight_through
 from fewbit.run.solve import Solved
@@ -53,6 +56,11 @@ LOOKS = 8
 """How often the windows that are held out are looked at."""
 TOLD = 20
 """How often the loss is told."""
+TOGETHER = 8192
+"""Tokens that a GPU takes at once."""
+ACTIVATIONS = 68
+"""Bytes that a block keeps for its way back, by token and column of its input (Korthikanti et al. 2022,
+arXiv:2205.05198, section 4.1, in twice the precision)."""
 HELD = 8
 """One window of so many is held out, at most MOST_HELD, at least one."""
 MOST_HELD = 16
@@ -70,19 +78,6 @@ class Found:
     still: dict[str, str]
 
 
-@dataclass(frozen=True, eq=False)
-class Member:
-    """One parameter that is learned. ``layer``: the name of its layer, or "" of a vector."""
-
-    parameter: str
-    layer: str
-    transposed: bool
-    learner: Learnable | FloatVector
-    rule: Rule
-    rate: float
-    values: dict[str, Tensor]
-
-
 def stored(run: Run) -> list[Solved]:
     """Every layer as the shards of ``run`` hold it."""
     found = []
@@ -90,20 +85,6 @@ def stored(run: Run) -> list[Solved]:
         path = run.folder / stage["file"]
         found += [Solved(read_back(path, one), one, read_rewrite(path, one)) for one in stage["layers"]]
     return found
-
-
-def fitting(row: ModelTuning, weight: T.Weight) -> Tuning | str:
-    """The tuning by which a layer of ``weight`` learns, or why it has none."""
-    reasons = []
-    for name in row.by:
-        tuning = methods.tuning(name)
-        if not isinstance(weight, QTensor) and not tuning.sums:
-            continue
-        refused = [tuning.refuse(one.format) for one in matrices(weight)]
-        if not isinstance(weight, QTensor) or not any(refused):
-            return tuning
-        reasons.append(refused[0] or "")
-    return reasons[-1] if reasons else "it is a sum of terms"
 
 
 class Whole:
@@ -114,9 +95,10 @@ class Whole:
         self._run, self._row = run, methods.model_tuning(run.end.name)
         self.options = {**self._row.options, **run.end.options}
         self._device, self._model = torch.device(run.device), run.model
-        self._together = 1 if self._device.type == "cpu" else run.batch
-        self._map: Callable[..., Iterator[Any]] = run.workers.map if self._device.type == "cpu" else map
-        self._ids = run.calibration.ids
+        self._alone = self._device.type == "cpu"
+        self._together = 1 if self._alone else max(1, TOGETHER // run.calibration.ids.shape[1])
+        self._map: Callable[..., Iterator[Any]] = run.workers.map if self._alone else map
+        self._ids = (run.whole or run.calibration).ids
         number = len(self._ids)
         held = min(MOST_HELD, max(1, number // HELD))
         self._held = list(range(number - held, number))
@@ -129,17 +111,25 @@ class Whole:
         self.still: dict[str, str] = {}
         self._hooks: list[RemovableHandle] = []
         self._members = self._quantized(stored(run))
-        self._leaves = [self._leaf(member) for member in self._members]
+        self._leaves = [[self._leaf(part) for part in member.parts] for member in self._members]
 
-    def _float_path(self) -> HiddenFile:
+    def _fits(self, size: int) -> bool:
+        """Whether ``size`` bytes may stay in the memory of the GPU: a third of what is free."""
+        return not self._alone and size < torch.cuda.mem_get_info(self._device)[0] / 3
+
+    def _float_path(self) -> HiddenFile | HiddenTensor:
         """The last block's outputs in the float model, a window an entry."""
         width = self._model.config.get_text_config().hidden_size
         shape = (len(self._ids), 1, self._ids.shape[1], width)
-        file = HiddenFile(self._run.folder / "state" / "float", shape, "scratch")
+        self._again = not self._fits(ACTIVATIONS * self._together * shape[2] * width * len(self._model.blocks))
+        if self._fits(4 * math.prod(shape)):
+            file: HiddenFile | HiddenTensor = HiddenTensor(shape, self._device)
+        else:
+            file = HiddenFile(self._run.folder / "state" / "float", shape, "scratch")
 
         def one(windows: list[int]) -> None:
             for window, hidden in zip(windows, self._through(windows).split(1), strict=True):
-                file.write(window, hidden.float().cpu())
+                file.write(window, hidden.float())
 
         for _ in self._map(one, self._parts(range(len(self._ids)))):
             pass
@@ -152,30 +142,31 @@ class Whole:
         for name in [*(name for name, _ in model.kept), *skipped]:
             parameter = model.module.get_parameter(name)
             parameter.data = parameter.to(run.plan.kept_dtype).float()
+        candidates = []
         for item in layers:
             name, site = item.record["name"], model.site(item.record["name"])
-            member = None if site.block is None else self._member(item)
+            candidates += [] if site.block is None else self._candidates(item)
             for each in model.sites:
                 if name in (each.name, each.tied_to):
                     model.set_weight(each.name, item.weight.dequantize().reshape(model.weight(each.name).shape))
             if item.rewrite.steps or item.activation is not None:
                 hook = straight_through(item, self._device)
                 self._hooks.append(model.module.get_submodule(name).register_forward_pre_hook(hook))
-            members += [] if member is None else [member]
+        groups = [[one] for one in candidates] if self._alone else joined(candidates)
+        rates, lr = self._row.by, self.options["lr"]
+        members = [begin(group, lr or rates[group[0].tuning.name], self._device) for group in groups]
         return members + (self._vectors() if self.options["vectors"] else [])
 
-    def _member(self, item: Solved) -> Member | None:
+    def _candidates(self, item: Solved) -> list[Candidate]:
+        """``item``, where it can learn; else ``still`` says why not."""
         name, site = item.record["name"], self._model.site(item.record["name"])
         tuning = fitting(self._row, item.weight)
         if site.experts > 1 or isinstance(tuning, str):
             self.still[name] = tuning if isinstance(tuning, str) else "experts see only what is routed to them"
-            return None
+            return []
         floating = item.rewrite.weight(self._model.weight(name).float().cpu())
-        whole = Solved(item.weight, item.record, item.rewrite, None, floating)
-        learner = tuning.learn(*placed(whole.unpacked(), self._device))
-        rate = self.options["lr"] or self._row.by[tuning.name]
-        values = {key: array.clone() for key, array in learner.start.items()}
-        return Member(site.parameter, name, site.transposed, learner, tuning.descend(), rate, values)
+        weight, made = Solved(item.weight, item.record, item.rewrite, None, floating).unpacked()
+        return [Candidate(Part(site.parameter, name, site.transposed, len(weight)), tuning, weight, made)]
 
     def _vectors(self) -> list[Member]:
         """Vectors that are stored in float, from the first block on."""
@@ -185,12 +176,13 @@ class Whole:
             if parameter.ndim == 1 and not name.startswith(tuple(f"{path}." for path in self._model.before)):
                 learner = FloatVector(parameter.detach(), self._run.plan.kept_dtype)
                 values = {key: array.clone() for key, array in learner.start.items()}
-                found.append(Member(name, "", False, learner, Adam(), self.options["lr"] or RATE, values))
+                rate = self.options["lr"] or RATE
+                found.append(Member((Part(name, "", False, len(parameter)),), learner, Adam(), rate, values))
         return found
 
-    def _leaf(self, member: Member) -> nn.Parameter:
-        leaf = nn.Parameter(self._model.module.get_parameter(member.parameter).detach().clone())
-        place(self._model.module, member.parameter, leaf)
+    def _leaf(self, part: Part) -> nn.Parameter:
+        leaf = nn.Parameter(self._model.module.get_parameter(part.parameter).detach().clone())
+        place(self._model.module, part.parameter, leaf)
         return leaf
 
     def learn(self) -> Found:
@@ -201,7 +193,7 @@ class Whole:
         looks = {iters * look // LOOKS for look in range(1, LOOKS + 1)}
         losses: list[float] = []
         for step in range(1, iters + 1):
-            losses.append(self._step(1 - (step - 1) / iters))
+            losses.append(self._step(min(step / (self.options["warmup"] + 1), 1 - (step - 1) / iters)))
             told = ""
             if step in looks:
                 self._show([member.learner.weight(member.values) for member in self._members])
@@ -231,12 +223,16 @@ class Whole:
         """``best`` as files hold it, if that loses less than the start."""
         layers: dict[str, T.Weight] = {}
         vectors: dict[str, Tensor] = {}
+        decoded = []
         for member, values in zip(self._members, best, strict=True):
             if isinstance(member.learner, FloatVector):
-                vectors[member.parameter] = member.learner.weight(values).cpu()
-            else:
-                layers[member.layer] = placed(member.learner.freeze(values), torch.device("cpu"))
-        decoded = [layers[m.layer].dequantize() if m.layer else vectors[m.parameter] for m in self._members]
+                vectors[member.parts[0].parameter] = vector = member.learner.weight(values).cpu()
+                decoded.append(vector)
+                continue
+            made = placed(member.learner.freeze(values), torch.device("cpu"))
+            parts = [made] if len(member.parts) == 1 else unstack(made, member.rows)
+            layers |= {part.layer: each for part, each in zip(member.parts, parts, strict=True)}
+            decoded.append(torch.cat([each.dequantize() for each in parts]))
         self._show([weight.to(self._device) for weight in decoded])
         after = self.held_out()
         return Found(layers, vectors, start, after, self.still) if after < start else self._nothing(start)
@@ -262,28 +258,31 @@ class Whole:
 
     def _show(self, weights: Sequence[Tensor]) -> None:
         """Let the model go on with ``weights`` of the members."""
-        for member, leaf, weight in zip(self._members, self._leaves, weights, strict=True):
-            leaf.data.copy_(weight.T if member.transposed else weight)
+        for member, leaves, weight in zip(self._members, self._leaves, weights, strict=True):
+            for part, leaf, rows in zip(member.parts, leaves, weight.split(member.rows), strict=True):
+                leaf.data.copy_(rows.T if part.transposed else rows)
 
     def gradients(self) -> tuple[float, list[Tensor]]:
         """The loss of a batch, and its gradient by the weight of each member."""
         order = torch.randperm(len(self._learned_from), generator=self._generator)[: int(self.options["batch"])]
         drawn = [self._learned_from[i] for i in order.tolist()]
-        total, loss = [torch.zeros_like(leaf) for leaf in self._leaves], 0.0
+        leaves = [leaf for each in self._leaves for leaf in each]
+        total, loss = [torch.zeros_like(leaf) for leaf in leaves], 0.0
 
         def one(windows: list[int]) -> tuple[float, Sequence[Tensor]]:
             with torch.enable_grad():
                 with self._run.arithmetic(self._device.type):
-                    logits = self._model.logits(self._through(windows, True)).float()
+                    logits = self._model.logits(self._through(windows, self._again)).float()
                 lost = self._lost(logits, windows) * (len(windows) / len(drawn))
-                return lost.detach(), torch.autograd.grad(lost, self._leaves)  # type: ignore[return-value]
+                return lost.detach(), torch.autograd.grad(lost, leaves)  # type: ignore[return-value]
 
         for part, found in self._map(one, self._parts(drawn)):
             loss += float(part)
             for sum_, grad in zip(total, found, strict=True):
                 sum_ += grad
-        members = zip(self._members, total, strict=True)
-        return loss, [grad.T if member.transposed else grad for member, grad in members]
+        parts = zip((part for member in self._members for part in member.parts), total, strict=True)
+        lying = iter([grad.T if part.transposed else grad for part, grad in parts])
+        return loss, [torch.cat([next(lying) for _ in member.parts]) for member in self._members]
 
     def held_out(self) -> float:
         """The mean loss of the windows that are held out, products in float32."""

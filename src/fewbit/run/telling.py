@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text that a model tells by itself, to calibrate it on.
+
+After LLM-QAT (Liu et al. 2023, arXiv:2305.17888), for where the data that a model was trained on is not at hand: the
+first token of a text is any of the vocabulary, the next :data:`GREEDY` are those that the model holds most likely, and
+all others are drawn from what it foretells. So the text covers what the model knows about as often as the model expects
+it. Special tokens never come: texts do not end.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.containers.files import write_bytes
+from fewbit.core.transform import seed_of
+from fewbit.errors import InputError, SpecError
+from fewbit.model.checkpoint import open_checkpoint
+from fewbit.model.stream import StreamedModel
+from fewbit.run.events import Event, Progress
+from fewbit.run.opening import longest, silent
+from fewbit.run.workers import workers
+
+GREEDY = 4
+"""Tokens after the first one that are not drawn: the authors take 3 to 5."""
+
+
+def tell(
+    model: str | Path,
+    out: str | Path,
+    *,
+    samples: int = 128,
+    context: int = 512,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch: int = 64,
+    threads: int | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write ``samples`` texts of ``context`` tokens that ``model`` tells into ``out``, JSON lines with a ``text`` each,
+    which ``calibration=`` takes.
+
+    Args:
+        model: the float model: a folder, a GGUF file, or a hub id. All of it is in memory, in float32.
+        temperature: below 1 keeps to what is likely.
+        seed, batch: texts at once. Each batch is drawn by a generator of its own, so that on a CPU any number of
+            ``threads`` tells the same.
+        device: where the model runs; a GPU tells other texts than a CPU does.
+
+    Raises:
+        InputError: ``out`` exists and ``force`` is off. SpecError: a number is out of range.
+    """
+    target, checkpoint = Path(out), open_checkpoint(model)
+    if target.exists() and not force:
+        works = "give another -o, remove it, or --force to replace it"
+        raise InputError(f"writing {target}", "it exists already", works)
+    if min(samples, batch) < 1 or not temperature > 0 or not 2 <= context <= longest(checkpoint):
+        found = f"samples={samples}, context={context}, temperature={temperature}, batch={batch}"
+        raise SpecError("telling texts", found, f"positive numbers, and a context of 2 to {longest(checkpoint)} tokens")
+    words, say = checkpoint.tokenizer(), progress or silent
+    streamed, texts = StreamedModel.open(checkpoint), list[str]()
+    streamed.load("")
+    streamed.module.to(device)
+    special = torch.tensor(sorted(words.all_special_ids), dtype=torch.long)
+
+    def one(start: int) -> Tensor:
+        generator = torch.Generator(device).manual_seed(seed_of(seed, f"text {start}") & (2**63 - 1))
+        return draw(streamed.module, special, (min(batch, samples - start), context), temperature, generator)
+
+    with workers(threads) as pool:
+        for ids in (pool.map if device == "cpu" else map)(one, range(0, samples, batch)):
+            texts += words.batch_decode(ids)
+            say(Event("note", message=f"{len(texts)} of {samples} texts told"))
+    write_bytes(target, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    return target
+
+
+def draw(module: Any, never: Tensor, shape: tuple[int, int], temperature: float, generator: torch.Generator) -> Tensor:
+    """Ids (texts, tokens) of ``shape`` without any of ``never`` (n,), as this module says."""
+    texts, tokens = shape
+    refused, past = never.to(generator.device), None
+    ids: list[Tensor] = []
+    for place in range(tokens):
+        if ids:
+            answer = module(input_ids=ids[-1], past_key_values=past, use_cache=True)
+            past, scores = answer.past_key_values, answer.logits[:, -1].float()
+        else:
+            scores = torch.zeros(texts, module.get_input_embeddings().num_embeddings, device=generator.device)
+        scores = scores.index_fill(1, refused, -torch.inf)
+        if 0 < place <= GREEDY:
+            ids.append(scores.argmax(-1, keepdim=True))
+        else:
+            ids.append(torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator))
+    return torch.cat(ids, 1)
