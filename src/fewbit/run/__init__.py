@@ -81,14 +81,14 @@ def quantize(
         facts: a folder of :func:`fewbit.collect` to use instead: layers are solved on what the float model shows.
         calibration_dtype: of products in blocks that calibrate; "auto": bfloat16 where the processor multiplies it.
         threads, device: how many (any number gives the same bytes, None takes torch's); where blocks are tuned.
-        correct_bias: take the mean error of each layer's output from its bias, where it has one.
-        head, force: format of embedding and head, or "float"; accept few bits without data, old ``out``, bad results.
+        correct_bias, head: take the mean error of outputs from biases; format of embedding and head, or "float".
+        force: accept few bits without data, an old ``out``, bad results.
 
     Raises:
         FewbitError: see :mod:`fewbit.errors`. A stopped run's work is in ``OUT.partial``; the same call goes on.
     """
     chosen, target, tell = _recipe(recipe, method, head, options, transforms, tune), Path(out), progress or O.silent
-    with O.source(model, tokenizer, target) as path:
+    with O.source(model, tokenizer, target) as path, workers(threads) as pool:
         streamed = StreamedModel.open(checkpoint := open_checkpoint(path), _preparation(chosen, seed))
         _check(planned := _planned(checkpoint, streamed, chosen, samples * context, force, tell), chosen, device, facts)
         _check_biases(correct_bias, streamed, planned, chosen)
@@ -100,13 +100,12 @@ def quantize(
             return finished
         journal = Journal.open((folder := O.open_folder(target, force)) / STATE / "journal.json", fingerprint)
         probe = calibrate.probe(words, PROBE[0], min(PROBE[1], O.longest(checkpoint)))
-        with workers(threads) as pool:
-            prepared = _learned(chosen, streamed, planned, data, folder, pool, tell, seed)
-            run = Run(prepared, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed, device)
-            run.kept, run.sensitivity, run.end, run.whole = kept, _sensitivity(run), chosen.end, whole
-            run.correct_bias = correct_bias
-            run_all(run)
-            manifest = finish(run, checkpoint, chosen, seed, target, force)
+        prepared = _learned(chosen, streamed, planned, data, folder, pool, tell, seed)
+        run = Run(prepared, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed, device)
+        run.kept, run.sensitivity, run.correct_bias = kept, _sensitivity(run), correct_bias
+        run.end, run.whole = chosen.end, whole
+        run_all(run)
+        manifest = finish(run, checkpoint, chosen, seed, target, force)
     tell(Event("done", message=str(target)))
     return Result(target, manifest)
 
