@@ -80,7 +80,7 @@ struct SixBits {
 
   FEWBIT_INLINE void enter(int64_t, int64_t) {
     now = next, next += BOOKS * 6 * 64;
-    for (int i = 0; i < BOOKS * 6; i++) __builtin_prefetch(now + kAhead + i * 64, 0, 2);
+    prefetch<BOOKS * 6>(now + kAhead);
   }
   FEWBIT_INLINE U operator()(int b, int g) const { return six_bits(now + b * 6 * 64, g); }
 };

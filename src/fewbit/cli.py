@@ -133,7 +133,8 @@ def tell(
     """Let MODEL tell texts to calibrate it on, where what it was trained on is not at hand."""
     from fewbit.commands import tell as command
 
-    command.run(model, out, samples, context, temperature, seed, batch, threads, device, force)
+    what = {"samples": samples, "context": context, "temperature": temperature, "seed": seed, "batch": batch}
+    command.run(model, out, **what, threads=threads, device=device, force=force)
 
 
 @app.command()

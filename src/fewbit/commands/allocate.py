@@ -10,8 +10,8 @@ from typing import Any
 from fewbit.commands.console import err, results, table, write_json
 from fewbit.commands.progress import Renderer
 from fewbit.containers.files import write_bytes
-from fewbit.errors import InputError
 from fewbit.report import numbers as N
+from fewbit.run.opening import refuse_existing
 from fewbit.search import Allocation, allocate
 from fewbit.search.candidates import DEFAULT
 
@@ -24,8 +24,7 @@ def run(
     Raises:
         InputError: ``out`` exists and ``force`` is off.
     """
-    if out.exists() and not arguments["force"]:
-        raise InputError(f"writing {out}", "it exists already", "give another -o, remove it, or --force to replace it")
+    refuse_existing(out, arguments["force"])
     with Renderer(err(), "weighing", "units") as progress:
         found = allocate(model, budget, candidates=candidates or DEFAULT, progress=progress, **arguments)
     write_bytes(out, f"# {told(found)}\n\n{found.recipe.to_toml()}".encode())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fewbit.commands.console import err, out
 from fewbit.commands.progress import Renderer
@@ -11,32 +12,10 @@ from fewbit.report import numbers as N
 from fewbit.run.telling import tell
 
 
-def run(
-    model: str,
-    target: Path,
-    samples: int,
-    context: int,
-    temperature: float,
-    seed: int,
-    batch: int,
-    threads: int | None,
-    device: str,
-    force: bool,
-) -> None:
-    """Write the texts and say what takes them."""
+def run(model: str, target: Path, **arguments: Any) -> None:
+    """Write the texts and say what takes them; ``arguments`` are those of :func:`fewbit.tell`."""
     with Renderer(err(), "telling", "texts") as progress:
-        path = tell(
-            model,
-            target,
-            samples=samples,
-            context=context,
-            temperature=temperature,
-            seed=seed,
-            batch=batch,
-            threads=threads,
-            device=device,
-            force=force,
-            progress=progress,
-        )
-    out().print(f"{samples} texts of {context} tokens, {N.size(path.stat().st_size)}: {path}", markup=False)
+        path = tell(model, target, progress=progress, **arguments)
+    told = "{samples} texts of {context} tokens".format(**arguments)
+    out().print(f"{told}, {N.size(path.stat().st_size)}: {path}", markup=False)
     err().print(f"fewbit quantize {model} --calibration {path} ... learns from them", markup=False)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from fewbit.core.facts import Facts, Need
@@ -82,3 +83,8 @@ class ModelTransform:
 def seed_of(seed: int, name: str) -> int:
     """The seed of the layer ``name`` in a run with ``seed``: 64 bits of a hash, so layers are independent."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little")
+
+
+def generator_of(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that begins with :func:`seed_of`, less its highest bit."""
+    return torch.Generator(device).manual_seed(seed_of(seed, name) & (2**63 - 1))

@@ -47,15 +47,20 @@ def source(model: Any, tokenizer: Any, target: Path) -> Iterator[str | Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def refuse_existing(target: Path, force: bool) -> None:
+    """Raise InputError where ``target`` exists and ``force`` is off."""
+    if target.exists() and not force:
+        works = "give another -o, remove it, or --force to replace it"
+        raise InputError(f"writing {target}", "it exists already", works)
+
+
 def open_folder(target: Path, force: bool) -> Path:
     """``OUT.partial``, made if need be.
 
     Raises:
         InputError: ``target`` exists and ``force`` is off, or nothing can be written there.
     """
-    if target.exists() and not force:
-        works = "give another -o, remove it, or --force to replace it"
-        raise InputError(f"writing {target}", "it exists already", works)
+    refuse_existing(target, force)
     folder = target.with_name(target.name + ".partial")
     try:
         (folder / STATE).mkdir(parents=True, exist_ok=True)

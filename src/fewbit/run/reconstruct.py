@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from fewbit import methods
 from fewbit.core.terms import matrices
-from fewbit.core.transform import seed_of
+from fewbit.core.transform import generator_of
 from fewbit.core.tuning import Learnable, Values
 from fewbit.model.stream import with_replaced
 from fewbit.recipe import Tune
@@ -123,7 +123,7 @@ class _Phase:
         block = run.model.module.get_submodule(run.model.blocks[index])
         self._bare = block if self._device.type == "cpu" else copy.deepcopy(block).to(self._device)
         name = f"{run.model.blocks[index]} {place} {tune.name}"
-        self._generator = torch.Generator().manual_seed(seed_of(run.seed, name) & (2**63 - 1))
+        self._generator = generator_of(run.seed, name)
 
     def done(self) -> list[Solved]:
         """What was solved, ``members`` tuned."""

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from fewbit.containers.files import write_bytes
-from fewbit.core.transform import seed_of
-from fewbit.errors import InputError, SpecError
+from fewbit.core.transform import generator_of
+from fewbit.errors import SpecError
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.run.events import Event, Progress
-from fewbit.run.opening import longest, silent
+from fewbit.run.opening import longest, refuse_existing, silent
 from fewbit.run.workers import workers
 
 GREEDY = 4
@@ -57,9 +57,7 @@ def tell(
         InputError: ``out`` exists and ``force`` is off. SpecError: a number is out of range.
     """
     target, checkpoint = Path(out), open_checkpoint(model)
-    if target.exists() and not force:
-        works = "give another -o, remove it, or --force to replace it"
-        raise InputError(f"writing {target}", "it exists already", works)
+    refuse_existing(target, force)
     if min(samples, batch) < 1 or not temperature > 0 or not 2 <= context <= longest(checkpoint):
         found = f"samples={samples}, context={context}, temperature={temperature}, batch={batch}"
         raise SpecError("telling texts", found, f"positive numbers, and a context of 2 to {longest(checkpoint)} tokens")
@@ -70,7 +68,7 @@ def tell(
     special = torch.tensor(sorted(words.all_special_ids), dtype=torch.long)
 
     def one(start: int) -> Tensor:
-        generator = torch.Generator(device).manual_seed(seed_of(seed, f"text {start}") & (2**63 - 1))
+        generator = generator_of(seed, f"text {start}", device)
         return draw(streamed.module, special, (min(batch, samples - start), context), temperature, generator)
 
     with workers(threads) as pool:

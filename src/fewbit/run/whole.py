@@ -40,7 +40,7 @@ from fewbit import methods
 from fewbit.containers import terms as T
 from fewbit.core.descent import Adam
 from fewbit.core.qtensor import unstack
-from fewbit.core.transform import seed_of
+from fewbit.core.transform import generator_of
 from fewbit.methods.floats import RATE, FloatVector
 from fewbit.model.loading import place
 from fewbit.run.events import Event
@@ -103,7 +103,7 @@ class Whole:
         held = min(MOST_HELD, max(1, number // HELD))
         self._held = list(range(number - held, number))
         self._learned_from = list(range(number - held)) or self._held
-        self._generator = torch.Generator().manual_seed(seed_of(run.seed, run.end.name) & (2**63 - 1))
+        self._generator = generator_of(run.seed, run.end.name)
         self._model.load("")
         self._model.module.to(self._device)
         self._wanted = self._model.logits_as_now()
