@@ -123,6 +123,10 @@ def tell(
     samples: Annotated[int, typer.Option("--samples", min=1, help="Texts.")] = 128,
     context: Annotated[int, typer.Option("--context", min=2, help="Tokens in a text.")] = 512,
     temperature: Annotated[float, typer.Option("--temperature", help="Below 1 keeps to what is likely.")] = 1.0,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="TEXT", help="A text or JSONL file that texts go on from.")
+    ] = None,
+    beginning: Annotated[int, typer.Option("--beginning", min=1, help="Tokens of it that a text begins with.")] = 32,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Texts at once; another number, other texts.")] = 64,
     threads: Threads = None,
@@ -134,7 +138,8 @@ def tell(
     from fewbit.commands import tell as command
 
     what = {"samples": samples, "context": context, "temperature": temperature, "seed": seed, "batch": batch}
-    command.run(model, out, **what, threads=threads, device=device, force=force)
+    begun = {"prompts": prompts, "beginning": beginning}
+    command.run(model, out, **what, **begun, threads=threads, device=device, force=force)
 
 
 @app.command()

@@ -4,7 +4,8 @@
 After LLM-QAT (Liu et al. 2023, arXiv:2305.17888), for where the data that a model was trained on is not at hand: the
 first token of a text is any of the vocabulary, the next :data:`GREEDY` are those that the model holds most likely, and
 all others are drawn from what it foretells. So the text covers what the model knows about as often as the model expects
-it. Special tokens never come: texts do not end.
+it. Where there is a little text of the kind that matters, the model can go on from that instead: any amount of it.
+Special tokens never come: texts do not end.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.calibrate import calibration
 from fewbit.containers.files import write_bytes
 from fewbit.core.transform import generator_of
 from fewbit.errors import SpecError
@@ -36,6 +38,8 @@ def tell(
     samples: int = 128,
     context: int = 512,
     temperature: float = 1.0,
+    prompts: str | Path | None = None,
+    beginning: int = 32,
     seed: int = 0,
     batch: int = 64,
     threads: int | None = None,
@@ -49,19 +53,27 @@ def tell(
     Args:
         model: the float model: a folder, a GGUF file, or a hub id. All of it is in memory, in float32.
         temperature: below 1 keeps to what is likely.
+        prompts: a text or JSONL file. Each told text begins with ``beginning`` tokens from somewhere in it; where it
+            has fewer such places than there are texts, places are taken again.
         seed, batch: texts at once. Each batch is drawn by a generator of its own, so that on a CPU any number of
             ``threads`` tells the same.
         device: where the model runs; a GPU tells other texts than a CPU does.
 
     Raises:
-        InputError: ``out`` exists and ``force`` is off. SpecError: a number is out of range.
+        InputError: ``out`` exists and ``force`` is off; ``prompts`` cannot be read or is too short. SpecError: a number
+            is out of range.
     """
     target, checkpoint = Path(out), open_checkpoint(model)
     refuse_existing(target, force)
     if min(samples, batch) < 1 or not temperature > 0 or not 2 <= context <= longest(checkpoint):
         found = f"samples={samples}, context={context}, temperature={temperature}, batch={batch}"
         raise SpecError("telling texts", found, f"positive numbers, and a context of 2 to {longest(checkpoint)} tokens")
+    if prompts is not None and not 1 <= beginning < context:
+        raise SpecError("telling texts", f"beginning={beginning}", f"1 to {context - 1}: less than the context")
     words, say = checkpoint.tokenizer(), progress or silent
+    given = torch.empty(1, 0, dtype=torch.long)
+    if prompts is not None:
+        given = calibration(words, prompts, samples, beginning, seed).ids
     streamed, texts = StreamedModel.open(checkpoint), list[str]()
     streamed.load("")
     streamed.module.to(device)
@@ -69,7 +81,8 @@ def tell(
 
     def one(start: int) -> Tensor:
         generator = generator_of(seed, f"text {start}", device)
-        return draw(streamed.module, special, (min(batch, samples - start), context), temperature, generator)
+        begun = given[torch.arange(start, min(start + batch, samples)) % len(given)].to(device)
+        return draw(streamed.module, special, begun, context, temperature, generator)
 
     with workers(threads) as pool:
         for ids in (pool.map if device == "cpu" else map)(one, range(0, samples, batch)):
@@ -80,20 +93,22 @@ def tell(
     return target
 
 
-def draw(module: Any, never: Tensor, shape: tuple[int, int], temperature: float, generator: torch.Generator) -> Tensor:
-    """Ids (texts, tokens) of ``shape`` without any of ``never`` (n,), as this module says."""
-    texts, tokens = shape
-    refused, past = never.to(generator.device), None
-    ids: list[Tensor] = []
-    for place in range(tokens):
-        if ids:
-            answer = module(input_ids=ids[-1], past_key_values=past, use_cache=True)
+def draw(
+    module: Any, never: Tensor, begun: Tensor, tokens: int, temperature: float, generator: torch.Generator
+) -> Tensor:
+    """Ids (texts, tokens): ``begun`` (texts, any number) and what this module goes on with, never any of ``never``."""
+    refused, past, ids = never.to(generator.device), None, begun
+    for place in range(begun.shape[1], tokens):
+        if place:
+            seen = 0 if past is None else place - 1
+            answer = module(input_ids=ids[:, seen:], past_key_values=past, use_cache=True)
             past, scores = answer.past_key_values, answer.logits[:, -1].float()
         else:
-            scores = torch.zeros(texts, module.get_input_embeddings().num_embeddings, device=generator.device)
+            scores = torch.zeros(len(begun), module.get_input_embeddings().num_embeddings, device=generator.device)
         scores = scores.index_fill(1, refused, -torch.inf)
         if 0 < place <= GREEDY:
-            ids.append(scores.argmax(-1, keepdim=True))
+            drawn = scores.argmax(-1, keepdim=True)
         else:
-            ids.append(torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator))
-    return torch.cat(ids, 1)
+            drawn = torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)
+        ids = torch.cat([ids, drawn], 1)
+    return ids
