@@ -184,7 +184,8 @@ def test_compare(quantized: Path, command: Command) -> None:
 
 
 def test_bench_keys(quantized: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "SLICE", 0.001)  # keys and ratios, not figures that hold
+    for name, least in (("SLICE", 0.001), ("COPIES", 2)):  # keys and ratios, not figures that hold
+        monkeypatch.setattr(bench, name, least)
     result = command("bench", quantized, "--tokens", 4, "--prompt-tokens", 8, "--batch", 1, "--json", "-")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
