@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny random Llama with a byte tokenizer, shared by everything that needs a whole model."""
+"""A tiny random Llama with a byte tokenizer, shared by everything that needs a whole model; and threads of torch that
+wait asleep, since those that spin take the core of the test that runs beside: a third of all processor time."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded, which is later
 
 
 def save_byte_tokenizer(folder: Path) -> int:
@@ -27,6 +30,8 @@ def save_byte_tokenizer(folder: Path) -> int:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Of torch, where tensors are small and threads would wait for one another, or bits must not differ."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,6 +47,7 @@ def byte_tokenizer() -> object:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder: Llama, 2 blocks, 64 wide, one token a byte, random weights, tied head."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("models") / "tiny"

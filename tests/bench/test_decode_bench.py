@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from io import StringIO
 from pathlib import Path
 
@@ -41,18 +42,20 @@ def test_energy_is_what_passed_while_a_row_decoded(powercap: Path) -> None:
     assert "joules" not in decode.metered(meter(powercap=powercap / "absent"), Working(), decode=4)
 
 
-@pytest.mark.parametrize("readable", [True, False])
-def test_a_row_of_a_folder(tiny_family: Callable[[str], Path], powercap: Path, readable: bool) -> None:
+def test_a_row_of_a_folder(tiny_family: Callable[[str], Path], powercap: Path) -> None:
     row = decode.Row("ours", "fewbit", tiny_family("llama"), "-")
     asked = argparse.Namespace(
         prompt=8, tokens=2, context=4, streams=2, seconds=0, threads=1, clock="processor", format=None, activation=None
     )
     assert row.start(1) is None
-    rate = decode.measure([row], meter(powercap=powercap if readable else powercap / "absent"), asked)
-    decode.summarize(row, rate, asked)
+    started = row.found
+    for counters, joules, shown in ((powercap, 0, "0.000"), (powercap / "absent", None, "-")):
+        row.found = deepcopy(started)
+        rate = decode.measure([row], meter(powercap=counters), asked)
+        decode.summarize(row, rate, asked)
+        assert row.found["joules_per_token"] == joules
+        assert row.found["decode_tokens_per_s"] > 0 and row.found["streams_tokens_per_s"] > 0
+        out = Console(file=StringIO(), width=200)
+        decode.show([row], rate, asked, out)
+        assert out.file.getvalue().splitlines()[4].split("│")[-5].strip() == shown
     row.stop()
-    assert row.found["joules_per_token"] == (0 if readable else None)
-    assert row.found["decode_tokens_per_s"] > 0 and row.found["streams_tokens_per_s"] > 0
-    out = Console(file=StringIO(), width=200)
-    decode.show([row], rate, asked, out)
-    assert out.file.getvalue().splitlines()[4].split("│")[-5].strip() == ("0.000" if readable else "-")

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import Result
 
 import fewbit
+from fewbit.commands import bench
 from fewbit.commands import demo as demo_command
 from fewbit.doctor import EXTRAS
 from fewbit.kernels import native
@@ -182,7 +183,9 @@ def test_compare(quantized: Path, command: Command) -> None:
     assert rows[0]["format"] == "int4/g32/asym" and rows[0]["method"] == "gptq"
 
 
-def test_bench_keys(quantized: Path, command: Command) -> None:
+def test_bench_keys(quantized: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, least in (("SLICE", 0.001), ("COPIES", 2)):  # keys and ratios, not figures that hold
+        monkeypatch.setattr(bench, name, least)
     result = command("bench", quantized, "--tokens", 4, "--prompt-tokens", 8, "--batch", 1, "--json", "-")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,12 @@ def palette(name: str) -> Palette:
     format = formats.parse(name)
     assert isinstance(format, Palette)
     return format
+
+
+@cache
+def rounded(name: str, rows: int, columns: int) -> QTensor:
+    """One matrix a format for all kernels: exact tables of many levels take long."""
+    return methods.rtn(normal(rows, columns), palette(name))
 
 
 def lost(name: str, weight: torch.Tensor, worth: torch.Tensor, fitted: torch.Tensor | None) -> torch.Tensor:
@@ -158,7 +165,7 @@ def test_kernels_multiply_by_what_is_decoded(name: str, isa: str, tokens: int) -
     alone = format.group_rows % 16 != 0
     serial = "row_lut_linear_serial" if alone else "lut_linear_serial"
     kernel = {"native": None, "serial": serial, "reference": "reference"}[isa]
-    weight, x, bias = methods.rtn(normal(rows, columns), format), normal(tokens, columns, 1), normal(1, rows, 2)[0]
+    weight, x, bias = rounded(name, rows, columns), normal(tokens, columns, 1), normal(1, rows, 2)[0]
     if alone:
         with pytest.raises(UnsupportedError, match="one table in a tile of 16 rows"):
             kernels.prepare(weight, "lut_linear_serial")

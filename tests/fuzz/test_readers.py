@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import tempfile
 import tracemalloc
@@ -44,8 +45,10 @@ EDITS = st.lists(
     min_size=1,
     max_size=4,
 )
-QUICK = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-SLOW = settings(QUICK, max_examples=40)
+TIMES = int(os.environ.get("FEWBIT_FUZZ", "1"))
+"""How many times the usual number of examples; CI's own step of fuzzing asks for more."""
+QUICK = settings(max_examples=300 * TIMES, deadline=None, suppress_health_check=list(HealthCheck))
+SLOW = settings(QUICK, max_examples=40 * TIMES)
 
 
 def mutated(data: bytes, edits: list[Edit], header: int) -> bytes:
@@ -145,7 +148,7 @@ JSON = st.recursive(
 )
 
 
-@settings(QUICK, max_examples=150)
+@settings(QUICK, max_examples=150 * TIMES)
 @given(header=st.dictionaries(st.text(max_size=8), JSON | st.fixed_dictionaries(
     {"dtype": JSON | st.sampled_from(["F32", "U8"]),
      "shape": JSON | st.lists(st.sampled_from(EDGES), max_size=4),

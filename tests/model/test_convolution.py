@@ -135,7 +135,8 @@ def test_a_network_keeps_its_answers() -> None:
         twin = nets.network(20)
         nets.quantize(twin, weight, activation)
         assert sum(isinstance(module, QuantConv2d) for module in twin.modules()) == 19
-        assert nets.accuracy(twin, images, labels) >= top1 - lost
-        assert float((twin(images) - answers).norm() / answers.norm()) < moved
+        found = twin(images)
+        assert float((found.argmax(1) == labels).double().mean()) >= top1 - lost
+        assert float((found - answers).norm() / answers.norm()) < moved
         if activation and kernels.native.available():
             assert twin.conv1.prepared.kernel.startswith("int8_linear")
