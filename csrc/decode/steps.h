@@ -17,6 +17,9 @@ namespace fewbit {
 // of 32 (low half) with i + 16.
 enum : int64_t { kBlock = 64, kTile = 16, kWidth = 32 };
 
+// Positions whose weights are found together: a whole number of blocks.
+enum : int64_t { kSpan = 512 };
+
 // Bytes of one head of one layer in a block, and where its parts begin.
 struct HeadLayout {
   int32_t kv;  // FEWBIT_FLOAT32, ..., FEWBIT_KV_INT4
@@ -43,6 +46,9 @@ struct AttentionTask {
   int64_t count;                    // of queries, at most kQueries
   int64_t window;                   // 0: all positions
   float scale, cap;
+  // Of the task that follows: its head in the blocks of its first span, fetched while the last one of this is read; or
+  // null.
+  const uint8_t* next[kSpan / kBlock];
 };
 
 struct DenseTask {
