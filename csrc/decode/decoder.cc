@@ -26,6 +26,12 @@ const Steps* steps_of(int32_t isa) {
   }
 }
 
+const Steps& best_steps() {
+  for (const int32_t isa : {FEWBIT_AVX512, FEWBIT_AVX2, FEWBIT_NEON})
+    if (const Steps* steps = steps_of(isa)) return *steps;
+  return decode_steps_serial;
+}
+
 namespace {
 
 constexpr int64_t kSmallAttention = 1 << 15;  // keys times dimensions below which one thread is as fast

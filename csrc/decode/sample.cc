@@ -14,6 +14,7 @@
 
 #include "core/pool.h"
 #include "decode/philox.h"
+#include "decode/steps.h"
 #include "fewbit.h"
 
 namespace fewbit {
@@ -70,24 +71,29 @@ void adjust(const fewbit_draw& draw) {
   }
 }
 
+// The largest of a few values; NaN where one is NaN or +infinity.
+float largest_beside_infinities(const float* x, int64_t n) {
+  float most = -kInfinity;
+  for (int64_t i = 0; i < n; i++) {
+    if (!(x[i] < kInfinity)) return std::numeric_limits<float>::quiet_NaN();
+    most = std::max(most, x[i]);
+  }
+  return most;
+}
+
 // The largest of n values, and the first of the kTogether tokens that it is among; NaN where a value is NaN or +infinity, or
 // none is finite.
 Candidate largest(const float* values, int64_t n) {
+  const Steps& steps = best_steps();
   Candidate most = {-kInfinity, 0};
-  int32_t bad = 0;
   for (int64_t first = 0; first < n; first += kTogether) {
-    const int64_t count = std::min(kTogether, n - first), whole = count - count % kLanes;
-    const float* x = values + first;
-    float lanes[kLanes];
-    std::fill(lanes, lanes + kLanes, -kInfinity);
-    for (int64_t i = 0; i < count; i++) bad |= !(x[i] < kInfinity);
-    for (int64_t i = 0; i < whole; i += kLanes)
-      for (int64_t lane = 0; lane < kLanes; lane++) lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
-    for (int64_t i = whole; i < count; i++) lanes[0] = std::max(lanes[0], x[i]);
-    const float here = *std::max_element(lanes, lanes + kLanes);
+    const int64_t count = std::min(kTogether, n - first);
+    float here = steps.largest(values + first, count);
+    if (isnan(here)) here = largest_beside_infinities(values + first, count);
+    if (isnan(here)) return {here, 0};
     if (here > most.value) most = {here, static_cast<int32_t>(first)};
   }
-  if (bad || !(most.value > -kInfinity)) most.value = std::numeric_limits<float>::quiet_NaN();
+  if (!(most.value > -kInfinity)) most.value = std::numeric_limits<float>::quiet_NaN();
   return most;
 }
 

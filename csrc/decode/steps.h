@@ -87,6 +87,8 @@ struct Steps {
   bool (*split)(const float* x, float threshold, int64_t count, float* small, float* large);
   // x = softmax(x)
   void (*softmax)(float* x, int64_t count);
+  // The largest of x; NaN where any is not finite.
+  float (*largest)(const float* x, int64_t count);
   // Writes the key and the value of one position, (dim) each, into its place of a block.
   void (*append)(const HeadLayout& layout, uint8_t* head, int64_t position, const float* key, const float* value);
   // Float16 to codes, a whole block of one head; and back.
@@ -101,6 +103,9 @@ extern const Steps decode_steps_serial, decode_steps_avx2, decode_steps_avx512, 
 
 // The best row here that `isa` allows, or null.
 const Steps* steps_of(int32_t isa);
+
+// The best row here.
+const Steps& best_steps();
 
 HeadLayout layout_of(int32_t kv, int64_t dim);
 

@@ -9,7 +9,7 @@ namespace fewbit {
 namespace {
 
 constexpr Steps kSteps = {norm,     add_to,   add_share, rotate,  gate,   cap_to,      hadamard,     mix,   scale_by,
-                          round_to, split_at, softmax,   append,  close_block, reopen_block, attend, dense};
+                          round_to, split_at, softmax,   largest, append, close_block, reopen_block, attend, dense};
 
 }  // namespace
 }  // namespace fewbit
