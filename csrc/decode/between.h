@@ -150,22 +150,6 @@ void softmax(float* x, int64_t count) {
   for (int64_t i = 0; i < count; i++) x[i] /= total;
 }
 
-float largest(const float* x, int64_t count) {
-  constexpr int64_t together = 4;  // enough to hide the latency of a comparison
-  F most[together], zero[together];  // NaN where anything was not finite
-  for (int c = 0; c < together; c++) most[c] = broadcast(-INFINITY), zero[c] = broadcast(0.0f);
-  int64_t i = 0;
-  for (; i + together * kLanes <= count; i += together * kLanes)
-    for (int c = 0; c < together; c++) {
-      const F here = load(x + i + c * kLanes);
-      most[c] = larger(most[c], here), zero[c] = fma(here, broadcast(0.0f), zero[c]);
-    }
-  for (int c = 1; c < together; c++) most[0] = larger(most[0], most[c]), zero[0] = add(zero[0], zero[c]);
-  float all = largest_of(most[0]), bad = sum_lanes(zero[0]);
-  for (; i < count; i++) all = x[i] > all ? x[i] : all, bad += x[i] * 0.0f;
-  return all + bad;
-}
-
 // R rows times M tokens; each result is one chain of vectors, whatever R and M are.
 template <class E, int R, int M>
 FEWBIT_INLINE void dense_tile(const DenseTask& task, int64_t row, int64_t rows, int64_t token) {

@@ -62,6 +62,12 @@ struct DenseTask {
   int64_t y_stride;
 };
 
+// A token and how likely it is: the higher the value, and of equals the lower the token.
+struct Candidate {
+  float value;
+  int32_t token;
+};
+
 struct Steps {
   // out = x / sqrt(mean(x^2) + eps) * weight; out may be x.
   void (*norm)(const float* x, const float* weight, float eps, int64_t count, float* out);
@@ -87,8 +93,6 @@ struct Steps {
   bool (*split)(const float* x, float threshold, int64_t count, float* small, float* large);
   // x = softmax(x)
   void (*softmax)(float* x, int64_t count);
-  // The largest of x; NaN where any is not finite.
-  float (*largest)(const float* x, int64_t count);
   // Writes the key and the value of one position, (dim) each, into its place of a block.
   void (*append)(const HeadLayout& layout, uint8_t* head, int64_t position, const float* key, const float* value);
   // Float16 to codes, a whole block of one head; and back.
@@ -97,6 +101,14 @@ struct Steps {
   void (*attend)(const AttentionTask& task);
   // Rows [begin, end) of y.
   void (*dense)(const DenseTask& task, int64_t begin, int64_t end);
+  // Of a draw: the largest of x, or NaN where any is not finite;
+  float (*largest)(const float* x, int64_t count);
+  // x = e^((x - most) / temperature) of the tokens that stay, 0 of the others;
+  void (*shares)(float* x, int64_t count, float most, float temperature, Candidate last);
+  // x = 0 of those that do not, or are below `least`;
+  void (*cut)(float* x, int64_t count, float least, Candidate last);
+  // the sum of x.
+  double (*sum)(const float* x, int64_t count);
 };
 
 extern const Steps decode_steps_serial, decode_steps_avx2, decode_steps_avx512, decode_steps_neon;

@@ -95,6 +95,28 @@ void check_largest(const Steps& steps, int64_t count) {
   expect(steps.largest(x.data(), count) == -1, "largest of equals", count);
 }
 
+// Against double precision, and the same bits as without vectors: a seed gives one text everywhere.
+void check_draw(const Steps& steps, int64_t count) {
+  const Floats x = random_floats(count, 20);
+  const float most = steps.largest(x.data(), count), temperature = 0.7f;
+  const fewbit::Candidate last = {x[x.size() / 2], static_cast<int32_t>(count / 2)};
+  Floats found = x, serial = x;
+  steps.shares(found.data(), count, most, temperature, last);
+  fewbit::decode_steps_serial.shares(serial.data(), count, most, temperature, last);
+  expect(found == serial, "shares, beside serial", count);
+  for (size_t i = 0; i < x.size(); i++) {
+    const double exact = x[i] < last.value ? 0 : exp((static_cast<double>(x[i]) - most) / temperature);
+    near(found[i], exact, 1e-5 * exact + 1e-37, "shares", count);
+  }
+  expect(steps.sum(found.data(), count) == fewbit::decode_steps_serial.sum(serial.data(), count), "sum", count);
+  const fewbit::Candidate worst = {found[0], 0};
+  steps.cut(found.data(), count, 1e-3f, worst);
+  for (size_t i = 0; i < x.size(); i++) {
+    const bool stays = (serial[i] > worst.value || i == 0) && serial[i] >= 1e-3f;
+    expect(found[i] == (stays ? serial[i] : 0), "cut", count);
+  }
+}
+
 void check_turns(const Steps& steps, int64_t pairs) {
   const Floats x = random_floats(2 * pairs + 3, 1), angle = random_floats(pairs, 9);
   Floats out = x, cosines, sines;
@@ -244,7 +266,7 @@ void check_attention(const Steps& steps, int32_t kv, int64_t dim, int64_t length
 }
 
 void check_steps(const Steps& steps) {
-  for (int64_t count : {1, 7, 16, 31, 97, 576}) check_norm(steps, count), check_functions(steps, count), check_largest(steps, count);
+  for (int64_t count : {1, 7, 16, 31, 97, 576}) check_norm(steps, count), check_functions(steps, count), check_largest(steps, count), check_draw(steps, count);
   for (int64_t pairs : {1, 4, 33}) check_turns(steps, pairs);
   for (int64_t block : {1, 2, 8, 64}) {
     check_hadamard(steps, block);
