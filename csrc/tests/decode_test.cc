@@ -266,7 +266,10 @@ void check_attention(const Steps& steps, int32_t kv, int64_t dim, int64_t length
 }
 
 void check_steps(const Steps& steps) {
-  for (int64_t count : {1, 7, 16, 31, 97, 576}) check_norm(steps, count), check_functions(steps, count), check_largest(steps, count), check_draw(steps, count);
+  for (int64_t count : {1, 7, 16, 31, 97, 576}) {
+    check_norm(steps, count), check_functions(steps, count);
+    check_largest(steps, count), check_draw(steps, count);
+  }
   for (int64_t pairs : {1, 4, 33}) check_turns(steps, pairs);
   for (int64_t block : {1, 2, 8, 64}) {
     check_hadamard(steps, block);
