@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keys and values in the layout drawn in steps.h, and attention over them with a running softmax (Milakov and
-// Gimelshein 2018, arXiv:1805.02867): block by block of positions, so that memory does not grow with their number. Blocks
-// begin at multiples of kBlock whatever the queries, which are computed independently of one another: how tokens are cut
-// into calls changes no bit. Included after a simd.h.
+// Attention over keys and values in the layout drawn in steps.h, with a running softmax (Milakov and Gimelshein 2018,
+// arXiv:1805.02867): span by span of positions, so that memory does not grow with their number. Spans begin at multiples
+// of kSpan whatever the queries, which are computed independently of one another: how tokens are cut into calls changes
+// no bit. Included after a simd.h.
 #pragma once
 
 #include <math.h>
+
+#include <type_traits>
 
 #include "decode/between.h"
 #include "decode/elements.h"
@@ -34,14 +36,24 @@ struct Loader<Int4, VALUES> {
   }
 };
 
+// What the next call will read: lines are fetched early, at as many bytes as this one reads of its own, into the
+// second-level cache.
+template <int BYTES>
+FEWBIT_INLINE void fetch(const uint8_t* ahead) {
+  for (int at = 0; at < BYTES; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+}
+
 // scores[q][p] = q . key p for Q queries and the positions of T tiles: enough sums to hide their latency.
 template <class E, int Q, int T>
-FEWBIT_INLINE void score_tiles(const HeadLayout& layout, const uint8_t* tiles, const float* const* q, float* scores) {
+FEWBIT_INLINE void score_tiles(const HeadLayout& layout, const uint8_t* tiles, const uint8_t* ahead,
+                               const float* const* q, float* scores) {
+  constexpr int line = T * kTile * E::kBits / 8;
   F total[T][Q][kVectors];
   for (int t = 0; t < T; t++)
     for (int i = 0; i < Q; i++)
       for (int v = 0; v < kVectors; v++) total[t][i][v] = broadcast(0.0f);
   for (int64_t d = 0; d < layout.dim; d++) {
+    fetch<line>(ahead + d * line);
     F query[Q];
     for (int i = 0; i < Q; i++) query[i] = broadcast(q[i][d]);
     for (int t = 0; t < T; t++)
@@ -52,22 +64,23 @@ FEWBIT_INLINE void score_tiles(const HeadLayout& layout, const uint8_t* tiles, c
   }
   for (int t = 0; t < T; t++)
     for (int i = 0; i < Q; i++)
-      for (int v = 0; v < kVectors; v++) store(scores + t * kTile + i * kBlock + v * kLanes, total[t][i][v]);
+      for (int v = 0; v < kVectors; v++) store(scores + t * kTile + i * kSpan + v * kLanes, total[t][i][v]);
 }
 
-// out[q] += sum over positions [begin, end) of weights[q][p] * value p, for Q queries.
+// out[q] += sum over positions [begin, end) of weights[q][p] * value p, for Q queries and V vectors of dimensions.
 template <class E, int Q, int V>
-FEWBIT_INLINE void mix_lanes(const HeadLayout& layout, const uint8_t* values, int64_t begin, int64_t end,
-                             const float* weights, int64_t first, float* out) {
+FEWBIT_INLINE void mix_lanes(const HeadLayout& layout, const uint8_t* values, const uint8_t* ahead, int64_t begin,
+                             int64_t end, const float* weights, int64_t first, float* out) {
+  constexpr int line = V * kLanes * E::kBits / 8;
   F total[Q][V];
   for (int i = 0; i < Q; i++)
     for (int v = 0; v < V; v++) total[i][v] = load(out + i * layout.width + first + v * kLanes);
   for (int64_t p = begin; p < end; p++) {
-    const uint8_t* tile = values + p / kTile * layout.value_tile;
+    fetch<line>(ahead + (p * layout.width + first) * E::kBits / 8);
     F weight[Q];
-    for (int i = 0; i < Q; i++) weight[i] = broadcast(weights[i * kBlock + p]);
+    for (int i = 0; i < Q; i++) weight[i] = broadcast(weights[i * kSpan + p]);
     for (int v = 0; v < V; v++) {
-      const F value = Loader<E, true>::at(tile, layout.width, p % kTile, first + v * kLanes);
+      const F value = Loader<E, true>::at(values, layout.width, p, first + v * kLanes);
       for (int i = 0; i < Q; i++) total[i][v] = fma(weight[i], value, total[i][v]);
     }
   }
@@ -76,54 +89,66 @@ FEWBIT_INLINE void mix_lanes(const HeadLayout& layout, const uint8_t* values, in
 }
 
 template <class E, int Q>
-FEWBIT_INLINE void mix_block(const HeadLayout& layout, const uint8_t* values, int64_t begin, int64_t end,
-                             const float* weights, float* out) {
+FEWBIT_INLINE void mix_block(const HeadLayout& layout, const uint8_t* values, const uint8_t* ahead, int64_t begin,
+                             int64_t end, const float* weights, float* out) {
   constexpr int V = kWidth / kLanes;  // 8 sums for 4 queries where there are 32 registers, so that twice as many fit
   int64_t first = 0;
   for (; kLanes == 16 && first + 2 * kWidth <= layout.width; first += 2 * kWidth)
-    mix_lanes<E, Q, 2 * V>(layout, values, begin, end, weights, first, out);
-  for (; first < layout.width; first += kWidth) mix_lanes<E, Q, V>(layout, values, begin, end, weights, first, out);
+    mix_lanes<E, Q, 2 * V>(layout, values, ahead, begin, end, weights, first, out);
+  for (; first < layout.width; first += kWidth)
+    mix_lanes<E, Q, V>(layout, values, ahead, begin, end, weights, first, out);
 }
 
 template <class E, int Q>
-FEWBIT_INLINE void score_block(const HeadLayout& layout, const uint8_t* head, int64_t begin, int64_t end,
-                               const float* const* q, float* scores) {
+FEWBIT_INLINE void score_block(const HeadLayout& layout, const uint8_t* head, const uint8_t* ahead, int64_t begin,
+                               int64_t end, const float* const* q, float* scores) {
   int64_t t = begin;
+  const auto some = [&](auto tiles) {
+    constexpr int T = decltype(tiles)::value;
+    const int64_t at = t * layout.key_tile;
+    score_tiles<E, Q, T>(layout, head + at, ahead + at, q, scores + t * kTile);
+    t += T;
+  };
   if constexpr (kLanes == 16) {  // up to 16 sums, 4 keys and as many queries in 32 registers
-    for (; t + 4 <= end; t += 4) score_tiles<E, Q, 4>(layout, head + t * layout.key_tile, q, scores + t * kTile);
-    for (; t + 2 <= end; t += 2) score_tiles<E, Q, 2>(layout, head + t * layout.key_tile, q, scores + t * kTile);
+    while (t + 4 <= end) some(std::integral_constant<int, 4>());
+    if (t + 2 <= end) some(std::integral_constant<int, 2>());
   }
-  for (; t < end; t++) score_tiles<E, Q, 1>(layout, head + t * layout.key_tile, q, scores + t * kTile);
+  while (t < end) some(std::integral_constant<int, 1>());
 }
 
+// Of one head: keys and values in a block, and the bytes of what comes next that are as far from `ahead`.
+struct Seen {
+  const uint8_t *head, *ahead;
+};
+
 template <class E>
-void score_some(const HeadLayout& layout, const uint8_t* head, int64_t tile_begin, int64_t tile_end,
+void score_some(const HeadLayout& layout, const Seen& seen, int64_t tile_begin, int64_t tile_end,
                 const float* const* q, int64_t queries, float* scores) {
   switch (queries) {
-    case 1: return score_block<E, 1>(layout, head, tile_begin, tile_end, q, scores);
-    case 2: return score_block<E, 2>(layout, head, tile_begin, tile_end, q, scores);
-    case 3: return score_block<E, 3>(layout, head, tile_begin, tile_end, q, scores);
-    default: return score_block<E, 4>(layout, head, tile_begin, tile_end, q, scores);
+    case 1: return score_block<E, 1>(layout, seen.head, seen.ahead, tile_begin, tile_end, q, scores);
+    case 2: return score_block<E, 2>(layout, seen.head, seen.ahead, tile_begin, tile_end, q, scores);
+    case 3: return score_block<E, 3>(layout, seen.head, seen.ahead, tile_begin, tile_end, q, scores);
+    default: return score_block<E, 4>(layout, seen.head, seen.ahead, tile_begin, tile_end, q, scores);
   }
 }
 
 template <class E>
-void mix_some(const HeadLayout& layout, const uint8_t* head, int64_t begin, int64_t end, int64_t queries,
+void mix_some(const HeadLayout& layout, const Seen& seen, int64_t begin, int64_t end, int64_t queries,
               const float* weights, float* out) {
-  const uint8_t* values = head + layout.values;
+  const uint8_t *values = seen.head + layout.values, *ahead = seen.ahead + layout.values;
   switch (queries) {
-    case 1: return mix_block<E, 1>(layout, values, begin, end, weights, out);
-    case 2: return mix_block<E, 2>(layout, values, begin, end, weights, out);
-    case 3: return mix_block<E, 3>(layout, values, begin, end, weights, out);
-    default: return mix_block<E, 4>(layout, values, begin, end, weights, out);
+    case 1: return mix_block<E, 1>(layout, values, ahead, begin, end, weights, out);
+    case 2: return mix_block<E, 2>(layout, values, ahead, begin, end, weights, out);
+    case 3: return mix_block<E, 3>(layout, values, ahead, begin, end, weights, out);
+    default: return mix_block<E, 4>(layout, values, ahead, begin, end, weights, out);
   }
 }
 
 // The codec of each type of elements: how up to kTogether queries see keys and values.
 struct Codec {
-  void (*score)(const HeadLayout&, const uint8_t* head, int64_t tile_begin, int64_t tile_end, const float* const* q,
+  void (*score)(const HeadLayout&, const Seen&, int64_t tile_begin, int64_t tile_end, const float* const* q,
                 int64_t queries, float* scores);
-  void (*mix)(const HeadLayout&, const uint8_t* head, int64_t begin, int64_t end, int64_t queries, const float* weights,
+  void (*mix)(const HeadLayout&, const Seen&, int64_t begin, int64_t end, int64_t queries, const float* weights,
               float* out);
 };
 
@@ -139,66 +164,124 @@ struct State {
   float most, total;
 };
 
-// Scores of positions [begin, end) of a block become weights, the others 0; `out`, (width), is scaled to the new largest
-// score. Nothing changes where nothing is seen.
-FEWBIT_INLINE void weigh(float* scores, int64_t begin, int64_t end, State* state, float* out, int64_t width) {
-  for (int64_t p = 0; p < begin; p++) scores[p] = kNever;
-  for (int64_t p = end; p < kBlock; p++) scores[p] = kNever;
-  F lane = load(scores);
-  for (int64_t p = kLanes; p < kBlock; p += kLanes) lane = larger(lane, load(scores + p));
-  const float here = largest_of(lane), most = state->most > here ? state->most : here;
-  if (most > state->most) {
-    const float factor = state->total == 0.0f ? 0.0f : exp_of(state->most - most);
-    for (int64_t d = 0; d < width; d++) out[d] *= factor;
-    state->total *= factor, state->most = most;
-  }
-  const float largest = state->most;
-  for (int64_t p = 0; p < kBlock; p++) scores[p] = exp_of(scores[p] - largest);
-  state->total += sum_of(kBlock, [=](int64_t p) { return scores[p]; });
+// Positions of a span.
+struct Range {
+  int64_t begin, end;
+};
+
+// Those of the tiles that a range touches.
+FEWBIT_INLINE Range whole_tiles(const Range& range) {
+  return {range.begin / kTile * kTile, (range.end + kTile - 1) / kTile * kTile};
 }
 
-// Up to kTogether queries, scores (kTogether, kBlock), out (kTogether, width).
-void see_block(const AttentionTask& task, int64_t b, const Query* queries, int64_t count, float* scores, State* states,
-               float* out) {
-  const bool closed = task.is_closed[b] != 0;
-  const HeadLayout& layout = closed ? task.closed : task.open;
-  const uint8_t* head = task.blocks[b] + (closed ? task.closed_at : task.open_at);
-  const Codec& codec = kCodecs[layout.kv];
-  int64_t begin[kTogether], end[kTogether], first = kBlock, last = 0;
+// Scores of positions `mine` become weights, those of the others among the tiles of `all` 0; `out`, (width), is scaled to
+// the new largest score. Nothing changes where nothing is seen.
+FEWBIT_INLINE void weigh(float* scores, const Range& mine, const Range& all, State* state, float* out, int64_t width) {
+  const Range tiles = whole_tiles(all);
+  for (int64_t p = tiles.begin; p < mine.begin; p++) scores[p] = kNever;
+  for (int64_t p = mine.end; p < tiles.end; p++) scores[p] = kNever;
+  F lane = load(scores + tiles.begin);
+  for (int64_t p = tiles.begin + kLanes; p < tiles.end; p += kLanes) lane = larger(lane, load(scores + p));
+  const float here = largest_of(lane), most = state->most > here ? state->most : here;
+  if (most > state->most) {
+    if (state->total != 0.0f) {
+      const float factor = exp_of(state->most - most);
+      for (int64_t d = 0; d < width; d++) out[d] *= factor;
+      state->total *= factor;
+    }
+    state->most = most;
+  }
+  const float largest = state->most;
+  F total[kVectors];
+  for (int v = 0; v < kVectors; v++) total[v] = broadcast(0.0f);
+  for (int64_t p = tiles.begin; p < tiles.end; p += kTile) {
+    for (int i = 0; i < kTile; i++) scores[p + i] = exp_of(scores[p + i] - largest);
+    for (int v = 0; v < kVectors; v++) total[v] = add(total[v], load(scores + p + v * kLanes));
+  }
+  for (int half = kVectors / 2; half; half /= 2)
+    for (int v = 0; v < half; v++) total[v] = add(total[v], total[v + half]);
+  state->total += sum_lanes(total[0]);
+}
+
+// A span, and what up to kTogether queries see of it.
+struct Span {
+  const AttentionTask& task;
+  int64_t first_block, last_block;  // of the span; of the call
+  Range range[kTogether], all;  // seen by each query; from the first to the last that any sees
+
+  FEWBIT_INLINE Span(const AttentionTask& what, int64_t block, int64_t last, const Query* queries, int64_t count)
+      : task(what), first_block(block), last_block(last), all{kSpan, 0} {
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t position = queries[i].position - block * kBlock;
+      Range& mine = range[i];
+      mine.end = position + 1 < kSpan ? position + 1 : kSpan;
+      mine.begin = task.window && position >= task.window ? position - task.window + 1 : 0;
+      if (mine.begin >= mine.end) continue;
+      all.begin = mine.begin < all.begin ? mine.begin : all.begin;
+      all.end = mine.end > all.end ? mine.end : all.end;
+    }
+  }
+
+  FEWBIT_INLINE const uint8_t* head(int64_t block) const {
+    return task.blocks[block] + (task.is_closed[block] ? task.closed_at : task.open_at);
+  }
+
+  // What block `at` is to the span, to the one that is read next; or null.
+  FEWBIT_INLINE const uint8_t* ahead(int64_t at) const {
+    const int64_t blocks = kSpan / kBlock, next = first_block + blocks + at;
+    if (last_block < first_block + blocks) return task.next[at];
+    return next <= last_block ? head(next) : nullptr;
+  }
+
+  // work(layout, seen, first, here) for each block: its first position in the span, and those of `some` in it.
+  template <class W>
+  FEWBIT_INLINE void each_block(const Range& some, const W& work) const {
+    for (int64_t at = some.begin / kBlock; at * kBlock < some.end; at++) {
+      const int64_t first = at * kBlock, block = first_block + at;
+      const Range here = {some.begin > first ? some.begin - first : 0,
+                          some.end < first + kBlock ? some.end - first : kBlock};
+      const uint8_t* next = ahead(at);
+      work(task.is_closed[block] ? task.closed : task.open, Seen{head(block), next ? next : head(block)}, first, here);
+    }
+  }
+};
+
+// Up to kTogether queries, scores (kTogether, kSpan), out (kTogether, width).
+void see_span(const Span& span, const Query* queries, int64_t count, float* scores, State* states, float* out) {
+  const AttentionTask& task = span.task;
   const float* q[kTogether];
-  for (int64_t i = 0; i < count; i++) {
-    const int64_t position = queries[i].position - b * kBlock;
-    end[i] = position + 1 < kBlock ? position + 1 : kBlock;
-    begin[i] = task.window && position >= task.window ? position - task.window + 1 : 0;
-    if (begin[i] < end[i]) {
-      first = begin[i] < first ? begin[i] : first;
-      last = end[i] > last ? end[i] : last;
+  for (int64_t i = 0; i < count; i++) q[i] = queries[i].q;
+  const auto score = [&](const HeadLayout& layout, const Seen& seen, int64_t first, const Range& here) {
+    kCodecs[layout.kv].score(layout, seen, here.begin / kTile, here.end / kTile, q, count, scores + first);
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(seen.head + layout.scales);
+    for (int64_t i = 0; i < count; i++) {
+      float* s = scores + i * kSpan + first;
+      for (int64_t p = here.begin; p < here.end; p++) s[p] *= task.scale;
+      if (layout.scales)
+        for (int64_t p = here.begin; p < here.end; p++) s[p] *= from_float16(scales[p]);
+      if (task.cap != 0.0f) cap_to(s + here.begin, 1.0f, task.cap, here.end - here.begin);
     }
-    q[i] = queries[i].q;
-  }
-  if (first >= last) return;
-  const int64_t tile = first / kTile, tiles_end = (last + kTile - 1) / kTile;
-  codec.score(layout, head, tile, tiles_end, q, count, scores);
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + layout.scales);
+  };
+  const auto mix = [&](const HeadLayout& layout, const Seen& seen, int64_t first, const Range& here) {
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(seen.head + layout.scales) + kBlock;
+    if (layout.scales)
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t p = here.begin; p < here.end; p++) scores[i * kSpan + first + p] *= from_float16(scales[p]);
+    kCodecs[layout.kv].mix(layout, seen, here.begin, here.end, count, scores + first, out);
+  };
+  span.each_block(whole_tiles(span.all), score);
   for (int64_t i = 0; i < count; i++) {
-    float* s = scores + i * kBlock;
-    if (begin[i] >= end[i]) {
-      for (int64_t p = 0; p < kBlock; p++) s[p] = 0.0f;
-      continue;
-    }
-    for (int64_t p = tile * kTile; p < tiles_end * kTile; p++) s[p] *= task.scale;
-    if (layout.scales)
-      for (int64_t p = tile * kTile; p < tiles_end * kTile; p++) s[p] *= from_float16(scales[p]);
-    if (task.cap != 0.0f) cap_to(s + tile * kTile, 1.0f, task.cap, (tiles_end - tile) * kTile);
-    weigh(s, begin[i], end[i], &states[i], out + i * layout.width, layout.width);
-    if (layout.scales)
-      for (int64_t p = 0; p < kBlock; p++) s[p] *= from_float16(scales[kBlock + p]);
+    float* s = scores + i * kSpan;
+    if (span.range[i].begin < span.range[i].end)
+      weigh(s, span.range[i], span.all, &states[i], out + i * task.open.width, task.open.width);
+    else
+      for (int64_t p = span.all.begin; p < span.all.end; p++) s[p] = 0.0f;
   }
-  codec.mix(layout, head, first, last, count, scores, out);
+  span.each_block(span.all, mix);
 }
 
 void attend(const AttentionTask& task) {
-  float scores[kTogether * kBlock];
+  alignas(64) float scores[kTogether * kSpan];
   alignas(64) float out[kTogether * kMostHeadDim];
   const int64_t width = task.open.width;
   for (int64_t at = 0; at < task.count; at += kTogether) {
@@ -212,113 +295,12 @@ void attend(const AttentionTask& task) {
       latest = queries[i].position > latest ? queries[i].position : latest;
     }
     memset(out, 0, static_cast<size_t>(count * width) * sizeof(float));
-    const int64_t begin = task.window && earliest >= task.window ? (earliest - task.window + 1) / kBlock : 0;
-    for (int64_t b = begin; b <= latest / kBlock; b++) see_block(task, b, queries, count, scores, states, out);
+    const int64_t begin = task.window && earliest >= task.window ? (earliest - task.window + 1) / kSpan : 0;
+    for (int64_t s = begin; s <= latest / kSpan; s++)
+      see_span(Span(task, s * (kSpan / kBlock), latest / kBlock, queries, count), queries, count, scores, states, out);
     for (int64_t i = 0; i < count; i++)
       for (int64_t d = 0; d < task.open.dim; d++) queries[i].out[d] = out[i * width + d] / states[i].total;
   }
-}
-
-// `count` floats as elements of an open block; their type is that of `out`.
-FEWBIT_INLINE void narrow(int32_t, const float* x, int64_t count, float* out) {
-  memcpy(out, x, static_cast<size_t>(count) * sizeof(float));
-}
-
-FEWBIT_INLINE void narrow(int32_t kv, const float* x, int64_t count, uint16_t* out) {
-  if (kv == FEWBIT_BFLOAT16) {
-    for (int64_t d = 0; d < count; d++) out[d] = to_bfloat16(x[d]);
-    return;
-  }
-  const float most = 65504.0f;  // an infinity would be NaN times the weight 0 of a position that is not seen
-  float clamped[kMostHeadDim];
-  for (int64_t d = 0; d < count; d++) clamped[d] = x[d] > most ? most : x[d] < -most ? -most : x[d];
-  for (int64_t d = 0; d < count; d++) out[d] = to_float16(clamped[d]);
-}
-
-template <class T>
-FEWBIT_INLINE void append_as(const HeadLayout& layout, uint8_t* head, int64_t position, const float* key,
-                             const float* value) {
-  T narrowed[kMostHeadDim];
-  const int64_t at = position % kTile;
-  T* keys = reinterpret_cast<T*>(head + position / kTile * layout.key_tile) + at;
-  uint8_t* values = head + layout.values + position / kTile * layout.value_tile;
-  narrow(layout.kv, key, layout.dim, narrowed);
-  for (int64_t d = 0; d < layout.dim; d++) keys[d * kTile] = narrowed[d];
-  narrow(layout.kv, value, layout.dim, reinterpret_cast<T*>(values) + at * layout.width);
-}
-
-void append(const HeadLayout& layout, uint8_t* head, int64_t position, const float* key, const float* value) {
-  if (layout.kv == FEWBIT_FLOAT32) append_as<float>(layout, head, position, key, value);
-  else append_as<uint16_t>(layout, head, position, key, value);
-}
-
-// Where element d of position p is, in either half of a head: element index and, for 4 bits, whether the high half.
-FEWBIT_INLINE int64_t index_of(const HeadLayout& layout, bool value, int64_t p, int64_t d, bool* high) {
-  const bool short_codes = layout.kv == FEWBIT_KV_INT4;
-  if (value) {
-    *high = short_codes && d % 32 >= 16;
-    return p % kTile * layout.width / (short_codes ? int64_t{2} : int64_t{1}) + (short_codes ? d / 32 * 16 + d % 16 : d);
-  }
-  *high = short_codes && d % 2;
-  return (short_codes ? d / 2 : d) * kTile + p % kTile;
-}
-
-FEWBIT_INLINE uint8_t* tile_of(const HeadLayout& layout, bool value, uint8_t* head, int64_t p) {
-  return value ? head + layout.values + p / kTile * layout.value_tile : head + p / kTile * layout.key_tile;
-}
-
-FEWBIT_INLINE float element(int32_t dtype, const uint8_t* tile, int64_t index) {
-  if (dtype == FEWBIT_FLOAT32) return reinterpret_cast<const float*>(tile)[index];
-  const uint16_t half = reinterpret_cast<const uint16_t*>(tile)[index];
-  return dtype == FEWBIT_BFLOAT16 ? from_bfloat16(half) : from_float16(half);
-}
-
-// Codes of one position's keys or values: scale = float16(max|x| / most), code = round(x / scale), most = 127 or 7.
-void close_position(const HeadLayout& open, uint8_t* from, const HeadLayout& closed, uint8_t* to, bool value,
-                    int64_t p) {
-  const float most = closed.kv == FEWBIT_KV_INT8 ? 127.0f : 7.0f;
-  bool high;
-  float largest = 0.0f;
-  const uint8_t* tile = tile_of(open, value, from, p);
-  for (int64_t d = 0; d < open.dim; d++) {
-    const float x = fabsf(element(open.kv, tile, index_of(open, value, p, d, &high)));
-    largest = x > largest ? x : largest;
-  }
-  const float least = 5.9604644775390625e-08f, wanted = largest / most;
-  const uint16_t scale = to_float16(wanted < least ? least : wanted);
-  reinterpret_cast<uint16_t*>(to + closed.scales)[(value ? kBlock : int64_t{0}) + p] = scale;
-  uint8_t* codes = tile_of(closed, value, to, p);
-  for (int64_t d = 0; d < open.dim; d++) {
-    const float x = element(open.kv, tile, index_of(open, value, p, d, &high)) / from_float16(scale);
-    const float clamped = x > most ? most : x < -most ? -most : x;
-    const int32_t code = static_cast<int32_t>(nearbyintf(clamped));
-    const int64_t at = index_of(closed, value, p, d, &high);
-    if (closed.kv == FEWBIT_KV_INT8) codes[at] = static_cast<uint8_t>(code + 128);
-    else codes[at] = static_cast<uint8_t>(codes[at] | static_cast<uint8_t>(code + 8) << (high ? 4 : 0));
-  }
-}
-
-void close_block(const HeadLayout& open, const uint8_t* from, const HeadLayout& closed, uint8_t* to) {
-  memset(to, 0, static_cast<size_t>(closed.bytes));
-  for (int64_t p = 0; p < kBlock; p++)
-    for (int value = 0; value < 2; value++) close_position(open, const_cast<uint8_t*>(from), closed, to, value, p);
-}
-
-void reopen_block(const HeadLayout& closed, const uint8_t* from, const HeadLayout& open, uint8_t* to) {
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(from + closed.scales);
-  for (int64_t p = 0; p < kBlock; p++)
-    for (int value = 0; value < 2; value++) {
-      const uint8_t* codes = tile_of(closed, value, const_cast<uint8_t*>(from), p);
-      uint8_t* tile = tile_of(open, value, to, p);
-      const float scale = from_float16(scales[(value ? kBlock : int64_t{0}) + p]);
-      for (int64_t d = 0; d < open.dim; d++) {
-        bool high;
-        const uint8_t byte = codes[index_of(closed, value, p, d, &high)];
-        const int32_t code = closed.kv == FEWBIT_KV_INT8 ? byte - 128 : ((byte >> (high ? 4 : 0)) & 15) - 8;
-        const float x = static_cast<float>(code) * scale;
-        narrow(open.kv, &x, 1, reinterpret_cast<uint16_t*>(tile) + index_of(open, value, p, d, &high));
-      }
-    }
 }
 
 }  // namespace

@@ -26,6 +26,12 @@ const Steps* steps_of(int32_t isa) {
   }
 }
 
+const Steps& best_steps() {
+  for (const int32_t isa : {FEWBIT_AVX512, FEWBIT_AVX2, FEWBIT_NEON})
+    if (const Steps* steps = steps_of(isa)) return *steps;
+  return decode_steps_serial;
+}
+
 namespace {
 
 constexpr int64_t kSmallAttention = 1 << 15;  // keys times dimensions below which one thread is as fast
@@ -52,30 +58,46 @@ int64_t most_pairs(const fewbit_model& model) {
   return most;
 }
 
-// Queries and keys of one row are normed and rotated; keys and values go to the cache.
-void place_row(fewbit_decoder* d, const fewbit_block& block, int64_t layer, const Run& run, int64_t row) {
+// One head of keys of a row, and the queries that share it, are normed and rotated; keys and values go to the cache.
+void place_head(fewbit_decoder* d, const fewbit_block& block, int64_t layer, const Run& run, int64_t row,
+                int64_t kv_head) {
   const fewbit_model& m = d->model;
   const Steps& steps = d->steps;
   const fewbit_rope& rope = m.rope[block.rope];
-  const int64_t dim = m.head_dim, width = (m.heads + 2 * m.kv_heads) * dim;
-  float* q = d->scratch.qkv.data() + row * width;
+  const int64_t dim = m.head_dim, group = m.heads / m.kv_heads;
+  float* q = d->scratch.qkv.data() + row * (m.heads + 2 * m.kv_heads) * dim;
+  float *key = q + (m.heads + kv_head) * dim, *value = key + m.kv_heads * dim;
   const int64_t at = (block.rope * d->pass.rows() + row) * most_pairs(m);
-  for (int64_t h = 0; h < m.heads + m.kv_heads; h++) {
-    const float* weight = h < m.heads ? block.q_norm : block.k_norm;
-    if (weight) steps.norm(q + h * dim, weight, m.eps, dim, q + h * dim);
-    steps.rotate(q + h * dim, rope.pairs, d->scratch.cosines.data() + at, d->scratch.sines.data() + at);
-  }
-  const float *keys = q + m.heads * dim, *values = keys + m.kv_heads * dim;
+  const auto turned = [&](float* head, const float* weight) {
+    if (weight) steps.norm(head, weight, m.eps, dim, head);
+    steps.rotate(head, rope.pairs, d->scratch.cosines.data() + at, d->scratch.sines.data() + at);
+  };
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; h++) turned(q + h * dim, block.q_norm);
+  turned(key, block.k_norm);
   const int64_t position = run.position + row - run.row;
-  for (int64_t h = 0; h < m.kv_heads; h++)
-    steps.append(d->cache.open(), d->cache.place(run.sequence, position, layer, h), position % kBlock, keys + h * dim,
-                 values + h * dim);
+  steps.append(d->cache.open(), d->cache.place(run.sequence, position, layer, kv_head), position % kBlock, key, value);
 }
 
-void attend_unit(fewbit_decoder* d, const fewbit_block& block, int64_t layer, const Unit& unit) {
+// What the first span of a unit reads, as AttentionTask wants it; nothing of a unit of many rows, which reads little beside
+// what it computes.
+void list_next(const fewbit_decoder* d, const fewbit_block& block, int64_t layer, const Unit& unit,
+               const uint8_t** next) {
+  const Run& run = *unit.run;
+  const int64_t head = layer * d->model.kv_heads + unit.kv_head, blocks = kSpan / kBlock;
+  const int64_t seen = block.window && run.position >= block.window ? run.position - block.window + 1 : 0;
+  const int64_t first = seen / kSpan * blocks, last = least(run.position / kBlock, first + blocks - 1);
+  for (int64_t b = seen / kBlock; run.places && b <= last; b++) {
+    const auto at = static_cast<size_t>(b);
+    next[b - first] = run.blocks[at] + head * (run.closed[at] ? d->cache.closed() : d->cache.open()).bytes;
+  }
+}
+
+// `next`: the unit that this thread is likely to take after it, or null.
+void attend_unit(fewbit_decoder* d, const fewbit_block& block, int64_t layer, const Unit& unit, const Unit* next) {
   const fewbit_model& m = d->model;
   const int64_t dim = m.head_dim, width = (m.heads + 2 * m.kv_heads) * dim;
   const Run& run = *unit.run;
+  if (run.places) place_head(d, block, layer, run, unit.row, unit.kv_head);
   Query queries[kQueries];
   int64_t count = 0;
   for (int64_t row = unit.row; row < unit.row + unit.count; row++)
@@ -84,8 +106,10 @@ void attend_unit(fewbit_decoder* d, const fewbit_block& block, int64_t layer, co
                           d->scratch.attended.data() + (row * m.heads + h) * dim, run.position + row - run.row};
   const int64_t head = layer * m.kv_heads + unit.kv_head;
   const HeadLayout &open = d->cache.open(), &closed = d->cache.closed();
-  d->steps.attend({open, closed, run.blocks.data(), run.closed.data(), head * open.bytes, head * closed.bytes, queries,
-                   count, block.window, m.query_scale, m.attention_cap});
+  AttentionTask task = {open,    closed, run.blocks.data(), run.closed.data(), head * open.bytes, head * closed.bytes,
+                        queries, count,  block.window,      m.query_scale,     m.attention_cap,   {}};
+  if (next) list_next(d, block, layer, *next, task.next);
+  d->steps.attend(task);
 }
 
 // attended = softmax(q k^T) v of every row.
@@ -101,12 +125,18 @@ int attention(fewbit_decoder* d, const Means& means, const fewbit_block& block, 
   if (code != FEWBIT_OK) return code;
   int64_t seen = 0;
   for (const Run& run : d->pass.runs) {
-    spread(run.count, threads_for(means, run.count),
-           [&](int64_t i) { place_row(d, block, layer, run, run.row + i); });
+    if (!run.places)
+      spread(run.count, threads_for(means, run.count), [&](int64_t i) {
+        for (int64_t h = 0; h < m.kv_heads; h++) place_head(d, block, layer, run, run.row + i, h);
+      });
     seen += (run.position + run.count) * run.count * m.heads * dim;
   }
-  spread(static_cast<int64_t>(d->pass.units.size()), seen < kSmallAttention ? 1 : means.threads,
-         [&](int64_t i) { attend_unit(d, block, layer, d->pass.units[static_cast<size_t>(i)]); });
+  const std::vector<Unit>& units = d->pass.units;
+  const int32_t threads = seen < kSmallAttention ? 1 : means.threads;
+  spread(static_cast<int64_t>(units.size()), threads, [&](int64_t i) {
+    const size_t at = static_cast<size_t>(i), next = at + static_cast<size_t>(threads);
+    attend_unit(d, block, layer, units[at], next < units.size() ? &units[next] : nullptr);
+  });
   return FEWBIT_OK;
 }
 
@@ -200,13 +230,14 @@ void divide(const fewbit_model& m, Pass* pass) {
 bool next_pass(fewbit_decoder* d, const fewbit_part* parts, int64_t count, bool every, std::vector<int64_t>* done) {
   Pass& pass = d->pass;
   pass.runs.clear(), pass.tokens.clear(), pass.positions.clear(), pass.wanted.clear(), pass.outputs.clear();
+  const int64_t group = d->model.heads / d->model.kv_heads;
   int64_t tokens = 0;  // of the parts before
   for (int64_t p = 0; p < count && pass.rows() < kChunk; tokens += parts[p++].count) {
     const int64_t before = (*done)[static_cast<size_t>(p)], left = parts[p].count - before;
     if (!left) continue;
     const int64_t some = d->cache.room(parts[p].sequence, least(left, kChunk - pass.rows()));
     const int64_t position = d->cache.length(parts[p].sequence);
-    pass.runs.push_back({parts[p].sequence, position, pass.rows(), some, {}, {}});
+    pass.runs.push_back({parts[p].sequence, position, pass.rows(), some, some == 1 && group <= kQueries, {}, {}});
     for (int64_t i = 0; i < some; i++) {
       if (every || i + 1 == left) {
         pass.wanted.push_back(pass.rows());

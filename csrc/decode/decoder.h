@@ -22,6 +22,7 @@ struct Scratch {
 // Consecutive rows of one sequence.
 struct Run {
   int64_t sequence, position, row, count;  // position of the first
+  bool places;  // whether each head's keys and values are put in their places by the one unit that sees them
   std::vector<const uint8_t*> blocks;
   std::vector<uint8_t> closed;
 };

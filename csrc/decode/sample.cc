@@ -14,51 +14,20 @@
 
 #include "core/pool.h"
 #include "decode/philox.h"
+#include "decode/steps.h"
 #include "fewbit.h"
 
 namespace fewbit {
 namespace {
 
-constexpr int64_t kLanes = 16;       // independent sums and maxima, so that the compiler may use vectors
 constexpr int64_t kTogether = 1024;  // tokens whose sum or largest is kept, to find one without another walk over all
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-struct Candidate {
-  float value;
-  int32_t token;
-};
 
 bool better(const Candidate& a, const Candidate& b) {
   return a.value > b.value || (a.value == b.value && a.token < b.token);
 }
 
 constexpr Candidate kAll = {-kInfinity, std::numeric_limits<int32_t>::max()};
-
-// Whether a token stays whose worst companion is `last`.
-bool stays(float value, int32_t token, const Candidate& last) {
-  return (value > last.value) | ((value == last.value) & (token <= last.token));
-}
-
-// e^x for x <= 0, the Taylor series to the seventh power within half a power of two; 0 below -87. Our own, for the
-// vectors, and so that one result comes from every mathematical library.
-float exponential(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const int32_t power = static_cast<int32_t>(clamped * 1.44269504f - 0.5f);
-  const float whole = static_cast<float>(power);
-  const float r = (clamped - whole * 0.693145752f) - whole * 1.42860677e-6f;  // 15 bits of ln 2: the product is exact
-  float y = 1.0f / 5040;
-  y = y * r + 1.0f / 720;
-  y = y * r + 1.0f / 120;
-  y = y * r + 1.0f / 24;
-  y = y * r + 1.0f / 6;
-  y = y * r + 0.5f;
-  y = y * r + 1.0f;
-  y = y * r + 1.0f;
-  const int32_t bits = (power + 127) << 23;
-  float scale;
-  memcpy(&scale, &bits, sizeof(scale));
-  return x < -87.0f ? 0.0f : y * scale;
-}
 
 void adjust(const fewbit_draw& draw) {
   for (int64_t i = 0; i < draw.bias_count; i++) draw.logits[draw.biased[i]] += draw.bias[i];
@@ -70,24 +39,28 @@ void adjust(const fewbit_draw& draw) {
   }
 }
 
+// The largest of a few values; NaN where one is NaN or +infinity.
+float largest_beside_infinities(const float* x, int64_t n) {
+  float most = -kInfinity;
+  for (int64_t i = 0; i < n; i++) {
+    if (!(x[i] < kInfinity)) return std::numeric_limits<float>::quiet_NaN();
+    most = std::max(most, x[i]);
+  }
+  return most;
+}
+
 // The largest of n values, and the first of the kTogether tokens that it is among; NaN where a value is NaN or +infinity, or
 // none is finite.
-Candidate largest(const float* values, int64_t n) {
+Candidate largest(const Steps& steps, const float* values, int64_t n) {
   Candidate most = {-kInfinity, 0};
-  int32_t bad = 0;
   for (int64_t first = 0; first < n; first += kTogether) {
-    const int64_t count = std::min(kTogether, n - first), whole = count - count % kLanes;
-    const float* x = values + first;
-    float lanes[kLanes];
-    std::fill(lanes, lanes + kLanes, -kInfinity);
-    for (int64_t i = 0; i < count; i++) bad |= !(x[i] < kInfinity);
-    for (int64_t i = 0; i < whole; i += kLanes)
-      for (int64_t lane = 0; lane < kLanes; lane++) lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
-    for (int64_t i = whole; i < count; i++) lanes[0] = std::max(lanes[0], x[i]);
-    const float here = *std::max_element(lanes, lanes + kLanes);
+    const int64_t count = std::min(kTogether, n - first);
+    float here = steps.largest(values + first, count);
+    if (isnan(here)) here = largest_beside_infinities(values + first, count);
+    if (isnan(here)) return {here, 0};
     if (here > most.value) most = {here, static_cast<int32_t>(first)};
   }
-  if (bad || !(most.value > -kInfinity)) most.value = std::numeric_limits<float>::quiet_NaN();
+  if (!(most.value > -kInfinity)) most.value = std::numeric_limits<float>::quiet_NaN();
   return most;
 }
 
@@ -134,23 +107,12 @@ Candidate nucleus(const float* weights, int64_t n, double top_p, double total, s
   return *begin;
 }
 
-double sum_of(const float* values, int64_t n) {
-  double lanes[kLanes] = {};
-  const int64_t whole = n - n % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; lane++) lanes[lane] += static_cast<double>(values[i + lane]);
-  for (int64_t i = whole; i < n; i++) lanes[0] += static_cast<double>(values[i]);
-  double sum = 0;
-  for (double lane : lanes) sum += lane;
-  return sum;
-}
-
 // The token in whose share of the sum u falls; the last one that has a share where rounding left u beyond all.
-int32_t drawn(const float* weights, int64_t n, double u, std::vector<double>& sums) {
+int32_t drawn(const Steps& steps, const float* weights, int64_t n, double u, std::vector<double>& sums) {
   sums.clear();
   double total = 0;
   for (int64_t i = 0; i < n; i += kTogether) {
-    sums.push_back(sum_of(weights + i, std::min(kTogether, n - i)));
+    sums.push_back(steps.sum(weights + i, std::min(kTogether, n - i)));
     total += sums.back();
   }
   double left = u * total;
@@ -174,22 +136,18 @@ int32_t sample(const fewbit_draw& draw) {
   static thread_local std::vector<double> sums;
   float* const x = draw.logits;
   const int64_t n = draw.vocabulary;
+  const Steps& steps = best_steps();
   adjust(draw);
-  const Candidate likeliest = largest(x, n);
+  const Candidate likeliest = largest(steps, x, n);
   const float most = likeliest.value;
   if (isnan(most)) return -1;
   if (draw.temperature == 0) return static_cast<int32_t>(std::find(x + likeliest.token, x + n, most) - x);
   const Candidate last = draw.top_k > 0 ? best(x, n, draw.top_k, gathered) : kAll;
-  for (int64_t i = 0; i < n; i++) {
-    const float weight = exponential((x[i] - most) / draw.temperature);
-    x[i] = stays(x[i], static_cast<int32_t>(i), last) ? weight : 0.0f;
-  }
+  steps.shares(x, n, most, draw.temperature, last);
   Candidate cut = kAll;
-  if (draw.top_p < 1) cut = nucleus(x, n, static_cast<double>(draw.top_p), sum_of(x, n), gathered);
-  if (draw.top_p < 1 || draw.min_p > 0)
-    for (int64_t i = 0; i < n; i++)
-      x[i] = stays(x[i], static_cast<int32_t>(i), cut) & (x[i] >= draw.min_p) ? x[i] : 0.0f;
-  return drawn(x, n, uniform(draw.seed, draw.position, draw.branch), sums);
+  if (draw.top_p < 1) cut = nucleus(x, n, static_cast<double>(draw.top_p), steps.sum(x, n), gathered);
+  if (draw.top_p < 1 || draw.min_p > 0) steps.cut(x, n, draw.min_p, cut);
+  return drawn(steps, x, n, uniform(draw.seed, draw.position, draw.branch), sums);
 }
 
 bool indices_fit(const int32_t* tokens, int64_t count, int64_t vocabulary) {

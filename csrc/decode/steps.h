@@ -17,6 +17,9 @@ namespace fewbit {
 // of 32 (low half) with i + 16.
 enum : int64_t { kBlock = 64, kTile = 16, kWidth = 32 };
 
+// Positions whose weights are found together: a whole number of blocks.
+enum : int64_t { kSpan = 512 };
+
 // Bytes of one head of one layer in a block, and where its parts begin.
 struct HeadLayout {
   int32_t kv;  // FEWBIT_FLOAT32, ..., FEWBIT_KV_INT4
@@ -43,6 +46,9 @@ struct AttentionTask {
   int64_t count;                    // of queries, at most kQueries
   int64_t window;                   // 0: all positions
   float scale, cap;
+  // Of the task that follows: its head in the blocks of its first span, fetched while the last one of this is read; or
+  // null.
+  const uint8_t* next[kSpan / kBlock];
 };
 
 struct DenseTask {
@@ -54,6 +60,12 @@ struct DenseTask {
   const float* bias;   // (rows) or null
   float* y;            // (tokens, rows), y_stride apart
   int64_t y_stride;
+};
+
+// A token and how likely it is: the higher the value, and of equals the lower the token.
+struct Candidate {
+  float value;
+  int32_t token;
 };
 
 struct Steps {
@@ -89,12 +101,23 @@ struct Steps {
   void (*attend)(const AttentionTask& task);
   // Rows [begin, end) of y.
   void (*dense)(const DenseTask& task, int64_t begin, int64_t end);
+  // Of a draw: the largest of x, or NaN where any is not finite;
+  float (*largest)(const float* x, int64_t count);
+  // x = e^((x - most) / temperature) of the tokens that stay, 0 of the others;
+  void (*shares)(float* x, int64_t count, float most, float temperature, Candidate last);
+  // x = 0 of those that do not, or are below `least`;
+  void (*cut)(float* x, int64_t count, float least, Candidate last);
+  // the sum of x.
+  double (*sum)(const float* x, int64_t count);
 };
 
 extern const Steps decode_steps_serial, decode_steps_avx2, decode_steps_avx512, decode_steps_neon;
 
 // The best row here that `isa` allows, or null.
 const Steps* steps_of(int32_t isa);
+
+// The best row here.
+const Steps& best_steps();
 
 HeadLayout layout_of(int32_t kv, int64_t dim);
 

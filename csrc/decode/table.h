@@ -4,12 +4,15 @@
 
 #include "decode/attention.h"
 #include "decode/between.h"
+#include "decode/draw.h"
+#include "decode/places.h"
 
 namespace fewbit {
 namespace {
 
-constexpr Steps kSteps = {norm,     add_to,   add_share, rotate,  gate,   cap_to,      hadamard,     mix,   scale_by,
-                          round_to, split_at, softmax,   append,  close_block, reopen_block, attend, dense};
+constexpr Steps kSteps = {norm,     add_to,   add_share, rotate, gate,        cap_to,       hadamard, mix,   scale_by,
+                          round_to, split_at, softmax,   append, close_block, reopen_block, attend,   dense, largest,
+                          shares,   cut,      sum};
 
 }  // namespace
 }  // namespace fewbit

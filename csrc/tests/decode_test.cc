@@ -79,6 +79,44 @@ void check_functions(const Steps& steps, int64_t count) {
   for (size_t i = 0; i < gates.size(); i++) near(out[i], exp(gates[i] - most) / total, 2e-6, "softmax", count);
 }
 
+void check_largest(const Steps& steps, int64_t count) {
+  Floats x = random_floats(count, 1);
+  for (size_t at = 0; at < x.size(); at++) {
+    const float before = x[at];
+    x[at] = 9;
+    expect(steps.largest(x.data(), count) == 9, "largest", count);
+    for (float bad : {NAN, INFINITY, -INFINITY}) {
+      x[at] = bad;
+      expect(isnan(steps.largest(x.data(), count)), "largest of what is not finite", count);
+    }
+    x[at] = before;
+  }
+  for (float& value : x) value = -1;
+  expect(steps.largest(x.data(), count) == -1, "largest of equals", count);
+}
+
+// Against double precision, and the same bits as without vectors: a seed gives one text everywhere.
+void check_draw(const Steps& steps, int64_t count) {
+  const Floats x = random_floats(count, 20);
+  const float most = steps.largest(x.data(), count), temperature = 0.7f;
+  const fewbit::Candidate last = {x[x.size() / 2], static_cast<int32_t>(count / 2)};
+  Floats found = x, serial = x;
+  steps.shares(found.data(), count, most, temperature, last);
+  fewbit::decode_steps_serial.shares(serial.data(), count, most, temperature, last);
+  expect(found == serial, "shares, beside serial", count);
+  for (size_t i = 0; i < x.size(); i++) {
+    const double exact = x[i] < last.value ? 0 : exp((static_cast<double>(x[i]) - most) / temperature);
+    near(found[i], exact, 1e-5 * exact + 1e-37, "shares", count);
+  }
+  expect(steps.sum(found.data(), count) == fewbit::decode_steps_serial.sum(serial.data(), count), "sum", count);
+  const fewbit::Candidate worst = {found[0], 0};
+  steps.cut(found.data(), count, 1e-3f, worst);
+  for (size_t i = 0; i < x.size(); i++) {
+    const bool stays = (serial[i] > worst.value || i == 0) && serial[i] >= 1e-3f;
+    expect(found[i] == (stays ? serial[i] : 0), "cut", count);
+  }
+}
+
 void check_turns(const Steps& steps, int64_t pairs) {
   const Floats x = random_floats(2 * pairs + 3, 1), angle = random_floats(pairs, 9);
   Floats out = x, cosines, sines;
@@ -202,7 +240,10 @@ void check_attention(const Steps& steps, int32_t kv, int64_t dim, int64_t length
   for (int64_t i = 0; i < count; i++)
     queries.push_back({q.data() + i * dim, out.data() + i * dim, length - count + i});
   const float scale = 1 / sqrtf(static_cast<float>(dim));
-  steps.attend({open, closed, addresses.data(), is_closed.data(), 0, 0, queries.data(), count, window, scale, cap});
+  fewbit::AttentionTask task = {open, closed, addresses.data(), is_closed.data(), 0, 0, queries.data(), count, window,
+                                scale, cap, {}};
+  task.next[0] = addresses.back();  // what is fetched early is nothing that results depend on
+  steps.attend(task);
   for (int64_t i = 0; i < count; i++) {
     const int64_t last = queries[static_cast<size_t>(i)].position;
     const int64_t first = window && last >= window ? last - window + 1 : 0;
@@ -225,7 +266,10 @@ void check_attention(const Steps& steps, int32_t kv, int64_t dim, int64_t length
 }
 
 void check_steps(const Steps& steps) {
-  for (int64_t count : {1, 7, 16, 31, 97, 576}) check_norm(steps, count), check_functions(steps, count);
+  for (int64_t count : {1, 7, 16, 31, 97, 576}) {
+    check_norm(steps, count), check_functions(steps, count);
+    check_largest(steps, count), check_draw(steps, count);
+  }
   for (int64_t pairs : {1, 4, 33}) check_turns(steps, pairs);
   for (int64_t block : {1, 2, 8, 64}) {
     check_hadamard(steps, block);
@@ -237,6 +281,8 @@ void check_steps(const Steps& steps) {
     for (int64_t dim : {1, 8, 33, 64})
       for (int64_t length : {1, 17, 64, 200})
         for (int64_t window : {0, 5, 70}) check_attention(steps, kv, dim, length, window, window == 5 ? 2.0f : 0.0f);
+  for (int32_t kv = FEWBIT_FLOAT32; kv <= FEWBIT_KV_INT4; kv++)  // several spans
+    for (int64_t window : {0, 70, 600}) check_attention(steps, kv, 40, 2 * fewbit::kSpan + 3, window, 0.0f);
 }
 
 // A Llama of two blocks in float32, 13 wide, with everything that it points to.
@@ -284,13 +330,14 @@ Floats feed(fewbit_decoder* decoder, int64_t sequence, const std::vector<int32_t
 
 void check_decoder(int32_t kv) {
   const Tiny tiny;
+  const size_t all = fewbit::kSpan + 48;
   fewbit_decoder* decoder;
   expect(fewbit_decoder_new(&tiny.model, kv, 3, &decoder) == FEWBIT_OK, "new", kv);
   std::vector<int32_t> tokens;
-  for (int i = 0; i < 300; i++) tokens.push_back(static_cast<int32_t>(generator() % 29));
-  const Floats whole = feed(decoder, 0, tokens, 0, 300);
+  for (size_t i = 0; i < all; i++) tokens.push_back(static_cast<int32_t>(generator() % 29));
+  const Floats whole = feed(decoder, 0, tokens, 0, all);
   Floats one_by_one, every(300 * 29);
-  for (size_t at = 0; at < 300; at++) {
+  for (size_t at = 0; at < all; at++) {
     const Floats logits = feed(decoder, 1, tokens, at, at + 1);
     one_by_one.insert(one_by_one.end(), logits.begin(), logits.end());
   }
@@ -300,7 +347,7 @@ void check_decoder(int32_t kv) {
   expect(fewbit_decoder_feed(decoder, parts, 2, 1, every.data(), 1) == FEWBIT_OK, "every", kv);
   expect(std::equal(every.begin(), every.begin() + 170 * 29, one_by_one.begin()), "after every token", kv);
   expect(std::equal(every.begin() + 170 * 29, every.end(), one_by_one.begin()), "after every token of the second", kv);
-  expect(feed(decoder, 1, tokens, 170, 300) == whole, "after every token, one more", kv);
+  expect(feed(decoder, 1, tokens, 170, all) == whole, "after every token, one more", kv);
   expect(fewbit_decoder_keep(decoder, 1, 2, 0) == FEWBIT_OK, "keep", kv);
   feed(decoder, 2, tokens, 0, 77), feed(decoder, 2, tokens, 77, 205);
   const int64_t before = fewbit_decoder_bytes(decoder);
@@ -308,17 +355,17 @@ void check_decoder(int32_t kv) {
   expect(fewbit_decoder_bytes(decoder) < before, "blocks are shared", kv);
   feed(decoder, 1, tokens, 0, 60);  // something else after the fork: the other sequence must not see it
   expect(fewbit_decoder_keep(decoder, 2, 1, 200) == FEWBIT_OK, "fork", kv);
-  expect(feed(decoder, 2, tokens, 205, 300) == whole, "chunks", kv);
-  expect(feed(decoder, 1, tokens, 200, 300) == whole, "after a fork", kv);
-  expect(fewbit_decoder_length(decoder, 1) == 300, "length", kv);
+  expect(feed(decoder, 2, tokens, 205, all) == whole, "chunks", kv);
+  expect(feed(decoder, 1, tokens, 200, all) == whole, "after a fork", kv);
+  expect(fewbit_decoder_length(decoder, 1) == static_cast<int64_t>(all), "length", kv);
   const int32_t wrong[] = {1, 29};
   Floats logits(58);
   const fewbit_part bad[] = {{0, 2, wrong}, {0, 1, wrong}};
   expect(fewbit_decoder_feed(decoder, bad, 1, 0, logits.data(), 1) == FEWBIT_BAD_ARGUMENT, "a token", kv);
   const fewbit_part twice[] = {{0, 1, wrong}, {0, 1, wrong}};
   expect(fewbit_decoder_feed(decoder, twice, 2, 0, logits.data(), 1) == FEWBIT_BAD_ARGUMENT, "a sequence twice", kv);
-  expect(fewbit_decoder_keep(decoder, 0, 1, 301) == FEWBIT_BAD_ARGUMENT, "keep", kv);
-  expect(fewbit_decoder_length(decoder, 0) == 300 && fewbit_decoder_length(decoder, 3) == -1, "lengths", kv);
+  expect(fewbit_decoder_keep(decoder, 0, 1, all + 1) == FEWBIT_BAD_ARGUMENT, "keep", kv);
+  expect(fewbit_decoder_length(decoder, 0) == static_cast<int64_t>(all) && fewbit_decoder_length(decoder, 3) == -1, "lengths", kv);
   fewbit_decoder_free(decoder);
   fewbit_model other = tiny.model;
   other.bytes--;
