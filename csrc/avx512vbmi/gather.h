@@ -13,7 +13,7 @@
 namespace fewbit {
 namespace {
 
-constexpr int64_t kGatherAhead = 8 * 1024;  // bytes that are fetched early
+constexpr int64_t kFar = 8 * 1024, kNear = 512;  // bytes that are fetched early, to the second-level cache and the first
 
 template <class T>
 FEWBIT_INLINE T word_at(const void* p) {
@@ -53,10 +53,10 @@ struct Eight {
 template <int WIDTH, int BITS>
 struct Gather {
   int64_t bits;
-  const uint8_t* book = nullptr;
+  const uint8_t* book;
   uint64_t low[3], high[3];  // of the first word of 8 bytes, indices 1, 2, 3; of the last one, indices 4, 5, 6
 
-  FEWBIT_INLINE explicit Gather(int64_t own) : bits(BITS ? BITS : own) {
+  FEWBIT_INLINE Gather(int64_t own, const uint8_t* entries) : bits(BITS ? BITS : own), book(entries) {
     for (int i = 0; i < 3; i++) {
       low[i] = in_register(static_cast<uint64_t>((i + 1) * bits | bits << 8));
       high[i] = in_register(static_cast<uint64_t>((64 - (4 - i) * bits) | bits << 8));
@@ -101,92 +101,134 @@ FEWBIT_INLINE F row_sums(U dot) {
   return convert(_mm512_maskz_compress_epi32(0x5555, both));
 }
 
+// The first-level cache has little room beside a book.
+FEWBIT_INLINE void fetch_early(const uint8_t* codes) {
+  __builtin_prefetch(codes + kFar, 0, 2);
+  __builtin_prefetch(codes + kNear, 0, 3);
+}
+
+template <int WIDTH>
+FEWBIT_INLINE U transposed(const __m256i (&half)[2], U order) {
+  return _mm512_permutex2var_epi8(_mm512_castsi256_si512(half[0]), order, _mm512_castsi256_si512(half[1]));
+}
+
+// A segment of one book and one token: chunks of codes, `apart` bytes from one to the next. Such calls are bound by loads
+// and the indices for them, whose bits are known here: for two books, sums of both are one sum.
+template <int WIDTH, int BITS>
+U add_alone(const uint8_t* codes, int64_t apart, const uint8_t* book, const int8_t* x, int64_t chunks, U order, U sum) {
+  const Gather<WIDTH, BITS> gather(BITS, book);
+  U dot[2] = {sum, _mm512_setzero_si512()};
+  for (const int8_t* end = x + chunks * 32; x < end; x += 32, codes += apart) {
+    fetch_early(codes);
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; g++) {
+      const Eight<WIDTH> bytes = gather(codes + g * BITS);
+#pragma GCC unroll 2
+      for (int v = 0; v < WIDTH / 8; v++)
+        dot[(g + v) % 2] = multiply_add(dot[(g + v) % 2], transposed<WIDTH>(bytes.half[v], order), repeated<WIDTH>(x + g * 8 + v * 4));
+    }
+  }
+  return _mm512_add_epi32(dot[0], dot[1]);
+}
+
+template <int WIDTH>
+auto alone(int32_t bits) {
+  switch (bits) {
+    case 8: return add_alone<WIDTH, 8>;
+    case 9: return add_alone<WIDTH, 9>;
+    case 10: return add_alone<WIDTH, 10>;
+    case 11: return add_alone<WIDTH, 11>;
+    case 12: return add_alone<WIDTH, 12>;
+    case 13: return add_alone<WIDTH, 13>;
+    case 14: return add_alone<WIDTH, 14>;
+    case 15: return add_alone<WIDTH, 15>;
+    default: return add_alone<WIDTH, 16>;
+  }
+}
+
+// A segment x M tokens, which are bound by products.
+template <int WIDTH, int BOOKS, int M>
+FEWBIT_INLINE void add_many(const Int8VectorTask& task, const uint8_t* codes, const VectorSegment& segment, const int8_t* x,
+                            U order, U (&dot)[M]) {
+  const Gather<WIDTH, 0> first(task.bits, segment.book);
+  const Gather<WIDTH, 0> second(BOOKS == 2 ? task.residual_bits : 8, segment.book + (WIDTH << task.bits));
+  for (const int8_t* end = x + segment.chunks * M * 32; x < end; x += M * 32) {
+    const uint8_t* more = codes + first.bits * 4;
+    fetch_early(codes);
+    if (BOOKS == 2) fetch_early(more);
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; g++) {
+      Eight<WIDTH> bytes = first(codes + g * first.bits);
+      if constexpr (BOOKS == 2) {
+        const Eight<WIDTH> rest = second(more + g * second.bits);
+        for (int h = 0; h < WIDTH / 4; h++) {
+          __m256i& sum = bytes.half[h / 2][h % 2];
+          sum = _mm256_add_epi8(sum, rest.half[h / 2][h % 2]);
+        }
+      }
+#pragma GCC unroll 2
+      for (int v = 0; v < WIDTH / 8; v++) {
+        const U all = transposed<WIDTH>(bytes.half[v], order);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) dot[m] = multiply_add(dot[m], all, repeated<WIDTH>(x + m * 32 + g * 8 + v * 4));
+      }
+    }
+    codes = more + (BOOKS == 2 ? second.bits * 4 : 0);
+  }
+}
+
 // The rows of one code x M tokens, of which `tokens` exist.
-template <int WIDTH, int BITS, int BOOKS, int M>
+template <int WIDTH, int BOOKS, int M>
 void gather_code(const Int8VectorTask& task, int64_t code, int64_t token, int64_t tokens) {
-  constexpr int kChains = M == 1 ? 2 : 1;
   const U order = transposition<WIDTH>();
   const auto rows = static_cast<__mmask16>((1u << task.dim) - 1);
   alignas(64) float totals[M][16];
   for (int m = 0; m < M; m++) store(totals[m], _mm512_maskz_loadu_ps(rows, task.start + (token + m) * task.dim));
+  const int64_t bytes = (task.bits + task.residual_bits) * 4;  // of a chunk
   const uint8_t* codes = wide_codes_of(task, code);
   const int8_t* x = activations_of(task, token);
-  Gather<WIDTH, BITS> first(task.bits);
-  Gather<WIDTH, 0> second(BOOKS == 2 ? task.residual_bits : 8);
   VectorSegment segment(task);
-  for (int64_t s = 0; s < task.segments; s++, segment.next()) {
-    first.book = segment.book, second.book = segment.book + (WIDTH << task.bits);
-    U dot[M][kChains];
+  for (int64_t s = 0; s < task.segments; s++) {
+    U dot[M];
 #pragma GCC unroll 16
-    for (int i = 0; i < M * kChains; i++) dot[i / kChains][i % kChains] = _mm512_setzero_si512();
-    for (const int8_t* end = x + segment.chunks * M * 32; x < end; x += M * 32) {
-      const uint8_t* more = codes + first.bits * 4;
-      __builtin_prefetch(codes + kGatherAhead);
-      if (BOOKS == 2) __builtin_prefetch(more + kGatherAhead);
-#pragma GCC unroll 4
-      for (int g = 0; g < 4; g++) {
-        Eight<WIDTH> bytes = first(codes + g * first.bits);
-        if constexpr (BOOKS == 2) {
-          const Eight<WIDTH> rest = second(more + g * second.bits);
-          for (int h = 0; h < WIDTH / 4; h++) {
-            __m256i& sum = bytes.half[h / 2][h % 2];
-            sum = _mm256_add_epi8(sum, rest.half[h / 2][h % 2]);
-          }
-        }
-#pragma GCC unroll 2
-        for (int v = 0; v < WIDTH / 8; v++) {
-          const U all = _mm512_permutex2var_epi8(_mm512_castsi256_si512(bytes.half[v][0]), order,
-                                                 _mm512_castsi256_si512(bytes.half[v][1]));
-#pragma GCC unroll 16
-          for (int m = 0; m < M; m++) {
-            U& sum = dot[m][(g + v) % kChains];
-            sum = multiply_add(sum, all, repeated<WIDTH>(x + m * 32 + g * 8 + v * 4));
-          }
-        }
-      }
-      codes = more + (BOOKS == 2 ? second.bits * 4 : 0);
+    for (int m = 0; m < M; m++) dot[m] = _mm512_setzero_si512();
+    if constexpr (M == 1) {
+      dot[0] = alone<WIDTH>(task.bits)(codes, bytes, segment.book, x, segment.chunks, order, dot[0]);
+      if (BOOKS == 2)
+        dot[0] = alone<WIDTH>(task.residual_bits)(codes + task.bits * 4, bytes, segment.book + (WIDTH << task.bits), x,
+                                                  segment.chunks, order, dot[0]);
+    } else {
+      add_many<WIDTH, BOOKS, M>(task, codes, segment, x, order, dot);
     }
     const F step = _mm512_maskz_loadu_ps(rows, segment.step);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      if constexpr (kChains == 2) dot[m][0] = _mm512_add_epi32(dot[m][0], dot[m][1]);
       const F factor = multiply(step, broadcast(segment.x_scale[(token + m) * task.x_blocks]));
-      store(totals[m], fused(factor, row_sums<WIDTH>(dot[m][0]), load(totals[m])));
+      store(totals[m], fused(factor, row_sums<WIDTH>(dot[m]), load(totals[m])));
     }
+    codes += segment.chunks * bytes, x += segment.chunks * M * 32;
+    segment.next();
   }
   for (int m = 0; m < M && m < tokens; m++) put_code(task, code, token + m, totals[m]);
 }
 
-// For a single token, whose time goes to loads, bits of an index are known beforehand.
-template <int WIDTH>
-auto one_token(const Int8VectorTask& task) {
-  if (task.books == 2) return gather_code<WIDTH, 0, 2, 1>;
-  switch (task.bits) {
-    case 9: return gather_code<WIDTH, 9, 1, 1>;
-    case 10: return gather_code<WIDTH, 10, 1, 1>;
-    case 11: return gather_code<WIDTH, 11, 1, 1>;
-    case 12: return gather_code<WIDTH, 12, 1, 1>;
-    case 13: return gather_code<WIDTH, 13, 1, 1>;
-    case 14: return gather_code<WIDTH, 14, 1, 1>;
-    case 15: return gather_code<WIDTH, 15, 1, 1>;
-    default: return gather_code<WIDTH, 16, 1, 1>;
-  }
-}
-
-template <int WIDTH>
-auto gather_of(const Int8VectorTask& task) {
-  const bool two = task.books == 2;
-  switch (task.together) {
-    case 1: return one_token<WIDTH>(task);
-    case 2: return two ? gather_code<WIDTH, 0, 2, 2> : gather_code<WIDTH, 0, 1, 2>;
-    case 4: return two ? gather_code<WIDTH, 0, 2, 4> : gather_code<WIDTH, 0, 1, 4>;
-    case 8: return two ? gather_code<WIDTH, 0, 2, 8> : gather_code<WIDTH, 0, 1, 8>;
-    default: return two ? gather_code<WIDTH, 0, 2, kMostTogether> : gather_code<WIDTH, 0, 1, kMostTogether>;
+template <int WIDTH, int BOOKS>
+auto gather_of(int64_t together) {
+  switch (together) {
+    case 1: return gather_code<WIDTH, BOOKS, 1>;
+    case 2: return gather_code<WIDTH, BOOKS, 2>;
+    case 4: return gather_code<WIDTH, BOOKS, 4>;
+    case 8: return gather_code<WIDTH, BOOKS, 8>;
+    default: return gather_code<WIDTH, BOOKS, kMostTogether>;
   }
 }
 
 void gather_tiles(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  const auto of = task.width == 8 ? gather_of<8>(task) : gather_of<16>(task);
+  const int64_t m = task.together;
+  const bool two = task.books == 2;
+  const auto of = task.width == 8 ? two ? gather_of<8, 2>(m) : gather_of<8, 1>(m)
+                  : two           ? gather_of<16, 2>(m)
+                                  : gather_of<16, 1>(m);
   for (int64_t code = tile_begin * 16; code < tile_end * 16 && code < task.rows; code++)
     for (int64_t token = 0; token < tokens; token += task.together) of(task, code, token, tokens - token);
 }

@@ -33,7 +33,7 @@ bool sensible(const fewbit_byte_vectors& w, int64_t x_block) {
 int64_t tokens_together(int64_t tokens, bool wide) {
   if (tokens <= 2) return tokens;
   if (tokens <= 4 || !wide) return 4;
-  return tokens <= 8 ? 8 : kMostTogether;
+  return tokens <= 8 ? 8 : int64_t{kMostTogether};
 }
 
 // Columns whose products are summed up before they are scaled: of wide books a whole row where it has one of each scale.

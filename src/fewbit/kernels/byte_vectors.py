@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from fewbit.core import blocks as B
 from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
-from fewbit.kernels import native, reference
+from fewbit.kernels import native, pages, reference
 from fewbit.kernels.alone import AlonePrepared
 from fewbit.kernels.table import Kernel
 from fewbit.kernels.vector16 import LOOKED_UP, VECTOR16, checked, fields
@@ -50,7 +50,7 @@ def _arranged(books: list[Tensor], most: int) -> Tensor:
         height = books[0].shape[2]
         least = 1 << LOOKED_UP  # entries
         sizes = [(0, (8 if height <= 8 else 16) - height, 0, max(0, least - book.shape[1])) for book in books]
-        return torch.cat([pad(book, size) for book, size in zip(books, sizes, strict=True)], 1)
+        return pages.held(torch.cat([pad(book, size) for book, size in zip(books, sizes, strict=True)], 1))
     entries = 64 if most <= 6 else 256
     return torch.stack([book.transpose(1, 2).repeat(1, 1, entries // book.shape[1]) for book in books], 1).contiguous()
 
