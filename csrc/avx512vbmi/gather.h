@@ -39,7 +39,7 @@ template <int WIDTH>
 FEWBIT_INLINE auto pair(const uint8_t* book, uint64_t first, uint64_t second) {
   const auto* low = reinterpret_cast<const __m128i*>(book + first * WIDTH);
   const auto* high = reinterpret_cast<const __m128i*>(book + second * WIDTH);
-  if constexpr (WIDTH == 16) return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)), _mm_loadu_si128(high), 1);
+  if constexpr (WIDTH == 16) return _mm256_set_m128i(_mm_loadu_si128(high), _mm_loadu_si128(low));
   else return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64(low)), reinterpret_cast<const __m64*>(high)));
 }
 
@@ -66,8 +66,8 @@ struct Gather {
   FEWBIT_INLINE Eight<WIDTH> operator()(const uint8_t* codes) const {
     const int64_t n = BITS ? BITS : bits;
     const uint64_t first = in_register(word_at<uint64_t>(codes)), last = in_register(word_at<uint64_t>(codes + n - 8));
-    const auto b = pair<WIDTH>(book, extract(first, low[1]), extract(first, low[2]));
-    const auto a = pair<WIDTH>(book, first & ((uint64_t{1} << n) - 1), extract(first, low[0]));
+    const uint64_t one = extract(first, low[0]), two = extract(first, low[1]), three = extract(first, low[2]);
+    const auto a = pair<WIDTH>(book, first & ((uint64_t{1} << n) - 1), one), b = pair<WIDTH>(book, two, three);
     const auto c = pair<WIDTH>(book, extract(last, high[0]), extract(last, high[1]));
     const auto d = pair<WIDTH>(book, extract(last, high[2]), last >> (64 - n));
     if constexpr (WIDTH == 16) return {{{a, b}, {c, d}}};
@@ -77,15 +77,17 @@ struct Gather {
 
 // Where vpermi2b finds the bytes of 64 / WIDTH columns: lane (row, group of four columns), column.
 template <int WIDTH>
-U transposition() {
-  constexpr int kColumns = 64 / WIDTH, kGroups = kColumns / 4, kHalf = kColumns / 2;
-  uint8_t at[64];
-  for (int i = 0; i < 64; i++) {
-    const int row = i / 4 / kGroups, column = i / 4 % kGroups * 4 + i % 4;
-    at[i] = static_cast<uint8_t>(column % kHalf * WIDTH + row + column / kHalf * 64);
+struct Transposition {
+  alignas(64) uint8_t at[64];
+
+  constexpr Transposition() : at() {
+    constexpr int kColumns = 64 / WIDTH, kGroups = kColumns / 4, kHalf = kColumns / 2;
+    for (int i = 0; i < 64; i++) {
+      const int row = i / 4 / kGroups, column = i / 4 % kGroups * 4 + i % 4;
+      at[i] = static_cast<uint8_t>(column % kHalf * WIDTH + row + column / kHalf * 64);
+    }
   }
-  return load_lanes(at);
-}
+};
 
 // Activations of 64 / WIDTH columns, for every row.
 template <int WIDTH>
@@ -125,7 +127,8 @@ U add_alone(const uint8_t* codes, int64_t apart, const uint8_t* book, const int8
       const Eight<WIDTH> bytes = gather(codes + g * BITS);
 #pragma GCC unroll 2
       for (int v = 0; v < WIDTH / 8; v++)
-        dot[(g + v) % 2] = multiply_add(dot[(g + v) % 2], transposed<WIDTH>(bytes.half[v], order), repeated<WIDTH>(x + g * 8 + v * 4));
+        dot[(g + v) % 2] = multiply_add(dot[(g + v) % 2], transposed<WIDTH>(bytes.half[v], order),
+                                        repeated<WIDTH>(x + g * 8 + v * 4));
     }
   }
   return _mm512_add_epi32(dot[0], dot[1]);
@@ -180,7 +183,8 @@ FEWBIT_INLINE void add_many(const Int8VectorTask& task, const uint8_t* codes, co
 // The rows of one code x M tokens, of which `tokens` exist.
 template <int WIDTH, int BOOKS, int M>
 void gather_code(const Int8VectorTask& task, int64_t code, int64_t token, int64_t tokens) {
-  const U order = transposition<WIDTH>();
+  static constexpr Transposition<WIDTH> kOrder;
+  const U order = load_lanes(kOrder.at);
   const auto rows = static_cast<__mmask16>((1u << task.dim) - 1);
   alignas(64) float totals[M][16];
   for (int m = 0; m < M; m++) store(totals[m], _mm512_maskz_loadu_ps(rows, task.start + (token + m) * task.dim));

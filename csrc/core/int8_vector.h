@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = x W^T for activations rounded to int8 and codes that index vectors of bytes, cut along the rows of W (see
 // fewbit_byte_vectors). A tile is 16 codes of every column, 16 * dim rows. Sums over a segment are exact integers, at
-// most 255 * 128 * 256 < 2^24, which float32 holds; what remains are the roundings written here, so that results are the
-// same everywhere, bit for bit: sums begin with what offsets contribute, and each segment's sum of bytes times
-// activations is multiplied by a factor and added in one fused operation.
+// most 255 * 128 * 256 < 2^24, which float32 holds, or, of whole rows of wide books, 255 * 128 * 2^16 < 2^31, which int32
+// holds. What remains are the roundings written here, so that results are the same everywhere, bit for bit: sums begin
+// with what offsets contribute, and each segment's sum of bytes times activations is multiplied by a factor and added in
+// one fused operation.
 #pragma once
 
 #include "core/kernel.h"
@@ -78,7 +79,8 @@ inline void put_code(const Int8VectorTask& task, int64_t code, int64_t token, co
   const int64_t row = code * task.dim, left = task.out_rows - row;
   for (int64_t d = 0; d < task.dim && d < left; d++) {
     const float y = task.bias ? total[d] + task.bias[row + d] : total[d];
-    write_float(task.y, task.y_dtype, token * task.y_stride + row + d, y);
+    if (task.y_dtype == FEWBIT_FLOAT32) static_cast<float*>(task.y)[token * task.y_stride + row + d] = y;
+    else write_float(task.y, task.y_dtype, token * task.y_stride + row + d, y);
   }
 }
 
