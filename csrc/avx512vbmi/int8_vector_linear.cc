@@ -5,6 +5,7 @@
 // looked up as they are decoded, every one of them would be waited for.
 #include "avx512vnni/dot.h"
 
+#include "avx512vbmi/gather.h"
 #include "core/int8_vector.h"
 #include "core/segments.h"
 
@@ -182,6 +183,7 @@ void tiles(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int
 }
 
 void run(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  if (task.wide) return gather_tiles(task, tile_begin, tile_end, tokens);
   const bool two = task.books == 2, six = task.bits == 6 && (!two || task.residual_bits == 6);
   const auto of = six                 ? two ? tiles<64, 2, SixBits> : tiles<64, 1, SixBits>
                   : task.entries == 64 ? two ? tiles<64, 2> : tiles<64, 1>

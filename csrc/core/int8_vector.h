@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = x W^T for activations rounded to int8 and codes that index vectors of bytes, cut along the rows of W (see
 // fewbit_byte_vectors). A tile is 16 codes of every column, 16 * dim rows. Sums over a segment are exact integers, at
-// most 255 * 128 * 256 < 2^24, which float32 holds; what remains are the roundings written here, so that results are the
-// same everywhere, bit for bit: sums begin with what offsets contribute, and each segment's sum of bytes times
-// activations is multiplied by a factor and added in one fused operation.
+// most 255 * 128 * 256 < 2^24, which float32 holds, or, of whole rows of wide books, 255 * 128 * 2^16 < 2^31, which int32
+// holds. What remains are the roundings written here, so that results are the same everywhere, bit for bit: sums begin
+// with what offsets contribute, and each segment's sum of bytes times activations is multiplied by a factor and added in
+// one fused operation.
 #pragma once
 
 #include "core/kernel.h"
@@ -38,7 +39,7 @@ struct VectorSegment {
   }
   void next() {
     enters = --block_left == 0;
-    if (enters) book += task.books * task.dim * task.entries, step += task.dim, block_left = task.block_segments;
+    if (enters) book += task.book_bytes, step += task.dim, block_left = task.block_segments;
     if (--x_left == 0) x_scale++, x_left = task.x_block_segments;
     measure();
   }
@@ -63,9 +64,24 @@ inline const uint8_t* codes_of(const Int8VectorTask& task, int64_t tile) {
   return task.codes + tile * task.chunks * chunk_bytes(task);
 }
 
+// One code's where books are wide: chunks of 32 indices, each followed by those into the residual book.
+inline const uint8_t* wide_codes_of(const Int8VectorTask& task, int64_t code) {
+  return task.codes + code * task.chunks * (task.bits + task.residual_bits) * 4;
+}
+
 // Activations of `together` tokens from `token`: (chunks, together, 32).
 inline const int8_t* activations_of(const Int8VectorTask& task, int64_t token) {
   return static_cast<const int8_t*>(task.activations) + token * task.chunks * 32;
+}
+
+// The rows of one code of one token to y, the bias added.
+inline void put_code(const Int8VectorTask& task, int64_t code, int64_t token, const float* total) {
+  const int64_t row = code * task.dim, left = task.out_rows - row;
+  for (int64_t d = 0; d < task.dim && d < left; d++) {
+    const float y = task.bias ? total[d] + task.bias[row + d] : total[d];
+    if (task.y_dtype == FEWBIT_FLOAT32) static_cast<float*>(task.y)[token * task.y_stride + row + d] = y;
+    else write_float(task.y, task.y_dtype, token * task.y_stride + row + d, y);
+  }
 }
 
 // Rows [d, d + T) of a tile's 16 codes, of one token, to y, the bias added.

@@ -5,6 +5,7 @@
 namespace fewbit {
 namespace {
 
+constexpr int64_t kMostSummed = 1 << 16;  // columns whose products of bytes an int32 holds: 255 * 128 * 2^16 < 2^31
 constexpr int64_t kSmall = 1 << 18;  // multiply-adds below which a second thread costs more than it brings
 
 const Int8VectorKernel* find(int32_t isa) {
@@ -18,20 +19,37 @@ const Int8VectorKernel* find(int32_t isa) {
   }
 }
 
-bool known_bits(int32_t bits) { return bits >= 4 && bits <= 8; }
+bool is_wide(const fewbit_byte_vectors& w) { return w.bits > 8 || w.residual_bits > 8; }
+
+bool known_bits(int32_t bits, bool wide) { return wide ? bits >= 8 && bits <= 16 : bits >= 4 && bits <= 8; }
 
 bool sensible(const fewbit_byte_vectors& w, int64_t x_block) {
   const bool dims = w.dim == 2 || w.dim == 4 || w.dim == 6 || w.dim == 8 || w.dim == 12 || w.dim == 16;
-  return w.rows > 0 && w.columns > 0 && w.rows < (int64_t{1} << 40) / w.columns && dims && known_bits(w.bits) &&
-         (w.residual_bits == 0 || known_bits(w.residual_bits)) && w.block > 0 && w.block <= w.columns && x_block > 0 &&
+  return w.rows > 0 && w.columns > 0 && w.rows < (int64_t{1} << 40) / w.columns && dims && known_bits(w.bits, is_wide(w)) &&
+         (w.residual_bits == 0 || known_bits(w.residual_bits, is_wide(w))) && w.block > 0 && w.block <= w.columns && x_block > 0 &&
          segment_columns(w.columns, w.block, x_block) > 0 && w.codes && w.book && w.step && w.offset;
+}
+
+int64_t tokens_together(int64_t tokens, bool wide) {
+  if (tokens <= 2) return tokens;
+  if (tokens <= 4 || !wide) return 4;
+  return tokens <= 8 ? 8 : int64_t{kMostTogether};
+}
+
+// Columns whose products are summed up before they are scaled: of wide books a whole row where it has one of each scale.
+int64_t summed_columns(const fewbit_byte_vectors& w, int64_t x_block) {
+  const bool whole = w.block >= w.columns && x_block >= w.columns && w.columns <= kMostSummed;
+  return is_wide(w) && whole ? round_up(w.columns, 32) : segment_columns(w.columns, w.block, x_block);
 }
 
 Int8VectorTask task_of(const fewbit_byte_vectors& w, int64_t x_block) {
   Int8VectorTask task{};
-  const int64_t columns = segment_columns(w.columns, w.block, x_block);
+  const int64_t columns = summed_columns(w, x_block);
   task.bits = w.bits, task.residual_bits = w.residual_bits, task.books = w.residual_bits ? 2 : 1;
+  task.wide = is_wide(w), task.width = w.dim <= 8 ? 8 : 16;
   task.entries = w.bits <= 6 && w.residual_bits <= 6 ? 64 : 256;
+  const int64_t gathered = (int64_t{1} << w.bits) + (w.residual_bits ? int64_t{1} << w.residual_bits : 0);
+  task.book_bytes = task.wide ? gathered * task.width : task.books * w.dim * task.entries;
   task.dim = w.dim, task.rows = ceil_div(w.rows, w.dim), task.out_rows = w.rows;
   task.columns = w.columns, task.chunks = ceil_div(w.columns, 32);
   task.segments = ceil_div(w.columns, columns), task.segment_chunks = columns / 32;
@@ -56,7 +74,7 @@ extern "C" int fewbit_vector_linear_int8(const fewbit_byte_vectors* matrix, int6
   call.kernel = find(isa);
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   Int8VectorTask& task = call.task[0] = task_of(*matrix, x_block);
-  task.together = x->tokens <= 2 ? x->tokens : 4;
+  task.together = tokens_together(x->tokens, task.wide);
   const auto place = [&](Int8VectorTask& t, char* scratch, int64_t tokens) {
     t.activations = scratch;
     t.sums = reinterpret_cast<float*>(scratch + tokens * t.chunks * 32);

@@ -193,12 +193,17 @@ enum : int32_t { kMostDim = 16 };  // rows that a code spans: at most
 // Work of a kernel whose codes index vectors of bytes: see fewbit_byte_vectors. `rows` and tiles count codes.
 struct Int8VectorTask : SegmentTask {
   int32_t residual_bits, books;  // 1 or 2
-  int64_t dim, entries;          // rows of a code; bytes of a row of a book: 64 or 256
+  bool wide;                     // whether some index has more than 8 bits
+  int64_t dim, entries;          // rows of a code; bytes of a row of a book that is not wide: 64 or 256
+  int64_t width;                 // bytes of an entry of a book that is wide: 8 or 16
+  int64_t book_bytes;            // of the books of a block
   int64_t out_rows;              // rows of y
-  const uint8_t* book;           // (blocks, books, dim, entries)
+  const uint8_t* book;           // (blocks, book_bytes)
   const float *vector_step, *vector_offset;  // (blocks, dim)
   float* start;                  // (padded tokens, dim): what the offsets contribute
 };
+
+enum : int64_t { kMostTogether = 16 };  // tokens, where books are wide
 
 // Vectors of bytes times int8 activations on one instruction set.
 struct Int8VectorKernel {

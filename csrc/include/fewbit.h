@@ -247,21 +247,27 @@ int fewbit_vector_decode(const fewbit_vectors* matrix, int64_t tile_begin, int64
  * that of the indices i in tile16, in `bits` vectors, then that of the indices j, in `residual_bits`. Of 6 bits it is
  * another: vector g holds columns 4g .. 4g+3 in the low 6 bits of its bytes, and the two above, of vectors 3h, 3h+1 and
  * 3h+2, are bits 0-1, 2-3 and 4-5 of columns 24 + 4h .. 27 + 4h. Bytes:
- * ceil(ceil(rows / dim) / 16) * ceil(columns / 32) * (bits + residual_bits) * 64. */
+ * ceil(ceil(rows / dim) / 16) * ceil(columns / 32) * (bits + residual_bits) * 64.
+ *
+ * Where bits or residual_bits is above 8, in as many bytes, each code of a tile by itself: chunks of 32 columns, each the
+ * indices i as dense fields in 4 bits bytes, index n at bits [n bits, n bits + bits) counted from the lowest bit of the
+ * first byte, then the indices j in 4 residual_bits bytes. */
 typedef struct {
   int64_t rows, columns;
   int64_t block;                /* columns that share books, a multiple of 32; or `columns` */
   int32_t dim;                  /* rows that a code spans: 2, 4, 6, 8, 12 or 16 */
-  int32_t bits, residual_bits;  /* 4 to 8; residual_bits 0: there is no residual */
+  int32_t bits, residual_bits;  /* 4 to 8, or 8 to 16 where one is above 8; residual_bits 0: there is no residual */
   const uint8_t* codes;
   const uint8_t* book;          /* (blocks, 1 or 2 books, dim, entries): entries 64 where all bits are at most 6, else
-                                   256; entry i is that of index i % 2^bits */
+                                   256; entry i is that of index i % 2^bits. Where one is above 8 bits: (blocks, 2^bits +
+                                   2^residual_bits or 2^bits, 8 or 16), dim bytes of an entry and zeros */
   const float *step, *offset;   /* (blocks, dim) */
 } fewbit_byte_vectors;
 
 /* y[token][row] = sum over columns of x[token][column] * w[row][column] + bias[row], x rounded to int8 as by
- * fewbit_linear_int8. Sums of bytes times activations are exact integers over at most 256 columns, as 255 * 128 * 256 <
- * 2^24; offsets are multiplied by the sums of the activations, once a token. isa: FEWBIT_SERIAL or FEWBIT_AVX512VBMI. The
+ * fewbit_linear_int8. Sums of bytes times activations are exact integers: over at most 256 columns, as 255 * 128 * 256 <
+ * 2^24, or, of indices above 8 bits where block and x_block are whole rows, over all of at most 2^16 columns, as 255 * 128 *
+ * 2^16 < 2^31, rounded to float32 once; offsets are multiplied by the sums of the activations, once a token. isa: FEWBIT_SERIAL or FEWBIT_AVX512VBMI. The
  * result is the same on either, at any number of threads and tokens. Error against the rounded x and w: at most about
  * (2 segments + 8) * 2^-24 times the sum of (2 |offset| + 255 |step|) |x| and |bias|, with segments as there. */
 int fewbit_vector_linear_int8(const fewbit_byte_vectors* matrix, int64_t x_block, const fewbit_input* x,

@@ -6,7 +6,6 @@
 namespace fewbit {
 namespace {
 
-constexpr int64_t kTogether = 4;  // tokens, at most
 
 // Index of code `u` of a tile, column k of a chunk, among `bits` vectors (see fewbit_byte_vectors).
 int index_of(const uint8_t* codes, int bits, int64_t u, int k) {
@@ -24,8 +23,33 @@ int index_of(const uint8_t* codes, int bits, int64_t u, int k) {
   return index;
 }
 
-// The vectors of a tile's codes in one column: (16, dim).
-void fetch(const Int8VectorTask& task, const uint8_t* codes, const uint8_t* book, int k, uint8_t (*out)[kMostDim]) {
+// Index k of those that lie in `bits` bytes each eight.
+int dense_index(const uint8_t* codes, int bits, int k) {
+  int index = 0;
+  for (int i = 0; i < bits; i++) {
+    const int at = k * bits + i;
+    index |= (codes[at / 8] >> at % 8 & 1) << i;
+  }
+  return index;
+}
+
+// The vectors of a tile's codes in column k of a chunk, of books that are wide: (16, dim).
+void fetch_wide(const Int8VectorTask& task, int64_t tile, int64_t chunk, const uint8_t* book, int k,
+                uint8_t (*out)[kMostDim]) {
+  for (int64_t u = 0; u < 16; u++) {
+    const uint8_t* codes = wide_codes_of(task, tile * 16 + u) + chunk * (task.bits + task.residual_bits) * 4;
+    const uint8_t* first = book + dense_index(codes, task.bits, k) * task.width;
+    const uint8_t* second = book + (task.width << task.bits);
+    if (task.residual_bits) second += dense_index(codes + task.bits * 4, task.residual_bits, k) * task.width;
+    for (int64_t d = 0; d < task.dim; d++)
+      out[u][d] = static_cast<uint8_t>(first[d] + (task.residual_bits ? second[d] : 0));
+  }
+}
+
+// The vectors of a tile's codes in column k of a chunk: (16, dim).
+void fetch(const Int8VectorTask& task, int64_t tile, int64_t chunk, const uint8_t* book, int k, uint8_t (*out)[kMostDim]) {
+  if (task.wide) return fetch_wide(task, tile, chunk, book, k, out);
+  const uint8_t* codes = codes_of(task, tile) + chunk * chunk_bytes(task);
   for (int64_t u = 0; u < 16; u++) {
     const int first = index_of(codes, task.bits, u, k);
     const int second = task.residual_bits ? index_of(codes + task.bits * 64, task.residual_bits, u, k) : 0;
@@ -38,19 +62,18 @@ void fetch(const Int8VectorTask& task, const uint8_t* codes, const uint8_t* book
 }
 
 void run_tile(const Int8VectorTask& task, int64_t tile, int64_t token, int64_t tokens) {
-  float totals[kTogether][kMostDim][16];
+  float totals[kMostTogether][kMostDim][16];
   for (int64_t m = 0; m < tokens; m++)
     for (int64_t d = 0; d < task.dim; d++)
       for (int64_t u = 0; u < 16; u++) totals[m][d][u] = task.start[(token + m) * task.dim + d];
-  const uint8_t* codes = codes_of(task, tile);
   const int8_t* x = activations_of(task, token);
   VectorSegment segment(task);
-  for (int64_t s = 0; s < task.segments; s++, segment.next()) {
-    int32_t dot[kTogether][kMostDim][16] = {};
-    for (int64_t c = 0; c < segment.chunks; c++, codes += chunk_bytes(task), x += task.together * 32)
+  for (int64_t s = 0, chunk = 0; s < task.segments; s++, segment.next()) {
+    int32_t dot[kMostTogether][kMostDim][16] = {};
+    for (int64_t c = 0; c < segment.chunks; c++, chunk++, x += task.together * 32)
       for (int k = 0; k < 32; k++) {
         uint8_t bytes[16][kMostDim];
-        fetch(task, codes, segment.book, k, bytes);
+        fetch(task, tile, chunk, segment.book, k, bytes);
         for (int64_t m = 0; m < tokens; m++)
           for (int64_t d = 0; d < task.dim; d++)
             for (int64_t u = 0; u < 16; u++) dot[m][d][u] += bytes[u][d] * x[m * 32 + k];

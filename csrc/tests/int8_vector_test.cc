@@ -32,7 +32,7 @@ int failures = 0;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The chunk of 16 x 32 codes from (row, column), those beyond the edge being 0, as fewbit_byte_vectors draws 6 bits.
-void pack_six(const std::vector<uint8_t>& codes, int64_t rows, int64_t columns, int64_t row, int64_t column, uint8_t* out) {
+void pack_six(const std::vector<uint16_t>& codes, int64_t rows, int64_t columns, int64_t row, int64_t column, uint8_t* out) {
   const auto code = [&](int64_t u, int64_t k) {
     return row + u < rows && column + k < columns ? codes[(row + u) * columns + column + k] : 0;
   };
@@ -46,19 +46,25 @@ void pack_six(const std::vector<uint8_t>& codes, int64_t rows, int64_t columns, 
 struct Case {
   Shape shape;
   int32_t dim, bits[2], books, entries;
-  std::vector<uint8_t> codes[2], packed, book;  // packed has one byte in front
+  bool wide;                         // whether entries are loaded one by one
+  std::vector<uint16_t> codes[2];
+  std::vector<uint8_t> packed, book;  // packed has one byte in front
   std::vector<float> step, offset, x, bias;
   fewbit_byte_vectors matrix;
 
   // `extreme`: the largest bytes by the most negative activations.
   Case(Shape s, int32_t d, int32_t b, int32_t r, bool extreme, std::mt19937& random)
-      : shape(s), dim(d), bits{b, r}, books(r ? 2 : 1), entries(b <= 6 && r <= 6 ? 64 : 256) {
+      : shape(s), dim(d), bits{b, r}, books(r ? 2 : 1), entries(b <= 6 && r <= 6 ? 64 : 256), wide(b > 8 || r > 8) {
     const int64_t units = ceil_div(s.rows, d), chunks = ceil_div(units, 16) * ceil_div(s.columns, 32);
     packed.resize(1 + chunks * (b + r) * 64);
-    for (int i = 0; i < books; i++) {
-      for (int64_t k = 0; k < units * s.columns; k++) codes[i].push_back(random() & ((1u << bits[i]) - 1));
+    for (int i = 0; i < books; i++)
+      for (int64_t k = 0; k < units * s.columns; k++)
+        codes[i].push_back(static_cast<uint16_t>(random() & ((1u << bits[i]) - 1)));
+    for (int i = 0; i < books && wide; i++) pack_wide(i);
+    for (int i = 0; i < books && !wide; i++) {
+      const std::vector<uint8_t> narrow(codes[i].begin(), codes[i].end());
       std::vector<uint8_t> apart(fewbit_tile16_bytes(units, s.columns, bits[i]));
-      fewbit_tile16_pack(codes[i].data(), s.columns, units, s.columns, bits[i], apart.data());
+      fewbit_tile16_pack(narrow.data(), s.columns, units, s.columns, bits[i], apart.data());
       const int64_t wide = ceil_div(s.columns, 32);
       for (int64_t c = 0; bits[i] == 6 && c < chunks; c++)
         pack_six(codes[i], units, s.columns, c / wide * 16, c % wide * 32, apart.data() + c * 384);
@@ -69,8 +75,9 @@ struct Case {
     const int64_t blocks = ceil_div(s.columns, s.block);
     std::normal_distribution<float> normal;
     for (int64_t k = 0; k < blocks * d; k++) step.push_back(normal(random)), offset.push_back(normal(random));
-    book.resize(blocks * books * d * entries);
-    for (int64_t k = 0; k < static_cast<int64_t>(book.size()); k++) {
+    if (wide) fill_wide(blocks, extreme, random);
+    else book.resize(blocks * books * d * entries);
+    for (int64_t k = 0; !wide && k < static_cast<int64_t>(book.size()); k++) {
       const int64_t i = k / entries / d % books, at = k % entries;
       const uint8_t value = extreme ? (i ? 0 : 255) : random() & (books == 2 ? 127 : 255);
       book[k] = at < 1 << bits[i] ? value : book[k - at + at % (1 << bits[i])];
@@ -84,8 +91,36 @@ struct Case {
     matrix = {s.rows, s.columns, s.block, d, b, r, packed.data() + 1, book.data(), step.data(), offset.data()};
   }
 
+  int64_t width() const { return dim <= 8 ? 8 : 16; }
+  int64_t wide_bytes() const { return ((1 << bits[0]) + (books == 2 ? 1 << bits[1] : 0)) * width(); }
+
+  // The indices of book i, bit by bit.
+  void pack_wide(int i) {
+    const int64_t units = ceil_div(shape.rows, dim), chunks = ceil_div(shape.columns, 32);
+    for (int64_t k = 0; k < units * shape.columns; k++) {
+      const int64_t column = k % shape.columns, chunk = k / shape.columns * chunks + column / 32;
+      uint8_t* out = packed.data() + 1 + chunk * (bits[0] + bits[1]) * 4 + (i ? bits[0] * 4 : 0);
+      for (int64_t bit = 0, at = column % 32 * bits[i]; bit < bits[i]; bit++, at++)
+        out[at / 8] = static_cast<uint8_t>(out[at / 8] | (codes[i][k] >> bit & 1) << at % 8);
+    }
+  }
+
+  void fill_wide(int64_t blocks, bool extreme, std::mt19937& random) {
+    book.resize(blocks * wide_bytes());
+    for (int64_t k = 0; k < static_cast<int64_t>(book.size()); k++) {
+      const bool second = k % wide_bytes() >= width() << bits[0];
+      const uint8_t value = extreme ? (second ? 0 : 255) : random() & (books == 2 ? 127 : 255);
+      book[k] = k % width() < dim ? value : 0;
+    }
+  }
+
   double byte(int64_t row, int64_t column) const {
     int sum = 0;
+    for (int i = 0; i < books && wide; i++) {
+      const int64_t at = codes[i][row / dim * shape.columns + column] + (i ? 1 << bits[0] : 0);
+      sum += book[column / shape.block * wide_bytes() + at * width() + row % dim];
+    }
+    if (wide) return sum;
     for (int i = 0; i < books; i++)
       sum += book[((column / shape.block * books + i) * dim + row % dim) * entries +
                   codes[i][row / dim * shape.columns + column]];
@@ -145,7 +180,7 @@ void check_refusals(std::mt19937& random) {
   std::vector<float> y(33);
   std::vector<fewbit_byte_vectors> bad(15, c.matrix);
   bad[0].rows = 0, bad[1].columns = -1, bad[2].block = 0, bad[3].block = 98, bad[4].dim = 3, bad[5].dim = 32;
-  bad[6].bits = 3, bad[7].bits = 9, bad[8].residual_bits = 3, bad[9].residual_bits = 9, bad[10].codes = nullptr;
+  bad[6].bits = 3, bad[7].bits = 17, bad[8].residual_bits = 3, bad[9].residual_bits = 9, bad[10].codes = nullptr;
   bad[11].book = nullptr, bad[12].step = nullptr, bad[13].offset = nullptr, bad[14].block = 48;
   const auto call = [&](const fewbit_byte_vectors& w, int64_t x_block, int32_t isa) {
     return fewbit_vector_linear_int8(&w, x_block, &x, nullptr, y.data(), 33, FEWBIT_FLOAT32, isa, 1);
@@ -170,6 +205,14 @@ int int8_vector_failures() {
         check(Case(shape, dim, bits, turn % 2 ? 4 + turn / 2 % 5 : 0, false, random));
         if (turn % 7 == 0) check(Case(shape, dim, bits, turn % 2 ? 6 : 0, true, random));
       }
+  for (const Shape& shape : kShapes)
+    for (int32_t dim : kDims)
+      for (int32_t bits = 9; bits <= 16; bits += 1 + turn % 3, turn++) {
+        check(Case(shape, dim, bits, turn % 2 ? 8 + turn / 2 % 3 : 0, false, random));
+        if (turn % 7 == 0) check(Case(shape, dim, 8, 9, true, random));
+      }
+  check(Case({9, 65536, 65536, 65536, 2}, 8, 12, 8, true, random));  // the largest sum of a whole row
+  check(Case({9, 65600, 65600, 65600, 1}, 8, 9, 0, true, random));
   check_refusals(random);
   for (const Isa& isa : kIsas)
     if (fewbit_caps() & isa.flag) printf("int8 vector on %s\n", isa.name);

@@ -123,6 +123,7 @@ ROUNDED = [
     ("palette3/row", "int8/channel"),
     ("palette3/row", None),
     ("vector6x8", "int8/channel"),
+    ("vector6x9", "int8/channel"),
     ("vector4x6+5", "int8/static/asym/s0.05/z131"),
     ("vector4x12", None),
 ]

@@ -52,7 +52,9 @@ def raw_matrix(
         return row_tables(Palette(bits, bits % 3 + 1, True, block), shape, generator, scale)
     if kernel.startswith("int8_vector"):
         residual = int(torch.randint(4, 9, (), generator=generator)) if bits % 2 else 0
-        return vectors(Vector(LENGTHS[bits % 6], bits % 5 + 4, residual, block), shape, generator, scale)
+        return vectors(
+            Vector(LENGTHS[bits % 6], (4, 12, 5, 9, 6, 7, 10, 8)[bits % 8], residual, block), shape, generator, scale
+        )
     if kernel.startswith("vector"):
         residual = int(torch.randint(4, 10, (), generator=generator)) if bits % 2 else 0
         return vectors(Vector(LENGTHS[bits % 6], bits + 4, residual, block), shape, generator, scale)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from kernel_cases import HERE, vectors
 from raw_format import exact
+from torch.nn.functional import pad
 
 from fewbit import formats, kernels, layouts
 from fewbit.core import format as F
@@ -28,18 +29,26 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+SMALL = [(bits, residual) for bits in range(4, 9) for residual in (0, 4, 6, 7, 8)]
+WIDE = [(9, 0), (10, 4), (11, 8), (12, 0), (13, 0), (6, 9), (14, 10), (15, 0), (16, 0)]
+
+
+def check(kernel: str, matrix: QTensor, tokens: int) -> None:
+    x = torch.randn(tokens, matrix.shape[1], generator=generator(matrix.shape[1]))
+    answer, bound = exact(matrix).answer(kernels.reference.round_activations(x, INT8), None, 1 / 255 + 2.0**-16)
+    y = kernels.prepare(matrix, kernel, INT8)(x)
+    assert bool(((y.double() - answer).abs() <= bound).all()), (matrix.format.name, matrix.shape)
+
+
 @pytest.mark.parametrize("kernel", ROWS)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_every_length_and_width(kernel: str, length: int) -> None:
-    for bits in range(4, 9):
-        for residual in (0, 4, 6, 7, 8):
-            for rows, columns, block, batch in ((1, 1, 0, 1), (length + 1, 33, 32, 3), (131, 320, 64, 2)):
-                matrix = vectors(Vector(length, bits, residual, block), (rows, columns), generator(bits))
-                x = torch.randn(batch, columns, generator=generator(columns))
-                rounded = kernels.reference.round_activations(x, INT8)
-                answer, bound = exact(matrix).answer(rounded, None, 1 / 255 + 2.0**-16)
-                y = kernels.prepare(matrix, kernel, INT8)(x)
-                assert bool(((y.double() - answer).abs() <= bound).all()), (matrix.format.name, rows, columns)
+    for bits, residual in SMALL:
+        for rows, columns, block, tokens in ((1, 1, 0, 1), (length + 1, 33, 32, 3), (131, 320, 64, 2)):
+            check(kernel, vectors(Vector(length, bits, residual, block), (rows, columns), generator(bits)), tokens)
+    for bits, residual in WIDE:
+        for rows, columns, block, tokens in ((1, 1, 0, 1), (length + 1, 70, 32, 5), (37, 100, 0, 17)):
+            check(kernel, vectors(Vector(length, bits, residual, block), (rows, columns), generator(bits)), tokens)
 
 
 @pytest.mark.parametrize("kernel", ROWS)
@@ -57,7 +66,7 @@ def test_indices_of_fewer_than_four_bits(kernel: str) -> None:
 @pytest.mark.parametrize("kind", ["random", "constant", "far from zero", "tie"])
 def test_bytes_of_books(kind: str) -> None:
     """Every sum of entries is within half a step a book, and no sum of bytes passes 255."""
-    for bits in ((6,), (6, 6), (4, 5), (8, 4), (8,)):
+    for bits in ((6,), (6, 6), (4, 5), (8, 4), (8,), (9,), (10, 4), (7, 11)):
         books = tuple(torch.randn(3, 1 << b, 8, generator=generator(b)).half().float() for b in bits)
         if kind == "constant":
             books = tuple(torch.full_like(book, 0.3) for book in books)
@@ -66,7 +75,16 @@ def test_bytes_of_books(kind: str) -> None:
         if kind == "tie":  # both ranges end in half a step
             books = tuple(torch.linspace(0, 127.5, 1 << b).reshape(1, -1, 1).expand(3, -1, 8) for b in bits)
         found, step, offset = to_bytes(Vectors(books, bits))
-        assert found.dtype == torch.uint8 and found.shape == (3, len(bits), 8, 64 if max(bits) <= 6 else 256)
+        assert found.dtype == torch.uint8
+        if max(bits) > 8:
+            sizes = [max(256, 1 << b) for b in bits]
+            assert found.shape == (3, sum(sizes), 8)
+            zeros = [book[:, 1 << b :] for book, b in zip(found.split(sizes, 1), bits, strict=True)]
+            assert not any(bool(rest.any()) for rest in zeros)
+            widest = max(sizes)
+            found = torch.stack([pad(f, (0, 0, 0, widest - f.shape[1])) for f in found.split(sizes, 1)], 1).mT
+        else:
+            assert found.shape == (3, len(bits), 8, 64 if max(bits) <= 6 else 256)
         assert int(found.int().amax(3).sum(1).max()) <= 255
         ranges = sum((book.double().amax(1) - book.double().amin(1) for book in books), torch.zeros(()))
         assert bool(((step.double() - ranges / 255).abs() <= 2.0**-23 * ranges).all())
@@ -75,7 +93,8 @@ def test_bytes_of_books(kind: str) -> None:
             entries = lowest[:, i, :, None] + step.double()[:, :, None] * found[:, i, :, : book.shape[1]].double()
             error = (entries - book.double().transpose(1, 2)).abs()
             assert bool((error <= 0.5 * step.double()[:, :, None] * (1 + 2.0**-12)).all())
-            assert torch.equal(found[:, i], found[:, i, :, : book.shape[1]].repeat(1, 1, found.shape[3] >> bits[i]))
+            if max(bits) <= 8:
+                assert torch.equal(found[:, i], found[:, i, :, : book.shape[1]].repeat(1, 1, found.shape[3] >> bits[i]))
         assert torch.equal(offset, lowest.sum(1).float())
 
 
@@ -110,6 +129,31 @@ def test_the_layout_as_drawn_and_back(name: str, shape: tuple[int, int]) -> None
             assert code == int(matrix.packed[row, column])
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (7, 31), (300, 33), (131, 8)])
+@pytest.mark.parametrize("name", ["vector8x12", "vector4x13+5/g32", "vector16x7+9"])
+def test_the_layout_of_large_books_as_drawn_and_back(name: str, shape: tuple[int, int]) -> None:
+    format = formats.parse(name)
+    assert isinstance(format, Vector)
+    matrix = vectors(format, shape, generator(7))
+    packed = matrix.repack(VECTOR16)
+    rows, columns = F.code_shape(format, shape)
+    chunks, widths = -(-columns // 32), [max(8, bits) for bits in format.fields.values()]
+    assert packed.packed.shape == (-(-rows // 16), chunks * sum(widths) * 64)
+    codes, params = packed.logical()
+    assert torch.equal(codes, matrix.packed) and codes.dtype == matrix.packed.dtype
+    assert all(torch.equal(params[key], value) for key, value in matrix.params.items())
+    strings = packed.packed.reshape(-1, chunks, sum(widths) * 4)
+    assert not strings[rows:].any()
+    for row in range(0, rows, 5):
+        for column in range(0, columns, 3):
+            whole = int.from_bytes(bytes(strings[row, column // 32].tolist()), "little")
+            code = base = at = 0
+            for bits, width in zip(format.fields.values(), widths, strict=True):
+                index = whole >> at + column % 32 * width & (1 << width) - 1
+                code, base, at = code | index << base, base + bits, at + 32 * width
+            assert code == int(matrix.packed[row, column])
+
+
 def test_a_layout_of_other_bytes_is_refused() -> None:
     matrix = vectors(Vector(8, 6), (64, 40), generator(8)).repack(VECTOR16)
     good = {"packed": matrix.packed, "params": dict(matrix.params)}
@@ -127,10 +171,10 @@ def test_a_layout_of_other_bytes_is_refused() -> None:
 
 @pytest.mark.skipif("avx512vbmi" not in native.isas(), reason="this machine has no VBMI")
 def test_which_row_is_chosen() -> None:
-    for name in ("vector8x6+6", "vector8x8", "vector4x6", "vector8x4+4"):
+    for name in ("vector8x6+6", "vector8x8", "vector4x6", "vector8x4+4", "vector8x12", "vector6x9+8/g32"):
         assert kernels.choose(formats.parse(name), (64, 256), activation=INT8).name == "int8_vector_linear_avx512vbmi"
         assert kernels.choose(formats.parse(name), (64, 256)).name == "vector_linear_avx512"
-    for name, reason in (("vector8x12", "at most 8 bits"), ("vector8x6/g48", "whole chunks")):
+    for name, reason in (("vector8x12/g48", "whole chunks"), ("vector8x6/g48", "whole chunks")):
         choice = kernels.choose(formats.parse(name), (64, 256), activation=INT8)
         assert choice.kernel.family != "int8_vector" and reason in choice.reasons["int8_vector_linear_avx512vbmi"]
     with pytest.raises(UnsupportedError, match="stay float"):
@@ -138,8 +182,9 @@ def test_which_row_is_chosen() -> None:
 
 
 @pytest.mark.parametrize("kernel", ROWS)
-def test_codes_at_odd_addresses(kernel: str) -> None:
-    matrix = vectors(Vector(8, 6, 4), (64, 40), generator(11)).repack(VECTOR16)
+@pytest.mark.parametrize("bits", [(6, 4), (11, 9)])
+def test_codes_at_odd_addresses(kernel: str, bits: tuple[int, int]) -> None:
+    matrix = vectors(Vector(8, *bits), (64, 40), generator(11)).repack(VECTOR16)
     store = torch.zeros(matrix.packed.numel() + 3, dtype=torch.uint8)
     odd = store[3:].reshape(matrix.packed.shape)
     odd.copy_(matrix.packed)

@@ -8,15 +8,15 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fewbit.core import blocks as B
 from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
-from fewbit.kernels import native, reference
+from fewbit.kernels import native, pages, reference
 from fewbit.kernels.alone import AlonePrepared
-from fewbit.kernels.column8 import fields
 from fewbit.kernels.table import Kernel
-from fewbit.kernels.vector16 import VECTOR16, checked
+from fewbit.kernels.vector16 import LOOKED_UP, VECTOR16, checked, fields
 from fewbit.layouts.dense import load_params
 
 
@@ -29,8 +29,9 @@ def to_bytes(physical: Vectors) -> tuple[Tensor, Tensor, Tensor]:
     int8 costs.
 
     Returns:
-        (bytes, step, offset): uint8 (blocks, books, height, entries), float32 (blocks, height) each. There are 64
-        entries where all indices have at most 6 bits, else 256; fewer are repeated.
+        (bytes, step, offset): uint8, float32 (blocks, height) each. Bytes are (blocks, books, height, entries) where
+        all indices have at most 8 bits: 64 entries where all have at most 6, else 256; fewer are repeated. Else
+        (blocks, entries of both books one after the other, 8 or 16), each ``height`` bytes and zeros.
     """
     lowest = [book.double().amin(1) for book in physical.books]
     ranges = [book.double().amax(1) - low for book, low in zip(physical.books, lowest, strict=True)]
@@ -39,10 +40,19 @@ def to_bytes(physical: Vectors) -> tuple[Tensor, Tensor, Tensor]:
     for book, low in zip(physical.books, lowest, strict=True):
         whole = ((book.double() - low[:, None]) / step.where(step > 0, 1)[:, None]).round().minimum(left[:, None])
         left = left - whole.amax(1)
-        found.append(whole.to(torch.uint8).transpose(1, 2))
-    entries = 64 if max(physical.bits) <= 6 else 256
-    books = [book.repeat(1, 1, entries // book.shape[2]) for book in found]
-    return torch.stack(books, 1).contiguous(), step.float(), sum(lowest, torch.zeros(())).float()
+        found.append(whole.to(torch.uint8))
+    return _arranged(found, max(physical.bits)), step.float(), sum(lowest, torch.zeros(())).float()
+
+
+def _arranged(books: list[Tensor], most: int) -> Tensor:
+    """``books``, each (blocks, entries, height), as kernels read them where the longest index has ``most`` bits."""
+    if most > LOOKED_UP:
+        height = books[0].shape[2]
+        least = 1 << LOOKED_UP  # entries
+        sizes = [(0, (8 if height <= 8 else 16) - height, 0, max(0, least - book.shape[1])) for book in books]
+        return pages.held(torch.cat([pad(book, size) for book, size in zip(books, sizes, strict=True)], 1))
+    entries = 64 if most <= 6 else 256
+    return torch.stack([book.transpose(1, 2).repeat(1, 1, entries // book.shape[1]) for book in books], 1).contiguous()
 
 
 class ByteVectorPrepared(AlonePrepared):

@@ -12,6 +12,11 @@ four neighbouring columns.
 Indices of 6 bits lie otherwise, as a lookup among 64 entries heeds no more than 6 bits of a byte: vector g of their six
 holds columns 4g to 4g + 3 in the low 6 bits of bytes. The two bits above, of vectors 0, 1, 2 and of 3, 4, 5, are bits 0
 and 1, 2 and 3, 4 and 5 of columns 24 to 27 and of 28 to 31.
+
+Where some index has more than 8 bits, books are too large to look up in registers: entries are loaded one by one, and
+each of the 16 codes of a tile lies by itself, (16, chunks, bits of a code * 4) bytes in as much memory. A chunk is then
+its 32 indices into the codebook as a dense string (:mod:`fewbit.layouts.dense` draws it), then those into the residual
+book; indices of fewer than 8 bits take 8.
 """
 
 from __future__ import annotations
@@ -23,13 +28,26 @@ from fewbit.core.format import Format, Params, code_shape
 from fewbit.core.layout import Layout, Shape
 from fewbit.errors import InputError
 from fewbit.formats.vector import Vector
-from fewbit.kernels import pages
-from fewbit.kernels.column8 import fields, joined, split
+from fewbit.kernels import column8, pages
+from fewbit.kernels.column8 import joined, split
 from fewbit.kernels.tile16 import COLUMNS, ROWS, pack_codes, size, unpack_rows
+from fewbit.layouts import dense
 from fewbit.layouts.dense import load_params, store_params
 
-MOST_BITS = 8
-"""Of an index: a byte."""
+LOOKED_UP = 8
+"""Bits of an index, at most, where entries are looked up in registers."""
+
+
+def wide(format: Format) -> bool:
+    """Whether entries are loaded one by one."""
+    assert isinstance(format, Vector)
+    return max(format.fields.values()) > LOOKED_UP
+
+
+def fields(format: Format) -> list[int]:
+    """Bits of the indices of a code in memory, by book."""
+    found = column8.fields(format)
+    return [max(LOOKED_UP, bits) for bits in found] if wide(format) else found
 
 
 def checked(format: Format, shape: Shape, packed: Tensor) -> Tensor:
@@ -66,14 +84,22 @@ def unpack_six(packed: Tensor, shape: Shape) -> Tensor:
 
 
 def _refuse(format: Format, shape: Shape) -> str | None:
-    if not isinstance(format, Vector):
-        return f"holds vectors down columns; {format.name} is something else"
-    most = max(format.fields.values())
-    return None if most <= MOST_BITS else f"holds indices of at most {MOST_BITS} bits; {format.name} has {most}"
+    return None if isinstance(format, Vector) else f"holds vectors down columns; {format.name} is something else"
+
+
+def pack_wide(indices: Tensor, bits: int) -> Tensor:
+    """Indices (codes, columns) of ``bits`` bits -> uint8 (whole tiles of codes, chunks, 4 bits)."""
+    rows, columns = indices.shape
+    padded = torch.nn.functional.pad(indices, (0, -columns % COLUMNS, 0, -rows % ROWS))
+    return dense.pack_rows(padded, bits).reshape(len(padded), -1, 4 * bits)
 
 
 def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[Tensor, dict[str, Tensor]]:
     packed = pages.empty(size(code_shape(format, shape), sum(fields(format))))
+    if wide(format):
+        parts = [pack_wide(index, bits) for index, bits in zip(split(format, codes), fields(format), strict=True)]
+        torch.cat(parts, 2, out=packed.view(parts[0].shape[0], parts[0].shape[1], -1))
+        return packed, store_params(format, params)
     chunks, base = packed.reshape(len(packed), -1, sum(fields(format)) * 64), 0
     for index, bits in zip(split(format, codes), fields(format), strict=True):
         index = index.to(torch.uint8)
@@ -86,6 +112,12 @@ def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[
 def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tuple[Tensor, dict[str, Tensor]]:
     rows, columns = code_shape(format, shape)
     packed = checked(format, shape, packed)
+    if wide(format):
+        strings = packed.reshape(len(packed) * ROWS, -1, sum(fields(format)) * 4)[:rows]
+        parts = zip(strings.split([4 * bits for bits in fields(format)], 2), fields(format), strict=True)
+        whole = strings.shape[1] * COLUMNS
+        found = [dense.unpack_rows(part.reshape(rows, -1), bits, whole)[:, :columns] for part, bits in parts]
+        return joined(format, found).contiguous(), load_params(format, shape, stored)
     chunks = packed.reshape(len(packed), -1, sum(fields(format)) * 64)
     indices, base, every = [], 0, torch.arange(rows)
     for bits in fields(format):

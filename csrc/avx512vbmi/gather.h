@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of bytes from books that no registers hold: an entry is one load. Of eight neighbouring columns, entries of 8
+// bytes fill a register, as (column, row); one vpermi2b transposes it, so that every lane has four columns of a row, and
+// one vpdpbusd multiplies them, for each token, by activations that are repeated for all rows. Two loads a cycle bound a
+// single token.
+#pragma once
+
+#include "avx512vnni/dot.h"
+
+#include "core/inline.h"
+#include "core/int8_vector.h"
+
+namespace fewbit {
+namespace {
+
+constexpr int64_t kFar = 8 * 1024, kNear = 512;  // bytes that are fetched early, to the second-level cache and the first
+
+template <class T>
+FEWBIT_INLINE T word_at(const void* p) {
+  T word;
+  __builtin_memcpy(&word, p, sizeof word);
+  return word;
+}
+
+// A register's, whatever the compiler knows of it: bextr has its field in no constant.
+FEWBIT_INLINE uint64_t in_register(uint64_t x) {
+  asm("" : "+r"(x));
+  return x;
+}
+// Bits of `word`: as many as bits 8 to 15 of `field` say, from that on which bits 0 to 7 say.
+FEWBIT_INLINE uint64_t extract(uint64_t word, uint64_t field) {
+  uint64_t found;
+  asm("bextr %2, %1, %0" : "=r"(found) : "r"(word), "r"(field) : "cc");
+  return found;
+}
+
+// Two entries, side by side.
+template <int WIDTH>
+FEWBIT_INLINE auto pair(const uint8_t* book, uint64_t first, uint64_t second) {
+  const auto* low = reinterpret_cast<const __m128i*>(book + first * WIDTH);
+  const auto* high = reinterpret_cast<const __m128i*>(book + second * WIDTH);
+  if constexpr (WIDTH == 16) return _mm256_set_m128i(_mm_loadu_si128(high), _mm_loadu_si128(low));
+  else return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64(low)), reinterpret_cast<const __m64*>(high)));
+}
+
+// The entries of eight columns: halves of registers that hold 64 / WIDTH of them.
+template <int WIDTH>
+struct Eight {
+  __m256i half[WIDTH / 8][2];
+};
+
+// Reads the indices of eight columns, which are `bits` bytes, and their entries. BITS: known beforehand, or 0.
+template <int WIDTH, int BITS>
+struct Gather {
+  int64_t bits;
+  const uint8_t* book;
+  uint64_t low[3], high[3];  // of the first word of 8 bytes, indices 1, 2, 3; of the last one, indices 4, 5, 6
+
+  FEWBIT_INLINE Gather(int64_t own, const uint8_t* entries) : bits(BITS ? BITS : own), book(entries) {
+    for (int i = 0; i < 3; i++) {
+      low[i] = in_register(static_cast<uint64_t>((i + 1) * bits | bits << 8));
+      high[i] = in_register(static_cast<uint64_t>((64 - (4 - i) * bits) | bits << 8));
+    }
+  }
+
+  FEWBIT_INLINE Eight<WIDTH> operator()(const uint8_t* codes) const {
+    const int64_t n = BITS ? BITS : bits;
+    const uint64_t first = in_register(word_at<uint64_t>(codes)), last = in_register(word_at<uint64_t>(codes + n - 8));
+    const uint64_t one = extract(first, low[0]), two = extract(first, low[1]), three = extract(first, low[2]);
+    const auto a = pair<WIDTH>(book, first & ((uint64_t{1} << n) - 1), one), b = pair<WIDTH>(book, two, three);
+    const auto c = pair<WIDTH>(book, extract(last, high[0]), extract(last, high[1]));
+    const auto d = pair<WIDTH>(book, extract(last, high[2]), last >> (64 - n));
+    if constexpr (WIDTH == 16) return {{{a, b}, {c, d}}};
+    else return {{{_mm256_set_m128i(b, a), _mm256_set_m128i(d, c)}}};
+  }
+};
+
+// Where vpermi2b finds the bytes of 64 / WIDTH columns: lane (row, group of four columns), column.
+template <int WIDTH>
+struct Transposition {
+  alignas(64) uint8_t at[64];
+
+  constexpr Transposition() : at() {
+    constexpr int kColumns = 64 / WIDTH, kGroups = kColumns / 4, kHalf = kColumns / 2;
+    for (int i = 0; i < 64; i++) {
+      const int row = i / 4 / kGroups, column = i / 4 % kGroups * 4 + i % 4;
+      at[i] = static_cast<uint8_t>(column % kHalf * WIDTH + row + column / kHalf * 64);
+    }
+  }
+};
+
+// Activations of 64 / WIDTH columns, for every row.
+template <int WIDTH>
+FEWBIT_INLINE U repeated(const int8_t* x) {
+  return WIDTH == 16 ? _mm512_set1_epi32(word_at<int32_t>(x)) : _mm512_set1_epi64(word_at<int64_t>(x));
+}
+
+// Lanes (row, group of columns), each row added up, as floats.
+template <int WIDTH>
+FEWBIT_INLINE F row_sums(U dot) {
+  if (WIDTH == 16) return convert(dot);
+  const U both = _mm512_add_epi32(dot, _mm512_shuffle_epi32(dot, _MM_PERM_CDAB));
+  return convert(_mm512_maskz_compress_epi32(0x5555, both));
+}
+
+// The first-level cache has little room beside a book.
+FEWBIT_INLINE void fetch_early(const uint8_t* codes) {
+  __builtin_prefetch(codes + kFar, 0, 2);
+  __builtin_prefetch(codes + kNear, 0, 3);
+}
+
+template <int WIDTH>
+FEWBIT_INLINE U transposed(const __m256i (&half)[2], U order) {
+  return _mm512_permutex2var_epi8(_mm512_castsi256_si512(half[0]), order, _mm512_castsi256_si512(half[1]));
+}
+
+// A segment of one book and one token: chunks of codes, `apart` bytes from one to the next. Such calls are bound by loads
+// and the indices for them, whose bits are known here: for two books, sums of both are one sum.
+template <int WIDTH, int BITS>
+U add_alone(const uint8_t* codes, int64_t apart, const uint8_t* book, const int8_t* x, int64_t chunks, U order, U sum) {
+  const Gather<WIDTH, BITS> gather(BITS, book);
+  U dot[2] = {sum, _mm512_setzero_si512()};
+  for (const int8_t* end = x + chunks * 32; x < end; x += 32, codes += apart) {
+    fetch_early(codes);
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; g++) {
+      const Eight<WIDTH> bytes = gather(codes + g * BITS);
+#pragma GCC unroll 2
+      for (int v = 0; v < WIDTH / 8; v++)
+        dot[(g + v) % 2] = multiply_add(dot[(g + v) % 2], transposed<WIDTH>(bytes.half[v], order),
+                                        repeated<WIDTH>(x + g * 8 + v * 4));
+    }
+  }
+  return _mm512_add_epi32(dot[0], dot[1]);
+}
+
+template <int WIDTH>
+auto alone(int32_t bits) {
+  switch (bits) {
+    case 8: return add_alone<WIDTH, 8>;
+    case 9: return add_alone<WIDTH, 9>;
+    case 10: return add_alone<WIDTH, 10>;
+    case 11: return add_alone<WIDTH, 11>;
+    case 12: return add_alone<WIDTH, 12>;
+    case 13: return add_alone<WIDTH, 13>;
+    case 14: return add_alone<WIDTH, 14>;
+    case 15: return add_alone<WIDTH, 15>;
+    default: return add_alone<WIDTH, 16>;
+  }
+}
+
+// A segment x M tokens, which are bound by products.
+template <int WIDTH, int BOOKS, int M>
+FEWBIT_INLINE void add_many(const Int8VectorTask& task, const uint8_t* codes, const VectorSegment& segment, const int8_t* x,
+                            U order, U (&dot)[M]) {
+  const Gather<WIDTH, 0> first(task.bits, segment.book);
+  const Gather<WIDTH, 0> second(BOOKS == 2 ? task.residual_bits : 8, segment.book + (WIDTH << task.bits));
+  for (const int8_t* end = x + segment.chunks * M * 32; x < end; x += M * 32) {
+    const uint8_t* more = codes + first.bits * 4;
+    fetch_early(codes);
+    if (BOOKS == 2) fetch_early(more);
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; g++) {
+      Eight<WIDTH> bytes = first(codes + g * first.bits);
+      if constexpr (BOOKS == 2) {
+        const Eight<WIDTH> rest = second(more + g * second.bits);
+        for (int h = 0; h < WIDTH / 4; h++) {
+          __m256i& sum = bytes.half[h / 2][h % 2];
+          sum = _mm256_add_epi8(sum, rest.half[h / 2][h % 2]);
+        }
+      }
+#pragma GCC unroll 2
+      for (int v = 0; v < WIDTH / 8; v++) {
+        const U all = transposed<WIDTH>(bytes.half[v], order);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) dot[m] = multiply_add(dot[m], all, repeated<WIDTH>(x + m * 32 + g * 8 + v * 4));
+      }
+    }
+    codes = more + (BOOKS == 2 ? second.bits * 4 : 0);
+  }
+}
+
+// The rows of one code x M tokens, of which `tokens` exist.
+template <int WIDTH, int BOOKS, int M>
+void gather_code(const Int8VectorTask& task, int64_t code, int64_t token, int64_t tokens) {
+  static constexpr Transposition<WIDTH> kOrder;
+  const U order = load_lanes(kOrder.at);
+  const auto rows = static_cast<__mmask16>((1u << task.dim) - 1);
+  alignas(64) float totals[M][16];
+  for (int m = 0; m < M; m++) store(totals[m], _mm512_maskz_loadu_ps(rows, task.start + (token + m) * task.dim));
+  const int64_t bytes = (task.bits + task.residual_bits) * 4;  // of a chunk
+  const uint8_t* codes = wide_codes_of(task, code);
+  const int8_t* x = activations_of(task, token);
+  VectorSegment segment(task);
+  for (int64_t s = 0; s < task.segments; s++) {
+    U dot[M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) dot[m] = _mm512_setzero_si512();
+    if constexpr (M == 1) {
+      dot[0] = alone<WIDTH>(task.bits)(codes, bytes, segment.book, x, segment.chunks, order, dot[0]);
+      if (BOOKS == 2)
+        dot[0] = alone<WIDTH>(task.residual_bits)(codes + task.bits * 4, bytes, segment.book + (WIDTH << task.bits), x,
+                                                  segment.chunks, order, dot[0]);
+    } else {
+      add_many<WIDTH, BOOKS, M>(task, codes, segment, x, order, dot);
+    }
+    const F step = _mm512_maskz_loadu_ps(rows, segment.step);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      const F factor = multiply(step, broadcast(segment.x_scale[(token + m) * task.x_blocks]));
+      store(totals[m], fused(factor, row_sums<WIDTH>(dot[m]), load(totals[m])));
+    }
+    codes += segment.chunks * bytes, x += segment.chunks * M * 32;
+    segment.next();
+  }
+  for (int m = 0; m < M && m < tokens; m++) put_code(task, code, token + m, totals[m]);
+}
+
+template <int WIDTH, int BOOKS>
+auto gather_of(int64_t together) {
+  switch (together) {
+    case 1: return gather_code<WIDTH, BOOKS, 1>;
+    case 2: return gather_code<WIDTH, BOOKS, 2>;
+    case 4: return gather_code<WIDTH, BOOKS, 4>;
+    case 8: return gather_code<WIDTH, BOOKS, 8>;
+    default: return gather_code<WIDTH, BOOKS, kMostTogether>;
+  }
+}
+
+void gather_tiles(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  const int64_t m = task.together;
+  const bool two = task.books == 2;
+  const auto of = task.width == 8 ? two ? gather_of<8, 2>(m) : gather_of<8, 1>(m)
+                  : two           ? gather_of<16, 2>(m)
+                                  : gather_of<16, 1>(m);
+  for (int64_t code = tile_begin * 16; code < tile_end * 16 && code < task.rows; code++)
+    for (int64_t token = 0; token < tokens; token += task.together) of(task, code, token, tokens - token);
+}
+
+}  // namespace
+}  // namespace fewbit
