@@ -138,6 +138,18 @@ def test_weights_start_off_the_brink_and_go_far(method: str) -> None:
     assert learner.bounds["offset"][1] > 7 and learner.bounds["low"][1] > 1
 
 
+@pytest.mark.parametrize("spelling", ["int4/g8/asym", "int4/g8/sym", "int4/g4x4/asym/s6"])
+def test_rows_are_independent_of_their_chunk(spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, grad = normal(13, 40), normal(13, 40, seed=1)
+    learner, _ = learnable(weight, spelling)
+    values = {name: array - 0.2 * torch.rand_like(array) for name, array in learner.start.items()}
+    whole = {"weight": learner.weight(values), **learner.gradient(values, grad)}
+    monkeypatch.setattr("fewbit.methods.ranges.CHUNK", 5 * 40)
+    parts = {"weight": learner.weight(values), **learner.gradient(values, grad)}
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
 def test_padding_learns_nothing() -> None:
     learner, _ = learnable(normal(4, 13), "int3/g8/asym")
     found = learner.gradient(learner.start, torch.ones(4, 13))

@@ -103,23 +103,37 @@ class Rounding(Learnable):
         return self._format.placed(scale, torch.zeros_like(scale))
 
     def weight(self, values: Values) -> Tensor:
-        params = self._params(values)
-        moved = values["offset"] * _scale(self._format, params) + self._weight
-        return B.join(self._format.nearest(moved, params)[1], self._columns)
+        params, chosen = self._params(values), torch.empty_like(self._weight)
+        scale = _scale(self._format, params)
+        for rows in self._parts():
+            moved = values["offset"][rows] * scale[rows] + self._weight[rows]
+            chosen[rows] = self._format.nearest(moved, _of(params, rows))[1]
+        return B.join(chosen, self._columns)
+
+    def _parts(self) -> list[slice]:
+        """Rows at a time, so few that what is worked out of them stays in the cache."""
+        step = max(1, ranges.CHUNK // self._columns)
+        return [slice(first, first + step) for first in range(0, len(self._weight), step)]
 
     def gradient(self, values: Values, grad: Tensor) -> dict[str, Tensor]:
-        format, params, last = self._format, self._params(values), self._format.levels - 1
+        params, grad = self._params(values), B.split(grad, self._format.block)
+        parts = [self._straight(rows, values["offset"][rows], _of(params, rows), grad[rows]) for rows in self._parts()]
+        by_value, by_scale, by_offset = (torch.cat(each) for each in zip(*parts, strict=True))
+        free = self._format.grid == "ends"
+        return {"offset": by_value, **self._ends_gradient(values, by_scale, by_offset if free else None)}
+
+    def _straight(self, rows: slice, by: Tensor, params: Params, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of V, here ``by``, and of scale and offset, (rows, blocks, 1), straight through the rounding."""
+        format, weight, last = self._format, self._weight[rows], self._format.levels - 1
         scale, offset = _scale(format, params), _offset(format, params)
-        moved = values["offset"] * scale + self._weight
+        moved = by * scale + weight
         codes, chosen = format.nearest(moved, params)
         step = (moved - offset) / scale
         inside = (step >= -0.5) & (step <= last + 0.5)
-        grad = B.split(grad, format.block)
-        free = format.grid == "ends"
-        beyond = codes.float() if free else chosen / scale
-        by_scale = (grad * torch.where(inside, (chosen - self._weight) / scale, beyond)).sum(-1, keepdim=True)
-        outer = torch.where(inside, 0.0, grad).sum(-1, keepdim=True) if free else None
-        return {"offset": torch.where(inside, grad * scale, 0.0), **self._ends_gradient(values, by_scale, outer)}
+        beyond = codes.float() if format.grid == "ends" else chosen / scale
+        by_scale = (grad * torch.where(inside, (chosen - weight) / scale, beyond)).sum(-1, keepdim=True)
+        by_offset = torch.where(inside, 0.0, grad).sum(-1, keepdim=True)
+        return torch.where(inside, grad * scale, 0.0), by_scale, by_offset
 
     def _ends_gradient(self, values: Values, scale: Tensor, offset: Tensor | None) -> dict[str, Tensor]:
         """From the gradients of scale and, where it is free, offset (rows, blocks, 1): s = (hi - lo) / (levels - 1) and
@@ -146,6 +160,11 @@ Chen et al. 2024, arXiv:2407.11062)."""
 def weights_rate(iters: int, format: Format) -> float:
     """Steps of the grid."""
     return 3e-3
+
+
+def _of(params: Params, rows: slice) -> Params:
+    """Those of some ``rows``."""
+    return {name: values[rows] for name, values in params.items()}
 
 
 def _scale(format: Format, params: Params) -> Tensor:

@@ -101,14 +101,24 @@ def _search(
     least = _span_errors(format, blocks, worth, best)
     repeat = span_blocks(format, blocks.shape[1])
     full = full_range(format, blocks) if format.grid == "magnitude" else None
+    shrunk, among = (_ends(blocks, worth), mask.new_ones(1)) if format.grid == "ends" else (blocks, worth)
     for ratio in ratios:
-        params = format.fit(blocks * ratio, worth) if full is None else format.placed(full * ratio, 0 * full)
+        params = format.fit(shrunk * ratio, among) if full is None else format.placed(full * ratio, 0 * full)
         errors = _span_errors(format, blocks, worth, params)
         better = errors < least
         least = torch.where(better, errors, least)
         chosen = B.per_block(better.unsqueeze(-1), blocks.shape[1], repeat)
         best = {name: torch.where(chosen, params[name], values) for name, values in best.items()}
     return best
+
+
+def _ends(blocks: Tensor, worth: Tensor) -> Tensor:
+    """Least and largest of each of ``blocks`` (rows, blocks, block), as (rows, blocks, 2): all that a grid between two
+    ends is fitted to. Zeros without ``worth``, such as padding, are no ends, unless there is nothing else."""
+    there = (worth > 0) | (blocks != 0)
+    there = there | ~there.any(-1, keepdim=True)
+    low, high = torch.where(there, blocks, torch.inf), torch.where(there, blocks, -torch.inf)
+    return torch.cat([low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)], -1)
 
 
 def full_range(format: Format, blocks: Tensor) -> Tensor:

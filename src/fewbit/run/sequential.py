@@ -20,7 +20,6 @@ from fewbit.model.replay import checked_order, output, replaying
 from fewbit.run.collect import collect
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenFile
-from fewbit.run.memory import give_back
 from fewbit.run.ranges import fix_grids
 from fewbit.run.reconstruct import reference_on, tune_block, tuned
 from fewbit.run.rewriting import as_run
@@ -134,7 +133,6 @@ class Passes:
             for found in run.workers.map(one, range(len(run.batches()))):
                 total = found if total is None or found is None else total.join(found)
         self._settle()
-        give_back()
         if closing is not None and keep is not None:
             self._inputs[closing.module] = keep
         return None if total is None else total.facts()
@@ -151,7 +149,6 @@ class Passes:
         with replaying(run.model, self._index, self._order, last) as step:
             for _ in run.workers.map(one, range(len(run.batches()))):
                 pass
-        give_back()
         return target
 
     def _prepare(self, group: int) -> None:

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two streams of logits compared, against the definition in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fewbit.run.compare import PART, compare_logits, summary
+
+
+@pytest.mark.parametrize("tokens", [2, PART, PART + 1, 2 * PART + 3])
+def test_figures_are_those_of_the_definition(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    reference = (3 * torch.randn(1, tokens, 50, generator=generator)).half()
+    ours = reference.float() + torch.randn(1, tokens, 50, generator=generator)
+    ids = torch.randint(50, (tokens,), generator=generator)
+    found = summary([compare_logits(ours, reference, ids)])
+
+    p, q = (each[0, :-1].double().numpy() for each in (reference, ours))
+    p, q = (each - np.log(np.exp(each).sum(1, keepdims=True)) for each in (p, q))
+    rows, targets = np.arange(tokens - 1), ids[1:].numpy()
+    assert found["tokens"] == tokens - 1
+    assert found["top1_agreement"] == (p.argmax(1) == q.argmax(1)).mean()
+    wanted = {
+        "reference_perplexity": np.exp(-p[rows, targets].mean()),
+        "perplexity": np.exp(-q[rows, targets].mean()),
+        "kl_mean": (np.exp(p) * (p - q)).sum(1).mean(),
+    }
+    # float32 logarithms of up to about 20, and sums of 50 terms
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, rel=50 * 20 * 2.0**-24), name
