@@ -110,8 +110,7 @@ struct Line {
 
   FEWBIT_INLINE Line() = default;
   FEWBIT_INLINE Line(const SegmentTask& task, float step, int64_t at)
-      : scale(multiply(parameter(task.scale, task.scale_half, at), broadcast(step))), shift(broadcast(0.0f)) {
-    if (!task.shifted) return;
+      : scale(multiply(parameter(task.scale, task.scale_half, at), broadcast(step))) {
     const F zero = broadcast(-task.zero);
     shift = task.offset ? fused(scale, zero, parameter(task.offset, task.offset_half, at)) : multiply(scale, zero);
   }
