@@ -14,7 +14,7 @@ constexpr int kDirect2 = 2, kDirect4 = 1, kDirect8 = 0, kDirectChains = 1, kAlon
 constexpr int direct1(int bits) { return part_count(bits) == 1 && bits < 8 ? 4 : 2; }  // what 16 registers hold
 constexpr int planes(int bits) { return bits == 8 ? 2 : 1; }
 constexpr bool kInPlace = false;
-constexpr int kSums = 0;
+constexpr int kSums = 0, kUnrollMany = 1;
 constexpr int kLevelBits = 5;
 
 inline U four(const int8_t* x) {
@@ -35,6 +35,7 @@ struct Dot {
     narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(u, four(x)));
     asm("" : "+x"(narrow));  // GCC would delay the additions, and keep one of eight sums in memory for that
   }
+  inline void begin(F start) { wide = _mm256_add_epi32(wide, _mm256_cvtps_epi32(start)); }
   inline void flush() {
     wide = _mm256_add_epi32(wide, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
     narrow = _mm256_setzero_si256();
@@ -45,7 +46,8 @@ struct Dot {
 // int16 levels times activations as int16, summed in pairs: each plane holds four columns of every other two
 // rows, whose halves are added up at the end. Nothing overflows: 32767 * 128 * 256 columns < 2^31.
 struct Words {
-  static constexpr int kHighOrigin = 0;
+  static constexpr int kHighOrigin = 0, kBegins = -1;
+  static constexpr float kOrigin = 0;
   using X = int16_t;
 
   struct Sum {
@@ -64,7 +66,7 @@ struct Words {
     plane[0] = _mm256_unpacklo_epi8(low, high);
     plane[1] = _mm256_unpackhi_epi8(low, high);
   }
-  static inline F value(const Sum (&dot)[2], float) {
+  static inline F value(const Sum (&dot)[2]) {
     return _mm256_cvtepi32_ps(_mm256_hadd_epi32(dot[0].sum, dot[1].sum));
   }
 };

@@ -3,9 +3,18 @@
 // vdpbf16ps adds the exact products of two columns to a float32 at a time.
 #include "avx512/simd.h"
 
+namespace fewbit {
+namespace {
+
+constexpr int kUnrollMany = 1;  // see decoded.h
+
+}  // namespace
+}  // namespace fewbit
+
+#include "core/decoded.h"
 #include "core/dtypes.h"
 #include "core/kernel.h"
-#include "core/segments.h"
+#include "core/rounding.h"
 
 namespace fewbit {
 namespace {
@@ -34,6 +43,8 @@ struct Halves {
   static constexpr int kTables = BITS <= 5 ? 1 : BITS == 6 ? 2 : 0;  // registers that hold what codes stand for
   using X = uint16_t;
   using Sum = Pairs;
+  static constexpr int kBegins = -1;
+  static constexpr float step = 1, origin = 0;
   float centre;
   U table[kTables > 0 ? kTables : 1];
 
@@ -62,7 +73,7 @@ struct Halves {
     plane[0] = words(codes), plane[1] = words(shift_right(codes, 8));
   }
 
-  FEWBIT_INLINE F value(const Pairs (&dot)[2], float) const { return add(dot[0].sum, dot[1].sum); }
+  FEWBIT_INLINE F value(const Pairs (&dot)[2]) const { return add(dot[0].sum, dot[1].sum); }
 };
 
 // Lays a token out as the kernel reads it, and sums up its segments.
@@ -82,7 +93,7 @@ void lay_out(const SegmentTask& task, const fewbit_input& x, int64_t token) {
       for (int64_t k = 0; k < 32; k++) sum[k % kAtOnce] += from_bfloat16(out[k]);
     }
     for (int i = 1; i < kAtOnce; i++) sum[0] += sum[i];
-    task.sums[token * task.segments + s] = sum[0];
+    *sum_at(task, token, s) = sum[0];
   }
 }
 

@@ -15,7 +15,7 @@ constexpr int kDigits1 = 4, kDigits2 = 2, kAloneDigits = 2, kManyDigits = 2;
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = true;
-constexpr int kSums = 16;
+constexpr int kSums = 16, kUnrollMany = 8;
 constexpr int kByteOrigin = 0;
 
 inline U load_apart(const uint8_t* p, int64_t apart) {
@@ -50,6 +50,7 @@ struct Dot {
     typedef int32_t Lane __attribute__((may_alias));
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(*reinterpret_cast<const Lane*>(x)));
   }
+  inline void begin(F start) { sum = _mm512_add_epi32(sum, _mm512_cvtps_epi32(start)); }
   inline void flush() {}
   inline void merge(const Dot& other, int bits) { sum = _mm512_add_epi32(sum, _mm512_srai_epi32(other.sum, bits)); }
   inline F value() const { return _mm512_cvtepi32_ps(sum); }

@@ -15,7 +15,7 @@ constexpr int kDigits1 = 2, kDigits2 = 1, kAloneDigits = 0, kManyDigits = 1;
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = true;
-constexpr int kSums = 8;
+constexpr int kSums = 8, kUnrollMany = 1;
 constexpr int kByteOrigin = 0;
 
 inline U load_apart(const uint8_t* p, int64_t apart) {
@@ -47,6 +47,7 @@ struct Dot {
     sum = multiply_add(sum, u, _mm256_set1_epi32(lane));
   }
   inline void add_once(U u, const int8_t* x) { add(u, x); }
+  inline void begin(F start) { sum = _mm256_add_epi32(sum, _mm256_cvtps_epi32(start)); }
   inline void flush() {}
   inline void merge(const Dot& other, int bits) { sum = _mm256_add_epi32(sum, _mm256_srai_epi32(other.sum, bits)); }
   inline F value() const { return _mm256_cvtepi32_ps(sum); }

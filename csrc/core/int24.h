@@ -47,7 +47,7 @@ inline void digits_of(const SegmentTask& task, const fewbit_input& x, int64_t to
         out[d] += apart;
       }
     }
-    for (int d = 0; d < kDigits; d++) task.sums[(row + d) * task.segments + s] = static_cast<float>(sum[d]);
+    for (int d = 0; d < kDigits; d++) *sum_at(task, row + d, s) = static_cast<float>(sum[d]);
   }
 }
 

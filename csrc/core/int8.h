@@ -6,12 +6,14 @@
 //     kGroups          groups of four columns after which `flush` must be called
 //     kOrigin          what the bytes are shifted down by before they are multiplied
 //     add(u, x)        u: four bytes a lane; x: four activations, the same in every lane
+//     begin(integer)   as in segments.h
 //     flush(), value() the lanes' sums as floats
 //     merge(dot, bits) adds another chain's sums, divided by 2^bits; where a row group keeps more than one
 //   direct1(BITS), kDirect2, kDirect4, kDirect8    row groups beside one, two, up to four and up to eight tokens; the
 //                      last two may be 0: computed as where there are many
 //   kDirectChains      sums a row group keeps beside one or two tokens
 //   kAlone, kAlone2    the same where row groups are taken one by one (see SegmentTask); 0: they never are
+//   kUnrollMany                          see decoded.h
 //   kMany, kManyTokens                   row groups and tokens computed together where there are many
 //   kDigits1, kDigits2, kAloneDigits, kManyDigits    row groups, sums and row groups as above for activations of 24 bits; only
 //                      where there is a int24_linear.cc
@@ -26,7 +28,7 @@
 // scales are applied by fused multiply-adds in one order.
 #pragma once
 
-#include "core/segments.h"
+#include "core/decoded.h"
 
 namespace fewbit {
 namespace {
@@ -40,9 +42,12 @@ struct Codes {
   static constexpr int kBits = BITS, kPlanes = planes(BITS), kApart = 0, kFields = FIELDS;
   using X = int8_t;
   using Sum = Dot<kPlanes == 2 ? 4 : BITS>;
+  static constexpr int kBegins = BITS == 1 ? -1 : 0;  // the zero of a bit is a half
+  static constexpr float step = 1;
+  float origin;
   U field[kFields];  // masks, in registers
 
-  explicit FEWBIT_INLINE Codes(const SegmentTask&) {
+  explicit FEWBIT_INLINE Codes(const SegmentTask& task) : origin(Sum::kOrigin - task.whole) {
     for (int i = 0; i < kFields; i++) {
       field[i] = repeat(0x01010101u * (((1u << BITS) - 1) << i * BITS));
       keep(field[i]);
@@ -64,11 +69,9 @@ struct Codes {
     }
   }
 
-  FEWBIT_INLINE F value(const Sum (&dot)[kPlanes], float sum) const {
-    F codes = dot[0].value();
-    if constexpr (kPlanes == 2) codes = add(codes, multiply(dot[1].value(), broadcast(16.0f)));
-    if constexpr (Sum::kOrigin != 0) codes = add(codes, broadcast(Sum::kOrigin * sum));
-    return codes;
+  FEWBIT_INLINE F value(const Sum (&dot)[kPlanes]) const {
+    if constexpr (kPlanes == 2) return add(dot[0].value(), multiply(dot[1].value(), broadcast(16.0f)));
+    return dot[0].value();
   }
 };
 

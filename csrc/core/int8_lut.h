@@ -7,7 +7,7 @@
 //   kLevelBits         bits of a byte that Dot<kLevelBits> takes in one plane: 8 where it takes any byte
 //   Words              levels of 16 bits as two planes, made of their low and high bytes:
 //     kHighOrigin      what is added to the high bytes before they are looked up
-//     X, Sum, split(low, high, plane), value(sums, sum)    as those of an operand
+//     X, Sum, kBegins, kOrigin, split(low, high, plane), value(sums)    as those of an operand, whose origin kOrigin is
 #pragma once
 
 #include "core/int8.h"
@@ -50,15 +50,15 @@ struct LutBytes {
   static constexpr int kBits = BITS, kPlanes = 1, kFields = 1, kApart = 0;
   using X = int8_t;
   using Sum = Dot<kLevelBits>;
+  static constexpr int kBegins = 0;
+  static constexpr float origin = Sum::kOrigin - kLevelOrigin;
   ByteTable<BITS> table;
   float step;
 
   explicit FEWBIT_INLINE LutBytes(const SegmentTask& task) : table(*task.table, kLevelOrigin, 0), step(task.table->step) {}
 
   FEWBIT_INLINE void split(U codes, U (&plane)[1]) const { plane[0] = table(codes); }
-  FEWBIT_INLINE F value(const Sum (&dot)[1], float sum) const {
-    return multiply(add(dot[0].value(), broadcast((Sum::kOrigin - kLevelOrigin) * sum)), broadcast(step));
-  }
+  FEWBIT_INLINE F value(const Sum (&dot)[1]) const { return dot[0].value(); }
 };
 
 // Any levels of 16 bits.
@@ -67,6 +67,8 @@ struct LutWords {
   static constexpr int kBits = BITS, kPlanes = 2, kFields = 1, kApart = 0;
   using X = Words::X;
   using Sum = Words::Sum;
+  static constexpr int kBegins = Words::kBegins;
+  static constexpr float origin = Words::kOrigin;
   ByteTable<BITS> low, high;
   float step;
 
@@ -74,9 +76,7 @@ struct LutWords {
       : low(*task.table, 0, 0), high(*task.table, Words::kHighOrigin * 256, 8), step(task.table->step) {}
 
   FEWBIT_INLINE void split(U codes, U (&plane)[2]) const { Words::split(low(codes), high(codes), plane); }
-  FEWBIT_INLINE F value(const Sum (&dot)[2], float sum) const {
-    return multiply(Words::value(dot, sum), broadcast(step));
-  }
+  FEWBIT_INLINE F value(const Sum (&dot)[2]) const { return Words::value(dot); }
 };
 
 template <template <int> class K>

@@ -20,7 +20,7 @@ void round_for_vectors(const Int8VectorTask& task, const fewbit_input& x, int64_
   for (int d = 0; d < task.dim; d++) start[d] = 0;
   for (int64_t s = 0; s < task.segments; s++) {
     const float* offset = task.vector_offset + s / task.block_segments * task.dim;
-    const float sum = task.sums[token * task.segments + s] * task.x_scale[token * task.x_blocks + s / task.x_block_segments];
+    const float sum = *sum_at(task, token, s) * task.x_scale[token * task.x_blocks + s / task.x_block_segments];
     for (int d = 0; d < task.dim; d++) start[d] += offset[d] * sum;
   }
 }

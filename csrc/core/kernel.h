@@ -77,9 +77,10 @@ struct SegmentTask {
   int64_t segments, segment_chunks;   // segments a row; chunks a segment, the last one possibly short
   int64_t blocks, block_segments;     // blocks of the weight a row; segments a block
   int64_t x_blocks, x_block_segments; // likewise of the activations
-  float zero;
+  float whole;             // of the zero, the integer by which sums begin lower, for each activation
+  float zero;              // the rest of it
+  bool shifted;            // whether there is an offset, or such a rest
   float centre;            // what a code is lessened by before it is multiplied
-  bool shifted;            // whether there is an offset, or a zero that is not 0
   const uint8_t* codes;    // as in Task
   const void* scale;
   const void* offset;
@@ -89,7 +90,7 @@ struct SegmentTask {
   bool alone;              // whether few tokens take row groups one by one, as they lie in memory
   void* activations;       // (rows / together, chunks, together, 32), each kernel->bytes
   float* x_scale;          // (padded rows, x_blocks)
-  float* sums;             // (padded rows, segments): sum of the int8 activations of a segment, an exact integer
+  float* sums;             // (rows / together, segments, together): sum of the int8 activations of a segment, an exact integer
   const float* bias;
   void* y;
   int64_t y_stride;

@@ -9,6 +9,8 @@
 
 #include <type_traits>
 
+#include "core/inline.h"
+
 namespace fewbit {
 namespace {
 
@@ -18,8 +20,8 @@ template <class Sum>
 constexpr bool kHasPairs<Sum, std::void_t<typename Sum::Pair>> = true;
 
 // Sets `dot` to the sums of `chunks` decoded chunks of T row groups x M tokens.
-template <class K, int T, int M, class Decoded>
-FEWBIT_INLINE void multiply_pairs(const Decoded (&decoded)[K::kPlanes], int64_t chunks, const int8_t* x,
+template <class K, int T, int M>
+FEWBIT_INLINE void multiply_pairs(const uint8_t* const (&bytes)[K::kPlanes][T], int64_t apart, int64_t chunks, const int8_t* x,
                                   typename K::Sum (&dot)[T][M][K::kPlanes]) {
   constexpr int P = K::kPlanes;
   static_assert(M % 2 == 0 && K::kApart == 0, "tokens come in pairs, planes share their activations");
@@ -30,8 +32,8 @@ FEWBIT_INLINE void multiply_pairs(const Decoded (&decoded)[K::kPlanes], int64_t 
       typename K::Sum::Rows rows[T][P];
       for (int t = 0; t < T; t++)
         for (int p = 0; p < P; p++) {
-          const auto* bytes = decoded[p].bytes + c * 8 + g;
-          rows[t][p] = {load_lanes(bytes[0][t]), load_lanes(bytes[1][t])};
+          const uint8_t* here = bytes[p][t] + (c * 8 + g) * apart;
+          rows[t][p] = {load_lanes(here), load_lanes(here + apart)};
         }
       for (int m = 0; m < M; m += 2)
         for (int t = 0; t < T; t++)

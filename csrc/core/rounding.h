@@ -70,11 +70,15 @@ X* row_of(const SegmentTask& task, int64_t row) {
   return static_cast<X*>(task.activations) + first * 32;
 }
 
+// Where the sum of a row's segment lies.
+inline float* sum_at(const SegmentTask& task, int64_t row, int64_t segment) {
+  return task.sums + (row / task.together * task.segments + segment) * task.together + row % task.together;
+}
+
 template <class X>
 void round_token(const SegmentTask& task, const fewbit_input& x, int64_t token) {
   const int64_t apart = task.together * 32;
   X* out = row_of<X>(task, token);
-  float* sums = task.sums + token * task.segments;
   float* scales = task.x_scale + token * task.x_blocks;
   const bool exists = token < x.tokens;
   const float zero = x.scale != 0 ? static_cast<float>(x.zero) : 128.0f;
@@ -103,7 +107,7 @@ void round_token(const SegmentTask& task, const fewbit_input& x, int64_t token) 
         sum += round_chunk(rest, scales[block], zero, out);
       }
     }
-    sums[s] = static_cast<float>(sum);
+    *sum_at(task, token, s) = static_cast<float>(sum);
   }
 }
 

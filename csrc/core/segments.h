@@ -9,24 +9,26 @@
 //   Sum                the sums of one plane:
 //     kGroups          groups of four columns after which `flush` must be called
 //     add(u, x)        u: a plane of four columns; x: activations
+//     begin(integer)   adds an integer to every lane, before or after products; given as floats
 //     flush()
 //     merge(sum, bits) adds another's, divided by 2^bits; where a row group keeps more than one
 //     add_once(u, x)   add, where no other sum takes these activations; where there are fields
 //   K(task)            what is loaded once, e.g. a table in registers
 //   split(codes, out)  the planes of four codes a lane
-//   value(sums, sum)   the dot product of levels and activations, of which `sum` is the sum of the activations
+//   step, origin       a level is step * (what is multiplied + origin)
+//   kBegins            the plane whose sums begin at origin * (sum of the activations), by `begin`; -1: none
+//   value(sums)        the dot product of what is multiplied and activations, and what they begin with
 #pragma once
 
 #include <string.h>
 
 #include "core/linear.h"
-#include "core/pairs.h"
 
 namespace fewbit {
 namespace {
 
 constexpr int64_t kShortRun = 24 * 1024;     // bytes of a tile
-constexpr int64_t kPart = kSegment / 32;     // chunks that are decoded at a time
+constexpr int64_t kPart = kSegment / 32;     // chunks that are multiplied by many tokens at a time
 
 // The vectors of a chunk that hold its columns 4g .. 4g+3, one for each part of a code. Going through g in order, each
 // is loaded once and stays in a register.
@@ -107,58 +109,53 @@ struct Line {
   F scale, shift;
 
   FEWBIT_INLINE Line() = default;
-  FEWBIT_INLINE Line(const SegmentTask& task, int64_t at) : scale(parameter(task.scale, task.scale_half, at)) {
+  FEWBIT_INLINE Line(const SegmentTask& task, float step, int64_t at)
+      : scale(multiply(parameter(task.scale, task.scale_half, at), broadcast(step))) {
     const F zero = broadcast(-task.zero);
     shift = task.offset ? fused(scale, zero, parameter(task.offset, task.offset_half, at)) : multiply(scale, zero);
   }
 };
 
+// The segment of M tokens that are computed together: the sums of their activations, and their scales.
+template <int M>
+struct Tokens {
+  const float *sum, *scale;
+  int64_t apart;  // of two tokens' scales
+
+  FEWBIT_INLINE Tokens(const SegmentTask& task, const Segment& s, int64_t token)
+      : sum(task.sums + token * task.segments + s.index * M), scale(task.x_scale + token * task.x_blocks + s.activation),
+        apart(task.x_blocks) {}
+};
+
 // total += scale * value + shift * sum, for a segment of one token with `value` the dot product of levels and `sum` that of
 // the activations; times x_scale, where a token has several. kPartly: total += value, of a part of the only segment.
-enum Settling { kPlain, kShifted, kScaled, kPartly };
+enum Settling { kPlain, kShifted, kScaled, kScaledShifted, kPartly };
 
 FEWBIT_INLINE Settling settling(const SegmentTask& task) {
-  return task.x_blocks > 1 ? kScaled : task.shifted ? kShifted : kPlain;
+  if (task.x_blocks > 1) return task.shifted ? kScaledShifted : kScaled;
+  return task.shifted ? kShifted : kPlain;
 }
 
-FEWBIT_INLINE float sum_of(const SegmentTask& task, const Segment& s, int64_t token) {
-  return task.sums[token * task.segments + s.index];
-}
-
-template <Settling how>
-FEWBIT_INLINE F settle(const SegmentTask& task, const Segment& s, F value, const Line& line, int64_t token, F total) {
+template <Settling how, int M>
+FEWBIT_INLINE F settle(const Tokens<M>& tokens, int m, F value, const Line& line, F total) {
   if constexpr (how == kPartly) return add(total, value);
-  const F sum = broadcast(sum_of(task, s, token));
-  if constexpr (how == kScaled) {
-    const F here = fused(line.shift, sum, multiply(line.scale, value));
-    return fused(here, broadcast(task.x_scale[token * task.x_blocks + s.activation]), total);
+  if constexpr (how == kScaled || how == kScaledShifted) {
+    F here = multiply(line.scale, value);
+    if constexpr (how == kScaledShifted) here = fused(line.shift, broadcast(tokens.sum[m]), here);
+    return fused(here, broadcast(tokens.scale[m * tokens.apart]), total);
   }
   total = fused(line.scale, value, total);
-  return how == kShifted ? fused(line.shift, sum, total) : total;
+  return how == kShifted ? fused(line.shift, broadcast(tokens.sum[m]), total) : total;
 }
 
-FEWBIT_INLINE F settle(const SegmentTask& task, const Segment& s, F value, const Line& line, int64_t token, F total) {
-  switch (settling(task)) {
-    case kPlain: return settle<kPlain>(task, s, value, line, token, total);
-    case kShifted: return settle<kShifted>(task, s, value, line, token, total);
-    default: return settle<kScaled>(task, s, value, line, token, total);
-  }
-}
-
-template <Settling how, class K>
-FEWBIT_INLINE F settle(const SegmentTask& task, const K& kernel, const Segment& s,
-                       const typename K::Sum (&dot)[K::kPlanes], const Line& line, int64_t token, F total) {
-  const float sum = how == kPartly ? 0 : sum_of(task, s, token);
-  return settle<how>(task, s, kernel.value(dot, sum), line, token, total);
-}
-
-template <class K>
-FEWBIT_INLINE F settle(const SegmentTask& task, const K& kernel, const Segment& s,
-                       const typename K::Sum (&dot)[K::kPlanes], const Line& line, int64_t token, F total) {
-  switch (settling(task)) {
-    case kPlain: return settle<kPlain>(task, kernel, s, dot, line, token, total);
-    case kShifted: return settle<kShifted>(task, kernel, s, dot, line, token, total);
-    default: return settle<kScaled>(task, kernel, s, dot, line, token, total);
+template <int M>
+FEWBIT_INLINE F settle(Settling how, const Tokens<M>& tokens, int m, F value, const Line& line, F total) {
+  switch (how) {
+    case kPlain: return settle<kPlain>(tokens, m, value, line, total);
+    case kShifted: return settle<kShifted>(tokens, m, value, line, total);
+    case kScaled: return settle<kScaled>(tokens, m, value, line, total);
+    case kScaledShifted: return settle<kScaledShifted>(tokens, m, value, line, total);
+    default: return settle<kPartly>(tokens, m, value, line, total);
   }
 }
 
@@ -201,10 +198,16 @@ void direct(const SegmentTask& task, const SegmentStrip& strip) {
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
   const int64_t ahead = next_strip(task, T);
+  const Settling how = settling(task);
   int64_t chunk = 0;
   for (Segment segment(task); segment.index < task.segments; segment.advance(task)) {
+    const Tokens<M> tokens(task, segment, strip.token);
     Sum dot[C][T][M][P];
     Held<K::kBits> held[T];
+    if constexpr (K::kBegins >= 0)
+      for (int m = 0; m < M; m++)
+        for (int t = 0; t < T; t++)
+          dot[0][t][m][K::kBegins].begin(multiply(broadcast(tokens.sum[m]), broadcast(kernel.origin)));
     const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
     for (; chunk < end; chunk++, x += M * 32) {
       if (T > 1 && ahead)  // one row group follows another in memory, as the processor expects
@@ -237,7 +240,7 @@ void direct(const SegmentTask& task, const SegmentStrip& strip) {
     }
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
-      const Line line(task, Group(task, strip.at(t)).parameters + segment.weight);
+      const Line line(task, kernel.step, Group(task, strip.at(t)).parameters + segment.weight);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
         if constexpr (C > 1)
@@ -245,7 +248,7 @@ void direct(const SegmentTask& task, const SegmentStrip& strip) {
           for (int c = 1; c < C; c++)
 #pragma GCC unroll 2
             for (int p = 0; p < P; p++) dot[0][t][m][p].merge(dot[c][t][m][p], kShiftLast ? c * K::kBits : 0);
-        total[t][m] = settle(task, kernel, segment, dot[0][t][m], line, strip.token + m, total[t][m]);
+        total[t][m] = settle(how, tokens, m, kernel.value(dot[0][t][m]), line, total[t][m]);
       }
     }
   }
@@ -260,132 +263,6 @@ void direct(const SegmentTask& task, const SegmentStrip& strip) {
 template <class K, int T, int M, int C>
 FEWBIT_INLINE void strips_direct(const SegmentTask& task, int64_t group, int64_t end, int64_t tokens) {
   for (; group < end; group += T) direct<K, T, M, C>(task, {group, end - group, 0, tokens});
-}
-
-// One plane of a segment, or of a part of a long one, of T row groups, a byte a code: (groups of four columns, T, lanes of
-// 4 bytes).
-template <int T>
-struct alignas(64) Decoded {
-  uint8_t bytes[kSegment / 4][T][kLanes * 4];
-};
-
-template <class K, int T>
-FEWBIT_INLINE void decode_segment(const SegmentTask& task, const K& kernel, const SegmentStrip& strip, int64_t first,
-                                  int64_t chunks, Decoded<T> (&out)[K::kPlanes]) {
-  for (int t = 0; t < T; t++) {
-    const uint8_t* codes = Group(task, strip.at(t)).codes + first * K::kBits * 64;
-    const int64_t ahead = (task.segment_chunks < kPart ? task.segment_chunks : kPart) * K::kBits * 64;
-    Held<K::kBits> held;
-    for (int64_t c = 0; c < chunks; c++, codes += K::kBits * 64) {
-      // What comes next, which is decoded when this one has been multiplied by all tokens.
-      prefetch<K::kBits>(codes + ahead);
-#pragma GCC unroll 8
-      for (int g = 0; g < 8; g++) {
-        U plane[K::kPlanes];
-        held.advance(codes, g);
-        kernel.split(held.quad(g), plane);
-        for (int p = 0; p < K::kPlanes; p++) store_lanes(out[p].bytes[c * 8 + g][t], plane[p]);
-      }
-    }
-  }
-}
-
-// Unrolled: sums that are indexed by what a compiler does not know lie in memory.
-template <Settling how, class K, int T, int M>
-FEWBIT_INLINE void settle_all(const SegmentTask& task, const K& kernel, const Segment& segment,
-                              const typename K::Sum (&dot)[T][M][K::kPlanes], int64_t token, const Line (&line)[T],
-                              float (*totals)[T][kLanes]) {
-#pragma GCC unroll 8
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-    for (int t = 0; t < T; t++) {
-      float* total = totals[m][t];
-      store(total, settle<how>(task, kernel, segment, dot[t][m], line[t], token + m, load(total)));
-    }
-}
-
-// Adds `chunks` decoded chunks from `first` of T row groups x M tokens to their totals. A call of its own: what surrounds
-// it would keep registers that its sums need.
-template <class K, int T, int M>
-__attribute__((noinline)) void add_decoded(const SegmentTask& task, const K& kernel, const Segment& segment, Settling how,
-                                           const Decoded<T> (&decoded)[K::kPlanes], int64_t first, int64_t chunks,
-                                           int64_t token, const Line (&line)[T], float (*totals)[T][kLanes]) {
-  constexpr int P = K::kPlanes;
-  using Sum = typename K::Sum;
-  Sum dot[T][M][P];
-  const auto* x = static_cast<const typename K::X*>(task.activations);
-  x += (token * task.chunks + first * M) * 32;
-  constexpr bool pairs = kHasPairs<Sum>;
-  if constexpr (pairs) multiply_pairs<K, T, M>(decoded, chunks, x, dot);
-  for (int64_t c = 0; !pairs && c < chunks; c++, x += M * 32) {
-    for (int begin = 0; begin < 8; begin += Sum::kGroups) {
-      // Not unrolled: GCC would add the products up in an order that keeps all of them alive at once.
-#pragma GCC unroll 1
-      for (int g = begin; g < begin + Sum::kGroups; g++) {
-        U u[T][P];
-        for (int t = 0; t < T; t++)
-          for (int p = 0; p < P; p++) u[t][p] = load_lanes(decoded[p].bytes[c * 8 + g][t]);
-        for (int m = 0; m < M; m++)
-          for (int t = 0; t < T; t++)
-            for (int p = 0; p < P; p++) dot[t][m][p].add(u[t][p], x + m * 32 + g * 4 + p * K::kApart);
-      }
-      for (int t = 0; t < T; t++)
-        for (int m = 0; m < M; m++)
-          for (int p = 0; p < P; p++) dot[t][m][p].flush();
-    }
-  }
-  switch (how) {
-    case kPlain: return settle_all<kPlain>(task, kernel, segment, dot, token, line, totals);
-    case kShifted: return settle_all<kShifted>(task, kernel, segment, dot, token, line, totals);
-    case kScaled: return settle_all<kScaled>(task, kernel, segment, dot, token, line, totals);
-    case kPartly: return settle_all<kPartly>(task, kernel, segment, dot, token, line, totals);
-  }
-}
-
-// T row groups x all tokens, M at a time: each segment is decoded once and serves every token; one that is a long row, part
-// by part, and settled at the end.
-template <class K, int T, int M>
-void decoded_once(const SegmentTask& task, int64_t group, int64_t groups, int64_t tokens) {
-  const K kernel(task);
-  const SegmentStrip rows = {group, groups, 0, tokens};
-  const int64_t padded = (tokens + M - 1) / M * M;
-  const bool long_row = task.segment_chunks > kPart;
-  const Settling how = long_row ? kPartly : settling(task);
-  float totals[kRoundedTokens][T][kLanes];
-  Decoded<T> decoded[K::kPlanes];
-  Line line[T];
-  for (int64_t m = 0; m < padded; m++)
-    for (int t = 0; t < T; t++) store(totals[m][t], broadcast(0.0f));
-  for (Segment segment(task); segment.index < task.segments; segment.advance(task)) {
-    const int64_t first = segment.index * task.segment_chunks, left = task.chunks - first;
-    const int64_t end = first + (left < task.segment_chunks ? left : task.segment_chunks);
-    for (int t = 0; t < T; t++) line[t] = Line(task, Group(task, rows.at(t)).parameters + segment.weight);
-    for (int64_t chunk = first; chunk < end; chunk += kPart) {
-      const int64_t chunks = end - chunk < kPart ? end - chunk : kPart;
-      decode_segment<K, T>(task, kernel, rows, chunk, chunks, decoded);
-      for (int64_t token = 0; token < padded; token += M)
-        add_decoded<K, T, M>(task, kernel, segment, how, decoded, chunk, chunks, token, line, totals + token);
-    }
-  }
-  for (int64_t m = 0; m < tokens; m += M)
-    for (int t = 0; t < T && t < groups; t++)
-      finish<M>(task, Group(task, group + t).row, m, tokens - m, [&](int i) {
-        const F total = load(totals[m + i][t]);
-        return long_row ? settle(task, Segment(task), total, line[t], m + i, broadcast(0.0f)) : total;
-      });
-}
-
-// Row groups that share the registers of `groups` whose codes are one plane.
-template <class K>
-constexpr int share(int groups) {
-  return groups > K::kPlanes ? groups / K::kPlanes : 1;
-}
-
-// Row groups [begin, end) by as many as share the registers of `groups` whose codes are one plane.
-template <class K, int groups, int M>
-void strips_decoded(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens) {
-  constexpr int T = share<K>(groups);
-  for (; begin < end; begin += T) decoded_once<K, T, M>(task, begin, end - begin, tokens);
 }
 
 }  // namespace

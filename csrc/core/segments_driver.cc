@@ -88,10 +88,17 @@ bool shared(const fewbit_matrix& a, const fewbit_matrix& b, int64_t x_block) {
   return summed_columns(a, x_block) == summed_columns(b, x_block);
 }
 
+// What sums of codes begin with, for each activation: the integer below a zero among the codes, by which sums stay as exact as
+// they are; 0 for others.
+float whole_zero(const fewbit_matrix& w) {
+  const bool among = w.bits > 1 && w.zero >= 0 && w.zero <= static_cast<float>((1 << w.bits) - 1);
+  return among ? static_cast<float>(static_cast<int32_t>(w.zero)) : 0.0f;
+}
+
 SegmentTask task_of(const fewbit_matrix& w, int64_t x_block) {
   SegmentTask task{};
   const int64_t columns = summed_columns(w, x_block);
-  const bool centre = x_block == FEWBIT_BFLOAT16S && centred(w);
+  const bool bfloat16s = x_block == FEWBIT_BFLOAT16S, centre = bfloat16s && centred(w);
   x_block = columns_of(x_block, w.columns);
   task.bits = w.bits, task.scale_half = w.scale_half, task.offset_half = w.offset_half;
   task.rows = w.rows, task.columns = w.columns, task.chunks = ceil_div(w.columns, 32);
@@ -99,8 +106,9 @@ SegmentTask task_of(const fewbit_matrix& w, int64_t x_block) {
   task.blocks = ceil_div(w.columns, w.block), task.x_blocks = ceil_div(w.columns, x_block);
   task.block_segments = w.block < w.columns ? w.block / columns : task.segments;
   task.x_block_segments = x_block < w.columns ? x_block / columns : task.segments;
-  task.zero = centre ? 0 : w.zero, task.centre = centre ? w.zero : 0;
-  task.shifted = w.offset || task.zero != 0.0f, task.codes = w.codes, task.scale = w.scale, task.offset = w.offset;
+  task.whole = bfloat16s ? 0 : whole_zero(w), task.centre = centre ? w.zero : 0;
+  task.zero = w.zero - task.whole - task.centre, task.shifted = w.offset || task.zero != 0.0f;
+  task.codes = w.codes, task.scale = w.scale, task.offset = w.offset;
   return task;
 }
 

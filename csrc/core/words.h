@@ -15,12 +15,14 @@ struct Words {
   static constexpr int kHighOrigin = 128;
   using X = int8_t;
   using Sum = Dot<8>;
+  // Where bytes are shifted down, it is the low ones that lack something.
+  static_assert(Sum::kOrigin == 0 || Sum::kOrigin == kHighOrigin, "one plane begins");
+  static constexpr int kBegins = Sum::kOrigin == 0 ? 1 : 0;
+  static constexpr float kOrigin = Sum::kOrigin == 0 ? -kHighOrigin : kHighOrigin;
 
   static inline void split(U low, U high, U (&plane)[2]) { plane[0] = low, plane[1] = high; }
-  static inline F value(const Sum (&dot)[2], float sum) {
-    const F low = add(dot[0].value(), broadcast(Sum::kOrigin * sum));
-    const F high = add(dot[1].value(), broadcast((Sum::kOrigin - kHighOrigin) * sum));
-    return add(low, multiply(high, broadcast(256.0f)));
+  static inline F value(const Sum (&dot)[2]) {
+    return add(dot[0].value(), multiply(dot[1].value(), broadcast(256.0f)));
   }
 };
 

@@ -12,7 +12,7 @@ constexpr int kDirect2 = 4, kDirect4 = 0, kDirect8 = 0, kDirectChains = 1, kAlon
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;
-constexpr int kSums = 0;
+constexpr int kSums = 0, kUnrollMany = 1;
 
 // Signed products of bytes, summed in pairs: codes of 8 bits are shifted down by 128 first. -128 * -128 twice does not
 // fit an int16, so pairs are widened before they are summed.
@@ -30,6 +30,7 @@ struct Dot {
     const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(a), b)), high = vpaddlq_s16(vmull_s8(vget_high_s8(a), b));
     sum = vaddq_s32(sum, vpaddq_s32(low, high));
   }
+  inline void begin(F start) { sum = vaddq_s32(sum, vcvtq_s32_f32(start)); }
   inline void flush() {}
   inline F value() const { return vcvtq_f32_s32(sum); }
 };

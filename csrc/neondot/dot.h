@@ -13,7 +13,7 @@ constexpr int kDigits1 = 4, kDigits2 = 2, kAloneDigits = 0, kManyDigits = 2;
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;
-constexpr int kSums = 0;
+constexpr int kSums = 0, kUnrollMany = 1;
 constexpr int kByteOrigin = 128;
 
 inline U load_apart(const uint8_t* p, int64_t) { return load_lanes(p); }
@@ -39,6 +39,7 @@ struct Dot {
     const U a = BITS == 8 ? flip(u, 0x80808080u) : u;
     sum = vdotq_s32(sum, vreinterpretq_s8_u32(a), vreinterpretq_s8_s32(vdupq_n_s32(lane)));
   }
+  inline void begin(F start) { sum = vaddq_s32(sum, vcvtq_s32_f32(start)); }
   inline void flush() {}
   inline void merge(const Dot& other, int) { sum = vaddq_s32(sum, other.sum); }
   inline F value() const { return vcvtq_f32_s32(sum); }

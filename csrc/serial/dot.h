@@ -13,7 +13,7 @@ constexpr int kDigits1 = 2, kDigits2 = 1, kAloneDigits = 0, kManyDigits = 2;
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;
-constexpr int kSums = 0;
+constexpr int kSums = 0, kUnrollMany = 1;
 constexpr int kByteOrigin = 0;
 
 inline U load_apart(const uint8_t* p, int64_t) { return load_lanes(p); }
@@ -41,6 +41,7 @@ struct Dot {
   inline void add(U u, const int8_t* x) {
     for (uint32_t i = 0; i < 4; i++) sum += reinterpret_cast<I>(u >> (8 * i) & 255u) * x[i];
   }
+  inline void begin(F start) { sum += __builtin_convertvector(start, I); }
   inline void flush() {}
   inline F value() const { return __builtin_convertvector(sum, F); }
 };
