@@ -18,13 +18,6 @@ constexpr bool kInPlace = true;
 constexpr int kSums = 16;
 constexpr int kByteOrigin = 0;
 
-inline U load_apart(const uint8_t* p, int64_t apart) {
-  const auto two = [&](const uint8_t* at) {
-    return _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(at + apart), reinterpret_cast<const __m128i*>(at));
-  };
-  return _mm512_inserti64x4(_mm512_castsi256_si512(two(p)), two(p + 2 * apart), 1);
-}
-
 inline U plus(U a, U b) { return _mm512_add_epi32(a, b); }
 inline int32_t total_of(U a) { return _mm512_reduce_add_epi32(a); }
 

@@ -18,10 +18,6 @@ constexpr bool kInPlace = true;
 constexpr int kSums = 8;
 constexpr int kByteOrigin = 0;
 
-inline U load_apart(const uint8_t* p, int64_t apart) {
-  return _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(p + apart), reinterpret_cast<const __m128i*>(p));
-}
-
 inline U plus(U a, U b) { return _mm256_add_epi32(a, b); }
 inline int32_t total_of(U sum) {
   __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));

@@ -2,12 +2,11 @@
 // Rows with tables of their own, whose levels are bytes, times int8 activations: see fewbit_row_linear_int8.
 // Included after an ISA's dot.h, which offers for this Shuffle and
 //
-//   load_apart(p, apart)      16 bytes from p, from p + apart, and so on
 //   plus(a, b), total_of(a)   sums of int32, lane by lane and over all lanes
 //   multiply_add(sum, u, x)   adds four products of bytes to each int32 of sum; u counts from kByteOrigin
 //
 // A vector holds chunks of row16 side by side, as many as it has 16 bytes. Each field of a code, masked, is an index into
-// the row's 16 levels.
+// the row's 16 levels. Four chunks are whole vectors on every instruction set: the last, shorter ones are padded with zeros.
 #pragma once
 
 #include <string.h>
@@ -20,7 +19,8 @@ namespace fewbit {
 namespace {
 
 constexpr int kBytes = 4 * kLanes, kBeside = kBytes / 16;  // of a vector; chunks in it
-constexpr int64_t kAhead = 8;  // rows
+constexpr int kPart = 16 * kRowChunks;  // bytes of a part of four chunks
+constexpr int64_t kAhead = 8;           // rows
 
 template <int BITS>
 struct ByteCells {
@@ -30,7 +30,7 @@ struct ByteCells {
 
   ByteCells() = default;
   explicit FEWBIT_INLINE ByteCells(const uint8_t* codes) {
-    for (int p = 0; p < kUnit; p++) part[p] = kUnit == 1 ? load_lanes(codes) : load_apart(codes + p * 16, kUnit * 16);
+    for (int p = 0; p < kUnit; p++) part[p] = load_lanes(codes + p * kPart);
   }
 
   // Codes of 16 columns of each chunk, one a byte.
@@ -83,7 +83,7 @@ template <int BITS, int R, int M>
 FEWBIT_INLINE void int8_row(const Int8RowTask& task, int64_t row, int64_t token, int64_t tokens) {
   using Cells = ByteCells<BITS>;
   constexpr int kChains = R * M >= 4 ? 1 : 4;  // of sums, so that a product need not wait for the one before it
-  constexpr int64_t kVector = Cells::kUnit * kBytes;  // bytes of a vector of chunks
+  constexpr int64_t kFour = Cells::kUnit * kPart;     // bytes of four chunks
   const int64_t apart = task.chunks * Cells::kUnit * 16;
   const auto* x = static_cast<const uint8_t*>(task.activations) + token * task.padded;
   const uint8_t* codes = task.codes + row * apart;
@@ -107,19 +107,21 @@ FEWBIT_INLINE void int8_row(const Int8RowTask& task, int64_t row, int64_t token,
       }
     }
   };
-  const int64_t whole = apart / kVector, rest = apart % kVector;
+  const int64_t whole = apart / kFour, rest = apart % kFour;
   for (int64_t i = 0; i < whole; i++) {
-    step(codes + i * kVector, apart);
+    for (int at = 0; at < kPart; at += kBytes) step(codes + i * kFour + at, apart);
     // Several rows side by side are no stream that the processor foresees: what is kAhead rows on, in order of memory.
 #pragma GCC unroll 16
-    for (int64_t line = 0; R > 1 && line < R * kVector; line += 64)
-      __builtin_prefetch(codes + kAhead * apart + i * R * kVector + line, 0, M == 1 ? 3 : 2);
+    for (int64_t line = 0; R > 1 && line < R * kFour; line += 64)
+      __builtin_prefetch(codes + kAhead * apart + i * R * kFour + line, 0, M == 1 ? 3 : 2);
   }
   if (rest) {
-    uint8_t last[R * kVector] = {};
-    for (int r = 0; r < R; r++)
-      memcpy(last + r * kVector, codes + r * apart + whole * kVector, static_cast<size_t>(rest));
-    step(last, kVector);
+    uint8_t last[R * kFour] = {};
+    for (int i = 0; i < R * Cells::kUnit; i++) {
+      const int64_t r = i / Cells::kUnit, p = i % Cells::kUnit, each = rest / Cells::kUnit;
+      memcpy(last + i * kPart, codes + r * apart + whole * kFour + p * each, static_cast<size_t>(each));
+    }
+    for (int at = 0; at < kPart; at += kBytes) step(last + at, kFour);
   }
   for (int m = 0; m < M && m < tokens; m++)
     for (int r = 0; r < R; r++) {

@@ -16,7 +16,6 @@ constexpr bool kInPlace = false;
 constexpr int kSums = 0;
 constexpr int kByteOrigin = 128;
 
-inline U load_apart(const uint8_t* p, int64_t) { return load_lanes(p); }
 inline U plus(U a, U b) { return vaddq_u32(a, b); }
 inline int32_t total_of(U a) { return vaddvq_s32(vreinterpretq_s32_u32(a)); }
 

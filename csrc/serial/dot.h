@@ -16,7 +16,6 @@ constexpr bool kInPlace = false;
 constexpr int kSums = 0;
 constexpr int kByteOrigin = 0;
 
-inline U load_apart(const uint8_t* p, int64_t) { return load_lanes(p); }
 inline U plus(U a, U b) { return a + b; }
 inline int32_t total_of(U a) {
   const I sum = reinterpret_cast<I>(a);
