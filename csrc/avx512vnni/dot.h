@@ -16,6 +16,7 @@ constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = true;
 constexpr int kSums = 16;
+constexpr int kRowsBeside = 4;
 constexpr int kByteOrigin = 0;
 
 inline U plus(U a, U b) { return _mm512_add_epi32(a, b); }

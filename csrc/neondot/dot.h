@@ -14,6 +14,7 @@ constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;
 constexpr int kSums = 0;
+constexpr int kRowsBeside = 4;
 constexpr int kByteOrigin = 128;
 
 inline U plus(U a, U b) { return vaddq_u32(a, b); }
