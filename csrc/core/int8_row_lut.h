@@ -2,7 +2,8 @@
 // Rows with tables of their own, whose levels are bytes, times int8 activations: see fewbit_row_linear_int8.
 // Included after an ISA's dot.h, which offers for this Shuffle and
 //
-//   plus(a, b), total_of(a)   sums of int32, lane by lane and over all lanes
+//   kRowsBeside               rows beside kRowTokens tokens whose sums registers hold
+//   totals_of(sum, out)       adds up the int32 lanes of each of four vectors
 //   multiply_add(sum, u, x)   adds four products of bytes to each int32 of sum; u counts from kByteOrigin
 //
 // A vector holds chunks of row16 side by side, as many as it has 16 bytes. Each field of a code, masked, is an index into
@@ -21,7 +22,7 @@ namespace {
 constexpr int kBytes = 4 * kLanes, kBeside = kBytes / 16;  // of a vector; chunks in it
 constexpr int kPart = 16 * kRowChunks;  // bytes of a part of four chunks
 constexpr int64_t kAhead = 8;           // rows
-constexpr int64_t kDecoded = 4096;      // levels of a row that are decoded at a time
+constexpr int64_t kDecoded = 2048;      // levels of a row that are decoded at a time
 
 template <int BITS>
 struct ByteCells {
@@ -83,12 +84,16 @@ inline void int8_row_prepare(const Int8RowTask& task, const fewbit_input& x, int
 // What rows [row, row + R) and a token are: `sums` of products over all columns, one a row.
 template <int R>
 FEWBIT_INLINE void put_rows(const Int8RowTask& task, int64_t row, int64_t token, const int32_t* sums) {
-  for (int r = 0; r < R; r++) {
-    const int32_t value = sums[r] + (kByteOrigin - 128) * task.sums[token];
-    float y = static_cast<float>(value) * task.factor[row + r] * task.x_scale[token];
-    if (task.bias) y += task.bias[row + r];
-    write_float(task.y, task.y_dtype, token * task.y_stride + row + r, y);
-  }
+  const int32_t shift = (kByteOrigin - 128) * task.sums[token];
+  const float scale = task.x_scale[token];
+  float y[R];
+  for (int r = 0; r < R; r++) y[r] = static_cast<float>(sums[r] + shift) * task.factor[row + r] * scale;
+  if (task.bias)
+    for (int r = 0; r < R; r++) y[r] += task.bias[row + r];
+  const int64_t at = token * task.y_stride + row;
+  if (task.y_dtype == FEWBIT_FLOAT32) memcpy(static_cast<float*>(task.y) + at, y, sizeof y);
+  else
+    for (int r = 0; r < R; r++) write_float(task.y, task.y_dtype, at + r, y[r]);
 }
 
 // The end of R rows, whose last one to three chunks lie at `codes`, `rest` bytes each, as if they were four.
@@ -104,34 +109,79 @@ struct LastChunks {
   }
 };
 
+// Adds the products of four chunks of R rows, whose codes are `apart` bytes from row to row, and of M tokens to `sum`, C sums
+// of each that fields take in turn. The levels are kept in `out`, if it is given: (vectors, fields, R, kBytes).
+template <int BITS, int R, int M, int C, bool KEEP>
+FEWBIT_INLINE void add_coded(const Shuffle (&level)[R], const uint8_t* codes, int64_t apart, const uint8_t* x,
+                             U (&sum)[C][M][R], uint8_t* out = nullptr) {
+  using Cells = ByteCells<BITS>;
+  for (int at = 0; at < kPart; at += kBytes) {
+    Cells cells[R];
+    for (int r = 0; r < R; r++) cells[r] = Cells(codes + r * apart + at);
+#pragma GCC unroll 8
+    for (int n = 0; n < Cells::kFields; n++) {
+      U u[R];
+      for (int r = 0; r < R; r++) {
+        u[r] = level[r](cells[r].field(n));
+        if constexpr (KEEP) store_lanes(out + r * kBytes, u[r]);
+      }
+      out += R * kBytes;
+      for (int m = 0; m < M; m++, x += kBytes) {
+        const U here = load_lanes(x);
+        for (int r = 0; r < R; r++) sum[n % C][m][r] = multiply_add(sum[n % C][m][r], u[r], here);
+      }
+    }
+  }
+}
+
+// Adds what registers hold of kRowTokens tokens times R rows to `totals`.
+template <int R>
+FEWBIT_INLINE void add_sums(const U (&sum)[1][kRowTokens][R], int32_t* totals) {
+#pragma GCC unroll 4
+  for (int i = 0; i < R * kRowTokens; i += 4) {
+    int32_t four[4];
+    totals_of(&sum[0][0][0] + i, four);
+    for (int k = 0; k < 4; k++) totals[i + k] += four[k];
+  }
+}
+
+// Adds the products of `vectors` vectors of levels that were kept to `totals`. A call of its own: what surrounds it would
+// keep registers that its sums need.
+template <int R>
+__attribute__((noinline)) void add_decoded(const uint8_t* levels, const uint8_t* x, int64_t vectors, int32_t* totals) {
+  U sum[1][kRowTokens][R];
+  for (int m = 0; m < kRowTokens; m++)
+    for (int r = 0; r < R; r++) sum[0][m][r] = repeat(0);
+#pragma GCC unroll 1
+  for (int64_t i = 0; i < vectors; i++, levels += R * kBytes) {
+    U u[R];
+    for (int r = 0; r < R; r++) u[r] = load_lanes(levels + r * kBytes);
+    for (int m = 0; m < kRowTokens; m++, x += kBytes) {
+      const U here = load_lanes(x);
+      for (int r = 0; r < R; r++) sum[0][m][r] = multiply_add(sum[0][m][r], u[r], here);
+    }
+  }
+  add_sums<R>(sum, totals);
+}
+
 // Rows [row, row + R) of one token.
 template <int BITS, int R>
 FEWBIT_INLINE void int8_row(const Int8RowTask& task, int64_t row) {
   using Cells = ByteCells<BITS>;
-  constexpr int kChains = R >= 4 ? 1 : 4;          // of sums, so that a product need not wait for the one before it
-  constexpr int64_t kFour = Cells::kUnit * kPart;  // bytes of four chunks
+  constexpr int kChains = 4 / R;  // of sums, so that a product need not wait for the one before it
+  constexpr int64_t kFour = Cells::kUnit * kPart, kColumns = kRowChunks * Cells::kColumns;  // bytes of four chunks
   const int64_t apart = task.chunks * Cells::kUnit * 16;
   const auto* x = static_cast<const uint8_t*>(task.activations);
   const uint8_t* codes = task.codes + row * apart;
   Shuffle level[R];
-  U sum[R][kChains];
+  U sum[kChains][1][R];
   for (int r = 0; r < R; r++) {
     level[r] = Shuffle(task.levels + (row + r) / task.table_rows * 16);
-    for (int c = 0; c < kChains; c++) sum[r][c] = repeat(0);
+    for (int c = 0; c < kChains; c++) sum[c][0][r] = repeat(0);
   }
-  const auto step = [&](const uint8_t* from, int64_t between) __attribute__((always_inline)) {
-    Cells cells[R];
-    for (int r = 0; r < R; r++) cells[r] = Cells(from + r * between);
-#pragma GCC unroll 8
-    for (int n = 0; n < Cells::kFields; n++, x += kBytes) {
-      const U here = load_lanes(x);
-      for (int r = 0; r < R; r++)
-        sum[r][n % kChains] = multiply_add(sum[r][n % kChains], level[r](cells[r].field(n)), here);
-    }
-  };
   const int64_t whole = apart / kFour, rest = apart % kFour;
   for (int64_t i = 0; i < whole; i++) {
-    for (int at = 0; at < kPart; at += kBytes) step(codes + i * kFour + at, apart);
+    add_coded<BITS, R, 1, kChains, false>(level, codes + i * kFour, apart, x + i * kColumns, sum);
     // Several rows side by side are no stream that the processor foresees: what is kAhead rows on, in order of memory.
 #pragma GCC unroll 16
     for (int64_t line = 0; R > 1 && line < R * kFour; line += 64)
@@ -139,84 +189,47 @@ FEWBIT_INLINE void int8_row(const Int8RowTask& task, int64_t row) {
   }
   if (rest) {
     const LastChunks<BITS, R> last(codes + whole * kFour, apart, rest);
-    for (int at = 0; at < kPart; at += kBytes) step(last.bytes + at, kFour);
+    add_coded<BITS, R, 1, kChains, false>(level, last.bytes, kFour, x + whole * kColumns, sum);
   }
-  int32_t totals[R];
-  for (int r = 0; r < R; r++) {
-    for (int c = kChains / 2; c > 0; c /= 2)
-      for (int i = 0; i < c; i++) sum[r][i] = plus(sum[r][i], sum[r][c + i]);
-    totals[r] = total_of(sum[r][0]);
-  }
+  int32_t totals[4];
+  totals_of(&sum[0][0][0], totals);
+  for (int c = 1; c < kChains; c++) totals[0] += totals[c];
   put_rows<R>(task, row, 0, totals);
-}
-
-// Decodes the chunks of R rows at `codes`, `apart` bytes from row to row, as many as a part of four: (vectors, fields, R,
-// kBytes).
-template <int BITS, int R>
-FEWBIT_INLINE void decode_four(const Shuffle (&level)[R], const uint8_t* codes, int64_t apart, uint8_t* out) {
-  using Cells = ByteCells<BITS>;
-  for (int at = 0; at < kPart; at += kBytes, out += Cells::kFields * R * kBytes)
-    for (int r = 0; r < R; r++) {
-      const Cells cells(codes + r * apart + at);
-#pragma GCC unroll 8
-      for (int n = 0; n < Cells::kFields; n++) store_lanes(out + (n * R + r) * kBytes, level[r](cells.field(n)));
-    }
-}
-
-// Adds the products of `vectors` vectors of R decoded rows and of kRowTokens tokens to `totals`.
-template <int R>
-FEWBIT_INLINE void add_products(const uint8_t* levels, const uint8_t* x, int64_t vectors, U (&sum)[kRowTokens][R]) {
-#pragma GCC unroll 1
-  for (int64_t i = 0; i < vectors; i++, levels += R * kBytes, x += kRowTokens * kBytes) {
-    U u[R];
-    for (int r = 0; r < R; r++) u[r] = load_lanes(levels + r * kBytes);
-    for (int m = 0; m < kRowTokens; m++) {
-      const U here = load_lanes(x + m * kBytes);
-      for (int r = 0; r < R; r++) sum[m][r] = multiply_add(sum[m][r], u[r], here);
-    }
-  }
 }
 
 // Rows [row, row + R) of all tokens, each part of a row decoded once.
 template <int BITS, int R>
-__attribute__((noinline)) void int8_row_decoded(const Int8RowTask& task, int64_t row, int64_t tokens) {
+void int8_row_decoded(const Int8RowTask& task, int64_t row, int64_t tokens) {
   using Cells = ByteCells<BITS>;
   constexpr int64_t kFour = Cells::kUnit * kPart, kLevels = 4 * Cells::kColumns;  // bytes of four chunks; their levels
   alignas(64) uint8_t levels[R * kDecoded];
-  int32_t totals[kRoundedTokens][R] = {};
+  int32_t totals[kRoundedTokens * R] = {};
   const int64_t apart = task.chunks * Cells::kUnit * 16, fours = task.padded / kLevels, whole = apart / kFour;
   const uint8_t* codes = task.codes + row * apart;
-  const auto* x = static_cast<const uint8_t*>(task.activations);
   Shuffle level[R];
   for (int r = 0; r < R; r++) level[r] = Shuffle(task.levels + (row + r) / task.table_rows * 16);
   for (int64_t first = 0; first < fours; first += kDecoded / kLevels) {
     const int64_t end = first + kDecoded / kLevels < fours ? first + kDecoded / kLevels : fours;
-    for (int64_t token = 0; token < tokens; token += kRowTokens) {
-      U sum[kRowTokens][R];
-      for (int m = 0; m < kRowTokens; m++)
-        for (int r = 0; r < R; r++) sum[m][r] = repeat(0);
-      const uint8_t* here = x + token * task.padded + first * kLevels * kRowTokens;
-      if (token == 0) {
-        for (int64_t i = first; i < end; i++) {
-          uint8_t* out = levels + (i - first) * R * kLevels;
-          if (i < whole) {
-            decode_four<BITS, R>(level, codes + i * kFour, apart, out);
-          } else {
-            const LastChunks<BITS, R> last(codes + whole * kFour, apart, apart % kFour);
-            decode_four<BITS, R>(level, last.bytes, kFour, out);
-          }
-          for (int64_t line = 0; line < R * kFour; line += 64)
-            __builtin_prefetch(codes + kAhead * apart + i * R * kFour + line, 0, 2);
-          add_products<R>(out, here + (i - first) * kLevels * kRowTokens, kLevels / kBytes, sum);
-        }
-      } else {
-        add_products<R>(levels, here, (end - first) * kLevels / kBytes, sum);
-      }
-      for (int m = 0; m < kRowTokens; m++)
-        for (int r = 0; r < R; r++) totals[token + m][r] += total_of(sum[m][r]);
+    const auto* x = static_cast<const uint8_t*>(task.activations) + first * kLevels * kRowTokens;
+    U sum[1][kRowTokens][R];
+    for (int m = 0; m < kRowTokens; m++)
+      for (int r = 0; r < R; r++) sum[0][m][r] = repeat(0);
+    uint8_t* out = levels;
+    for (int64_t i = first; i < end && i < whole; i++, out += R * kLevels) {
+      add_coded<BITS, R, kRowTokens, 1, true>(level, codes + i * kFour, apart, x + (i - first) * kLevels * kRowTokens, sum, out);
+#pragma GCC unroll 16
+      for (int64_t line = 0; line < R * kFour; line += 64)
+        __builtin_prefetch(codes + kAhead * apart + i * R * kFour + line, 0, 2);
     }
+    if (end > whole) {
+      const LastChunks<BITS, R> last(codes + whole * kFour, apart, apart % kFour);
+      add_coded<BITS, R, kRowTokens, 1, true>(level, last.bytes, kFour, x + (whole - first) * kLevels * kRowTokens, sum, out);
+    }
+    add_sums<R>(sum, totals);
+    for (int64_t token = kRowTokens; token < tokens; token += kRowTokens)
+      add_decoded<R>(levels, x + token * task.padded, (end - first) * kLevels / kBytes, totals + token * R);
   }
-  for (int64_t token = 0; token < tokens; token++) put_rows<R>(task, row, token, totals[token]);
+  for (int64_t token = 0; token < tokens; token++) put_rows<R>(task, row, token, totals + token * R);
 }
 
 template <int BITS>
