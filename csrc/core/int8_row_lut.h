@@ -7,7 +7,7 @@
 //   multiply_add(sum, u, x)   adds four products of bytes to each int32 of sum; u counts from kByteOrigin
 //
 // A vector holds chunks of row16 side by side, as many as it has 16 bytes. Each field of a code, masked, is an index into
-// the row's 16 levels. Four chunks are whole vectors on every instruction set: the last, shorter ones are padded with zeros.
+// the row's 16 levels. Four chunks are whole vectors on every instruction set; the last, fewer ones are padded with zeros.
 #pragma once
 
 #include <string.h>
@@ -110,7 +110,7 @@ struct LastChunks {
 };
 
 // Adds the products of four chunks of R rows, whose codes are `apart` bytes from row to row, and of M tokens to `sum`, C sums
-// of each that fields take in turn. The levels are kept in `out`, if it is given: (vectors, fields, R, kBytes).
+// of each that fields take in turn. KEEP: the levels are written to `out`, (vectors, fields, R, kBytes).
 template <int BITS, int R, int M, int C, bool KEEP>
 FEWBIT_INLINE void add_coded(const Shuffle (&level)[R], const uint8_t* codes, int64_t apart, const uint8_t* x,
                              U (&sum)[C][M][R], uint8_t* out = nullptr) {
@@ -216,14 +216,16 @@ void int8_row_decoded(const Int8RowTask& task, int64_t row, int64_t tokens) {
       for (int r = 0; r < R; r++) sum[0][m][r] = repeat(0);
     uint8_t* out = levels;
     for (int64_t i = first; i < end && i < whole; i++, out += R * kLevels) {
-      add_coded<BITS, R, kRowTokens, 1, true>(level, codes + i * kFour, apart, x + (i - first) * kLevels * kRowTokens, sum, out);
+      const uint8_t* here = x + (i - first) * kLevels * kRowTokens;
+      add_coded<BITS, R, kRowTokens, 1, true>(level, codes + i * kFour, apart, here, sum, out);
 #pragma GCC unroll 16
       for (int64_t line = 0; line < R * kFour; line += 64)
         __builtin_prefetch(codes + kAhead * apart + i * R * kFour + line, 0, 2);
     }
     if (end > whole) {
       const LastChunks<BITS, R> last(codes + whole * kFour, apart, apart % kFour);
-      add_coded<BITS, R, kRowTokens, 1, true>(level, last.bytes, kFour, x + (whole - first) * kLevels * kRowTokens, sum, out);
+      const uint8_t* here = x + (whole - first) * kLevels * kRowTokens;
+      add_coded<BITS, R, kRowTokens, 1, true>(level, last.bytes, kFour, here, sum, out);
     }
     add_sums<R>(sum, totals);
     for (int64_t token = kRowTokens; token < tokens; token += kRowTokens)
