@@ -2,7 +2,7 @@
 """The layout of the native kernels of tables of rows: each row by itself, neighbouring columns in neighbouring lanes.
 
 A row's columns lie in chunks of 128 / bits, or 384 / bits where that is 3 or 6. A chunk is 16 lanes of one byte, or of
-three; column k of the chunk lies in lane ``k % 16``, at its bits ``k // 16 * bits``. Four chunks lie together: the bytes
+three; column k of the chunk lies in lane ``k % 16``, at its bits ``k // 16 * bits``. Four chunks lie together: bytes
 with bits 0 to 7 of all their lanes, then those with 8 to 15, then 16 to 23; the last one to three of a row likewise. So
 one load of 16 bytes, or of 64, and a shift yield 16 neighbouring columns of one chunk, or of four, whose table fills a
 register. The last chunk is padded with code 0.
