@@ -191,8 +191,11 @@ FEWBIT_INLINE void int8_row(const Int8RowTask& task, int64_t row) {
     const LastChunks<BITS, R> last(codes + whole * kFour, apart, rest);
     add_coded<BITS, R, 1, kChains, false>(level, last.bytes, kFour, x + whole * kColumns, sum);
   }
+  U last[4];  // a copy: what has an address would lie in memory
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) last[i] = sum[i / R][0][i % R];
   int32_t totals[4];
-  totals_of(&sum[0][0][0], totals);
+  totals_of(last, totals);
   for (int c = 1; c < kChains; c++) totals[0] += totals[c];
   put_rows<R>(task, row, 0, totals);
 }
