@@ -16,17 +16,18 @@ constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = true;
 constexpr int kSums = 16, kUnrollMany = 8;
+constexpr int kRowsBeside = 4;
 constexpr int kByteOrigin = 0;
 
-inline U load_apart(const uint8_t* p, int64_t apart) {
-  const auto two = [&](const uint8_t* at) {
-    return _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(at + apart), reinterpret_cast<const __m128i*>(at));
+// Sums over all lanes of four vectors.
+inline void totals_of(const U* sum, int32_t* out) {
+  const auto half = [&](int i) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(sum[i]), _mm512_extracti64x4_epi64(sum[i], 1));
   };
-  return _mm512_inserti64x4(_mm512_castsi256_si512(two(p)), two(p + 2 * apart), 1);
+  const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(half(0), half(1)), _mm256_hadd_epi32(half(2), half(3)));
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), four);
 }
-
-inline U plus(U a, U b) { return _mm512_add_epi32(a, b); }
-inline int32_t total_of(U a) { return _mm512_reduce_add_epi32(a); }
 
 // vpdpbusd: adds four products of bytes to an int32, without an intermediate sum that could saturate. Not by its intrinsic,
 // for which GCC 12 copies every sum to another register and back, and runs out of registers.

@@ -16,17 +16,13 @@ constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = true;
 constexpr int kSums = 8, kUnrollMany = 1;
+constexpr int kRowsBeside = 2;
 constexpr int kByteOrigin = 0;
 
-inline U load_apart(const uint8_t* p, int64_t apart) {
-  return _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(p + apart), reinterpret_cast<const __m128i*>(p));
-}
-
-inline U plus(U a, U b) { return _mm256_add_epi32(a, b); }
-inline int32_t total_of(U sum) {
-  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+inline void totals_of(const U* sum, int32_t* out) {
+  const U all = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]), _mm256_hadd_epi32(sum[2], sum[3]));
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), four);
 }
 
 // See avx512vnni/dot.h.

@@ -220,7 +220,7 @@ struct RowTask {
   int64_t rows, columns, chunks;
   int64_t blocks, block_chunks;  // blocks of a row; chunks of one
   int64_t table_rows;            // rows that share a table
-  const uint8_t* codes;          // (rows, chunks, bytes of a chunk)
+  const uint8_t* codes;          // (rows, bytes of a row), in row16
   const void* table;             // (tables, 2^bits)
   const float* scale;            // (rows, blocks)
   int64_t tokens, together;      // tokens that are computed together: 1 or kRowTokens
@@ -231,7 +231,7 @@ struct RowTask {
   int32_t y_dtype;
 };
 
-enum : int64_t { kRowTokens = 4 };
+enum : int64_t { kRowTokens = 4, kRowChunks = 4 };  // chunks whose parts lie together: see fewbit_row_tables
 
 // Tables of rows on one instruction set.
 struct RowKernel {
@@ -247,7 +247,7 @@ struct Int8RowTask {
   int64_t rows, columns, chunks;
   int64_t padded;          // columns of whole vectors of chunks
   int64_t table_rows;      // rows that share a table
-  const uint8_t* codes;    // (rows, chunks, bytes of a chunk)
+  const uint8_t* codes;    // (rows, bytes of a row), in row16
   const uint8_t* levels;   // (tables, 16)
   const float* factor;     // (rows)
   int64_t together;        // tokens that are computed together: 1 or kRowTokens

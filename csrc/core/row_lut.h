@@ -23,10 +23,20 @@ struct RowCells {
   static constexpr int kFields = 8 * kUnit / BITS;         // codes in them
   static constexpr int kBytes = 16 * kUnit, kColumns = 16 * kFields;
 
+  const uint8_t* bytes;
+  int64_t apart;  // bytes from a part to the next
+
+  // Chunk `chunk` of a row of `chunks`.
+  FEWBIT_INLINE RowCells(const uint8_t* row, int64_t chunk, int64_t chunks) {
+    const int64_t beside = chunk % kRowChunks, first = chunk - beside, left = chunks - first;
+    bytes = row + first * kBytes + beside * 16;
+    apart = (left < kRowChunks ? left : kRowChunks) * 16;
+  }
+
   // The codes of kLanes lanes from `lane`.
-  static FEWBIT_INLINE U lanes(const uint8_t* chunk, int lane) {
-    U found = load_bytes(chunk + lane);
-    for (int i = 1; i < kUnit; i++) found = combine(found, shift_left(load_bytes(chunk + i * 16 + lane), 8 * i));
+  FEWBIT_INLINE U lanes(int lane) const {
+    U found = load_bytes(bytes + lane);
+    for (int i = 1; i < kUnit; i++) found = combine(found, shift_left(load_bytes(bytes + i * apart + lane), 8 * i));
     return found;
   }
 };
@@ -76,9 +86,10 @@ FEWBIT_INLINE void row_of(const RowTask& task, int64_t row, int64_t token, int64
     for (int m = 0; m < M; m++)
       for (int c = 0; c < kRowChains; c++) sum[m][c] = broadcast(0.0f);
     const int64_t end = b + 1 < task.blocks ? (b + 1) * task.block_chunks : task.chunks;
-    for (; chunk < end; chunk++, codes += Cells::kBytes, x += Cells::kColumns) {
+    for (; chunk < end; chunk++, x += Cells::kColumns) {
+      const Cells cells(codes, chunk, task.chunks);
       for (int lane = 0; lane < 16; lane += kLanes) {
-        const U lanes = Cells::lanes(codes, lane);
+        const U lanes = cells.lanes(lane);
 #pragma GCC unroll 8
         for (int n = 0; n < Cells::kFields; n++) {
           const F w = lookup(n ? shift_right(lanes, n * BITS) : lanes);
@@ -113,13 +124,14 @@ void decode_row(const RowTask& task, int64_t row, float* out) {
   const RowLevels<BITS> levels(task, row);
   const Lookup<BITS> lookup(levels.level);
   const uint8_t* codes = task.codes + row * task.chunks * Cells::kBytes;
-  for (int64_t chunk = 0; chunk < task.chunks; chunk++, codes += Cells::kBytes) {
+  for (int64_t chunk = 0; chunk < task.chunks; chunk++) {
+    const Cells cells(codes, chunk, task.chunks);
     const int64_t first = chunk * Cells::kColumns, left = task.columns - first;
     const int64_t b = chunk / task.block_chunks;
     const F scale = broadcast(task.scale[row * task.blocks + (b < task.blocks ? b : task.blocks - 1)]);
     float w[Cells::kColumns];
     for (int lane = 0; lane < 16; lane += kLanes) {
-      const U lanes = Cells::lanes(codes, lane);
+      const U lanes = cells.lanes(lane);
       for (int n = 0; n < Cells::kFields; n++)
         store(w + n * 16 + lane, multiply(scale, lookup(shift_right(lanes, n * BITS))));
     }

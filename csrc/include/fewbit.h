@@ -277,8 +277,9 @@ int fewbit_vector_linear_int8(const fewbit_byte_vectors* matrix, int64_t x_block
 /* Rows with tables of their own: w[row][column] = scale[row][column / block] * table[row / table_rows][code].
  *
  * Layout row16: each row by itself, its columns in chunks of 128 / bits, or 384 / bits where that is 3 or 6. A chunk is 16
- * lanes of one byte (of 3 bytes: first those that hold bits 0 to 7 of all lanes, then 8 to 15, then 16 to 23); column k of
- * the chunk lies in lane k % 16, at its bits [k / 16 * bits, k / 16 * bits + bits). The last chunk is padded with code 0.
+ * lanes of one byte, or of three; column k of the chunk lies in lane k % 16, at its bits [k / 16 * bits, k / 16 * bits +
+ * bits). Four chunks lie together, and the last one to three of a row: the bytes that hold bits 0 to 7 of all their lanes,
+ * then those with 8 to 15, then 16 to 23. The last chunk is padded with code 0.
  * Bytes: rows * ceil(columns / chunk) * 16, or 48. */
 typedef struct {
   int64_t rows, columns;

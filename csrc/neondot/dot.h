@@ -14,11 +14,13 @@ constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;
 constexpr int kSums = 0, kUnrollMany = 1;
+constexpr int kRowsBeside = 4;
 constexpr int kByteOrigin = 128;
 
-inline U load_apart(const uint8_t* p, int64_t) { return load_lanes(p); }
-inline U plus(U a, U b) { return vaddq_u32(a, b); }
-inline int32_t total_of(U a) { return vaddvq_s32(vreinterpretq_s32_u32(a)); }
+inline void totals_of(const U* sum, int32_t* out) {
+  const U all = vpaddq_u32(vpaddq_u32(sum[0], sum[1]), vpaddq_u32(sum[2], sum[3]));
+  vst1q_s32(out, vreinterpretq_s32_u32(all));
+}
 
 // Four products of signed bytes, those of u being shifted down by 128 first.
 inline U multiply_add(U sum, U u, U x) {

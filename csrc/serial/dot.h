@@ -14,13 +14,14 @@ constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;
 constexpr int kSums = 0, kUnrollMany = 1;
+constexpr int kRowsBeside = 2;
 constexpr int kByteOrigin = 0;
 
-inline U load_apart(const uint8_t* p, int64_t) { return load_lanes(p); }
-inline U plus(U a, U b) { return a + b; }
-inline int32_t total_of(U a) {
-  const I sum = reinterpret_cast<I>(a);
-  return sum[0] + sum[1] + sum[2] + sum[3];
+inline void totals_of(const U* sum, int32_t* out) {
+  for (int i = 0; i < 4; i++) {
+    const I lanes = reinterpret_cast<I>(sum[i]);
+    out[i] = lanes[0] + lanes[1] + lanes[2] + lanes[3];
+  }
 }
 
 // Four products of bytes, unsigned times signed, added to each lane.

@@ -17,7 +17,7 @@ struct Shape {
 };
 
 const Shape kShapes[] = {{1, 1, 0, 1, 1},   {7, 31, 0, 1, 3},    {33, 97, 0, 3, 5},   {65, 512, 1, 1, 4},
-                         {40, 700, 2, 5, 9}, {70, 1024, 3, 16, 70}, {3, 384, 1, 7, 2}};
+                         {40, 700, 2, 5, 9}, {70, 1024, 3, 16, 70}, {3, 384, 1, 7, 2}, {6, 4500, 5, 1, 9}};
 const int32_t kBits[] = {1, 2, 3, 4, 6, 8};
 const int32_t kIsas[] = {FEWBIT_SERIAL, FEWBIT_AVX2, FEWBIT_AVX512, FEWBIT_NEON};
 
@@ -82,8 +82,9 @@ void check(const Shape& s, int32_t bits, bool half, std::mt19937& random) {
     for (int64_t c = 0; c < s.columns; c++) {
       const uint32_t code = codes[r * s.columns + c] = static_cast<uint8_t>(random() & ((1u << bits) - 1));
       for (int b = 0; b < bits; b++) {
-        const int64_t k = c % chunk, bit = k / 16 * bits + b;
-        packed[(r * chunks + c / chunk) * 16 * unit + bit / 8 * 16 + k % 16] |=
+        const int64_t k = c % chunk, bit = k / 16 * bits + b, first = c / chunk / 4 * 4;
+        const int64_t together = chunks - first < 4 ? chunks - first : 4;
+        packed[(r * chunks + first) * 16 * unit + (bit / 8 * together + c / chunk - first) * 16 + k % 16] |=
             static_cast<uint8_t>((code >> b & 1) << bit % 8);
       }
     }

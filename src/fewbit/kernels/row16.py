@@ -2,9 +2,10 @@
 """The layout of the native kernels of tables of rows: each row by itself, neighbouring columns in neighbouring lanes.
 
 A row's columns lie in chunks of 128 / bits, or 384 / bits where that is 3 or 6. A chunk is 16 lanes of one byte, or of
-three (bits 0 to 7 of all lanes, then 8 to 15, then 16 to 23); column k of the chunk lies in lane ``k % 16``, at its
-bits ``k // 16 * bits``. So one load and a shift yield 16 neighbouring columns of a row, whose table fills a register.
-The last chunk is padded with code 0.
+three; column k of the chunk lies in lane ``k % 16``, at its bits ``k // 16 * bits``. Four chunks lie together: bytes
+with bits 0 to 7 of all their lanes, then those with 8 to 15, then 16 to 23; the last one to three of a row likewise. So
+one load of 16 bytes, or of 64, and a shift yield 16 neighbouring columns of one chunk, or of four, whose table fills a
+register. The last chunk is padded with code 0.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from fewbit.layouts.arrays import expect
 from fewbit.layouts.dense import load_params, store_params
 
 LANES = 16
+TOGETHER = 4
+"""Chunks."""
 BITS = (1, 2, 3, 4, 6, 8)
 """Of a code, that fill the bytes of a lane."""
 
@@ -45,6 +48,22 @@ def _refuse(format: Format, shape: Shape) -> str | None:
     return None
 
 
+def _together(chunks: Tensor) -> Tensor:
+    """(rows, chunks, parts, 16) as it lies in memory, each row flat; parts are the bytes of a lane."""
+    whole = chunks.shape[1] // TOGETHER * TOGETHER
+    fours = chunks[:, :whole].unflatten(1, (-1, TOGETHER)).transpose(2, 3)
+    return torch.cat((fours.flatten(1), chunks[:, whole:].transpose(1, 2).flatten(1)), 1)
+
+
+def _apart(packed: Tensor, parts: int) -> Tensor:
+    """The inverse."""
+    rows, chunks = packed.shape[0], packed.shape[1] // (parts * LANES)
+    whole, rest = divmod(chunks, TOGETHER)
+    fours, last = packed.split([whole * TOGETHER * parts * LANES, rest * parts * LANES], 1)
+    fours = fours.reshape(rows, whole, parts, TOGETHER, LANES).transpose(2, 3).flatten(1, 2)
+    return torch.cat((fours, last.reshape(rows, parts, rest, LANES).transpose(1, 2)), 1)
+
+
 def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[Tensor, dict[str, Tensor]]:
     bits = format.bits
     columns = chunk(bits)
@@ -54,14 +73,14 @@ def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[
         few = torch.nn.functional.pad(codes[first : first + 256], (0, -shape[1] % columns))
         lanes = (few.reshape(len(few), -1, columns // LANES, LANES).int() << shifts).sum(2, dtype=torch.int32)
         bytes = lanes[:, :, None] >> torch.arange(0, 8 * lane_bytes(bits), 8, dtype=torch.int32)[:, None]
-        packed[first : first + 256] = (bytes & 255).to(torch.uint8).reshape(len(few), -1)
+        packed[first : first + 256] = _together((bytes & 255).to(torch.uint8))
     return packed, store_params(format, params)
 
 
 def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tuple[Tensor, dict[str, Tensor]]:
     bits, unit = format.bits, lane_bytes(format.bits)
     expect("row16 codes", packed, size(shape, bits))
-    lanes = packed.reshape(shape[0], -1, unit, LANES).int() << torch.arange(0, 8 * unit, 8, dtype=torch.int32)[:, None]
+    lanes = _apart(packed, unit).int() << torch.arange(0, 8 * unit, 8, dtype=torch.int32)[:, None]
     shifts = torch.arange(0, 8 * unit, bits, dtype=torch.int32)[:, None]
     codes = (lanes.sum(2, dtype=torch.int32)[:, :, None] >> shifts) & (2**bits - 1)
     codes = codes.reshape(shape[0], -1)[:, : shape[1]].to(torch.uint8)
