@@ -85,8 +85,11 @@ def test_killed_at_random_instants(
     assert process.exitcode == 0 and hashes(out) == expected
 
 
-def test_nothing_is_left_beside_the_folder(short: Callable[..., Any], tmp_path: Path) -> None:
+def test_nothing_is_left_beside_the_folder_or_in_it(short: Callable[..., Any], tmp_path: Path) -> None:
+    """A run that was killed leaves what it had begun to write."""
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".config.json.1506.tmp").write_text("{")
     short(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.log.json"]
-    assert not (tmp_path / "out" / "state").exists()
+    assert not (tmp_path / "out" / "state").exists() and not list((tmp_path / "out").glob(".*"))
     assert fewbit.load(tmp_path / "out") is not None

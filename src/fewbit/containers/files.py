@@ -115,6 +115,16 @@ class Hashing:
         self.stream.write(data)
 
 
+BEGUN = ".tmp"
+"""What the name of a file ends with that is being written; before it, the process that does."""
+
+
+def remove_begun(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write in ``folder``, to which none writes now."""
+    for path in folder.glob(f".*{BEGUN}"):
+        path.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, produce: Callable[[Hashing], None], needed: int) -> str:
     """Write ``path`` so that it is either whole or as it was, and return its sha256.
 
@@ -124,7 +134,7 @@ def write_atomically(path: Path, produce: Callable[[Hashing], None], needed: int
     Raises:
         InputError: no space, no permission, no such folder; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{BEGUN}")
     try:
         with open(temporary, "wb") as stream:
             hashing = Hashing(stream)

@@ -16,6 +16,7 @@ import torch
 import fewbit
 from fewbit import calibrate
 from fewbit.calibrate import Calibration
+from fewbit.containers.files import remove_begun
 from fewbit.errors import InputError, SpecError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.run.ending import STATE
@@ -55,7 +56,7 @@ def refuse_existing(target: Path, force: bool) -> None:
 
 
 def open_folder(target: Path, force: bool) -> Path:
-    """``OUT.partial``, made if need be.
+    """``OUT.partial``, made if need be; without what a run that was killed had begun to write there.
 
     Raises:
         InputError: ``target`` exists and ``force`` is off, or nothing can be written there.
@@ -64,6 +65,7 @@ def open_folder(target: Path, force: bool) -> Path:
     folder = target.with_name(target.name + ".partial")
     try:
         (folder / STATE).mkdir(parents=True, exist_ok=True)
+        remove_begun(folder)
     except OSError as error:
         raise InputError(f"writing {target}", f"{error.strerror}", "give a folder that you may write to") from None
     return folder
