@@ -19,6 +19,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from fewbit.measure.memory import peak_rss_bytes
+
 
 class Engine(ABC):
     """Abstract: one text at a time."""
@@ -152,8 +154,6 @@ def side_by_side(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer(engine: Engine, asked: dict[str, Any], state: dict[str, int]) -> dict[str, Any]:
-    import resource
-
     if "prefill" in asked:
         engine.begin(0)
         state["length"] = asked["prefill"]
@@ -175,8 +175,7 @@ def answer(engine: Engine, asked: dict[str, Any], state: dict[str, int]) -> dict
         for _ in range(asked["decode"]):
             token = engine.feed([token])
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"peak": peak, "read": engine.read_bytes, "note": engine.note, "base": state["base"]}
+        return {"peak": peak_rss_bytes(), "read": engine.read_bytes, "note": engine.note, "base": state["base"]}
     return {"wall": time.perf_counter() - began[0], "processor": time.process_time() - began[1]}
 
 
@@ -184,15 +183,13 @@ def main() -> None:
     kind, model, option, threads = sys.argv[1:]
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    import resource
-
     import torch
 
     torch.set_num_threads(int(threads))
     began = time.perf_counter()
     engine = KINDS[kind](model, option, int(threads))
     loaded = time.perf_counter() - began
-    state = {"length": 0, "base": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    state = {"length": 0, "base": peak_rss_bytes()}
     print(json.dumps({"loaded": loaded}), file=out, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(engine, json.loads(line), state)), file=out, flush=True)

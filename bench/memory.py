@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import fewbit
 from fewbit.containers.safetensors import write_safetensors
+from fewbit.measure.memory import peak_rss_bytes
 
 HIDDEN, INTERMEDIATE, HEADS = 1024, 2816, 16
 
@@ -97,7 +97,7 @@ def run(folder: Path, samples: int, context: int) -> None:
         folder, "int4/g64/asym", method="gptq", out=out, samples=samples, context=context, force=True, threads=2
     )
     source = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_rss_bytes()
     row = {
         "source_bytes": source,
         "result_bytes": result.manifest["size_bytes"],

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from kernel_cases import ROWS, activation, raw_matrix
 
 from fewbit import kernels
+from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError
 from fewbit.kernels import native
 from fewbit.kernels.prepared import AS_BFLOAT16
@@ -17,7 +18,11 @@ from fewbit.kernels.prepared import AS_BFLOAT16
 
 def multiplies_bfloat16(matrix: kernels.Prepared) -> bool:
     """Whether many bfloat16 activations are summed in another order than float32 ones."""
-    return matrix.kernel == "int24_linear_avx512vnni" and "avx512bf16" in native.isas()
+    if "avx512bf16" not in native.isas() or matrix.kernel not in ("int24_linear_avx512vnni", "affine_linear_avx512"):
+        return False
+    format = cast(QTensor, matrix.weight()).format
+    whole = format.block % 32 == 0 or format.block >= matrix.shape[1]
+    return matrix.kernel.startswith("int24") or (format.bits == 1 and whole)
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -25,7 +25,7 @@ from fewbit.kernels import native, pages, reference
 from fewbit.kernels.inputs import check_supported, given, wants_gradients
 from fewbit.kernels.levels import as_integers
 from fewbit.kernels.table import Kernel
-from fewbit.kernels.tile16 import ROWS, TILE16
+from fewbit.kernels.tile16 import COLUMNS, ROWS, TILE16
 
 DECODED = 48
 """Tokens from which on float products go through decoded weights: each is decoded once, and torch multiplies. So do
@@ -217,14 +217,16 @@ class NativePrepared(Addressed, PreparedMatrix):
             self._levels = as_integers(self._table) if kernel.family == "int8_lut" else self._table
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
         self._by_sums = kernel.name == "affine_linear_avx512" and format.bits == 1  # that is faster than decoding
-        self._as_bfloat16 = kernel.name == "int24_linear_avx512vnni" and "avx512bf16" in native.isas()
+        chunks = self._block % COLUMNS == 0 or self._block == self.shape[1]
+        exact = kernel.name == "int24_linear_avx512vnni" or (self._by_sums and chunks)
+        self._as_bfloat16 = exact and "avx512bf16" in native.isas()
         self._grid = (0.0, 0)  # scale and zero that all activations have; none
         self._addend: Tensor | None = None
         if isinstance(activation, Fixed) and self.rounds_inputs:
             self._grid = (activation.scale, activation.zero)
             if activation.zero != CENTRE:
                 self._addend = activation.scale * (CENTRE - activation.zero) * reference.row_sums(qtensor).float()
-        self.company = (self._isa, self._x_block, activation, self._by_sums)
+        self.company = (self._isa, self._x_block, activation, self._by_sums, self._as_bfloat16)
 
     @cached_property
     def _matrices(self) -> tuple[tuple[int, native.Matrix], ...]:

@@ -16,12 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from fewbit import formats
+from fewbit.measure.memory import peak_rss_bytes
 from fewbit.run.collect import observe_probe, probe_through
 from fewbit.run.events import Event
 from fewbit.run.rewriting import as_run
 from fewbit.run.solve import Solved, Task, relative_error, repacked
 from fewbit.run.stages import check_ends, float_logits, run_stages, tail_sites, write_stage
-from fewbit.run.state import Run, peak_rss
+from fewbit.run.state import Run
 from fewbit.run.tasks import block_sites, propagate
 from fewbit.run.whole import Found, Whole, stored
 
@@ -45,11 +46,13 @@ def learn_whole(run: Run) -> None:
         found = Whole(run).learn()
         told = f"{run.end.name}: {found.before:.4f} -> {found.after:.4f} on windows held out, "
         told += f"{len(found.layers)} layers and {len(found.vectors)} vectors learned, {len(found.still)} stand still"
-        run.progress(Event("note", message=f"{told}, {time.monotonic() - began:.0f} s", peak_rss_bytes=peak_rss()))
+        run.progress(
+            Event("note", message=f"{told}, {time.monotonic() - began:.0f} s", peak_rss_bytes=peak_rss_bytes())
+        )
         stages = _written(run, found) if found.layers or found.vectors else list(run.journal.stages)
         end = {"name": run.end.name, "before": found.before, "after": found.after, "still": found.still}
         seconds = round(stages[-1]["seconds"] + time.monotonic() - began, 3)
-        stages[-1] = {**stages[-1], "end": end, "seconds": seconds, "peak_rss_bytes": peak_rss()}
+        stages[-1] = {**stages[-1], "end": end, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
         run.journal.become(stages)
     _settle(run)
 

@@ -35,6 +35,7 @@ from fewbit import methods
 from fewbit.core.terms import matrices
 from fewbit.core.transform import generator_of
 from fewbit.core.tuning import Learnable, Values
+from fewbit.measure.memory import peak_rss_bytes
 from fewbit.model.stream import with_replaced
 from fewbit.recipe import Tune
 from fewbit.run.events import Event
@@ -42,7 +43,7 @@ from fewbit.run.hidden import HiddenFile
 from fewbit.run.memory import give_back
 from fewbit.run.rewriting import placed, straight_through
 from fewbit.run.solve import Solved, retuned
-from fewbit.run.state import Run, peak_rss
+from fewbit.run.state import Run
 from fewbit.run.tasks import propagate
 
 LOOKS = 2
@@ -137,7 +138,7 @@ class _Phase:
         what = "root of the loss" if self._cosine or self._own else "output error"
         outcome = f"{what} {start:.3%} -> {least:.3%} by {self._row.name}"
         note = f"{run.model.blocks[self._index]}: {outcome}, {time.monotonic() - began:.1f} s"
-        run.progress(Event("note", message=note, peak_rss_bytes=peak_rss()))
+        run.progress(Event("note", message=note, peak_rss_bytes=peak_rss_bytes()))
         if best is None:
             return [retuned(item, None, outcome) if i in self._members else item for i, item in enumerate(self._solved)]
         pairs = zip(learners, best, strict=True)

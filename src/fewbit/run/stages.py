@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fewbit.containers.safetensors import write_safetensors
+from fewbit.measure.memory import peak_rss_bytes
 from fewbit.model.sites import Site
 from fewbit.run.collect import observe_probe, probe_started, probe_through
 from fewbit.run.compare import compare_logits, summary
@@ -19,7 +20,7 @@ from fewbit.run.reconstruct import tuned
 from fewbit.run.rewriting import as_run
 from fewbit.run.sequential import quantize_block
 from fewbit.run.solve import Solved, check_outputs
-from fewbit.run.state import Run, peak_rss
+from fewbit.run.state import Run
 from fewbit.run.tasks import block_sites, propagate, solve_sites
 from fewbit.run.verify import read_back, read_rewrite
 
@@ -39,7 +40,7 @@ def run_stages(run: Run) -> None:
         else:
             record = tail_stage(run)
         record["seconds"] = round(time.monotonic() - began, 3)
-        record["peak_rss_bytes"] = peak_rss()
+        record["peak_rss_bytes"] = peak_rss_bytes()
         run.journal.finish(record)
         give_back()
         for old in (run.folder / "state").glob(f"*-{stage - 1:05d}.f32"):
@@ -50,7 +51,7 @@ def run_stages(run: Run) -> None:
                 "block",
                 block=stage + 1,
                 blocks=run.stages,
-                peak_rss_bytes=peak_rss(),
+                peak_rss_bytes=peak_rss_bytes(),
                 eta_seconds=pace * (run.stages - stage - 1),
             )
         )

@@ -96,10 +96,3 @@ class Run:
         """Room on disk for the calibration's activations inside of a block, (batches, batch, tokens, ``width``)."""
         ids = self.batches()
         return HiddenFile(self.folder / "state" / name, (len(ids), *ids[0].shape, width), "scratch", dtype)
-
-
-def peak_rss() -> int:
-    """Peak resident bytes of this process so far."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

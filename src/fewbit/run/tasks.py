@@ -12,13 +12,14 @@ from fewbit import formats, methods
 from fewbit.core.correction import correction
 from fewbit.core.facts import Facts, Need, strongest
 from fewbit.core.transform import seed_of
+from fewbit.measure.memory import peak_rss_bytes
 from fewbit.model.sites import Site, in_block
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Rule
 from fewbit.run.events import Event
 from fewbit.run.facts import with_gradients
 from fewbit.run.solve import Solved, Task, solve
-from fewbit.run.state import Run, peak_rss
+from fewbit.run.state import Run
 
 
 def needs(run: Run, index: int) -> dict[str, Need]:
@@ -80,7 +81,7 @@ def solve_all(run: Run, tasks: list[Task]) -> list[Solved]:
                 error=record["relative_error"],
                 bits=record["bits_per_weight"],
                 seconds=record["seconds"],
-                peak_rss_bytes=peak_rss(),
+                peak_rss_bytes=peak_rss_bytes(),
                 message=record["note"],
             )
         )

@@ -41,6 +41,7 @@ from fewbit.containers import terms as T
 from fewbit.core.descent import Adam
 from fewbit.core.qtensor import unstack
 from fewbit.core.transform import generator_of
+from fewbit.measure.memory import peak_rss_bytes
 from fewbit.methods.floats import RATE, FloatVector
 from fewbit.model.loading import place
 from fewbit.run.events import Event
@@ -49,7 +50,7 @@ from fewbit.run.members import Candidate, Member, Part, begin, fitting, joined
 from fewbit.run.memory import give_back
 from fewbit.run.rewriting import placed, straight_through
 from fewbit.run.solve import Solved
-from fewbit.run.state import Run, peak_rss
+from fewbit.run.state import Run
 from fewbit.run.verify import read_back, read_rewrite
 
 LOOKS = 8
@@ -204,7 +205,9 @@ class Whole:
             if told or step % every == 0:
                 told = f"step {step} of {iters}, loss {sum(losses[-every:]) / len(losses[-every:]):.4f}{told}"
             left = (time.monotonic() - began) / step * (iters - step)
-            event = Event("step", block=step, blocks=iters, eta_seconds=left, message=told, peak_rss_bytes=peak_rss())
+            event = Event(
+                "step", block=step, blocks=iters, eta_seconds=left, message=told, peak_rss_bytes=peak_rss_bytes()
+            )
             self._run.progress(event)
         found = self._nothing(start) if best is None else self._frozen(best, start)
         self.close()
