@@ -86,7 +86,7 @@ def tell(
 
     with workers(threads) as pool:
         for ids in (pool.map if device == "cpu" else map)(one, range(0, samples, batch)):
-            texts += words.batch_decode(ids)
+            texts += words.batch_decode(ids, skip_special_tokens=True)  # what a window begins with is no text
             told = f"{len(texts)} of {samples} texts told"
             say(Event("note", block=len(texts), blocks=samples, message=told))
     write_bytes(target, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
