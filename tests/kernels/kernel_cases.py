@@ -6,10 +6,11 @@ from __future__ import annotations
 import torch
 from raw_format import Raw
 
-from fewbit import formats, kernels
+from fewbit import formats, kernels, layouts
 from fewbit.core import blocks as B
 from fewbit.core import format as F
 from fewbit.core.format import Format
+from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor
 from fewbit.formats.palette import WIDTHS, Palette
 from fewbit.formats.vector import LENGTHS, Vector
@@ -85,6 +86,16 @@ def vectors(format: Vector, shape: tuple[int, int], generator: torch.Generator, 
         book = (book * (1.0 if scale is None else scale)).clamp(-6e4, 6e4).half()
         params[param.name] = book[None, :, None].expand(rows, *[-1] * 4)
     return QTensor.of(format, codes, params, rows=shape[0])
+
+
+def there_and_back(matrix: QTensor, layout: Layout) -> QTensor:
+    """``matrix``, which is dense, in ``layout``; seen to hold the same, and to come back from the dense one."""
+    packed = matrix.repack(layout)
+    codes, params = packed.logical()
+    assert torch.equal(codes, matrix.packed) and codes.dtype == matrix.packed.dtype
+    assert all(torch.equal(params[key], value) for key, value in matrix.params.items())
+    assert torch.equal(packed.repack(layouts.DENSE).repack(layout).packed, packed.packed)
+    return packed
 
 
 def row_tables(

@@ -24,8 +24,8 @@ from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native, pages, reference
 from fewbit.kernels.inputs import check_supported, given, wants_gradients
 from fewbit.kernels.levels import as_integers
-from fewbit.kernels.table import Kernel
-from fewbit.kernels.tile16 import COLUMNS, ROWS, TILE16
+from fewbit.kernels.table import Kernel, refuse_blocks
+from fewbit.kernels.tile16 import ROWS, TILE16
 
 DECODED = 48
 """Tokens from which on float products go through decoded weights: each is decoded once, and torch multiplies. So do
@@ -217,8 +217,7 @@ class NativePrepared(Addressed, PreparedMatrix):
             self._levels = as_integers(self._table) if kernel.family == "int8_lut" else self._table
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
         self._by_sums = kernel.name == "affine_linear_avx512" and format.bits == 1  # that is faster than decoding
-        chunks = self._block % COLUMNS == 0 or self._block == self.shape[1]
-        exact = kernel.name == "int24_linear_avx512vnni" or (self._by_sums and chunks)
+        exact = kernel.name == "int24_linear_avx512vnni" or (self._by_sums and not refuse_blocks(self.shape, format))
         self._as_bfloat16 = exact and "avx512bf16" in native.isas()
         self._grid = (0.0, 0)  # scale and zero that all activations have; none
         self._addend: Tensor | None = None

@@ -107,7 +107,7 @@ class Kernel:
         if self.family == "int8_lut" and format.bits > LOOKED_UP:
             return f"looks up at most {LOOKED_UP} bits a code; {format.name} has {format.bits}"
         if self.family == "int24":
-            return _refuse_blocks(shape, format)
+            return refuse_blocks(shape, format)
         if self.family in ("int8_vector", "int8_row_lut") and isinstance(activation, Fixed):
             return f"rounds activations by scales found as they arrive; these are {activation.name}"
         return _refuse_integers(format, shape, activation) if self.integers else None
@@ -142,10 +142,10 @@ def _refuse_integers(format: Format, shape: Shape, activation: Format | None) ->
     own = isinstance(activation, Affine) and activation.symmetric and activation.clip == 1
     if not (own or isinstance(activation, Fixed)) or activation.bits != 8:
         return f"rounds activations to int8/g{{N}}/sym or int8/static; these are {activation.name}"
-    return _refuse_blocks(shape, format, activation)
+    return refuse_blocks(shape, format, activation)
 
 
-def _refuse_blocks(shape: Shape, *formats: Format) -> str | None:
+def refuse_blocks(shape: Shape, *formats: Format) -> str | None:
     """Why groups of these ``formats`` cannot be summed up in integers, or None."""
     for block in (format.block for format in formats):
         if block % COLUMNS and block < shape[1]:

@@ -105,19 +105,15 @@ class Rounding(Learnable):
     def weight(self, values: Values) -> Tensor:
         params, chosen = self._params(values), torch.empty_like(self._weight)
         scale = _scale(self._format, params)
-        for rows in self._parts():
+        for rows in ranges.strips(len(chosen), self._columns):
             moved = values["offset"][rows] * scale[rows] + self._weight[rows]
             chosen[rows] = self._format.nearest(moved, _of(params, rows))[1]
         return B.join(chosen, self._columns)
 
-    def _parts(self) -> list[slice]:
-        """Rows at a time, so few that what is worked out of them stays in the cache."""
-        step = max(1, ranges.CHUNK // self._columns)
-        return [slice(first, first + step) for first in range(0, len(self._weight), step)]
-
     def gradient(self, values: Values, grad: Tensor) -> dict[str, Tensor]:
         params, grad = self._params(values), B.split(grad, self._format.block)
-        parts = [self._straight(rows, values["offset"][rows], _of(params, rows), grad[rows]) for rows in self._parts()]
+        strips = ranges.strips(len(grad), self._columns)
+        parts = [self._straight(rows, values["offset"][rows], _of(params, rows), grad[rows]) for rows in strips]
         by_value, by_scale, by_offset = (torch.cat(each) for each in zip(*parts, strict=True))
         free = self._format.grid == "ends"
         return {"offset": by_value, **self._ends_gradient(values, by_scale, by_offset if free else None)}

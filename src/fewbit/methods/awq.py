@@ -67,10 +67,7 @@ def awq(weight: Tensor, format: Format, facts: Facts, *, steps: int = 20, floor:
     format = format.bind(weight)
     moments = diagonal_blocks(facts.second_moment, format.fit_block if format.block else 0)
     mask = B.present(weight.shape[1], format.block)
-    step = max(1, ranges.CHUNK // weight.shape[1])
-    chunks = [B.split(weight[row : row + step], format.block) for row in range(0, weight.shape[0], step)]
-    parts = [_search(format, chunk, mask, moments, ratios) for chunk in chunks]
-    params = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    params = ranges.by_strips(format, weight, lambda blocks: _search(format, blocks, mask, moments, ratios))
     return QTensor.of(format, F.encode(format, weight, params), params)
 
 

@@ -80,9 +80,9 @@ def hqq(
     weight = weight.float()
     format = format.bind(weight)
     params, mask = F.fit(format, weight), B.present(weight.shape[1], format.block)
-    rows = max(1, ranges.CHUNK // weight.shape[1])
-    chunks = [B.split(part, format.block) for part in weight.split(rows)]
-    tried = [{name: values[i * rows : (i + 1) * rows] for name, values in params.items()} for i in range(len(chunks))]
+    strips = ranges.strips(*weight.shape)
+    chunks = [B.split(weight[rows], format.block) for rows in strips]
+    tried = [{name: values[rows] for name, values in params.items()} for rows in strips]
     least, errors = _lost(format, chunks, tried, mask)
     for number in range(iterations):
         moved = [

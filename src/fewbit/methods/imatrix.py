@@ -76,13 +76,9 @@ def imatrix(weight: Tensor, format: Format, facts: Facts | None = None, *, steps
         raise SpecError(f"imatrix with steps={steps} and rounds={rounds}", "at least 2 steps and 0 rounds", works)
     weight = weight.float()
     format = format.bind(weight)
-    columns = weight.shape[1]
-    mask = B.present(columns, format.block)
+    mask = B.present(weight.shape[1], format.block)
     worth = mask if facts is None else B.split(facts.mean_square.float().reshape(1, -1), format.block)
-    step = max(1, ranges.CHUNK // columns)
-    chunks = (B.split(weight[row : row + step], format.block) for row in range(0, len(weight), step))
-    parts = [_search(format, chunk, mask, worth, steps, rounds) for chunk in chunks]
-    params = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    params = ranges.by_strips(format, weight, lambda blocks: _search(format, blocks, mask, worth, steps, rounds))
     return QTensor.of(format, F.encode(format, weight, params), params)
 
 

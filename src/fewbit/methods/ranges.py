@@ -13,6 +13,8 @@ llama.cpp's symmetric types, and auto-round.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -60,9 +62,18 @@ def search(format: Format, weight: Tensor, importance: Tensor | None, ratios: tu
     columns = weight.shape[1]
     mask = B.present(columns, format.block, weight.device)
     worth = mask if importance is None else B.split(importance.float().reshape(1, -1), format.block)
+    return by_strips(format, weight, lambda blocks: _search(format, blocks, mask, worth, ratios))
+
+
+def strips(rows: int, columns: int) -> list[slice]:
+    """Rows at a time, about :data:`CHUNK` weights."""
     step = max(1, CHUNK // columns)
-    chunks = (B.split(weight[row : row + step].float(), format.block) for row in range(0, weight.shape[0], step))
-    parts = [_search(format, chunk, mask, worth, ratios) for chunk in chunks]
+    return [slice(first, first + step) for first in range(0, rows, step)]
+
+
+def by_strips(format: Format, weight: Tensor, choose: Callable[[Tensor], Params]) -> dict[str, Tensor]:
+    """What ``choose`` finds for the float32 blocks (rows, blocks, block) of a strip of ``weight``, for all strips."""
+    parts = [choose(B.split(weight[rows].float(), format.block)) for rows in strips(*weight.shape)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
