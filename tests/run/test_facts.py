@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -150,15 +149,6 @@ def test_facts_of_two_texts_add_up(tiny: Path, kept: KeptFacts, tmp_path: Path) 
         outputs, once = twice.output_square(site), kept.output_square(site)
         assert outputs is not None and once is not None and torch.equal(outputs[0], 2 * once[0])
         assert both.output_square(site) is None
-    older = tmp_path / "older"  # of a version that did not look at outputs
-    shutil.copytree(kept.path, older)
-    described = json.loads((older / "facts.json").read_text())
-    described["collected"].remove("output_square")
-    (older / "facts.json").write_text(json.dumps(described))
-    assert KeptFacts.read(older).output_square(site) is None
-    mixed = merge([kept.path, older], out=tmp_path / "mixed")
-    assert mixed.described["collected"] == ["mean_square", "gram", "fisher"]
-    assert not [name for name in open_safetensors(mixed.path / "fisher-00000.safetensors").entries if "output" in name]
     with pytest.raises(InputError, match="two or more"):
         merge([kept.path], out=tmp_path / "one")
 

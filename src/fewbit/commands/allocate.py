@@ -9,9 +9,8 @@ from typing import Any
 
 from fewbit.commands.console import err, results, table, write_json
 from fewbit.commands.progress import Renderer
-from fewbit.containers.files import write_bytes
+from fewbit.containers.files import refuse_existing, write_bytes
 from fewbit.report import numbers as N
-from fewbit.run.opening import refuse_existing
 from fewbit.search import Allocation, allocate
 from fewbit.search.candidates import DEFAULT
 

@@ -115,6 +115,13 @@ class Hashing:
         self.stream.write(data)
 
 
+def refuse_existing(target: Path, force: bool) -> None:
+    """Raise InputError where ``target`` exists and ``force`` is off."""
+    if target.exists() and not force:
+        works = "give another name, remove it, or replace it by --force (in Python force=True)"
+        raise InputError(f"writing {target}", "it exists already", works)
+
+
 BEGUN = ".tmp"
 """What the name of a file ends with that is being written; before it, the process that does."""
 

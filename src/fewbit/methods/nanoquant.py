@@ -113,12 +113,7 @@ def parts(format: Format, shape: tuple[int, int], *, bits: float, **options: int
 def preconditioners(facts: Facts, rows: int) -> tuple[Tensor, Tensor]:
     """``D_out^1/2`` (rows,) and ``D_in^1/2`` (columns,), float64, of mean square 1 before they are cut and drawn in."""
     into = _tamed(facts.mean_square.double())
-    if not facts.tokens:
-        out = torch.ones(rows)
-    elif facts.output_square is not None:
-        out = facts.output_square
-    else:
-        out = torch.ones(rows) if facts.fisher is None else facts.fisher.double().mean(1)
+    out = torch.ones(rows) if facts.output_square is None or not facts.tokens else facts.output_square
     return _tamed(out.double()), into
 
 

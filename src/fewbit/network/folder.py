@@ -13,7 +13,7 @@ from torch import nn
 import fewbit
 from fewbit.containers import manifest as M
 from fewbit.containers import terms as T
-from fewbit.containers.files import write_json
+from fewbit.containers.files import refuse_existing, write_json
 from fewbit.containers.safetensors import open_safetensors, write_safetensors
 from fewbit.errors import InputError, VerificationError
 from fewbit.model.convolution import QuantConv2d, window_of
@@ -32,8 +32,7 @@ def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[
         VerificationError: what was written does not read back as what is held.
     """
     target = Path(folder)
-    if target.exists() and not force:
-        raise InputError(f"writing {target}", "it exists already", "give another folder, remove it, or force=True")
+    refuse_existing(target, force)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

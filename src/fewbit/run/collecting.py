@@ -92,7 +92,7 @@ def merge(folders: Sequence[str | Path], *, out: str | Path, force: bool = False
     for block in range(first["blocks"]):
         _merge_inputs(kept, folder, block, "gram" in collected)
         if "fisher" in collected:
-            _merge_gradients(kept, folder, block, "output_square" in collected)
+            _merge_gradients(kept, folder, block)
     texts = [each.described["calibration"] for each in kept]
     calibration = {
         "source": " and ".join(str(text["source"]) for text in texts),
@@ -119,12 +119,10 @@ def _merge_inputs(kept: list[K.KeptFacts], folder: Path, block: int, gram: bool)
     K.write_inputs(K.inputs_file(folder, block), merged)
 
 
-def _merge_gradients(kept: list[K.KeptFacts], folder: Path, block: int, outputs: bool) -> None:
-    """Write the Fisher diagonals of one block, and what was seen at its ``outputs``, all of ``kept`` together."""
+def _merge_gradients(kept: list[K.KeptFacts], folder: Path, block: int) -> None:
+    """Write the Fisher diagonals of one block, and what was seen at its outputs, all of ``kept`` together."""
     files = [open_safetensors(K.fisher_file(each.path, block)) for each in kept]
-    sites = K.owners(open_safetensors(K.inputs_file(kept[0].path, block)))
-    names = [name for name in files[0].entries if outputs or name in sites]
-    total = {name: files[0].get(name) for name in names}
+    total = {name: files[0].get(name) for name in files[0].entries}
     for file in files[1:]:
         for name, values in total.items():
             values += file.get(name)
@@ -141,7 +139,7 @@ def _described(
         "model": O.model_hashes(checkpoint),
         "calibration": data.describe(),
         "calibration_dtype": products,
-        "collected": ["mean_square", *(["gram"] if gram else []), *(["fisher", "output_square"] if fisher else [])],
+        "collected": ["mean_square", *(["gram"] if gram else []), *(["fisher"] if fisher else [])],
         "blocks": blocks,
     }
 

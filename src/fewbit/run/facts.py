@@ -30,7 +30,7 @@ from fewbit.errors import CorruptFileError, InputError
 from fewbit.model.sites import Site
 
 NAME = "facts.json"
-VERSION = 1
+VERSION = 2
 SUMS = ("total", "total_square", "total_magnitude", "largest")
 _REQUIRED = {"facts": int, "model": dict, "calibration": dict, "collected": list, "blocks": int, "files": dict}
 
@@ -162,8 +162,9 @@ class KeptFacts:
         for key, kind in _REQUIRED.items():
             if not isinstance(described.get(key), kind):
                 raise CorruptFileError(f"{folder / NAME}", f"field {key!r} is missing or of the wrong type")
-        if described["facts"] > VERSION:
-            raise CorruptFileError(f"{folder / NAME}", f"version {described['facts']}", f"up to {VERSION} is read")
+        if described["facts"] != VERSION:
+            works = f"version {VERSION}: collect them again"
+            raise CorruptFileError(f"{folder / NAME}", f"version {described['facts']}", works)
         M.check_files(folder, described)
         return KeptFacts(folder, described)
 
@@ -202,8 +203,7 @@ class KeptFacts:
         return read_fisher(fisher_file(self.path, site.block), site)
 
     def output_square(self, site: Site) -> list[Tensor] | None:
-        """The squared gradients at the outputs of ``site``, one entry an expert; None as for the Fisher diagonal, and
-        in folders that were written before there were any."""
-        if site.block is None or "output_square" not in self.described["collected"]:
+        """The squared gradients at the outputs of ``site``, one entry an expert; None as for the Fisher diagonal."""
+        if site.block is None or "fisher" not in self.described["collected"]:
             return None
         return read_outputs(fisher_file(self.path, site.block), site)

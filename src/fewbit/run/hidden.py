@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fewbit.containers.files import BEGUN
 from fewbit.errors import InputError
 
 FLAGS = {
@@ -36,7 +37,7 @@ class HiddenFile:
     ) -> None:
         self.path, self.shape, self.dtype = path, shape, dtype
         self._stride = dtype.itemsize * shape[1] * shape[2] * shape[3]
-        self._partial = path if mode == "read" else path.with_name(f".{path.name}.tmp")
+        self._partial = path if mode == "read" else path.with_name(f".{path.name}{BEGUN}")
         try:
             self._file = os.open(self._partial, FLAGS[mode], 0o644)
             if mode == "scratch":

@@ -16,7 +16,7 @@ import torch
 import fewbit
 from fewbit import calibrate
 from fewbit.calibrate import Calibration
-from fewbit.containers.files import remove_begun
+from fewbit.containers.files import refuse_existing, remove_begun
 from fewbit.errors import InputError, SpecError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.run.ending import STATE
@@ -46,13 +46,6 @@ def source(model: Any, tokenizer: Any, target: Path) -> Iterator[str | Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def refuse_existing(target: Path, force: bool) -> None:
-    """Raise InputError where ``target`` exists and ``force`` is off."""
-    if target.exists() and not force:
-        works = "give another -o, remove it, or --force to replace it"
-        raise InputError(f"writing {target}", "it exists already", works)
 
 
 def open_folder(target: Path, force: bool) -> Path:

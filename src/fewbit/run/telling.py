@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from fewbit.calibrate import calibration
-from fewbit.containers.files import write_bytes
+from fewbit.containers.files import refuse_existing, write_bytes
 from fewbit.core.transform import generator_of
 from fewbit.errors import SpecError
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.run.events import Event, Progress
-from fewbit.run.opening import longest, refuse_existing, silent
+from fewbit.run.opening import longest, silent
 from fewbit.run.workers import workers
 
 GREEDY = 4

@@ -39,14 +39,10 @@ def fisher(error: Tensor, facts: Facts, half: float) -> float:
 
 def output(error: Tensor, facts: Facts, half: float) -> float:
     """T/2S sum_o r_o d_o G d_o^T; with E[x^2] alone, G is its diagonal. No token, no harm."""
-    seen = float(facts.total_square.sum(dtype=torch.float64))
-    if not facts.tokens or seen == 0:
+    if not facts.tokens:
         return 0.0
-    if facts.output_square is not None:
-        rows = facts.output_square.double() / facts.tokens
-    else:
-        assert facts.fisher is not None
-        rows = facts.fisher.sum(1, dtype=torch.float64) / seen
+    assert facts.output_square is not None
+    rows = facts.output_square.double() / facts.tokens
     return half * facts.tokens * float((rows * objective.row_errors(error, facts)).sum())
 
 
