@@ -17,6 +17,9 @@ namespace {
 
 constexpr int kVectors = kTile / kLanes;  // of a tile's positions
 constexpr int kTogether = 4;              // queries that share what is loaded
+// Sums that are kept in registers: enough to hide their latency. AVX2 has 16 in all, of which codes need more themselves.
+template <class E>
+constexpr int kSums = kLanes == 16 ? 16 : kLanes != 8 ? 1 : E::kBits < 16 ? 8 : 12;
 constexpr float kNever = -INFINITY;
 
 // Elements [0, kLanes) after element (line, first) of a tile that has `length` elements a line. Keys of 4 bits pair
@@ -91,12 +94,20 @@ FEWBIT_INLINE void mix_lanes(const HeadLayout& layout, const uint8_t* values, co
 template <class E, int Q>
 FEWBIT_INLINE void mix_block(const HeadLayout& layout, const uint8_t* values, const uint8_t* ahead, int64_t begin,
                              int64_t end, const float* weights, float* out) {
-  constexpr int V = kWidth / kLanes;  // 8 sums for 4 queries where there are 32 registers, so that twice as many fit
+  constexpr int V = kWidth / kLanes;
   int64_t first = 0;
-  for (; kLanes == 16 && first + 2 * kWidth <= layout.width; first += 2 * kWidth)
-    mix_lanes<E, Q, 2 * V>(layout, values, ahead, begin, end, weights, first, out);
-  for (; first < layout.width; first += kWidth)
-    mix_lanes<E, Q, V>(layout, values, ahead, begin, end, weights, first, out);
+  const auto some = [&](auto vectors) {
+    constexpr int N = decltype(vectors)::value;
+    mix_lanes<E, Q, N>(layout, values, ahead, begin, end, weights, first, out);
+    first += N * kLanes;
+  };
+  if constexpr (kLanes == 8 && Q * V > kSums<E>) {
+    while (first < layout.width) some(std::integral_constant<int, V / 2>());
+  } else {
+    if constexpr (2 * Q * V <= kSums<E>)
+      while (first + 2 * kWidth <= layout.width) some(std::integral_constant<int, 2 * V>());
+    while (first < layout.width) some(std::integral_constant<int, V>());
+  }
 }
 
 template <class E, int Q>
@@ -109,10 +120,10 @@ FEWBIT_INLINE void score_block(const HeadLayout& layout, const uint8_t* head, co
     score_tiles<E, Q, T>(layout, head + at, ahead + at, q, scores + t * kTile);
     t += T;
   };
-  if constexpr (kLanes == 16) {  // up to 16 sums, 4 keys and as many queries in 32 registers
+  if constexpr (4 * Q * kVectors <= kSums<E>)
     while (t + 4 <= end) some(std::integral_constant<int, 4>());
-    if (t + 2 <= end) some(std::integral_constant<int, 2>());
-  }
+  if constexpr (2 * Q * kVectors <= kSums<E>)
+    while (t + 2 <= end) some(std::integral_constant<int, 2>());
   while (t < end) some(std::integral_constant<int, 1>());
 }
 
@@ -194,10 +205,12 @@ FEWBIT_INLINE void weigh(float* scores, const Range& mine, const Range& all, Sta
   const float largest = state->most;
   F total[kVectors];
   for (int v = 0; v < kVectors; v++) total[v] = broadcast(0.0f);
-  for (int64_t p = tiles.begin; p < tiles.end; p += kTile) {
-    for (int i = 0; i < kTile; i++) scores[p + i] = exp_of(scores[p + i] - largest);
-    for (int v = 0; v < kVectors; v++) total[v] = add(total[v], load(scores + p + v * kLanes));
-  }
+  for (int64_t p = tiles.begin; p < tiles.end; p += kTile)
+    for (int v = 0; v < kVectors; v++) {
+      const F weight = exp_of(load(scores + p + v * kLanes) - largest);
+      store(scores + p + v * kLanes, weight);
+      total[v] = add(total[v], weight);
+    }
   for (int half = kVectors / 2; half; half /= 2)
     for (int v = 0; v < half; v++) total[v] = add(total[v], total[v + half]);
   state->total += sum_lanes(total[0]);
