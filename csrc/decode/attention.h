@@ -127,7 +127,7 @@ FEWBIT_INLINE void score_block(const HeadLayout& layout, const uint8_t* head, co
   while (t < end) some(std::integral_constant<int, 1>());
 }
 
-// Of one head: keys and values in a block, and the bytes of what comes next that are as far from `ahead`.
+// Of one head: keys and values in a block, and the keys or the values that are read after these.
 struct Seen {
   const uint8_t *head, *ahead;
 };
@@ -146,7 +146,7 @@ void score_some(const HeadLayout& layout, const Seen& seen, int64_t tile_begin, 
 template <class E>
 void mix_some(const HeadLayout& layout, const Seen& seen, int64_t begin, int64_t end, int64_t queries,
               const float* weights, float* out) {
-  const uint8_t *values = seen.head + layout.values, *ahead = seen.ahead + layout.values;
+  const uint8_t *values = seen.head + layout.values, *ahead = seen.ahead;
   switch (queries) {
     case 1: return mix_block<E, 1>(layout, values, ahead, begin, end, weights, out);
     case 2: return mix_block<E, 2>(layout, values, ahead, begin, end, weights, out);
@@ -239,22 +239,29 @@ struct Span {
     return task.blocks[block] + (task.is_closed[block] ? task.closed_at : task.open_at);
   }
 
-  // What block `at` is to the span, to the one that is read next; or null.
-  FEWBIT_INLINE const uint8_t* ahead(int64_t at) const {
-    const int64_t blocks = kSpan / kBlock, next = first_block + blocks + at;
-    if (last_block < first_block + blocks) return task.next[at];
-    return next <= last_block ? head(next) : nullptr;
+  // What is read after the keys, or the values, of block `at`: all keys of the span, then its values, then the next span or
+  // the task that follows.
+  FEWBIT_INLINE const uint8_t* ahead(bool values, int64_t at) const {
+    if (at < (all.end - 1) / kBlock) return part(values, at + 1);
+    if (!values) return part(true, all.begin / kBlock);
+    if (first_block + at < last_block) return part(false, at + 1);
+    return task.next ? task.next : part(true, at);
   }
 
-  // work(layout, seen, first, here) for each block: its first position in the span, and those of `some` in it.
+  // Keys or values of block `at` of the span.
+  FEWBIT_INLINE const uint8_t* part(bool values, int64_t at) const {
+    const int64_t block = first_block + at;
+    return head(block) + (values ? (task.is_closed[block] ? task.closed : task.open).values : int64_t{0});
+  }
+
+  // work(layout, seen, first, here) for each block, of which keys or values are read: its first position in the span, and those of `some` in it.
   template <class W>
-  FEWBIT_INLINE void each_block(const Range& some, const W& work) const {
+  FEWBIT_INLINE void each_block(bool values, const Range& some, const W& work) const {
     for (int64_t at = some.begin / kBlock; at * kBlock < some.end; at++) {
       const int64_t first = at * kBlock, block = first_block + at;
       const Range here = {some.begin > first ? some.begin - first : 0,
                           some.end < first + kBlock ? some.end - first : kBlock};
-      const uint8_t* next = ahead(at);
-      work(task.is_closed[block] ? task.closed : task.open, Seen{head(block), next ? next : head(block)}, first, here);
+      work(task.is_closed[block] ? task.closed : task.open, Seen{head(block), ahead(values, at)}, first, here);
     }
   }
 };
@@ -282,7 +289,7 @@ void see_span(const Span& span, const Query* queries, int64_t count, float* scor
         for (int64_t p = here.begin; p < here.end; p++) scores[i * kSpan + first + p] *= from_float16(scales[p]);
     kCodecs[layout.kv].mix(layout, seen, here.begin, here.end, count, scores + first, out);
   };
-  span.each_block(whole_tiles(span.all), score);
+  span.each_block(false, whole_tiles(span.all), score);
   for (int64_t i = 0; i < count; i++) {
     float* s = scores + i * kSpan;
     if (span.range[i].begin < span.range[i].end)
@@ -290,7 +297,7 @@ void see_span(const Span& span, const Query* queries, int64_t count, float* scor
     else
       for (int64_t p = span.all.begin; p < span.all.end; p++) s[p] = 0.0f;
   }
-  span.each_block(span.all, mix);
+  span.each_block(true, span.all, mix);
 }
 
 void attend(const AttentionTask& task) {

@@ -55,7 +55,7 @@ struct Int4 {
   }
 };
 
-// e^x for x <= 0, to about 2^-22 of itself; 0 from where e^x is below 2^-126. Cephes' way: x = n ln 2 + r, |r| <= ln 2 / 2,
+// e^x for x <= 0, to about 2^-23 of itself; 0 from where e^x is below 2^-126. Cephes' way: x = n ln 2 + r, |r| <= ln 2 / 2,
 // and a polynomial in r, by halves (Estrin's scheme): its latency is what counts.
 FEWBIT_INLINE F exp_of(F x) {
   const F round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which the lowest bits hold
