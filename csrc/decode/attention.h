@@ -254,7 +254,8 @@ struct Span {
     return head(block) + (values ? (task.is_closed[block] ? task.closed : task.open).values : int64_t{0});
   }
 
-  // work(layout, seen, first, here) for each block, of which keys or values are read: its first position in the span, and those of `some` in it.
+  // work(layout, seen, first, here) for each block, of which keys or values are read: its first position in the span, and
+  // those of `some` in it.
   template <class W>
   FEWBIT_INLINE void each_block(bool values, const Range& some, const W& work) const {
     for (int64_t at = some.begin / kBlock; at * kBlock < some.end; at++) {

@@ -130,7 +130,7 @@ int attention(fewbit_decoder* d, const Means& means, const fewbit_block& block, 
   const std::vector<Unit>& units = d->pass.units;
   const int32_t threads = seen < kSmallAttention ? 1 : means.threads;
   spread(static_cast<int64_t>(units.size()), threads, [&](int64_t i) {
-    const size_t at = static_cast<size_t>(i), next = at + static_cast<size_t>(threads);
+    const size_t at = static_cast<size_t>(i), next = at + 1;
     attend_unit(d, block, layer, units[at], next < units.size() ? &units[next] : nullptr);
   });
   return FEWBIT_OK;
