@@ -17,6 +17,9 @@ namespace {
 
 constexpr int kVectors = kTile / kLanes;  // of a tile's positions
 constexpr int kTogether = 4;              // queries that share what is loaded
+// Sums that are kept in registers: enough to hide their latency. AVX2 has 16 in all, of which codes need more themselves.
+template <class E>
+constexpr int kSums = kLanes == 16 ? 16 : kLanes != 8 ? 1 : E::kBits < 16 ? 8 : 12;
 constexpr float kNever = -INFINITY;
 
 // Elements [0, kLanes) after element (line, first) of a tile that has `length` elements a line. Keys of 4 bits pair
@@ -91,12 +94,20 @@ FEWBIT_INLINE void mix_lanes(const HeadLayout& layout, const uint8_t* values, co
 template <class E, int Q>
 FEWBIT_INLINE void mix_block(const HeadLayout& layout, const uint8_t* values, const uint8_t* ahead, int64_t begin,
                              int64_t end, const float* weights, float* out) {
-  constexpr int V = kWidth / kLanes;  // 8 sums for 4 queries where there are 32 registers, so that twice as many fit
+  constexpr int V = kWidth / kLanes;
   int64_t first = 0;
-  for (; kLanes == 16 && first + 2 * kWidth <= layout.width; first += 2 * kWidth)
-    mix_lanes<E, Q, 2 * V>(layout, values, ahead, begin, end, weights, first, out);
-  for (; first < layout.width; first += kWidth)
-    mix_lanes<E, Q, V>(layout, values, ahead, begin, end, weights, first, out);
+  const auto some = [&](auto vectors) {
+    constexpr int N = decltype(vectors)::value;
+    mix_lanes<E, Q, N>(layout, values, ahead, begin, end, weights, first, out);
+    first += N * kLanes;
+  };
+  if constexpr (kLanes == 8 && Q * V > kSums<E>) {
+    while (first < layout.width) some(std::integral_constant<int, V / 2>());
+  } else {
+    if constexpr (2 * Q * V <= kSums<E>)
+      while (first + 2 * kWidth <= layout.width) some(std::integral_constant<int, 2 * V>());
+    while (first < layout.width) some(std::integral_constant<int, V>());
+  }
 }
 
 template <class E, int Q>
@@ -109,14 +120,14 @@ FEWBIT_INLINE void score_block(const HeadLayout& layout, const uint8_t* head, co
     score_tiles<E, Q, T>(layout, head + at, ahead + at, q, scores + t * kTile);
     t += T;
   };
-  if constexpr (kLanes == 16) {  // up to 16 sums, 4 keys and as many queries in 32 registers
+  if constexpr (4 * Q * kVectors <= kSums<E>)
     while (t + 4 <= end) some(std::integral_constant<int, 4>());
-    if (t + 2 <= end) some(std::integral_constant<int, 2>());
-  }
+  if constexpr (2 * Q * kVectors <= kSums<E>)
+    while (t + 2 <= end) some(std::integral_constant<int, 2>());
   while (t < end) some(std::integral_constant<int, 1>());
 }
 
-// Of one head: keys and values in a block, and the bytes of what comes next that are as far from `ahead`.
+// Of one head: keys and values in a block, and the keys or the values that are read after these.
 struct Seen {
   const uint8_t *head, *ahead;
 };
@@ -135,7 +146,7 @@ void score_some(const HeadLayout& layout, const Seen& seen, int64_t tile_begin, 
 template <class E>
 void mix_some(const HeadLayout& layout, const Seen& seen, int64_t begin, int64_t end, int64_t queries,
               const float* weights, float* out) {
-  const uint8_t *values = seen.head + layout.values, *ahead = seen.ahead + layout.values;
+  const uint8_t *values = seen.head + layout.values, *ahead = seen.ahead;
   switch (queries) {
     case 1: return mix_block<E, 1>(layout, values, ahead, begin, end, weights, out);
     case 2: return mix_block<E, 2>(layout, values, ahead, begin, end, weights, out);
@@ -194,10 +205,12 @@ FEWBIT_INLINE void weigh(float* scores, const Range& mine, const Range& all, Sta
   const float largest = state->most;
   F total[kVectors];
   for (int v = 0; v < kVectors; v++) total[v] = broadcast(0.0f);
-  for (int64_t p = tiles.begin; p < tiles.end; p += kTile) {
-    for (int i = 0; i < kTile; i++) scores[p + i] = exp_of(scores[p + i] - largest);
-    for (int v = 0; v < kVectors; v++) total[v] = add(total[v], load(scores + p + v * kLanes));
-  }
+  for (int64_t p = tiles.begin; p < tiles.end; p += kTile)
+    for (int v = 0; v < kVectors; v++) {
+      const F weight = exp_of(load(scores + p + v * kLanes) - largest);
+      store(scores + p + v * kLanes, weight);
+      total[v] = add(total[v], weight);
+    }
   for (int half = kVectors / 2; half; half /= 2)
     for (int v = 0; v < half; v++) total[v] = add(total[v], total[v + half]);
   state->total += sum_lanes(total[0]);
@@ -226,22 +239,30 @@ struct Span {
     return task.blocks[block] + (task.is_closed[block] ? task.closed_at : task.open_at);
   }
 
-  // What block `at` is to the span, to the one that is read next; or null.
-  FEWBIT_INLINE const uint8_t* ahead(int64_t at) const {
-    const int64_t blocks = kSpan / kBlock, next = first_block + blocks + at;
-    if (last_block < first_block + blocks) return task.next[at];
-    return next <= last_block ? head(next) : nullptr;
+  // What is read after the keys, or the values, of block `at`: all keys of the span, then its values, then the next span or
+  // the task that follows.
+  FEWBIT_INLINE const uint8_t* ahead(bool values, int64_t at) const {
+    if (at < (all.end - 1) / kBlock) return part(values, at + 1);
+    if (!values) return part(true, all.begin / kBlock);
+    if (first_block + at < last_block) return part(false, at + 1);
+    return task.next ? task.next : part(true, at);
   }
 
-  // work(layout, seen, first, here) for each block: its first position in the span, and those of `some` in it.
+  // Keys or values of block `at` of the span.
+  FEWBIT_INLINE const uint8_t* part(bool values, int64_t at) const {
+    const int64_t block = first_block + at;
+    return head(block) + (values ? (task.is_closed[block] ? task.closed : task.open).values : int64_t{0});
+  }
+
+  // work(layout, seen, first, here) for each block, of which keys or values are read: its first position in the span, and
+  // those of `some` in it.
   template <class W>
-  FEWBIT_INLINE void each_block(const Range& some, const W& work) const {
+  FEWBIT_INLINE void each_block(bool values, const Range& some, const W& work) const {
     for (int64_t at = some.begin / kBlock; at * kBlock < some.end; at++) {
       const int64_t first = at * kBlock, block = first_block + at;
       const Range here = {some.begin > first ? some.begin - first : 0,
                           some.end < first + kBlock ? some.end - first : kBlock};
-      const uint8_t* next = ahead(at);
-      work(task.is_closed[block] ? task.closed : task.open, Seen{head(block), next ? next : head(block)}, first, here);
+      work(task.is_closed[block] ? task.closed : task.open, Seen{head(block), ahead(values, at)}, first, here);
     }
   }
 };
@@ -269,7 +290,7 @@ void see_span(const Span& span, const Query* queries, int64_t count, float* scor
         for (int64_t p = here.begin; p < here.end; p++) scores[i * kSpan + first + p] *= from_float16(scales[p]);
     kCodecs[layout.kv].mix(layout, seen, here.begin, here.end, count, scores + first, out);
   };
-  span.each_block(whole_tiles(span.all), score);
+  span.each_block(false, whole_tiles(span.all), score);
   for (int64_t i = 0; i < count; i++) {
     float* s = scores + i * kSpan;
     if (span.range[i].begin < span.range[i].end)
@@ -277,7 +298,7 @@ void see_span(const Span& span, const Query* queries, int64_t count, float* scor
     else
       for (int64_t p = span.all.begin; p < span.all.end; p++) s[p] = 0.0f;
   }
-  span.each_block(span.all, mix);
+  span.each_block(true, span.all, mix);
 }
 
 void attend(const AttentionTask& task) {

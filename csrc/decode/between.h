@@ -34,12 +34,12 @@ void rotate(float* x, int64_t pairs, const float* cos, const float* sin) {
 
 void gate(int32_t activation, const float* gates, const float* up, int64_t count, float* out) {
   if (activation == FEWBIT_SILU) {
-    for (int64_t i = 0; i < count; i++) out[i] = gates[i] * sigmoid(gates[i]) * up[i];
-  } else if (activation == FEWBIT_GELU_TANH) {  // (1 + tanh(u)) / 2 = sigmoid(2 u)
-    for (int64_t i = 0; i < count; i++) {
-      const float g = gates[i], u = 0.7978845608f * (g + 0.044715f * g * g * g);
-      out[i] = g * sigmoid(2.0f * u) * up[i];
-    }
+    each_of(gates, up, count, out, [](F g, F u) { return g * sigmoid(g) * u; });
+  } else if (activation == FEWBIT_GELU_TANH) {  // (1 + tanh(v)) / 2 = sigmoid(2 v)
+    each_of(gates, up, count, out, [](F g, F u) {
+      const F v = 0.7978845608f * (g + 0.044715f * g * g * g);
+      return g * sigmoid(2.0f * v) * u;
+    });
   } else {
     for (int64_t i = 0; i < count; i++) out[i] = 0.5f * gates[i] * (1.0f + erff(gates[i] * 0.70710678f)) * up[i];
   }
@@ -49,7 +49,7 @@ void cap_to(float* x, float scale, float cap, int64_t count) {
   if (cap == 0.0f)
     for (int64_t i = 0; i < count; i++) x[i] *= scale;
   else
-    for (int64_t i = 0; i < count; i++) x[i] = cap * tanh_of(x[i] * scale / cap);
+    each_of(x, x, count, x, [=](F here, F) { return cap * tanh_of(here * scale / cap); });
 }
 
 void hadamard(float* x, int64_t block, int64_t count) {
@@ -145,7 +145,7 @@ bool split_at(const float* x, float threshold, int64_t count, float* small, floa
 void softmax(float* x, int64_t count) {
   float most = x[0];
   for (int64_t i = 1; i < count; i++) most = x[i] > most ? x[i] : most;
-  for (int64_t i = 0; i < count; i++) x[i] = exp_of(x[i] - most);
+  each_of(x, x, count, x, [=](F here, F) { return exp_of(here - most); });
   const float total = sum_of(count, [=](int64_t i) { return x[i]; });
   for (int64_t i = 0; i < count; i++) x[i] /= total;
 }

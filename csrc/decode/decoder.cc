@@ -78,18 +78,15 @@ void place_head(fewbit_decoder* d, const fewbit_block& block, int64_t layer, con
   steps.append(d->cache.open(), d->cache.place(run.sequence, position, layer, kv_head), position % kBlock, key, value);
 }
 
-// What the first span of a unit reads, as AttentionTask wants it; nothing of a unit of many rows, which reads little beside
-// what it computes.
-void list_next(const fewbit_decoder* d, const fewbit_block& block, int64_t layer, const Unit& unit,
-               const uint8_t** next) {
+// The first head that a unit reads, as AttentionTask wants it; null of a unit of many rows, which reads little beside what
+// it computes.
+const uint8_t* first_head(const fewbit_decoder* d, const fewbit_block& block, int64_t layer, const Unit& unit) {
   const Run& run = *unit.run;
-  const int64_t head = layer * d->model.kv_heads + unit.kv_head, blocks = kSpan / kBlock;
+  if (!run.places) return nullptr;
   const int64_t seen = block.window && run.position >= block.window ? run.position - block.window + 1 : 0;
-  const int64_t first = seen / kSpan * blocks, last = least(run.position / kBlock, first + blocks - 1);
-  for (int64_t b = seen / kBlock; run.places && b <= last; b++) {
-    const auto at = static_cast<size_t>(b);
-    next[b - first] = run.blocks[at] + head * (run.closed[at] ? d->cache.closed() : d->cache.open()).bytes;
-  }
+  const auto at = static_cast<size_t>(seen / kBlock);
+  const int64_t head = layer * d->model.kv_heads + unit.kv_head;
+  return run.blocks[at] + head * (run.closed[at] ? d->cache.closed() : d->cache.open()).bytes;
 }
 
 // `next`: the unit that this thread is likely to take after it, or null.
@@ -106,10 +103,9 @@ void attend_unit(fewbit_decoder* d, const fewbit_block& block, int64_t layer, co
                           d->scratch.attended.data() + (row * m.heads + h) * dim, run.position + row - run.row};
   const int64_t head = layer * m.kv_heads + unit.kv_head;
   const HeadLayout &open = d->cache.open(), &closed = d->cache.closed();
-  AttentionTask task = {open,    closed, run.blocks.data(), run.closed.data(), head * open.bytes, head * closed.bytes,
-                        queries, count,  block.window,      m.query_scale,     m.attention_cap,   {}};
-  if (next) list_next(d, block, layer, *next, task.next);
-  d->steps.attend(task);
+  const uint8_t* ahead = next ? first_head(d, block, layer, *next) : nullptr;
+  d->steps.attend({open, closed, run.blocks.data(), run.closed.data(), head * open.bytes, head * closed.bytes, queries,
+                   count, block.window, m.query_scale, m.attention_cap, ahead});
 }
 
 // attended = softmax(q k^T) v of every row.
@@ -134,7 +130,7 @@ int attention(fewbit_decoder* d, const Means& means, const fewbit_block& block, 
   const std::vector<Unit>& units = d->pass.units;
   const int32_t threads = seen < kSmallAttention ? 1 : means.threads;
   spread(static_cast<int64_t>(units.size()), threads, [&](int64_t i) {
-    const size_t at = static_cast<size_t>(i), next = at + static_cast<size_t>(threads);
+    const size_t at = static_cast<size_t>(i), next = at + 1;
     attend_unit(d, block, layer, units[at], next < units.size() ? &units[next] : nullptr);
   });
   return FEWBIT_OK;

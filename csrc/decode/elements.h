@@ -55,32 +55,46 @@ struct Int4 {
   }
 };
 
-// e^x for x <= 0, to about 2^-22 of itself; 0 from where e^x is below 2^-126. Cephes' way: x = n ln 2 + r, |r| <= ln 2 / 2,
-// and a polynomial in r.
+// e^x for x <= 0, to about 2^-23 of itself; 0 from where e^x is below 2^-126. Cephes' way: x = n ln 2 + r, |r| <= ln 2 / 2,
+// and a polynomial in r, by halves (Estrin's scheme): its latency is what counts.
+FEWBIT_INLINE F exp_of(F x) {
+  const F round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which the lowest bits hold
+  const F clamped = larger(broadcast(-87.0f), x), sum = fma(clamped, broadcast(1.44269504f), round), n = sum - round;
+  const F r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), clamped)), square = r * r;
+  const F last = fma(broadcast(1.9875691500e-4f), r, broadcast(1.3981999507e-3f));
+  const F middle = fma(broadcast(8.3334519073e-3f), r, broadcast(4.1665795894e-2f));
+  const F first = fma(broadcast(1.6666665459e-1f), r, broadcast(5.0000001201e-1f));
+  const F p = fma(fma(fma(last, square, middle), square, first), square, r + 1.0f);
+  const F power = (F)(((Words)sum + 127) << 23);
+  return x < -87.0f ? broadcast(0.0f) : p * power;
+}
+
 FEWBIT_INLINE float exp_of(float x) {
-  const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float n = (clamped * 1.44269504f + round) - round;
-  float r = clamped - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  const float power = float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
-  return x < -87.0f ? 0.0f : p * power;
+  float lanes[kLanes];
+  store(lanes, exp_of(broadcast(x)));
+  return lanes[0];
 }
 
 // 1 / (1 + e^-x), from an exponential that cannot overflow.
-FEWBIT_INLINE float sigmoid(float x) {
-  const float e = exp_of(x < 0 ? x : -x), one = 1.0f / (1.0f + e);
-  return x < 0 ? e * one : one;
+FEWBIT_INLINE F sigmoid(F x) {
+  const F e = exp_of(x < 0.0f ? x : -x);
+  return (x < 0.0f ? e : broadcast(1.0f)) / (1.0f + e);
 }
 
-FEWBIT_INLINE float tanh_of(float x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
+FEWBIT_INLINE F tanh_of(F x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
+
+// out[i] = work(x[i], y[i]), a vector at a time; out may be x or y.
+template <class W>
+FEWBIT_INLINE void each_of(const float* x, const float* y, int64_t count, float* out, const W& work) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, work(load(x + i), load(y + i)));
+  if (i == count) return;
+  const auto few = static_cast<size_t>(count - i) * sizeof(float);
+  float rest[2][kLanes] = {};
+  memcpy(rest[0], x + i, few), memcpy(rest[1], y + i, few);
+  store(rest[0], work(load(rest[0]), load(rest[1])));
+  memcpy(out + i, rest[0], few);
+}
 
 // The sum of `count` numbers, in 16 chains.
 template <class Number>

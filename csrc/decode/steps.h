@@ -46,9 +46,7 @@ struct AttentionTask {
   int64_t count;                    // of queries, at most kQueries
   int64_t window;                   // 0: all positions
   float scale, cap;
-  // Of the task that follows: its head in the blocks of its first span, fetched while the last one of this is read; or
-  // null.
-  const uint8_t* next[kSpan / kBlock];
+  const uint8_t* next;              // the head that the task after this one reads first, to be fetched early; or null
 };
 
 struct DenseTask {

@@ -241,8 +241,8 @@ void check_attention(const Steps& steps, int32_t kv, int64_t dim, int64_t length
     queries.push_back({q.data() + i * dim, out.data() + i * dim, length - count + i});
   const float scale = 1 / sqrtf(static_cast<float>(dim));
   fewbit::AttentionTask task = {open, closed, addresses.data(), is_closed.data(), 0, 0, queries.data(), count, window,
-                                scale, cap, {}};
-  task.next[0] = addresses.back();  // what is fetched early is nothing that results depend on
+                                scale, cap, nullptr};
+  task.next = addresses.back();  // what is fetched early is nothing that results depend on
   steps.attend(task);
   for (int64_t i = 0; i < count; i++) {
     const int64_t last = queries[static_cast<size_t>(i)].position;
