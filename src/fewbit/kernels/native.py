@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+from fewbit.core import compiled
 from fewbit.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -183,12 +183,8 @@ def __getattr__(name: str) -> Any:
     return globals()[name]
 
 
-@functools.cache
 def _load() -> tuple[Core | None, str | None]:
-    try:
-        return cast(Core, importlib.import_module("fewbit._native")), None
-    except ImportError as error:
-        return None, f"the native module fewbit._native is not usable here ({error})"
+    return cast("tuple[Core | None, str | None]", compiled.load())
 
 
 def available() -> bool:
