@@ -35,8 +35,8 @@ def quantize_block(
 ) -> tuple[list[Solved], str, HiddenFile | None]:
     """Solve every site of the loaded block ``index`` and put the decoded weights in place.
 
-    ``sample`` (1, tokens, width) is a window of the probe; ``seen`` what the sites see of it. Returns what was solved,
-    in the model's order, how the calibration ran, and its activations after ``stage``, to be committed.
+    ``sample`` (windows, tokens, width) is the first of the probe; ``seen`` what the sites see of it. Returns what was
+    solved, in the model's order, how the calibration ran, and its activations after ``stage``, to be committed.
     """
     sites, tunes = block_sites(run, index), tuned(run)
     if tunes:

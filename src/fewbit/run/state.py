@@ -23,6 +23,9 @@ from fewbit.run.planning import Plan
 from fewbit.run.sensitivity import Sensitivity
 from fewbit.run.workers import Workers
 
+TOGETHER = 4
+"""Windows of the probe that go through the model at once: products of few tokens are slow."""
+
 
 @dataclass
 class Run:
@@ -63,7 +66,7 @@ class Run:
             for path in self.model.before:
                 self.model.load(path)
             batch = (self.batches() or [self.probe])[0]
-            ids = {"probe": self.probe[:1], "calibration": batch, "window": batch[:1]}
+            ids = {"probe": self.probe[:TOGETHER], "calibration": batch, "window": batch[:1]}
             empty = torch.zeros(0)
             self.calls = {key: replace(self.model.begin(value), hidden=empty) for key, value in ids.items()}
             for path in self.model.before:
