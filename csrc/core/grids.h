@@ -42,18 +42,27 @@ inline float halved(float* x, Count n) {
   return x[0];
 }
 
-// What n weights lose on a grid. N: n where that is known to the compiler, else 0.
+inline float lost_by(float x, float worth, Grid grid, float top) {
+  const float off = (code_of(x, grid, top) - grid.zero) * grid.scale - x;
+  return off * off * worth;
+}
+
+// What n weights lose on a grid. N: n where that is known to the compiler, and a multiple of 4, else 0.
 template <int N>
 float lost_on(const float* x, const float* worth, int64_t n, Grid grid, float top, float* lost) {
-  const int64_t count = N ? N : n;
-  for (int64_t i = 0; i < count; i++) {
-    const float off = (code_of(x[i], grid, top) - grid.zero) * grid.scale - x[i];
-    lost[i] = off * off * worth[i];
+  if (!N) {
+    for (int64_t i = 0; i < n; i++) lost[i] = lost_by(x[i], worth[i], grid, top);
+    return halved(lost, n);
   }
-  if (!N) return halved(lost, count);
-  float kept[N ? N : 1];  // in registers
-  for (int i = 0; i < N; i++) kept[i] = lost[i];
-  return halved(kept, N);
+  constexpr int kQuarter = N ? N / 4 : 1;
+  float quarter[kQuarter];  // halved twice already
+  for (int i = 0; i < kQuarter; i++) {
+    const int at[4] = {i, i + 2 * kQuarter, i + kQuarter, i + 3 * kQuarter};
+    float here[4];
+    for (int k = 0; k < 4; k++) here[k] = lost_by(x[at[k]], worth[at[k]], grid, top);
+    quarter[i] = (here[0] + here[1]) + (here[2] + here[3]);
+  }
+  return halved(quarter, kQuarter);
 }
 
 // Grids of one block, x and worth (n).

@@ -219,7 +219,12 @@ def capabilities() -> int:
 
 def isas() -> tuple[Isa, ...]:
     """Instruction sets that this machine can run and this build contains, best first."""
-    return tuple(isa for isa, flag in FLAGS.items() if capabilities() & flag)
+    return _isas(capabilities())
+
+
+@functools.cache
+def _isas(caps: int) -> tuple[Isa, ...]:
+    return tuple(isa for isa, flag in FLAGS.items() if caps & flag)
 
 
 def set_threads(threads: int | None) -> None:

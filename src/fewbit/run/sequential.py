@@ -45,7 +45,7 @@ def quantize_block(
         solved = _tuned(run, stage, index, solve_sites(run, sites, {}, seen))
         return solved, "no data", None if run.calibration is None else pass_on(run, stage, index, solved)
     with run.arithmetic():
-        order = checked_order(run.model, index, sample, run.inputs("probe"))
+        order = checked_order(run.model, index, sample[:1], run.inputs("sample"))
     if isinstance(order, Order):
         solved, after = by_group(run, stage, index, order, seen)
         solved = sorted(solved, key=_place(run))
