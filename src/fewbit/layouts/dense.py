@@ -57,6 +57,8 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Inverse of :func:`pack_rows`: (rows, columns), uint8 up to 8 bits and int32 above."""
     expect("packed codes", packed, (packed.shape[0], row_bytes(columns, bits)))
+    if bits == 8:
+        return packed
     if _halve(bits):
         return _halves(packed, bits)[:, :columns].contiguous()
     rows = packed.shape[0]

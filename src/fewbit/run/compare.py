@@ -13,21 +13,21 @@ PART = 64
 """Tokens at a time: bounds the copies of (tokens, vocabulary)."""
 
 
-def compare_logits(ours: Tensor, reference: Tensor, ids: Tensor) -> tuple[int, list[Tensor]]:
-    """Of some windows: the number of next tokens, and parts of the sums of: both losses, KL(reference || ours), top-1
+def compare_logits(ours: Tensor, reference: Tensor, targets: Tensor) -> tuple[int, list[Tensor]]:
+    """Of some windows: the number of tokens, and parts of the sums of: both losses, KL(reference || ours), top-1
     agreement.
 
-    ``ours`` and ``reference``: logits (windows, tokens, vocabulary) of ``ids`` (windows, tokens).
+    ``ours`` and ``reference``: logits (windows, tokens, vocabulary) of what comes next, ``targets`` (windows, tokens).
     """
     sums = []
-    for floating, quantized, targets in _parts(reference[:, :-1], ours[:, :-1], ids[:, 1:]):
+    for floating, quantized, wanted in _parts(reference, ours, targets):
         p, q = floating.float().log_softmax(-1), quantized.float().log_softmax(-1)
-        losses = [-each.gather(1, targets.unsqueeze(1)).sum() for each in (p, q)]
+        losses = [-each.gather(1, wanted.unsqueeze(1)).sum() for each in (p, q)]
         # numpy's argmax runs in vector registers, torch's does not; both give the first of equals.
         same = torch.as_tensor((p.numpy().argmax(-1) == q.numpy().argmax(-1)).sum())
         kl = p.exp().mul_(p.sub_(q)).sum(-1).sum(dtype=torch.float64)
         sums.append(torch.stack([*losses, kl, same]))
-    return ids[:, 1:].numel(), sums
+    return targets.numel(), sums
 
 
 def _parts(*streams: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -13,21 +13,7 @@ LITTLE = 256 << 20
 class _Mallinfo(ctypes.Structure):
     """``struct mallinfo2`` of glibc; ``fordblks`` are the bytes that are free."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "end",
-        )
-    ]
+    _fields_ = [("before", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t)]
 
 
 def give_back() -> None:

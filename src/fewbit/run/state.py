@@ -25,6 +25,8 @@ from fewbit.run.workers import Workers
 
 TOGETHER = 4
 """Windows of the probe that go through the model at once: products of few tokens are slow."""
+SCORED = 2
+"""One token of the probe in so many foretells the next one: logits are most of the work of a small model."""
 
 
 @dataclass
