@@ -81,7 +81,7 @@ def _halve(bits: int) -> bool:
 def _joined(fields: Tensor, bits: int) -> Tensor:
     """Fields (rows, n), a byte each, two by two to wider ones until these are bytes: (rows, n * bits / 8)."""
     for width in (1, 2, 4)[bits // 2 :]:
-        pairs = fields.contiguous().view(torch.int16)
+        pairs = _copied(fields, torch.uint8).view(torch.int16)
         fields = (pairs | pairs >> 8 - width).to(torch.uint8)
     return fields
 
@@ -89,9 +89,14 @@ def _joined(fields: Tensor, bits: int) -> Tensor:
 def _halves(fields: Tensor, bits: int) -> Tensor:
     """Inverse of :func:`_joined`."""
     for width in (4, 2, 1)[: 3 - bits // 2]:
-        wide = fields.contiguous().to(torch.int16)
+        wide = _copied(fields, torch.int16)
         fields = ((wide | wide << 8 - width) & ((1 << width) - 1) * 0x0101).view(torch.uint8)
     return fields
+
+
+def _copied(fields: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where and how a view of other integers can be taken: views of one column, say, have any stride and offset."""
+    return torch.empty(fields.shape, dtype=dtype, device=fields.device).copy_(fields)
 
 
 def _repeat(format: Format) -> int:
