@@ -103,9 +103,7 @@ def solve(
 
         feedback.sweep(weight, passing, columns.round, block_size, refit, _span(format, weight.shape[1]))
         result = columns.qtensor()
-    kept = 0
-    if never_worse:
-        result, kept = _better_rows(weight, facts, result, _nearest(bound, weight, start))
+    result, kept = _better_rows(weight, facts, result, start) if never_worse else (result, 0)
     dead = int(passing.dead.sum())
     return Solution(result, passing.damping, dead, kept, _note(passing.damping, damp_percent, dead, kept))
 
@@ -181,8 +179,10 @@ def _nearest(format: Format, weight: Tensor, params: Params) -> QTensor:
     return QTensor.of(format, F.encode(format, weight, params), params)
 
 
-def _better_rows(weight: Tensor, facts: Facts, solved: QTensor, start: QTensor) -> tuple[QTensor, int]:
-    """Rows of ``solved``, but those of ``start`` where the objective is less there; and how many those are."""
+def _better_rows(weight: Tensor, facts: Facts, solved: QTensor, params: Params) -> tuple[QTensor, int]:
+    """Rows of ``solved``, but those of plain rounding with ``params`` where the objective is less there; and how many
+    those are."""
+    start = _nearest(solved.format, weight, params)
     lost = objective.row_errors(weight - solved.dequantize(), facts)
     worse = lost > objective.row_errors(weight - start.dequantize(), facts)
     if not worse.any():
