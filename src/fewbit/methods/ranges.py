@@ -145,7 +145,8 @@ def full_range(format: Format, blocks: Tensor) -> Tensor:
 def _span_errors(format: Format, blocks: Tensor, worth: Tensor, params: Params) -> Tensor:
     """Weighted squared error of every span, (rows, spans)."""
     lost = format.nearest(blocks, params)[1].sub_(blocks)
-    errors = _halved(lost.square_().mul_(worth))
+    lost = lost.square_().mul_(worth)
+    errors = _halved(lost) if format.even else lost.sum(-1)
     repeat = span_blocks(format, errors.shape[1])
     return errors if repeat == 1 else B.split(errors, repeat).sum(-1)
 
