@@ -11,17 +11,18 @@ from fewbit.run.compare import PART, compare_logits, summary
 
 
 @pytest.mark.parametrize("tokens", [2, PART, PART + 1, 2 * PART + 3])
-def test_figures_are_those_of_the_definition(tokens: int) -> None:
+@pytest.mark.parametrize("windows", [1, 3])
+def test_figures_are_those_of_the_definition(windows: int, tokens: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
-    reference = (3 * torch.randn(1, tokens, 50, generator=generator)).half()
-    ours = reference.float() + torch.randn(1, tokens, 50, generator=generator)
-    ids = torch.randint(50, (tokens,), generator=generator)
-    found = summary([compare_logits(ours, reference, ids)])
+    reference = (3 * torch.randn(windows, tokens, 50, generator=generator)).half()
+    ours = reference.float() + torch.randn(windows, tokens, 50, generator=generator)
+    ids = torch.randint(50, (windows, tokens), generator=generator)
+    found = summary([compare_logits(ours[:, :-1], reference[:, :-1], ids[:, 1:])])
 
-    p, q = (each[0, :-1].double().numpy() for each in (reference, ours))
+    p, q = (each[:, :-1].double().reshape(-1, 50).numpy() for each in (reference, ours))
     p, q = (each - np.log(np.exp(each).sum(1, keepdims=True)) for each in (p, q))
-    rows, targets = np.arange(tokens - 1), ids[1:].numpy()
-    assert found["tokens"] == tokens - 1
+    rows, targets = np.arange(windows * (tokens - 1)), ids[:, 1:].reshape(-1).numpy()
+    assert found["tokens"] == windows * (tokens - 1)
     assert found["top1_agreement"] == (p.argmax(1) == q.argmax(1)).mean()
     wanted = {
         "reference_perplexity": np.exp(-p[rows, targets].mean()),

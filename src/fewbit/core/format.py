@@ -114,6 +114,9 @@ class Format(ABC):
       a search goes block by block, and :meth:`of_plain` follows it.
     * ``grid``: what decides the evenly spaced grid of a block and nothing else: its two "ends", between which the grid
       lies freely, or the larger "magnitude" of them; "" where neither is so.
+    * ``even``: whether each block has a float16 scale, at least 2^-24 in magnitude, and a zero, which is ``levels / 2``
+      where ``grid`` is "magnitude" and one of the codes where it is "ends"; its values are ``scale * (code - zero)``,
+      and :meth:`placed` puts the zero at ``-offset / scale``.
     * ``best_fit``: whether ``fit`` minimises the error weighted by importance itself, so that no search around it can
       help.
     """
@@ -131,6 +134,7 @@ class Format(ABC):
     chunk: int = 0
     plain: Format | None = None
     grid: Literal["", "magnitude", "ends"] = ""
+    even: bool = False
     best_fit: bool = False
 
     def bind(self, weight: Tensor) -> Format:
@@ -187,6 +191,14 @@ class Format(ABC):
 
         Raises:
             UnsupportedError: ``grid`` is "".
+        """
+        raise UnsupportedError(f"an even grid in {self.name}", "its levels are no such grid", "int4/g64/asym has one")
+
+    def even_grids(self, params: Params) -> tuple[Tensor, Tensor]:
+        """Scale and zero, float32 (rows, blocks, 1), where the format is ``even``.
+
+        Raises:
+            UnsupportedError: it is not.
         """
         raise UnsupportedError(f"an even grid in {self.name}", "its levels are no such grid", "int4/g64/asym has one")
 

@@ -64,6 +64,10 @@ class Affine(Format):
         return "ends"
 
     @property
+    def even(self) -> bool:  # type: ignore[override]
+        return self.clip == 1 and self.grid != ""
+
+    @property
     def middle(self) -> float:
         """The zero of the symmetric grid, in codes."""
         return self.levels / 2 if self.bits > 1 else 0.5
@@ -87,6 +91,12 @@ class Affine(Format):
             return {"scale": torch.where(scale < 0, -stored, stored)}
         zero = (-offset / stored.float()).round().clamp(0, self.levels - 1)
         return {"scale": stored, "zero_point": zero.to(torch.uint8)}
+
+    def even_grids(self, params: Params) -> tuple[Tensor, Tensor]:
+        if not self.even:
+            return super().even_grids(params)
+        scale = divisor(params["scale"])
+        return scale, torch.full_like(scale, self.middle) if self.symmetric else params["zero_point"].float()
 
     def _zero(self, params: Params) -> Tensor | float:
         return self.middle if self.symmetric else params["zero_point"].float()

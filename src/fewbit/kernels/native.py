@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+from fewbit.core import compiled
 from fewbit.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -183,12 +183,8 @@ def __getattr__(name: str) -> Any:
     return globals()[name]
 
 
-@functools.cache
 def _load() -> tuple[Core | None, str | None]:
-    try:
-        return cast(Core, importlib.import_module("fewbit._native")), None
-    except ImportError as error:
-        return None, f"the native module fewbit._native is not usable here ({error})"
+    return cast("tuple[Core | None, str | None]", compiled.load())
 
 
 def available() -> bool:
@@ -223,7 +219,12 @@ def capabilities() -> int:
 
 def isas() -> tuple[Isa, ...]:
     """Instruction sets that this machine can run and this build contains, best first."""
-    return tuple(isa for isa, flag in FLAGS.items() if capabilities() & flag)
+    return _isas(capabilities())
+
+
+@functools.cache
+def _isas(caps: int) -> tuple[Isa, ...]:
+    return tuple(isa for isa, flag in FLAGS.items() if caps & flag)
 
 
 def set_threads(threads: int | None) -> None:

@@ -52,6 +52,11 @@ class Feedback:
     dead: Tensor
 
 
+Within = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+"""``(first, current, before, upper, lost)``: round columns from ``first`` on, in order, as the loop of :func:`sweep`
+does. ``current``, ``before`` and the result ``lost`` are (columns, rows), ``upper`` is (columns, columns)."""
+
+
 def factorize(moment: Tensor, damping: float, by_activity: bool = False) -> Feedback:
     """Prepare error feedback for inputs with ``moment`` = E[x x^T], (columns, columns).
 
@@ -122,6 +127,7 @@ def sweep(
     batch: int = 128,
     enter: Callable[[int, Tensor], None] | None = None,
     span: int = 0,
+    within: Within | None = None,
 ) -> None:
     """Round all columns of ``weight`` in turn; the caller's functions keep what they chose.
 
@@ -133,9 +139,10 @@ def sweep(
         enter: ``(first column, values (rows, <= span))``, called before the columns of each span are rounded, with the
             weights compensated for everything rounded before. Needs the natural order and ``span`` columns a span.
         span: see ``enter``.
+        within: rounds a batch of columns, in place of ``round`` and without ``enter``.
     """
     original = weight.T[feedback.order].contiguous()
-    _columns(original, original, feedback, feedback.coefficients, round, batch, enter, span)
+    _columns(original, original, feedback, feedback.coefficients, round, batch, enter, span, within)
 
 
 def damped(moment: Tensor, feedback: Feedback) -> Tensor:
@@ -180,6 +187,7 @@ def _columns(
     batch: int,
     enter: Callable[[int, Tensor], None] | None = None,
     span: int = 0,
+    within: Within | None = None,
 ) -> None:
     """Round ``original_k + sum_{j<k} upper_jk (before_j - chosen_j)`` for every column k, (columns, rows) in order."""
     columns, order = len(original), feedback.order.tolist()
@@ -190,6 +198,9 @@ def _columns(
     for first in range(0, columns, batch):
         last = min(first + batch, columns)
         current = torch.addmm(original[first:last], upper[:first, first:last].T, errors[:first])
+        if within is not None:
+            within(first, current, before[first:last], upper[first:last, first:last], errors[first:last])
+            continue
         now = current.unbind()
         for k in range(first, last):
             here = k - first

@@ -24,7 +24,7 @@ from fewbit.core.facts import Facts
 from fewbit.core.format import Format, Params
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, SpecError
-from fewbit.methods import feedback, objective, ranges
+from fewbit.methods import feedback, grids, objective, ranges
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,20 +93,27 @@ def solve(
     passing = feedback.factorize(facts.second_moment, damp_percent, desc_act)
     worth = facts.mean_square
     start = ranges.search(bound, weight, worth, ratios)
-    columns = _Columns(bound, weight.shape, start)
     if static_groups or _span(format, weight.shape[1]) >= weight.shape[1]:
-        feedback.sweep(weight, passing, columns.round, block_size)
+        result = _swept(weight, bound, passing, start, block_size)
     else:
+        columns = _Columns(bound, weight.shape, start)
 
         def refit(first: int, values: Tensor) -> None:
             columns.refit(first, ranges.search(bound, values, worth[first : first + values.shape[1]], ratios))
 
         feedback.sweep(weight, passing, columns.round, block_size, refit, _span(format, weight.shape[1]))
-    result, kept = columns.qtensor(), 0
-    if never_worse:
-        result, kept = _better_rows(weight, facts, result, _nearest(bound, weight, start))
+        result = columns.qtensor()
+    result, kept = _better_rows(weight, facts, result, start) if never_worse else (result, 0)
     dead = int(passing.dead.sum())
     return Solution(result, passing.damping, dead, kept, _note(passing.damping, damp_percent, dead, kept))
+
+
+def _swept(weight: Tensor, format: Format, passing: feedback.Feedback, params: Params, block_size: int) -> QTensor:
+    """``weight`` rounded with error feedback, parameters being fixed."""
+    columns = _Columns(format, weight.shape, params)
+    compiled = grids.Columns.of(format, weight.shape, params, passing)
+    feedback.sweep(weight, passing, columns.round, block_size, within=None if compiled is None else compiled.round)
+    return columns.qtensor() if compiled is None else compiled.qtensor()
 
 
 def _check_options(
@@ -172,8 +179,10 @@ def _nearest(format: Format, weight: Tensor, params: Params) -> QTensor:
     return QTensor.of(format, F.encode(format, weight, params), params)
 
 
-def _better_rows(weight: Tensor, facts: Facts, solved: QTensor, start: QTensor) -> tuple[QTensor, int]:
-    """Rows of ``solved``, but those of ``start`` where the objective is less there; and how many those are."""
+def _better_rows(weight: Tensor, facts: Facts, solved: QTensor, params: Params) -> tuple[QTensor, int]:
+    """Rows of ``solved``, but those of plain rounding with ``params`` where the objective is less there; and how many
+    those are."""
+    start = _nearest(solved.format, weight, params)
     lost = objective.row_errors(weight - solved.dequantize(), facts)
     worse = lost > objective.row_errors(weight - start.dequantize(), facts)
     if not worse.any():

@@ -22,6 +22,7 @@ from fewbit.core import blocks as B
 from fewbit.core import format as F
 from fewbit.core.format import Format, Params
 from fewbit.errors import SpecError
+from fewbit.methods import grids
 
 CHUNK = 1 << 17
 """Weights searched at a time: the candidates' temporaries stay in the cache, and calls are not too many."""
@@ -60,6 +61,9 @@ def search(format: Format, weight: Tensor, importance: Tensor | None, ratios: tu
         worth = torch.ones(weight.shape[1]) if importance is None else importance
         return _better(format, weight, worth, F.fit(format, weight), found)
     columns = weight.shape[1]
+    even = torch.ones(columns) if importance is None else importance
+    if (compiled := grids.search(format, weight.float(), even, ratios)) is not None:
+        return compiled
     mask = B.present(columns, format.block, weight.device)
     worth = mask if importance is None else B.split(importance.float().reshape(1, -1), format.block)
     return by_strips(format, weight, lambda blocks: _search(format, blocks, mask, worth, ratios))
@@ -141,9 +145,21 @@ def full_range(format: Format, blocks: Tensor) -> Tensor:
 def _span_errors(format: Format, blocks: Tensor, worth: Tensor, params: Params) -> Tensor:
     """Weighted squared error of every span, (rows, spans)."""
     lost = format.nearest(blocks, params)[1].sub_(blocks)
-    errors = lost.square_().mul_(worth).sum(-1)
+    lost = lost.square_().mul_(worth)
+    errors = _halved(lost) if format.even else lost.sum(-1)
     repeat = span_blocks(format, errors.shape[1])
     return errors if repeat == 1 else B.split(errors, repeat).sum(-1)
+
+
+def _halved(values: Tensor) -> Tensor:
+    """Sums over the last axis, in place: its upper half is added to the lower one until one is left; the compiled
+    search keeps this order."""
+    left = values.shape[-1]
+    while left > 1:
+        half = (left + 1) // 2
+        values[..., : left - half] += values[..., half:left]
+        left = half
+    return values[..., 0]
 
 
 def span_blocks(format: Format, blocks: int) -> int:

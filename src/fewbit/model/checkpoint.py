@@ -94,7 +94,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         UnsupportedError: a model type that transformers does not know, or weights that are quantized already.
     """
     from fewbit.model.folder import FolderCheckpoint
-    from fewbit.model.gguf_file import GgufCheckpoint
 
     text, local = str(path), Path(path).expanduser()
     try:
@@ -105,6 +104,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return FolderCheckpoint(local)
     if there:
         if local.suffix == ".gguf":
+            from fewbit.model.gguf_file import GgufCheckpoint
+
             return GgufCheckpoint(local)
         raise InputError(f"opening the model {text}", "it is a file, but no .gguf", "a model's folder or a .gguf file")
     if not isinstance(path, Path) and HUB_ID.fullmatch(text) and not Path(text.split("/")[0]).exists():

@@ -33,8 +33,10 @@ from fewbit.run.state import Run
 from fewbit.run.tasks import has_bias
 from fewbit.run.workers import Workers, workers
 
-PROBE = (8, 256)
-"""Held-out windows and tokens that every run checks itself on."""
+PROBE = (16, 64)
+"""Held-out windows and tokens that every run checks itself on: many and short, as neighbours tell much the same. (On
+stories15m they tell the divergence to 9 %, and would to 8 % were all their tokens scored; 8 windows of 256 tell it to
+7 %, 4 of them to 10 %.)"""
 BATCH_TOKENS = 2048
 HEAD = "int8/g64"
 ROTATIONS = "rotations.safetensors"

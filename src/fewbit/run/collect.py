@@ -13,20 +13,20 @@ from fewbit.core.facts import Facts
 from fewbit.model.sites import in_block
 from fewbit.run.observe import Observer
 from fewbit.run.solve import SHOWN
-from fewbit.run.state import Run
+from fewbit.run.state import TOGETHER, Run
 from fewbit.run.tasks import needs
 
 
 def probe_through(run: Run, index: int, hidden: Tensor) -> Tensor:
-    """Block ``index`` applied to the probe's windows (windows, tokens, width), a window a worker."""
+    """Block ``index`` applied to the probe's windows (windows, tokens, width), some windows a worker."""
     return probe_started(run, index, hidden)()
 
 
 def probe_started(run: Run, index: int, hidden: Tensor) -> Callable[[], Tensor]:
     """:func:`probe_through`, begun while the caller does something else; what is returned waits for the result."""
     inputs = run.inputs("probe")
-    begun = [run.workers.start(partial(run.model.run_block, index, part, inputs)) for part in hidden.split(1)]
-    return lambda: torch.cat([window.result() for window in begun])
+    begun = [run.workers.start(partial(run.model.run_block, index, part, inputs)) for part in hidden.split(TOGETHER)]
+    return lambda: torch.cat([part.result() for part in begun])
 
 
 def observe_probe(run: Run, index: int, hidden: Tensor) -> dict[str, list[Tensor]]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,22 +13,27 @@ PART = 64
 """Tokens at a time: bounds the copies of (tokens, vocabulary)."""
 
 
-def compare_logits(ours: Tensor, reference: Tensor, ids: Tensor) -> tuple[int, list[Tensor]]:
-    """Of one window: the number of next tokens, and parts of the sums of: both losses, KL(reference || ours), top-1
+def compare_logits(ours: Tensor, reference: Tensor, targets: Tensor) -> tuple[int, list[Tensor]]:
+    """Of some windows: the number of tokens, and parts of the sums of: both losses, KL(reference || ours), top-1
     agreement.
 
-    ``ours`` and ``reference``: logits (1, tokens, vocabulary) of ``ids`` (tokens,).
+    ``ours`` and ``reference``: logits (windows, tokens, vocabulary) of what comes next, ``targets`` (windows, tokens).
     """
     sums = []
-    parts = zip(reference[0, :-1].split(PART), ours[0, :-1].split(PART), ids[1:].split(PART), strict=True)
-    for floating, quantized, targets in parts:
+    for floating, quantized, wanted in _parts(reference, ours, targets):
         p, q = floating.float().log_softmax(-1), quantized.float().log_softmax(-1)
-        losses = [-each.gather(1, targets.unsqueeze(1)).sum() for each in (p, q)]
+        losses = [-each.gather(1, wanted.unsqueeze(1)).sum() for each in (p, q)]
         # numpy's argmax runs in vector registers, torch's does not; both give the first of equals.
         same = torch.as_tensor((p.numpy().argmax(-1) == q.numpy().argmax(-1)).sum())
         kl = p.exp().mul_(p.sub_(q)).sum(-1).sum(dtype=torch.float64)
         sums.append(torch.stack([*losses, kl, same]))
-    return len(ids) - 1, sums
+    return targets.numel(), sums
+
+
+def _parts(*streams: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Of each window of all (windows, tokens, ...), at most :data:`PART` tokens at a time."""
+    for window in zip(*streams, strict=True):
+        yield from zip(*(stream.split(PART) for stream in window), strict=True)
 
 
 def summary(compared: Iterable[tuple[int, list[Tensor]]]) -> dict[str, Any]:

@@ -277,7 +277,7 @@ def estimate(
     decisions: list[Decision], tokens: int, batch_tokens: int, model: StreamedModel, end: ModelTune | None = None
 ) -> tuple[float, int]:
     """Seconds and peak bytes, from a matrix product timed here and now and the work that each layer needs."""
-    side = 768
+    side = 384
     a = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
     a @ a
     began = time.perf_counter()

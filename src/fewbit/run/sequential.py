@@ -35,8 +35,8 @@ def quantize_block(
 ) -> tuple[list[Solved], str, HiddenFile | None]:
     """Solve every site of the loaded block ``index`` and put the decoded weights in place.
 
-    ``sample`` (1, tokens, width) is a window of the probe; ``seen`` what the sites see of it. Returns what was solved,
-    in the model's order, how the calibration ran, and its activations after ``stage``, to be committed.
+    ``sample`` (windows, tokens, width) is the first of the probe; ``seen`` what the sites see of it. Returns what was
+    solved, in the model's order, how the calibration ran, and its activations after ``stage``, to be committed.
     """
     sites, tunes = block_sites(run, index), tuned(run)
     if tunes:
@@ -45,7 +45,7 @@ def quantize_block(
         solved = _tuned(run, stage, index, solve_sites(run, sites, {}, seen))
         return solved, "no data", None if run.calibration is None else pass_on(run, stage, index, solved)
     with run.arithmetic():
-        order = checked_order(run.model, index, sample, run.inputs("probe"))
+        order = checked_order(run.model, index, sample[:1], run.inputs("sample"))
     if isinstance(order, Order):
         solved, after = by_group(run, stage, index, order, seen)
         solved = sorted(solved, key=_place(run))

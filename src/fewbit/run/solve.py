@@ -238,6 +238,7 @@ def check_outputs(weight: T.Weight, reference: Tensor, x: Tensor, name: str, act
     Raises:
         VerificationError: it does not.
     """
+    weight = repack(weight, lambda format: UNPACKED)  # once for all that look at the codes
     got = kernels.linear(x, weight, activation=activation).double()
     x = kernels.reference.round_activations(x, activation)
     expected = x.double() @ reference.double().T

@@ -23,6 +23,11 @@ from fewbit.run.planning import Plan
 from fewbit.run.sensitivity import Sensitivity
 from fewbit.run.workers import Workers
 
+TOGETHER = 4
+"""Windows of the probe that go through the model at once: products of few tokens are slow."""
+SCORED = 2
+"""One token of the probe in so many foretells the next one: logits are most of the work of a small model."""
+
 
 @dataclass
 class Run:
@@ -57,13 +62,13 @@ class Run:
         return torch.autocast(device, self.calibration_dtype, enabled=self.calibration_dtype != torch.float32)
 
     def inputs(self, what: str) -> Inputs:
-        """What blocks are called with for a batch of "probe" or "calibration", or for a "window" of the latter; equal
-        for all batches of a kind."""
+        """What blocks are called with for a batch of "probe" or "calibration", for a "sample", which is a window of the
+        former, or for a "window" of the latter; equal for all batches of a kind."""
         if what not in self.calls:
             for path in self.model.before:
                 self.model.load(path)
             batch = (self.batches() or [self.probe])[0]
-            ids = {"probe": self.probe[:1], "calibration": batch, "window": batch[:1]}
+            ids = {"probe": self.probe[:TOGETHER], "sample": self.probe[:1], "calibration": batch, "window": batch[:1]}
             empty = torch.zeros(0)
             self.calls = {key: replace(self.model.begin(value), hidden=empty) for key, value in ids.items()}
             for path in self.model.before:

@@ -58,8 +58,10 @@ class Divergence:
 
     def _after(self, block: int, hidden: Sequence[Tensor]) -> float:
         """KL, from what enters ``block`` on."""
-        triples = zip(hidden, self._reference, self.ids, strict=True)
-        compared = self.workers.map(lambda one: compare_logits(self._logits(block, one[0]), one[1], one[2]), triples)
+        triples = zip(hidden, self._reference, self.ids[:, 1:].split(1), strict=True)
+        compared = self.workers.map(
+            lambda one: compare_logits(self._logits(block, one[0])[:, :-1], one[1][:, :-1], one[2]), triples
+        )
         return float(summary(compared)["kl_mean"])
 
     def _logits(self, block: int, hidden: Tensor) -> Tensor:

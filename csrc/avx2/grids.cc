@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/grids.h"
+
+const fewbit::GridKernel fewbit::grids_avx2 = {grid_search_any, grid_sweep_any};

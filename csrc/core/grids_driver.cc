@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// fewbit_grid_search and fewbit_grid_sweep: of even grids. Both run on the caller's thread: callers have layers to share out.
+#include <stddef.h>
+
+#include <new>
+
+#include "core/kernel.h"
+#include "fewbit.h"
+
+namespace {
+
+const fewbit::GridKernel& chosen(int32_t isa) {
+#if defined(__x86_64__)
+  if (fewbit_caps() & isa & FEWBIT_AVX2) return fewbit::grids_avx2;
+#endif
+  static_cast<void>(isa);
+  return fewbit::grids_serial;
+}
+
+bool of_bytes(int32_t levels) { return levels >= 2 && levels <= 256; }
+
+}  // namespace
+
+extern "C" int fewbit_grid_search(const fewbit_grid_search_call* call, int32_t isa) {
+  if (!call || !call->weight || !call->worth || !call->ratios || !call->scale || !call->zero) return FEWBIT_BAD_ARGUMENT;
+  if (call->rows < 0 || call->columns <= 0 || call->block <= 0 || call->count < 0 || !of_bytes(call->levels))
+    return FEWBIT_BAD_ARGUMENT;
+  float* scratch = new (std::nothrow) float[static_cast<size_t>(3 * call->block)];
+  if (!scratch) return FEWBIT_NO_MEMORY;
+  chosen(isa).search(*call, scratch);
+  delete[] scratch;
+  return FEWBIT_OK;
+}
+
+extern "C" int fewbit_grid_sweep(const fewbit_grid_sweep_call* call, int32_t isa) {
+  if (!call || !call->current || !call->before || !call->upper || !call->lost || !call->order || !call->scale ||
+      !call->zero || !call->codes)
+    return FEWBIT_BAD_ARGUMENT;
+  if (call->rows < 0 || call->columns < 0 || call->columns > FEWBIT_SWEPT || call->block <= 0 ||
+      !of_bytes(call->levels))
+    return FEWBIT_BAD_ARGUMENT;
+  chosen(isa).sweep(*call);
+  return FEWBIT_OK;
+}

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled module, or the reason why it is absent; and what of it the solvers' engines use.
+
+Its kernels are called by :mod:`fewbit.kernels.native`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any, Protocol, cast
+
+BEST = -1
+"""For ``isa``: the best that the processor has."""
+SWEPT = 128
+"""Columns that one call of ``grid_sweep`` takes at most."""
+
+
+class Grids(Protocol):
+    """Of even grids: arguments as in ``csrc/bind.cc``, what they mean in ``csrc/include/fewbit.h``."""
+
+    def grid_search(
+        self,
+        sizes: tuple[int, int, int, int, int, int],
+        weight: int,
+        worth: int,
+        ratios: int,
+        scale: int,
+        zero: int,
+        isa: int,
+    ) -> None: ...
+    def grid_sweep(
+        self,
+        sizes: tuple[int, int, int, int],
+        current: int,
+        before: int,
+        upper: tuple[int, int],
+        lost: int,
+        order: int,
+        scale: int,
+        zero: int,
+        codes: int,
+        isa: int,
+    ) -> None: ...
+
+
+@functools.cache
+def load() -> tuple[Any, str | None]:
+    """``fewbit._native`` and None; or None and why it cannot be used."""
+    try:
+        return importlib.import_module("fewbit._native"), None
+    except ImportError as error:
+        return None, f"the native module fewbit._native is not usable here ({error})"
+
+
+def grids() -> Grids | None:
+    """None without the compiled module."""
+    return cast("Grids | None", load()[0])

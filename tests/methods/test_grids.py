@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled engines for even grids give the bits of the plain ones, on every instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit import formats
+from fewbit.core import compiled
+from fewbit.core import format as F
+from fewbit.core.facts import Facts
+from fewbit.core.format import Format, Params
+from fewbit.kernels import native
+from fewbit.methods import feedback, grids, ranges
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
+
+SPELT = [
+    "int4/g32/asym",
+    "int4/g32/sym",
+    "int3/g64/asym",
+    "int2/g128/sym",
+    "int8/channel/asym",
+    "int5/g7/sym",
+    "int1/g31/asym",
+]
+SHAPES = [(1, 1), (7, 31), (33, 97), (40, 130)]
+ISAS = [isa for isa in ("serial", "avx2") if isa in native.isas()]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(compiled, "BEST", native.FLAGS[request.param])
+    return str(request.param)
+
+
+def unaligned(values: Tensor) -> Tensor:
+    return torch.cat([values.new_zeros(1), values.reshape(-1)])[1:].view(values.shape)
+
+
+def weight(shape: tuple[int, int]) -> Tensor:
+    """With a row of zeros and one of large values."""
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(shape[1])) * 0.1
+    made[0], made[-1] = 0, made[-1] * 1e7
+    return unaligned(made)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spelt", SPELT)
+def test_ranges_are_those_of_the_search_in_torch(
+    spelt: str, shape: tuple[int, int], isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    format, values, ratios = formats.parse(spelt), weight(shape), ranges.grid(24, 0.4)
+    for worth in (None, unaligned(torch.rand(shape[1], generator=torch.Generator().manual_seed(1)).round(decimals=1))):
+        monkeypatch.setattr(compiled, "grids", lambda: native.core())
+        fast = ranges.search(format, values, worth, ratios)
+        monkeypatch.setattr(compiled, "grids", lambda: None)
+        plain = ranges.search(format, values, worth, ratios)
+        assert fast.keys() == plain.keys()
+        for name, found in fast.items():
+            assert found.dtype == plain[name].dtype
+            assert torch.equal(found, plain[name]), name
+
+
+def swept(values: Tensor, format: Format, params: Params, passing: feedback.Feedback) -> Tensor:
+    """Codes (rows, columns): each column rounded once all errors before it were passed on, one by one."""
+    at = {
+        name: each.repeat_interleave(format.block or values.shape[1], 1)[:, : values.shape[1]]
+        for name, each in params.items()
+    }
+    codes, left = torch.empty_like(values, dtype=torch.uint8), values[:, passing.order].clone()
+    for k, column in enumerate(passing.order.tolist()):
+        here = {name: each[:, column : column + 1] for name, each in at.items()}
+        code, chosen = format.nearest(left[:, k].reshape(-1, 1, 1), here)
+        codes[:, column] = code.reshape(-1).to(torch.uint8)
+        lost = values[:, column] - chosen.reshape(-1)
+        left[:, k + 1 :] += lost.unsqueeze(1) * passing.coefficients[k, k + 1 :]
+    return codes
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spelt", SPELT)
+def test_a_sweep_rounds_each_column_to_the_bit(spelt: str, shape: tuple[int, int], isa: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    values, format = weight(shape)[: shape[0] - 1 or 1], formats.parse(spelt)
+    mixed = torch.randn(shape[1], shape[1], generator=generator)
+    facts = Facts.of(torch.randn(50, shape[1], generator=generator) @ mixed, gram=True)
+    passing = feedback.factorize(facts.second_moment, 0.01, by_activity=True)
+    params = ranges.search(format, values, facts.mean_square, ranges.grid(24, 0.4))
+    columns = grids.Columns.of(format, values.shape, params, passing)
+    assert columns is not None
+    batch = compiled.SWEPT  # the first batch takes no product in other order
+
+    def refuse(column: int, values: Tensor) -> Tensor:
+        raise AssertionError(column)
+
+    feedback.sweep(values, passing, refuse, batch, within=columns.round)
+    found, expected = columns.qtensor(), swept(values, format, params, passing)
+    first = passing.order[:batch]
+    assert torch.equal(found.packed[:, first], expected[:, first])
+    assert torch.equal(found.dequantize().T[first], F.decode(format, expected, params).T[first])
+
+
+def test_batches_longer_than_a_call_are_cut(isa: str) -> None:
+    """Two calls in a batch, or two batches: in between stand the same products."""
+    values, format = weight((40, 300)), formats.parse("int4/g32/asym")
+    facts = Facts.of(torch.randn(900, 300, generator=torch.Generator().manual_seed(3)), gram=True)
+    passing = feedback.factorize(facts.second_moment, 0.01)
+    params = ranges.search(format, values, None, ranges.grid(24, 0.4))
+    found = []
+    for batch in (compiled.SWEPT, 2 * compiled.SWEPT):
+        columns = grids.Columns.of(format, values.shape, params, passing)
+        assert columns is not None
+        feedback.sweep(values, passing, lambda column, values: values, batch, within=columns.round)
+        found.append(columns.qtensor().packed)
+    assert (found[0] != found[1]).float().mean() < 1e-3
+
+
+def test_other_formats_are_left_to_torch() -> None:
+    for spelt in ("nf4/g64", "int4/g64/min", "int8/channel/sym/clip0.9", "int1/g32/sym"):
+        format = formats.parse(spelt)
+        assert grids.search(format, weight((3, 64)), torch.ones(64), (1.0, 0.5)) is None
