@@ -9,7 +9,7 @@
 
 #include "avx2/simd.h"
 
-#include "avx2/indices.h"
+#include "avx2/gather.h"
 #include "core/inline.h"
 #include "core/int8_vector.h"
 #include "core/tile_indices.h"
@@ -18,125 +18,94 @@ namespace fewbit {
 namespace {
 
 constexpr int64_t kMost = 4;                     // tokens beside one another, whose sums registers hold
-constexpr int64_t kFar = 8 * 1024, kNear = 512;  // bytes that are fetched early, to the second-level cache and the first
 constexpr int64_t kEntries = 256, kWidth = 16;   // of a book that is not wide, at most
 constexpr int64_t kQuads = kSegment / 4;         // of columns, of a segment where books are not wide
 
 using X = int16_t;
 
-// Eight rows of two columns, entry beside entry.
-template <int WIDTH>
-FEWBIT_INLINE __m128i pair(const uint8_t* book, uint64_t first, uint64_t second) {
-  const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(book + first * WIDTH));
-  const auto* high = reinterpret_cast<const __m64*>(book + second * WIDTH);
-  return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), high));
-}
+// Part of a segment of two codes: of each two columns rows 0 to 3 of both codes, then rows 4 to 7.
+template <int HALVES>
+struct Words {
+  U of[kPart * 16][HALVES];
+};
 
-// Where rows 4h .. 4h+3 of a pair lie, as words of both columns in turn.
-FEWBIT_INLINE U order(int h) {
-  const __m128i at = _mm_setr_epi8(0, -1, 8, -1, 1, -1, 9, -1, 2, -1, 10, -1, 3, -1, 11, -1);
-  return _mm256_broadcastsi128_si256(_mm_add_epi8(at, _mm_set1_epi16(static_cast<int16_t>(4 * h))));
-}
-
-// Adds the products of two columns of two codes with M tokens: rows 0 to 3 of both codes, then rows 4 to 7.
+// Adds the products of two columns with M tokens.
 template <int M, int HALVES>
-FEWBIT_INLINE void add_pairs(U pairs, const U (&orders)[HALVES], const X* x, U (&sum)[M][HALVES]) {
-  U words[HALVES];
-  for (int h = 0; h < HALVES; h++) words[h] = _mm256_shuffle_epi8(pairs, orders[h]);
+FEWBIT_INLINE void add_words(const U (&words)[HALVES], const X* x, U (&sum)[M][HALVES]) {
 #pragma GCC unroll 4
   for (int m = 0; m < M; m++) {
     const U both = _mm256_set1_epi32(word_at<int32_t>(x + m * 32));
 #pragma GCC unroll 2
     for (int h = 0; h < HALVES; h++) {
       sum[m][h] = _mm256_add_epi32(sum[m][h], _mm256_madd_epi16(words[h], both));
-      asm("" : "+x"(sum[m][h]));  // GCC would put off additions, and keep products in memory for that
+      if (M == 1) asm("" : "+x"(sum[m][h]));  // GCC would put off additions, and keep products in memory for that
     }
   }
 }
 
-// Two codes of a wide book.
-template <int WIDTH, int BITS>
-struct Wide {
-  EightIndices<BITS> indices;
-  const uint8_t *codes, *book;
-  int64_t next_code, apart;  // bytes from a code to the next, from a chunk to the next
-
-  FEWBIT_INLINE void enter() {
-    for (int64_t i = 0; i < 2; i++) {
-      __builtin_prefetch(codes + i * next_code + kFar, 0, 2);
-      __builtin_prefetch(codes + i * next_code + kNear, 0, 3);
-    }
-  }
-  FEWBIT_INLINE void next() { codes += apart; }
-  // Columns 8g .. 8g+7.
-  FEWBIT_INLINE void operator()(int g, U (&out)[4]) const {
-    __m128i low[4], high[4];
-    read(codes + g * indices.size(), low);
-    read(codes + next_code + g * indices.size(), high);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) out[i] = _mm256_set_m128i(high[i], low[i]);
-  }
-
- private:
-  FEWBIT_INLINE void read(const uint8_t* from, __m128i (&out)[4]) const {
-    uint64_t at[8];
-    indices(from, at);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) out[i] = pair<WIDTH>(book, at[2 * i], at[2 * i + 1]);
-  }
-};
-
-// Likewise where indices are bytes, in groups of four columns of 16 codes.
-template <int WIDTH>
-struct Narrow {
-  const uint8_t *at, *book;
-
-  FEWBIT_INLINE void enter() {}
-  FEWBIT_INLINE void next() { at += 8 * 64; }
-  FEWBIT_INLINE void operator()(int g, U (&out)[4]) const {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      const uint8_t* here = at + g * 128 + i / 2 * 64 + i % 2 * 2;
-      out[i] = _mm256_set_m128i(pair<WIDTH>(book, here[4], here[5]), pair<WIDTH>(book, here[0], here[1]));
-    }
-  }
-};
-
-// The sums of entries of two books.
-template <class Book>
-struct Both {
-  Book first, second;
-
-  FEWBIT_INLINE void enter() { first.enter(), second.enter(); }
-  FEWBIT_INLINE void next() { first.next(), second.next(); }
-  FEWBIT_INLINE void operator()(int g, U (&out)[4]) const {
-    U rest[4];
-    first(g, out), second(g, rest);
-    for (int i = 0; i < 4; i++) out[i] = _mm256_add_epi8(out[i], rest[i]);
-  }
-};
-
-// Adds the products of rows of two codes with M tokens. A call of its own: what surrounds it would keep registers that its
+// Adds the products of rows of two codes with one token. A call of its own: what surrounds it would keep registers that its
 // sums need.
-template <class Source, int M, int HALVES>
-__attribute__((noinline)) void add_chunks(Source source, const X* x, int64_t chunks, U (&total)[M][HALVES]) {
-  U sum[M][HALVES], orders[HALVES];
-  for (int h = 0; h < HALVES; h++) orders[h] = order(h);
-#pragma GCC unroll 8
-  for (int i = 0; i < M * HALVES; i++) sum[i / HALVES][i % HALVES] = total[i / HALVES][i % HALVES];
-  for (const X* end = x + chunks * M * 32; x < end; x += M * 32, source.next()) {
+template <class Source, int HALVES>
+__attribute__((noinline)) void add_chunks(Source source, const X* x, int64_t chunks, U (&total)[1][HALVES]) {
+  U sum[1][HALVES], orders[HALVES];
+  for (int h = 0; h < HALVES; h++) orders[h] = order(h), sum[0][h] = total[0][h];
+  for (const X* end = x + chunks * 32; x < end; x += 32, source.next()) {
     source.enter();
 #pragma GCC unroll 4
     for (int g = 0; g < 4; g++) {
       U pairs[4];
       source(g, pairs);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) add_pairs<M, HALVES>(pairs[i], orders, x + g * 8 + i * 2, sum);
+      for (int i = 0; i < 4; i++) {
+        U words[HALVES];
+        for (int h = 0; h < HALVES; h++) words[h] = _mm256_shuffle_epi8(pairs[i], orders[h]);
+        add_words<1, HALVES>(words, x + g * 8 + i * 2, sum);
+      }
     }
   }
+  for (int h = 0; h < HALVES; h++) total[0][h] = sum[0][h];
+}
+
+// Writes a part of a segment of two codes as words. ADD: adds to those of another book.
+template <bool ADD, class Source, int HALVES>
+__attribute__((noinline)) void decode_chunks(Source source, int64_t chunks, Words<HALVES>& out) {
+  U orders[HALVES];
+  for (int h = 0; h < HALVES; h++) orders[h] = order(h);
+  U(*to)[HALVES] = out.of;
+  for (int64_t c = 0; c < chunks; c++, source.next()) {
+    source.enter();
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; g++, to += 4) {
+      U pairs[4];
+      source(g, pairs);
+      for (int i = 0; i < 4; i++)
+        for (int h = 0; h < HALVES; h++) {
+          const U words = _mm256_shuffle_epi8(pairs[i], orders[h]);
+          to[i][h] = ADD ? _mm256_add_epi16(to[i][h], words) : words;
+        }
+    }
+  }
+}
+
+// Adds its products with M tokens. A call of its own, as that above.
+template <int M, int HALVES>
+__attribute__((noinline)) void add_part(const Words<HALVES>& words, const X* x, int64_t chunks, U (&total)[M][HALVES]) {
+  U sum[M][HALVES];
+#pragma GCC unroll 8
+  for (int i = 0; i < M * HALVES; i++) sum[i / HALVES][i % HALVES] = total[i / HALVES][i % HALVES];
+  const U(*from)[HALVES] = words.of;
+  for (const X* end = x + chunks * M * 32; x < end; x += M * 32)
+#pragma GCC unroll 1  // else as above
+    for (int i = 0; i < 32; i += 2, from++) add_words<M, HALVES>(*from, x + i, sum);
 #pragma GCC unroll 8
   for (int i = 0; i < M * HALVES; i++) total[i / HALVES][i % HALVES] = sum[i / HALVES][i % HALVES];
 }
+
+template <int M, int HALVES>
+struct Sums {
+  static constexpr int kHalves = HALVES;
+  U of[M][HALVES] = {};
+};
 
 // Totals of two codes x M tokens x all rows.
 template <int M>
@@ -163,6 +132,7 @@ FEWBIT_INLINE void settle(const Int8VectorTask& task, const VectorSegment& segme
 // What sums begin with.
 template <int M>
 FEWBIT_INLINE void begin(const Int8VectorTask& task, int64_t token, Totals<M>& totals) {
+  memset(totals, 0, sizeof totals);
   for (int i = 0; i < 2; i++)
     for (int m = 0; m < M; m++)
       memcpy(totals[i][m], task.start + (token + m) * task.dim, static_cast<size_t>(task.dim) * sizeof(float));
@@ -174,85 +144,57 @@ FEWBIT_INLINE void put_codes(const Int8VectorTask& task, int64_t code, int64_t t
     for (int m = 0; m < M && m < tokens; m++) put_code(task, code + i, token + m, totals[i][m]);
 }
 
-// One book of a segment.
-struct Strings {
-  const uint8_t *codes, *book;
-  int64_t next_code, apart, chunks;
-};
-
-template <int WIDTH, int BITS, int M, int HALVES>
-void add_book(int32_t bits, const Strings& s, const X* x, U (&sum)[M][HALVES]) {
-  add_chunks<Wide<WIDTH, BITS>, M, HALVES>({EightIndices<BITS>(bits), s.codes, s.book, s.next_code, s.apart}, x, s.chunks, sum);
-}
-
-// Of one token, whose call is bound by indices and loads: the bits are known.
-template <int WIDTH, int HALVES>
-auto alone(int32_t bits) {
+// Calls `work` with `bits` as a constant: few registers are left for where indices begin.
+template <class Work>
+FEWBIT_INLINE void with_bits(int32_t bits, Work work) {
   switch (bits) {
-    case 8: return add_book<WIDTH, 8, 1, HALVES>;
-    case 9: return add_book<WIDTH, 9, 1, HALVES>;
-    case 10: return add_book<WIDTH, 10, 1, HALVES>;
-    case 11: return add_book<WIDTH, 11, 1, HALVES>;
-    case 12: return add_book<WIDTH, 12, 1, HALVES>;
-    case 13: return add_book<WIDTH, 13, 1, HALVES>;
-    case 14: return add_book<WIDTH, 14, 1, HALVES>;
-    case 15: return add_book<WIDTH, 15, 1, HALVES>;
-    default: return add_book<WIDTH, 16, 1, HALVES>;
+    case 8: return work(EightIndices<8>(8));
+    case 9: return work(EightIndices<9>(9));
+    case 10: return work(EightIndices<10>(10));
+    case 11: return work(EightIndices<11>(11));
+    case 12: return work(EightIndices<12>(12));
+    case 13: return work(EightIndices<13>(13));
+    case 14: return work(EightIndices<14>(14));
+    case 15: return work(EightIndices<15>(15));
+    default: return work(EightIndices<16>(16));
   }
 }
 
-// Two codes of wide books x M tokens, over a segment. Of one token each book is a pass of its own, as sums of integers may
-// be split.
-template <int WIDTH, int M, int HALVES>
-FEWBIT_INLINE void add_wide(const Int8VectorTask& task, const Strings& first, const X* x, U (&sum)[M][HALVES]) {
-  Strings second = first;
-  second.codes += task.bits * 4, second.book += WIDTH << task.bits;
-  if constexpr (M == 1) {
-    alone<WIDTH, HALVES>(task.bits)(task.bits, first, x, sum);
-    if (task.books == 2) alone<WIDTH, HALVES>(task.residual_bits)(task.residual_bits, second, x, sum);
-  } else if (task.books == 1) {
-    add_book<WIDTH, 0, M, HALVES>(task.bits, first, x, sum);
-  } else {
-    using At = EightIndices<0>;
-    using Book = Wide<WIDTH, 0>;
-    const Book one{At(task.bits), first.codes, first.book, first.next_code, first.apart};
-    const Book two{At(task.residual_bits), second.codes, second.book, second.next_code, second.apart};
-    add_chunks<Both<Book>, M, HALVES>({one, two}, x, first.chunks, sum);
-  }
+// Calls `work(first, book)` for each book of a wide code from chunk `chunk`, rows from `d`: whether it is the first, and what
+// reads it.
+template <int WIDTH, class Work>
+FEWBIT_INLINE void each_book(const Int8VectorTask& task, const uint8_t* book, int64_t code, int64_t chunk, Work work) {
+  const int64_t bytes = (task.bits + task.residual_bits) * 4, next = task.chunks * bytes;
+  const uint8_t* codes = wide_codes_of(task, code) + chunk * bytes;
+  with_bits(task.bits, [&](auto at) { work(std::true_type{}, wide<WIDTH>(at, codes, book, next, bytes)); });
+  codes += task.bits * 4, book += WIDTH << task.bits;
+  if (task.books == 2)
+    with_bits(task.residual_bits, [&](auto at) { work(std::false_type{}, wide<WIDTH>(at, codes, book, next, bytes)); });
 }
 
-// Calls `add(d, sum)` for every eight rows [d, d + 8), or the last four, with sums to add to, and settles them.
-template <int M, class Add>
-FEWBIT_INLINE void each_rows(const Int8VectorTask& task, const VectorSegment& segment, int64_t token, Totals<M>& totals, Add add) {
+// Calls `work(d, sum)` for every eight rows [d, d + 8), or the last four, with the type of their sums.
+template <int M, class Work>
+FEWBIT_INLINE void each_rows(const Int8VectorTask& task, Work work) {
   for (int64_t d = 0; d < task.dim; d += 8) {
-    if (d + 4 < task.dim) {
-      U sum[M][2] = {};
-      add(d, sum);
-      settle<M, 2>(task, segment, token, d, sum, totals);
-    } else {
-      U sum[M][1] = {};
-      add(d, sum);
-      settle<M, 1>(task, segment, token, d, sum, totals);
-    }
+    if (d + 4 < task.dim) work(d, Sums<M, 2>{});
+    else work(d, Sums<M, 1>{});
   }
 }
 
-template <int WIDTH, int M>
-void wide_codes(const Int8VectorTask& task, int64_t code, int64_t token, int64_t tokens) {
-  Totals<M> totals = {};
-  begin<M>(task, token, totals);
-  const int64_t bytes = (task.bits + task.residual_bits) * 4;
-  const uint8_t* codes = wide_codes_of(task, code);
-  const X* x = activations_of<X>(task, token);
+// Two codes of wide books x one token. Each book is a pass of its own, as sums of integers may be split.
+template <int WIDTH>
+void wide_codes(const Int8VectorTask& task, int64_t code) {
+  Totals<1> totals;
+  begin<1>(task, 0, totals);
+  const X* x = activations_of<X>(task, 0);
   VectorSegment segment(task);
-  for (int64_t s = 0; s < task.segments; s++) {
-    each_rows<M>(task, segment, token, totals, [&](int64_t d, auto& sum) {
-      add_wide<WIDTH, M>(task, {codes, segment.book + d, task.chunks * bytes, bytes, segment.chunks}, x, sum);
+  for (int64_t s = 0, chunk = 0; s < task.segments; s++, chunk += segment.chunks, segment.next())
+    each_rows<1>(task, [&](int64_t d, auto sums) {
+      each_book<WIDTH>(task, segment.book + d, code, chunk,
+                       [&](auto, const auto& book) { add_chunks(book, x + chunk * 32, segment.chunks, sums.of); });
+      settle(task, segment, 0, d, sums.of, totals);
     });
-    codes += segment.chunks * bytes, x += segment.chunks * M * 32;
-    segment.next();
-  }
-  put_codes<M>(task, code, token, tokens, totals);
+  put_codes<1>(task, code, 0, 1, totals);
 }
 
 // Books of at most 256 entries, an entry beside the next.
@@ -286,52 +228,89 @@ struct Indices {
   }
 };
 
-template <int WIDTH, int M>
-void narrow_tile(const Int8VectorTask& task, Books& books, int64_t tile, int64_t token, int64_t tokens) {
-  Totals<M> totals[8] = {};
-  for (auto& of : totals) begin<M>(task, token, of);
+// A tile's codes, of books that are not wide, x one token.
+template <int WIDTH>
+void narrow_tile(const Int8VectorTask& task, Books& books, int64_t tile) {
+  Totals<1> totals[8];
+  for (auto& of : totals) begin<1>(task, 0, of);
   const uint8_t* codes = codes_of(task, tile);
-  const X* x = activations_of<X>(task, token);
+  const X* x = activations_of<X>(task, 0);
   Indices indices;
   VectorSegment segment(task);
   for (int64_t s = 0; s < task.segments; s++) {
     if (segment.enters) books.enter(task, segment.book);
     indices.enter(task, codes, segment.chunks);
     for (int64_t u = 0; u < 16 && tile * 16 + u < task.rows; u += 2)
-      each_rows<M>(task, segment, token, totals[u / 2], [&](int64_t d, auto& sum) {
+      each_rows<1>(task, [&](int64_t d, auto sums) {
         const Narrow<WIDTH> one{indices.bytes[0][0] + u * 4, books.bytes[0] + d};
         const Narrow<WIDTH> two{indices.bytes[1][0] + u * 4, books.bytes[1] + d};
-        if (task.books == 1) add_chunks(one, x, segment.chunks, sum);
-        else add_chunks(Both<Narrow<WIDTH>>{one, two}, x, segment.chunks, sum);
+        if (task.books == 1) add_chunks(one, x, segment.chunks, sums.of);
+        else add_chunks(Both<WIDTH>{one, two}, x, segment.chunks, sums.of);
+        settle(task, segment, 0, d, sums.of, totals[u / 2]);
       });
-    codes += segment.chunks * chunk_bytes(task), x += segment.chunks * M * 32;
+    codes += segment.chunks * chunk_bytes(task), x += segment.chunks * 32;
     segment.next();
   }
-  for (int64_t u = 0; u < 16; u += 2) put_codes<M>(task, tile * 16 + u, token, tokens, totals[u / 2]);
+  for (int64_t u = 0; u < 16; u += 2) put_codes<1>(task, tile * 16 + u, 0, 1, totals[u / 2]);
 }
 
+// Writes chunks [chunk, chunk + chunks) of rows from `d` of two codes as words.
+template <int WIDTH, int HALVES>
+void decode_part(const Int8VectorTask& task, const VectorSegment& segment, Books& books, int64_t code, int64_t d, int64_t chunk,
+                 int64_t chunks, Words<HALVES>& out) {
+  if (task.wide)
+    return each_book<WIDTH>(task, segment.book + d, code, chunk, [&](auto first, const auto& book) {
+      decode_chunks<!decltype(first)::value>(book, chunks, out);
+    });
+  Indices indices;
+  books.enter(task, segment.book);
+  indices.enter(task, codes_of(task, code / 16) + chunk * chunk_bytes(task), chunks);
+  const Narrow<WIDTH> one{indices.bytes[0][0] + code % 16 * 4, books.bytes[0] + d};
+  const Narrow<WIDTH> two{indices.bytes[1][0] + code % 16 * 4, books.bytes[1] + d};
+  if (task.books == 1) decode_chunks<false>(one, chunks, out);
+  else decode_chunks<false>(Both<WIDTH>{one, two}, chunks, out);
+}
+
+// Two codes x all tokens, M at a time: entries are looked up once for them, a part of a segment at a time.
 template <int WIDTH, int M>
-void tiles(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  Books books;
-  for (int64_t tile = tile_begin; tile < tile_end; tile++)
-    for (int64_t token = 0; token < tokens; token += M) {
-      if (!task.wide) narrow_tile<WIDTH, M>(task, books, tile, token, tokens - token);
-      for (int64_t code = tile * 16; task.wide && code < tile * 16 + 16 && code < task.rows; code += 2)
-        wide_codes<WIDTH, M>(task, code, token, tokens - token);
+void many_codes(const Int8VectorTask& task, Books& books, int64_t code, int64_t tokens) {
+  Totals<M> totals[kRoundedTokens / M];
+  for (int64_t token = 0; token < tokens; token += M) begin<M>(task, token, totals[token / M]);
+  each_rows<M>(task, [&](int64_t d, auto none) {
+    constexpr int kHalves = decltype(none)::kHalves;
+    Words<kHalves> words;
+    U sums[kRoundedTokens / M][M][kHalves];
+    VectorSegment segment(task);
+    for (int64_t s = 0, chunk = 0; s < task.segments; s++, segment.next()) {
+      for (int64_t token = 0; token < tokens; token += M) memset(sums[token / M], 0, sizeof sums[0]);
+      for (int64_t left = segment.chunks, chunks; left > 0; left -= chunks, chunk += chunks) {
+        chunks = left < kPart ? left : kPart;
+        decode_part<WIDTH>(task, segment, books, code, d, chunk, chunks, words);
+        for (int64_t token = 0; token < tokens; token += M)
+          add_part<M, kHalves>(words, activations_of<X>(task, token) + chunk * M * 32, chunks, sums[token / M]);
+      }
+      for (int64_t token = 0; token < tokens; token += M) settle<M, kHalves>(task, segment, token, d, sums[token / M], totals[token / M]);
     }
+  });
+  for (int64_t token = 0; token < tokens; token += M) put_codes<M>(task, code, token, tokens - token, totals[token / M]);
 }
 
 template <int WIDTH>
-void strips(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  switch (task.together) {
-    case 1: return tiles<WIDTH, 1>(task, tile_begin, tile_end, tokens);
-    case 2: return tiles<WIDTH, 2>(task, tile_begin, tile_end, tokens);
-    default: return tiles<WIDTH, kMost>(task, tile_begin, tile_end, tokens);
-  }
+void tiles(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  Books books;
+  const int64_t end = tile_end * 16 < task.rows ? tile_end * 16 : task.rows;
+  if (task.together == 1 && !task.wide)
+    for (int64_t tile = tile_begin; tile < tile_end; tile++) narrow_tile<WIDTH>(task, books, tile);
+  else
+    for (int64_t code = tile_begin * 16; code < end; code += 2) {
+      if (task.together == 1) wide_codes<WIDTH>(task, code);
+      else if (task.together == 2) many_codes<WIDTH, 2>(task, books, code, tokens);
+      else many_codes<WIDTH, kMost>(task, books, code, tokens);
+    }
 }
 
 void run(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  const auto of = task.width == 8 ? strips<8> : strips<16>;
+  const auto of = task.width == 8 ? tiles<8> : tiles<16>;
   of(task, tile_begin, tile_end, tokens);
 }
 
