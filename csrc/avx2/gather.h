@@ -52,10 +52,11 @@ struct Wide {
 
  private:
   FEWBIT_INLINE void read(const uint8_t* from, __m128i (&out)[4]) const {
-    uint64_t at[8];
-    indices(from, at);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) out[i] = pair<WIDTH>(book, at[2 * i], at[2 * i + 1]);
+    uint64_t at[4];
+    indices.first(from, at);
+    out[0] = pair<WIDTH>(book, at[0], at[1]), out[1] = pair<WIDTH>(book, at[2], at[3]);
+    indices.last(from, at);
+    out[2] = pair<WIDTH>(book, at[0], at[1]), out[3] = pair<WIDTH>(book, at[2], at[3]);
   }
 };
 

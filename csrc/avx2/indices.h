@@ -42,13 +42,16 @@ struct EightIndices {
   }
 
   FEWBIT_INLINE int64_t size() const { return BITS ? BITS : bits; }
-  FEWBIT_INLINE void operator()(const uint8_t* codes, uint64_t (&at)[8]) const {
-    const int64_t n = size();
-    const uint64_t first = in_register(word_at<uint64_t>(codes)), last = in_register(word_at<uint64_t>(codes + n - 8));
-    for (int i = 0; i < 3; i++) at[i + 1] = extract(first, low[i]);
-    at[0] = first & ((uint64_t{1} << n) - 1);
-    for (int i = 0; i < 3; i++) at[i + 4] = extract(last, high[i]);
-    at[7] = last >> (64 - n);
+  // Columns 0 to 3, and 4 to 7: apart, as all of them would take too many registers.
+  FEWBIT_INLINE void first(const uint8_t* codes, uint64_t (&at)[4]) const {
+    const uint64_t word = in_register(word_at<uint64_t>(codes));
+    for (int i = 0; i < 3; i++) at[i + 1] = extract(word, low[i]);
+    at[0] = word & ((uint64_t{1} << size()) - 1);
+  }
+  FEWBIT_INLINE void last(const uint8_t* codes, uint64_t (&at)[4]) const {
+    const uint64_t word = in_register(word_at<uint64_t>(codes + size() - 8));
+    for (int i = 0; i < 3; i++) at[i] = extract(word, high[i]);
+    at[3] = word >> (64 - size());
   }
 };
 

@@ -40,10 +40,11 @@ struct Gather {
   FEWBIT_INLINE Gather(int64_t own, const uint8_t* entries) : indices(own), book(entries) {}
 
   FEWBIT_INLINE Eight<WIDTH> operator()(const uint8_t* codes) const {
-    uint64_t at[8];
-    indices(codes, at);
+    uint64_t at[4];
+    indices.first(codes, at);
     const auto a = pair<WIDTH>(book, at[0], at[1]), b = pair<WIDTH>(book, at[2], at[3]);
-    const auto c = pair<WIDTH>(book, at[4], at[5]), d = pair<WIDTH>(book, at[6], at[7]);
+    indices.last(codes, at);
+    const auto c = pair<WIDTH>(book, at[0], at[1]), d = pair<WIDTH>(book, at[2], at[3]);
     if constexpr (WIDTH == 16) return {{{a, b}, {c, d}}};
     else return {{{_mm256_set_m128i(b, a), _mm256_set_m128i(d, c)}}};
   }
