@@ -17,9 +17,9 @@
 namespace fewbit {
 namespace {
 
-constexpr int64_t kMost = 4;                     // tokens beside one another, whose sums registers hold
-constexpr int64_t kEntries = 256, kWidth = 16;   // of a book that is not wide, at most
-constexpr int64_t kQuads = kSegment / 4;         // of columns, of a segment where books are not wide
+constexpr int64_t kMost = 4;                    // tokens beside one another, whose sums registers hold
+constexpr int64_t kEntries = 256, kWidth = 16;  // of a book that is not wide, at most
+constexpr int64_t kQuads = kSegment / 4;        // of columns, of a segment where books are not wide
 
 using X = int16_t;
 
@@ -289,7 +289,8 @@ void many_codes(const Int8VectorTask& task, Books& books, int64_t code, int64_t 
         for (int64_t token = 0; token < tokens; token += M)
           add_part<M, kHalves>(words, activations_of<X>(task, token) + chunk * M * 32, chunks, sums[token / M]);
       }
-      for (int64_t token = 0; token < tokens; token += M) settle<M, kHalves>(task, segment, token, d, sums[token / M], totals[token / M]);
+      for (int64_t token = 0; token < tokens; token += M)
+        settle<M, kHalves>(task, segment, token, d, sums[token / M], totals[token / M]);
     }
   });
   for (int64_t token = 0; token < tokens; token += M) put_codes<M>(task, code, token, tokens - token, totals[token / M]);
