@@ -5,6 +5,7 @@
 // single token.
 #pragma once
 
+#include "avx2/indices.h"
 #include "avx512vnni/dot.h"
 
 #include "core/inline.h"
@@ -14,25 +15,6 @@ namespace fewbit {
 namespace {
 
 constexpr int64_t kFar = 8 * 1024, kNear = 512;  // bytes that are fetched early, to the second-level cache and the first
-
-template <class T>
-FEWBIT_INLINE T word_at(const void* p) {
-  T word;
-  __builtin_memcpy(&word, p, sizeof word);
-  return word;
-}
-
-// A register's, whatever the compiler knows of it: bextr has its field in no constant.
-FEWBIT_INLINE uint64_t in_register(uint64_t x) {
-  asm("" : "+r"(x));
-  return x;
-}
-// Bits of `word`: as many as bits 8 to 15 of `field` say, from that on which bits 0 to 7 say.
-FEWBIT_INLINE uint64_t extract(uint64_t word, uint64_t field) {
-  uint64_t found;
-  asm("bextr %2, %1, %0" : "=r"(found) : "r"(word), "r"(field) : "cc");
-  return found;
-}
 
 // Two entries, side by side.
 template <int WIDTH>
@@ -52,24 +34,17 @@ struct Eight {
 // Reads the indices of eight columns, which are `bits` bytes, and their entries. BITS: known beforehand, or 0.
 template <int WIDTH, int BITS>
 struct Gather {
-  int64_t bits;
+  EightIndices<BITS> indices;
   const uint8_t* book;
-  uint64_t low[3], high[3];  // of the first word of 8 bytes, indices 1, 2, 3; of the last one, indices 4, 5, 6
 
-  FEWBIT_INLINE Gather(int64_t own, const uint8_t* entries) : bits(BITS ? BITS : own), book(entries) {
-    for (int i = 0; i < 3; i++) {
-      low[i] = in_register(static_cast<uint64_t>((i + 1) * bits | bits << 8));
-      high[i] = in_register(static_cast<uint64_t>((64 - (4 - i) * bits) | bits << 8));
-    }
-  }
+  FEWBIT_INLINE Gather(int64_t own, const uint8_t* entries) : indices(own), book(entries) {}
 
   FEWBIT_INLINE Eight<WIDTH> operator()(const uint8_t* codes) const {
-    const int64_t n = BITS ? BITS : bits;
-    const uint64_t first = in_register(word_at<uint64_t>(codes)), last = in_register(word_at<uint64_t>(codes + n - 8));
-    const uint64_t one = extract(first, low[0]), two = extract(first, low[1]), three = extract(first, low[2]);
-    const auto a = pair<WIDTH>(book, first & ((uint64_t{1} << n) - 1), one), b = pair<WIDTH>(book, two, three);
-    const auto c = pair<WIDTH>(book, extract(last, high[0]), extract(last, high[1]));
-    const auto d = pair<WIDTH>(book, extract(last, high[2]), last >> (64 - n));
+    uint64_t at[4];
+    indices.first(codes, at);
+    const auto a = pair<WIDTH>(book, at[0], at[1]), b = pair<WIDTH>(book, at[2], at[3]);
+    indices.last(codes, at);
+    const auto c = pair<WIDTH>(book, at[0], at[1]), d = pair<WIDTH>(book, at[2], at[3]);
     if constexpr (WIDTH == 16) return {{{a, b}, {c, d}}};
     else return {{{_mm256_set_m128i(b, a), _mm256_set_m128i(d, c)}}};
   }
@@ -156,14 +131,14 @@ FEWBIT_INLINE void add_many(const Int8VectorTask& task, const uint8_t* codes, co
   const Gather<WIDTH, 0> first(task.bits, segment.book);
   const Gather<WIDTH, 0> second(BOOKS == 2 ? task.residual_bits : 8, segment.book + (WIDTH << task.bits));
   for (const int8_t* end = x + segment.chunks * M * 32; x < end; x += M * 32) {
-    const uint8_t* more = codes + first.bits * 4;
+    const uint8_t* more = codes + first.indices.size() * 4;
     fetch_early(codes);
     if (BOOKS == 2) fetch_early(more);
 #pragma GCC unroll 4
     for (int g = 0; g < 4; g++) {
-      Eight<WIDTH> bytes = first(codes + g * first.bits);
+      Eight<WIDTH> bytes = first(codes + g * first.indices.size());
       if constexpr (BOOKS == 2) {
-        const Eight<WIDTH> rest = second(more + g * second.bits);
+        const Eight<WIDTH> rest = second(more + g * second.indices.size());
         for (int h = 0; h < WIDTH / 4; h++) {
           __m256i& sum = bytes.half[h / 2][h % 2];
           sum = _mm256_add_epi8(sum, rest.half[h / 2][h % 2]);
@@ -176,7 +151,7 @@ FEWBIT_INLINE void add_many(const Int8VectorTask& task, const uint8_t* codes, co
         for (int m = 0; m < M; m++) dot[m] = multiply_add(dot[m], all, repeated<WIDTH>(x + m * 32 + g * 8 + v * 4));
       }
     }
-    codes = more + (BOOKS == 2 ? second.bits * 4 : 0);
+    codes = more + (BOOKS == 2 ? second.indices.size() * 4 : 0);
   }
 }
 
@@ -190,7 +165,7 @@ void gather_code(const Int8VectorTask& task, int64_t code, int64_t token, int64_
   for (int m = 0; m < M; m++) store(totals[m], _mm512_maskz_loadu_ps(rows, task.start + (token + m) * task.dim));
   const int64_t bytes = (task.bits + task.residual_bits) * 4;  // of a chunk
   const uint8_t* codes = wide_codes_of(task, code);
-  const int8_t* x = activations_of(task, token);
+  const int8_t* x = activations_of<int8_t>(task, token);
   VectorSegment segment(task);
   for (int64_t s = 0; s < task.segments; s++) {
     U dot[M];

@@ -7,42 +7,10 @@
 
 #include "avx512vbmi/gather.h"
 #include "core/int8_vector.h"
-#include "core/segments.h"
+#include "core/tile_indices.h"
 
 namespace fewbit {
 namespace {
-
-constexpr int64_t kAhead = 12 * 1024;  // bytes that are fetched early: no processor foresees the order within a chunk
-
-// The indices of columns 4g .. 4g+3 in the low 6 bits of every byte; above them may be anything.
-FEWBIT_INLINE U six_bits(const uint8_t* codes, int g) {
-  if (g < 6) return load_lanes(codes + g * 64);
-  const uint8_t* first = codes + (g - 6) * 192;
-  const U low = shift_right(load_lanes(first), 6), high = shift_right(load_lanes(first + 128), 2);
-  return select(0x0f0f0f0fu, select(0x03030303u, low, shift_right(load_lanes(first + 64), 4)), high);
-}
-
-// Writes the indices of a chunk, which another lies kAhead behind.
-template <int BITS>
-FEWBIT_INLINE void decode(const uint8_t* codes, uint8_t (*out)[64]) {
-  prefetch<BITS>(codes + kAhead);
-  Held<BITS> held;
-#pragma GCC unroll 8
-  for (int g = 0; g < 8; g++) {
-    if constexpr (BITS != 6) held.advance(codes, g);
-    store_lanes(out[g], BITS == 6 ? six_bits(codes, g) : held.quad(g));
-  }
-}
-
-FEWBIT_INLINE void decode(int32_t bits, const uint8_t* codes, uint8_t (*out)[64]) {
-  switch (bits) {
-    case 4: return decode<4>(codes, out);
-    case 5: return decode<5>(codes, out);
-    case 6: return decode<6>(codes, out);
-    case 7: return decode<7>(codes, out);
-    default: return decode<8>(codes, out);
-  }
-}
 
 // The indices of two chunks of a tile: of the one that is looked up, and of the next. (chunk % 2, book, groups of four
 // columns, 16 codes of these)
@@ -133,7 +101,7 @@ void strip(const Int8VectorTask& task, int64_t tile, int64_t token, int64_t toke
   alignas(64) float totals[M][T][16];
   for (int m = 0; m < M; m++)
     for (int t = 0; t < T; t++) store(totals[m][t], broadcast(task.start[(token + m) * task.dim + d + t]));
-  const int8_t* x = activations_of(task, token);
+  const int8_t* x = activations_of<int8_t>(task, token);
   Source<BOOKS> indices(task, tile);
   VectorSegment segment(task);
   for (int64_t s = 0, chunk = 0; s < task.segments; s++, segment.next()) {
@@ -193,6 +161,6 @@ void run(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64
 
 }  // namespace
 
-const Int8VectorKernel int8_vector_linear_avx512vbmi = {round_for_vectors, run};
+const Int8VectorKernel int8_vector_linear_avx512vbmi = {4, kMostTogether, sizeof(int8_t), round_for_vectors<int8_t>, run};
 
 }  // namespace fewbit

@@ -14,8 +14,9 @@ namespace fewbit {
 namespace {
 
 // Rounds a token, and begins its sums with what offsets contribute: the same for every code.
+template <class X>
 void round_for_vectors(const Int8VectorTask& task, const fewbit_input& x, int64_t token) {
-  round_token<int8_t>(task, x, token);
+  round_token<X>(task, x, token);
   float* start = task.start + token * task.dim;
   for (int d = 0; d < task.dim; d++) start[d] = 0;
   for (int64_t s = 0; s < task.segments; s++) {
@@ -70,8 +71,9 @@ inline const uint8_t* wide_codes_of(const Int8VectorTask& task, int64_t code) {
 }
 
 // Activations of `together` tokens from `token`: (chunks, together, 32).
-inline const int8_t* activations_of(const Int8VectorTask& task, int64_t token) {
-  return static_cast<const int8_t*>(task.activations) + token * task.chunks * 32;
+template <class X>
+const X* activations_of(const Int8VectorTask& task, int64_t token) {
+  return static_cast<const X*>(task.activations) + token * task.chunks * 32;
 }
 
 // The rows of one code of one token to y, the bias added.

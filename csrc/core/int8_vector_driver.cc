@@ -13,6 +13,7 @@ const Int8VectorKernel* find(int32_t isa) {
   switch (isa) {
     case FEWBIT_SERIAL: return &int8_vector_linear_serial;
 #if defined(__x86_64__)
+    case FEWBIT_AVX2: return &int8_vector_linear_avx2;
     case FEWBIT_AVX512VBMI: return &int8_vector_linear_avx512vbmi;
 #endif
     default: return nullptr;
@@ -30,10 +31,9 @@ bool sensible(const fewbit_byte_vectors& w, int64_t x_block) {
          segment_columns(w.columns, w.block, x_block) > 0 && w.codes && w.book && w.step && w.offset;
 }
 
-int64_t tokens_together(int64_t tokens, bool wide) {
+int64_t tokens_together(int64_t tokens, int64_t most) {
   if (tokens <= 2) return tokens;
-  if (tokens <= 4 || !wide) return 4;
-  return tokens <= 8 ? 8 : int64_t{kMostTogether};
+  return least(most, tokens <= 4 ? 4 : tokens <= 8 ? 8 : most);
 }
 
 // Columns whose products are summed up before they are scaled: of wide books a whole row where it has one of each scale.
@@ -74,15 +74,16 @@ extern "C" int fewbit_vector_linear_int8(const fewbit_byte_vectors* matrix, int6
   call.kernel = find(isa);
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   Int8VectorTask& task = call.task[0] = task_of(*matrix, x_block);
-  task.together = tokens_together(x->tokens, task.wide);
+  task.together = tokens_together(x->tokens, task.wide ? call.kernel->most_wide : call.kernel->most);
+  const int64_t bytes = task.chunks * 32 * call.kernel->bytes;
   const auto place = [&](Int8VectorTask& t, char* scratch, int64_t tokens) {
     t.activations = scratch;
-    t.sums = reinterpret_cast<float*>(scratch + tokens * t.chunks * 32);
+    t.sums = reinterpret_cast<float*>(scratch + tokens * bytes);
     t.x_scale = t.sums + tokens * t.segments;
     t.start = t.x_scale + tokens * t.x_blocks;
   };
   const int64_t floats = task.segments + task.x_blocks + task.dim;
   const fewbit_output output = {nullptr, bias, y, y_stride};
-  return run_rounded(call, &output, 1, *x, y_dtype, 1, task.chunks * 32, floats, kSmall / task.dim, thread_count(threads),
+  return run_rounded(call, &output, 1, *x, y_dtype, 1, bytes, floats, kSmall / task.dim, thread_count(threads),
                      place);
 }

@@ -208,6 +208,8 @@ enum : int64_t { kMostTogether = 16 };  // tokens, where books are wide
 
 // Vectors of bytes times int8 activations on one instruction set.
 struct Int8VectorKernel {
+  int64_t most, most_wide;  // tokens computed together where there are many, the latter of wide books
+  int64_t bytes;            // of a rounded activation
   // As those of SegmentKernel.
   void (*prepare)(const Int8VectorTask& task, const fewbit_input& x, int64_t token);
   void (*run)(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
@@ -275,12 +277,12 @@ struct GridKernel {
 
 extern const GridKernel grids_serial, grids_avx2;
 
-extern const Int8RowKernel int8_row_lut_linear_serial, int8_row_lut_linear_avxvnni, int8_row_lut_linear_avx512vnni,
-    int8_row_lut_linear_neondot;
+extern const Int8RowKernel int8_row_lut_linear_serial, int8_row_lut_linear_avx2, int8_row_lut_linear_avxvnni,
+    int8_row_lut_linear_avx512vnni, int8_row_lut_linear_neondot;
 
 extern const RowKernel row_lut_linear_serial, row_lut_linear_avx2, row_lut_linear_avx512, row_lut_linear_neon;
 
-extern const Int8VectorKernel int8_vector_linear_serial, int8_vector_linear_avx512vbmi;
+extern const Int8VectorKernel int8_vector_linear_serial, int8_vector_linear_avx2, int8_vector_linear_avx512vbmi;
 
 extern const VectorKernel vector_linear_serial, vector_linear_avx2, vector_linear_avx512, vector_linear_neon;
 

@@ -65,6 +65,7 @@ const Int8RowKernel* find_int8(int32_t isa) {
   switch (isa) {
     case FEWBIT_SERIAL: return &int8_row_lut_linear_serial;
 #if defined(__x86_64__)
+    case FEWBIT_AVX2: return &int8_row_lut_linear_avx2;
     case FEWBIT_AVXVNNI: return &int8_row_lut_linear_avxvnni;
     case FEWBIT_AVX512VNNI: return &int8_row_lut_linear_avx512vnni;
 #elif defined(__aarch64__)

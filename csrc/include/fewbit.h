@@ -267,9 +267,10 @@ typedef struct {
 /* y[token][row] = sum over columns of x[token][column] * w[row][column] + bias[row], x rounded to int8 as by
  * fewbit_linear_int8. Sums of bytes times activations are exact integers: over at most 256 columns, as 255 * 128 * 256 <
  * 2^24, or, of indices above 8 bits where block and x_block are whole rows, over all of at most 2^16 columns, as 255 * 128 *
- * 2^16 < 2^31, rounded to float32 once; offsets are multiplied by the sums of the activations, once a token. isa: FEWBIT_SERIAL or FEWBIT_AVX512VBMI. The
- * result is the same on either, at any number of threads and tokens. Error against the rounded x and w: at most about
- * (2 segments + 8) * 2^-24 times the sum of (2 |offset| + 255 |step|) |x| and |bias|, with segments as there. */
+ * 2^16 < 2^31, rounded to float32 once; offsets are multiplied by the sums of the activations, once a token. isa:
+ * FEWBIT_SERIAL, FEWBIT_AVX2 or FEWBIT_AVX512VBMI. The result is the same on all, at any number of threads and tokens. Error
+ * against the rounded x and w: at most about (2 segments + 8) * 2^-24 times the sum of (2 |offset| + 255 |step|) |x| and
+ * |bias|, with segments as there. */
 int fewbit_vector_linear_int8(const fewbit_byte_vectors* matrix, int64_t x_block, const fewbit_input* x,
                               const float* bias, void* y, int64_t y_stride, int32_t y_dtype, int32_t isa,
                               int32_t threads);
@@ -305,13 +306,13 @@ typedef struct {
   int64_t table_rows;    /* rows that share a table */
   int32_t bits;          /* 1 to 4 */
   const uint8_t* codes;  /* in row16 */
-  const uint8_t* levels; /* (tables, 16); entry i is that of code i % 2^bits */
+  const uint8_t* levels; /* (tables, 16), 1 to 255; entry i is that of code i % 2^bits */
   const float* factor;   /* (rows) */
 } fewbit_row_levels;
 
 /* y = x W^T + bias with x rounded to int8, one scale a token, as by fewbit_linear_int8. Products of bytes and activations
  * are summed in int32 over the whole row: at most 2^16 columns, where 255 * 128 * 2^16 < 2^31 excludes overflow. isa:
- * FEWBIT_SERIAL or one that multiplies four bytes at once. The result is the same on every ISA, at any number of threads
+ * FEWBIT_SERIAL, FEWBIT_AVX2 or one that multiplies four bytes at once. The result is the same on every ISA, at any number of threads
  * and tokens. Error against the rounded x and these levels: at most about 6 * 2^-24 times the sum of 2^8 |factor| |x| and
  * |bias|. NaN or infinity makes its token's results NaN. */
 int fewbit_row_linear_int8(const fewbit_row_levels* matrix, const fewbit_input* x, const float* bias, void* y,

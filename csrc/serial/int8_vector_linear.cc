@@ -66,7 +66,7 @@ void run_tile(const Int8VectorTask& task, int64_t tile, int64_t token, int64_t t
   for (int64_t m = 0; m < tokens; m++)
     for (int64_t d = 0; d < task.dim; d++)
       for (int64_t u = 0; u < 16; u++) totals[m][d][u] = task.start[(token + m) * task.dim + d];
-  const int8_t* x = activations_of(task, token);
+  const int8_t* x = activations_of<int8_t>(task, token);
   VectorSegment segment(task);
   for (int64_t s = 0, chunk = 0; s < task.segments; s++, segment.next()) {
     int32_t dot[kMostTogether][kMostDim][16] = {};
@@ -96,6 +96,6 @@ void run(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64
 
 }  // namespace
 
-const Int8VectorKernel int8_vector_linear_serial = {round_for_vectors, run};
+const Int8VectorKernel int8_vector_linear_serial = {4, kMostTogether, sizeof(int8_t), round_for_vectors<int8_t>, run};
 
 }  // namespace fewbit

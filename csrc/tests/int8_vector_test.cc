@@ -25,7 +25,7 @@ struct Isa {
   const char* name;
 };
 
-const Isa kIsas[] = {{FEWBIT_SERIAL, "serial"}, {FEWBIT_AVX512VBMI, "avx512vbmi"}};
+const Isa kIsas[] = {{FEWBIT_SERIAL, "serial"}, {FEWBIT_AVX2, "avx2"}, {FEWBIT_AVX512VBMI, "avx512vbmi"}};
 
 int failures = 0;
 

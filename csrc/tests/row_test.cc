@@ -29,26 +29,26 @@ void fail(const Shape& s, int32_t bits, int32_t isa, const char* what) {
          static_cast<long long>(s.columns), static_cast<long long>(s.tokens), what);
 }
 
-// Levels of 8 bits, and activations that int8 holds exactly: whole numbers of which one is 127, so that a scale of half a
-// step less than 1 is float16's 1.
+// Levels of 8 bits, and activations that int8 holds exactly, the least of them too: whole numbers, and -127.5, which becomes
+// -128. One is 127, so that a scale of half a step less than 1 is float16's 1.
 void check_int8(const Shape& s, int32_t bits, const std::vector<uint8_t>& packed, const std::vector<uint8_t>& codes,
                 std::vector<float> x, const std::vector<float>& bias, std::mt19937& random) {
   const int64_t tables = (s.rows + s.table_rows - 1) / s.table_rows;
   std::vector<uint8_t> level(tables * 16);
   for (int64_t i = 0; i < tables * 16; i++) {
     const int64_t from = i / 16 * 16 + i % 16 % (1 << bits);
-    level[i] = i == from ? static_cast<uint8_t>(random() % 256) : level[from];
-    if (random() % 5 == 0 && i == from) level[i] = random() % 2 ? 255 : 0;
+    level[i] = i == from ? static_cast<uint8_t>(1 + random() % 255) : level[from];
+    if (random() % 5 == 0 && i == from) level[i] = random() % 2 ? 255 : 1;
   }
   std::vector<float> factor(s.rows);
   for (auto& value : factor) value = ldexpf(1, static_cast<int>(random() % 9) - 4);
-  for (auto& value : x) value = static_cast<float>(static_cast<int32_t>(random() % 255) - 127);
+  for (auto& value : x) value = random() % 9 ? static_cast<float>(static_cast<int32_t>(random() % 255) - 127) : -127.5f;
   for (int64_t t = 0; t < s.tokens; t++) x[t * s.columns] = 127.5f;  // becomes 127: 2 * 127.5 / 255 is 1
   const fewbit_row_levels matrix = {s.rows, s.columns, s.table_rows, bits, packed.data(), level.data(), factor.data()};
   const fewbit_input input = {x.data(), s.tokens, s.columns, 1, FEWBIT_FLOAT32};
   const fewbit_input last = {x.data() + (s.tokens - 1) * s.columns, 1, s.columns, 1, FEWBIT_FLOAT32};
   std::vector<float> first;
-  for (const int32_t isa : {FEWBIT_SERIAL, FEWBIT_AVXVNNI, FEWBIT_AVX512VNNI, FEWBIT_NEONDOT}) {
+  for (const int32_t isa : {FEWBIT_SERIAL, FEWBIT_AVX2, FEWBIT_AVXVNNI, FEWBIT_AVX512VNNI, FEWBIT_NEONDOT}) {
     if (!(fewbit_caps() & isa)) continue;
     std::vector<float> y(s.tokens * s.rows, NAN), twin(y);
     const int code = fewbit_row_linear_int8(&matrix, &input, bias.data(), y.data(), s.rows, FEWBIT_FLOAT32, isa, 1);
@@ -57,7 +57,7 @@ void check_int8(const Shape& s, int32_t bits, const std::vector<uint8_t>& packed
       for (int64_t r = 0; r < s.rows; r++) {
         double sum = 0, magnitude = 0;
         for (int64_t c = 0; c < s.columns; c++) {
-          const double q = c ? x[t * s.columns + c] : 127;
+          const double q = c ? floor(x[t * s.columns + c]) : 127;
           sum += q * (level[r / s.table_rows * 16 + codes[r * s.columns + c]] - 128);
           magnitude += fabs(q) * 256;
         }
