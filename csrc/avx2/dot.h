@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "avx2/narrow.h"
 #include "avx2/shuffle.h"
 #include "avx2/simd.h"
 
 #include "core/kernel.h"
 #include "core/parts.h"
+#include "core/rounding.h"
 
 namespace fewbit {
 namespace {
@@ -27,6 +29,7 @@ inline U four(const int8_t* x) {
 // Narrow sums are widened before kGroups * 2 * (2^bits - 1) * 128 exceeds 32767.
 template <int BITS>
 struct Dot {
+  using Narrow = NarrowSum<BITS>;
   static constexpr int kGroups = BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
   static constexpr float kOrigin = 0;
   U narrow = _mm256_setzero_si256(), wide = _mm256_setzero_si256();
@@ -51,6 +54,7 @@ struct Words {
   using X = int16_t;
 
   struct Sum {
+    using Narrow = NarrowWords;
     static constexpr int kGroups = 8;
     U sum = _mm256_setzero_si256();
 
@@ -70,6 +74,12 @@ struct Words {
     return _mm256_cvtepi32_ps(_mm256_hadd_epi32(dot[0].sum, dot[1].sum));
   }
 };
+
+// Activations of few tokens as they are, those of many raised.
+inline void round_raised(const SegmentTask& task, const fewbit_input& x, int64_t token) {
+  if (task.together < kManyTokens || (kDirect4 && x.tokens <= 4)) return round_token<int8_t>(task, x, token);
+  round_token<Raised>(task, x, token);
+}
 
 }  // namespace
 }  // namespace fewbit
