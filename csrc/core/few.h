@@ -101,17 +101,19 @@ constexpr bool kTakesParts = false;
 template <class K>
 constexpr bool kTakesParts<K, std::void_t<decltype(K::kAt)>> = true;
 
+template <class Sum, int T, int M, int P>
+FEWBIT_INLINE void flush(Sum (&dot)[T][M][P]) {
+  for (int t = 0; t < T; t++)
+    for (int m = 0; m < M; m++)
+      for (int p = 0; p < P; p++) dot[t][m][p].flush();
+}
+
 // Multiplies chunks [0, chunks) of T row groups, at `codes`, by M tokens.
 template <class K, int T, int M>
 FEWBIT_INLINE void multiply_few(const K& kernel, const uint8_t* (&codes)[T], int64_t chunks, const typename K::X* x, int64_t ahead,
                                 typename K::Sum (&dot)[T][M][K::kPlanes]) {
   constexpr int P = K::kPlanes, groups = K::Sum::kGroups;
   constexpr int64_t most = K::Sum::kChunks;
-  const auto flush = [&] {
-    for (int t = 0; t < T; t++)
-      for (int m = 0; m < M; m++)
-        for (int p = 0; p < P; p++) dot[t][m][p].flush();
-  };
   for (int64_t left = chunks; left > 0; left -= most) {
     const int64_t run = left < most ? left : most;
     for (int64_t c = 0; c < run; c++, x += M * 32) {
@@ -130,11 +132,11 @@ FEWBIT_INLINE void multiply_few(const K& kernel, const uint8_t* (&codes)[T], int
         for (int m = 0; m < M; m++)
           for (int t = 0; t < T; t++)
             for (int p = 0; p < P; p++) dot[t][m][p].add(u[t][p], x + m * 32 + g * 4);
-        if (groups < 8 && (g + 1) % groups == 0) flush();
+        if (groups < 8 && (g + 1) % groups == 0) flush(dot);
       }
       for (int t = 0; t < T; t++) codes[t] += K::kBits * 64;
     }
-    if (groups == 8) flush();
+    if (groups == 8) flush(dot);
   }
 }
 
