@@ -7,25 +7,26 @@
 // Activations of a chunk are made into its tables, (4 bytes of a lane, 2 halves of a byte, 2 planes, 16 bytes).
 #pragma once
 
-#include <string.h>
-
 #include "avx2/simd.h"
 
-#include "core/rounding.h"
 #include "core/few.h"
+#include "core/rounding.h"
 
 namespace fewbit {
 namespace {
 
-constexpr int kTableBytes = 4 * 2 * 2 * 16;   // of a chunk
-constexpr int kRaised = 512;                  // >= 4 * 128
-constexpr int64_t kTableRun = 8;              // chunks whose sums, at most 8 * 1020 each, add up in 16 bits
+constexpr int kTableBytes = 4 * 2 * 2 * 16;  // of a chunk
+constexpr int kRaised = 512;                 // >= 4 * 128
+constexpr int64_t kTableRun = 8;             // chunks whose sums, at most 8 * 1020 each, add up in 16 bits
 
 // The tables of 32 activations.
 inline void chunk_tables(const int8_t* x, uint8_t* out) {
   const U index = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   U taken[4];  // entries that hold the activation of bit i
-  for (int i = 0; i < 4; i++) taken[i] = _mm256_cmpgt_epi16(_mm256_and_si256(index, _mm256_set1_epi16(1 << i)), _mm256_setzero_si256());
+  for (int i = 0; i < 4; i++) {
+    const U bit = _mm256_set1_epi16(static_cast<int16_t>(1 << i));
+    taken[i] = _mm256_cmpeq_epi16(mask(index, bit), bit);
+  }
   for (int j = 0; j < 4; j++)
     for (int half = 0; half < 2; half++, out += 32) {
       U sum = _mm256_set1_epi16(kRaised);
@@ -89,7 +90,7 @@ template <int M>
 void look_up(const SegmentTask& task, const SegmentStrip& strip) {
   Unsettled<4, M> all(task, strip);
   const uint8_t* codes = Group(task, strip.at(0)).codes;
-  const int64_t apart = Group(task, strip.at(2)).codes - codes;
+  const int64_t apart = strip.groups > 2 ? task.chunks * 64 : 0;  // a tile alone is taken for both
   const auto* tables = static_cast<const uint8_t*>(task.activations);
   const int64_t ahead = fetched_ahead(task, 2);
   const U half = _mm256_set1_epi8(15);

@@ -110,8 +110,8 @@ FEWBIT_INLINE void flush(Sum (&dot)[T][M][P]) {
 
 // Multiplies chunks [0, chunks) of T row groups, at `codes`, by M tokens.
 template <class K, int T, int M>
-FEWBIT_INLINE void multiply_few(const K& kernel, const uint8_t* (&codes)[T], int64_t chunks, const typename K::X* x, int64_t ahead,
-                                typename K::Sum (&dot)[T][M][K::kPlanes]) {
+FEWBIT_INLINE void multiply_few(const K& kernel, const uint8_t* (&codes)[T], int64_t chunks, const typename K::X* x,
+                                int64_t ahead, typename K::Sum (&dot)[T][M][K::kPlanes]) {
   constexpr int P = K::kPlanes, groups = K::Sum::kGroups;
   constexpr int64_t most = K::Sum::kChunks;
   for (int64_t left = chunks; left > 0; left -= most) {
