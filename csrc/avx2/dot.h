@@ -16,8 +16,11 @@ constexpr int kDirect2 = 2, kDirect4 = 1, kDirect8 = 0, kDirectChains = 1, kAlon
 constexpr int direct1(int bits) { return part_count(bits) == 1 && bits < 8 ? 4 : 2; }  // what 16 registers hold
 constexpr int planes(int bits) { return bits == 8 ? 2 : 1; }
 constexpr bool kInPlace = false;
+constexpr bool kFew = true;
 constexpr int kSums = 0, kUnrollMany = 1;
 constexpr int kLevelBits = 5;
+
+constexpr int64_t kEndless = INT64_MAX;
 
 inline U four(const int8_t* x) {
   int32_t lane;
@@ -26,11 +29,12 @@ inline U four(const int8_t* x) {
 }
 
 // vpmaddubsw sums pairs in int16, which would saturate past 2 * 127 * 128: codes of 8 bits are multiplied as nibbles.
-// Narrow sums are widened before kGroups * 2 * (2^bits - 1) * 128 exceeds 32767.
+// Narrow sums are widened before kGroups * 2 * (2^bits - 1) * 128 exceeds 32767, or that of 8 kChunks groups does.
 template <int BITS>
 struct Dot {
   using Narrow = NarrowSum<BITS>;
   static constexpr int kGroups = BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
+  static constexpr int64_t kChunks = BITS <= 4 ? 32767 / (8 * 2 * 128 * ((1 << BITS) - 1)) : kEndless;
   static constexpr float kOrigin = 0;
   U narrow = _mm256_setzero_si256(), wide = _mm256_setzero_si256();
 
@@ -46,6 +50,22 @@ struct Dot {
   inline F value() const { return _mm256_cvtepi32_ps(wide); }
 };
 
+// Levels of -127 .. 127 as they are, times activations: the magnitudes of these, times the levels with their signs. Of an
+// activation, -128 is one that has a magnitude of 8 bits, of a level it would have none. Pairs of products take 16 bits.
+struct SignedBytes {
+  static constexpr int kMost = 127, kGroups = 8;
+  static constexpr int64_t kChunks = kEndless;
+  U wide = _mm256_setzero_si256();
+
+  inline void add(U u, const int8_t* x) {
+    const U pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(four(x)), _mm256_sign_epi8(u, four(x)));
+    wide = _mm256_add_epi32(wide, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    asm("" : "+x"(wide));
+  }
+  inline void flush() {}
+  inline F value() const { return _mm256_cvtepi32_ps(wide); }
+};
+
 // int16 levels times activations as int16, summed in pairs: each plane holds four columns of every other two
 // rows, whose halves are added up at the end. Nothing overflows: 32767 * 128 * 256 columns < 2^31.
 struct Words {
@@ -56,6 +76,7 @@ struct Words {
   struct Sum {
     using Narrow = NarrowWords;
     static constexpr int kGroups = 8;
+    static constexpr int64_t kChunks = kEndless;
     U sum = _mm256_setzero_si256();
 
     inline void add(U u, const int16_t* x) {

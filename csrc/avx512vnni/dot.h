@@ -15,6 +15,7 @@ constexpr int kDigits1 = 4, kDigits2 = 2, kAloneDigits = 2, kManyDigits = 2;
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = true;
+constexpr bool kFew = false;
 constexpr int kSums = 16, kUnrollMany = 8;
 constexpr int kRowsBeside = 4;
 constexpr int kByteOrigin = 0;

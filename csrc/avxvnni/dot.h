@@ -15,6 +15,7 @@ constexpr int kDigits1 = 2, kDigits2 = 1, kAloneDigits = 0, kManyDigits = 1;
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = true;
+constexpr bool kFew = false;
 constexpr int kSums = 8, kUnrollMany = 1;
 constexpr int kRowsBeside = 2;
 constexpr int kByteOrigin = 0;

@@ -18,6 +18,7 @@
 //   kDigits1, kDigits2, kAloneDigits, kManyDigits    row groups, sums and row groups as above for activations of 24 bits; only
 //                      where there is a int24_linear.cc
 //   planes(BITS)       2 where codes of 8 bits are multiplied as two planes of nibbles, else 1
+//   kFew               whether one and two tokens are computed as in few.h
 //   kInPlace           whether any byte may be multiplied: a field of several in a byte then need not be shifted
 //     kSums            sums beside which masks of fields have room in registers
 //     add_once(u, x)   add, where no other sum takes these activations
@@ -30,6 +31,7 @@
 #pragma once
 
 #include "core/decoded.h"
+#include "core/few.h"
 #include "core/spans.h"
 
 namespace fewbit {
@@ -106,11 +108,15 @@ struct Beside<Codes<BITS, FIELDS>> {
 // Row groups one by one with `alone` sums each, or by T.
 template <class K, int T, int M, int alone>
 FEWBIT_INLINE void strips_few(const SegmentTask& task, int64_t group, int64_t end, int64_t tokens) {
-  constexpr int fields = K::kFields, chains = fields > 1 ? fields : kDirectChains;
-  if constexpr (alone > 0)
-    if (task.alone) return strips_direct<K, 1, M, (fields > 1 ? fields : alone)>(task, group, end, tokens);
-  constexpr int room = kSums / (fields * M), beside = fields == 1 || room > T ? T : room > 1 ? room : 1;
-  strips_direct<K, beside, M, chains>(task, group, end, tokens);
+  if constexpr (kFew) {
+    strips_settled<K, T, M>(task, group, end, tokens);
+  } else {
+    constexpr int fields = K::kFields, chains = fields > 1 ? fields : kDirectChains;
+    if constexpr (alone > 0)
+      if (task.alone) return strips_direct<K, 1, M, (fields > 1 ? fields : alone)>(task, group, end, tokens);
+    constexpr int room = kSums / (fields * M), beside = fields == 1 || room > T ? T : room > 1 ? room : 1;
+    strips_direct<K, beside, M, chains>(task, group, end, tokens);
+  }
 }
 
 template <class K>

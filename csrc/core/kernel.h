@@ -117,6 +117,13 @@ struct LutKernels {
   SegmentKernel bytes, words;
 };
 
+// One or two tokens on an instruction set that computes them by a kernel of their own: codes of at most `most` bits, or tables
+// of levels of at most `most`.
+struct FewKernel {
+  int32_t most;
+  SegmentKernel kernel;
+};
+
 // Work of a kernel that counts signs which differ: one scale a row of the weight, and one a token.
 struct XnorTask {
   static constexpr int32_t bits = 1;
@@ -296,6 +303,8 @@ extern const SegmentKernel int8_linear_serial, int8_linear_avx2, int8_linear_avx
     int8_linear_neon, int8_linear_neondot, int8_linear_neoni8mm;
 extern const LutKernels int8_lut_linear_serial, int8_lut_linear_avx2, int8_lut_linear_avxvnni, int8_lut_linear_avx512vnni,
     int8_lut_linear_neon, int8_lut_linear_neondot, int8_lut_linear_neoni8mm;
+
+extern const FewKernel int8_few_linear_avx2, int8_few_lut_linear_avx2;
 
 extern const Kernel affine_linear_serial, lut_linear_serial;
 extern const Kernel affine_linear_avx2, lut_linear_avx2;

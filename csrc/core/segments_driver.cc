@@ -56,6 +56,15 @@ const SegmentKernel* find(const FixedPoint* table, int32_t isa) {
   }
 }
 
+// That of one or two tokens alone, where there is one; `most`: bits of a code, or the largest level.
+const SegmentKernel* find_few(bool lut, int32_t most, int64_t tokens, int32_t isa) {
+#if defined(__x86_64__)
+  const FewKernel& few = lut ? int8_few_lut_linear_avx2 : int8_few_linear_avx2;
+  if (fewbit_caps() & isa & FEWBIT_AVX2 && tokens <= 2 && most <= few.most) return &few.kernel;
+#endif
+  return nullptr;
+}
+
 // Columns that share a scale of the activations, `x_block` being an argument of fewbit_linear_many.
 int64_t columns_of(int64_t x_block, int64_t columns) { return x_block < 0 ? columns : x_block; }
 
@@ -122,13 +131,17 @@ int64_t together(int64_t tokens, const SegmentKernel& kernel, bool bfloat16s) {
 int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int64_t x_block, int32_t y_dtype,
         int32_t isa, int32_t threads) {
   RoundedCall<SegmentTask, SegmentKernel> call{};
-  FixedPoint levels;  // of all matrices
+  FixedPoint levels{};  // of all matrices
   const float* table = outputs[0].matrix->table;
   if (table && !fixed_point(table, outputs[0].matrix->bits, &levels)) return FEWBIT_BAD_ARGUMENT;
   const bool bfloat16s = x_block == FEWBIT_BFLOAT16S;
   call.kernel = bfloat16s                  ? find_bfloat16(isa)
                 : x_block == FEWBIT_INT24 ? find_int24(isa)
                                           : find(table ? &levels : nullptr, isa);
+  int32_t most = levels.most;  // or bits, of all matrices
+  for (int32_t i = 0; i < count && !table; i++) most = most > outputs[i].matrix->bits ? most : outputs[i].matrix->bits;
+  if (x_block > 0)
+    if (const SegmentKernel* few = find_few(table, most, x.tokens, isa)) call.kernel = few;
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   for (int32_t i = 0; i < count; i++) {
     SegmentTask& task = call.task[i] = task_of(*outputs[i].matrix, x_block);

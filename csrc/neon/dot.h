@@ -12,6 +12,7 @@ constexpr int kDirect2 = 4, kDirect4 = 0, kDirect8 = 0, kDirectChains = 1, kAlon
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;
+constexpr bool kFew = false;
 constexpr int kSums = 0, kUnrollMany = 1;
 
 // Signed products of bytes, summed in pairs: codes of 8 bits are shifted down by 128 first. -128 * -128 twice does not

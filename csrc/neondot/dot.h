@@ -13,6 +13,7 @@ constexpr int kDigits1 = 4, kDigits2 = 2, kAloneDigits = 0, kManyDigits = 2;
 constexpr int direct1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;
+constexpr bool kFew = false;
 constexpr int kSums = 0, kUnrollMany = 1;
 constexpr int kRowsBeside = 4;
 constexpr int kByteOrigin = 128;
