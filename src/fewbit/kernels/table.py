@@ -195,6 +195,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("int8_vector", "avx512vbmi", "vector16"),
     Kernel("int24", "avx512vnni", "tile16"),
     Kernel("int24", "avxvnni", "tile16"),
+    Kernel("int24", "avx2", "tile16"),
     Kernel("int24", "neoni8mm", "tile16"),
     Kernel("int24", "neondot", "tile16"),
     Kernel("affine", "avx512", "tile16"),

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "avx2/dot.h"
+
+#include "core/int24.h"
+
+namespace fewbit {
+
+const SegmentKernel int24_linear_avx2 = {kDigitRows, 1, kDigits, digits_of, int24_run};
+
+}  // namespace fewbit
