@@ -2,10 +2,9 @@
 #include "avx2/dot.h"
 
 #include "core/int8.h"
-#include "core/rounding.h"
 
 namespace fewbit {
 
-const SegmentKernel int8_linear_avx2 = {kManyTokens, 1, 1, round_token<int8_t>, int8_run};
+const SegmentKernel int8_linear_avx2 = {kManyTokens, 1, 1, round_raised, int8_run};
 
 }  // namespace fewbit

@@ -75,6 +75,37 @@ struct Codes {
   }
 };
 
+// The same beside many tokens, where sums of an ISA are narrow: centred, which narrow sums take more of.
+template <int BITS>
+struct Centred : Codes<BITS, 1> {
+  using Base = Codes<BITS, 1>;
+  using X = typename Base::Sum::Narrow::X;
+  using Sum = typename Base::Sum::Narrow;
+  static constexpr int kOrigin = Sum::kCentre * (Base::kPlanes == 2 ? 17 : 1);
+  float origin;
+
+  explicit FEWBIT_INLINE Centred(const SegmentTask& task) : Base(task), origin(kOrigin - task.whole) {}
+
+  FEWBIT_INLINE void split(U codes, U (&plane)[Base::kPlanes]) const {
+    Base::split(codes, plane);
+    for (int p = 0; p < Base::kPlanes; p++) plane[p] = Sum::centred(plane[p]);
+  }
+  FEWBIT_INLINE F value(const Sum (&dot)[Base::kPlanes]) const {
+    if constexpr (Base::kPlanes == 2) return add(dot[0].value(), multiply(dot[1].value(), broadcast(16.0f)));
+    return dot[0].value();
+  }
+};
+
+// What K is beside many tokens.
+template <class K, class = void>
+struct Beside {
+  using Many = K;
+};
+template <int BITS, int FIELDS>
+struct Beside<Codes<BITS, FIELDS>, std::void_t<typename Codes<BITS, FIELDS>::Sum::Narrow>> {
+  using Many = Centred<BITS>;
+};
+
 // Row groups one by one with `alone` sums each, or by T.
 template <class K, int T, int M, int alone>
 FEWBIT_INLINE void strips_few(const SegmentTask& task, int64_t group, int64_t end, int64_t tokens) {
@@ -100,7 +131,7 @@ void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, 
     return strips_direct<K, share<K>(kDirect4), 4, 1>(task, begin, end, tokens);
   if (kDirect8 && task.together == 8 && tokens <= 8)
     return strips_direct<K, share<K>(kDirect8), 8, 1>(task, begin, end, tokens);
-  strips_decoded<K, kMany, kManyTokens>(task, begin, end, tokens);
+  strips_decoded<typename Beside<K>::Many, kMany, kManyTokens>(task, begin, end, tokens);
 }
 
 inline void int8_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
