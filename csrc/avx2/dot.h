@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "avx2/narrow.h"
 #include "avx2/shuffle.h"
 #include "avx2/simd.h"
 
@@ -11,9 +12,10 @@
 namespace fewbit {
 namespace {
 
-constexpr int kDirect2 = 2, kDirect4 = 1, kDirect8 = 0, kDirectChains = 1, kAlone = 0, kAlone2 = 0, kMany = 4, kManyTokens = 4;
-constexpr int kDigits1 = 2, kDigits2 = 1, kAloneDigits = 0, kManyDigits = 4;
+constexpr int kDirect2 = 2, kDirect4 = 1, kDirect8 = 0, kDirectChains = 1, kAlone = 0, kAlone2 = 0, kMany = 2, kManyTokens = 4;
+constexpr int kDigits2 = 1, kAloneDigits = 0, kManyDigits = 0;
 constexpr int direct1(int bits) { return part_count(bits) == 1 && bits < 8 ? 4 : 2; }  // what 16 registers hold
+constexpr int digits1(int bits) { return bits == 3 ? 1 : 2; }
 constexpr int planes(int bits) { return bits == 8 ? 2 : 1; }
 constexpr bool kInPlace = false;
 constexpr int kSums = 0, kUnrollMany = 1;
@@ -24,41 +26,6 @@ inline U four(const int8_t* x) {
   __builtin_memcpy(&lane, x, sizeof lane);
   return _mm256_set1_epi32(lane);
 }
-
-// An activation more by 128.
-struct Raised {
-  uint8_t byte;
-
-  Raised() = default;
-  explicit inline Raised(int32_t activation) : byte(static_cast<uint8_t>(activation + 128)) {}
-};
-
-// Sums of many tokens (see spans.h): codes c lowered to lie around 0, times activations x raised to 0 .. 255. A narrow sum is
-// exact modulo 2^16, and begins at -128 times the sum of its codes: it ends at that of c * x, which fits an int16, as
-// -2^(BITS-1) < c <= 2^(BITS-1) and -128 <= x < 128.
-template <int BITS>
-struct NarrowSum {
-  using X = Raised;
-  static constexpr int kSpan = 256 >> BITS > 64 ? 64 : 256 >> BITS, kCentre = (1 << (BITS - 1)) - 1;
-  U wide = _mm256_setzero_si256();
-
-  static inline U four(const Raised* x) {
-    int32_t lane;
-    __builtin_memcpy(&lane, x, sizeof lane);
-    return _mm256_set1_epi32(lane);
-  }
-  static inline U centred(U u) { return _mm256_sub_epi8(u, _mm256_set1_epi8(kCentre)); }
-  static inline U less(U narrow, U u) {
-    return _mm256_sub_epi16(narrow, _mm256_maddubs_epi16(_mm256_set1_epi8(-128), u));
-  }
-  static inline void add(U& narrow, U u, U x) {
-    narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(x, u));
-    asm("" : "+x"(narrow));  // GCC would delay the additions, and keep one of eight sums in memory for that
-  }
-  inline void begin(F start) { wide = _mm256_add_epi32(wide, _mm256_cvtps_epi32(start)); }
-  inline void flush(U narrow) { wide = _mm256_add_epi32(wide, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1))); }
-  inline F value() const { return _mm256_cvtepi32_ps(wide); }
-};
 
 // vpmaddubsw sums pairs in int16, which would saturate past 2 * 127 * 128: codes of 8 bits are multiplied as nibbles.
 // Narrow sums are widened before kGroups * 2 * (2^bits - 1) * 128 exceeds 32767.
@@ -89,20 +56,9 @@ struct Words {
   using X = int16_t;
 
   struct Sum {
-    static constexpr int kGroups = 8, kSpan = 64;
+    using Narrow = NarrowWords;
+    static constexpr int kGroups = 8;
     U sum = _mm256_setzero_si256();
-
-    static inline U four(const int16_t* x) {
-      int64_t lanes;
-      __builtin_memcpy(&lanes, x, sizeof lanes);
-      return _mm256_set1_epi64x(lanes);
-    }
-    static inline U less(U narrow, U) { return narrow; }
-    static inline void add(U& narrow, U u, U x) {
-      narrow = _mm256_add_epi32(narrow, _mm256_madd_epi16(u, x));
-      asm("" : "+x"(narrow));
-    }
-    inline void flush(U narrow) { sum = _mm256_add_epi32(sum, narrow); }
 
     inline void add(U u, const int16_t* x) {
       int64_t lanes;

@@ -6,7 +6,6 @@
 
 #include "core/pairs.h"
 #include "core/segments.h"
-#include "core/spans.h"
 
 namespace fewbit {
 namespace {
@@ -20,13 +19,11 @@ struct alignas(64) Decoded {
 
 template <class K, int T>
 FEWBIT_INLINE void decode_segment(const SegmentTask& task, const K& kernel, const SegmentStrip& strip, int64_t first,
-                                  int64_t chunks, Decoded<T> (&out)[K::kPlanes], Starts<K, T>& starts) {
-  constexpr int kSpan = kSpanOf<typename K::Sum>;
+                                  int64_t chunks, Decoded<T> (&out)[K::kPlanes]) {
   for (int t = 0; t < T; t++) {
     const uint8_t* codes = Group(task, strip.at(t)).codes + first * K::kBits * 64;
     const int64_t ahead = (task.segment_chunks < kPart ? task.segment_chunks : kPart) * K::kBits * 64;
     Held<K::kBits> held;
-    U start[K::kPlanes] = {};
     for (int64_t c = 0; c < chunks; c++, codes += K::kBits * 64) {
       // What comes next, which is decoded when this one has been multiplied by all tokens.
       prefetch<K::kBits>(codes + ahead);
@@ -35,15 +32,7 @@ FEWBIT_INLINE void decode_segment(const SegmentTask& task, const K& kernel, cons
         U plane[K::kPlanes];
         held.advance(codes, g);
         kernel.split(held.quad(g), plane);
-        for (int p = 0; p < K::kPlanes; p++) {
-          store_lanes(out[p].bytes[c * 8 + g][t], plane[p]);
-          if constexpr (kSpan > 0) {
-            start[p] = K::Sum::less(start[p], plane[p]);
-            if ((g + 1) % (kSpan < 8 ? kSpan : 8)) continue;
-            starts.first[p][(c * 8 + g) / kSpan][t] = start[p];
-            if ((c * 8 + g + 1) % kSpan == 0) start[p] = U{};
-          }
-        }
+        for (int p = 0; p < K::kPlanes; p++) store_lanes(out[p].bytes[c * 8 + g][t], plane[p]);
       }
     }
   }
@@ -65,7 +54,6 @@ struct Part {
   Line line[T];
   float sum[kRoundedTokens], start[kRoundedTokens];  // of activations; what sums of products begin with
   float totals[kRoundedTokens][T][kLanes];
-  Starts<K, T> starts;
 
   static constexpr int64_t kStep = kAsStored<K> ? 64 : T * kLanes * 4;
 
@@ -97,15 +85,13 @@ __attribute__((noinline)) void add_part(Part<K, T>& part, int64_t token) {
   x += (token * part.task.chunks + part.first * M) * 32;
   // What the next tokens begin with; the processor foresees what follows it.
   for (int i = 0; i < M; i++) __builtin_prefetch(x + M * part.task.chunks * 32 + i * 64 / sizeof *x);
-  constexpr bool pairs = kHasPairs<Sum>, spans = kSpanOf<Sum> > 0;
+  constexpr bool pairs = kHasPairs<Sum>;
   if constexpr (pairs) multiply_pairs<K, T, M>(part.bytes, step, part.chunks, x, dot);
   if constexpr (K::kBegins >= 0)
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
       for (int t = 0; t < T; t++) dot[t][m][K::kBegins].begin(broadcast(part.start[token + m]));
-  if constexpr (spans) multiply_spans<K, T, M>(part.bytes[0][0], sizeof(Decoded<T>), part.starts, part.chunks, x, dot);
-  if constexpr (!spans)
   for (int64_t c = 0; !pairs && c < part.chunks; c++, x += M * 32) {
     for (int begin = 0; begin < 8; begin += Sum::kGroups) {
 #pragma GCC unroll kUnrollMany
@@ -145,7 +131,7 @@ FEWBIT_INLINE void prefetch_next(const uint8_t* const (&bytes)[T], int64_t chunk
 template <class K, int T>
 FEWBIT_INLINE void locate(const SegmentTask& task, const SegmentStrip& rows, Part<K, T>& part,
                           Decoded<T> (&decoded)[K::kPlanes]) {
-  if constexpr (!kAsStored<K>) decode_segment<K, T>(task, part.kernel, rows, part.first, part.chunks, decoded, part.starts);
+  if constexpr (!kAsStored<K>) decode_segment<K, T>(task, part.kernel, rows, part.first, part.chunks, decoded);
   for (int p = 0; p < K::kPlanes; p++)
     for (int t = 0; t < T; t++)
       part.bytes[p][t] = kAsStored<K> ? Group(task, rows.at(t)).codes + part.first * K::kBits * 64 : decoded[p].bytes[0][t];

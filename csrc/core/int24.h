@@ -56,11 +56,15 @@ template <class K>
 void int24_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile, rows = tokens * kDigits;
   if (task.together == kDigits) {
-    if constexpr (K::kFields * kDigits <= kSums) return strips_few<K, kDigits1, kDigits, kAloneDigits>(task, begin, end, rows);
-    return strips_direct<K, share<K>(kDigits1), kDigits, 1>(task, begin, end, rows);
+    constexpr int groups = digits1(K::kBits);
+    if constexpr (K::kFields * kDigits <= kSums) return strips_few<K, groups, kDigits, kAloneDigits>(task, begin, end, rows);
+    return strips_direct<K, share<K>(groups), kDigits, 1>(task, begin, end, rows);
   }
   if (tokens <= 2) return strips_direct<K, share<K>(kDigits2), kDigitRows, 1>(task, begin, end, rows);
-  strips_decoded<typename Beside<K>::Many, kManyDigits, kDigitRows>(task, begin, end, rows);
+  if constexpr (kHasSpans<typename K::Sum>)
+    strips_spans<typename Beside<K>::Many, kDigitRows>(task, begin, end, rows);
+  else
+    strips_decoded<K, kManyDigits, kDigitRows>(task, begin, end, rows);
 }
 
 inline void int24_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {

@@ -15,8 +15,8 @@
 //   kAlone, kAlone2    the same where row groups are taken one by one (see SegmentTask); 0: they never are
 //   kUnrollMany                          see decoded.h
 //   kMany, kManyTokens                   row groups and tokens computed together where there are many
-//   kDigits1, kDigits2, kAloneDigits, kManyDigits    row groups, sums and row groups as above for activations of 24 bits; only
-//                      where there is a int24_linear.cc
+//   digits1(BITS), kDigits2, kAloneDigits, kManyDigits    row groups, sums and row groups as above for activations of 24 bits;
+//                      only where there is a int24_linear.cc
 //   planes(BITS)       2 where codes of 8 bits are multiplied as two planes of nibbles, else 1
 //   kInPlace           whether any byte may be multiplied: a field of several in a byte then need not be shifted
 //     kSums            sums beside which masks of fields have room in registers
@@ -29,6 +29,7 @@
 #pragma once
 
 #include "core/decoded.h"
+#include "core/spans.h"
 
 namespace fewbit {
 namespace {
@@ -75,34 +76,29 @@ struct Codes {
   }
 };
 
-// The same beside many tokens, where sums of an ISA are narrow: centred, which narrow sums take more of.
+// The same beside many tokens, where sums of an ISA are narrow: around 0, of which these take more.
 template <int BITS>
 struct Centred : Codes<BITS, 1> {
   using Base = Codes<BITS, 1>;
-  using X = typename Base::Sum::Narrow::X;
-  using Sum = typename Base::Sum::Narrow;
-  static constexpr int kOrigin = Sum::kCentre * (Base::kPlanes == 2 ? 17 : 1);
+  static constexpr int kCentre = Base::Sum::Narrow::kCentre;  // of a plane
   float origin;
 
-  explicit FEWBIT_INLINE Centred(const SegmentTask& task) : Base(task), origin(kOrigin - task.whole) {}
+  explicit FEWBIT_INLINE Centred(const SegmentTask& task)
+      : Base(task), origin(kCentre * (Base::kPlanes == 2 ? 17 : 1) - task.whole) {}
 
   FEWBIT_INLINE void split(U codes, U (&plane)[Base::kPlanes]) const {
     Base::split(codes, plane);
-    for (int p = 0; p < Base::kPlanes; p++) plane[p] = Sum::centred(plane[p]);
-  }
-  FEWBIT_INLINE F value(const Sum (&dot)[Base::kPlanes]) const {
-    if constexpr (Base::kPlanes == 2) return add(dot[0].value(), multiply(dot[1].value(), broadcast(16.0f)));
-    return dot[0].value();
+    for (int p = 0; p < Base::kPlanes; p++) plane[p] = Base::Sum::Narrow::centred(plane[p]);
   }
 };
 
-// What K is beside many tokens.
-template <class K, class = void>
+// What K is beside many tokens, where its sums have narrow ones.
+template <class K>
 struct Beside {
   using Many = K;
 };
 template <int BITS, int FIELDS>
-struct Beside<Codes<BITS, FIELDS>, std::void_t<typename Codes<BITS, FIELDS>::Sum::Narrow>> {
+struct Beside<Codes<BITS, FIELDS>> {
   using Many = Centred<BITS>;
 };
 
@@ -127,11 +123,14 @@ void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, 
       return strips_few<K, direct1(K::kBits), 1, kAlone>(task, begin, end, tokens);
     case 2: return strips_few<K, kDirect2, 2, kAlone2>(task, begin, end, tokens);
   }
-  if (kDirect4 && task.together == 4 && tokens <= 4)
+  if (kDirect4 && sizeof(typename K::X) == 1 && task.together == 4 && tokens <= 4)
     return strips_direct<K, share<K>(kDirect4), 4, 1>(task, begin, end, tokens);
   if (kDirect8 && task.together == 8 && tokens <= 8)
     return strips_direct<K, share<K>(kDirect8), 8, 1>(task, begin, end, tokens);
-  strips_decoded<typename Beside<K>::Many, kMany, kManyTokens>(task, begin, end, tokens);
+  if constexpr (kHasSpans<typename K::Sum>)
+    strips_spans<typename Beside<K>::Many, kManyTokens>(task, begin, end, tokens);
+  else
+    strips_decoded<K, kMany, kManyTokens>(task, begin, end, tokens);
 }
 
 inline void int8_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {

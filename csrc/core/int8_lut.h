@@ -64,20 +64,16 @@ struct LutBytes {
 // The same beside many tokens, where sums of an ISA are narrow: levels as they are.
 template <int BITS>
 struct SignedBytes : LutBytes<BITS> {
-  using X = typename LutBytes<BITS>::Sum::Narrow::X;
-  using Sum = typename LutBytes<BITS>::Sum::Narrow;
   static constexpr int kBegins = -1;
-  static constexpr float origin = 0;
   ByteTable<BITS> table;
 
   explicit FEWBIT_INLINE SignedBytes(const SegmentTask& task) : LutBytes<BITS>(task), table(*task.table, 0, 0) {}
 
   FEWBIT_INLINE void split(U codes, U (&plane)[1]) const { plane[0] = table(codes); }
-  FEWBIT_INLINE F value(const Sum (&dot)[1]) const { return dot[0].value(); }
 };
 
 template <int BITS>
-struct Beside<LutBytes<BITS>, std::void_t<typename Dot<kLevelBits>::Narrow>> {
+struct Beside<LutBytes<BITS>> {
   using Many = SignedBytes<BITS>;
 };
 

@@ -117,7 +117,8 @@ double check(const Shape& s, int32_t bits, Table kind, bool has_offset, bool ext
   std::normal_distribution<float> normal;
   const int64_t tiles = (s.rows + 15) / 16, blocks = (s.columns + s.block - 1) / s.block;
   std::vector<uint8_t> codes(s.rows * s.columns), packed(fewbit_tile16_bytes(s.rows, s.columns, bits));
-  for (auto& code : codes) code = extreme ? (1u << bits) - 1 : random() & ((1u << bits) - 1);
+  for (int64_t i = 0; i < s.rows * s.columns; i++)
+    codes[i] = !extreme ? random() & ((1u << bits) - 1) : i / s.columns % 2 ? 0 : (1u << bits) - 1;
   fewbit_tile16_pack(codes.data(), s.columns, s.rows, s.columns, bits, packed.data());
   std::vector<float> scale(tiles * blocks * 16), offset(scale.size()), x(s.tokens * s.columns), bias(s.rows);
   for (auto& value : scale) value = normal(random);
