@@ -11,8 +11,9 @@ namespace {
 // 16 sums for many tokens, beside 2 vectors of codes, in 32 registers; 8 sums hide the latency for one token, and nearly do
 // by 4.
 constexpr int kDirect2 = 4, kDirect4 = 4, kDirect8 = 2, kDirectChains = 2, kAlone = 4, kAlone2 = 2, kMany = 2, kManyTokens = 8;
-constexpr int kDigits1 = 4, kDigits2 = 2, kAloneDigits = 2, kManyDigits = 2;
+constexpr int kDigits2 = 2, kAloneDigits = 2, kManyDigits = 2;
 constexpr int direct1(int) { return 4; }
+constexpr int digits1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = true;
 constexpr bool kFew = false;

@@ -11,8 +11,9 @@ namespace fewbit {
 namespace {
 
 constexpr int kDirect2 = 2, kDirect4 = 2, kDirect8 = 1, kDirectChains = 2, kAlone = 0, kAlone2 = 0, kMany = 2, kManyTokens = 4;
-constexpr int kDigits1 = 2, kDigits2 = 1, kAloneDigits = 0, kManyDigits = 1;
+constexpr int kDigits2 = 1, kAloneDigits = 0, kManyDigits = 1;
 constexpr int direct1(int) { return 4; }
+constexpr int digits1(int) { return 2; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = true;
 constexpr bool kFew = false;

@@ -15,8 +15,8 @@
 //   kAlone, kAlone2    the same where row groups are taken one by one (see SegmentTask); 0: they never are
 //   kUnrollMany                          see decoded.h
 //   kMany, kManyTokens                   row groups and tokens computed together where there are many
-//   kDigits1, kDigits2, kAloneDigits, kManyDigits    row groups, sums and row groups as above for activations of 24 bits; only
-//                      where there is a int24_linear.cc
+//   digits1(BITS), kDigits2, kAloneDigits, kManyDigits    row groups, sums and row groups as above for activations of 24 bits;
+//                      only where there is a int24_linear.cc
 //   planes(BITS)       2 where codes of 8 bits are multiplied as two planes of nibbles, else 1
 //   kFew               whether one and two tokens are computed as in few.h
 //   kInPlace           whether any byte may be multiplied: a field of several in a byte then need not be shifted

@@ -63,18 +63,18 @@ struct LutBytes {
 
 // The same beside many tokens, where sums of an ISA are narrow: levels as they are.
 template <int BITS>
-struct SignedBytes : LutBytes<BITS> {
+struct LutCentred : LutBytes<BITS> {
   static constexpr int kBegins = -1;
   ByteTable<BITS> table;
 
-  explicit FEWBIT_INLINE SignedBytes(const SegmentTask& task) : LutBytes<BITS>(task), table(*task.table, 0, 0) {}
+  explicit FEWBIT_INLINE LutCentred(const SegmentTask& task) : LutBytes<BITS>(task), table(*task.table, 0, 0) {}
 
   FEWBIT_INLINE void split(U codes, U (&plane)[1]) const { plane[0] = table(codes); }
 };
 
 template <int BITS>
 struct Beside<LutBytes<BITS>> {
-  using Many = SignedBytes<BITS>;
+  using Many = LutCentred<BITS>;
 };
 
 // Any levels of 16 bits.

@@ -297,8 +297,8 @@ extern const XnorKernel xnor_linear_serial, xnor_linear_avx2, xnor_linear_avx512
 
 // For bfloat16 activations.
 extern const SegmentKernel bf16_linear_avx512bf16;
-extern const SegmentKernel int24_linear_serial, int24_linear_avxvnni, int24_linear_avx512vnni, int24_linear_neondot,
-    int24_linear_neoni8mm;
+extern const SegmentKernel int24_linear_serial, int24_linear_avx2, int24_linear_avxvnni, int24_linear_avx512vnni,
+    int24_linear_neondot, int24_linear_neoni8mm;
 extern const SegmentKernel int8_linear_serial, int8_linear_avx2, int8_linear_avxvnni, int8_linear_avx512vnni,
     int8_linear_neon, int8_linear_neondot, int8_linear_neoni8mm;
 extern const LutKernels int8_lut_linear_serial, int8_lut_linear_avx2, int8_lut_linear_avxvnni, int8_lut_linear_avx512vnni,

@@ -212,6 +212,10 @@ void direct(const SegmentTask& task, const SegmentStrip& strip) {
     for (; chunk < end; chunk++, x += M * 32) {
       if (T > 1 && ahead)  // one row group follows another in memory, as the processor expects
         for (int t = 0; t < T; t++) prefetch<K::kBits>(codes[t] + ahead);
+      // Two row groups that take turns at a tile's lines: each fetches half of the next tile.
+      if constexpr (T == 1 && M == kDigits && K::kFields == 1 && kGroupsPerTile == 2)
+        for (int i = static_cast<int>(strip.group % 2); i < K::kBits; i += 2)
+          __builtin_prefetch(codes[0] + task.chunks * K::kBits * 64 + i * 64, 0, 2);
 #pragma GCC unroll kUnroll
       for (int g = 0; g < 8; g++) {
         U u[T][P];

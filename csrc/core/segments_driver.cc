@@ -18,6 +18,7 @@ const SegmentKernel* find_int24(int32_t isa) {
   switch (isa) {
     case FEWBIT_SERIAL: return &int24_linear_serial;
 #if defined(__x86_64__)
+    case FEWBIT_AVX2: return &int24_linear_avx2;
     case FEWBIT_AVXVNNI: return &int24_linear_avxvnni;
     case FEWBIT_AVX512VNNI: return &int24_linear_avx512vnni;
 #elif defined(__aarch64__)

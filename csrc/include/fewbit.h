@@ -170,7 +170,7 @@ typedef struct {
  * neither on the threads nor on the tokens. Error: as that of fewbit_linear. Numbers below 2^-126 count as 0. It is meant
  * for many tokens.
  *
- * FEWBIT_INT24 is for FEWBIT_AFFINE, on the instruction sets that multiply four bytes at once, and FEWBIT_SERIAL: x is
+ * FEWBIT_INT24 is for FEWBIT_AFFINE, on AVX2, what multiplies four bytes at once, and FEWBIT_SERIAL: x is
  * rounded to whole multiples of a power of two, one a token,
  *
  *   s = 2^(e - 22), at least 2^-126, where max|x| < 2^(e + 1) (1 - 2^-7);  q = round(x / s), halves away from 0

@@ -9,8 +9,9 @@ namespace fewbit {
 namespace {
 
 constexpr int kDirect2 = 4, kDirect4 = 0, kDirect8 = 0, kDirectChains = 2, kAlone = 0, kAlone2 = 0, kMany = 4, kManyTokens = 4;
-constexpr int kDigits1 = 4, kDigits2 = 2, kAloneDigits = 0, kManyDigits = 2;
+constexpr int kDigits2 = 2, kAloneDigits = 0, kManyDigits = 2;
 constexpr int direct1(int) { return 4; }
+constexpr int digits1(int) { return 4; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;
 constexpr bool kFew = false;

@@ -29,7 +29,8 @@ from fewbit.kernels.tile16 import ROWS, TILE16
 
 DECODED = 48
 """Tokens from which on float products go through decoded weights: each is decoded once, and torch multiplies. So do
-those of 24 bits on several threads, where torch's own threads, which spin for a while, would be in the way of ours."""
+those of 24 bits on several threads, where torch's own threads, which spin for a while, would be in the way of ours, and
+on AVX2, where torch is faster."""
 AS_BFLOAT16 = 8
 """Tokens from which on bfloat16 activations are multiplied as such, where the processor can; for fewer it is slower."""
 CENTRE = 128
@@ -266,7 +267,8 @@ class NativePrepared(Addressed, PreparedMatrix):
         """(x_block, instruction set) of a call with so many tokens."""
         if self._as_bfloat16 and dtype == torch.bfloat16 and tokens >= AS_BFLOAT16:
             return native.BFLOAT16S, native.FLAGS["avx512bf16"]
-        if self._x_block == native.INT24 and tokens >= DECODED and torch.get_num_threads() > 1:
+        decoded = torch.get_num_threads() > 1 or self._isa == native.FLAGS["avx2"]
+        if self._x_block == native.INT24 and tokens >= DECODED and decoded:
             return 0, self._isa
         return self._x_block, self._isa
 

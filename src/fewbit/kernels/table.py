@@ -74,6 +74,8 @@ class Kernel:
         """None, or why a later row is the better choice for ``format``, though this one runs it."""
         if self.name == "int24_linear_avx512vnni" and format.bits == 1:
             return "affine_linear_avx512 is faster at 1 bit, as it looks up sums of activations"
+        if self.name == "int24_linear_avx2" and format.bits == 8:
+            return "affine_linear_avx2 is faster at 8 bits, which this row multiplies as two codes of 4"
         return None
 
     def refuse(self, format: Format, shape: Shape, activation: Format | None = None) -> str | None:
@@ -203,6 +205,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("lut", "avx512", "tile16"),
     Kernel("row_lut", "avx512", "row16"),
     Kernel("vector", "avx512", "column8"),
+    Kernel("int24", "avx2", "tile16"),
     Kernel("affine", "avx2", "tile16"),
     Kernel("lut", "avx2", "tile16"),
     Kernel("row_lut", "avx2", "row16"),
