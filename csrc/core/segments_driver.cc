@@ -58,7 +58,8 @@ const SegmentKernel* find(const FixedPoint* table, int32_t isa) {
 }
 
 // That of one or two tokens alone, where there is one; `most`: bits of a code, or the largest level.
-const SegmentKernel* find_few(bool lut, int32_t most, int64_t tokens, int32_t isa) {
+const SegmentKernel* find_few([[maybe_unused]] bool lut, [[maybe_unused]] int32_t most, [[maybe_unused]] int64_t tokens,
+                              [[maybe_unused]] int32_t isa) {
 #if defined(__x86_64__)
   const FewKernel& few = lut ? int8_few_lut_linear_avx2 : int8_few_linear_avx2;
   if (fewbit_caps() & isa & FEWBIT_AVX2 && tokens <= 2 && most <= few.most) return &few.kernel;
