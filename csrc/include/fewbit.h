@@ -167,11 +167,10 @@ typedef struct {
  * FEWBIT_BFLOAT16S is for x of FEWBIT_BFLOAT16 and FEWBIT_AFFINE, on FEWBIT_AVX512BF16: codes less the zero (where these
  * have 8 significant bits, else codes) times activations are exact products, of which two columns at a time are added in
  * float32 within at most 256 columns, then scaled. Blocks must be multiples of 32, or whole rows. The result depends
- * neither on the threads nor on the tokens. Error: as that of fewbit_linear. Numbers below 2^-126 count as 0. It is meant
- * for many tokens.
+ * neither on the threads nor on the tokens. Error: as of fewbit_linear. Numbers below 2^-126 count as 0. For many tokens.
  *
- * FEWBIT_INT24 is for FEWBIT_AFFINE, on AVX2, what multiplies four bytes at once, and FEWBIT_SERIAL: x is
- * rounded to whole multiples of a power of two, one a token,
+ * FEWBIT_INT24 is for FEWBIT_AFFINE, on FEWBIT_AVX2, what multiplies four bytes at once, and FEWBIT_SERIAL: x is rounded to
+ * whole multiples of a power of two, one a token,
  *
  *   s = 2^(e - 22), at least 2^-126, where max|x| < 2^(e + 1) (1 - 2^-7);  q = round(x / s), halves away from 0
  *
@@ -312,8 +311,8 @@ typedef struct {
 
 /* y = x W^T + bias with x rounded to int8, one scale a token, as by fewbit_linear_int8. Products of bytes and activations
  * are summed in int32 over the whole row: at most 2^16 columns, where 255 * 128 * 2^16 < 2^31 excludes overflow. isa:
- * FEWBIT_SERIAL, FEWBIT_AVX2 or one that multiplies four bytes at once. The result is the same on every ISA, at any number of threads
- * and tokens. Error against the rounded x and these levels: at most about 6 * 2^-24 times the sum of 2^8 |factor| |x| and
+ * FEWBIT_SERIAL, FEWBIT_AVX2 or one that multiplies four bytes at once. The result is the same on every ISA, at any number
+ * of threads and tokens. Error against the rounded x and these levels: at most about 6 * 2^-24 times the sum of 2^8 |factor| |x| and
  * |bias|. NaN or infinity makes its token's results NaN. */
 int fewbit_row_linear_int8(const fewbit_row_levels* matrix, const fewbit_input* x, const float* bias, void* y,
                            int64_t y_stride, int32_t y_dtype, int32_t isa, int32_t threads);

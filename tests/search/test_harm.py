@@ -57,8 +57,8 @@ def test_the_sums_are_those_of_the_definitions() -> None:
 
 def test_output_is_nats_a_token() -> None:
     """Of a softmax of W x, whose outputs' gradients are correlated, which the estimate leaves out: on average over
-    errors of either sign that adds nothing, so a mean over many errors is compared. Larger inputs have smaller gradients
-    here, which the estimate takes to be independent of them: it is too high, by 28 %."""
+    errors of either sign that adds nothing, so a mean over many errors is compared. Larger inputs have smaller
+    gradients here, which the estimate takes to be independent of them: it is too high, by 28 %."""
     x, weight, _, facts = draw()
     one = torch.Generator().manual_seed(9)
     errors = [torch.randn(ROWS, COLUMNS, generator=one, dtype=torch.float64) * 0.01 for _ in range(12)]
