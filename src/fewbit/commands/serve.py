@@ -6,6 +6,7 @@ from __future__ import annotations
 import ipaddress
 import secrets
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,8 +85,8 @@ def run(request: Request) -> None:
         )
         _announce(served, request.host, listener.getsockname()[1])
         try:
-            uvicorn.Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:  # uvicorn hands it on when all is closed
+            with suppress(KeyboardInterrupt):  # which uvicorn hands on when all is closed, if it still can
+                uvicorn.Server(config).run(sockets=[listener])
             err().print("stopped", markup=False)
         finally:
             served.words.close()
