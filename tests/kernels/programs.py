@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDED = {"addresses": ("cmake", "c++"), "neon": ("cmake", "aarch64-linux-gnu-g++", "qemu-aarch64")}
-"""Of the programs that CI runs."""
+NEEDED = {"neon": ("cmake", "aarch64-linux-gnu-g++", "qemu-aarch64"), "addresses": ("cmake", "c++")}
+"""Of the programs that CI runs, that which runs longest first."""
 OPTIONS = {
     "addresses": ("-DFEWBIT_SANITIZE=address,undefined", "-DCMAKE_CXX_FLAGS=-O0"),
     "threads": ("-DFEWBIT_SANITIZE=thread", "-DCMAKE_CXX_FLAGS=-O1"),
