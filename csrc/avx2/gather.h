@@ -11,14 +11,10 @@
 namespace fewbit {
 namespace {
 
-constexpr int64_t kFar = 8 * 1024, kNear = 512;  // bytes that are fetched early, to the second-level cache and the first
-
 // Eight rows of two columns, entry beside entry.
 template <int WIDTH>
 FEWBIT_INLINE __m128i pair(const uint8_t* book, uint64_t first, uint64_t second) {
-  const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(book + first * WIDTH));
-  const auto* high = reinterpret_cast<const __m64*>(book + second * WIDTH);
-  return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), high));
+  return beside(book + first * WIDTH, book + second * WIDTH);
 }
 
 // Where rows 4h .. 4h+3 of a pair lie, as words of both columns in turn.
@@ -35,10 +31,8 @@ struct Wide {
   int64_t next_code, apart;  // bytes from a code to the next, from a chunk to the next
 
   FEWBIT_INLINE void enter() {
-    for (int64_t i = 0; i < 2; i++) {
-      __builtin_prefetch(codes + i * next_code + kFar, 0, 2);
-      __builtin_prefetch(codes + i * next_code + kNear, 0, 3);
-    }
+    fetch_early(codes);
+    fetch_early(codes + next_code);
   }
   FEWBIT_INLINE void next() { codes += apart; }
   // Columns 8g .. 8g+7.

@@ -1,19 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
-// Indices of 8 to 16 bits as a dense string: one instruction each, from two words of 8 bytes.
+// Indices of 8 to 16 bits as a dense string: one instruction each, from two words of 8 bytes. And the entries of 8 bytes that
+// they mean.
 #pragma once
 
+#include <immintrin.h>
 #include <stdint.h>
 
 #include "core/inline.h"
+#include "core/word.h"
 
 namespace fewbit {
 namespace {
 
-template <class T>
-FEWBIT_INLINE T word_at(const void* p) {
-  T word;
-  __builtin_memcpy(&word, p, sizeof word);
-  return word;
+// Bytes that are fetched early, to the second-level cache and the first, which has little room beside a book.
+constexpr int64_t kFar = 8 * 1024, kNear = 512;
+
+FEWBIT_INLINE void fetch_early(const uint8_t* codes) {
+  __builtin_prefetch(codes + kFar, 0, 2);
+  __builtin_prefetch(codes + kNear, 0, 3);
+}
+
+// Two entries of 8 bytes, side by side.
+FEWBIT_INLINE __m128i beside(const uint8_t* first, const uint8_t* second) {
+  const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first)));
+  return _mm_castps_si128(_mm_loadh_pi(low, reinterpret_cast<const __m64*>(second)));
 }
 
 // A register's, whatever the compiler knows of it: bextr has its field in no constant.

@@ -14,15 +14,13 @@
 namespace fewbit {
 namespace {
 
-constexpr int64_t kFar = 8 * 1024, kNear = 512;  // bytes that are fetched early, to the second-level cache and the first
-
 // Two entries, side by side.
 template <int WIDTH>
 FEWBIT_INLINE auto pair(const uint8_t* book, uint64_t first, uint64_t second) {
-  const auto* low = reinterpret_cast<const __m128i*>(book + first * WIDTH);
-  const auto* high = reinterpret_cast<const __m128i*>(book + second * WIDTH);
-  if constexpr (WIDTH == 16) return _mm256_set_m128i(_mm_loadu_si128(high), _mm_loadu_si128(low));
-  else return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64(low)), reinterpret_cast<const __m64*>(high)));
+  const uint8_t *low = book + first * WIDTH, *high = book + second * WIDTH;
+  const auto whole = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+  if constexpr (WIDTH == 16) return _mm256_set_m128i(whole(high), whole(low));
+  else return beside(low, high);
 }
 
 // The entries of eight columns: halves of registers that hold 64 / WIDTH of them.
@@ -76,12 +74,6 @@ FEWBIT_INLINE F row_sums(U dot) {
   if (WIDTH == 16) return convert(dot);
   const U both = _mm512_add_epi32(dot, _mm512_shuffle_epi32(dot, _MM_PERM_CDAB));
   return convert(_mm512_maskz_compress_epi32(0x5555, both));
-}
-
-// The first-level cache has little room beside a book.
-FEWBIT_INLINE void fetch_early(const uint8_t* codes) {
-  __builtin_prefetch(codes + kFar, 0, 2);
-  __builtin_prefetch(codes + kNear, 0, 3);
 }
 
 template <int WIDTH>

@@ -10,23 +10,16 @@
 #pragma once
 
 #include <stdint.h>
-#include <string.h>
 
 #include <type_traits>
 
 #include "core/dtypes.h"
 #include "core/inline.h"
 #include "core/kernel.h"
+#include "core/word.h"
 
 namespace fewbit {
 namespace {
-
-template <class T>
-FEWBIT_INLINE T load_word(const uint8_t* p) {
-  T word;
-  memcpy(&word, p, sizeof word);
-  return word;
-}
 
 // Up to four of the eight indices that lie in `bits` bytes, from index `first` on, as offsets into a book: multiples of
 // 2^SCALE bytes, so that a shift and a mask make an address. No byte beyond the eight indices is touched.
@@ -43,9 +36,9 @@ struct Indices {
     for (int i = 0; i < 4; i++) next[i] = i * bits - lead;
   }
   FEWBIT_INLINE uint64_t word(const uint8_t* p) const {
-    if (!narrow) return load_word<uint64_t>(p + offset) >> shift;
-    const uint64_t high = load_word<uint32_t>(p + bits - 4);
-    return (load_word<uint32_t>(p) | high << (8 * bits - 32)) << SCALE >> shift;
+    if (!narrow) return word_at<uint64_t>(p + offset) >> shift;
+    const uint64_t high = word_at<uint32_t>(p + bits - 4);
+    return (word_at<uint32_t>(p) | high << (8 * bits - 32)) << SCALE >> shift;
   }
   FEWBIT_INLINE uint64_t at(uint64_t word, int i) const { return (i ? word >> next[i] : word << lead) & mask; }
 };
