@@ -80,6 +80,9 @@ SparseMatrix = tuple[int, int, int, int, int, int, int, int]
 Windows = tuple[int, ...]
 """The 18 members of ``fewbit_windows`` in ``csrc/include/fewbit.h``, in their order."""
 
+Operand = tuple[int, int, int, int, int, float, int, int]
+"""The 8 members of ``fewbit_operand`` in ``csrc/include/fewbit.h``, in their order."""
+
 Draw = tuple[int | float, ...]
 """The 18 members of ``fewbit_draw`` in ``csrc/include/fewbit_sample.h``, in their order."""
 
@@ -134,6 +137,19 @@ class Core(Protocol):
         weight: int,
         rows: int,
         bias: int,
+        y: int,
+        isa: int,
+        threads: int,
+    ) -> None: ...
+    def int8_matmul(
+        self,
+        a: Operand,
+        b: Operand,
+        outer: int,
+        middle: int,
+        rows: int,
+        inner: int,
+        columns: int,
         y: int,
         isa: int,
         threads: int,
