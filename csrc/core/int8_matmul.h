@@ -24,14 +24,8 @@ static_assert(kStripColumns % kTogether == 0, "strips are whole");
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
 constexpr int32_t kRoundBits = 0x4b400000, kInfinityBits = 0x7f800000;
 
-// `count` numbers, `step` apart: clamp(round_half_even(x / scale + zero), 0, 2^bits - 1) - zero. Returns `factor`, or NaN
-// where one of them is not finite.
-inline float round_line(const fewbit_operand& grid, const float* x, int64_t step, int64_t count, float factor,
-                        float* gathered, int16_t* out) {
-  if (step != 1) {
-    for (int64_t k = 0; k < count; k++) gathered[k] = x[k * step];
-    x = gathered;
-  }
+// clamp(round_half_even(x / scale + zero), 0, 2^bits - 1) - zero, of `count` numbers; whether all are finite.
+inline bool round_all(const fewbit_operand& grid, const float* x, int64_t count, int16_t* out) {
   const float scale = grid.scale, zero = static_cast<float>(grid.zero);
   const int32_t top = kRoundBits + (1 << grid.bits) - 1, centre = kRoundBits + grid.zero;
   int32_t most = 0;
@@ -43,47 +37,66 @@ inline float round_line(const fewbit_operand& grid, const float* x, int64_t step
     bits = bits < top ? bits : top;
     out[k] = static_cast<int16_t>(bits - centre);
   }
-  return most >= kInfinityBits ? float_of(0x7fc00000u) : factor;
+  return most < kInfinityBits;
 }
 
-// Strips of b, line by line as they lie in memory; columns and an inner neighbour that do not exist are zeros.
+FEWBIT_INLINE bool finite(float x) { return (bits_of(x) & 0x7fffffffu) < 0x7f800000u; }
+
+// Short: a call takes as long as they do.
+inline void copy_line(float* out, const float* x, int64_t step, int64_t count) {
+  int64_t k = 0;
+  if (step == 1)
+    for (; k + 4 <= count; k += 4) memcpy(out + k, x + k, 4 * sizeof(float));
+  for (; k < count; k++) memcpy(out + k, x + k * step, sizeof(float));
+}
+
+// Lines of numbers `step` apart, that begin `apart` from one another, together: as (lines, width), where what is wider
+// than a line is zeros, which become zeros. Returns whether all are finite.
+FEWBIT_INLINE bool round_lines(const MatmulTask& task, const fewbit_operand& grid, const float* x, int64_t lines,
+                               int64_t apart, int64_t step, int64_t count, int64_t width, int16_t* out) {
+  if (step == 1 && count == width && (apart == width || lines == 1)) return round_all(grid, x, lines * width, out);
+  for (int64_t i = 0; i < lines; i++) {
+    copy_line(task.gathered + i * width, x + i * apart, step, count);
+    for (int64_t k = count; k < width; k++) task.gathered[i * width + k] = 0;
+  }
+  return round_all(grid, task.gathered, lines * width, out);
+}
+
+// Strips of b, some lines at a time as they lie in memory. Columns that do not exist are zeros; an inner neighbour that does
+// not exist may be anything, as it meets a zero of a.
 inline void matmul_pack(const MatmulTask& task) {
   const fewbit_operand& b = task.b;
-  const int64_t padded = task.strips * kStripColumns, strip = task.pairs * kStripColumns * 2;
-  for (int64_t j = 0; j < padded; j++) task.factor[j] = 1;
-  if (task.columns % kStripColumns || task.inner % 2)
-    memset(task.right, 0, static_cast<size_t>(task.strips * strip) * sizeof(int16_t));
+  const int64_t padded = task.strips * kStripColumns, inners = 2 * task.pairs, strip = inners * kStripColumns;
   const auto* data = static_cast<const float*>(b.data);
-  if (b.stride_row == 1) {  // a column after the other
-    task.lines[2 * task.pairs - 1] = 0;
-    for (int64_t j = 0; j < task.columns; j++) {
-      const float* x = data + j * b.stride_column;
-      task.factor[j] = round_line(b, x, 1, task.inner, 1, task.gathered, task.lines);
-      int16_t* out = task.right + j / kStripColumns * strip + j % kStripColumns * 2;
-      for (int64_t p = 0; p < task.pairs; p++) memcpy(out + p * kStripColumns * 2, task.lines + 2 * p, 4);
-    }
-    return;
-  }
-  int16_t *first = task.lines, *second = task.lines + padded;
-  for (int64_t k = 0; k < task.inner; k += 2) {
-    for (int64_t i = k; i < k + 2; i++) {
-      int16_t* line = i == k ? first : second;
-      memset(line, 0, static_cast<size_t>(padded) * sizeof(int16_t));
-      if (i == task.inner) break;
-      const float* x = data + i * b.stride_row;
-      const float row = round_line(b, x, b.stride_column, task.columns, 1, task.gathered, line);
-      if (row == 1) continue;
-      for (int64_t j = 0; j < task.columns; j++)  // which of them it was
-        if ((bits_of(x[j * b.stride_column]) & 0x7fffffffu) >= 0x7f800000u) task.factor[j] = row;
-    }
-    for (int64_t s = 0; s < task.strips; s++) {
-      int16_t* out = task.right + s * strip + k * kStripColumns;
-      for (int64_t j = 0; j < kStripColumns; j++) {
-        out[2 * j] = first[s * kStripColumns + j];
-        out[2 * j + 1] = second[s * kStripColumns + j];
+  const bool down = b.stride_row == 1;  // a column is a line
+  const int64_t lines = down ? task.columns : task.inner, width = down ? inners : task.columns;
+  const int64_t fit = kGathered / width / 2 * 2, most = fit < 2 ? 2 : fit;
+  if (padded > task.columns)
+    memset(task.right + (task.strips - 1) * strip, 0, static_cast<size_t>(strip) * sizeof(int16_t));
+  bool all = true;
+  for (int64_t first = 0; first < lines; first += most) {
+    const int64_t here = lines - first < most ? lines - first : most;
+    const float* x = data + first * (down ? b.stride_column : b.stride_row);
+    if (down) {
+      all &= round_lines(task, b, x, here, b.stride_column, 1, task.inner, width, task.lines);
+      for (int64_t i = 0; i < here; i++) {
+        int16_t* out = task.right + (first + i) / kStripColumns * strip + (first + i) % kStripColumns * 2;
+        for (int64_t p = 0; p < task.pairs; p++) memcpy(out + p * kStripColumns * 2, task.lines + i * width + 2 * p, 4);
       }
+      continue;
     }
+    all &= round_lines(task, b, x, here, b.stride_row, b.stride_column, task.columns, width, task.lines);
+    for (int64_t i = 0; i < here; i++)
+      for (int64_t s = 0; s < task.strips; s++) {
+        const int64_t left = task.columns - s * kStripColumns, count = left < kStripColumns ? left : kStripColumns;
+        int16_t* out = task.right + s * strip + (first + i) / 2 * kStripColumns * 2 + i % 2;
+        for (int64_t j = 0; j < count; j++) out[2 * j] = task.lines[i * width + s * kStripColumns + j];
+      }
   }
+  for (int64_t j = 0; j < padded; j++) task.factor[j] = 1;
+  for (int64_t k = 0; !all && k < task.inner; k++)
+    for (int64_t j = 0; j < task.columns; j++)
+      if (!finite(data[k * b.stride_row + j * b.stride_column])) task.factor[j] = float_of(0x7fc00000u);
 }
 
 // R rows of `left` times V vectors of columns from `column`.
@@ -119,14 +132,13 @@ FEWBIT_INLINE void multiply_tile(const MatmulTask& task, const float* row_factor
 
 template <int R>
 FEWBIT_INLINE void multiply_rows(const MatmulTask& task, int64_t row) {
-  const float scale = task.a.scale * task.b.scale;
   float factor[R];
-  for (int r = 0; r < R; r++) {
-    int16_t* out = task.left + r * task.pairs * 2;
-    out[task.pairs * 2 - 1] = 0;
-    const float* x = static_cast<const float*>(task.a.data) + (row + r) * task.a.stride_row;
-    factor[r] = round_line(task.a, x, task.a.stride_column, task.inner, scale, task.gathered, out);
-  }
+  for (int r = 0; r < R; r++) factor[r] = task.a.scale * task.b.scale;
+  const float* x = static_cast<const float*>(task.a.data) + row * task.a.stride_row;
+  if (!round_lines(task, task.a, x, R, task.a.stride_row, task.a.stride_column, task.inner, 2 * task.pairs, task.left))
+    for (int64_t k = 0; k < R * task.inner; k++)
+      if (!finite(x[k / task.inner * task.a.stride_row + k % task.inner * task.a.stride_column]))
+        factor[k / task.inner] = float_of(0x7fc00000u);
   float* y = task.y + row * task.columns;
   int64_t column = 0;
   for (; column + kLanes < task.columns; column += kTogether) multiply_tile<R, kVectors>(task, factor, y, column);

@@ -15,13 +15,13 @@ struct MatmulTask {
   int64_t pairs, strips;  // of neighbours along inner; runs of kStripColumns columns
   int16_t* left;          // scratch (kMatmulRows, pairs, 2)
   int16_t* right;         // scratch (strips, pairs, kStripColumns, 2)
-  int16_t* lines;         // scratch of two lines of b, (2, 2 pairs or strips of columns)
+  int16_t* lines;         // scratch of lines of b: kGathered, or two
   float* factor;          // scratch (strips, kStripColumns): of a column, 1, or NaN
-  float* gathered;        // scratch of one line, where its numbers lie apart
+  float* gathered;        // scratch of as many numbers, or kMatmulRows lines of a
   float* y;               // (rows, columns)
 };
 
-enum : int64_t { kMatmulRows = 4, kStripColumns = 32 };
+enum : int64_t { kMatmulRows = 4, kStripColumns = 32, kGathered = 2048 };
 
 // One instruction set.
 struct MatmulKernel {

@@ -86,9 +86,11 @@ extern "C" int fewbit_int8_matmul(const fewbit_operand* a, const fewbit_operand*
   call.middle = middle, call.blocks = ceil_div(rows, kRowsPerUnit), call.units = outer * middle * call.blocks;
   call.workers = outer * middle * rows * inner * columns < kSmall ? 1 : least(thread_count(threads), call.units);
   const int64_t padded = task.strips * kStripColumns, inners = 2 * task.pairs;
+  const int64_t lines = kMatmulRows * (inners > columns ? inners : columns);
+  const int64_t gathered = lines > kGathered ? lines : kGathered;
   call.left = round_up(kMatmulRows * inners * 2, 64), call.right = padded * inners * 2;
-  call.lines = round_up((padded > inners ? padded : inners) * 2 * 2, 64), call.factor = padded * 4;
-  call.bytes = round_up(call.left + call.right + call.lines + call.factor + (padded > inners ? padded : inners) * 4, 64);
+  call.lines = round_up(gathered * 2, 64), call.factor = padded * 4;
+  call.bytes = round_up(call.left + call.right + call.lines + call.factor + gathered * 4, 64);
   const auto size = static_cast<std::size_t>(call.workers * call.bytes);
   call.scratch = static_cast<char*>(operator new(size, std::align_val_t(64), std::nothrow));
   if (!call.scratch) return FEWBIT_NO_MEMORY;
