@@ -302,27 +302,6 @@ PyObject* int8_windows(PyObject*, PyObject* args) {
   return status(code);
 }
 
-// int8_matmul(a, b, outer, middle, rows, inner, columns, y, isa, threads), an operand being its members, in their order
-PyObject* int8_matmul(PyObject*, PyObject* args) {
-  fewbit_operand of[2];
-  unsigned long long data[2], y;
-  long long stride[2][4], outer, middle, rows, inner, columns;
-  int isa, threads, code;
-  if (!PyArg_ParseTuple(args, "(KLLLLfii)(KLLLLfii)LLLLLKii", &data[0], &stride[0][0], &stride[0][1], &stride[0][2],
-                        &stride[0][3], &of[0].scale, &of[0].zero, &of[0].bits, &data[1], &stride[1][0], &stride[1][1],
-                        &stride[1][2], &stride[1][3], &of[1].scale, &of[1].zero, &of[1].bits, &outer, &middle, &rows,
-                        &inner, &columns, &y, &isa, &threads))
-    return nullptr;
-  for (int i = 0; i < 2; i++) {
-    of[i].data = pointer<const void*>(data[i]), of[i].stride_outer = stride[i][0], of[i].stride_middle = stride[i][1];
-    of[i].stride_row = stride[i][2], of[i].stride_column = stride[i][3];
-  }
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_int8_matmul(&of[0], &of[1], outer, middle, rows, inner, columns, pointer<float*>(y), isa, threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
-}
-
 // grid_search((rows, columns, block, count, levels, ends), weight, worth, ratios, scale, zero, isa)
 PyObject* grid_search(PyObject*, PyObject* args) {
   fewbit_grid_search_call call = {};
@@ -400,7 +379,6 @@ PyMethodDef methods[] = {
     {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},
     {"int8_windows", int8_windows, METH_VARARGS,
      "(windows, x, dtype, images, groups, weight, rows, bias, y, isa, threads)"},
-    {"int8_matmul", int8_matmul, METH_VARARGS, "(a, b, outer, middle, rows, inner, columns, y, isa, threads)"},
     {"grid_search", grid_search, METH_VARARGS,
      "((rows, columns, block, count, levels, ends), weight, worth, ratios, scale, zero, isa)"},
     {"grid_sweep", grid_sweep, METH_VARARGS,
@@ -410,13 +388,13 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "fewbit._native", nullptr, -1, methods, nullptr, nullptr, nullptr,
-                      nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "fewbit._native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
 PyMODINIT_FUNC PyInit__native(void) {
   PyObject* made = PyModule_Create(&module);
-  if (made && PyModule_AddFunctions(made, decode_methods) < 0) Py_CLEAR(made);
+  for (PyMethodDef* more : {decode_methods, matmul_methods})
+    if (made && PyModule_AddFunctions(made, more) < 0) Py_CLEAR(made);
   return made;
 }

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "fewbit.h"
+#include "fewbit_matmul.h"
 
 namespace fewbit {
 

@@ -349,26 +349,6 @@ int fewbit_unfold(const fewbit_windows* windows, const void* x, int64_t begin, i
 int fewbit_int8_windows(const fewbit_windows* windows, const void* x, int32_t dtype, int64_t images, int64_t groups,
                         const float* weight, int64_t rows, const float* bias, void* y, int32_t isa, int32_t threads);
 
-/* Matrices of activations, `stride_outer` and `stride_middle` elements apart, float32, and the grid that they are rounded to:
- * x = scale * (code - zero) with codes 0 .. 2^bits - 1. */
-typedef struct {
-  const void* data;
-  int64_t stride_outer, stride_middle, stride_row, stride_column; /* elements; 0: the same again */
-  float scale;
-  int32_t zero, bits; /* 1 to 8 */
-} fewbit_operand;
-
-/* y = a b for outer * middle pairs of matrices, a (rows, inner) and b (inner, columns), both rounded to their grids:
- *
- *   code = clamp(round_half_even(x / scale + zero), 0, 2^bits - 1)
- *   y = float32(scale_a * scale_b) * float32(sum (code_a - zero_a) (code_b - zero_b))
- *
- * Sums are exact integers in int32: inner is at most 2^15. NaN or infinity in a row of a or a column of b makes NaN of all
- * that it takes part in. y: (outer, middle, rows, columns), contiguous. The result is the same on every ISA and at any number
- * of threads. isa: as in fewbit_linear. */
-int fewbit_int8_matmul(const fewbit_operand* a, const fewbit_operand* b, int64_t outer, int64_t middle, int64_t rows,
-                       int64_t inner, int64_t columns, float* y, int32_t isa, int32_t threads);
-
 /* Ranges of even grids: w = scale * (code - zero) for codes 0 .. levels - 1, a scale (a float16 of at least 2^-24) and a zero
  * each block of `block` columns. Each block of weight (rows, columns) gets the grid, of those below, on which the sum of
  * worth * (w - nearest)^2 over its columns is least, the first of equals; sums add the upper half of a block, filled up with

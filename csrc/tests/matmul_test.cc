@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fewbit.h"
+#include "fewbit_matmul.h"
 
 namespace {
 

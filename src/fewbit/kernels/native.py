@@ -81,14 +81,14 @@ Windows = tuple[int, ...]
 """The 18 members of ``fewbit_windows`` in ``csrc/include/fewbit.h``, in their order."""
 
 Operand = tuple[int, int, int, int, int, float, int, int]
-"""The 8 members of ``fewbit_operand`` in ``csrc/include/fewbit.h``, in their order."""
+"""The 8 members of ``fewbit_operand`` in ``csrc/include/fewbit_matmul.h``, in their order."""
 
 Draw = tuple[int | float, ...]
 """The 18 members of ``fewbit_draw`` in ``csrc/include/fewbit_sample.h``, in their order."""
 
 
 class Core(Protocol):
-    """The functions of ``fewbit._native``; arguments as in ``csrc/bind.cc`` and ``csrc/bind_decode.cc``."""
+    """The functions of ``fewbit._native``; arguments as in ``csrc/bind*.cc``."""
 
     def caps(self) -> int: ...
     def set_threads(self, threads: int) -> None: ...

@@ -33,6 +33,7 @@ from fewbit.network.folder import load, save
 from fewbit.network.quantized import Quantized
 from fewbit.recipe import FLOAT, Recipe, Rule
 from fewbit.run.planning import check_terms
+from fewbit.run.solve import Solved
 
 __all__ = ["Product", "Quantized", "fold_norms", "load", "quantize", "save"]
 
@@ -91,19 +92,25 @@ def quantize(
     solved, grids = mode(made, rules, products, batches, correct_bias, seed)
     rounded = {side: rule for name, rule in products.items() for side in solving.operands(name)}
     solved, grids = distill(teacher, made, solved, rounded, grids, batches, seed)
-    layers = []
-    for name, item in solved.items():
-        layer, grid = made.get_submodule(name), grids.get(name)
-        record = item.record
-        if grid is not None:
-            record = {**record, "activation": grid.name}
-        layers.append({**record, "bias": layer.bias is not None})
-        made.set_submodule(name, solving.quantized(layer, item, record["activation"]))
+    layers = _replace(made, solved, grids)
     integers = {name: solving.product(name, rule, grids) for name, rule in products.items()}
     for name, product in integers.items():
         made.set_submodule(name, product)
     records = [{"name": name, **product.record()} for name, product in integers.items()]
     return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records)
+
+
+def _replace(network: nn.Module, solved: dict[str, Solved], grids: dict[str, Fixed]) -> list[dict[str, Any]]:
+    """Put quantized layers where the float ones are; returns their records."""
+    layers = []
+    for name, item in solved.items():
+        layer, grid = network.get_submodule(name), grids.get(name)
+        record = item.record
+        if grid is not None:
+            record = {**record, "activation": grid.name}
+        layers.append({**record, "bias": layer.bias is not None})
+        network.set_submodule(name, solving.quantized(layer, item, record["activation"]))
+    return layers
 
 
 def _decide(
