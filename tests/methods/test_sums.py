@@ -136,6 +136,7 @@ def test_where_vectors_are_chosen_again_everything_else_stands_still() -> None:
     learner = chosen(normal(6, COLUMNS), made)
     assert isinstance(learner, Sum) and set(learner.start) == {"0.offset", "0.codebook"}
     assert isinstance(learner._matrices[("0",)], Vectors)
+    assert not learner.gradient(learner.start, normal(6, COLUMNS, seed=5))["0.offset"].any()
     values = {**learner.start, "0.codebook": 0.3 * normal(*learner.start["0.codebook"].shape, seed=4)}
     end = learner.freeze(values)
     assert torch.equal(end.dequantize(), learner.weight(values))

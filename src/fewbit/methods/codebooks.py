@@ -234,9 +234,7 @@ def refitted(weight: Tensor, sides: Sides, moment: Tensor, steps: int) -> Sides:
             break
         way = [s + w * (power / before if step else 0.0) for s, w in zip(scaled, way, strict=True)]
         bent = gathered(moment @ decoded(shown([w.float() for w in way]))[:, :rows])
-        if not (bow := _dot(way, bent)) > 0:
-            break
-        far = power / bow
+        far = power / max(_dot(way, bent), 1e-300)
         books = [b + far * w for b, w in zip(books, way, strict=True)]
         rest = [r - far * b for r, b in zip(rest, bent, strict=True)]
     return shown([stored(b) for b in books])
