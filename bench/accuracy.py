@@ -53,6 +53,7 @@ METHODS: dict[str, tuple[tuple[str | dict[str, Any], ...], str, dict[str, Any]]]
     "skm": ((), "skm", {}),
     "squeezellm 0.45 %": ((), "squeezellm", {}),
     "vptq": ((), "vptq", {}),
+    **{f"vptq {share} %": ((), "vptq", {"outliers": share / 100}) for share in (2, 5, 10)},
     "vptq greedy": ((), "vptq", {"rounds": 0, "beam": 1, "restarts": 1}),
     "hadamard + vptq": (("hadamard",), "vptq", {}),
     **{f"smooth {alpha}": (({"name": "smooth", "alpha": alpha},), "rtn", {}) for alpha in (0.3, 0.5, 0.7, 0.85)},

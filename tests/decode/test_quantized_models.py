@@ -77,6 +77,7 @@ SUMS = {
     "arb": ("sign/g32", {}),
     "ptq161": ("int1/channel/min", {}),
     "squeezellm": ("palette3/rows16", {}),
+    "vptq": ("vector4x4", {"outliers": 0.1, "outlier_bits": 4}),
 }
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned scales of sums of terms: what they decode to, the gradient of every stored number, and that codes stay."""
+"""What sums of terms learn: what they decode to, the gradient of every stored number, that codes stay, and that those
+of vectors move as they would alone."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from fewbit.core.facts import Facts
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Columns, Dense, Product, Sparse, Terms, matrices
 from fewbit.methods.scales import Scales
-from fewbit.methods.sums import SumScales, learned
+from fewbit.methods.sums import Sum, chosen, learned
+from fewbit.methods.vectors import Vectors
 
 ROWS, COLUMNS = 5, 12
 
@@ -43,7 +45,7 @@ def every_kind() -> Terms:
 
 def test_every_stored_scale_is_learned_and_nothing_moves_at_first() -> None:
     made = every_kind()
-    learner = SumScales(normal(ROWS, COLUMNS), made)
+    learner = learned(normal(ROWS, COLUMNS), made)
     assert set(learner.start) == {
         *("0.0.left.scale", "0.0.right.scale", "0.0.middle"),
         *("0.1.0.scale", "0.1.0.minimum", "0.1.row_scale", "0.1.column_scale"),
@@ -55,7 +57,7 @@ def test_every_stored_scale_is_learned_and_nothing_moves_at_first() -> None:
 
 def test_what_is_shown_is_what_is_kept_and_codes_stay() -> None:
     made = every_kind()
-    learner = SumScales(normal(ROWS, COLUMNS), made)
+    learner = learned(normal(ROWS, COLUMNS), made)
     values = {
         name: 0.4 * normal(*array.shape, seed=i).clamp(-1, 1) for i, (name, array) in enumerate(learner.start.items())
     }
@@ -68,7 +70,7 @@ def test_what_is_shown_is_what_is_kept_and_codes_stay() -> None:
 
 def test_gradient_of_every_stored_number() -> None:
     """The weight is linear in each stored number alone, so that any step shows its gradient."""
-    learner, grad = SumScales(normal(ROWS, COLUMNS), every_kind()), normal(ROWS, COLUMNS, seed=9)
+    learner, grad = learned(normal(ROWS, COLUMNS), every_kind()), normal(ROWS, COLUMNS, seed=9)
     found, before = learner.gradient(learner.start, grad), learner.weight(learner.start).double()
     for name, array in learner.start.items():
         for index in itertools.product(*map(range, array.shape)):
@@ -82,7 +84,7 @@ def test_gradient_of_every_stored_number() -> None:
 def test_one_matrix_learns_as_ever() -> None:
     start = rounded("int3/g4/min", ROWS, COLUMNS)
     assert isinstance(learned(normal(ROWS, COLUMNS), start), Scales)
-    learner = SumScales(normal(ROWS, COLUMNS), Terms((ROWS, COLUMNS), (Dense(start),)))
+    learner = learned(normal(ROWS, COLUMNS), Terms((ROWS, COLUMNS), (Dense(start),)))
     plain, grad = Scales(normal(ROWS, COLUMNS), start), normal(ROWS, COLUMNS, seed=2)
     found = learner.gradient(learner.start, grad)
     for name, expected in plain.gradient(plain.start, grad).items():
@@ -94,4 +96,50 @@ def test_sums_of_other_methods_can_be_tuned(method: str) -> None:
     weight = normal(ROWS, COLUMNS)
     made = methods.named(method)(weight, formats.parse("palette2/row"), Facts.none(COLUMNS), outliers=0.1)
     learner = learned(weight, made)
-    assert isinstance(learner, SumScales) and set(learner.start) == {"0.table"}
+    assert isinstance(learner, Sum) and set(learner.start) == {"0.table"}
+
+
+def beside() -> tuple[Tensor, Terms]:
+    """A weight, and columns of it that have a book of their own."""
+    x = normal(200, COLUMNS, seed=1) @ normal(COLUMNS, COLUMNS, seed=2)
+    weight, options = normal(16, COLUMNS), {"outliers": 0.25, "outlier_bits": 4}
+    made = methods.vptq(weight, formats.parse("vector4x3+2"), Facts.of(x, gram=True), **options)
+    assert isinstance(made, Terms)
+    return weight, made
+
+
+@pytest.mark.parametrize("name", ["books", "vectors"])
+def test_books_side_by_side_learn_as_each_does_alone(name: str) -> None:
+    weight, made = beside()
+    row, grad = methods.tuning(name), normal(16, COLUMNS, seed=3)
+    learner = row.learn(weight, made)
+    assert row.sums and torch.equal(learner.weight(learner.start), made.dequantize())
+    values = {key: 0.3 * normal(*a.shape, seed=i) for i, (key, a) in enumerate(learner.start.items())}
+    frozen, found = learner.freeze(values), learner.gradient(values, grad)
+    assert torch.equal(frozen.dequantize(), learner.weight(values))
+    (columns,) = made.terms
+    assert isinstance(columns, Columns)
+    split = zip(matrices(made), matrices(frozen), columns.permutation.long().split([3, COLUMNS - 3]), strict=True)
+    for i, (before, after, own) in enumerate(split):
+        alone = row.learn(weight[:, own], before)
+        mine = {key: values[f"0.{i}.{key}"] for key in alone.start}
+        assert torch.equal(after.dequantize(), alone.weight(mine))
+        assert torch.equal(after.packed, before.packed) == (name == "books")
+        for key, expected in alone.gradient(mine, grad[:, own].contiguous()).items():
+            assert torch.equal(found[f"0.{i}.{key}"], expected)
+
+
+def test_where_vectors_are_chosen_again_everything_else_stands_still() -> None:
+    """A sum of two: neither term alone stands for the weight, so that each starts, and stays, where it is."""
+    vectors, dense = rounded("vector2x2", 6, COLUMNS), rounded("int4/g4/min", 6, COLUMNS)
+    made = Terms((6, COLUMNS), (Dense(vectors), Dense(dense)), scale(6), scale(COLUMNS))
+    learner = chosen(normal(6, COLUMNS), made)
+    assert isinstance(learner, Sum) and set(learner.start) == {"0.offset", "0.codebook"}
+    assert isinstance(learner._matrices[("0",)], Vectors)
+    assert not learner.gradient(learner.start, normal(6, COLUMNS, seed=5))["0.offset"].any()
+    values = {**learner.start, "0.codebook": 0.3 * normal(*learner.start["0.codebook"].shape, seed=4)}
+    end = learner.freeze(values)
+    assert torch.equal(end.dequantize(), learner.weight(values))
+    assert torch.equal(end.row_scale, made.row_scale) and torch.equal(end.column_scale, made.column_scale)  # type: ignore[arg-type]
+    assert not torch.equal(matrices(end)[0].dequantize(), vectors.dequantize())
+    assert torch.equal(matrices(end)[1].dequantize(), dense.dequantize())

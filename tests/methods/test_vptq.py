@@ -101,16 +101,16 @@ def test_refitted_books_are_those_of_a_dense_solve(name: str) -> None:
     hessian = oracle.damped(moment_of(facts), 0.01)
     best = oracle.least_squares(weight.double().numpy(), hessian, books, indices, width)
     damped = torch.from_numpy(hessian).float()
-    found = codebooks.refitted(weight.T.contiguous(), coded(q), damped, steps=400)
+    found = codebooks.refitted(weight.T.contiguous(), (coded(q),), damped, steps=400)
     error = weight.double().numpy() - oracle.decoded(best, indices, width)
-    least, start = oracle.loss(error, hessian), codebooks.loss(weight.T, coded(q), damped)
+    least, start = oracle.loss(error, hessian), codebooks.loss(weight.T, (coded(q),), damped)
     assert least < 0.97 * start
     # sums of two books can be the same weights in many ways, and rounding to float16 moves each entry by 2^-11
     assert codebooks.loss(weight.T, found, damped) <= 1.001 * least
     if len(books) == 1:
-        for book, exact in zip(found.books, best, strict=True):
+        for book, exact in zip(found[0].books, best, strict=True):
             np.testing.assert_allclose(book.numpy(), exact, rtol=2.0**-10, atol=1e-3)
-    few = codebooks.refitted(weight.T.contiguous(), coded(q), damped, steps=2)
+    few = codebooks.refitted(weight.T.contiguous(), (coded(q),), damped, steps=2)
     assert codebooks.loss(weight.T, few, damped) < start
 
 
@@ -168,7 +168,7 @@ def test_where_rounding_loses_less_it_is_taken(monkeypatch: pytest.MonkeyPatch) 
     format = formats.parse("vector2x4")
     good = vptq(weight, format, facts, rounds=0)
 
-    def zeros(weight: Tensor, passing: object, choice: codebooks.Choice, batch: int) -> None:
+    def zeros(weight: Tensor, passing: object, choice: codebooks.Beside, batch: int) -> None:
         for column in range(weight.shape[1]):
             choice(column, torch.zeros(len(weight)))
 

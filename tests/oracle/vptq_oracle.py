@@ -9,6 +9,8 @@ computed again at every step.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -104,3 +106,74 @@ def least_squares(weight: Array, hessian: Array, books: list[Array], indices: ND
     found[used] = present + np.linalg.lstsq(tall, wanted - tall @ present, rcond=None)[0]
     parts = np.split(found, np.cumsum(sizes)[:-1])
     return [part.reshape(book.shape) for part, book in zip(parts, books, strict=True)]
+
+
+class Side(NamedTuple):
+    """Columns of a weight that have books of their own: where they lie in it, books (groups, entries, length), columns
+    of a group, and indices (books, vectors, own columns)."""
+
+    columns: list[int]
+    books: list[Array]
+    width: int
+    indices: NDArray[np.int64]
+
+
+def decoded_sides(sides: list[Side]) -> Array:
+    """(rows, columns), every column where it lies."""
+    parts = [decoded(side.books, side.indices, side.width) for side in sides]
+    weight = np.zeros((len(parts[0]), sum(len(side.columns) for side in sides)))
+    for side, part in zip(sides, parts, strict=True):
+        weight[:, side.columns] = part
+    return weight
+
+
+def sweep_sides(weight: Array, moment: Array, sides: list[Side], damping: float) -> list[NDArray[np.int64]]:
+    """As :func:`sweep`, each column by the books of the side that it is on: indices of each side."""
+    hessian, current = damped(moment, damping), weight.copy()
+    found = [np.zeros_like(side.indices) for side in sides]
+    order = sorted(range(weight.shape[1]), key=lambda i: -moment[i, i])
+    for step, k in enumerate(order):
+        one = next(i for i, side in enumerate(sides) if k in side.columns)
+        own = sides[one].columns.index(k)
+        books, chosen = [book[own // sides[one].width] for book in sides[one].books], []
+        for u, vector in enumerate(current[:, k].reshape(-1, books[0].shape[1])):
+            found[one][:, u, own] = nearest(vector, books)
+            chosen.append(sum(book[i] for book, i in zip(books, found[one][:, u, own], strict=True)))
+        left = order[step:]
+        inverse = np.linalg.inv(hessian[np.ix_(left, left)])
+        current[:, left] -= np.outer((current[:, k] - np.concatenate(chosen)) / inverse[0, 0], inverse[0])
+    return found
+
+
+def descent_sides(weight: Array, hessian: Array, sides: list[Side]) -> list[NDArray[np.int64]]:
+    """As :func:`descent`, of all sides: indices of each."""
+    sides = [side._replace(indices=side.indices.copy()) for side in sides]
+    for k in sorted(range(weight.shape[1]), key=lambda i: -hessian[i, i]):
+        side = next(side for side in sides if k in side.columns)
+        own, length = side.columns.index(k), side.books[0].shape[2]
+        books = [book[own // side.width] for book in side.books]
+        for u in range(side.indices.shape[1]):
+            part, losses = slice(u * length, (u + 1) * length), {}
+            error = (weight - decoded_sides(sides))[part]
+            for pick in np.ndindex(*map(len, books)):
+                error[:, k] = weight[part, k] - sum(book[i] for book, i in zip(books, pick, strict=True))
+                losses[pick] = loss(error, hessian)
+            side.indices[:, u, own] = min(losses, key=losses.__getitem__)
+    return [side.indices for side in sides]
+
+
+def least_squares_sides(weight: Array, hessian: Array, sides: list[Side]) -> float:
+    """The least ``tr(E H E^T)`` under the indices of all ``sides``, by a dense solve over all numbers of all books."""
+    (rows, columns), numbers = weight.shape, [book.size for side in sides for book in side.books]
+    design, first = np.zeros((rows, columns, sum(numbers))), 0
+    for side in sides:
+        for book, index in zip(side.books, side.indices, strict=True):
+            places = first + np.arange(book.size).reshape(book.shape)
+            for own, k in enumerate(side.columns):
+                for row in range(rows):
+                    vector, at = divmod(row, book.shape[2])
+                    design[row, k, places[own // side.width, index[vector, own], at]] += 1
+            first += book.size
+    root = np.linalg.cholesky(hessian)
+    tall, wanted = np.concatenate([root.T @ one for one in design]), np.concatenate([root.T @ row for row in weight])
+    return float(((wanted - tall @ np.linalg.lstsq(tall, wanted, rcond=None)[0]) ** 2).sum())

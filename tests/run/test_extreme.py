@@ -26,6 +26,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ptq161": ("int1/channel/min", "ptq161", {"tune": [LOSS]}),
     "billm": ("sign/g32", "billm", {}),
     "arb": ("sign/channel", "arb", {}),
+    "vptq": (
+        "vector4x4+3",
+        "vptq",
+        {"options": {"outliers": 0.1, "outlier_bits": 4}, "tune": [{"name": "vectors", "iters": 4, "batch": 4}]},
+    ),
     "nanoquant": ("sign/channel", "nanoquant", {"options": {"bits": 1.4, "iterations": 4, "rounds": 2}}),
 }
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fewbit
 from fewbit import calibrate
-from fewbit.errors import UnsupportedError
+from fewbit.errors import SpecError, UnsupportedError
+from fewbit.recipe import Recipe, Rule
 from fewbit.run import PROBE
 from fewbit.run.events import Event
 from fewbit.run.state import SCORED
@@ -62,3 +63,24 @@ def test_plans_refuse_what_is_no_vector_and_offer_vptq_where_others_refuse(tiny:
             fewbit.plan(tiny, "int4/g32", method="gptq", tune=[name])
     with pytest.raises(UnsupportedError, match="rounding"):
         fewbit.plan(tiny, FORMAT, method="vptq", tune=["rounding"])
+
+
+def test_plans_count_a_book_of_outliers_and_refuse_one_that_is_of_no_use(tiny: Path) -> None:
+    options = {"outliers": 0.1, "outlier_bits": 4}
+    plain, more = (fewbit.plan(tiny, "vector4x4", method="vptq", options=own) for own in ({}, options))
+    for before, after in zip(plain.decisions, more.decisions, strict=True):
+        if after.rule is None or after.rule.method != "vptq" or after.site.block is None:
+            continue
+        rows, columns = after.site.shape
+        count = max(1, round(0.1 * columns))
+        codes = -(-4 * count // 8) * -(-rows // 2) + -(-4 * (columns - count) // 8) * -(-rows // 4)
+        assert after.nbytes == codes + 2 * (16 * 2 + 16 * 4) + 2 * columns > before.nbytes
+    with pytest.raises(SpecError, match=r"layer model\.layers\.0\.\S+: .* 4096 entries for the \d+ vectors"):
+        fewbit.plan(tiny, "vector4x4", method="vptq", options={**options, "outlier_bits": 12})
+    with pytest.raises(SpecError, match="a share of the columns below 1"):
+        fewbit.plan(tiny, "vector4x4", method="vptq", options={"outliers": 2})
+    with pytest.raises(SpecError, match="weights are 2, 4"):
+        fewbit.plan(tiny, "vector4x4", method="vptq", options={**options, "outlier_length": 5})
+    rules = (Rule("kind:embedding", "float"), Rule("*", "vector4x4", "vptq", options, "int8/channel"))
+    with pytest.raises(UnsupportedError, match="its parts would round their inputs each on its own"):
+        fewbit.plan(tiny, Recipe(rules))

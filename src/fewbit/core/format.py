@@ -210,6 +210,17 @@ class Format(ABC):
         """
         raise UnsupportedError(f"{self.name} from parameters of each block", "it has these itself")
 
+    def vectors_of(self, length: int, bits: int) -> Format:
+        """Such a format of vectors of ``length`` weights, by indices of ``bits`` into one book for all columns.
+
+        Raises:
+            SpecError: there are no such vectors.
+            UnsupportedError: the codes of this format are no vectors down a column.
+        """
+        raise UnsupportedError(
+            f"vectors of {length} beside {self.name}", "its codes are no vectors", "vector4x8 is some"
+        )
+
     @abstractmethod
     def physical(self, params: Params) -> Physical | Vectors:
         """The lossless lowering to a kernel family, from ``params`` of shape (rows, blocks, 1)."""

@@ -42,7 +42,7 @@ from fewbit.formats.sign import Sign
 from fewbit.formats.superblock import Superblock
 from fewbit.formats.table import TABLES, Table
 from fewbit.formats.ternary import Ternary
-from fewbit.formats.vector import LEAST_BITS, LENGTHS, MOST_BITS, MOST_CODE, Vector
+from fewbit.formats.vector import sized
 
 LARGEST_GROUP = 8192
 """A row is padded to whole groups while it is fitted; longer groups are spelt ``channel``."""
@@ -91,7 +91,9 @@ _GRAMMAR: tuple[tuple[re.Pattern[str], Callable[..., Format]], ...] = (
     ),
     (
         re.compile(r"vector([1-9]\d?)x([1-9]\d?)(?:\+([1-9]\d?))?(?:/g([1-9]\d{0,4}))?"),
-        lambda length, bits, residual, group: _vector(int(length), int(bits), int(residual or 0), group),
+        lambda length, bits, residual, group: sized(
+            int(length), int(bits), int(residual or 0), _block(group, None if group else "channel", 0)
+        ),
     ),
 )
 
@@ -194,14 +196,3 @@ def _palette(width: int, rows: str | None, lut8: str | None, group: str | None, 
     if lut8 and width == 8:
         raise SpecError("palette8/lut8", "its 256 entries would be all numbers of 8 bits", "int8/channel is that")
     return Palette(width, each, bool(group or channel), _block(group, channel, 0), lut8 is not None)
-
-
-def _vector(length: int, bits: int, residual: int, group: str | None) -> Vector:
-    known = length in LENGTHS and all(LEAST_BITS <= n <= MOST_BITS for n in (bits, residual or bits))
-    if not known or bits + residual > MOST_CODE:
-        raise SpecError(
-            f"vectors of {length} weights by indices of {bits} and {residual} bits",
-            f"weights are {', '.join(map(str, LENGTHS))}, bits {LEAST_BITS} to {MOST_BITS}, at most {MOST_CODE} in all",
-            "for example vector8x12 or vector8x12+8",
-        )
-    return Vector(length, bits, residual, _block(group, "channel" if group is None else None, 0))

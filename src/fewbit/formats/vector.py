@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fewbit.core import clusters
 from fewbit.core.format import Format, Param, Params, Vectors, code_dtype
+from fewbit.errors import SpecError
 from fewbit.formats.scales import LARGEST_SCALE
 
 LENGTHS = (2, 4, 6, 8, 12, 16)
@@ -115,6 +116,9 @@ class Vector(Format):
             rest = rest >> bits
         return values.reshape(*codes.shape[:2], -1)
 
+    def vectors_of(self, length: int, bits: int) -> Vector:
+        return sized(length, bits)
+
     def physical(self, params: Params) -> Vectors:
         books = tuple(params[name][0, :, 0].float() for name in self.fields)
         return Vectors(books, tuple(self.fields.values()))
@@ -122,6 +126,22 @@ class Vector(Format):
     def _vectors(self, blocks: Tensor) -> Tensor:
         """(rows, blocks, block) -> (rows, blocks, vectors, length)."""
         return blocks.reshape(*blocks.shape[:2], -1, self.length)
+
+
+def sized(length: int, bits: int, residual: int = 0, block: int = 0) -> Vector:
+    """Vectors that there are.
+
+    Raises:
+        SpecError: a number is out of range.
+    """
+    known = length in LENGTHS and all(LEAST_BITS <= n <= MOST_BITS for n in (bits, residual or bits))
+    if not known or bits + residual > MOST_CODE:
+        raise SpecError(
+            f"vectors of {length} weights by indices of {bits} and {residual} bits",
+            f"weights are {', '.join(map(str, LENGTHS))}, bits {LEAST_BITS} to {MOST_BITS}, at most {MOST_CODE} in all",
+            "for example vector8x12 or vector8x12+8",
+        )
+    return Vector(length, bits, residual, block)
 
 
 def _shared(books: Tensor, rows: int) -> Tensor:

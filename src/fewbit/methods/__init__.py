@@ -36,6 +36,7 @@ from fewbit.methods.skm import refuse as refuse_unlearned
 from fewbit.methods.skm import skm
 from fewbit.methods.squeezellm import beside as sparse_beside
 from fewbit.methods.squeezellm import squeezellm
+from fewbit.methods.vptq import parts as vptq_parts
 from fewbit.methods.vptq import refuse as refuse_scalars
 from fewbit.methods.vptq import vptq
 
@@ -107,22 +108,24 @@ TUNINGS: tuple[Tuning, ...] = (
     ),
     Tuning(
         "books",
-        scales.Scales,
+        sums.learned,
         Adam,
         vectors.books_rate,
         vectors.refuse,
         options=_STEPS,
         limits=_LIMITS,
+        sums=True,
         source="layer-wise phase of Liu et al. 2024, arXiv:2409.17066, block by block",
     ),
     Tuning(
         "vectors",
-        vectors.Vectors,
+        sums.chosen,
         SignSGD,
         vectors.rate,
         vectors.refuse,
         options=_STEPS,
         limits=_LIMITS,
+        sums=True,
         source="Cheng et al. 2023, arXiv:2309.05516, for vectors",
     ),
     Tuning(
@@ -251,8 +254,12 @@ METHODS: tuple[Method, ...] = (
             "rounds": 6,
             "beam": 8,
             "never_worse": True,
+            "outliers": 0.0,
+            "outlier_length": 2,
+            "outlier_bits": 6,
         },
         refuse=refuse_scalars,
+        parts=vptq_parts,
         source="Liu et al. 2024, arXiv:2409.17066",
     ),
     Method(

@@ -2,11 +2,13 @@
 r"""A matrix in vectors of codebooks, on the way to its codes and books: choosing, decoding, refitting.
 
 Vector u of column k is ``w[length u + d, k] = sum over books b of b[k // width, index_b[k, u], d]``. Columns are the
-first axis of everything here: they are what is worked on one after the other.
+first axis of everything here: they are what is worked on one after the other. A weight is one such matrix or several
+side by side (``Sides``), the columns of each after those of the one before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +21,8 @@ from fewbit.core.qtensor import QTensor
 
 LARGEST = 65504.0
 """Of float16."""
+ROUNDING = torch.finfo(torch.float32).eps
+"""Of products with a second moment."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +55,28 @@ class Coded:
         parts = [book.flatten(0, 1)[place] for book, place in zip(self.books, self.places(), strict=True)]
         return sum(parts[1:], parts[0]).flatten(1)
 
+    def taken(self, worth: Tensor) -> list[Tensor]:
+        """By book, the sum of ``worth`` (columns, vectors, n) over the vectors that take each entry: float64 (entries
+        of all groups, n)."""
+        flat = worth.double().flatten(0, 1).T.contiguous()
+        return [
+            torch.stack([torch.bincount(place.flatten(), one, book.shape[0] * book.shape[1]) for one in flat], 1)
+            for place, book in zip(self.places(), self.books, strict=True)
+        ]
+
     def qtensor(self, format: Format, rows: int) -> QTensor:
-        """Codes and parameters of ``format``, of a matrix of ``rows``."""
-        codes, base = torch.zeros_like(self.indices[0]), 0
+        """Codes and parameters of ``format``, of a matrix of ``rows``; vectors past these are left out."""
+        whole = -(-rows // format.height)
+        codes, base = torch.zeros_like(self.indices[0][:, :whole]), 0
         params = {}
         for param, book, index in zip(format.params, self.books, self.indices, strict=True):
-            codes += index << base
+            codes += index[:, :whole] << base
             base += param.entry[0].bit_length() - 1
-            params[param.name] = book.to(param.dtype)[None, :, None].expand(codes.shape[1], -1, -1, -1, -1)
+            params[param.name] = book.to(param.dtype)[None, :, None].expand(whole, -1, -1, -1, -1)
         return QTensor.of(format, codes.T.contiguous().to(code_dtype(format)), params, rows)
+
+
+Sides = tuple[Coded, ...]
 
 
 class Choice:
@@ -92,6 +109,21 @@ class Choice:
     def coded(self) -> Coded:
         """What was chosen."""
         return Coded(self._books, self._indices, self._width)
+
+
+class Beside:
+    """The columns of matrices side by side, one after another, each by the choice of its own matrix."""
+
+    def __init__(self, choices: Sequence[Choice]) -> None:
+        self.choices = choices
+        self._of = [(choice, own) for choice in choices for own in range(len(choice.seen))]
+
+    def __call__(self, column: int, values: Tensor) -> Tensor:
+        choice, own = self._of[column]
+        return choice(own, values)
+
+    def coded(self) -> Sides:
+        return tuple(choice.coded() for choice in self.choices)
 
 
 def nearest(points: Tensor, books: list[Tensor], beam: int, present: list[Tensor] | None = None) -> list[Tensor]:
@@ -152,54 +184,60 @@ def stored(book: Tensor) -> Tensor:
     return book.clamp(-LARGEST, LARGEST).to(torch.float16).float()
 
 
-def loss(weight: Tensor, coded: Coded, moment: Tensor) -> float:
-    """``tr(E H E^T)`` of what ``coded`` makes of ``weight`` (columns, rows), H = ``moment``."""
-    error = weight - coded.decode()
+def decoded(sides: Sides) -> Tensor:
+    """What ``sides`` stand for, transposed: float32 (columns, rows)."""
+    return torch.cat([side.decode() for side in sides])
+
+
+def loss(weight: Tensor, sides: Sides, moment: Tensor) -> float:
+    """``tr(E H E^T)`` of what ``sides`` make of ``weight`` (columns, rows), H = ``moment``, without the rows that fill
+    up vectors."""
+    error = weight - decoded(sides)[:, : weight.shape[1]]
     return float(((moment @ error) * error).sum(dtype=torch.float64))
 
 
-def refitted(weight: Tensor, coded: Coded, moment: Tensor, steps: int) -> Coded:
-    """``coded`` with books nearer to those of least ``tr(E H E^T)`` under its indices.
+def refitted(weight: Tensor, sides: Sides, moment: Tensor, steps: int) -> Sides:
+    """``sides`` with books nearer to those of least ``tr(E H E^T)`` under their indices, all books at once.
 
     With D the linear map from books to weights, the normal equations ``D^T (D(b) H) = D^T (W H)`` are solved by
     ``steps`` conjugate gradients from the present books, preconditioned by their diagonal (entry i: the sum of H_kk
-    over the vectors that use it); then books are rounded to float16. Entries that no vector uses stay.
+    over the vectors that use it); then books are rounded to float16. Entries that no vector uses stay. Few entries need
+    fewer steps: they end where nothing is left but the rounding of products.
     """
-    places, diagonal = coded.places(), moment.diagonal().double()
-    weights = diagonal[:, None].expand(coded.indices[0].shape).flatten()
+    shapes, rows = [side.indices[0].shape for side in sides], weight.shape[1]
+    whole = shapes[0][1] * sides[0].books[0].shape[2]
+
+    def gathered(pulled: Tensor) -> list[Tensor]:
+        """D^T of (columns, rows): float64 (entries of all groups, length) a book."""
+        filled = torch.constant_pad_nd(pulled, (0, whole - rows))
+        parts = zip(sides, filled.split([columns for columns, _ in shapes]), shapes, strict=True)
+        return [sums for side, part, shape in parts for sums in side.taken(part.view(*shape, -1))]
+
+    def shown(books: list[Tensor]) -> Sides:
+        own = iter(books)
+        return tuple(replace(one, books=tuple(next(own).view(book.shape) for book in one.books)) for one in sides)
+
+    diagonal = moment.diagonal().split([columns for columns, _ in shapes])
     share = [
-        torch.bincount(place.flatten(), weights, book.shape[0] * book.shape[1])[:, None]
-        for place, book in zip(places, coded.books, strict=True)
+        mass
+        for side, part, shape in zip(sides, diagonal, shapes, strict=True)
+        for mass in side.taken(part[:, None, None].expand(*shape, 1))
     ]
-
-    def gathered(errors: Tensor) -> list[Tensor]:
-        """D^T of (columns, rows) times H: float64 (groups * entries, length) a book."""
-        pulled = (moment @ errors).view(*coded.indices[0].shape, -1).double().flatten(0, 1).T.contiguous()
-        return [
-            torch.stack([torch.bincount(place.flatten(), one, len(mass)) for one in pulled], 1)
-            for place, mass in zip(places, share, strict=True)
-        ]
-
-    def spread(books: list[Tensor]) -> Tensor:
-        """D."""
-        shaped = tuple(b.float().view(book.shape) for b, book in zip(books, coded.books, strict=True))
-        return replace(coded, books=shaped).decode()
-
-    books = [book.double().flatten(0, 1) for book in coded.books]
-    rest = gathered(weight - coded.decode())
-    way, power = [torch.zeros_like(r) for r in rest], 1.0
+    books = [book.double().flatten(0, 1) for side in sides for book in side.books]
+    rest = gathered(moment @ (weight - decoded(sides)[:, :rows]))
+    way, power, floor = [torch.zeros_like(r) for r in rest], 1.0, 0.0
     for step in range(steps):
         scaled = [r / mass.clamp_min(1e-300) for r, mass in zip(rest, share, strict=True)]
         before, power = power, _dot(rest, scaled)
-        if not power > 0:
+        floor = ROUNDING**2 * power if step == 0 else floor
+        if not power > floor:
             break
         way = [s + w * (power / before if step else 0.0) for s, w in zip(scaled, way, strict=True)]
-        bent = gathered(spread(way))
+        bent = gathered(moment @ decoded(shown([w.float() for w in way]))[:, :rows])
         far = power / max(_dot(way, bent), 1e-300)
         books = [b + far * w for b, w in zip(books, way, strict=True)]
         rest = [r - far * b for r, b in zip(rest, bent, strict=True)]
-    shaped = (stored(b).view(book.shape) for b, book in zip(books, coded.books, strict=True))
-    return replace(coded, books=tuple(shaped))
+    return shown([stored(b) for b in books])
 
 
 def _dot(left: list[Tensor], right: list[Tensor]) -> float:

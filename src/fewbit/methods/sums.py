@@ -1,49 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned scales of sums of terms, all codes fixed: those of every matrix in them, and of rows, columns and ranks.
+"""What sums of terms learn: every matrix in them what it would learn alone, and scales of rows, columns and ranks.
 
-What a matrix may learn is what :class:`fewbit.methods.scales.Scales` says; other scales move as its arrays do. Sparse
-entries stand still.
+With all codes fixed (``learned``) a matrix learns what :class:`fewbit.methods.scales.Scales` says, and other scales
+move as its arrays do. With vectors chosen again (``chosen``) a matrix learns what
+:class:`fewbit.methods.vectors.Vectors` says, and other scales stand still. Sparse entries always do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Columns, Dense, Product, Sparse, Term, Terms
 from fewbit.core.tuning import Learnable, Values
-from fewbit.methods.scales import FAR, Scales, refuse, unit
+from fewbit.methods import scales, vectors
+from fewbit.methods.scales import FAR, Scales, unit
+from fewbit.methods.vectors import Vectors
 
 Path = tuple[str, ...]
 
 
 def learned(weight: Tensor, made: QTensor | Terms) -> Learnable:
     """What of ``made`` can be learned under fixed codes."""
-    return Scales(weight, made) if isinstance(made, QTensor) else SumScales(weight, made)
+    return Scales(weight, made) if isinstance(made, QTensor) else Sum(weight, made, Scales, scales.refuse, True)
 
 
-class SumScales(Learnable):
+def chosen(weight: Tensor, made: QTensor | Terms) -> Learnable:
+    """What of ``made`` can be learned where vectors are chosen again."""
+    return Vectors(weight, made) if isinstance(made, QTensor) else Sum(weight, made, Vectors, vectors.refuse, False)
+
+
+class Sum(Learnable):
     """Each value is that of an array of a matrix, or of a scale, called by the way to it: ``1.left.scale`` is that of
-    the left factor of the second term."""
+    the left factor of the second term.
 
-    def __init__(self, weight: Tensor, made: Terms) -> None:
+    ``one(weight, matrix)`` is what a matrix learns that ``refuse(format)`` lets pass; ``with_scales``:
+    whether what scales rows, columns and ranks is learned as well.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        made: Terms,
+        one: Callable[[Tensor, QTensor], Learnable],
+        refuse: Callable[[Format], str | None],
+        with_scales: bool,
+    ) -> None:
         self._made = made
-        parts = dict(_leaves(made, ()))
-        self._matrices = {
-            path: Scales(weight, leaf)
-            for path, leaf in parts.items()
-            if isinstance(leaf, QTensor) and refuse(leaf.format) is None
-        }
-        self._fixed = {
-            path: leaf.dequantize()
-            for path, leaf in parts.items()
-            if isinstance(leaf, QTensor) and path not in self._matrices
-        }
-        self._scales = {path: leaf for path, leaf in parts.items() if isinstance(leaf, Tensor)}
+        self._matrices: dict[Path, Learnable] = {}
+        self._fixed: dict[Path, Tensor] = {}
+        self._scales: dict[Path, Tensor] = {}
+        for path, leaf, wanted in _leaves(made, (), weight):
+            if isinstance(leaf, Tensor):
+                (self._scales if with_scales else self._fixed)[path] = leaf
+            elif refuse(leaf.format) is None:
+                self._matrices[path] = one(leaf.dequantize() if wanted is None else wanted, leaf)
+            else:
+                self._fixed[path] = leaf.dequantize()
         self._unit = {path: unit(scale.float()) for path, scale in self._scales.items()}
         self.start = {_name(path, key): a for path, one in self._matrices.items() for key, a in one.start.items()}
         self.start |= {_name(path): torch.zeros_like(step) for path, step in self._unit.items()}
@@ -79,10 +97,12 @@ class SumScales(Learnable):
         return result
 
     def freeze(self, values: Values) -> Terms:
-        moved = self._moved(values)
+        moved = {**self._fixed, **self._moved(values)}
 
         def matrix(path: Path, before: QTensor) -> QTensor:
-            return self._matrices[path].freeze(self._of(path, values)) if path in self._matrices else before
+            made = self._matrices[path].freeze(self._of(path, values)) if path in self._matrices else before
+            assert isinstance(made, QTensor)
+            return made
 
         def each(term: Term, path: Path) -> Term:
             match term:
@@ -112,25 +132,30 @@ def _at(path: Path, *more: str) -> Path:
     return (*path, *more)
 
 
-def _leaves(term: Term, path: Path) -> Iterator[tuple[Path, QTensor | Tensor]]:
-    """Every matrix and every scale in ``term``."""
+def _leaves(term: Term, path: Path, wanted: Tensor | None) -> Iterator[tuple[Path, QTensor | Tensor, Tensor | None]]:
+    """Every matrix and every scale in ``term``, and what of the float weight ``wanted`` it alone stands for: None where
+    it is a factor, or one of several terms."""
     match term:
         case Dense():
-            yield path, term.qtensor
+            yield path, term.qtensor, wanted
         case Product():
-            yield (*path, "left"), term.left
-            yield (*path, "right"), term.right
+            yield (*path, "left"), term.left, None
+            yield (*path, "right"), term.right, None
             if term.middle is not None:
-                yield (*path, "middle"), term.middle
+                yield (*path, "middle"), term.middle, None
         case Columns():
+            widths = [part.shape[1] for part in term.parts]
+            own = None if wanted is None else wanted[:, term.permutation.long()].split(widths, 1)
             for i, part in enumerate(term.parts):
-                yield from _leaves(part, (*path, str(i)))
+                yield from _leaves(part, (*path, str(i)), None if own is None else own[i])
         case Terms():
+            scales = (("row_scale", term.row_scale), ("column_scale", term.column_scale))
+            alone = len(term.terms) == 1 and all(scale is None for _, scale in scales)
             for i, part in enumerate(term.terms):
-                yield from _leaves(part, (*path, str(i)))
-            for name, scale in (("row_scale", term.row_scale), ("column_scale", term.column_scale)):
+                yield from _leaves(part, (*path, str(i)), wanted if alone else None)
+            for name, scale in scales:
                 if scale is not None:
-                    yield (*path, name), scale
+                    yield (*path, name), scale, None
 
 
 def _assembled(term: Term, path: Path, leaves: Mapping[Path, Tensor]) -> Tensor:

@@ -84,9 +84,7 @@ class Vectors(Learnable):
         coded, length = self._choose(values), self._format.height
         high = torch.constant_pad_nd(grad, (0, 0, 0, -self._rows % length)).T.reshape(self._weight.shape)
         found = {"offset": high * self._step}
-        for name, place, book, unit in zip(self._names, coded.places(), coded.books, self._unit, strict=True):
-            entries, flat = book.shape[0] * book.shape[1], high.flatten(0, 1).double().T.contiguous()
-            pulled = torch.stack([torch.bincount(place.flatten(), one, entries) for one in flat], 1)
+        for name, pulled, book, unit in zip(self._names, coded.taken(high), coded.books, self._unit, strict=True):
             found[name] = pulled.float().view(book.shape) * unit
         return found
 

@@ -11,12 +11,21 @@ best one, and k-means with the weights E[x_k^2] is the right start (its diagonal
 4. rounds of: books of least ``tr(E H E^T)`` under the codes (a linear least squares problem, by conjugate gradients),
    then every column again, by coordinate descent.
 
+With ``outliers``, that share of the columns, those of largest E[x^2], has shorter vectors and a book of its own. All
+columns are swept and chosen again as one weight, these first; the least squares are of all books at once. The result is
+the two matrices side by side, with the order of the columns.
+
 Where we depart from the paper: 4 is ours (theirs tunes books on data only; see the tuning ``books``); sums of two are
 searched among the ``beam`` nearest first vectors instead of after the nearest alone; the order of the columns is that
-of act-order but none is moved, as columns share books; no column has a scale, a bias or a book for outliers.
+of act-order but none is moved except outliers, as columns share books; no column has a scale or a bias.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +34,9 @@ from fewbit.core import blocks as B
 from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
+from fewbit.core.method import Parts
 from fewbit.core.qtensor import QTensor
+from fewbit.core.terms import Columns, Dense, Terms
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.methods import codebooks as K
 from fewbit.methods import feedback, objective
@@ -52,7 +63,10 @@ def vptq(
     rounds: int = 6,
     beam: int = 8,
     never_worse: bool = True,
-) -> QTensor:
+    outliers: float = 0.0,
+    outlier_length: int = 2,
+    outlier_bits: int = 6,
+) -> QTensor | Terms:
     """Quantize ``weight`` (rows, columns) to vectors of codebooks fitted to it.
 
     Args:
@@ -65,6 +79,12 @@ def vptq(
         rounds: most rounds of books and codes; 0 leaves what the sweeps chose.
         beam: first vectors tried for a sum of two; 1 is the paper's greedy choice.
         never_worse: round all to nearest, with the books that the sweeps began with, where that loses less.
+        outliers: share of the columns, those of largest E[x^2], that have a book of their own; at least one column
+            where it is above 0. Without any token the first columns are these.
+        outlier_length, outlier_bits: weights of their vectors, and bits of an index into that book.
+
+    Returns:
+        One matrix; or with outliers, columns in an order, these first.
 
     Raises:
         InputError: the weight or the facts cannot be used (NaN, wrong width, no second moment).
@@ -72,20 +92,53 @@ def vptq(
         UnsupportedError: codes of ``format`` are no vectors down a column.
     """
     _check(weight, format, facts, block_size=block_size, restarts=restarts, rounds=rounds, beam=beam)
+    rows, columns = weight.shape
+    made = parts(format, (rows, columns), outliers=outliers, outlier_length=outlier_length, outlier_bits=outlier_bits)
+    sides = tuple((side, shape[1]) for side, shape in made.matrices)
+    order = _order(facts, sides[0][1]) if made.sum else None
+    shown = weight.float() if order is None else weight[:, order].float()
     if not facts.tokens:
-        params = F.fit(format, weight)
-        return QTensor.of(format, F.encode(format, weight, params), params, len(weight))
-    rows = len(weight)
-    high = torch.constant_pad_nd(weight.float(), (0, 0, 0, -rows % format.height)).clamp(-K.LARGEST, K.LARGEST)
-    passing = feedback.factorize(facts.second_moment, damp_percent, by_activity=True)
-    moment = feedback.damped(facts.second_moment, passing)
-    start = _swept(high, rows, format, facts, passing, block_size, restarts, beam)
-    solved = _improved(high, start, moment, passing, block_size, rounds, beam).qtensor(format, rows)
+        return _whole([_rounded(part, side) for part, side in _split(shown, sides)], order)
+    second = facts.second_moment if order is None else facts.second_moment[order][:, order]
+    passing = feedback.factorize(second, damp_percent, by_activity=True)
+    task = _Task(_padded(shown, sides), rows, sides, passing, block_size, beam)
+    square = facts.mean_square if order is None else facts.mean_square[order]
+    start = _swept(task, square, restarts)
+    found = _improved(task, start, feedback.damped(second, passing), rounds)
+    solved = _whole(task.stored(found), order)
     if not never_worse:
         return solved
-    points = high.T.reshape(len(start.indices[0]), -1, format.height)
-    plain = K.all_nearest(points, start.books, start.width, beam).qtensor(format, rows)
+    pairs = zip(task.points(), start, strict=True)
+    nearest = tuple(K.all_nearest(points, one.books, one.width, beam) for points, one in pairs)
+    plain = _whole(task.stored(nearest), order)
     return plain if _lost(weight, plain, facts) < _lost(weight, solved, facts) else solved
+
+
+def parts(
+    format: Format, shape: tuple[int, int], *, outliers: float, outlier_length: int, outlier_bits: int, **other: Any
+) -> Parts:
+    """The columns with a book of their own, the others, and the order of all; or one matrix, where there are no such.
+
+    Raises:
+        SpecError: no share of columns, no such vectors, or a book larger than what it is for.
+    """
+    (rows, columns), asked = shape, f"vptq with outliers={outliers!r}"
+    if isinstance(outliers, bool) or not isinstance(outliers, int | float) or not 0 <= outliers < 1:
+        raise SpecError(asked, "out of range", "a share of the columns below 1, e.g. 0.02, or 0 for none")
+    count = min(columns - 1, max(1, round(outliers * columns))) if outliers else 0
+    if not count:
+        return Parts(((format, shape),), 0)
+    for name, value in (("outlier_length", outlier_length), ("outlier_bits", outlier_bits)):
+        if type(value) is not int:
+            raise SpecError(f"{asked} and {name}={value!r}", "no whole number", "2 and 6 would work")
+    own = format.vectors_of(outlier_length, outlier_bits)
+    vectors = count * -(-rows // own.height)
+    if vectors < own.levels:
+        found = f"the book of {own.name} has {own.levels} entries for the {vectors} vectors of {count} columns"
+        works = f"outlier_bits={max(1, vectors.bit_length() - 1)} or less, more outliers, or outliers=0 for this layer"
+        raise SpecError(f"{asked} of a weight of shape {shape}", found, works)
+    index = 2 if columns <= 1 << 16 else 4
+    return Parts(((own, (rows, count)), (format, (rows, columns - count))), index * columns)
 
 
 def _check(weight: Tensor, format: Format, facts: Facts, **least: int) -> None:
@@ -101,43 +154,69 @@ def _check(weight: Tensor, format: Format, facts: Facts, **least: int) -> None:
             raise SpecError(f"{asked} with {name}={value}", "it is too small", "1 is the least, 0 for rounds")
 
 
-def _swept(
-    weight: Tensor,
-    rows: int,
-    format: Format,
-    facts: Facts,
-    passing: feedback.Feedback,
-    block_size: int,
-    restarts: int,
-    beam: int,
-) -> K.Coded:
-    """Books by weighted k-means of whole vectors, ``rows`` being no padding, and codes by a sweep after each."""
-    columns, width = weight.shape[1], B.width(weight.shape[1], format.block)
-    points = weight.T.reshape(columns, -1, format.height)
-    worth = facts.mean_square[:, None].repeat(1, points.shape[1])
-    worth[:, max(1, rows // format.height) :] = 0
-    books: tuple[Tensor, ...] = ()
-    for param in format.params:
-        books = (*books, K.cluster(points, worth, param.entry[0], width, restarts))
-        choice = K.Choice(books, (columns, len(weight)), width, beam)
-        feedback.sweep(weight, passing, choice, block_size)
+Formats = tuple[tuple[Format, int], ...]
+"""Of matrices side by side, each with how many columns are its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """``weight``: (rows, columns) in the order in which columns are stored, rows filled up to whole vectors with zeros;
+    ``rows``: those that are not filled up."""
+
+    weight: Tensor
+    rows: int
+    sides: Formats
+    passing: feedback.Feedback
+    block_size: int
+    beam: int
+
+    def points(self) -> list[Tensor]:
+        """Vectors of each side, (columns, vectors, length)."""
+        return [part.T.reshape(part.shape[1], -1, side.height) for part, side in _split(self.weight, self.sides)]
+
+    def choice(self, books: Sequence[tuple[Tensor, ...]], present: K.Sides | None = None) -> K.Beside:
+        choices = []
+        for i, (side, columns) in enumerate(self.sides):
+            shape, width = (columns, len(self.weight)), B.width(columns, side.block)
+            choices.append(K.Choice(books[i], shape, width, self.beam, present[i] if present else None))
+        return K.Beside(choices)
+
+    def stored(self, found: K.Sides) -> list[QTensor]:
+        return [one.qtensor(side, self.rows) for one, (side, _) in zip(found, self.sides, strict=True)]
+
+
+def _swept(task: _Task, square: Tensor, restarts: int) -> K.Sides:
+    """Books by k-means of whole vectors, weighted by ``square``, E[x^2] of (columns,), and codes by a sweep after
+    each: first books of all sides, then second ones of those that have them."""
+    points: list[Tensor] = task.points()
+    books: list[tuple[Tensor, ...]] = [() for _ in points]
+    worth = square.split([columns for _, columns in task.sides])
+    for stage in range(max(len(side.params) for side, _ in task.sides)):
+        for i, (side, columns) in enumerate(task.sides):
+            if stage < len(side.params):
+                share = worth[i][:, None].repeat(1, points[i].shape[1])
+                share[:, max(1, task.rows // side.height) :] = 0
+                entries, width = side.params[stage].entry[0], B.width(columns, side.block)
+                books[i] = (*books[i], K.cluster(points[i], share, entries, width, restarts))
+        choice = task.choice(books)
+        feedback.sweep(task.weight, task.passing, choice, task.block_size)
         coded = choice.coded()
-        points = choice.seen - coded.decode().view(points.shape)
+        seen = [one.seen for one in choice.choices]
+        points = [values - one.decode().view(values.shape) for values, one in zip(seen, coded, strict=True)]
     return coded
 
 
-def _improved(
-    weight: Tensor, coded: K.Coded, moment: Tensor, passing: feedback.Feedback, block_size: int, rounds: int, beam: int
-) -> K.Coded:
+def _improved(task: _Task, coded: K.Sides, moment: Tensor, rounds: int) -> K.Sides:
     """Rounds of better books under the codes and better codes under the books, as long as they help."""
-    wanted = weight.T.contiguous()
+    wanted = task.weight[: task.rows].T.contiguous()
     least = K.loss(wanted, coded, moment)
     for _ in range(rounds):
         before = least
         for again in (False, True):
             if again:
-                choice = K.Choice(coded.books, (weight.shape[1], len(weight)), coded.width, beam, coded)
-                feedback.descend(weight, coded.decode().T, moment, passing, choice, block_size)
+                choice = task.choice([one.books for one in coded], coded)
+                now = K.decoded(coded).T
+                feedback.descend(task.weight, now, moment, task.passing, choice, task.block_size)
                 found = choice.coded()
             else:
                 found = K.refitted(wanted, coded, moment, STEPS)
@@ -149,5 +228,38 @@ def _improved(
     return coded
 
 
-def _lost(weight: Tensor, values: QTensor, facts: Facts) -> float:
+def _order(facts: Facts, count: int) -> Tensor:
+    """(columns,): the ``count`` columns of largest E[x^2], then the others, both as they are in the weight."""
+    square = facts.mean_square if facts.gram is None else facts.gram.diagonal()
+    order = torch.argsort(square, descending=True, stable=True)
+    return torch.cat([order[:count].sort().values, order[count:].sort().values])
+
+
+def _split(weight: Tensor, sides: Formats) -> list[tuple[Tensor, Format]]:
+    """The columns of each side, with its format."""
+    found = weight.split([columns for _, columns in sides], 1)
+    return [(part, side) for part, (side, _) in zip(found, sides, strict=True)]
+
+
+def _padded(weight: Tensor, sides: Formats) -> Tensor:
+    """``weight`` within float16, its rows filled up to whole vectors of all ``sides``."""
+    length = math.lcm(*(side.height for side, _ in sides))
+    return torch.constant_pad_nd(weight, (0, 0, 0, -len(weight) % length)).clamp(-K.LARGEST, K.LARGEST)
+
+
+def _rounded(weight: Tensor, format: Format) -> QTensor:
+    params = F.fit(format, weight)
+    return QTensor.of(format, F.encode(format, weight, params), params, len(weight))
+
+
+def _whole(found: Sequence[QTensor], order: Tensor | None) -> QTensor | Terms:
+    """What was ``found`` for the columns in ``order``, or as they are."""
+    if order is None:
+        return found[0]
+    index = torch.uint16 if len(order) <= 1 << 16 else torch.int32
+    columns = Columns(order.to(index), tuple(map(Dense, found)))
+    return Terms(columns.shape, (columns,))
+
+
+def _lost(weight: Tensor, values: QTensor | Terms, facts: Facts) -> float:
     return float(objective.row_errors(weight.float() - values.dequantize(), facts).sum())

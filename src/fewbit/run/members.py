@@ -92,7 +92,7 @@ def fitting(row: ModelTuning, weight: T.Weight) -> Tuning | str:
         if not isinstance(weight, QTensor) and not tuning.sums:
             continue
         refused = [tuning.refuse(one.format) for one in matrices(weight)]
-        if not isinstance(weight, QTensor) or not any(refused):
+        if None in refused:
             return tuning
         reasons.append(refused[0] or "")
     return reasons[-1] if reasons else "it is a sum of terms"

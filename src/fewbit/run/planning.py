@@ -174,11 +174,7 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
     if refused is not None:
         able = ", ".join(method.name for method in methods.METHODS if method.refuse(format) is None)
         raise UnsupportedError(f"{rule.format} by {rule.method} for {site.name}", refused, f"methods {able} take it")
-    made = Parts(((format, site.shape),), 0)
-    if site.block is not None:
-        made = methods.named(rule.method).made_of(format, site.shape, rule.options)
-    if made.sum:
-        check_terms(site, rule)
+    made = _made(site, rule, format)
     try:
         nbytes = made.beside
         for part, (rows, columns) in made.matrices:
@@ -192,17 +188,31 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
     return Decision(site, rule, kernel_name(rule, made.matrices, sparse), nbytes)
 
 
+def _made(site: Site, rule: Rule, format: Format) -> Parts:
+    """What the method of ``rule`` makes of ``site``; outside blocks, where no token is seen, one matrix."""
+    if site.block is None:
+        return Parts(((format, site.shape),), 0)
+    try:
+        made = methods.named(rule.method).made_of(format, site.shape, rule.options)
+    except FewbitError as error:
+        raise type(error)(f"layer {site.name}: {error.asked}", error.found, error.works) from None
+    if made.sum:
+        check_terms(site, rule)
+    return made
+
+
 def check_terms(site: Site, rule: Rule) -> None:
     """Refuse layers whose weight cannot be a sum of terms."""
     asked = f"{rule.format} by {rule.method} for {site.name}, which makes a sum of terms of it"
-    works = "give this layer a rule that makes one matrix, e.g. squeezellm with options outliers=0, sensitive=0"
+    works = "give this layer a rule that makes one matrix: squeezellm and vptq do with outliers=0 (and sensitive=0)"
     if site.experts > 1:
         raise UnsupportedError(asked, "fused experts are one matrix each", works)
     for tune in rule.tunings():
         if not methods.tuning(tune.name).sums:
-            able = ", ".join(row.name for row in methods.TUNINGS if row.sums)
+            format = formats.parse(rule.format)
+            able = [row.name for row in methods.TUNINGS if row.sums and row.refuse(format) is None]
             found = f"{tune.name} tunes layers that are one matrix"
-            raise UnsupportedError(asked, found, f"{able} tunes sums; or {works}")
+            raise UnsupportedError(asked, found, f"{' or '.join([*able, 'no tuning'])}; or {works}")
     if rule.activation is not None:
         apart = methods.named(rule.method).parts is None
         missed = f"what is kept apart would miss the rounding to {rule.activation}"
