@@ -1,13 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "avx2/dot.h"
-
 #include "avx2/bit_tables.h"
-#include "core/int8.h"
 
 namespace fewbit {
 
 const SegmentKernel int8_linear_avx2 = {kManyTokens, 1, 1, round_raised, int8_run};
 
-const FewKernel int8_few_linear_avx2 = {1, {kManyTokens, kTableBytes / 32 + 1, 1, tables_token, bit_tables_run}};
+const FewKernel int8_few_linear_avx2 = {3, {kManyTokens, kTableBytes / 32 + 1, 1, tables_token, bit_tables_run}};
 
 }  // namespace fewbit

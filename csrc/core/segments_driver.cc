@@ -62,7 +62,8 @@ const SegmentKernel* find_few([[maybe_unused]] bool lut, [[maybe_unused]] int32_
                               [[maybe_unused]] int32_t isa) {
 #if defined(__x86_64__)
   const FewKernel& few = lut ? int8_few_lut_linear_avx2 : int8_few_linear_avx2;
-  if (fewbit_caps() & isa & FEWBIT_AVX2 && tokens <= 2 && most <= few.most) return &few.kernel;
+  const bool takes = most <= few.most && (lut || most == 1 || (most == 3 && tokens == 1));  // see avx2/bit_tables.h
+  if (fewbit_caps() & isa & FEWBIT_AVX2 && tokens <= 2 && takes) return &few.kernel;
 #endif
   return nullptr;
 }

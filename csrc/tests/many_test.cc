@@ -149,7 +149,22 @@ std::vector<Weight> mixed(int64_t columns, bool integers, std::mt19937& random) 
   return weights;
 }
 
+// Few bits, which few tokens may take as something else each, in one call.
+void check_narrow(int32_t isa, std::mt19937& random) {
+  for (const int64_t columns : {33, 97, 1100})
+    for (const int64_t tokens : {1, 2})
+      for (const int32_t most : {2, 3}) {
+        std::vector<Weight> weights;
+        const int64_t block = columns < 160 ? columns : 160;
+        for (int32_t bits = 1; bits <= most; bits++)
+          for (const int64_t rows : {15, 65})
+            weights.emplace_back(rows, columns, block, bits, FEWBIT_AFFINE, false, 0.5f, random);
+        check(weights, {columns, columns, tokens, 1, isa, 1, kDtypes[0], kDtypes[0]}, random);
+      }
+}
+
 void check_isa(int32_t isa, bool integers, std::mt19937& random) {
+  if (integers) check_narrow(isa, random);
   int at = 0;
   for (const int64_t columns : {1, 33, 97, 1100})
     for (const int64_t tokens : {1, 2, 3, 9, 70}) {
