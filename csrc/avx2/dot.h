@@ -104,7 +104,7 @@ inline int bits_beside(const SegmentTask& task) { return task.table ? kLevelBits
 // Rounds a token, and makes what sums of many begin with.
 inline void round_begun(const SegmentTask& task, const fewbit_input& x, int64_t token) {
   round_token<int8_t>(task, x, token);
-  if (task.together == kManyTokens && x.tokens > kManyTokens) begin_row(task, token, bits_beside(task));
+  if (task.together == kManyTokens) begin_row(task, token, bits_beside(task));
 }
 
 }  // namespace

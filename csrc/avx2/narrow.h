@@ -31,12 +31,12 @@ namespace {
 
 // Two vectors of codes times the activations of a token at X.
 #define FEWBIT_TOKEN(X, S, T)                                                                                              \
-  "vpbroadcastd %[" X "], %[a]\n\tvpmaddubsw %[a], %[u], %[p]\n\tvpmaddubsw %[a], %[v], %[a]\n\tvpaddw %[p], %[" S  \
-  "], %[" S "]\n\tvpaddw %[a], %[" T "], %[" T "]\n\t"
+  "vpbroadcastd %[" X "], %[a]\n\tvpmaddubsw %[a], %[u], %[p]\n\tvpmaddubsw %[a], %[v], %[a]\n\t"                         \
+  "vpaddw %[p], %[" S "], %[" S "]\n\tvpaddw %[a], %[" T "], %[" T "]\n\t"
 
 // Codes u times activations x. A narrow sum is exact modulo 2^16, and begins at -kCentre times the sum of its activations: it
-// ends at that of (u - kCentre) * x, which fits an int16, as -2^(BITS-1) < u - kCentre <= 2^(BITS-1) and -128 <= x < 128. So does
-// each pair of products, up to 7 bits; of 8 bits there are two planes.
+// ends at that of (u - kCentre) * x, which fits an int16, as -2^(BITS-1) < u - kCentre <= 2^(BITS-1) and -128 <= x < 128. So
+// does each pair of products, up to 7 bits; of 8 bits there are two planes.
 constexpr int span_of(int bits) { return 256 >> bits > 64 ? 64 : 256 >> bits; }
 constexpr int centre_of(int bits) { return (1 << (bits - 1)) - 1; }
 constexpr int starts_of(int bits) { return span_of(bits) < 8 ? 8 / span_of(bits) : 1; }
@@ -56,7 +56,8 @@ struct NarrowSum {
     typedef int32_t Four __attribute__((may_alias));
     const auto at = [&](int h) -> const Four& { return *reinterpret_cast<const Four*>(x + h * 32); };
     U a, p;
-    asm(FEWBIT_TOKEN("x0", "s0", "t0") FEWBIT_TOKEN("x1", "s1", "t1") FEWBIT_TOKEN("x2", "s2", "t2") FEWBIT_TOKEN("x3", "s3", "t3")
+    asm(FEWBIT_TOKEN("x0", "s0", "t0") FEWBIT_TOKEN("x1", "s1", "t1")
+        FEWBIT_TOKEN("x2", "s2", "t2") FEWBIT_TOKEN("x3", "s3", "t3")
         : [a] "=&x"(a), [p] "=&x"(p), [s0] "+x"(narrow[0][0]), [t0] "+x"(narrow[1][0]), [s1] "+x"(narrow[0][1]),
           [t1] "+x"(narrow[1][1]), [s2] "+x"(narrow[0][2]), [t2] "+x"(narrow[1][2]), [s3] "+x"(narrow[0][3]),
           [t3] "+x"(narrow[1][3])

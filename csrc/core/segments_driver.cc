@@ -158,7 +158,8 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
     task.together = together(x.tokens, *call.kernel, bfloat16s);
   }
   const SegmentTask& first = call.task[0];
-  const int64_t bytes = first.chunks * 32 * call.kernel->bytes, floats = first.segments + first.x_blocks + first.chunks * call.kernel->starts;
+  const int64_t bytes = first.chunks * 32 * call.kernel->bytes;
+  const int64_t floats = first.segments + first.x_blocks + first.chunks * call.kernel->starts;
   const auto place = [&](SegmentTask& task, char* scratch, int64_t tokens) {
     task.activations = scratch;
     task.sums = reinterpret_cast<float*>(scratch + tokens * bytes);

@@ -31,22 +31,31 @@ constexpr bool kHasSpans<Sum, std::void_t<typename Sum::Narrow>> = true;
 template <class K>
 using Narrow = typename K::Sum::Narrow;
 
-constexpr int kSumsBeside = 8;                // that registers hold
-constexpr int kBeside = 2, kInPlaceBeside = 4;  // tokens of a step: of codes decoded before, and of those decoded for it
-constexpr int64_t kMostInPlace = 16;          // tokens for which that is done anew for each four of them
-constexpr int64_t kBlockChunks = 16;          // chunks that are decoded at a time: 16 KiB
-constexpr int64_t kFewChunks = 8, kFewTokens = 16;  // likewise, of few tokens
+constexpr int kSumsBeside = 8;                      // that registers hold
+constexpr int kBeside = 2, kInPlaceBeside = 4;      // tokens of a step: of codes decoded before, and of those decoded for it
+constexpr int64_t kMostInPlace = 16;                // tokens for which that is done anew for each four of them
+constexpr int kFetching = 8;                        // tokens in whose passes the next block is fetched
+constexpr int64_t kBlockChunks = 16;                // chunks of a block: 16 KiB, once decoded
+constexpr int64_t kFewChunks = 8, kFewTokens = 16;  // the same of few tokens, of whose activations a block needs less memory
 
 // Codes that are decoded by so few instructions that they may be for every four tokens.
+template <class K, bool spans = kHasSpans<typename K::Sum>>
+constexpr bool kDecodesFast = false;
 template <class K>
-constexpr bool kDecodesFast = std::is_same_v<typename Narrow<K>::X, int8_t> && (K::kPlanes == 2 || part_count(K::kBits) == 1);
+constexpr bool kDecodesFast<K, true> =
+    std::is_same_v<typename Narrow<K>::X, int8_t> && (K::kPlanes == 2 || part_count(K::kBits) == 1);
 
 // A run of segments, or a part of a long one, of T row groups, with what all tokens share; H tokens take part in a step.
 template <class K, int H>
 struct Block {
-  static constexpr int P = K::kPlanes, T = kSumsBeside / H / P;
+  static constexpr int P = K::kPlanes, kOnce = kSumsBeside / H / P;  // row groups of a step
   static constexpr bool kInPlace = H == kInPlaceBeside;
+  static constexpr int T = kInPlace ? kGroupsPerTile : kOnce;
   static constexpr float kCentre = Narrow<K>::kCentre * (P == 2 ? 17 : 1);
+  // Lines of a tile's next block that each of the first passes through one fetches for every chunk: all at once would be
+  // waited for.
+  static constexpr int kTiles = T / kGroupsPerTile, kPasses = kFetching / H * (T / kOnce) / kTiles;
+  static constexpr int kLines = K::kBits > 1 ? (K::kBits + kPasses - 1) / kPasses : 0;
 
   const SegmentTask& task;
   const K kernel;
@@ -55,12 +64,20 @@ struct Block {
   int64_t first, chunks;   // of the row; of each segment but the last one
   int64_t all, segments;   // chunks and segments of the block
   int64_t index, activation[kBlockChunks];  // of the first segment; of each one's scales of activations
-  const uint8_t* from;     // codes, decoded or not
+  const uint8_t *codes_at, *from;  // codes of the first row group, and what is multiplied: those, or decoded ones
   alignas(64) uint8_t codes[kInPlace ? 1 : kBlockChunks * 8][T][P][kLanes * 4];
   Line line[kBlockChunks][T];
   float totals[kRoundedTokens][T][kLanes];
 
   explicit FEWBIT_INLINE Block(const SegmentTask& t) : task(t), kernel(t), how(settling(t)) {}
+
+  // What one pass fetches first.
+  FEWBIT_INLINE const uint8_t* next(int64_t group, int64_t token) const {
+    if (token >= kFetching) return nullptr;
+    const int64_t pass = token / H * (T / kOnce) + group / kOnce, tile = task.chunks * K::kBits * 64;
+    const int64_t over = first + all == task.chunks ? (kTiles - 1) * tile : 0;  // the strip behind this one
+    return codes_at + all * K::kBits * 64 + pass / kPasses * tile + over + pass % kPasses * kLines * 64;
+  }
 };
 
 // Decodes all of a block.
@@ -71,7 +88,6 @@ FEWBIT_INLINE void decode_all(Block<K, H>& block, const SegmentStrip& rows) {
     const uint8_t* codes = Group(block.task, rows.at(t)).codes + block.first * K::kBits * 64;
     Held<K::kBits> held;
     for (int64_t c = 0; c < block.all; c++, codes += K::kBits * 64) {
-      prefetch<K::kBits>(codes + block.all * K::kBits * 64);
 #pragma GCC unroll 8
       for (int g = 0; g < 8; g++) {
         U plane[P];
@@ -89,6 +105,14 @@ struct Place {
   const uint8_t* codes;
   const typename Narrow<K>::X* x;
   const int32_t* start;
+  const uint8_t* next;  // what is fetched early, or null
+
+  template <int lines>
+  FEWBIT_INLINE void fetch() {
+    if (lines == 0 || !next) return;
+    prefetch<lines>(next);
+    next += K::kBits * 64;
+  }
 
   FEWBIT_INLINE void advance(int64_t bytes, int64_t activations, int64_t starts) {
     codes += bytes, x += activations, start += starts;
@@ -137,7 +161,7 @@ FEWBIT_INLINE void add_all(U (&sum)[T][H], const U (&other)[T][H]) {
 }
 
 // The products of `chunks` chunks with H of M tokens: those of the last span, and whether `wide` has those of others.
-template <int M, class K, int H, int T, int V>
+template <int M, int lines, class K, int H, int T, int V>
 FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks, U (&narrow)[V][H], U (&wide)[T][H]) {
   using Sum = Narrow<K>;
   constexpr int kGroups = Sum::kSpan < 8 ? Sum::kSpan : 8, kChunks = (Sum::kSpan + 7) / 8, kStarts = Sum::kStarts;
@@ -149,6 +173,7 @@ FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks,
       for (int h = 0; h < H; h++) narrow[v][h] = Sum::start(at.start + h * kStarts + part);
     if constexpr (kGroups == 8) {
       for (int64_t left = chunks < kChunks ? chunks : kChunks; left > 0; left--) {
+        at.template fetch<lines>();
         multiply<K, 8>(kernel, at, narrow);
         at.advance(bytes, M * 32, M * kStarts);
       }
@@ -157,6 +182,7 @@ FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks,
       multiply<K, kGroups>(kernel, at, narrow);
       at.advance(bytes, kGroups * 4, 0);
       if (++part == kStarts) {
+        at.template fetch<lines>();
         part = 0, at.advance(0, (M - 1) * 32, M * kStarts);
         if (--chunks == 0) return flushed;
       }
@@ -177,9 +203,9 @@ FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks,
   }
 }
 
-template <Settling how, int T, int H>
-FEWBIT_INLINE void settle_spans(const U (&sum)[T][H], const Tokens<1>& tokens, const Line (&line)[T],
-                                float (*totals)[T][kLanes]) {
+template <Settling how, int T, int all, int H>
+FEWBIT_INLINE void settle_spans(const U (&sum)[T][H], const Tokens<1>& tokens, const Line* line,
+                                float (*totals)[all][kLanes]) {
 #pragma GCC unroll 4
   for (int t = 0; t < T; t++) {
     const Line here = line[t];
@@ -189,24 +215,24 @@ FEWBIT_INLINE void settle_spans(const U (&sum)[T][H], const Tokens<1>& tokens, c
   }
 }
 
-// Multiplies a block by H of M tokens from `token`, and adds to their totals.
+// Multiplies the block's row groups from `group` by H of M tokens from `token`, and adds to their totals.
 template <int M, class K, int H>
-FEWBIT_INLINE void add_some(const Block<K, H>& block, int64_t token, int64_t m) {
+FEWBIT_INLINE void add_some(Block<K, H>& block, int64_t group, int64_t token, int64_t m) {
   using Sum = Narrow<K>;
-  constexpr int T = Block<K, H>::T, P = K::kPlanes;
+  constexpr int T = Block<K, H>::kOnce, P = K::kPlanes;
   const SegmentTask& task = block.task;
   const int64_t chunk = token * task.chunks + block.first * M + m;
-  Place<K> at = {block.from, static_cast<const typename Sum::X*>(task.activations) + chunk * 32,
-                 task.starts + chunk * Sum::kStarts};
+  Place<K> at = {block.from + group * kLanes * 4, static_cast<const typename Sum::X*>(task.activations) + chunk * 32,
+                 task.starts + chunk * Sum::kStarts, block.next(group, token + m)};
   Tokens<1> tokens(task, Segment(task), token + m);
   const float* scale = tokens.scale;
   tokens.sum = task.sums + token * task.segments + block.index * M + m;
-  auto* totals = const_cast<float(*)[T][kLanes]>(block.totals + token + m);
+  auto* totals = reinterpret_cast<float(*)[Block<K, H>::T][kLanes]>(block.totals[token + m][group]);
 #pragma GCC unroll 1
   for (int64_t s = 0; s < block.segments; s++, tokens.sum += M) {
     U narrow[T * P][H], wide[T][H], sum[T][H];
     const int64_t chunks = s + 1 < block.segments ? block.chunks : block.all - s * block.chunks;
-    const bool flushed = multiply_spans<M>(block.kernel, at, chunks, narrow, wide);
+    const bool flushed = multiply_spans<M, Block<K, H>::kLines>(block.kernel, at, chunks, narrow, wide);
 #pragma GCC unroll 4
     for (int h = 0; h < H; h++) {
       U begin;
@@ -220,11 +246,11 @@ FEWBIT_INLINE void add_some(const Block<K, H>& block, int64_t token, int64_t m) 
     if (flushed) add_all<K>(sum, wide);
     tokens.scale = scale + block.activation[s];
     switch (block.how) {
-      case kPlain: settle_spans<kPlain>(sum, tokens, block.line[s], totals); break;
-      case kShifted: settle_spans<kShifted>(sum, tokens, block.line[s], totals); break;
-      case kScaled: settle_spans<kScaled>(sum, tokens, block.line[s], totals); break;
-      case kScaledShifted: settle_spans<kScaledShifted>(sum, tokens, block.line[s], totals); break;
-      case kPartly: settle_spans<kPartly>(sum, tokens, block.line[s], totals); break;
+      case kPlain: settle_spans<kPlain>(sum, tokens, block.line[s] + group, totals); break;
+      case kShifted: settle_spans<kShifted>(sum, tokens, block.line[s] + group, totals); break;
+      case kScaled: settle_spans<kScaled>(sum, tokens, block.line[s] + group, totals); break;
+      case kScaledShifted: settle_spans<kScaledShifted>(sum, tokens, block.line[s] + group, totals); break;
+      case kPartly: settle_spans<kPartly>(sum, tokens, block.line[s] + group, totals); break;
     }
   }
 }
@@ -233,7 +259,8 @@ FEWBIT_INLINE void add_some(const Block<K, H>& block, int64_t token, int64_t m) 
 template <int M, class K, int H>
 __attribute__((noinline)) void add_block(Block<K, H>& block, int64_t token) {
 #pragma GCC unroll 1
-  for (int64_t m = 0; m < M; m += H) add_some<M>(block, token, m);
+  for (int64_t m = 0; m < M; m += H)
+    for (int64_t group = 0; group < block.T; group += block.kOnce) add_some<M>(block, group, token, m);
 }
 
 // Decodes the block that begins with `segment`, and goes on to the segment behind it.
@@ -241,7 +268,8 @@ template <class K, int H>
 FEWBIT_INLINE void decode_block(Block<K, H>& block, const SegmentStrip& rows, Segment& segment) {
   const SegmentTask& task = block.task;
   block.index = segment.index;
-  block.from = block.kInPlace ? Group(task, rows.group).codes + block.first * K::kBits * 64 : block.codes[0][0][0];
+  block.codes_at = Group(task, rows.group).codes + block.first * K::kBits * 64;
+  block.from = block.kInPlace ? block.codes_at : block.codes[0][0][0];
   if constexpr (!Block<K, H>::kInPlace) decode_all(block, rows);
   for (int64_t s = 0; s < block.segments; s++) {
     for (int t = 0; t < block.T; t++)
