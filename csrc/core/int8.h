@@ -104,7 +104,7 @@ void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, 
       return strips_few<K, direct1(K::kBits), 1, kAlone>(task, begin, end, tokens);
     case 2: return strips_few<K, kDirect2, 2, kAlone2>(task, begin, end, tokens);
   }
-  constexpr bool four_in_place = kDecodesFast<K> && K::kPlanes == 1;  // by strips_spans
+  constexpr bool four_in_place = kDecodesFast<K> && K::kBits == 1;  // by strips_spans
   if (kDirect4 && !four_in_place && sizeof(typename K::X) == 1 && task.together == 4 && tokens <= 4)
     return strips_direct<K, share<K>(kDirect4), 4, 1>(task, begin, end, tokens);
   if (kDirect8 && task.together == 8 && tokens <= 8)
