@@ -98,10 +98,13 @@ struct Words {
   }
 };
 
-// Activations of few tokens as they are, those of many raised.
-inline void round_raised(const SegmentTask& task, const fewbit_input& x, int64_t token) {
-  if (task.together < kManyTokens || (kDirect4 && x.tokens <= 4)) return round_token<int8_t>(task, x, token);
-  round_token<Raised>(task, x, token);
+// Bits of the bytes that a task's activations are multiplied by.
+inline int bits_beside(const SegmentTask& task) { return task.table ? kLevelBits : task.bits == 8 ? 4 : task.bits; }
+
+// Rounds a token, and makes what sums of many begin with.
+inline void round_begun(const SegmentTask& task, const fewbit_input& x, int64_t token) {
+  round_token<int8_t>(task, x, token);
+  if (task.together == kManyTokens) begin_row(task, token, bits_beside(task));
 }
 
 }  // namespace

@@ -6,14 +6,13 @@
 namespace fewbit {
 namespace {
 
-// Digits of few tokens as they are, those of many raised.
-void digits_raised(const SegmentTask& task, const fewbit_input& x, int64_t token) {
-  if (x.tokens <= 2) return digits_of<int8_t>(task, x, token);
-  digits_of<Raised>(task, x, token);
+void digits_begun(const SegmentTask& task, const fewbit_input& x, int64_t token) {
+  digits_of(task, x, token);
+  for (int64_t d = 0; d < kDigits && x.tokens > 2; d++) begin_row(task, token * kDigits + d, bits_beside(task));
 }
 
 }  // namespace
 
-const SegmentKernel int24_linear_avx2 = {kDigitRows, 1, kDigits, digits_raised, int24_run};
+const SegmentKernel int24_linear_avx2 = {kDigitRows, 1, kDigits, digits_begun, int24_run, kMostStarts};
 
 }  // namespace fewbit

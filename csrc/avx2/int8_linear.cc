@@ -3,7 +3,7 @@
 
 namespace fewbit {
 
-const SegmentKernel int8_linear_avx2 = {kManyTokens, 1, 1, round_raised, int8_run};
+const SegmentKernel int8_linear_avx2 = {kManyTokens, 1, 1, round_begun, int8_run, kMostStarts};
 
 const FewKernel int8_few_linear_avx2 = {3, {kManyTokens, kTableBytes / 32 + 1, 1, tables_token, bit_tables_run}};
 

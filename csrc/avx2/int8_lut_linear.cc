@@ -69,7 +69,7 @@ void signed_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, i
 
 const LutKernels int8_lut_linear_avx2 = {
     kMostLevel,
-    {kManyTokens, 1, 1, round_raised, int8_lut_run<LutBytes>},
+    {kManyTokens, 1, 1, round_begun, int8_lut_run<LutBytes>, kMostStarts},
     {kManyTokens, sizeof(Words::X), 1, round_token<Words::X>, int8_lut_run<LutWords>}};
 
 const FewKernel int8_few_lut_linear_avx2 = {SignedBytes::kMost, {kManyTokens, 1, 1, round_token<int8_t>, signed_run}};

@@ -7,6 +7,8 @@
 
 #include "avx2/simd.h"
 
+#include "core/rounding.h"
+
 namespace fewbit {
 namespace {
 
@@ -24,60 +26,90 @@ namespace {
         [c0] "m"(*reinterpret_cast<const U*>(codes)), [c1] "m"(*reinterpret_cast<const U*>(codes + 32)),                   \
         [c2] "m"(*reinterpret_cast<const U*>(codes + 64)), [c3] "m"(*reinterpret_cast<const U*>(codes + 96)))
 #define FEWBIT_ROW(MULTIPLY, ADD, C, S, T)                                                                                 \
-  "vmovdqa %[" C "], %[u]\n\t" MULTIPLY " %[u], %[a], %[p]\n\t" MULTIPLY " %[u], %[b], %[q]\n\t" ADD " %[p], %[" S         \
+  "vmovdqa %[" C "], %[u]\n\t" MULTIPLY " %[a], %[u], %[p]\n\t" MULTIPLY " %[b], %[u], %[q]\n\t" ADD " %[p], %[" S         \
   "], %[" S "]\n\t" ADD " %[q], %[" T "], %[" T "]\n\t"
 
-// An activation more by 128.
-struct Raised {
-  uint8_t byte;
+// Two vectors of codes times the activations of a token at X.
+#define FEWBIT_TOKEN(X, S, T)                                                                                              \
+  "vpbroadcastd %[" X "], %[a]\n\tvpmaddubsw %[a], %[u], %[p]\n\tvpmaddubsw %[a], %[v], %[a]\n\t"                         \
+  "vpaddw %[p], %[" S "], %[" S "]\n\tvpaddw %[a], %[" T "], %[" T "]\n\t"
 
-  Raised() = default;
-  explicit inline Raised(int32_t activation) : byte(static_cast<uint8_t>(activation + 128)) {}
-};
+// Codes u times activations x. A narrow sum is exact modulo 2^16, and begins at -kCentre times the sum of its activations: it
+// ends at that of (u - kCentre) * x, which fits an int16, as -2^(BITS-1) < u - kCentre <= 2^(BITS-1) and -128 <= x < 128. So
+// does each pair of products, up to 7 bits; of 8 bits there are two planes.
+constexpr int span_of(int bits) { return 256 >> bits > 64 ? 64 : 256 >> bits; }
+constexpr int centre_of(int bits) { return (1 << (bits - 1)) - 1; }
+constexpr int starts_of(int bits) { return span_of(bits) < 8 ? 8 / span_of(bits) : 1; }
+constexpr int kMostStarts = starts_of(7);
 
-// Codes c lowered to lie around 0, times activations x raised to 0 .. 255. A narrow sum is exact modulo 2^16, and begins at
-// -128 times the sum of its codes: it ends at that of c * x, which fits an int16, as -2^(BITS-1) < c <= 2^(BITS-1) and
-// -128 <= x < 128. So does each pair of products, up to 7 bits; of 8 bits there are two planes.
 template <int BITS>
 struct NarrowSum {
-  using X = Raised;
-  static constexpr int kSpan = 256 >> BITS > 64 ? 64 : 256 >> BITS, kCentre = (1 << (BITS - 1)) - 1;
-  U wide = _mm256_setzero_si256();
+  using X = int8_t;
+  static constexpr int kSpan = span_of(BITS), kCentre = centre_of(BITS), kStarts = starts_of(BITS);
 
-  static inline U centred(U u) { return _mm256_sub_epi8(u, _mm256_set1_epi8(kCentre)); }
-  static inline U less(U narrow, U u) {
-    return _mm256_sub_epi16(narrow, _mm256_maddubs_epi16(_mm256_set1_epi8(-128), u));
-  }
-  static inline void step(U (&narrow)[4][2], const uint8_t* codes, const Raised* x, const Raised* next) {
+  static inline U start(const int32_t* at) { return _mm256_set1_epi32(*at); }
+  static inline void step(U (&narrow)[4][2], const uint8_t* codes, const X* x, const X* next) {
     typedef int32_t Four __attribute__((may_alias));
     FEWBIT_STEP("vpbroadcastd", "vpmaddubsw", "vpaddw", Four);
   }
-  inline void begin(F start) { wide = _mm256_add_epi32(wide, _mm256_cvtps_epi32(start)); }
-  inline void flush(U narrow) { wide = _mm256_add_epi32(wide, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1))); }
-  inline void flush(U low, U high) {
-    flush(low);
-    wide = _mm256_add_epi32(wide, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+  static inline void step(U (&narrow)[2][4], U first, U second, const X* x) {
+    typedef int32_t Four __attribute__((may_alias));
+    const auto at = [&](int h) -> const Four& { return *reinterpret_cast<const Four*>(x + h * 32); };
+    U a, p;
+    asm(FEWBIT_TOKEN("x0", "s0", "t0") FEWBIT_TOKEN("x1", "s1", "t1")
+        FEWBIT_TOKEN("x2", "s2", "t2") FEWBIT_TOKEN("x3", "s3", "t3")
+        : [a] "=&x"(a), [p] "=&x"(p), [s0] "+x"(narrow[0][0]), [t0] "+x"(narrow[1][0]), [s1] "+x"(narrow[0][1]),
+          [t1] "+x"(narrow[1][1]), [s2] "+x"(narrow[0][2]), [t2] "+x"(narrow[1][2]), [s3] "+x"(narrow[0][3]),
+          [t3] "+x"(narrow[1][3])
+        : [u] "x"(first), [v] "x"(second), [x0] "m"(at(0)), [x1] "m"(at(1)), [x2] "m"(at(2)), [x3] "m"(at(3)));
   }
-  inline F value() const { return _mm256_cvtepi32_ps(wide); }
+  static inline U widened(U narrow) { return _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)); }
+  static inline U widened(U low, U high) { return add(widened(low), _mm256_madd_epi16(high, _mm256_set1_epi16(16))); }
+  static inline U add(U wide, U other) { return _mm256_add_epi32(wide, other); }
+  static inline U integer(F value) { return _mm256_cvtps_epi32(value); }
 };
 
 // Levels of 16 bits: each plane holds four columns of every other two rows, whose halves are added up at the end.
 struct NarrowWords {
   using X = int16_t;
-  static constexpr int kSpan = 64;
-  U wide = _mm256_setzero_si256();
+  static constexpr int kSpan = 64, kCentre = 0, kStarts = 0;
 
   static inline void step(U (&narrow)[4][2], const uint8_t* codes, const X* x, const X* next) {
     typedef int64_t Four __attribute__((may_alias));
     FEWBIT_STEP("vpbroadcastq", "vpmaddwd", "vpaddd", Four);
   }
-  static inline U less(U narrow, U) { return narrow; }
-  inline void flush(U low, U high) { wide = _mm256_add_epi32(wide, _mm256_hadd_epi32(low, high)); }
-  inline F value() const { return _mm256_cvtepi32_ps(wide); }
+  static inline U start(const int32_t*) { return _mm256_setzero_si256(); }
+  static inline U widened(U low, U high) { return _mm256_hadd_epi32(low, high); }
+  static inline U add(U wide, U other) { return _mm256_add_epi32(wide, other); }
 };
+
+// Writes what narrow sums of a row begin with, where they are of codes of `bits` bits.
+inline void begin_row(const SegmentTask& task, int64_t row, int bits) {
+  const int64_t words = starts_of(bits), span = (span_of(bits) + 7) / 8;
+  const int8_t* x = row_of<int8_t>(task, row);
+  int32_t* out = task.starts + (row / task.together * task.chunks * task.together + row % task.together) * words;
+  for (int64_t begin = 0, end; begin < task.chunks; begin = end) {
+    const int64_t segment = begin / task.segment_chunks * task.segment_chunks + task.segment_chunks;
+    end = begin + span < segment ? begin + span : segment;
+    if (end > task.chunks) end = task.chunks;
+    U sum = _mm256_setzero_si256();  // of pairs of columns, by groups of four
+    for (int64_t c = begin; c < end; c++) {
+      const U here = load_lanes(reinterpret_cast<const uint8_t*>(x + c * task.together * 32));
+      sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_set1_epi8(1), here));
+    }
+    sum = _mm256_add_epi16(sum, _mm256_srli_epi64(sum, 32));
+    if (words < 4) sum = _mm256_add_epi16(sum, _mm256_unpackhi_epi64(sum, sum));
+    if (words < 2) sum = _mm256_add_epi16(sum, _mm256_permute4x64_epi64(sum, 0xaa));
+    int32_t start[8];
+    sum = _mm256_mullo_epi16(sum, _mm256_set1_epi16(static_cast<int16_t>(-centre_of(bits))));
+    store_lanes(reinterpret_cast<uint8_t*>(start), sum);
+    for (int64_t i = 0; i < words; i++) out[begin * task.together * words + i] = start[i * 8 / words];
+  }
+}
 
 #undef FEWBIT_STEP
 #undef FEWBIT_ROW
+#undef FEWBIT_TOKEN
 
 }  // namespace
 }  // namespace fewbit

@@ -11,19 +11,18 @@ namespace {
 
 constexpr int kDigitRows = 2 * kDigits;  // computed together where there are many
 
-// See FEWBIT_INT24. X: what a digit is made into.
-template <class X>
-void digits_of(const SegmentTask& task, const fewbit_input& x, int64_t token) {
+// See FEWBIT_INT24.
+inline void digits_of(const SegmentTask& task, const fewbit_input& x, int64_t token) {
   constexpr int32_t kMargin = 0x20000;  // below a power of two, by which no highest digit exceeds 127
   const int64_t row = token * kDigits, apart = task.together * 32;
   const int32_t most = token < x.tokens ? largest(x, token, 0, task.columns) : 0;
   const int32_t power = (most + kMargin) >> 23, least = 23, step = (power > least ? power : least) - 22;
   const bool finite = most < kInfinityBits;
   const float inverse = float_of(static_cast<uint32_t>(254 - step) << 23);
-  X* out[kDigits];
+  int8_t* out[kDigits];
   for (int d = 0; d < kDigits; d++) {
     task.x_scale[row + d] = float_of(finite ? static_cast<uint32_t>(step + 8 * d) << 23 : kNaNBits);
-    out[d] = row_of<X>(task, row + d);
+    out[d] = row_of<int8_t>(task, row + d);
   }
   for (int64_t s = 0, chunk = 0; s < task.segments; s++) {
     const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
@@ -41,7 +40,7 @@ void digits_of(const SegmentTask& task, const fewbit_input& x, int64_t token) {
       for (int d = 0; d < kDigits; d++) {
         for (int k = 0; k < 32; k++) {
           const int32_t digit = static_cast<int8_t>(q[k]);
-          out[d][k] = static_cast<X>(digit);
+          out[d][k] = static_cast<int8_t>(digit);
           sum[d] += digit;
           q[k] = (q[k] - digit) >> 8;
         }
@@ -62,7 +61,7 @@ void int24_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end,
   }
   if (tokens <= 2) return strips_direct<K, share<K>(kDigits2), kDigitRows, 1>(task, begin, end, rows);
   if constexpr (kHasSpans<typename K::Sum>)
-    strips_spans<typename Beside<K>::Many, kDigitRows>(task, begin, end, rows);
+    strips_spans<K, kDigitRows>(task, begin, end, rows);
   else
     strips_decoded<K, kManyDigits, kDigitRows>(task, begin, end, rows);
 }

@@ -23,7 +23,7 @@
 //     kSums            sums beside which masks of fields have room in registers
 //     add_once(u, x)   add, where no other sum takes these activations
 //     Rows, Pair       see pairs.h; or neither
-//     Narrow           see spans.h; or not. Beside them kCentre, what centred(u) lowers codes by
+//     Narrow           see spans.h; or not
 //
 // An operand's (see segments.h) activations are int8_t, or int16_t where widening them once spares many times, and its
 // value is rounded to float32 once. What is computed is the same everywhere, bit for bit: sums are exact integers, and
@@ -79,32 +79,6 @@ struct Codes {
   }
 };
 
-// The same beside many tokens, where sums of an ISA are narrow: around 0, of which these take more.
-template <int BITS>
-struct Centred : Codes<BITS, 1> {
-  using Base = Codes<BITS, 1>;
-  static constexpr int kCentre = Base::Sum::Narrow::kCentre;  // of a plane
-  float origin;
-
-  explicit FEWBIT_INLINE Centred(const SegmentTask& task)
-      : Base(task), origin(kCentre * (Base::kPlanes == 2 ? 17 : 1) - task.whole) {}
-
-  FEWBIT_INLINE void split(U codes, U (&plane)[Base::kPlanes]) const {
-    Base::split(codes, plane);
-    for (int p = 0; p < Base::kPlanes; p++) plane[p] = Base::Sum::Narrow::centred(plane[p]);
-  }
-};
-
-// What K is beside many tokens, where its sums have narrow ones.
-template <class K>
-struct Beside {
-  using Many = K;
-};
-template <int BITS, int FIELDS>
-struct Beside<Codes<BITS, FIELDS>> {
-  using Many = Centred<BITS>;
-};
-
 // Row groups one by one with `alone` sums each, or by T.
 template <class K, int T, int M, int alone>
 FEWBIT_INLINE void strips_few(const SegmentTask& task, int64_t group, int64_t end, int64_t tokens) {
@@ -130,12 +104,13 @@ void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, 
       return strips_few<K, direct1(K::kBits), 1, kAlone>(task, begin, end, tokens);
     case 2: return strips_few<K, kDirect2, 2, kAlone2>(task, begin, end, tokens);
   }
-  if (kDirect4 && sizeof(typename K::X) == 1 && task.together == 4 && tokens <= 4)
+  constexpr bool four_in_place = kDecodesFast<K> && K::kBits == 1;  // by strips_spans
+  if (kDirect4 && !four_in_place && sizeof(typename K::X) == 1 && task.together == 4 && tokens <= 4)
     return strips_direct<K, share<K>(kDirect4), 4, 1>(task, begin, end, tokens);
   if (kDirect8 && task.together == 8 && tokens <= 8)
     return strips_direct<K, share<K>(kDirect8), 8, 1>(task, begin, end, tokens);
   if constexpr (kHasSpans<typename K::Sum>)
-    strips_spans<typename Beside<K>::Many, kManyTokens>(task, begin, end, tokens);
+    strips_spans<K, kManyTokens>(task, begin, end, tokens);
   else
     strips_decoded<K, kMany, kManyTokens>(task, begin, end, tokens);
 }

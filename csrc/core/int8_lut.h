@@ -61,22 +61,6 @@ struct LutBytes {
   FEWBIT_INLINE F value(const Sum (&dot)[1]) const { return dot[0].value(); }
 };
 
-// The same beside many tokens, where sums of an ISA are narrow: levels as they are.
-template <int BITS>
-struct LutCentred : LutBytes<BITS> {
-  static constexpr int kBegins = -1;
-  ByteTable<BITS> table;
-
-  explicit FEWBIT_INLINE LutCentred(const SegmentTask& task) : LutBytes<BITS>(task), table(*task.table, 0, 0) {}
-
-  FEWBIT_INLINE void split(U codes, U (&plane)[1]) const { plane[0] = table(codes); }
-};
-
-template <int BITS>
-struct Beside<LutBytes<BITS>> {
-  using Many = LutCentred<BITS>;
-};
-
 // Any levels of 16 bits.
 template <int BITS>
 struct LutWords {

@@ -89,6 +89,7 @@ struct SegmentTask {
   int64_t together;        // rows that are computed together: whole tokens
   bool alone;              // whether few tokens take row groups one by one, as they lie in memory
   void* activations;       // (rows / together, chunks, together, 32), each kernel->bytes
+  int32_t* starts;         // (rows / together, chunks, together, kernel->starts): see spans.h
   float* x_scale;          // (padded rows, x_blocks)
   float* sums;             // (rows / together, segments, together): sum of the int8 activations of a segment, an exact integer
   const float* bias;
@@ -109,6 +110,8 @@ struct SegmentKernel {
   void (*prepare)(const SegmentTask& task, const fewbit_input& x, int64_t token);
   // Computes y for tiles [tile_begin, tile_end) and tokens [0, tokens) of the prepared activations.
   void (*run)(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
+  // int32s of SegmentTask::starts for 32 activations of a row: these differ by the bits of a matrix. 0: there are none.
+  int64_t starts = 0;
 };
 
 // Tables times int8 activations on one instruction set: levels of at most `most` as bytes, any other as words.

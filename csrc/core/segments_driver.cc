@@ -146,6 +146,11 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
   if (x_block > 0)
     if (const SegmentKernel* few = find_few(table, most, x.tokens, isa)) call.kernel = few;
   if (!call.kernel) return FEWBIT_NO_KERNEL;
+  for (int32_t i = 1; i < count && call.kernel->starts; i++)
+    if (outputs[i].matrix->bits != outputs[0].matrix->bits) {
+      const int code = run(outputs, i, x, x_block, y_dtype, isa, threads);
+      return code != FEWBIT_OK ? code : run(outputs + i, count - i, x, x_block, y_dtype, isa, threads);
+    }
   for (int32_t i = 0; i < count; i++) {
     SegmentTask& task = call.task[i] = task_of(*outputs[i].matrix, x_block);
     task.table = table ? &levels : nullptr;
@@ -154,11 +159,13 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
     task.together = together(x.tokens, *call.kernel, bfloat16s);
   }
   const SegmentTask& first = call.task[0];
-  const int64_t bytes = first.chunks * 32 * call.kernel->bytes, floats = first.segments + first.x_blocks;
+  const int64_t bytes = first.chunks * 32 * call.kernel->bytes;
+  const int64_t floats = first.segments + first.x_blocks + first.chunks * call.kernel->starts;
   const auto place = [&](SegmentTask& task, char* scratch, int64_t tokens) {
     task.activations = scratch;
     task.sums = reinterpret_cast<float*>(scratch + tokens * bytes);
     task.x_scale = task.sums + tokens * task.segments;
+    task.starts = reinterpret_cast<int32_t*>(task.x_scale + tokens * task.x_blocks);
   };
   return run_rounded(call, outputs, count, x, y_dtype, first.digits, bytes, floats, kSmall, threads, place);
 }

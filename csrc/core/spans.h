@@ -4,11 +4,14 @@
 //
 //   X                      what it takes activations as
 //   kSpan                  groups of four columns that a narrow sum takes
+//   kStarts                int32s of task.starts that a chunk of a row has
+//   kCentre                what of a code's plane, for each activation, narrow sums leave out
+//   start(at)              what narrow sums begin with that stands there; zeros where there is nothing
 //   step(narrow, codes, x, next)    adds the products of four planes' four columns and two tokens' activations
-//   less(narrow, u)        what narrow sums of the codes u begin with, for any activations
-//   begin(integer)         as that of Sum
-//   flush(narrow)          adds the narrow sums of all planes
-//   value()                the sums as floats
+//   step(narrow, u, v, x)  the same of two planes and four tokens, whose activations are 32 apart
+//   widened(narrow)        the narrow sums of all planes as one of 32 bits
+//   add(wide, other)       sums of those
+//   integer(float)         a float that is one
 #pragma once
 
 #include <stdint.h>
@@ -28,195 +31,287 @@ constexpr bool kHasSpans<Sum, std::void_t<typename Sum::Narrow>> = true;
 template <class K>
 using Narrow = typename K::Sum::Narrow;
 
-constexpr int kPlanesBeside = 4, kTokensBeside = 2;  // that a step multiplies
-constexpr int64_t kBlockChunks = 16;                 // chunks that are decoded at a time: 16 KiB
+constexpr int kSumsBeside = 8;                      // that registers hold
+constexpr int kBeside = 2, kInPlaceBeside = 4;      // tokens of a step: of codes decoded before, and of those decoded for it
+constexpr int64_t kMostInPlace = 16;                // tokens for which that is done anew for each four of them
+constexpr int kFetching = 8;                        // tokens in whose passes the next block is fetched
+constexpr int64_t kBlockChunks = 16;                // chunks of a block: 16 KiB, once decoded
+constexpr int64_t kFewChunks = 8, kFewTokens = 16;  // the same of few tokens, of whose activations a block needs less memory
 
-// A run of segments, or a part of a long one, of T row groups: decoded, with what all tokens share.
-template <class K, int T>
+// Codes that are decoded by so few instructions that they may be for every four tokens.
+template <class K, bool spans = kHasSpans<typename K::Sum>>
+constexpr bool kDecodesFast = false;
+template <class K>
+constexpr bool kDecodesFast<K, true> =
+    std::is_same_v<typename Narrow<K>::X, int8_t> && (K::kPlanes == 2 || part_count(K::kBits) == 1);
+
+// A run of segments, or a part of a long one, of T row groups, with what all tokens share; H tokens take part in a step.
+template <class K, int H>
 struct Block {
-  static constexpr int P = K::kPlanes, kSpan = Narrow<K>::kSpan;
-  static constexpr int kSpans = kBlockChunks * 8 / (kSpan < 8 ? kSpan : 8);  // segments end spans
+  static constexpr int P = K::kPlanes, kOnce = kSumsBeside / H / P;  // row groups of a step
+  static constexpr bool kInPlace = H == kInPlaceBeside;
+  static constexpr int T = kInPlace ? kGroupsPerTile : kOnce;
+  static constexpr float kCentre = Narrow<K>::kCentre * (P == 2 ? 17 : 1);
+  // Lines of a tile's next block that each of the first passes through one fetches for every chunk: all at once would be
+  // waited for.
+  static constexpr int kTiles = T / kGroupsPerTile, kPasses = kFetching / H * (T / kOnce) / kTiles;
+  static constexpr int kLines = K::kBits > 1 ? (K::kBits + kPasses - 1) / kPasses : 0;
 
   const SegmentTask& task;
   const K kernel;
   Settling how;
-  bool begins;             // whether sums of products begin with something
+  float origin;            // what of each activation sums begin with
   int64_t first, chunks;   // of the row; of each segment but the last one
   int64_t all, segments;   // chunks and segments of the block
   int64_t index, activation[kBlockChunks];  // of the first segment; of each one's scales of activations
-  alignas(64) uint8_t codes[kBlockChunks * 8][T][P][kLanes * 4];
-  U start[kSpans][T][P];
+  const uint8_t *codes_at, *from;  // codes of the first row group, and what is multiplied: those, or decoded ones
+  alignas(64) uint8_t codes[kInPlace ? 1 : kBlockChunks * 8][T][P][kLanes * 4];
   Line line[kBlockChunks][T];
   float totals[kRoundedTokens][T][kLanes];
 
   explicit FEWBIT_INLINE Block(const SegmentTask& t) : task(t), kernel(t), how(settling(t)) {}
+
+  // What one pass fetches first.
+  FEWBIT_INLINE const uint8_t* next(int64_t group, int64_t token) const {
+    if (token >= kFetching) return nullptr;
+    const int64_t pass = token / H * (T / kOnce) + group / kOnce, tile = task.chunks * K::kBits * 64;
+    const int64_t over = first + all == task.chunks ? (kTiles - 1) * tile : 0;  // the strip behind this one
+    return codes_at + all * K::kBits * 64 + pass / kPasses * tile + over + pass % kPasses * kLines * 64;
+  }
 };
 
-// Decodes `chunks` chunks of a segment, the block's from `at`, whose spans are those from `span`.
-template <class K, int T>
-FEWBIT_INLINE void decode_spans(Block<K, T>& block, const SegmentStrip& rows, int64_t at, int64_t chunks, int64_t span) {
-  constexpr int P = K::kPlanes, kSpan = Narrow<K>::kSpan;
-  for (int t = 0; t < T; t++) {
-    const uint8_t* codes = Group(block.task, rows.at(t)).codes + (block.first + at) * K::kBits * 64;
+// Decodes all of a block.
+template <class K, int H>
+FEWBIT_INLINE void decode_all(Block<K, H>& block, const SegmentStrip& rows) {
+  constexpr int P = K::kPlanes;
+  for (int t = 0; t < block.T; t++) {
+    const uint8_t* codes = Group(block.task, rows.at(t)).codes + block.first * K::kBits * 64;
     Held<K::kBits> held;
-    U start[P] = {};
-    U* out = block.start[span][t];
-    for (int64_t c = 0; c < chunks; c++, codes += K::kBits * 64) {
-      prefetch<K::kBits>(codes + kBlockChunks * K::kBits * 64);
+    for (int64_t c = 0; c < block.all; c++, codes += K::kBits * 64) {
 #pragma GCC unroll 8
       for (int g = 0; g < 8; g++) {
         U plane[P];
         held.advance(codes, g);
         block.kernel.split(held.quad(g), plane);
-        for (int p = 0; p < P; p++) {
-          store_lanes(block.codes[(at + c) * 8 + g][t][p], plane[p]);
-          start[p] = Narrow<K>::less(start[p], plane[p]);
-        }
-        if ((g + 1) % (kSpan < 8 ? kSpan : 8)) continue;
-        for (int p = 0; p < P; p++) out[p] = start[p];
-        if ((c * 8 + g + 1) % kSpan) continue;
-        out += T * P;
-        for (int p = 0; p < P; p++) start[p] = U{};
+        for (int p = 0; p < P; p++) store_lanes(block.codes[c * 8 + g][t][p], plane[p]);
       }
     }
   }
 }
 
-// The sums of two of M tokens, over `chunks` chunks.
-template <class K, int T, int M>
-FEWBIT_INLINE void multiply_spans(const uint8_t*& codes, const U*& start, int64_t chunks, const typename Narrow<K>::X*& x,
-                                  Narrow<K> (&dot)[T][kTokensBeside]) {
-  using Sum = Narrow<K>;
-  constexpr int P = K::kPlanes, H = kTokensBeside, kGroups = Sum::kSpan < 8 ? Sum::kSpan : 8, kChunks = (Sum::kSpan + 7) / 8;
-  static_assert(T * P == kPlanesBeside, "a step multiplies as many");
-  for (int64_t c = 0; c < chunks;) {
-    const int64_t end = c + kChunks < chunks ? c + kChunks : chunks;
-#pragma GCC unroll 1
-    for (int begin = 0; begin < 8; begin += kGroups, start += T * P) {
-      U narrow[T * P][H];
-#pragma GCC unroll 4
-      for (int v = 0; v < T * P; v++)
-#pragma GCC unroll 2
-        for (int h = 0; h < H; h++) narrow[v][h] = start[v];
-      do {
+// What the next products of a block are of.
+template <class K>
+struct Place {
+  const uint8_t* codes;
+  const typename Narrow<K>::X* x;
+  const int32_t* start;
+  const uint8_t* next;  // what is fetched early, or null
+
+  template <int lines>
+  FEWBIT_INLINE void fetch() {
+    if (lines == 0 || !next) return;
+    prefetch<lines>(next);
+    next += K::kBits * 64;
+  }
+
+  FEWBIT_INLINE void advance(int64_t bytes, int64_t activations, int64_t starts) {
+    codes += bytes, x += activations, start += starts;
+    asm("" : "+r"(codes), "+r"(x), "+r"(start));  // GCC would compute each of them from one
+  }
+};
+
+// Multiplies `groups` groups of four columns that are decoded.
+template <class K, int groups, int T>
+FEWBIT_INLINE void multiply(const K&, const Place<K>& at, U (&narrow)[T][kBeside]) {
 #pragma GCC unroll 8
-        for (int g = 0; g < kGroups; g++) Sum::step(narrow, codes + g * T * P * kLanes * 4, x + g * 4, x + 32 + g * 4);
-        codes += kGroups * T * P * kLanes * 4;
-        x += kGroups == 8 ? M * 32 : kGroups * 4;
-      } while (kGroups == 8 && ++c < end);
-#pragma GCC unroll 4
-      for (int t = 0; t < T; t++)
+  for (int g = 0; g < groups; g++)
+    Narrow<K>::step(narrow, at.codes + g * T * kLanes * 4, at.x + g * 4, at.x + 32 + g * 4);
+}
+
+// The same of a chunk of a tile, or of two planes, where it stands.
+template <class K, int groups, int T>
+FEWBIT_INLINE void multiply(const K& kernel, const Place<K>& at, U (&narrow)[T][kInPlaceBeside]) {
+  constexpr int P = K::kPlanes;
+  Held<K::kBits> held[T / P];
+#pragma GCC unroll 8
+  for (int g = 0; g < groups; g++) {
+    U u[T / P][P];
 #pragma GCC unroll 2
-        for (int h = 0; h < H; h++)
-          if constexpr (P == 2)
-            dot[t][h].flush(narrow[t * 2][h], narrow[t * 2 + 1][h]);
-          else
-            dot[t][h].flush(narrow[t][h]);
+    for (int t = 0; t < T / P; t++) {
+      held[t].advance(at.codes + t * kLanes * 4, g);
+      kernel.split(held[t].quad(g), u[t]);
     }
-    if (kGroups < 8) x += (M - 1) * 32, c++;
+    Narrow<K>::step(narrow, u[0][0], u[1 / P][1 % P], at.x + g * 4);
   }
 }
 
-template <Settling how, class K, int T>
-FEWBIT_INLINE void settle_spans(const Narrow<K> (&dot)[T][kTokensBeside],
-                                const Tokens<1>& tokens, const Line (&line)[T], float (*totals)[T][kLanes]) {
-#pragma GCC unroll 2
-  for (int h = 0; h < kTokensBeside; h++)
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++)
-      store(totals[h][t], settle<how>(tokens, h, dot[t][h].value(), line[t], load(totals[h][t])));
+template <class K, int V, int H>
+FEWBIT_INLINE U widened(const U (&narrow)[V][H], int t, int h) {
+  if constexpr (K::kPlanes == 2) return Narrow<K>::widened(narrow[t * 2][h], narrow[t * 2 + 1][h]);
+  else return Narrow<K>::widened(narrow[t][h]);
 }
 
-// Multiplies a block by two of M tokens from `token`, and adds to their totals.
-template <class K, int T, int M>
-FEWBIT_INLINE void add_two(Block<K, T>& block, int64_t token, int64_t m) {
+// Sums of a row group and a token each, more by others.
+template <class K, int T, int H>
+FEWBIT_INLINE void add_all(U (&sum)[T][H], const U (&other)[T][H]) {
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++) sum[t][h] = Narrow<K>::add(sum[t][h], other[t][h]);
+}
+
+// The products of `chunks` chunks with H of M tokens: those of the last span, and whether `wide` has those of others.
+template <int M, int lines, class K, int H, int T, int V>
+FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks, U (&narrow)[V][H], U (&wide)[T][H]) {
+  using Sum = Narrow<K>;
+  constexpr int kGroups = Sum::kSpan < 8 ? Sum::kSpan : 8, kChunks = (Sum::kSpan + 7) / 8, kStarts = Sum::kStarts;
+  constexpr int64_t bytes = H == kInPlaceBeside ? K::kBits * 64 : kGroups * V * kLanes * 4;
+  for (int64_t part = 0, flushed = 0;; flushed = 1) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++)
+#pragma GCC unroll 4
+      for (int h = 0; h < H; h++) narrow[v][h] = Sum::start(at.start + h * kStarts + part);
+    if constexpr (kGroups == 8) {
+      for (int64_t left = chunks < kChunks ? chunks : kChunks; left > 0; left--) {
+        at.template fetch<lines>();
+        multiply<K, 8>(kernel, at, narrow);
+        at.advance(bytes, M * 32, M * kStarts);
+      }
+      if ((chunks -= kChunks) <= 0) return flushed;
+    } else {
+      multiply<K, kGroups>(kernel, at, narrow);
+      at.advance(bytes, kGroups * 4, 0);
+      if (++part == kStarts) {
+        at.template fetch<lines>();
+        part = 0, at.advance(0, (M - 1) * 32, M * kStarts);
+        if (--chunks == 0) return flushed;
+      }
+    }
+    U sum[T][H];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+      for (int h = 0; h < H; h++) sum[t][h] = widened<K>(narrow, t, h);
+    if (flushed) add_all<K>(sum, wide);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+      for (int h = 0; h < H; h++) {
+        wide[t][h] = sum[t][h];
+        asm("" : "+m"(wide[t][h]));  // the registers are those of narrow sums
+      }
+  }
+}
+
+template <Settling how, int T, int all, int H>
+FEWBIT_INLINE void settle_spans(const U (&sum)[T][H], const Tokens<1>& tokens, const Line* line,
+                                float (*totals)[all][kLanes]) {
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) {
+    const Line here = line[t];
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++)
+      store(totals[h][t], settle<how>(tokens, h, convert(sum[t][h]), here, load(totals[h][t])));
+  }
+}
+
+// Multiplies the block's row groups from `group` by H of M tokens from `token`, and adds to their totals.
+template <int M, class K, int H>
+FEWBIT_INLINE void add_some(Block<K, H>& block, int64_t group, int64_t token, int64_t m) {
+  using Sum = Narrow<K>;
+  constexpr int T = Block<K, H>::kOnce, P = K::kPlanes;
   const SegmentTask& task = block.task;
-  const uint8_t* codes = block.codes[0][0][0];
-  const U* start = block.start[0][0];
-  const auto* x = static_cast<const typename Narrow<K>::X*>(task.activations);
-  x += (token * task.chunks + block.first * M + m) * 32;
+  const int64_t chunk = token * task.chunks + block.first * M + m;
+  Place<K> at = {block.from + group * kLanes * 4, static_cast<const typename Sum::X*>(task.activations) + chunk * 32,
+                 task.starts + chunk * Sum::kStarts, block.next(group, token + m)};
   Tokens<1> tokens(task, Segment(task), token + m);
   const float* scale = tokens.scale;
   tokens.sum = task.sums + token * task.segments + block.index * M + m;
-  float(*totals)[T][kLanes] = block.totals + token + m;
+  auto* totals = reinterpret_cast<float(*)[Block<K, H>::T][kLanes]>(block.totals[token + m][group]);
 #pragma GCC unroll 1
   for (int64_t s = 0; s < block.segments; s++, tokens.sum += M) {
-    Narrow<K> dot[T][kTokensBeside];
-    if constexpr (K::kBegins >= 0)
-      if (block.begins)
-#pragma GCC unroll 2
-        for (int h = 0; h < kTokensBeside; h++)
-#pragma GCC unroll 4
-          for (int t = 0; t < T; t++)
-            dot[t][h].begin(multiply(broadcast(tokens.sum[h]), broadcast(block.kernel.origin)));
+    U narrow[T * P][H], wide[T][H], sum[T][H];
     const int64_t chunks = s + 1 < block.segments ? block.chunks : block.all - s * block.chunks;
-    multiply_spans<K, T, M>(codes, start, chunks, x, dot);
+    const bool flushed = multiply_spans<M, Block<K, H>::kLines>(block.kernel, at, chunks, narrow, wide);
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++) {
+      U begin;
+      if constexpr (K::kBegins >= 0) begin = Sum::integer(multiply(broadcast(tokens.sum[h]), broadcast(block.origin)));
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) {
+        sum[t][h] = widened<K>(narrow, t, h);
+        if constexpr (K::kBegins >= 0) sum[t][h] = Sum::add(sum[t][h], begin);
+      }
+    }
+    if (flushed) add_all<K>(sum, wide);
     tokens.scale = scale + block.activation[s];
     switch (block.how) {
-      case kPlain: settle_spans<kPlain, K>(dot, tokens, block.line[s], totals); break;
-      case kShifted: settle_spans<kShifted, K>(dot, tokens, block.line[s], totals); break;
-      case kScaled: settle_spans<kScaled, K>(dot, tokens, block.line[s], totals); break;
-      case kScaledShifted: settle_spans<kScaledShifted, K>(dot, tokens, block.line[s], totals); break;
-      case kPartly: settle_spans<kPartly, K>(dot, tokens, block.line[s], totals); break;
+      case kPlain: settle_spans<kPlain>(sum, tokens, block.line[s] + group, totals); break;
+      case kShifted: settle_spans<kShifted>(sum, tokens, block.line[s] + group, totals); break;
+      case kScaled: settle_spans<kScaled>(sum, tokens, block.line[s] + group, totals); break;
+      case kScaledShifted: settle_spans<kScaledShifted>(sum, tokens, block.line[s] + group, totals); break;
+      case kPartly: settle_spans<kPartly>(sum, tokens, block.line[s] + group, totals); break;
     }
   }
 }
 
 // The same for M tokens. A call of its own: what surrounds it would keep registers.
-template <class K, int T, int M>
-__attribute__((noinline)) void add_block(Block<K, T>& block, int64_t token) {
+template <int M, class K, int H>
+__attribute__((noinline)) void add_block(Block<K, H>& block, int64_t token) {
 #pragma GCC unroll 1
-  for (int64_t m = 0; m < M; m += kTokensBeside) add_two<K, T, M>(block, token, m);
+  for (int64_t m = 0; m < M; m += H)
+    for (int64_t group = 0; group < block.T; group += block.kOnce) add_some<M>(block, group, token, m);
 }
 
 // Decodes the block that begins with `segment`, and goes on to the segment behind it.
-template <class K, int T>
-FEWBIT_INLINE void decode_block(Block<K, T>& block, const SegmentStrip& rows, Segment& segment) {
-  constexpr int kSpan = Narrow<K>::kSpan;
+template <class K, int H>
+FEWBIT_INLINE void decode_block(Block<K, H>& block, const SegmentStrip& rows, Segment& segment) {
   const SegmentTask& task = block.task;
   block.index = segment.index;
-  for (int64_t s = 0, at = 0, span = 0; s < block.segments; s++, at += block.chunks) {
-    const int64_t chunks = at + block.chunks < block.all ? block.chunks : block.all - at;
-    decode_spans(block, rows, at, chunks, span);
-    for (int t = 0; t < T; t++)
+  block.codes_at = Group(task, rows.group).codes + block.first * K::kBits * 64;
+  block.from = block.kInPlace ? block.codes_at : block.codes[0][0][0];
+  if constexpr (!Block<K, H>::kInPlace) decode_all(block, rows);
+  for (int64_t s = 0; s < block.segments; s++) {
+    for (int t = 0; t < block.T; t++)
       block.line[s][t] = Line(task, block.kernel.step, Group(task, rows.at(t)).parameters + segment.weight);
-    span += (chunks * 8 + kSpan - 1) / kSpan;
     block.activation[s] = segment.activation;
     if (block.how != kPartly) segment.advance(task);
   }
 }
 
 // Fetches where a block's outputs of M tokens from `token` go, while the last products are computed.
-template <class K, int T, int M>
-FEWBIT_INLINE void prefetch_outputs(const Block<K, T>& block, const SegmentStrip& rows, int64_t token) {
+template <int M, class K, int H>
+FEWBIT_INLINE void prefetch_outputs(const Block<K, H>& block, const SegmentStrip& rows, int64_t token) {
   const SegmentTask& task = block.task;
   if (task.y_dtype != FEWBIT_FLOAT32) return;
   for (int64_t m = token; m < token + M && m < rows.tokens; m++) {
     const float* y = static_cast<const float*>(task.y) + m * task.y_stride + Group(task, rows.group).row;
-    for (int64_t i = 0; i < T * kLanes; i += 16) __builtin_prefetch(y + i, 1);
+    for (int64_t i = 0; i < block.T * kLanes; i += 16) __builtin_prefetch(y + i, 1);
   }
 }
 
-// T row groups x all tokens, M at a time, block by block; a segment that is a long row is settled at the end.
-template <class K, int T, int M>
+// Row groups x all tokens, M at a time, block by block; a segment that is a long row is settled at the end.
+template <class K, int H, int M>
 void spans(const SegmentTask& task, const SegmentStrip& rows) {
+  constexpr int T = Block<K, H>::T;
   const int64_t tokens = rows.tokens, padded = (tokens + M - 1) / M * M;
   const bool long_row = task.segment_chunks > kBlockChunks;
-  Block<K, T> block(task);
+  const int64_t room = tokens <= kFewTokens && task.segment_chunks <= kFewChunks ? kFewChunks : kBlockChunks;
+  Block<K, H> block(task);
   if (long_row) block.how = kPartly;
   for (int64_t m = 0; m < padded; m++)
     for (int t = 0; t < T; t++) store(block.totals[m][t], broadcast(0.0f));
   block.chunks = long_row ? kBlockChunks : task.segment_chunks;
-  const int64_t most = kBlockChunks / block.chunks * block.chunks;
+  const int64_t most = room / block.chunks * block.chunks;
   Segment segment(task);
   for (block.first = 0; block.first < task.chunks; block.first += block.all) {
-    block.begins = !long_row || block.first == 0;
+    block.origin = !long_row || block.first == 0 ? block.kernel.origin + block.kCentre : 0;
     block.all = task.chunks - block.first < most ? task.chunks - block.first : most;
     block.segments = (block.all + block.chunks - 1) / block.chunks;
     decode_block(block, rows, segment);
     for (int64_t token = 0; token < padded; token += M) {
-      if (block.first + block.all == task.chunks) prefetch_outputs<K, T, M>(block, rows, token);
-      add_block<K, T, M>(block, token);
+      if (block.first + block.all == task.chunks) prefetch_outputs<M>(block, rows, token);
+      add_block<M>(block, token);
     }
   }
   for (int64_t m = 0; m < tokens; m += M) {
@@ -229,10 +324,16 @@ void spans(const SegmentTask& task, const SegmentStrip& rows) {
   }
 }
 
+template <class K, int H, int M>
+FEWBIT_INLINE void strips_beside(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens) {
+  for (; begin < end; begin += Block<K, H>::T) spans<K, H, M>(task, {begin, end - begin, 0, tokens});
+}
+
 template <class K, int M>
 void strips_spans(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens) {
-  constexpr int T = kPlanesBeside / K::kPlanes;
-  for (; begin < end; begin += T) spans<K, T, M>(task, {begin, end - begin, 0, tokens});
+  if constexpr (M == kInPlaceBeside && kDecodesFast<K>)
+    if (tokens <= kMostInPlace) return strips_beside<K, kInPlaceBeside, M>(task, begin, end, tokens);
+  strips_beside<K, kBeside, M>(task, begin, end, tokens);
 }
 
 }  // namespace

@@ -6,6 +6,6 @@
 
 namespace fewbit {
 
-const SegmentKernel int24_linear_neoni8mm = {kDigitRows, 1, kDigits, digits_of<int8_t>, int24_run};
+const SegmentKernel int24_linear_neoni8mm = {kDigitRows, 1, kDigits, digits_of, int24_run};
 
 }  // namespace fewbit
