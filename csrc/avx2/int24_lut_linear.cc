@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Few tokens look products up; beside many, levels are looked up once for all of them, and a product is rounded by what it is
 // added to: bits of the sum are an integer.
+#include "avx2/level_bytes.h"
 #include "avx2/product_tables.h"
-#include "avx2/shuffle.h"
 
 namespace fewbit {
 namespace {
@@ -16,29 +16,7 @@ void scaled(const SegmentTask& task, const fewbit_input& x, int64_t token) {
               [&](int64_t chunk, const float* here) { memcpy(out + chunk * apart, here, 32 * sizeof *here); });
 }
 
-// Levels of 16 codes or fewer, byte by byte.
-struct LevelBytes {
-  Shuffle byte[4];
-
-  explicit LevelBytes(const Levels24& levels) {
-    for (int b = 0; b < 4; b++) {
-      uint8_t bytes[16];
-      for (int i = 0; i < 16; i++) bytes[i] = static_cast<uint8_t>(bits_of(levels.level[i]) >> 8 * b);
-      byte[b] = Shuffle(bytes);
-    }
-  }
-
-  // Of four columns: (row r, row r + 4) for r = 0 .. 3, each of four columns.
-  FEWBIT_INLINE void operator()(U codes, float* out) const {
-    const U low[2] = {_mm256_unpacklo_epi8(byte[0](codes), byte[1](codes)), _mm256_unpackhi_epi8(byte[0](codes), byte[1](codes))};
-    const U high[2] = {_mm256_unpacklo_epi8(byte[2](codes), byte[3](codes)), _mm256_unpackhi_epi8(byte[2](codes), byte[3](codes))};
-    for (int i = 0; i < 2; i++) {
-      store(out + i * 16, _mm256_castsi256_ps(_mm256_unpacklo_epi16(low[i], high[i])));
-      store(out + i * 16 + 8, _mm256_castsi256_ps(_mm256_unpackhi_epi16(low[i], high[i])));
-    }
-  }
-};
-
+// Writes levels of eight rows: (groups of four columns, rows r and r + 4 for r = 0 .. 3, four columns of each).
 template <int BITS>
 FEWBIT_INLINE void decode_levels(const LevelBytes& level, const uint8_t* codes, int64_t chunks, float* out) {
   for (; chunks > 0; chunks--, codes += BITS * 64) {
@@ -46,7 +24,9 @@ FEWBIT_INLINE void decode_levels(const LevelBytes& level, const uint8_t* codes, 
 #pragma GCC unroll 8
     for (int g = 0; g < 8; g++, out += 32) {
       held.advance(codes, g);
-      level(held.quad(g), out);
+      F four[4];
+      level(held.quad(g), four);
+      for (int r = 0; r < 4; r++) store(out + r * 8, four[r]);
     }
   }
 }
@@ -100,7 +80,7 @@ void rows_many(const SegmentTask& task, const LevelBytes& level, int64_t group, 
 
 template <int BITS>
 void strips_many(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  const LevelBytes level{Levels24(task)};
+  const LevelBytes level(Levels24(task).level);
   for (int64_t group = tile_begin * kGroupsPerTile; group < tile_end * kGroupsPerTile; group++)
     rows_many<BITS>(task, level, group, tokens);
 }
