@@ -1,5 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of levels and float activations as integers, as FEWBIT_INT24 makes them of FEWBIT_LUT: see fewbit.h.
+// FEWBIT_INT24 of FEWBIT_LUT of at most 4 bits, on FEWBIT_AVX2 and FEWBIT_SERIAL: it is products of levels and activations that are
+// rounded to whole multiples of a power of two, one for each token and each segment (of at most 256 columns, as of
+// fewbit_linear_int8),
+//
+//   s = 2^(e - 21) (bits 1: 2^(e - 20)), where 2^e <= P (1 + 2^-20) < 2^(e + 1), P = max|x| max|table|
+//   q = round(table[code] x / s), halves to even
+//
+// and y is that of s * q, summed exactly within a segment. A product differs from s * q by at most s / 2 <= 2^-22 P (bits 1:
+// 2^-21 P), or 2^-127. Blocks must be multiples of 32, or whole rows. The result is the same on every ISA, at any number of
+// threads and tokens. Error beyond that: as of fewbit_linear_int8. NaN or infinity makes its token's results NaN.
 #pragma once
 
 #include <math.h>

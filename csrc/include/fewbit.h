@@ -178,16 +178,7 @@ typedef struct {
  * power of two), and not at all where no activation has bits below s: bfloat16 down to 2^-14 max|x|. The three signed
  * bytes of q are multiplied as fewbit_linear_int8 does it with int8, each with the scale of its place. Blocks must be
  * multiples of 32, or whole rows. The result is the same on every ISA, at any number of threads and tokens. Error against
- * s * q: as that of fewbit_linear_int8. NaN or infinity makes its token's results NaN.
- *
- * FEWBIT_INT24 is also for FEWBIT_LUT of at most 4 bits, on FEWBIT_AVX2 and FEWBIT_SERIAL: it is products that are rounded to
- * whole multiples of a power of two, one for each token and each segment (of at most 256 columns, as of fewbit_linear_int8),
- *
- *   s = 2^(e - 21) (bits 1: 2^(e - 20)), where 2^e <= P (1 + 2^-20) < 2^(e + 1), P = max|x| max|table|
- *   q = round(table[code] x / s), halves to even
- *
- * and y is that of s * q, summed exactly within a segment. A product differs from s * q by at most s / 2 <= 2^-22 P (bits 1:
- * 2^-21 P), or 2^-127. Blocks, results and NaN as above. Error beyond these: as of fewbit_linear_int8. */
+ * s * q: as that of fewbit_linear_int8. NaN or infinity makes its token's results NaN. Of FEWBIT_LUT: core/int24_lut.h. */
 int fewbit_linear_many(const fewbit_output* outputs, int32_t count, const fewbit_input* x, int64_t x_block,
                        int32_t y_dtype, int32_t isa, int32_t threads);
 
