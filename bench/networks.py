@@ -17,6 +17,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,23 @@ ENCODER: list[tuple[str, str | Recipe, dict[str, Any]]] = [
 
 
 def enlarging(kind: superres.Kind, steps: int) -> list[tuple[str, str | Recipe, dict[str, Any]]]:
-    """Rows for a network whose first and last layer stay in float; "linear": as 2DQuant has it, all convolutions do."""
+    """Rows for a network whose first and last layer stay in float; "linear": as 2DQuant has it, all convolutions do.
+    The products of attention stay in float but in rows that say "products"."""
 
-    learning = {"iters": steps, "batch": 1}
+    learning, attends = {"iters": steps, "batch": 1}, kind.build is superres.MobileSR
 
-    def few(format: str, activation: str | None = None, match: str = "*", method: str = "rtn", **more: Any) -> Recipe:
-        ends = tuple(Rule(name, FLOAT) for name in kind.ends)
-        return Recipe((*ends, Rule(match, format, method, activation=activation, **more)))
+    def few(
+        format: str,
+        activation: str | None = None,
+        match: str = "*",
+        method: str = "rtn",
+        products: bool = False,
+        **more: Any,
+    ) -> Recipe:
+        kept = tuple(Rule(name, FLOAT) for name in kind.ends)
+        rule = Rule(match, format, method, activation=activation, **more)
+        of_products = (replace(rule, match="kind:product") if products else Rule("kind:product", FLOAT),)
+        return Recipe((*kept, *(of_products if attends else ()), rule))
 
     rows: list[tuple[str, str | Recipe, dict[str, Any]]] = [
         ("W8A8, one scale a window", few("int8/channel", "int8/channel"), {}),
@@ -99,15 +110,19 @@ def enlarging(kind: superres.Kind, steps: int) -> list[tuple[str, str | Recipe, 
         ("palette4", few("palette4"), {}),
         ("palette4, bias", few("palette4"), {"bias": True}),
     ]
-    matches = {"all": "*", "linear": "kind:linear"} if kind.build is superres.MobileSR else {"all": "*"}
+    matches = {"all": "*", "linear": "kind:linear"} if attends else {"all": "*"}
     for (name, match), bits in itertools.product(matches.items(), (8, 4, 3, 2)):
         for observer in ("minmax", "percentile", "mse", "dobi"):
             method = "clip" if observer in ("mse", "dobi") else "rtn"
             recipe = few(f"int{bits}/channel/asym", f"int{bits}/static/{observer}", match, method)
             rows.append((f"{name} W{bits}A{bits}, {method}, {observer}", recipe, {}))
-        activation = f"int{bits}/static/dobi"
-        recipe = few(f"int{bits}/channel/asym", activation, match, "clip", tune=(Tune("bounds", learning),))
-        rows.append((f"{name} W{bits}A{bits}, clip, dobi > bounds", recipe, {}))
+        of, activation = f"{name} W{bits}A{bits}, clip, dobi", f"int{bits}/static/dobi"
+        for products, tune in itertools.product(
+            (False, True) if attends else (False,), ((), (Tune("bounds", learning),))
+        ):
+            if products or tune:
+                recipe = few(f"int{bits}/channel/asym", activation, match, "clip", products, tune=tune)
+                rows.append((f"{of}{', products' if products else ''}{' > bounds' if tune else ''}", recipe, {}))
     return rows
 
 
@@ -135,14 +150,12 @@ def measured(
         seconds = time.process_time() - began
         kernels = {record["kernel"] for record in quantized.layers}
         row = {"row": name, "bits": quantized.bits_per_weight, measure: score(quantized.network), "seconds": seconds}
-        found.append({**row, "kernel": ", ".join(sorted(kernels))})
+        found.append({**row, "products": len(quantized.products), "kernel": ", ".join(sorted(kernels))})
         print(found[-1], flush=True)
     return found
 
 
 def with_options(rule: Rule, given: dict[str, Any]) -> Rule:
-    from dataclasses import replace
-
     from fewbit.recipe import Step
 
     return replace(
@@ -204,13 +217,14 @@ def enlarged(name: str, steps: int, chosen: list[str]) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     measure = next(key for key in rows[0] if key not in ("row", "bits", "kernel"))
-    told = "products of attention, queries with keys and the map with values, in float"
-    table = Table(caption=told if any(row["row"].startswith("linear") for row in rows) else None)
-    for column in ("row", "true bits", measure, "CPU seconds", "kernels"):
+    told = "products: of attention, queries with keys and the map with values, in integers"
+    table = Table(caption=told if any(row.get("products") for row in rows) else None)
+    for column in ("row", "true bits", measure, "products", "CPU seconds", "kernels"):
         table.add_column(column, justify="left" if column in ("row", "kernels") else "right")
     for row in rows:
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
-        table.add_row(row["row"], f"{row['bits']:.3f}", f"{row[measure]:.2f}", seconds, row["kernel"])
+        score, products = f"{row[measure]:.2f}", str(row.get("products", 0))
+        table.add_row(row["row"], f"{row['bits']:.3f}", score, products, seconds, row["kernel"])
     Console(width=120).print(table)
 
 

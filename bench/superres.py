@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cifar_resnets import ASSETS
+from fewbit.network import Product
 
 SCALE = 4
 SET5 = ("baby", "bird", "butterfly", "head", "woman")
@@ -177,10 +178,12 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj_out = nn.Linear(channels, 3 * channels, bias=False), nn.Linear(channels, channels)
+        self.scores, self.mixed = Product(), Product()
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, 2))
-        y: Tensor = self.proj_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        weights = self.scores(q * q.shape[3] ** -0.5, k.transpose(2, 3)).softmax(3)
+        y: Tensor = self.proj_out(self.mixed(weights, v).transpose(1, 2).flatten(2))
         return y
 
 

@@ -388,13 +388,13 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "fewbit._native", nullptr, -1, methods, nullptr, nullptr, nullptr,
-                      nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "fewbit._native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
 PyMODINIT_FUNC PyInit__native(void) {
   PyObject* made = PyModule_Create(&module);
-  if (made && PyModule_AddFunctions(made, decode_methods) < 0) Py_CLEAR(made);
+  for (PyMethodDef* more : {decode_methods, matmul_methods})
+    if (made && PyModule_AddFunctions(made, more) < 0) Py_CLEAR(made);
   return made;
 }

@@ -31,3 +31,4 @@ T pointer(unsigned long long address) {
 }  // namespace
 
 extern PyMethodDef decode_methods[];  // bind_decode.cc
+extern PyMethodDef matmul_methods[];  // bind_matmul.cc

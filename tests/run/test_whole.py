@@ -105,8 +105,10 @@ def test_a_gpu_does_what_the_processor_does(tmp_path: Path, short: Short, name: 
         ends.append(short(tmp_path / device, "int3/g32/asym", "rtn", **more).manifest["end"])
     assert ends[1]["before"] == pytest.approx(ends[0]["before"], rel=1e-3)
     assert ends[1]["after"] < ends[1]["before"]
-    close = 0.1 if name == "distill" else 0.5  # signs of small gradients differ, and codes learn by signs
-    assert ends[1]["after"] == pytest.approx(ends[0]["after"], rel=close)
+    if name == "distill":
+        assert ends[1]["after"] == pytest.approx(ends[0]["after"], rel=0.1)
+    else:  # codes learn by signs, which differ where gradients are small: a GPU ends elsewhere, but no worse
+        assert ends[1]["after"] < 1.5 * ends[0]["after"]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def _folder(path: Path) -> dict[str, Any]:
         "source": described["source"],
         "calibration": described.get("calibration"),
         "layers": described["layers"],
+        "products": described.get("products", []),
         "skipped": described["skipped"],
         "tensors": tensors,
     }
@@ -170,6 +171,9 @@ def tables(found: dict[str, Any]) -> Iterable[Any]:
         for x in layers
     ]
     yield table(("layer", "format", "method", "layout", "bits", "error"), rows, f"{len(rows)} quantized layers")
+    if found["products"]:
+        pairs = [(x["name"], x["left"], x["right"]) for x in found["products"]]
+        yield table(("product", "left", "right"), pairs, f"{len(pairs)} products of activations in integers")
     skipped = [(x["name"], x["reason"], N.size(x["nbytes"])) for x in found["skipped"]]
     yield table(("not quantized", "reason", "size"), skipped, f"{len(skipped)} skipped")
 

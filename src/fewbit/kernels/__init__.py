@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fewbit.kernels.native import set_threads
     from fewbit.kernels.ops import embedding, linear, prepare
     from fewbit.kernels.prepared import Prepared, PreparedMatrix, linear_many
+    from fewbit.kernels.products import matmul
     from fewbit.kernels.rewrites import Rewriting
     from fewbit.kernels.sparse import SPARSE_KERNELS, SparseKernel, choose_sparse
     from fewbit.kernels.table import KERNELS, Choice, Kernel, choose
@@ -28,6 +29,7 @@ _NAMES = {
     "native": ("set_threads",),
     "ops": ("embedding", "linear", "prepare"),
     "prepared": ("Prepared", "PreparedMatrix", "linear_many"),
+    "products": ("matmul",),
     "reference": ("reference",),
     "rewrites": ("Rewriting",),
     "sparse": ("SPARSE_KERNELS", "SparseKernel", "choose_sparse"),
@@ -59,6 +61,7 @@ __all__ = [
     "embedding",
     "linear",
     "linear_many",
+    "matmul",
     "native",
     "prepare",
     "reference",

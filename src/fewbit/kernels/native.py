@@ -80,12 +80,15 @@ SparseMatrix = tuple[int, int, int, int, int, int, int, int]
 Windows = tuple[int, ...]
 """The 18 members of ``fewbit_windows`` in ``csrc/include/fewbit.h``, in their order."""
 
+Operand = tuple[int, int, int, int, int, float, int, int]
+"""The 8 members of ``fewbit_operand`` in ``csrc/include/fewbit_matmul.h``, in their order."""
+
 Draw = tuple[int | float, ...]
 """The 18 members of ``fewbit_draw`` in ``csrc/include/fewbit_sample.h``, in their order."""
 
 
 class Core(Protocol):
-    """The functions of ``fewbit._native``; arguments as in ``csrc/bind.cc`` and ``csrc/bind_decode.cc``."""
+    """The functions of ``fewbit._native``; arguments as in ``csrc/bind*.cc``."""
 
     def caps(self) -> int: ...
     def set_threads(self, threads: int) -> None: ...
@@ -134,6 +137,19 @@ class Core(Protocol):
         weight: int,
         rows: int,
         bias: int,
+        y: int,
+        isa: int,
+        threads: int,
+    ) -> None: ...
+    def int8_matmul(
+        self,
+        a: Operand,
+        b: Operand,
+        outer: int,
+        middle: int,
+        rows: int,
+        inner: int,
+        columns: int,
         y: int,
         isa: int,
         threads: int,

@@ -90,6 +90,27 @@ def integer_linear(x: Tensor, qtensor: QTensor, activation: Fixed, bias: Tensor 
     return y.reshape(*x.shape[:-1], qtensor.shape[0])
 
 
+def centred(x: Tensor, grid: Fixed, inner: int) -> tuple[Tensor, Tensor]:
+    """Codes of ``x`` less the zero of its grid, float64, and the factor of each line along the axis ``inner``: 1, or
+    NaN where it holds NaN or infinity."""
+    codes = grid.encode(x.float(), {"scale": torch.tensor(grid.scale, dtype=torch.float32)})
+    bad = ~x.isfinite().all(inner, keepdim=True)
+    return codes.double() - grid.zero, torch.ones(bad.shape).masked_fill(bad, torch.nan)
+
+
+def integer_matmul(a: Tensor, b: Tensor, left: Fixed, right: Fixed) -> Tensor:
+    """``a b`` in integers, for a (..., rows, inner) on the grid ``left`` and b (..., inner, columns) on ``right``:
+    float32 (..., rows, columns)::
+
+        y = float32(s_a s_b) float32(sum (q_a - z_a) (q_b - z_b))
+
+    NaN where the row or the column holds NaN or infinity.
+    """
+    (q, row), (p, column) = centred(a, left, -1), centred(b, right, -2)
+    scale = torch.tensor(left.scale) * torch.tensor(right.scale)
+    return scale * (q @ p).float() * row * column  # sums are whole numbers far below 2^53
+
+
 def _chunks(qtensor: QTensor) -> list[tuple[slice, Tensor, dict[str, Tensor]]]:
     """(rows, their codes, their parameters), cut so that no part has more than :data:`CHUNK` weights, or one row of
     codes."""

@@ -24,6 +24,7 @@ from torch import nn
 from fewbit import formats, methods
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.formats.fixed import Fixed
+from fewbit.model.product import Product
 from fewbit.network import solving
 from fewbit.network.distill import distill
 from fewbit.network.feeding import Batch
@@ -32,8 +33,9 @@ from fewbit.network.folder import load, save
 from fewbit.network.quantized import Quantized
 from fewbit.recipe import FLOAT, Recipe, Rule
 from fewbit.run.planning import check_terms
+from fewbit.run.solve import Solved
 
-__all__ = ["Quantized", "fold_norms", "load", "quantize", "save"]
+__all__ = ["Product", "Quantized", "fold_norms", "load", "quantize", "save"]
 
 
 def quantize(
@@ -50,11 +52,14 @@ def quantize(
     sequential: bool = False,
     seed: int = 0,
 ) -> Quantized:
-    """A copy of ``network`` for evaluation, its convolutions and linear layers in few bits.
+    """A copy of ``network`` for evaluation, its convolutions and linear layers in few bits, its products of activations
+    (:class:`Product`) in integers.
 
     Args:
         recipe: a format (``"int4/channel"``), a scheme (``"W8A8"``, ``"W8A8_STATIC"``), or a :class:`fewbit.Recipe`,
-            whose rules match module names, ``kind:conv2d`` and ``kind:linear``.
+            whose rules match module names, ``kind:conv2d``, ``kind:linear`` and ``kind:product``. Of the rule of a
+            product only the activation (static) counts, to which both operands are rounded, each on a grid of its own,
+            and tunings that learn such grids.
         inputs: calibration batches, each a tensor, a tuple of arguments or a mapping of keywords. What looks at no data
             needs none.
         method, options, transforms, tune: as for :func:`fewbit.quantize`. Transforms are for linear layers; a tuning
@@ -79,34 +84,59 @@ def quantize(
         raise UnsupportedError(f"{chosen.end.name} of a network", found, 'tune=["scales"]')
     made, batches = copy.deepcopy(network).eval(), list(inputs)
     folded = fold_norms(made, batches[0]) if fold and batches else {}
-    rules, skipped = _decide(made, chosen, bool(batches))
-    _need_data(rules, correct_bias or sequential, batches)
-    teacher = copy.deepcopy(made) if any(rule.tunings() for rule in rules.values()) else made
+    rules, products, skipped = _decide(made, chosen, bool(batches))
+    _need_data(rules, products, correct_bias or sequential, batches)
+    tuned = any(rule.tunings() for rule in [*rules.values(), *products.values()])
+    teacher = copy.deepcopy(made) if tuned else made
     mode = solving.sequential if sequential else solving.independent
-    solved, grids = mode(made, rules, batches, correct_bias, seed)
-    solved, grids = distill(teacher, made, solved, grids, batches, seed)
+    solved, grids = mode(made, rules, products, batches, correct_bias, seed)
+    rounded = {side: rule for name, rule in products.items() for side in solving.operands(name)}
+    solved, grids = distill(teacher, made, solved, rounded, grids, batches, seed)
+    layers = _replace(made, solved, grids)
+    integers = {name: solving.product(name, rule, grids) for name, rule in products.items()}
+    for name, product in integers.items():
+        made.set_submodule(name, product)
+    records = [{"name": name, **product.record()} for name, product in integers.items()]
+    return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records)
+
+
+def _replace(network: nn.Module, solved: dict[str, Solved], grids: dict[str, Fixed]) -> list[dict[str, Any]]:
+    """Put quantized layers where the float ones are; returns their records."""
     layers = []
     for name, item in solved.items():
-        layer, grid = made.get_submodule(name), grids.get(name)
+        layer, grid = network.get_submodule(name), grids.get(name)
         record = item.record
         if grid is not None:
             record = {**record, "activation": grid.name}
         layers.append({**record, "bias": layer.bias is not None})
-        made.set_submodule(name, solving.quantized(layer, item, record["activation"]))
-    return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential)
+        network.set_submodule(name, solving.quantized(layer, item, record["activation"]))
+    return layers
 
 
-def _decide(network: nn.Module, recipe: Recipe, ran: bool) -> tuple[dict[str, Rule], list[dict[str, Any]]]:
-    """The rule of each layer to quantize, and every other module with parameters as (name, reason)."""
+def _decide(
+    network: nn.Module, recipe: Recipe, ran: bool
+) -> tuple[dict[str, Rule], dict[str, Rule], list[dict[str, Any]]]:
+    """The rules of layers and products to quantize, and every other product or module with parameters as (name,
+    reason)."""
     rules: dict[str, Rule] = {}
+    products: dict[str, Rule] = {}
     skipped: list[dict[str, Any]] = []
+    kinds = {**solving.SITES, Product: solving.PRODUCT}
     named = [
-        (name, solving.SITES[type(module)], type(module).__name__)
+        (name, kinds[type(module)], type(module).__name__)
         for name, module in network.named_modules()
-        if type(module) in solving.SITES
+        if type(module) in kinds
     ]
     recipe.check(named)
     for name, module in network.named_modules():
+        if type(module) is Product:
+            rule = recipe.rule_for(name, solving.PRODUCT, Product.__name__)
+            reason = solving.refuse_product(name, rule)
+            if rule is None or reason is not None:
+                skipped.append({"name": name, "reason": reason, "nbytes": 0, "parameters": 0})
+            else:
+                products[name] = rule
+            continue
         if not list(module.parameters(recurse=False)):
             continue
         kind = solving.SITES.get(type(module))
@@ -126,7 +156,7 @@ def _decide(network: nn.Module, recipe: Recipe, ran: bool) -> tuple[dict[str, Ru
         skipped.append({"name": name, "reason": reason, "nbytes": nbytes, "parameters": count})
     if not rules:
         raise SpecError("quantizing a network", "every layer would stay in float", "give a rule with a format")
-    return rules, skipped
+    return rules, products, skipped
 
 
 def _check(name: str, kind: str, layer: nn.Module, rule: Rule) -> None:
@@ -149,9 +179,10 @@ def _check(name: str, kind: str, layer: nn.Module, rule: Rule) -> None:
         check_terms(site, rule)
 
 
-def _need_data(rules: dict[str, Rule], more: bool, batches: list[Batch]) -> None:
+def _need_data(rules: dict[str, Rule], products: dict[str, Rule], more: bool, batches: list[Batch]) -> None:
     """``more``: something else asks for it."""
     asking = [name for name, rule in rules.items() if rule.calibrated]
+    asking += [name for name, rule in products.items() if rule.open_grid]
     if batches or not (asking or more):
         return
     what = "bias correction, or solving layers in sequence"

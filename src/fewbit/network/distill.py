@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit import methods
+from fewbit import formats, methods, recipe
 from fewbit.core.descent import Rule
+from fewbit.core.format import Format
+from fewbit.core.rewrite import Chain
 from fewbit.core.terms import matrices
 from fewbit.core.transform import seed_of
 from fewbit.core.tuning import Learnable, Values
@@ -34,7 +36,6 @@ from fewbit.kernels.reference import round_activations
 from fewbit.network.ends import Ends
 from fewbit.network.feeding import Batch, call
 from fewbit.network.fold import tensors
-from fewbit.recipe import Tune
 from fewbit.run.solve import Solved, retuned
 
 FEATURES = 5.0
@@ -45,26 +46,36 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 Grids = dict[str, Fixed]
 State = dict[str, dict[str, Tensor]]
-"""Values of learners by layer, those of :class:`Ends` called ``input.low`` and ``input.high``."""
+"""Values of learners by layer or operand, those of :class:`Ends` called ``input.low`` and ``input.high``."""
 
 
 def distill(
-    teacher: nn.Module, student: nn.Module, solved: dict[str, Solved], grids: Grids, batches: list[Batch], seed: int
+    teacher: nn.Module,
+    student: nn.Module,
+    solved: dict[str, Solved],
+    rounded: Mapping[str, recipe.Rule],
+    grids: Grids,
+    batches: list[Batch],
+    seed: int,
 ) -> tuple[dict[str, Solved], Grids]:
-    """Every tuning that the rules of ``solved`` ask for, in order; equal ones of several layers at once.
+    """Every tuning that rules of ``solved`` and ``rounded`` ask for, in order; equal ones of several layers at once.
 
     Args:
         teacher: the float network.
         student: it, with the biases that the quantized one will have.
         solved: what stands for the weights, by layer.
-        grids: of inputs, by layer, where calibration fixed them.
+        rounded: rules of operands of products, which have nothing but a grid.
+        grids: of inputs, by layer or operand, where calibration fixed them.
 
     Returns:
         ``solved`` and ``grids`` with what was learned.
     """
-    for place in range(max((len(item.tunings) for item in solved.values()), default=0)):
-        asked = {name: item.tunings[place] for name, item in solved.items() if place < len(item.tunings)}
-        turns: list[tuple[Tune, list[str]]] = []
+    tunings = {name: item.tunings for name, item in solved.items()}
+    tunings |= {name: rule.tunings() for name, rule in rounded.items()}
+    for place in range(max(map(len, tunings.values()), default=0)):
+        asked = {name: found[place] for name, found in tunings.items() if place < len(found)}
+        asked = {name: tune for name, tune in asked.items() if name in solved or methods.tuning(tune.name).inputs}
+        turns: list[tuple[recipe.Tune, list[str]]] = []
         for name, tune in asked.items():
             members = next((names for other, names in turns if other == tune), None)
             if members is None:
@@ -72,7 +83,7 @@ def distill(
             else:
                 members.append(name)
         for tune, members in turns:
-            phase = _Phase(teacher, student, solved, grids, members, tune)
+            phase = _Phase(teacher, student, solved, rounded, grids, members, tune)
             solved, grids = phase.done(batches, seed_of(seed, f"{place} {tune.name} {members[0]}") & (2**63 - 1))
     return solved, grids
 
@@ -92,16 +103,17 @@ def blocks(network: nn.Module, layers: Iterable[str]) -> list[str]:
 
 
 class _Phase:
-    """One tuning of the layers ``members`` of ``solved``, the others standing still."""
+    """One tuning of ``members`` of ``solved`` and ``rounded``, the others standing still."""
 
     def __init__(
         self,
         teacher: nn.Module,
         student: nn.Module,
         solved: dict[str, Solved],
+        rounded: Mapping[str, recipe.Rule],
         grids: Grids,
         members: list[str],
-        tune: Tune,
+        tune: recipe.Tune,
     ) -> None:
         self._teacher, self._student = teacher, copy.deepcopy(student).requires_grad_(False)
         self._solved, self._grids, self._members = solved, grids, members
@@ -110,13 +122,16 @@ class _Phase:
         self._iters, self._batch, self._lr = int(options["iters"]), int(options["batch"]), float(options["lr"])
         self._relative = float(options["relative"])
         self._blocks = blocks(teacher, solved)
-        self._learners: dict[str, Learnable] = {name: self._row.learn(*solved[name].unpacked()) for name in members}
+        self._learners: dict[str, Learnable] = {
+            name: self._row.learn(*solved[name].unpacked()) for name in members if name in solved
+        }
         self._ends = {name: Ends(grids[name]) for name in members if self._row.inputs and name in grids}
         self._given: dict[str, tuple[Tensor, Tensor]] = {}
         for name, item in solved.items():
-            layer = self._student.get_submodule(name)
             self._place(name, item.weight.dequantize())
-            layer.register_forward_pre_hook(self._inputs(name, item), with_kwargs=True)
+            self._round(name, item.rewrite, grids.get(name, item.activation))
+        for name, rule in rounded.items():
+            self._round(name, Chain(), grids.get(name, formats.parse(str(rule.activation))))
 
     def done(self, batches: list[Batch], seed: int) -> tuple[dict[str, Solved], Grids]:
         """What was solved and the grids, ``members`` tuned."""
@@ -124,12 +139,11 @@ class _Phase:
         outcome = f"loss {start:.4g} -> {least:.4g} by {self._row.name}"
         solved, grids = dict(self._solved), dict(self._grids)
         for name in self._members:
-            if best is None:
-                solved[name] = retuned(solved[name], None, outcome)
-                continue
-            own, ends = self._split(best[name])
-            solved[name] = retuned(solved[name], self._learners[name].freeze(own), outcome)
-            if name in self._ends:
+            own, ends = self._split({} if best is None else best[name])
+            if name in solved:
+                made = None if best is None else self._learners[name].freeze(own)
+                solved[name] = retuned(solved[name], made, outcome)
+            if ends:
                 grids[name] = self._ends[name].freeze(*ends)
         return solved, grids
 
@@ -137,8 +151,7 @@ class _Phase:
         """The loss before and after, and the best values; None where no step lowered it."""
         state, bounds = self._start()
         rules: dict[str, Rule] = {name: self._row.descend() for name in self._members}
-        formats = {name: matrices(self._solved[name].weight)[0].format for name in self._members}
-        rates = {name: self._lr or self._row.rate(self._iters, formats[name]) for name in self._members}
+        rates = {name: self._lr or self._row.rate(self._iters, self._format(name)) for name in self._members}
         start = least = self._total(state, batches)
         best: State | None = None
         looks = {self._iters * look // LOOKS for look in range(1, LOOKS + 1)}
@@ -156,14 +169,20 @@ class _Phase:
     def _start(self) -> tuple[State, dict[str, dict[str, tuple[float, float]]]]:
         state: State = {}
         bounds: dict[str, dict[str, tuple[float, float]]] = {}
-        for name, learner in self._learners.items():
-            state[name] = {key: value.clone() for key, value in learner.start.items()}
-            bounds[name] = dict(learner.bounds)
+        for name in self._members:
+            state[name], bounds[name] = {}, {}
+            if name in self._learners:
+                state[name] |= {key: value.clone() for key, value in self._learners[name].start.items()}
+                bounds[name] |= self._learners[name].bounds
             if name in self._ends:
                 ends = self._ends[name]
                 state[name] |= {f"input.{end}": value.clone() for end, value in ends.start.items()}
                 bounds[name] |= {f"input.{end}": value for end, value in ends.bounds.items()}
         return state, bounds
+
+    def _format(self, name: str) -> Format:
+        """Whose steps a member learns in."""
+        return matrices(self._solved[name].weight)[0].format if name in self._solved else self._grids[name]
 
     @staticmethod
     def _split(values: Values) -> tuple[Values, tuple[Tensor, ...]]:
@@ -173,7 +192,7 @@ class _Phase:
 
     def _gradients(self, state: State, batches: list[Batch]) -> State:
         """Of the mean loss of ``batches``, by every value."""
-        weights = {name: self._learners[name].weight(self._split(own)[0]) for name, own in state.items()}
+        weights = self._weights(state)
         with torch.enable_grad():
             leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
             ends = {name: [v.detach().requires_grad_() for v in self._split(state[name])[1]] for name in state}
@@ -188,15 +207,18 @@ class _Phase:
         by_weight, by_end = dict(zip(leaves, total, strict=False)), iter(total[len(leaves) :])
         result: State = {}
         for name, own in state.items():
-            result[name] = self._learners[name].gradient(self._split(own)[0], by_weight[name])
+            learner = self._learners.get(name)
+            result[name] = learner.gradient(self._split(own)[0], by_weight[name]) if learner else {}
             result[name] |= {f"input.{end}": next(by_end) for end in ("low", "high") if name in self._ends}
         return result
+
+    def _weights(self, state: State) -> dict[str, Tensor]:
+        return {name: learner.weight(self._split(state[name])[0]) for name, learner in self._learners.items()}
 
     @torch.no_grad()
     def _total(self, state: State, batches: list[Batch]) -> float:
         """The mean loss of all ``batches``."""
-        weights = {name: self._learners[name].weight(self._split(own)[0]) for name, own in state.items()}
-        self._set(weights, {name: self._split(own)[1] for name, own in state.items()})
+        self._set(self._weights(state), {name: self._split(own)[1] for name, own in state.items()})
         return sum(float(self._loss(batch)) for batch in batches) / len(batches)
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -222,20 +244,20 @@ class _Phase:
         parameters = self._student.get_submodule(name)._parameters
         parameters["weight"] = weight.reshape(parameters["weight"].shape)  # type: ignore[assignment, union-attr]
 
-    def _inputs(self, name: str, item: Solved) -> Any:
-        """A hook that rewrites and rounds inputs as they will be, gradients going straight through."""
-        grid = self._grids.get(name, item.activation)
+    def _round(self, name: str, rewrite: Chain, grid: Format | None) -> None:
+        """From now on inputs of a module of the student are rewritten and rounded as they will be, gradients going
+        straight through."""
 
         def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             x = arguments[0] if arguments else named["input"]
-            x = item.rewrite.apply(x) if item.rewrite.steps else x
+            x = rewrite.apply(x) if rewrite.steps else x
             if name in self._given:
                 x = self._ends[name].round(x, *self._given[name])
             elif grid is not None:
                 x = x + (round_activations(x.detach(), grid) - x.detach())
             return (x,), {}
 
-        return before
+        self._student.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True)
 
 
 def _mean(values: list[Tensor]) -> Tensor:

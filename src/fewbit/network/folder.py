@@ -18,6 +18,7 @@ from fewbit.containers.safetensors import open_safetensors, write_safetensors
 from fewbit.errors import InputError, VerificationError
 from fewbit.model.convolution import QuantConv2d, window_of
 from fewbit.model.layers import QuantLinear
+from fewbit.model.product import Product, QuantProduct
 from fewbit.network.fold import unfolded
 from fewbit.network.quantized import Quantized
 
@@ -50,6 +51,7 @@ def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[
         "sequential": quantized.sequential,
         "folded": quantized.folded,
         "layers": [{k: v for k, v in record.items() if k != "seconds"} for record in quantized.layers],
+        "products": quantized.products,
         "skipped": quantized.skipped,
         "bits_per_weight": quantized.bits_per_weight,
         "size_bytes": (partial / FILE).stat().st_size,
@@ -91,6 +93,10 @@ def load(folder: str | Path, network: nn.Module, check: bool = True) -> nn.Modul
         unfolded(network, manifest["folded"])
         for record in manifest["layers"]:
             _replace(network, record)
+        for record in manifest.get("products", []):
+            if type(network.get_submodule(record["name"])) is not Product:
+                raise AttributeError(f"{record['name']} is no product")
+            network.set_submodule(record["name"], QuantProduct(record["left"], record["right"]))
     except (AttributeError, AssertionError, KeyError, TypeError) as error:
         found = f"it does not have the layers that were quantized ({error})"
         raise InputError(f"{path} into a {type(network).__name__}", found, "an instance of the same class") from None

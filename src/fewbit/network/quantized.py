@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -15,9 +15,10 @@ from fewbit.recipe import Recipe
 class Quantized:
     """``network`` runs on the kernels.
 
-    ``layers``: a record each, as in the manifest; ``skipped``: names of modules whose parameters stay as they are, with
-    the reason; ``folded``: norm -> layer; ``batches``: that calibration saw; ``sequential``: whether each layer was
-    solved on what the quantized ones before it make of them.
+    ``layers``: a record each, as in the manifest; ``products``: likewise of those in integers, with the grids ``left``
+    and ``right`` of their operands; ``skipped``: names of modules whose parameters stay as they are, and of products in
+    float, with the reason; ``folded``: norm -> layer; ``batches``: that calibration saw; ``sequential``: whether each
+    layer was solved on what the quantized ones before it make of them.
     """
 
     network: nn.Module
@@ -28,9 +29,10 @@ class Quantized:
     seed: int
     batches: int
     sequential: bool = False
+    products: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def bits_per_weight(self) -> float:
-        """True stored bits per weight of the quantized layers: codes, scales, tables, grids."""
+        """True stored bits per weight of the quantized layers: codes, scales, tables, grids, those of products too."""
         weights = sum(record["shape"][0] * record["shape"][1] for record in self.layers)
-        return float(8 * sum(record["nbytes"] for record in self.layers) / weights)
+        return float(8 * sum(record["nbytes"] for record in [*self.layers, *self.products]) / weights)

@@ -24,31 +24,49 @@ from fewbit import formats, methods
 from fewbit import transforms as table
 from fewbit.containers import terms as T
 from fewbit.core.correction import correction
+from fewbit.core.rewrite import Chain
 from fewbit.core.transform import seed_of
+from fewbit.errors import UnsupportedError
 from fewbit.formats.fixed import Fixed
 from fewbit.model.convolution import QuantConv2d, window_of
 from fewbit.model.layers import QuantLinear
+from fewbit.model.product import QuantProduct
 from fewbit.model.sites import Site
 from fewbit.network.feeding import Batch, Last, Wanted, calls, look
-from fewbit.recipe import Rule
+from fewbit.recipe import FLOAT, Rule
 from fewbit.run.solve import Solved, Task, solve
 
 SITES: dict[type[nn.Module], str] = {nn.Conv2d: "conv2d", nn.Linear: "linear"}
 """Classes that are quantized, by kind. Not those derived from them, which may do other things with the weight."""
 
+PRODUCT = "product"
+"""The kind of a :class:`fewbit.model.product.Product`."""
+
 Solutions = tuple[dict[str, Solved], dict[str, Fixed]]
-"""What stands for the weights, and the grids that calibration fixed for inputs; by layer."""
+"""What stands for the weights, and the grids that calibration fixed for inputs; by layer, or operand of a product."""
+
+
+def operands(product: str) -> tuple[str, str]:
+    """Names of what the operands of a product pass."""
+    return f"{product}.left", f"{product}.right"
 
 
 def independent(
-    network: nn.Module, rules: dict[str, Rule], batches: list[Batch], correct_bias: bool, seed: int
+    network: nn.Module,
+    rules: dict[str, Rule],
+    products: dict[str, Rule],
+    batches: list[Batch],
+    correct_bias: bool,
+    seed: int,
 ) -> Solutions:
-    """Solve the layers of ``network`` that ``rules`` names, each on the inputs that it has in float. What is corrected
-    are the biases of ``network``."""
+    """Solve the layers of ``network`` that ``rules`` names, and find the grids of ``products``, each on the inputs that
+    it has in float. What is corrected are the biases of ``network``."""
     wanted = {name: wanted_of(network.get_submodule(name), rule, correct_bias) for name, rule in rules.items()}
     look(network, batches if any(want.facts for want in wanted.values()) else batches[:1], wanted)
     solved = {name: solve(_task(network, name, rule, wanted[name], seed)) for name, rule in rules.items()}
-    grids = _grids(network, rules, solved, batches)
+    asked = {name: (rule, solved[name].rewrite) for name, rule in rules.items()}
+    asked |= {side: (rule, Chain()) for name, rule in products.items() for side in operands(name)}
+    grids = _grids(network, asked, batches)
     if correct_bias:
         for name, item in solved.items():
             _correct(network.get_submodule(name), item, wanted[name].mean, wanted[name].mean)
@@ -56,11 +74,16 @@ def independent(
 
 
 def sequential(
-    network: nn.Module, rules: dict[str, Rule], batches: list[Batch], correct_bias: bool, seed: int
+    network: nn.Module,
+    rules: dict[str, Rule],
+    products: dict[str, Rule],
+    batches: list[Batch],
+    correct_bias: bool,
+    seed: int,
 ) -> Solutions:
     """As :func:`independent`, each on what the quantized layers before it make of ``batches``. Layers that never
     run are solved last, without data."""
-    counts = [calls(network, batch, rules) for batch in batches]
+    counts = [calls(network, batch, [*rules, *products]) for batch in batches]
     order = [*dict.fromkeys(name for count in counts for name in count)]
     order += [name for name in rules if name not in order]
     floating = {name: wanted_of(network.get_submodule(name), rule, True) for name, rule in rules.items()}
@@ -68,11 +91,17 @@ def sequential(
         look(network, batches, floating)
     running, solved, grids = copy.deepcopy(network), dict[str, Solved](), dict[str, Fixed]()
     for name in order:
+        if name in products:
+            sides = operands(name)
+            asked = {side: (products[name], Chain()) for side in sides}
+            grids |= _grids(running, asked, batches, [(sides[1], count[name]) for count in counts])
+            running.set_submodule(name, product(name, products[name], grids))
+            continue
         rule, last = rules[name], [(name, count[name]) for count in counts]
         want = wanted_of(network.get_submodule(name), rule, correct_bias)
         look(running, batches if want.facts else batches[:1], {name: want}, last)
         item = solved[name] = solve(_task(network, name, rule, want, seed))
-        grids |= _grids(running, {name: rule}, solved, batches, last)
+        grids |= _grids(running, {name: (rule, item.rewrite)}, batches, last)
         layer = network.get_submodule(name)
         if correct_bias:
             _correct(layer, item, floating[name].mean, want.mean)
@@ -108,21 +137,20 @@ def _task(network: nn.Module, name: str, rule: Rule, want: Wanted, seed: int) ->
 
 
 def _grids(
-    network: nn.Module, rules: dict[str, Rule], solved: dict[str, Solved], batches: list[Batch], last: Last = ()
+    network: nn.Module, asked: dict[str, tuple[Rule, Chain]], batches: list[Batch], last: Last = ()
 ) -> dict[str, Fixed]:
-    """Of static activations: fixed by what leaves the rewrite of each layer, on all batches."""
-    waiting = [name for name, rule in rules.items() if rule.open_grid]
+    """Of static activations that are open in the rules ``asked``: fixed by what leaves the rewrite of each layer, on
+    all batches."""
+    waiting = {name: rule for name, (rule, _) in asked.items() if rule.open_grid}
     if not waiting:
         return {}
-    wanted = {}
-    for name in waiting:
-        columns = solved[name].record["shape"][1]
-        wanted[name] = replace(Wanted(columns, None, False, False, True), rewrite=solved[name].rewrite)
+    wanted = {name: replace(Wanted(1, None, False, False, True), rewrite=asked[name][1]) for name in waiting}
     look(network, batches, wanted, last)
-    return {name: _grid(rules[name]).observed(wanted[name].seen) for name in waiting}
+    return {name: grid_of(rule).observed(wanted[name].seen) for name, rule in waiting.items()}
 
 
-def _grid(rule: Rule) -> Fixed:
+def grid_of(rule: Rule) -> Fixed:
+    """Static activations of ``rule``, open or spelt."""
     found = formats.parse(str(rule.activation))
     assert isinstance(found, Fixed)
     return found
@@ -148,3 +176,25 @@ def quantized(layer: nn.Module, item: Solved, activation: str | None) -> nn.Modu
     for name, array in item.rewrite.arrays.items():
         getattr(made, f"input_{name}").copy_(array)
     return made.eval()
+
+
+def product(name: str, rule: Rule, grids: dict[str, Fixed]) -> QuantProduct:
+    return QuantProduct(*(grids.get(side, grid_of(rule)).name for side in operands(name)))
+
+
+def refuse_product(name: str, rule: Rule | None) -> str | None:
+    """None, or why the product ``name`` stays in float under ``rule``.
+
+    Raises:
+        UnsupportedError: the rule is of products, and they cannot be done as it asks.
+    """
+    if rule is None:
+        return "no rule of the recipe matches it"
+    if rule.format == FLOAT or rule.activation is None:
+        return "the recipe keeps it in float" if rule.format == FLOAT else "the recipe keeps activations in float"
+    if isinstance(formats.parse(rule.activation), Fixed):
+        return None
+    found = f"each operand takes one grid, and {rule.activation} is found token by token"
+    if rule.match in (name, f"kind:{PRODUCT}"):
+        raise UnsupportedError(f"product {name} in integers", found, "int8/static as the activation")
+    return found
