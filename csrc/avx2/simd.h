@@ -58,7 +58,7 @@ struct Lookup {
   F operator()(U index) const { return _mm256_i32gather_ps(table, mask(index, (1u << BITS) - 1), 4); }
 };
 
-// Up to 8 levels in one register, repeated so that the 3 bits vpermps reads need no mask.
+// Up to 4 levels in each half of a register, repeated so that the 2 bits vpermilps reads need no mask.
 struct LookupShort {
   F levels;
   LookupShort(const float* table, int bits) {
@@ -66,12 +66,19 @@ struct LookupShort {
     for (int i = 0; i < 8; i++) all[i] = table[i & ((1 << bits) - 1)];
     levels = load(all);
   }
-  F operator()(U index) const { return _mm256_permutevar8x32_ps(levels, index); }
+  F operator()(U index) const { return _mm256_permutevar_ps(levels, index); }
 };
 
 template <> struct Lookup<1> : LookupShort { explicit Lookup(const float* table) : LookupShort(table, 1) {} };
 template <> struct Lookup<2> : LookupShort { explicit Lookup(const float* table) : LookupShort(table, 2) {} };
-template <> struct Lookup<3> : LookupShort { explicit Lookup(const float* table) : LookupShort(table, 3) {} };
+
+// 8 levels in a register, of which vpermps reads 3 bits: it takes 2.6 times as long as vpermilps.
+template <>
+struct Lookup<3> {
+  F levels;
+  explicit Lookup(const float* table) : levels(load(table)) {}
+  F operator()(U index) const { return _mm256_permutevar8x32_ps(levels, index); }
+};
 
 // 16 levels in two registers; bit 3 of the code, moved to the sign, picks one.
 template <>

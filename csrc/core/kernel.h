@@ -61,7 +61,7 @@ struct FixedPoint {
   int32_t most;  // the largest |level|
 };
 
-enum : int32_t { kLookedUp = 6 };  // bits of a code, at most
+enum : int32_t { kLookedUp = 6, kLookedUp24 = 4 };  // bits of a code, at most: times int8, times FEWBIT_INT24
 
 // False where an entry of table, (2^bits), is NaN or infinity.
 bool fixed_point(const float* table, int32_t bits, FixedPoint* out);
@@ -84,7 +84,8 @@ struct SegmentTask {
   const uint8_t* codes;    // as in Task
   const void* scale;
   const void* offset;
-  const FixedPoint* table; // of FEWBIT_LUT, else null
+  const FixedPoint* table; // of FEWBIT_LUT times int8, else null
+  const float* entries;    // of FEWBIT_LUT times FEWBIT_INT24, else null
   int64_t digits;          // rows of activations that a token takes
   int64_t together;        // rows that are computed together: whole tokens
   bool alone;              // whether few tokens take row groups one by one, as they lie in memory
@@ -121,7 +122,7 @@ struct LutKernels {
 };
 
 // One or two tokens on an instruction set that computes them by a kernel of their own: codes of at most `most` bits, or tables
-// of levels of at most `most`.
+// of levels of at most `most`; of FEWBIT_INT24, any number of tokens times codes of at most `most` bits, and one or two others.
 struct FewKernel {
   int32_t most;
   SegmentKernel kernel;
@@ -302,12 +303,13 @@ extern const XnorKernel xnor_linear_serial, xnor_linear_avx2, xnor_linear_avx512
 extern const SegmentKernel bf16_linear_avx512bf16;
 extern const SegmentKernel int24_linear_serial, int24_linear_avx2, int24_linear_avxvnni, int24_linear_avx512vnni,
     int24_linear_neondot, int24_linear_neoni8mm;
+extern const SegmentKernel int24_lut_linear_serial, int24_lut_linear_avx2;
 extern const SegmentKernel int8_linear_serial, int8_linear_avx2, int8_linear_avxvnni, int8_linear_avx512vnni,
     int8_linear_neon, int8_linear_neondot, int8_linear_neoni8mm;
 extern const LutKernels int8_lut_linear_serial, int8_lut_linear_avx2, int8_lut_linear_avxvnni, int8_lut_linear_avx512vnni,
     int8_lut_linear_neon, int8_lut_linear_neondot, int8_lut_linear_neoni8mm;
 
-extern const FewKernel int8_few_linear_avx2, int8_few_lut_linear_avx2;
+extern const FewKernel int8_few_linear_avx2, int8_few_lut_linear_avx2, int24_few_lut_linear_avx2;
 
 extern const Kernel affine_linear_serial, lut_linear_serial;
 extern const Kernel affine_linear_avx2, lut_linear_avx2;

@@ -29,6 +29,21 @@ const SegmentKernel* find_int24(int32_t isa) {
   }
 }
 
+// Products of a table's levels and float activations as such integers.
+const SegmentKernel* find_int24_lut([[maybe_unused]] int32_t bits, [[maybe_unused]] int64_t tokens, int32_t isa) {
+  if (!(fewbit_caps() & isa)) return nullptr;
+  switch (isa) {
+    case FEWBIT_SERIAL: return &int24_lut_linear_serial;
+#if defined(__x86_64__)
+    case FEWBIT_AVX2: {
+      const FewKernel& few = int24_few_lut_linear_avx2;
+      return bits <= few.most || tokens <= 2 ? &few.kernel : &int24_lut_linear_avx2;
+    }
+#endif
+    default: return nullptr;
+  }
+}
+
 const SegmentKernel* find_bfloat16(int32_t isa) {
 #if defined(__x86_64__)
   if (fewbit_caps() & isa & FEWBIT_AVX512BF16) return &bf16_linear_avx512bf16;
@@ -80,7 +95,8 @@ bool centred(const fewbit_matrix& w) {
 }
 
 bool sensible(const fewbit_matrix& w, int64_t x_block) {
-  const bool lut = w.family == FEWBIT_LUT && x_block > 0 && w.bits <= kLookedUp && w.table && w.zero == 0.0f;
+  const int32_t most = x_block > 0 ? kLookedUp : x_block == FEWBIT_INT24 ? kLookedUp24 : 0;
+  const bool lut = w.family == FEWBIT_LUT && w.bits <= most && w.table && w.zero == 0.0f;
   return (lut || (w.family == FEWBIT_AFFINE && !w.table)) && segment_columns(w.columns, w.block, x_block) > 0;
 }
 
@@ -111,6 +127,7 @@ SegmentTask task_of(const fewbit_matrix& w, int64_t x_block) {
   SegmentTask task{};
   const int64_t columns = summed_columns(w, x_block);
   const bool bfloat16s = x_block == FEWBIT_BFLOAT16S, centre = bfloat16s && centred(w);
+  const bool entries = w.table && x_block == FEWBIT_INT24;
   x_block = columns_of(x_block, w.columns);
   task.bits = w.bits, task.scale_half = w.scale_half, task.offset_half = w.offset_half;
   task.rows = w.rows, task.columns = w.columns, task.chunks = ceil_div(w.columns, 32);
@@ -121,14 +138,15 @@ SegmentTask task_of(const fewbit_matrix& w, int64_t x_block) {
   task.whole = bfloat16s ? 0 : whole_zero(w), task.centre = centre ? w.zero : 0;
   task.zero = w.zero - task.whole - task.centre, task.shifted = w.offset || task.zero != 0.0f;
   task.codes = w.codes, task.scale = w.scale, task.offset = w.offset;
+  if (entries) task.entries = w.table, task.x_blocks = task.segments, task.x_block_segments = 1;
   return task;
 }
 
 // Rows of activations that are computed together; bfloat16 serves many tokens only.
 int64_t together(int64_t tokens, const SegmentKernel& kernel, bool bfloat16s) {
   if (bfloat16s) return kernel.most;
-  if (tokens <= 2) return tokens * kernel.digits;
-  return kernel.digits > 1 || tokens > 4 ? kernel.most : 4;
+  if (tokens <= 2) return least(tokens * kernel.digits, kernel.most);
+  return kernel.digits > 1 || tokens > 4 ? kernel.most : least(4, kernel.most);
 }
 
 int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int64_t x_block, int32_t y_dtype,
@@ -137,8 +155,11 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
   FixedPoint levels{};  // of all matrices
   const float* table = outputs[0].matrix->table;
   if (table && !fixed_point(table, outputs[0].matrix->bits, &levels)) return FEWBIT_BAD_ARGUMENT;
+  const bool entries = table && x_block == FEWBIT_INT24;
+  if (entries) table = nullptr;
   const bool bfloat16s = x_block == FEWBIT_BFLOAT16S;
   call.kernel = bfloat16s                  ? find_bfloat16(isa)
+                : x_block == FEWBIT_INT24 && entries ? find_int24_lut(outputs[0].matrix->bits, x.tokens, isa)
                 : x_block == FEWBIT_INT24 ? find_int24(isa)
                                           : find(table ? &levels : nullptr, isa);
   int32_t most = levels.most;  // or bits, of all matrices

@@ -178,7 +178,7 @@ typedef struct {
  * power of two), and not at all where no activation has bits below s: bfloat16 down to 2^-14 max|x|. The three signed
  * bytes of q are multiplied as fewbit_linear_int8 does it with int8, each with the scale of its place. Blocks must be
  * multiples of 32, or whole rows. The result is the same on every ISA, at any number of threads and tokens. Error against
- * s * q: as that of fewbit_linear_int8. NaN or infinity makes its token's results NaN. */
+ * s * q: as that of fewbit_linear_int8. NaN or infinity makes its token's results NaN. Of FEWBIT_LUT: core/int24_lut.h. */
 int fewbit_linear_many(const fewbit_output* outputs, int32_t count, const fewbit_input* x, int64_t x_block,
                        int32_t y_dtype, int32_t isa, int32_t threads);
 

@@ -15,6 +15,7 @@ from fewbit.core.qtensor import QTensor
 from fewbit.formats.palette import WIDTHS, Palette
 from fewbit.formats.vector import LENGTHS, Vector
 from fewbit.kernels.row16 import chunk
+from fewbit.kernels.table import LOOKED_UP, PRODUCTS
 
 SIZES = (1, 7, 31, 33, 97)
 BATCHES = (1, 3, 4, 5, 8, 33, 65)
@@ -127,3 +128,18 @@ def table_error(kernel: str, bits: int) -> float:
     if not kernel.startswith(("int8_lut", "int8_row_lut")):
         return 0.0
     return 1 / 254 + 2.0**-17 if bits <= 4 else 2.0**-15
+
+
+def product_error(kernel: str, bits: int) -> float:
+    """Of a product that ``kernel`` rounds, relative to that of the largest entry and activation."""
+    return 2.0 ** (-21 if bits == 1 else -22) if kernel.startswith("int24_lut") else 0.0
+
+
+def refused(kernel: str, bits: int) -> str | None:
+    """What the error says where tables of so many ``bits`` are too many for ``kernel``."""
+    most = next((most for name, most in MOST_BITS.items() if kernel.startswith(name)), bits)
+    return f"at most {most} bits" if bits > most else None
+
+
+MOST_BITS = {"int8_lut": LOOKED_UP, "int24_lut": PRODUCTS}
+"""Of a code that such a row looks up."""

@@ -65,12 +65,15 @@ class Exact:
     largest: Tensor
     operations: int
 
-    def answer(self, x: Tensor, bias: Tensor | None, table_error: float = 0.0) -> tuple[Tensor, Tensor]:
+    def answer(
+        self, x: Tensor, bias: Tensor | None, table_error: float = 0.0, product_error: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """(y, bound): float64 ``x W^T + bias``, and eps times the operations on a weight's longest path times the
         sum of magnitudes. ``table_error``: of a table's entries, relative to the largest; of bytes of a book, to what
         a step would be if it were not 1/255."""
         y = x.double() @ self.weight.T
         inexact = table_error * (x.double().abs() @ self.largest.T)
+        inexact += product_error * x.double().abs().amax(-1, keepdim=True) * self.largest.sum(1)
         size = x.double().abs() @ self.magnitude.T
         if bias is not None:
             y, size = y + bias.double(), size + bias.double().abs()

@@ -9,7 +9,17 @@ from functools import cache
 
 import pytest
 import torch
-from kernel_cases import BATCHES, FLOAT_ROWS, ROWS, SIZES, activation, raw_matrix, table_error
+from kernel_cases import (
+    BATCHES,
+    FLOAT_ROWS,
+    ROWS,
+    SIZES,
+    activation,
+    product_error,
+    raw_matrix,
+    refused,
+    table_error,
+)
 from raw_format import exact
 
 from fewbit import formats, kernels
@@ -19,7 +29,7 @@ from fewbit.core.qtensor import QTensor
 from fewbit.errors import UnsupportedError
 from fewbit.formats.palette import WIDTHS
 from fewbit.kernels.prepared import DECODED
-from fewbit.kernels.table import LOOKED_UP, MOST_ROW_BITS
+from fewbit.kernels.table import LOOKED_UP, MOST_ROW_BITS, PRODUCTS
 from fewbit.kernels.vector16 import VECTOR16
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -37,7 +47,8 @@ def check(
     y = ready(x, bias)
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], matrix.shape[0])
     rounded = ready.inputs(x)
-    answer, bound = expected.answer(rounded, bias, table_error(kernel, matrix.format.bits))
+    bits = matrix.format.bits
+    answer, bound = expected.answer(rounded, bias, table_error(kernel, bits), product_error(kernel, bits))
     bound = bound + ROUNDING[x.dtype] * (answer.abs() + bound)
     error = (y.double() - answer).abs()
     assert bool((error <= bound).all()), (matrix.format.name, matrix.shape, x.shape, float((error - bound).max()))
@@ -59,8 +70,8 @@ def test_sizes_blocks_and_batches(kernel: str, bits: int) -> None:
                 x = torch.randn(batch, columns, generator=generator)
                 inputs = activation(kernel, ("channel", "g32", "g96")[(rows + block) % 3])
                 block = matrix.format.block
-                if kernel.startswith("int8_lut") and bits > LOOKED_UP:
-                    with pytest.raises(UnsupportedError, match="at most 6 bits"):
+                if (reason := refused(kernel, bits)) is not None:
+                    with pytest.raises(UnsupportedError, match=reason):
                         kernels.prepare(matrix, kernel, inputs)
                     continue
                 if (inputs is not None or kernel.startswith("int24")) and block % 32 and block < columns:
@@ -107,7 +118,9 @@ def test_every_format_that_can_be_spelt(spelling: str) -> None:
     format = matrix.format
     rows = [row.name for row in kernels.KERNELS if row.refuse(format, matrix.shape) is None]
     family = kernels.table.family(format)
-    runs = ["int24"] * (family == "affine" and format.block % 32 == 0) + [family] * by_tiles(format)
+    chunks = format.block % 32 == 0
+    runs = ["int24_linear"] * (family == "affine" and chunks) + [f"{family}_linear"] * by_tiles(format)
+    runs += ["int24_lut"] * (family == "lut" and chunks and by_tiles(format) and format.bits <= PRODUCTS)
     runs += ["row_lut"] * any(param.per == "rows" for param in format.params)
     assert rows == [*(row for row in FLOAT_ROWS if row.startswith(tuple(runs))), "reference"]
     for row in rows:
@@ -138,13 +151,14 @@ def test_zeros_denormals_and_huge_scales_give_no_nan(kernel: str) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = activation(kernel)
     for scale in (0.0, 2.0**-24, 1e-40, 65504.0, 1e30):
-        for bits in (1, 3, 4) if kernel.startswith(("int8_lut", "int8_row_lut")) else (1, 3, 4, 8):
+        for bits in (1, 3, 4) if "lut" in kernel and kernel.startswith("int") else (1, 3, 4, 8):
             matrix = raw_matrix(kernel, bits, 32, (17, 96), generator, scale=scale)
             for size in (0.0, 1e-42, 1.0, 1e4):
                 x = torch.randn(3, 96, generator=generator) * size
                 ready = kernels.prepare(matrix, kernel, inputs)
                 y, rounded = ready(x), ready.inputs(x)
-                answer, bound = exact(matrix).answer(rounded, None, table_error(kernel, matrix.format.bits))
+                errors = table_error(kernel, bits), product_error(kernel, bits)
+                answer, bound = exact(matrix).answer(rounded, None, *errors)
                 # Absolute part: products below the least normal float32 may vanish, and activations are scaled by
                 # up to 2^-30 before they meet their codes.
                 least = 96 * 256 * 2.0**-149 * (2.0**30 * scale + 1)

@@ -193,7 +193,7 @@ class NativePrepared(Addressed, PreparedMatrix):
         self._x_block = 0  # of float products; any other kernel rounds x itself
         if kernel.family == "xnor":
             self._x_block = native.SIGNS
-        elif kernel.family == "int24":
+        elif kernel.family in ("int24", "int24_lut"):
             self._x_block = native.INT24
         elif kernel.integers:
             assert activation is not None
@@ -276,7 +276,7 @@ class NativePrepared(Addressed, PreparedMatrix):
         rounded = super().inputs(x)
         dtype = x.dtype if self.activation is None else torch.float32
         integers = self._route(dtype, x.numel() // self.shape[1])[0] == native.INT24
-        return reference.int24(rounded) if integers else rounded
+        return reference.int24(rounded) if integers and self._table is None else rounded
 
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
         """As :meth:`PreparedMatrix.decoded`; a strip is a view of memory that the next one overwrites."""

@@ -31,11 +31,24 @@ LAYOUTS = {layout.name: layout for layout in (TILE16, COLUMN8, ROW16, VECTOR16)}
 LOOKED_UP = 6
 """Bits of a code whose levels "int8_lut" keeps in registers."""
 
+PRODUCTS = 4
+"""Bits of a code whose products with an activation "int24_lut" looks up."""
+
 Family = Literal[
-    "int24", "affine", "lut", "row_lut", "vector", "int8", "int8_lut", "int8_row_lut", "int8_vector", "xnor"
+    "int24",
+    "int24_lut",
+    "affine",
+    "lut",
+    "row_lut",
+    "vector",
+    "int8",
+    "int8_lut",
+    "int8_row_lut",
+    "int8_vector",
+    "xnor",
 ]
 WEIGHTS = {"int24": "affine", "int8": "affine", "xnor": "affine", "int8_vector": "vector"} | dict.fromkeys(
-    ("int8_lut", "row_lut", "int8_row_lut"), "lut"
+    ("int24_lut", "int8_lut", "row_lut", "int8_row_lut"), "lut"
 )
 """The family of weights that rows of another family run."""
 
@@ -45,7 +58,8 @@ class Kernel:
     """One row: ``y = x W^T + bias`` for weights of one family, on one instruction set, from one layout.
 
     The name is ``{family}_linear_{isa}``, as is the file in ``csrc/``. ``family`` "int24" multiplies affine codes by
-    activations in fixed point of 24 bits (:func:`fewbit.kernels.reference.int24`), in integers; "int8" by activations
+    activations in fixed point of 24 bits (:func:`fewbit.kernels.reference.int24`), in integers; "int24_lut" rounds
+    products of levels and float activations to integers of 24 bits, which it looks up; "int8" multiplies by activations
     rounded to int8, "int8_lut" the levels of a table, "int8_row_lut" those of tables of rows, and "int8_vector" vectors
     of a codebook, rounded to bytes; "xnor" counts where signs of the weight and of the activations differ. The others
     multiply float activations: "row_lut" by tables of rows, "vector" by vectors of a codebook. ``family`` and ``isa``
@@ -110,7 +124,9 @@ class Kernel:
             return f"looks up one table in a tile of {ROWS} rows; {format.name} has one for each {each}"
         if self.family == "int8_lut" and format.bits > LOOKED_UP:
             return f"looks up at most {LOOKED_UP} bits a code; {format.name} has {format.bits}"
-        if self.family == "int24":
+        if self.family == "int24_lut" and format.bits > PRODUCTS:
+            return f"looks up products of at most {PRODUCTS} bits a code; {format.name} has {format.bits}"
+        if self.family in ("int24", "int24_lut"):
             return refuse_blocks(shape, format)
         if self.family in ("int8_vector", "int8_row_lut") and isinstance(activation, Fixed):
             return f"rounds activations by scales found as they arrive; these are {activation.name}"
@@ -208,6 +224,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("row_lut", "avx512", "row16"),
     Kernel("vector", "avx512", "column8"),
     Kernel("int24", "avx2", "tile16"),
+    Kernel("int24_lut", "avx2", "tile16"),
     Kernel("affine", "avx2", "tile16"),
     Kernel("lut", "avx2", "tile16"),
     Kernel("row_lut", "avx2", "row16"),
@@ -219,6 +236,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("affine", "serial", "tile16"),
     Kernel("int24", "serial", "tile16"),
     Kernel("lut", "serial", "tile16"),
+    Kernel("int24_lut", "serial", "tile16"),
     Kernel("row_lut", "serial", "row16"),
     Kernel("vector", "serial", "column8"),
     Kernel("int8_row_lut", "serial", "row16"),
