@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -17,16 +18,16 @@ from fewbit.model.stream import Inputs, StreamedModel
 from fewbit.recipe import ModelTune
 from fewbit.run.events import Progress
 from fewbit.run.facts import KeptFacts
-from fewbit.run.hidden import HiddenFile
+from fewbit.run.hidden import HiddenBatches, HiddenFile
 from fewbit.run.journal import Journal
 from fewbit.run.planning import Plan
 from fewbit.run.sensitivity import Sensitivity
 from fewbit.run.workers import Workers
 
-TOGETHER = 4
+TOGETHER = 8
 """Windows of the probe that go through the model at once: products of few tokens are slow."""
-SCORED = 2
-"""One token of the probe in so many foretells the next one: logits are most of the work of a small model."""
+HELD = 256 << 20
+"""Bytes of activations inside of a block that are kept in memory, of one kind; there are at most two at once."""
 
 
 @dataclass
@@ -97,7 +98,11 @@ class Run:
             shape = (len(ids), *ids[0].shape, width)
         return HiddenFile(self.folder / "state" / f"{what}-{stage:05d}.f32", shape, "create" if create else "read")
 
-    def scratch(self, name: str, width: int, dtype: torch.dtype) -> HiddenFile:
-        """Room on disk for the calibration's activations inside of a block, (batches, batch, tokens, ``width``)."""
+    def scratch(self, name: str, width: int, dtype: torch.dtype) -> HiddenFile | HiddenBatches:
+        """Room for the calibration's activations inside of a block, (batches, batch, tokens, ``width``): on disk where
+        that is more than :data:`HELD` bytes."""
         ids = self.batches()
-        return HiddenFile(self.folder / "state" / name, (len(ids), *ids[0].shape, width), "scratch", dtype)
+        shape = (len(ids), *ids[0].shape, width)
+        if math.prod(shape) * dtype.itemsize <= HELD:
+            return HiddenBatches(shape, dtype)
+        return HiddenFile(self.folder / "state" / name, shape, "scratch", dtype)
