@@ -35,7 +35,7 @@ def quantize_block(
 ) -> tuple[list[Solved], str, HiddenFile | None]:
     """Solve every site of the loaded block ``index`` and put the decoded weights in place.
 
-    ``sample`` (windows, tokens, width) is the first of the probe; ``seen`` what the sites see of it. Returns what was
+    ``sample`` (windows, tokens, width) is the probe before it; ``seen`` what the sites see of it. Returns what was
     solved, in the model's order, how the calibration ran, and its activations after ``stage``, to be committed, if
     anybody needs them.
     """

@@ -71,6 +71,7 @@ def embedding_stage(run: Run) -> dict[str, Any]:
     _store(run, 0, [model.begin(run.probe).hidden, floating], "probe")
     if run.calibration is not None:
         _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "calibration")
+    run.note_inputs()
     for path in model.before:
         model.free(path)
     return record
@@ -85,7 +86,7 @@ def block_stage(run: Run, stage: int) -> dict[str, Any]:
     sites = block_sites(run, index)
     before = run.hidden(stage - 1, "probe")
     floating = probe_through(run, index, before.read(1))
-    sample = before.read(0)[:TOGETHER]
+    sample = before.read(0)
     seen = observe_probe(run, index, sample)
     solved, order, passed_on = quantize_block(run, stage, index, sample, seen)
     flushed = run.workers.start(lambda: None if passed_on is None else passed_on.commit())

@@ -26,6 +26,8 @@ from fewbit.run.workers import Workers
 
 TOGETHER = 8
 """Windows of the probe that go through the model at once: products of few tokens are slow."""
+SHOWN = 128
+"""Tokens of the probe on which a layer's relative output error is measured."""
 HELD = 256 << 20
 """Bytes of activations inside of a block that are kept in memory, of one kind; there are at most two at once."""
 
@@ -64,17 +66,27 @@ class Run:
 
     def inputs(self, what: str) -> Inputs:
         """What blocks are called with for a batch of "probe" or "calibration", for a "sample", which is a window of the
-        former, or for a "window" of the latter; equal for all batches of a kind."""
+        former, for a "window" of the latter, or for what is "shown" to layers; equal for all batches of a kind."""
         if what not in self.calls:
             for path in self.model.before:
                 self.model.load(path)
-            batch = (self.batches() or [self.probe])[0]
-            ids = {"probe": self.probe[:TOGETHER], "sample": self.probe[:1], "calibration": batch, "window": batch[:1]}
-            empty = torch.zeros(0)
-            self.calls = {key: replace(self.model.begin(value), hidden=empty) for key, value in ids.items()}
+            self.note_inputs()
             for path in self.model.before:
                 self.model.free(path)
         return self.calls[what]
+
+    def note_inputs(self) -> None:
+        """Prepare :meth:`inputs`, while what runs before the blocks is loaded."""
+        batch = (self.batches() or [self.probe])[0]
+        ids = {"probe": self.probe[:TOGETHER], "shown": self.probe[: self.shown], "sample": self.probe[:1]}
+        ids |= {"calibration": batch, "window": batch[:1]}
+        empty = torch.zeros(0)
+        self.calls = {key: replace(self.model.begin(value), hidden=empty) for key, value in ids.items()}
+
+    @property
+    def shown(self) -> int:
+        """Windows of the probe that hold :data:`SHOWN` tokens."""
+        return -(-SHOWN // self.probe.shape[1])
 
     @property
     def stages(self) -> int:
