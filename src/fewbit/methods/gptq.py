@@ -93,9 +93,7 @@ def solve(
     if not facts.tokens:
         plain = _nearest(bound, weight, F.fit(bound, weight))
         return Solution(plain, 0.0, weight.shape[1], weight.shape[0], "no calibration token: rounded to nearest")
-    passing = facts.once(
-        ("feedback", damp_percent, desc_act), lambda: feedback.factorize(facts.second_moment, damp_percent, desc_act)
-    )
+    passing = _passing(facts, damp_percent, desc_act)
     worth = facts.mean_square
     start = ranges.search(bound, weight, worth, ratios)
     if static_groups or _span(format, weight.shape[1]) >= weight.shape[1]:
@@ -111,6 +109,12 @@ def solve(
     result, kept = _better_rows(weight, facts, result, start, most) if never_worse else (result, 0)
     dead = int(passing.dead.sum())
     return Solution(result, passing.damping, dead, kept, _note(passing.damping, damp_percent, dead, kept))
+
+
+def _passing(facts: Facts, damping: float, by_activity: bool) -> feedback.Feedback:
+    """How errors pass on, once for all layers with these facts."""
+    key = "feedback", damping, by_activity
+    return facts.once(key, lambda: feedback.factorize(facts.second_moment, damping, by_activity))
 
 
 def _swept(
