@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,15 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer
 
 from fewbit.decode import configs
 from fewbit.decode.configs import config_of
 from fewbit.decode.families import Shape, shape_of
-from fewbit.decode.tokenizer import FileTokenizer, open_tokenizer
 from fewbit.kernels import native
+from fewbit.model.tokenizer import FileTokenizer, open_tokenizer
 
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen2-moe", "qwen3-moe"]
 
@@ -94,7 +95,10 @@ def both(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Callable[[Pat
 @given(text=st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("a </s><s>é")), max_size=40))
 @settings(deadline=None, max_examples=60)
 def test_tokens_are_those_of_transformers(both: tuple[FileTokenizer, Any], text: str) -> None:
-    ours, theirs = both
+    say_the_same(*both, text)
+
+
+def say_the_same(ours: FileTokenizer, theirs: Any, text: str) -> None:
     for special in (False, True):
         tokens = ours(text, add_special_tokens=special)["input_ids"]
         assert tokens == theirs(text, add_special_tokens=special)["input_ids"]
@@ -103,6 +107,61 @@ def test_tokens_are_those_of_transformers(both: tuple[FileTokenizer, Any], text:
         )
     assert (ours.eos_token_id, ours.special_tokens_map) == (theirs.eos_token_id, theirs.special_tokens_map)
     assert len(ours) == len(theirs)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer as those of Llama are: bytes for what has no token of its own."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += [*"\u2581abc", "ab", "\u2581a", "\u2581ab"]
+    vocab, merges = (
+        {token: place for place, token in enumerate(tokens)},
+        [("a", "b"), ("\u2581", "a"), ("\u2581", "ab")],
+    )
+    LlamaTokenizer(vocab=vocab, merges=merges, add_bos_token=True).save_pretrained(folder)
+    beside = folder / "tokenizer_config.json"
+    told = json.loads(beside.read_text())
+    told.pop("add_bos_token", None)  # the file has it
+    beside.write_text(json.dumps(told))
+    file = folder / "tokenizer.json"  # older ones put a space after special tokens too, which the class does not
+    file.write_text(file.read_text().replace('"first"', '"always"'))
+    return folder
+
+
+@given(text=st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("abc </s><s>é")), max_size=40))
+@example("a</s>ab<s> ab")
+@settings(deadline=None, max_examples=60)
+def test_tokens_of_llama_are_those_of_transformers(llama: Path, text: str) -> None:
+    ours, theirs = open_tokenizer(llama), AutoTokenizer.from_pretrained(llama)
+    assert ours is not None
+    say_the_same(ours, theirs, text)
+    assert ours.bos_token_id == theirs.bos_token_id == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("normalizer", {"type": "NFC"}),
+        ("decoder", {"type": "Fuse"}),
+        ("pre_tokenizer", {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": False}),
+        ("post_processor", {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}),
+        ("model", {"byte_fallback": False}),
+        ("config", {"legacy": True}),
+    ],
+)
+def test_a_llama_tokenizer_that_is_none_is_left_to_transformers(
+    tmp_path: Path, llama: Path, part: str, change: dict[str, Any]
+) -> None:
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / ("tokenizer_config.json" if part == "config" else "tokenizer.json")
+    found = json.loads(file.read_text())
+    if part == "config":
+        found |= change
+    else:
+        found[part] = {**found["model"], **change} if part == "model" else change
+    file.write_text(json.dumps(found))
+    assert open_tokenizer(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format, Params
 from fewbit.kernels import native
-from fewbit.methods import feedback, grids, ranges
+from fewbit.methods import feedback, grids, objective, ranges
+from fewbit.methods.gptq import ROUNDING
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
 
@@ -92,15 +93,15 @@ def test_a_sweep_rounds_each_column_to_the_bit(spelt: str, shape: tuple[int, int
     columns = grids.Columns.of(format, values.shape, params, passing)
     assert columns is not None
     batch = compiled.SWEPT  # the first batch takes no product in other order
-
-    def refuse(column: int, values: Tensor) -> Tensor:
-        raise AssertionError(column)
-
-    feedback.sweep(values, passing, refuse, batch, within=columns.round)
+    most = feedback.sweep_by_batches(values, passing, columns.round, batch)
     found, expected = columns.qtensor(), swept(values, format, params, passing)
     first = passing.order[:batch]
     assert torch.equal(found.packed[:, first], expected[:, first])
     assert torch.equal(found.dequantize().T[first], F.decode(format, expected, params).T[first])
+    lost = (values - found.dequantize()).double()
+    exact = ((lost @ feedback.damped(facts.second_moment, passing).double()) * lost).sum(1)
+    assert torch.allclose(most.double(), exact, rtol=ROUNDING, atol=0)
+    assert (objective.row_errors(lost, facts) <= most * (1 + ROUNDING)).all()
 
 
 def test_batches_longer_than_a_call_are_cut(isa: str) -> None:
@@ -113,7 +114,7 @@ def test_batches_longer_than_a_call_are_cut(isa: str) -> None:
     for batch in (compiled.SWEPT, 2 * compiled.SWEPT):
         columns = grids.Columns.of(format, values.shape, params, passing)
         assert columns is not None
-        feedback.sweep(values, passing, lambda column, values: values, batch, within=columns.round)
+        feedback.sweep_by_batches(values, passing, columns.round, batch)
         found.append(columns.qtensor().packed)
     assert (found[0] != found[1]).float().mean() < 1e-3
 

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fewbit
 from fewbit import calibrate
 from fewbit.run import PROBE
-from fewbit.run.state import SCORED
 
 SHORT: dict[str, Any] = {"samples": 8, "context": 64}
 
@@ -38,7 +37,7 @@ def probe_kl(tiny: Path) -> Callable[[Any], float]:
         probe = calibrate.probe(AutoTokenizer.from_pretrained(tiny), *PROBE)
         with torch.no_grad():
             theirs, ours = (
-                each(probe).logits[:, :-1:SCORED].double().log_softmax(-1)
+                each(probe).logits[:, :-1].double().log_softmax(-1)
                 for each in (AutoModelForCausalLM.from_pretrained(tiny), model)
             )
         return float((theirs.exp() * (theirs - ours)).sum(-1).mean())

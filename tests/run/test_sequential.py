@@ -20,9 +20,9 @@ from fewbit.kernels.reference import round_activations
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import Inputs, StreamedModel
 from fewbit.recipe import Recipe, Rule
-from fewbit.run import tasks
+from fewbit.run import state, tasks
 from fewbit.run.events import Event
-from fewbit.run.hidden import HiddenFile
+from fewbit.run.hidden import HiddenBatches, HiddenFile
 from fewbit.run.solve import Task
 from fewbit.run.verify import read_back
 
@@ -210,22 +210,41 @@ def test_a_block_that_runs_as_a_whole_is_told_once(tiny_family: Callable[[str], 
 
 
 def test_nothing_stays_of_what_a_block_kept(short: Short, tmp_path: Path) -> None:
-    """Activations inside of a block have no name on disk; those between blocks are of the last stage alone."""
-    state, names = tmp_path / "out.partial" / "state", set()
+    """Activations inside of a block have no name on disk; those between blocks are of the last stage alone, and of the
+    calibration while a block follows."""
+    folder, names = tmp_path / "out.partial" / "state", set()
 
     def look(event: Event) -> None:
         if event.kind == "done":
             return
-        names.update(path.name for path in state.iterdir())
+        names.update(path.name for path in folder.iterdir())
         if event.kind == "block" and event.block < 4:
-            found = {path.name for path in state.iterdir()}
-            assert found == {
-                "journal.json",
-                *(f"{what}-{event.block - 1:05d}.f32" for what in ("calibration", "probe")),
-            }
+            found = {path.name for path in folder.iterdir()}
+            kinds = ("calibration", "probe") if event.block < 3 else ("probe",)
+            assert found == {"journal.json", *(f"{what}-{event.block - 1:05d}.f32" for what in kinds)}
 
     short(tmp_path / "out", progress=look)
     assert not [name for name in names if name.lstrip(".").startswith(("inputs", "outputs"))], names
+
+
+@pytest.mark.parametrize("calibration_dtype", ["float32", "bfloat16"])
+def test_activations_on_disk_or_in_memory_are_the_same(
+    short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibration_dtype: str
+) -> None:
+    held = short(tmp_path / "held", calibration_dtype=calibration_dtype)
+    monkeypatch.setattr(state, "HELD", 0)
+    stored = short(tmp_path / "stored", calibration_dtype=calibration_dtype)
+    assert held.manifest["files"] == stored.manifest["files"]
+
+
+def test_batches_in_memory_are_kept_apart_from_what_they_are_part_of() -> None:
+    kept, values = HiddenBatches((2, 1, 3, 4)), torch.randn(2, 3, 4)
+    for index, batch in enumerate(values):
+        kept.write(index, batch)
+    before = values.clone()
+    values.zero_()
+    assert all(torch.equal(kept.read(index)[0], before[index]) for index in range(2))
+    assert kept.read(0).shape == (1, 3, 4)
 
 
 def test_scratch_files_have_no_name(tmp_path: Path) -> None:

@@ -6,14 +6,16 @@ Sums, not means, so that merging is exact in the order it is done; every mean is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
 
+R = TypeVar("R")
 TILE = 128
 """Columns whose part of the second moment is one square product; see :class:`Accumulator`."""
 
@@ -55,6 +57,7 @@ class Facts:
     total_magnitude: Tensor | None = None
     fisher: Tensor | None = None
     output_square: Tensor | None = None
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
     def none(columns: int, gram: bool = False) -> Facts:
@@ -92,6 +95,14 @@ class Facts:
             _sum(self.fisher, other.fisher),
             _sum(self.output_square, other.output_square),
         )
+
+    def once(self, key: Hashable, make: Callable[[], R]) -> R:
+        """What ``make`` gives, known by ``key`` as long as these facts are there: layers that share an input share what
+        is worked out of it. (Threads that ask at once may both work it out.)"""
+        if key not in self._made:
+            self._made[key] = make()
+        made: R = self._made[key]
+        return made
 
     @property
     def mean_square(self) -> Tensor:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import ctypes as C
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fewbit.containers.files import read_json
 from fewbit.decode.templates import Templates
-from fewbit.decode.tokenizer import open_tokenizer
 from fewbit.errors import InputError
+from fewbit.model.tokenizer import open_tokenizer
 
 REPLACEMENT = "�"
 """What decoders write for bytes that are no character, or not yet."""
@@ -95,7 +97,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Words:
-    """A tokenizer, of transformers or a :class:`fewbit.decode.tokenizer.FileTokenizer`, the tokens at which its model
+    """A tokenizer, of transformers or a :class:`fewbit.model.tokenizer.FileTokenizer`, the tokens at which its model
     ends, and its chat template."""
 
     def __init__(self, tokenizer: Any, ends: Iterable[int] = (), templates: Templates | None = None) -> None:
@@ -165,6 +167,7 @@ def words_of(folder: Path) -> Words:
         raise InputError(f"the tokenizer of {folder}", found, works)
     own = open_tokenizer(folder)
     if own is not None:
+        give_back()
         return Words(own, ends_of(folder))
     from transformers import AutoTokenizer
 
@@ -173,6 +176,14 @@ def words_of(folder: Path) -> Words:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"the tokenizer of {folder}", " ".join(str(error).split())[:300]) from error
     return Words(tokenizer, ends_of(folder))
+
+
+def give_back() -> None:
+    """Return to the system what the C library holds of freed memory, where it is glibc: reading a tokenizer leaves it
+    with several times the file's size."""
+    trim = getattr(C.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def ends_of(folder: Path) -> frozenset[int]:

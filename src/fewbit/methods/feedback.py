@@ -53,7 +53,7 @@ class Feedback:
 
 
 Within = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
-"""``(first, current, before, upper, lost)``: round columns from ``first`` on, in order, as the loop of :func:`sweep`
+"""``(first, current, before, upper, lost)``: round columns from ``first`` on, in order, as :func:`sweep`
 does. ``current``, ``before`` and the result ``lost`` are (columns, rows), ``upper`` is (columns, columns)."""
 
 
@@ -127,7 +127,6 @@ def sweep(
     batch: int = 128,
     enter: Callable[[int, Tensor], None] | None = None,
     span: int = 0,
-    within: Within | None = None,
 ) -> None:
     """Round all columns of ``weight`` in turn; the caller's functions keep what they chose.
 
@@ -139,10 +138,25 @@ def sweep(
         enter: ``(first column, values (rows, <= span))``, called before the columns of each span are rounded, with the
             weights compensated for everything rounded before. Needs the natural order and ``span`` columns a span.
         span: see ``enter``.
-        within: rounds a batch of columns, in place of ``round`` and without ``enter``.
     """
     original = weight.T[feedback.order].contiguous()
-    _columns(original, original, feedback, feedback.coefficients, round, batch, enter, span, within)
+    _columns(original, original, feedback, feedback.coefficients, round, batch, enter, span)
+
+
+def sweep_by_batches(weight: Tensor, feedback: Feedback, within: Within, batch: int = 128) -> Tensor:
+    """:func:`sweep` with ``within``, which rounds all columns of a batch. Returns what the errors of each row (rows,)
+    cost with the damped matrix, ``sum_k d_k (E N)_k^2``: no less than with the second moment itself, but for rounding.
+    """
+    upper, original = feedback.coefficients, weight.T[feedback.order].contiguous()
+    errors, cost = torch.empty_like(original), torch.zeros(original.shape[1])
+    for first in range(0, len(original), batch):
+        here = slice(first, first + batch)
+        current = torch.addmm(original[here], upper[:first, here].T, errors[:first])
+        passed = current - original[here]
+        within(first, current, original[here], upper[here, here], errors[here])
+        passed.addmm_(upper[here, here].T, errors[here])
+        cost += feedback.pivots[here] @ passed.square_()
+    return cost
 
 
 def damped(moment: Tensor, feedback: Feedback) -> Tensor:
@@ -187,7 +201,6 @@ def _columns(
     batch: int,
     enter: Callable[[int, Tensor], None] | None = None,
     span: int = 0,
-    within: Within | None = None,
 ) -> None:
     """Round ``original_k + sum_{j<k} upper_jk (before_j - chosen_j)`` for every column k, (columns, rows) in order."""
     columns, order = len(original), feedback.order.tolist()
@@ -198,9 +211,6 @@ def _columns(
     for first in range(0, columns, batch):
         last = min(first + batch, columns)
         current = torch.addmm(original[first:last], upper[:first, first:last].T, errors[:first])
-        if within is not None:
-            within(first, current, before[first:last], upper[first:last, first:last], errors[first:last])
-            continue
         now = current.unbind()
         for k in range(first, last):
             here = k - first

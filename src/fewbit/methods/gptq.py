@@ -26,6 +26,9 @@ from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, SpecError
 from fewbit.methods import feedback, grids, objective, ranges
 
+ROUNDING = 1e-3
+"""How much more than it says a row may cost that was summed up in float32."""
+
 
 @dataclass(frozen=True, eq=False)
 class Solution:
@@ -90,11 +93,11 @@ def solve(
     if not facts.tokens:
         plain = _nearest(bound, weight, F.fit(bound, weight))
         return Solution(plain, 0.0, weight.shape[1], weight.shape[0], "no calibration token: rounded to nearest")
-    passing = feedback.factorize(facts.second_moment, damp_percent, desc_act)
+    passing = _passing(facts, damp_percent, desc_act)
     worth = facts.mean_square
     start = ranges.search(bound, weight, worth, ratios)
     if static_groups or _span(format, weight.shape[1]) >= weight.shape[1]:
-        result = _swept(weight, bound, passing, start, block_size)
+        result, most = _swept(weight, bound, passing, start, block_size)
     else:
         columns = _Columns(bound, weight.shape, start)
 
@@ -102,18 +105,34 @@ def solve(
             columns.refit(first, ranges.search(bound, values, worth[first : first + values.shape[1]], ratios))
 
         feedback.sweep(weight, passing, columns.round, block_size, refit, _span(format, weight.shape[1]))
-        result = columns.qtensor()
-    result, kept = _better_rows(weight, facts, result, start) if never_worse else (result, 0)
+        result, most = columns.qtensor(), _unknown(weight)
+    result, kept = _better_rows(weight, facts, result, start, most) if never_worse else (result, 0)
     dead = int(passing.dead.sum())
     return Solution(result, passing.damping, dead, kept, _note(passing.damping, damp_percent, dead, kept))
 
 
-def _swept(weight: Tensor, format: Format, passing: feedback.Feedback, params: Params, block_size: int) -> QTensor:
-    """``weight`` rounded with error feedback, parameters being fixed."""
-    columns = _Columns(format, weight.shape, params)
+def _passing(facts: Facts, damping: float, by_activity: bool) -> feedback.Feedback:
+    """How errors pass on, once for all layers with these facts."""
+    key = "feedback", damping, by_activity
+    return facts.once(key, lambda: feedback.factorize(facts.second_moment, damping, by_activity))
+
+
+def _swept(
+    weight: Tensor, format: Format, passing: feedback.Feedback, params: Params, block_size: int
+) -> tuple[QTensor, Tensor]:
+    """``weight`` rounded with error feedback, parameters being fixed; and what each row loses at most, if that is known
+    (else infinite)."""
     compiled = grids.Columns.of(format, weight.shape, params, passing)
-    feedback.sweep(weight, passing, columns.round, block_size, within=None if compiled is None else compiled.round)
-    return columns.qtensor() if compiled is None else compiled.qtensor()
+    if compiled is not None:
+        most = feedback.sweep_by_batches(weight, passing, compiled.round, block_size)
+        return compiled.qtensor(), most
+    columns = _Columns(format, weight.shape, params)
+    feedback.sweep(weight, passing, columns.round, block_size)
+    return columns.qtensor(), _unknown(weight)
+
+
+def _unknown(weight: Tensor) -> Tensor:
+    return torch.full((len(weight),), torch.inf)
 
 
 def _check_options(
@@ -179,12 +198,15 @@ def _nearest(format: Format, weight: Tensor, params: Params) -> QTensor:
     return QTensor.of(format, F.encode(format, weight, params), params)
 
 
-def _better_rows(weight: Tensor, facts: Facts, solved: QTensor, params: Params) -> tuple[QTensor, int]:
+def _better_rows(weight: Tensor, facts: Facts, solved: QTensor, params: Params, most: Tensor) -> tuple[QTensor, int]:
     """Rows of ``solved``, but those of plain rounding with ``params`` where the objective is less there; and how many
-    those are."""
+    those are. Only rows of which ``most`` does not say so are looked at."""
     start = _nearest(solved.format, weight, params)
-    lost = objective.row_errors(weight - solved.dequantize(), facts)
-    worse = lost > objective.row_errors(weight - start.dequantize(), facts)
+    plain = objective.row_errors(weight - start.dequantize(), facts)
+    worse = most * (1 + ROUNDING) > plain
+    if worse.any():
+        lost = objective.row_errors((weight - solved.dequantize())[worse], facts)
+        worse[worse.clone()] = lost > plain[worse]
     if not worse.any():
         return solved, 0
     codes = torch.where(worse.unsqueeze(-1), start.packed, solved.packed)

@@ -63,8 +63,8 @@ def check(method: str, weight: Tensor, format: Format, facts: Facts | None = Non
     asked = f"{method} of a weight of shape {tuple(weight.shape)} to {format.name}"
     if weight.dim() != 2 or weight.numel() == 0:
         raise InputError(asked, "it is not a matrix with at least one entry", "see the weight as (rows, columns)")
-    bad = ~weight.isfinite()
-    if bad.any():
+    if not _finite(weight):
+        bad = ~weight.isfinite()
         row, column = (int(i) for i in bad.nonzero()[0])
         found = f"{int(bad.sum())} entries are NaN or infinite, first weight[{row}, {column}]"
         raise InputError(asked, found, "repair the checkpoint, or leave this layer in float")
@@ -73,9 +73,14 @@ def check(method: str, weight: Tensor, format: Format, facts: Facts | None = Non
     if facts.columns != weight.shape[1]:
         raise InputError(asked, f"the facts are of {facts.columns} inputs", "pass the facts of this layer's inputs")
     seen = facts.total_square if facts.gram is None else facts.gram
-    if not seen.isfinite().all():
+    if not _finite(seen):
         found = "the layer's calibration inputs hold NaN or infinity"
         raise InputError(asked, found, "check that the model runs in float on the calibration text")
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. A sum, which is quick, says so unless it overflows."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def refuse_vectors(format: Format) -> str | None:

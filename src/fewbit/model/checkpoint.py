@@ -64,6 +64,10 @@ class Checkpoint(ABC):
             InputError: there is none, or it cannot be used.
         """
 
+    def words(self) -> Any:
+        """What turns a text into tokens, called as :meth:`tokenizer` is, which it may be: the same tokens, sooner."""
+        return self.tokenizer()
+
     @abstractmethod
     def save_sidecars(self, out: Path) -> dict[str, str]:
         """Write config.json (no quantization_config), generation_config.json and the tokenizer; file name -> sha256."""

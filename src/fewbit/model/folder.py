@@ -14,6 +14,7 @@ from fewbit.containers.safetensors import SafetensorsFile
 from fewbit.containers.shards import LARGEST_SIDECAR, weight_files
 from fewbit.errors import CorruptFileError, InputError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint, check_layers
+from fewbit.model.tokenizer import open_tokenizer
 
 TOKENIZER = (
     "tokenizer.json",
@@ -115,6 +116,9 @@ class FolderCheckpoint(Checkpoint):
             raise InputError(
                 f"the tokenizer of {self.path}", first, "the tokenizer files of the model, whole"
             ) from error
+
+    def words(self) -> Any:
+        return open_tokenizer(self.path) or self.tokenizer()
 
     def save_sidecars(self, out: Path) -> dict[str, str]:
         config = read_json(self.path / "config.json")

@@ -22,7 +22,7 @@ from fewbit.run.events import Event
 from fewbit.run.rewriting import as_run
 from fewbit.run.solve import Solved, Task, relative_error, repacked
 from fewbit.run.stages import check_ends, float_logits, run_stages, tail_sites, write_stage
-from fewbit.run.state import TOGETHER, Run
+from fewbit.run.state import Run
 from fewbit.run.tasks import block_sites, propagate
 from fewbit.run.whole import Found, Whole, stored
 
@@ -108,7 +108,7 @@ def _block(
     run.inputs("probe")
     model.load(name)
     floating = probe_through(run, index, floating)
-    seen = observe_probe(run, index, quantized[:TOGETHER])
+    seen = observe_probe(run, index, quantized)
     items = [_measured(run, solved[site.name], seen) for site in sites if site.name in solved]
     for item in items:
         propagate(model, item)

@@ -12,8 +12,7 @@ from torch import Tensor
 from fewbit.core.facts import Facts
 from fewbit.model.sites import in_block
 from fewbit.run.observe import Observer
-from fewbit.run.solve import SHOWN
-from fewbit.run.state import TOGETHER, Run
+from fewbit.run.state import SHOWN, TOGETHER, Run
 from fewbit.run.tasks import needs
 
 
@@ -30,14 +29,14 @@ def probe_started(run: Run, index: int, hidden: Tensor) -> Callable[[], Tensor]:
 
 
 def observe_probe(run: Run, index: int, hidden: Tensor) -> dict[str, list[Tensor]]:
-    """The first inputs that each site (and expert) of block ``index`` sees on the quantized path."""
+    """The first inputs that each site (and expert) of block ``index`` sees of the probe's windows ``hidden``."""
     seen: dict[tuple[str, int], Tensor] = {}
 
     def keep(site: str, x: Tensor, expert: int | None) -> None:
         seen.setdefault((site, expert or 0), x.reshape(-1, x.shape[-1])[:SHOWN].float().clone())
 
     with run.model.observe(index, keep):
-        run.model.run_block(index, hidden, run.inputs("probe"))
+        run.model.run_block(index, hidden[: run.shown], run.inputs("shown"))
     return {
         site.name: [seen.get((site.name, expert), torch.zeros(0, site.shape[1])) for expert in range(site.experts)]
         for site in in_block(run.model.sites, index)

@@ -58,7 +58,7 @@ def collect(
     with O.source(model, tokenizer, target) as path:
         checkpoint = open_checkpoint(path)
         streamed = StreamedModel.open(checkpoint)
-        data = O.draw(checkpoint, checkpoint.tokenizer(), calibration, samples, context, seed, tell)
+        data = O.draw(checkpoint, checkpoint.words(), calibration, samples, context, seed, tell)
         described = _described(checkpoint, data, gram, fisher, len(streamed.blocks), str(products))
         if (found := _finished(target, described)) is not None:
             tell(Event("done", message=f"{target} is finished already"))

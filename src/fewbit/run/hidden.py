@@ -92,6 +92,26 @@ class HiddenFile:
         self._file = -1
 
 
+class HiddenBatches:
+    """As a scratch :class:`HiddenFile`, in memory: a batch is kept as it is written where it has its memory to itself.
+    Who writes it, or reads it, leaves it as it is."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._held: dict[int, Tensor] = {}
+
+    def read(self, index: int) -> Tensor:
+        return self._held[index]
+
+    def write(self, index: int, hidden: Tensor) -> None:
+        values = hidden.detach().to("cpu", self.dtype).reshape(self.shape[1:]).contiguous()
+        alone = values.untyped_storage().nbytes() == values.nbytes
+        self._held[index] = values if alone else values.clone()
+
+    def close(self) -> None:
+        self._held.clear()
+
+
 class HiddenTensor:
     """As :class:`HiddenFile`, in memory, where there is plenty: float32 on ``device``."""
 

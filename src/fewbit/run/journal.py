@@ -7,10 +7,11 @@ stage's shard and activations are on disk. A run killed at any instant therefore
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from fewbit.containers.files import read_json, write_json
+from fewbit.containers.files import read_json, write_bytes
 from fewbit.errors import ResumeError
 
 
@@ -29,7 +30,7 @@ class Journal:
         """
         if not path.exists():
             journal = Journal(path, fingerprint, [])
-            write_json(path, {"fingerprint": fingerprint, "stages": []})
+            journal.become([])
             return journal
         found = read_json(path)
         compare(found["fingerprint"], fingerprint, path.parent.parent)
@@ -41,7 +42,9 @@ class Journal:
     def become(self, stages: list[dict[str, Any]]) -> None:
         """``stages`` in place of those there are, at once."""
         self.stages = stages
-        write_json(self.path, {"fingerprint": self.fingerprint, "stages": self.stages})
+        whole = {"fingerprint": self.fingerprint, "stages": self.stages}
+        # On one line, which json writes ten times as fast: the whole journal is written after every stage.
+        write_bytes(self.path, json.dumps(whole, ensure_ascii=False, allow_nan=False).encode())
 
 
 def compare(before: dict[str, str], now: dict[str, str], folder: Path) -> None:

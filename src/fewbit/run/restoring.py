@@ -70,7 +70,7 @@ def restore(
         found = f"rank={rank}, steps={steps}, batch={batch}, dropout={dropout}, lr={lr}"
         raise SpecError("restoring a model", found, "64, 200, 4, 0.1 and 1e-4 are usual")
     checkpoint, folder = open_checkpoint(model), Path(quantized)
-    words = calibrate.calibration(checkpoint.tokenizer(), text, samples, context, seed)
+    words = calibrate.calibration(checkpoint.words(), text, samples, context, seed)
     streamed = StreamedModel.open(checkpoint)
     streamed.load("")
     layers = [record for record in M.read(folder)["layers"] if record["experts"] == 1]

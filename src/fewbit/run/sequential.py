@@ -19,7 +19,7 @@ from fewbit.model.order import Order
 from fewbit.model.replay import checked_order, output, replaying
 from fewbit.run.collect import collect
 from fewbit.run.events import Event
-from fewbit.run.hidden import HiddenFile
+from fewbit.run.hidden import HiddenBatches, HiddenFile
 from fewbit.run.ranges import fix_grids
 from fewbit.run.reconstruct import reference_on, tune_block, tuned
 from fewbit.run.rewriting import as_run
@@ -35,15 +35,16 @@ def quantize_block(
 ) -> tuple[list[Solved], str, HiddenFile | None]:
     """Solve every site of the loaded block ``index`` and put the decoded weights in place.
 
-    ``sample`` (windows, tokens, width) is the first of the probe; ``seen`` what the sites see of it. Returns what was
-    solved, in the model's order, how the calibration ran, and its activations after ``stage``, to be committed.
+    ``sample`` (windows, tokens, width) is the probe before it; ``seen`` what the sites see of it. Returns what was
+    solved, in the model's order, how the calibration ran, and its activations after ``stage``, to be committed, if
+    anybody needs them.
     """
     sites, tunes = block_sites(run, index), tuned(run)
     if tunes:
         reference_on(run, stage, index)
     if run.calibration is None or not set(needs(run, index).values()) - {"nothing"}:
         solved = _tuned(run, stage, index, solve_sites(run, sites, {}, seen))
-        return solved, "no data", None if run.calibration is None else pass_on(run, stage, index, solved)
+        return solved, "no data", pass_on(run, stage, index, solved)
     with run.arithmetic():
         order = checked_order(run.model, index, sample[:1], run.inputs("sample"))
     if isinstance(order, Order):
@@ -65,17 +66,24 @@ def _tuned(run: Run, stage: int, index: int, solved: list[Solved]) -> list[Solve
     return tune_block(run, stage, index, solved) if any(item.tunings for item in solved) else solved
 
 
-def pass_on(run: Run, stage: int, index: int, solved: list[Solved]) -> HiddenFile:
-    """Take the calibration through the quantized block ``index``."""
+def pass_on(run: Run, stage: int, index: int, solved: list[Solved]) -> HiddenFile | None:
+    """Take the calibration, where there is one, through the quantized block ``index``, if a block follows."""
+    if run.calibration is None or _is_last(run, stage):
+        return None
     with Passes(run, stage, index, Order((), ())) as passes, as_run(run.model, solved):
         return passes.finish()
+
+
+def _is_last(run: Run, stage: int) -> bool:
+    """Whether no block follows: nothing behind the blocks is solved on the calibration."""
+    return stage == run.stages - 2
 
 
 def by_group(
     run: Run, stage: int, index: int, order: Order, seen: dict[str, list[Tensor]]
 ) -> tuple[list[Solved], HiddenFile | None]:
     """The block group by group, each with the facts of what the quantized groups before it make; and the calibration
-    after it, unless the block is going to be tuned."""
+    after it, unless the block is going to be tuned, or is the last."""
     asked, solved = needs(run, index), list[Solved]()
     by_name = {site.name: site for site in block_sites(run, index)}
     with Passes(run, stage, index, order) as passes:
@@ -89,20 +97,20 @@ def by_group(
                 facts = {name: [total if asked.get(name) == "gram" else bare] for name in names}
             solved += solve_sites(run, [by_name[name] for name in names], facts, seen)
         solved = fix_grids(run, stage, index, solved)
-        if any(item.tunings for item in solved):
+        if _is_last(run, stage) or any(item.tunings for item in solved):
             return solved, None
         with as_run(run.model, solved):
             return solved, passes.finish()
 
 
 class Passes:
-    """The calibration's passes through one block, and the files of what is kept between them, which go with it."""
+    """The calibration's passes through one block, and what is kept between them, which goes with it."""
 
     def __init__(self, run: Run, stage: int, index: int, order: Order) -> None:
         self._run, self._stage, self._index, self._order = run, stage, index, order
         self._source = run.hidden(stage - 1, "calibration")
-        self._inputs: dict[str, HiddenFile] = {}
-        self._outputs: dict[str, HiddenFile] = {}
+        self._inputs: dict[str, HiddenFile | HiddenBatches] = {}
+        self._outputs: dict[str, HiddenFile | HiddenBatches] = {}
 
     def __enter__(self) -> Passes:
         return self

@@ -27,9 +27,6 @@ from fewbit.model.sites import Site
 from fewbit.recipe import Rule, Tune
 from fewbit.run.spread import spread
 
-SHOWN = 256
-"""Tokens of the probe on which a layer's relative output error is measured."""
-
 
 @dataclass(frozen=True, eq=False)
 class Task:

@@ -20,7 +20,7 @@ from fewbit.run.reconstruct import tuned
 from fewbit.run.rewriting import as_run
 from fewbit.run.sequential import quantize_block
 from fewbit.run.solve import Solved, check_outputs
-from fewbit.run.state import SCORED, TOGETHER, Run
+from fewbit.run.state import TOGETHER, Run
 from fewbit.run.tasks import block_sites, propagate, solve_sites
 from fewbit.run.verify import read_back, read_rewrite
 
@@ -71,6 +71,7 @@ def embedding_stage(run: Run) -> dict[str, Any]:
     _store(run, 0, [model.begin(run.probe).hidden, floating], "probe")
     if run.calibration is not None:
         _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "calibration")
+    run.note_inputs()
     for path in model.before:
         model.free(path)
     return record
@@ -85,7 +86,7 @@ def block_stage(run: Run, stage: int) -> dict[str, Any]:
     sites = block_sites(run, index)
     before = run.hidden(stage - 1, "probe")
     floating = probe_through(run, index, before.read(1))
-    sample = before.read(0)[:TOGETHER]
+    sample = before.read(0)
     seen = observe_probe(run, index, sample)
     solved, order, passed_on = quantize_block(run, stage, index, sample, seen)
     flushed = run.workers.start(lambda: None if passed_on is None else passed_on.commit())
@@ -123,9 +124,9 @@ def tail_sites(run: Run) -> list[Site]:
 
 
 def float_logits(run: Run, hidden: Tensor) -> list[Tensor]:
-    """Logits of the tokens that are scored of the float path's ``hidden`` (windows, tokens, width), float16, of some
-    windows each; ``after`` is loaded, and in float yet."""
-    return list(run.workers.map(lambda part: run.model.logits(part).half(), _scored(hidden).split(TOGETHER)))
+    """Logits of what comes next of the float path's ``hidden`` (windows, tokens, width), float16, of some windows each;
+    ``after`` is loaded, and in float yet."""
+    return list(run.workers.map(lambda part: run.model.logits(part).half(), hidden[:, :-1].split(TOGETHER)))
 
 
 def check_ends(
@@ -136,15 +137,10 @@ def check_ends(
         if site.tied_to is not None:
             propagate(run.model, _embedding(run, site.tied_to), site.name)
     with as_run(run.model, solved):
-        targets = run.probe[:, 1::SCORED]
-        triples = zip(_scored(hidden).split(TOGETHER), floating, targets.split(TOGETHER), strict=True)
+        targets = run.probe[:, 1:]
+        triples = zip(hidden[:, :-1].split(TOGETHER), floating, targets.split(TOGETHER), strict=True)
         logits = run.model.logits
         return summary(run.workers.map(lambda one: compare_logits(logits(one[0]).float(), one[1], one[2]), triples))
-
-
-def _scored(hidden: Tensor) -> Tensor:
-    """Those of ``hidden`` (windows, tokens, width) whose next tokens are asked for."""
-    return hidden[:, :-1:SCORED]
 
 
 def _embedding(run: Run, name: str) -> Solved | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -17,16 +18,18 @@ from fewbit.model.stream import Inputs, StreamedModel
 from fewbit.recipe import ModelTune
 from fewbit.run.events import Progress
 from fewbit.run.facts import KeptFacts
-from fewbit.run.hidden import HiddenFile
+from fewbit.run.hidden import HiddenBatches, HiddenFile
 from fewbit.run.journal import Journal
 from fewbit.run.planning import Plan
 from fewbit.run.sensitivity import Sensitivity
 from fewbit.run.workers import Workers
 
-TOGETHER = 4
+TOGETHER = 8
 """Windows of the probe that go through the model at once: products of few tokens are slow."""
-SCORED = 2
-"""One token of the probe in so many foretells the next one: logits are most of the work of a small model."""
+SHOWN = 128
+"""Tokens of the probe on which a layer's relative output error is measured."""
+HELD = 256 << 20
+"""Bytes of activations inside of a block that are kept in memory, of one kind; there are at most two at once."""
 
 
 @dataclass
@@ -63,17 +66,27 @@ class Run:
 
     def inputs(self, what: str) -> Inputs:
         """What blocks are called with for a batch of "probe" or "calibration", for a "sample", which is a window of the
-        former, or for a "window" of the latter; equal for all batches of a kind."""
+        former, for a "window" of the latter, or for what is "shown" to layers; equal for all batches of a kind."""
         if what not in self.calls:
             for path in self.model.before:
                 self.model.load(path)
-            batch = (self.batches() or [self.probe])[0]
-            ids = {"probe": self.probe[:TOGETHER], "sample": self.probe[:1], "calibration": batch, "window": batch[:1]}
-            empty = torch.zeros(0)
-            self.calls = {key: replace(self.model.begin(value), hidden=empty) for key, value in ids.items()}
+            self.note_inputs()
             for path in self.model.before:
                 self.model.free(path)
         return self.calls[what]
+
+    def note_inputs(self) -> None:
+        """Prepare :meth:`inputs`, while what runs before the blocks is loaded."""
+        batch = (self.batches() or [self.probe])[0]
+        ids = {"probe": self.probe[:TOGETHER], "shown": self.probe[: self.shown], "sample": self.probe[:1]}
+        ids |= {"calibration": batch, "window": batch[:1]}
+        empty = torch.zeros(0)
+        self.calls = {key: replace(self.model.begin(value), hidden=empty) for key, value in ids.items()}
+
+    @property
+    def shown(self) -> int:
+        """Windows of the probe that hold :data:`SHOWN` tokens."""
+        return -(-SHOWN // self.probe.shape[1])
 
     @property
     def stages(self) -> int:
@@ -97,7 +110,11 @@ class Run:
             shape = (len(ids), *ids[0].shape, width)
         return HiddenFile(self.folder / "state" / f"{what}-{stage:05d}.f32", shape, "create" if create else "read")
 
-    def scratch(self, name: str, width: int, dtype: torch.dtype) -> HiddenFile:
-        """Room on disk for the calibration's activations inside of a block, (batches, batch, tokens, ``width``)."""
+    def scratch(self, name: str, width: int, dtype: torch.dtype) -> HiddenFile | HiddenBatches:
+        """Room for the calibration's activations inside of a block, (batches, batch, tokens, ``width``): on disk where
+        that is more than :data:`HELD` bytes."""
         ids = self.batches()
-        return HiddenFile(self.folder / "state" / name, (len(ids), *ids[0].shape, width), "scratch", dtype)
+        shape = (len(ids), *ids[0].shape, width)
+        if math.prod(shape) * dtype.itemsize <= HELD:
+            return HiddenBatches(shape, dtype)
+        return HiddenFile(self.folder / "state" / name, shape, "scratch", dtype)

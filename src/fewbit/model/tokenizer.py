@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes as C
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,10 @@ from fewbit.containers.files import LARGEST_JSON, read_json, size_of
 
 CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes of transformers that take ``tokenizer.json`` as it is; others build theirs from parts of it."""
+LLAMA = "LlamaTokenizer"
+"""One that takes vocabulary and merges from it alone: it is followed where the file describes the rest as the class has
+it, see :func:`_as_llama`."""
+SPACE = "\u2581"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CHANGING = ("add_bos_token", "add_eos_token", "split_special_tokens", "added_tokens_decoder", "fix_mistral_regex")
 """Settings beside the file by which transformers would change what it says."""
@@ -30,8 +32,10 @@ class FileTokenizer:
         self.chat_template = template
         self.special_tokens_map = {name: config[name] for name in NAMED if config.get(name) is not None}
         self.model_max_length = config.get("model_max_length") or 0
-        end = self.special_tokens_map.get("eos_token")
-        self.eos_token_id = None if end is None else tokenizer.token_to_id(end)
+        self.bos_token_id, self.eos_token_id = (
+            None if (token := self.special_tokens_map.get(name)) is None else tokenizer.token_to_id(token)
+            for name in ("bos_token", "eos_token")
+        )
 
     def __len__(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
@@ -67,26 +71,45 @@ def open_tokenizer(folder: Path) -> FileTokenizer | None:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception:  # whatever is wrong with it, transformers says it
         return None
-    give_back()
+    if config["tokenizer_class"] == LLAMA and not _as_llama(tokenizer, config):
+        return None
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     if tokenizer.post_processor is None or not special.issuperset(_special(config)):
         return None
     return FileTokenizer(tokenizer, config, template)
 
 
-def give_back() -> None:
-    """Return to the system what the C library holds of freed memory, where it is glibc: reading a tokenizer leaves it
-    with several times the file's size."""
-    trim = getattr(C.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
 def _plain(config: dict[str, Any]) -> bool:
     """Whether transformers would use what ``tokenizer.json`` describes without adding to it."""
-    if config.get("tokenizer_class") not in CLASSES or any(name in config for name in CHANGING):
+    if config.get("tokenizer_class") not in (*CLASSES, LLAMA) or any(name in config for name in CHANGING):
         return False
     return all(isinstance(token, str) for token in _special(config))
+
+
+def _as_llama(tokenizer: Any, config: dict[str, Any]) -> bool:
+    """Whether the class would take ``tokenizer`` as it is but for spaces, which it puts before a text alone, where the
+    file may put them after every special token too; these are set."""
+    from tokenizers import decoders, models, pre_tokenizers
+
+    def spaces(scheme: str) -> Any:
+        return pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme, split=False)
+
+    def is_any(part: Any, *known: Any) -> bool:
+        return part is not None and any(part.__getstate__() == each.__getstate__() for each in known)
+
+    model, spoken = tokenizer.model, [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if config.get("legacy") or config.get("add_prefix_space") is False or not isinstance(model, models.BPE):
+        return False
+    if (model.fuse_unk, model.byte_fallback, model.dropout, model.unk_token) != (True, True, None, None):
+        return False
+    decoder = decoders.Sequence([*spoken, decoders.Strip(content=" ", left=1)])
+    if tokenizer.normalizer is not None or not is_any(tokenizer.decoder, decoder):
+        return False
+    if not is_any(tokenizer.pre_tokenizer, spaces("first"), spaces("always")):
+        return False
+    tokenizer.pre_tokenizer = spaces("first")
+    begun = [tokenizer.token_to_id(config.get("bos_token") or "<s>")]  # and nothing behind a text
+    return bool(tokenizer.encode("a").ids == begun + tokenizer.encode("a", add_special_tokens=False).ids)
 
 
 def _special(config: dict[str, Any]) -> list[Any]:
