@@ -74,10 +74,12 @@ const SegmentKernel* find(const FixedPoint* table, int32_t isa) {
 
 // That of one or two tokens alone, where there is one; `most`: bits of a code, or the largest level.
 const SegmentKernel* find_few([[maybe_unused]] bool lut, [[maybe_unused]] int32_t most, [[maybe_unused]] int64_t tokens,
-                              [[maybe_unused]] int32_t isa) {
+                              [[maybe_unused]] int64_t rows, [[maybe_unused]] int32_t isa) {
 #if defined(__x86_64__)
+  constexpr int64_t kRows = 384;  // for which tables are worth making at 3 bits
   const FewKernel& few = lut ? int8_few_lut_linear_avx2 : int8_few_linear_avx2;
-  const bool takes = most <= few.most && (lut || most == 1 || (most == 3 && tokens == 1));  // see avx2/bit_tables.h
+  const bool three = most == 3 && tokens == 1 && rows >= kRows;
+  const bool takes = most <= few.most && (lut || most == 1 || three);  // see avx2/bit_tables.h
   if (fewbit_caps() & isa & FEWBIT_AVX2 && tokens <= 2 && takes) return &few.kernel;
 #endif
   return nullptr;
@@ -163,9 +165,13 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
                 : x_block == FEWBIT_INT24 ? find_int24(isa)
                                           : find(table ? &levels : nullptr, isa);
   int32_t most = levels.most;  // or bits, of all matrices
-  for (int32_t i = 0; i < count && !table; i++) most = most > outputs[i].matrix->bits ? most : outputs[i].matrix->bits;
+  int64_t rows = 0;
+  for (int32_t i = 0; i < count; i++) {
+    if (!table && outputs[i].matrix->bits > most) most = outputs[i].matrix->bits;
+    rows += outputs[i].matrix->rows;
+  }
   if (x_block > 0)
-    if (const SegmentKernel* few = find_few(table, most, x.tokens, isa)) call.kernel = few;
+    if (const SegmentKernel* few = find_few(table, most, x.tokens, rows, isa)) call.kernel = few;
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   for (int32_t i = 1; i < count && call.kernel->starts; i++)
     if (outputs[i].matrix->bits != outputs[0].matrix->bits) {
