@@ -17,6 +17,7 @@ from fewbit.core.facts import Facts
 from fewbit.errors import InputError, SpecError
 from fewbit.methods import clip, feedback, gptq, named, objective, ranges, rtn
 from fewbit.methods.gptq import solve
+from oracle.cases import case
 from oracle.gptq_oracle import damped, gptq_oracle
 
 FORMATS = (
@@ -42,15 +43,6 @@ MODES: dict[str, dict[str, bool]] = {
     "by activity": {"desc_act": True},
     "refit": {"desc_act": False, "static_groups": False},
 }
-
-
-def case(rows: int, columns: int, seed: int, tokens: int = 0) -> tuple[Tensor, Facts]:
-    """A weight, and the facts of correlated inputs of very different sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
-    size = torch.randn(columns, generator=generator).exp()
-    x = torch.randn(tokens or 4 * columns, columns, generator=generator) @ mix * size
-    return torch.randn(rows, columns, generator=generator), Facts.of(x, gram=True)
 
 
 @pytest.mark.parametrize("columns", [24, 21])

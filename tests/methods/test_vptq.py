@@ -14,18 +14,10 @@ from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.methods import codebooks, feedback, objective, rtn, vptq
 from oracle import vptq_oracle as oracle
+from oracle.cases import case
 
 PLAIN = {"rounds": 0, "beam": 1, "restarts": 1, "never_worse": False}
 """The paper's two sweeps and nothing else."""
-
-
-def case(rows: int, columns: int, seed: int) -> tuple[Tensor, Facts]:
-    """A weight, and the facts of correlated inputs of very different sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
-    size = torch.randn(columns, generator=generator).exp()
-    x = torch.randn(4 * columns, columns, generator=generator) @ mix * size
-    return torch.randn(rows, columns, generator=generator), Facts.of(x, gram=True)
 
 
 def identity(columns: int) -> Facts:

@@ -17,6 +17,7 @@ from fewbit.errors import InputError, SpecError
 from fewbit.layouts.dense import DENSE
 from fewbit.methods import codebooks, feedback, objective, rtn, vptq
 from oracle import vptq_oracle as oracle
+from oracle.cases import case
 
 PLAIN: dict[str, Any] = {"rounds": 0, "beam": 1, "restarts": 1, "never_worse": False}
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -25,15 +26,6 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("vector2x3+3", {"outliers": 0.001, "outlier_length": 4, "outlier_bits": 2}),
     ("vector2x3+2/g8", {"outliers": 0.25, "outlier_length": 6, "outlier_bits": 3}),
 )
-
-
-def case(rows: int, columns: int, seed: int) -> tuple[Tensor, Facts]:
-    """A weight, and the facts of correlated inputs of very different sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
-    size = torch.randn(columns, generator=generator).exp()
-    x = torch.randn(4 * columns, columns, generator=generator) @ mix * size
-    return torch.randn(rows, columns, generator=generator), Facts.of(x, gram=True)
 
 
 def solved(name: str, weight: Tensor, facts: Facts, **options: Any) -> Terms:

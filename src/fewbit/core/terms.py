@@ -104,6 +104,17 @@ class Product(Term):
         return self.left.nbytes + self.right.nbytes + _bytes(self.middle)
 
 
+def index_dtype(columns: int) -> torch.dtype:
+    """What a column out of ``columns`` is stored as."""
+    return torch.uint16 if columns <= 1 << 16 else torch.int32
+
+
+def foremost(worth: Tensor, count: int) -> Tensor:
+    """(columns,): the ``count`` columns of largest ``worth`` (columns,), then the others, both in their own order."""
+    order = torch.argsort(worth, descending=True, stable=True)
+    return torch.cat([order[:count].sort().values, order[count:].sort().values])
+
+
 @dataclass(frozen=True, eq=False)
 class Sparse(Term):
     """Few entries of a matrix, by rows (CSR): row r has entries ``[pointers[r], pointers[r + 1])``.
@@ -148,15 +159,14 @@ class Sparse(Term):
         order = torch.argsort(rows * shape[1] + columns, stable=True)
         counts = torch.bincount(rows, minlength=shape[0])
         pointers = torch.cat([torch.zeros(1, dtype=torch.int64, device=rows.device), counts.cumsum(0)])
-        index = torch.uint16 if shape[1] <= 1 << 16 else torch.int32
         # Narrowed only once they are known to fit: a column that wraps around would pass for another.
         _check_columns(shape, rows[order], columns[order])
         narrow = pointers.to(torch.int32 if rows.numel() < 1 << 31 else torch.int64)
-        return Sparse(shape, narrow, columns[order].to(index), values[order].to(dtype))
+        return Sparse(shape, narrow, columns[order].to(index_dtype(shape[1])), values[order].to(dtype))
 
     def __post_init__(self) -> None:
         asked, (rows, columns) = f"sparse entries of a {self.shape} matrix", self.shape
-        indices = (torch.uint16, torch.int32) if columns <= 1 << 16 else (torch.int32,)
+        indices = tuple(dict.fromkeys((index_dtype(columns), torch.int32)))
         for name, array, dtypes in (
             ("pointers", self.pointers, (torch.int32, torch.int64)),
             ("columns", self.columns, indices),
@@ -181,7 +191,7 @@ class Sparse(Term):
     @staticmethod
     def bytes_of(shape: tuple[int, int], entries: int, bits: int = 16) -> int:
         """What ``entries`` with values of ``bits`` take in a matrix of ``shape``, without making them."""
-        index, pointer = 2 if shape[1] <= 1 << 16 else 4, 4 if entries < 1 << 31 else 8
+        index, pointer = index_dtype(shape[1]).itemsize, 4 if entries < 1 << 31 else 8
         return entries * (index + bits // 8) + (shape[0] + 1) * pointer
 
     def rows(self) -> Tensor:
@@ -213,6 +223,11 @@ class Columns(Term):
 
     permutation: Tensor
     parts: tuple[Term, ...]
+
+    @staticmethod
+    def of(order: Tensor, parts: tuple[Term, ...]) -> Columns:
+        """``parts`` of the columns in ``order``, (columns,) of any integers, kept in as few bits as do."""
+        return Columns(order.to(index_dtype(len(order))), parts)
 
     def __post_init__(self) -> None:
         shapes = [part.shape for part in self.parts]

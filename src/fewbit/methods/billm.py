@@ -30,7 +30,7 @@ from fewbit.core import blocks as B
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
-from fewbit.core.terms import Columns, Dense, Terms
+from fewbit.core.terms import Columns, Dense, Terms, foremost, index_dtype
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.methods import feedback, objective, signs
 
@@ -57,8 +57,7 @@ def billm(
     width = B.width(columns, format.block)
     number = max(1, round(salient * columns / width)) if salient else 0
     worth = weight.square().sum(0, dtype=torch.float64) * feedback.factorize(moment, damp_percent).pivots
-    order = torch.argsort(worth, descending=True, stable=True)
-    order = torch.cat([part.sort().values for part in (order[: number * width], order[number * width :])])
+    order = foremost(worth, number * width)
     plain, solved = (_Planes(format, order, len(weight), number, points) for _ in range(2))
     for first in range(0, columns, width):
         block = weight[:, order[first : first + width]]
@@ -120,8 +119,8 @@ class _Planes:
     def terms(self) -> Terms:
         planes = zip(self._codes, self._scales, strict=True)
         dense = tuple(Dense(signs.matrix(self._format, codes, scale)) for codes, scale in planes)
-        shape, index = dense[0].shape, torch.uint16 if len(self._order) <= 1 << 16 else torch.int32
-        return Terms(shape, (Columns(self._order.to(index), (Terms(shape, dense),)),))
+        shape = dense[0].shape
+        return Terms(shape, (Columns.of(self._order, (Terms(shape, dense),)),))
 
 
 def residual(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,4 +149,4 @@ def split(values: Tensor, points: int) -> tuple[Tensor, Tensor]:
 
 def parts(format: Format, shape: tuple[int, int], **options: float) -> Parts:
     """Both matrices, and the order of the columns."""
-    return Parts(((format, shape), (format, shape)), (2 if shape[1] <= 1 << 16 else 4) * shape[1])
+    return Parts(((format, shape), (format, shape)), index_dtype(shape[1]).itemsize * shape[1])

@@ -29,7 +29,7 @@ from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
 from fewbit.core.qtensor import QTensor
-from fewbit.core.terms import Columns, Dense, Term, Terms
+from fewbit.core.terms import Columns, Dense, Term, Terms, foremost, index_dtype
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.methods import objective
 
@@ -57,8 +57,7 @@ def ptq161(weight: Tensor, format: Format, facts: Facts, *, salient: float = 0.2
         asked = f"ptq161 of a weight of shape {tuple(weight.shape)}"
         raise InputError(asked, "max|x| of its inputs is unknown: they were rotated", "leave the rotation out")
     count = salient_columns(columns, salient)
-    order = torch.argsort(facts.largest, descending=True, stable=True)
-    order = torch.cat([order[:count].sort().values, order[count:].sort().values])
+    order = foremost(facts.largest, count)
     beside: list[Term] = []
     if count:
         wide, kept = wider(format, salient_bits), weight[:, order[:count]].float()
@@ -68,8 +67,7 @@ def ptq161(weight: Tensor, format: Format, facts: Facts, *, salient: float = 0.2
         dense = two_values(weight[:, order[count:]].float(), format)
         ones = torch.ones(columns - count, dtype=torch.float16)
         beside.append(Terms(dense.shape, (Dense(dense),), None, ones))
-    index = torch.uint16 if columns <= 1 << 16 else torch.int32
-    return Terms((rows, columns), (Columns(order.to(index), tuple(beside)),))
+    return Terms((rows, columns), (Columns.of(order, tuple(beside)),))
 
 
 def two_values(weight: Tensor, format: Format) -> QTensor:
@@ -117,5 +115,5 @@ def parts(format: Format, shape: tuple[int, int], *, salient: float, salient_bit
     rows, columns = shape
     count = salient_columns(columns, salient)
     found = [(wider(format, salient_bits), (rows, count)), (format, (rows, columns - count))]
-    index = 2 if columns <= 1 << 16 else 4
-    return Parts(tuple(part for part in found if part[1][1]), index * columns + 2 * (columns - count))
+    nbytes = index_dtype(columns).itemsize * columns + 2 * (columns - count)
+    return Parts(tuple(part for part in found if part[1][1]), nbytes)

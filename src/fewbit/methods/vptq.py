@@ -36,7 +36,7 @@ from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
 from fewbit.core.qtensor import QTensor
-from fewbit.core.terms import Columns, Dense, Terms
+from fewbit.core.terms import Columns, Dense, Terms, foremost, index_dtype
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.methods import codebooks as K
 from fewbit.methods import feedback, objective
@@ -96,14 +96,14 @@ def vptq(
     made = parts(format, (rows, columns), outliers=outliers, outlier_length=outlier_length, outlier_bits=outlier_bits)
     sides = tuple((side, shape[1]) for side, shape in made.matrices)
     order = _order(facts, sides[0][1]) if made.sum else None
-    shown = weight.float() if order is None else weight[:, order].float()
+    now = slice(None) if order is None else order
+    shown = weight[:, now].float()
     if not facts.tokens:
         return _whole([_rounded(part, side) for part, side in _split(shown, sides)], order)
-    second = facts.second_moment if order is None else facts.second_moment[order][:, order]
+    second = facts.second_moment[now][:, now]
     passing = feedback.factorize(second, damp_percent, by_activity=True)
     task = _Task(_padded(shown, sides), rows, sides, passing, block_size, beam)
-    square = facts.mean_square if order is None else facts.mean_square[order]
-    start = _swept(task, square, restarts)
+    start = _swept(task, facts.mean_square[now], restarts)
     found = _improved(task, start, feedback.damped(second, passing), rounds)
     solved = _whole(task.stored(found), order)
     if not never_worse:
@@ -137,8 +137,8 @@ def parts(
         found = f"the book of {own.name} has {own.levels} entries for the {vectors} vectors of {count} columns"
         works = f"outlier_bits={max(1, vectors.bit_length() - 1)} or less, more outliers, or outliers=0 for this layer"
         raise SpecError(f"{asked} of a weight of shape {shape}", found, works)
-    index = 2 if columns <= 1 << 16 else 4
-    return Parts(((own, (rows, count)), (format, (rows, columns - count))), index * columns)
+    nbytes = index_dtype(columns).itemsize * columns
+    return Parts(((own, (rows, count)), (format, (rows, columns - count))), nbytes)
 
 
 def _check(weight: Tensor, format: Format, facts: Facts, **least: int) -> None:
@@ -229,10 +229,8 @@ def _improved(task: _Task, coded: K.Sides, moment: Tensor, rounds: int) -> K.Sid
 
 
 def _order(facts: Facts, count: int) -> Tensor:
-    """(columns,): the ``count`` columns of largest E[x^2], then the others, both as they are in the weight."""
-    square = facts.mean_square if facts.gram is None else facts.gram.diagonal()
-    order = torch.argsort(square, descending=True, stable=True)
-    return torch.cat([order[:count].sort().values, order[count:].sort().values])
+    """(columns,): the ``count`` columns of largest E[x^2], then the others."""
+    return foremost(facts.mean_square if facts.gram is None else facts.gram.diagonal(), count)
 
 
 def _split(weight: Tensor, sides: Formats) -> list[tuple[Tensor, Format]]:
@@ -256,8 +254,7 @@ def _whole(found: Sequence[QTensor], order: Tensor | None) -> QTensor | Terms:
     """What was ``found`` for the columns in ``order``, or as they are."""
     if order is None:
         return found[0]
-    index = torch.uint16 if len(order) <= 1 << 16 else torch.int32
-    columns = Columns(order.to(index), tuple(map(Dense, found)))
+    columns = Columns.of(order, tuple(map(Dense, found)))
     return Terms(columns.shape, (columns,))
 
 
