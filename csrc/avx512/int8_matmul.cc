@@ -6,12 +6,7 @@ namespace {
 
 constexpr int kVectors = 2;
 
-typedef int32_t Lanes __attribute__((vector_size(4 * kLanes)));
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-
-inline Lanes dot(Lanes sum, Lanes a, Lanes b) {
-  return sum + (Lanes)_mm512_madd_epi16((U)a, (U)b);
-}
+inline U pairs(U a, U b) { return _mm512_madd_epi16(a, b); }
 
 }  // namespace
 }  // namespace fewbit

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The loops of fewbit_int8_matmul, over the vector type of the file that includes this, after that file's simd.h and its
 //
-//   dot(sum, a, b)    four-byte lanes, sum + a[0] b[0] + a[1] b[1], a lane of a and b being two int16_t
+//   pairs(a, b)       a[0] b[0] + a[1] b[1], an int32_t a lane, a lane of a and b being two int16_t
 //   kVectors          vectors of columns beside kMatmulRows rows; as many lanes as divide kStripColumns
 //
 // Codes less their zeros are at most 255 in magnitude, so words hold them and int32 the sums of 2^15 products, exactly.
@@ -13,16 +13,16 @@
 #include "core/dtypes.h"
 #include "core/inline.h"
 #include "core/matmul.h"
+#include "core/nearest.h"
 
 namespace fewbit {
 namespace {
 
+typedef int32_t Lanes __attribute__((vector_size(4 * kLanes)));
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+
 constexpr int kTogether = kVectors * kLanes;
 static_assert(kStripColumns % kTogether == 0, "strips are whole");
-
-// As in rounding.h.
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
-constexpr int32_t kRoundBits = 0x4b400000, kInfinityBits = 0x7f800000;
 
 // clamp(round_half_even(x / scale + zero), 0, 2^bits - 1) - zero, of `count` numbers; whether all are finite.
 inline bool round_all(const fewbit_operand& grid, const float* x, int64_t count, int16_t* out) {
@@ -40,7 +40,7 @@ inline bool round_all(const fewbit_operand& grid, const float* x, int64_t count,
   return most < kInfinityBits;
 }
 
-FEWBIT_INLINE bool finite(float x) { return (bits_of(x) & 0x7fffffffu) < 0x7f800000u; }
+FEWBIT_INLINE bool finite(float x) { return static_cast<int32_t>(bits_of(x) & 0x7fffffffu) < kInfinityBits; }
 
 // Short: a call takes as long as they do.
 inline void copy_line(float* out, const float* x, int64_t step, int64_t count) {
@@ -96,7 +96,7 @@ inline void matmul_pack(const MatmulTask& task) {
   for (int64_t j = 0; j < padded; j++) task.factor[j] = 1;
   for (int64_t k = 0; !all && k < task.inner; k++)
     for (int64_t j = 0; j < task.columns; j++)
-      if (!finite(data[k * b.stride_row + j * b.stride_column])) task.factor[j] = float_of(0x7fc00000u);
+      if (!finite(data[k * b.stride_row + j * b.stride_column])) task.factor[j] = float_of(kNaNBits);
 }
 
 // R rows of `left` times V vectors of columns from `column`.
@@ -107,13 +107,13 @@ FEWBIT_INLINE void multiply_tile(const MatmulTask& task, const float* row_factor
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) sum[r][v] = Lanes{};
   for (int64_t p = 0; p < task.pairs; p++, right += kStripColumns * 2) {
-    Lanes b[V];
+    U b[V];
     for (int v = 0; v < V; v++) memcpy(&b[v], right + v * kLanes * 2, sizeof b[v]);
     for (int r = 0; r < R; r++) {
-      int32_t pair;
+      uint32_t pair;
       memcpy(&pair, task.left + (r * task.pairs + p) * 2, sizeof pair);
-      const Lanes a = Lanes{} + pair;
-      for (int v = 0; v < V; v++) sum[r][v] = dot(sum[r][v], a, b[v]);
+      const U a = repeat(pair);
+      for (int v = 0; v < V; v++) sum[r][v] += (Lanes)pairs(a, b[v]);
     }
   }
   const int64_t count = task.columns - column;
@@ -138,7 +138,7 @@ FEWBIT_INLINE void multiply_rows(const MatmulTask& task, int64_t row) {
   if (!round_lines(task, task.a, x, R, task.a.stride_row, task.a.stride_column, task.inner, 2 * task.pairs, task.left))
     for (int64_t k = 0; k < R * task.inner; k++)
       if (!finite(x[k / task.inner * task.a.stride_row + k % task.inner * task.a.stride_column]))
-        factor[k / task.inner] = float_of(0x7fc00000u);
+        factor[k / task.inner] = float_of(kNaNBits);
   float* y = task.y + row * task.columns;
   int64_t column = 0;
   for (; column + kLanes < task.columns; column += kTogether) multiply_tile<R, kVectors>(task, factor, y, column);

@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "core/inline.h"
+#include "core/nearest.h"
 #include "core/windows.h"
 
 namespace fewbit {
@@ -18,9 +19,7 @@ typedef int32_t Lanes __attribute__((vector_size(4 * kLanes)));
 constexpr int kPositions = kVectors * kLanes;
 static_assert(kMostPositions % kPositions == 0, "positions come in whole steps");
 
-// As in rounding.h.
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
-constexpr int32_t kRoundBits = 0x4b400000, kInfinityBits = 0x7f800000, kMagnitude = 0x7fffffff;
+constexpr int32_t kMagnitude = 0x7fffffff;
 
 FEWBIT_INLINE Lanes bits_of(F x) { return reinterpret_cast<Lanes>(x); }
 FEWBIT_INLINE F floats_of(Lanes bits) { return reinterpret_cast<F>(bits); }
@@ -39,10 +38,10 @@ FEWBIT_INLINE F scale_of(Lanes most) {
   const F least = broadcast(5.9604644775390625e-08f), largest = broadcast(65504.0f);
   const F scale = quotient(floats_of(most), broadcast(127.5f), broadcast(1 / 127.5f));
   const F clamped = scale < least ? least : scale > largest ? largest : scale;
-  return most >= kInfinityBits ? floats_of(Lanes{} + 0x7fc00000) : half(clamped);
+  return most >= kInfinityBits ? floats_of(Lanes{} + static_cast<int32_t>(kNaNBits)) : half(clamped);
 }
 
-// clamp(round_half_even(x / scale + 128), 0, 255) - 128, as a float: see rounding.h.
+// clamp(round_half_even(x / scale + 128), 0, 255) - 128, as a float: see nearest.h.
 FEWBIT_INLINE F rounded_to(F x, F scale, F inverse) {
   const Lanes bits = bits_of(quotient(x, scale, inverse) + 128.0f + kRound);
   return floats_of(smaller(larger(bits, Lanes{} + kRoundBits), Lanes{} + (kRoundBits + 255))) - (kRound + 128.0f);

@@ -13,15 +13,10 @@
 
 #include "core/dtypes.h"
 #include "core/kernel.h"
+#include "core/nearest.h"
 
 namespace fewbit {
 namespace {
-
-// Adding kRound rounds |x| < 2^22 to an integer, by which the bits of the sum differ from those of kRound; where x is
-// larger, they differ by more. So both rounding and clamping are of integers.
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
-constexpr int32_t kRoundBits = 0x4b400000, kInfinityBits = 0x7f800000;
-constexpr uint32_t kNaNBits = 0x7fc00000u;
 
 // Bits of the largest magnitude, which are in the order of the magnitudes, of columns [first, first + count) of a token.
 inline int32_t largest(const fewbit_input& source, int64_t token, int64_t first, int64_t count) {
