@@ -32,7 +32,7 @@ GROUP = 32
 @dataclass(frozen=True)
 class Job:
     """``model``: a Hugging Face folder. ``tokens``: (windows, tokens) to calibrate on, drawn from the file ``text``.
-    ``what``: a setting that the side understands. ``iters``: of tunings."""
+    ``what``: a setting that the side understands. ``iters``: of tunings, ``device``: where they run."""
 
     model: Path
     text: Path | None
@@ -40,6 +40,7 @@ class Job:
     bits: int
     what: str
     iters: int
+    device: str
 
 
 Found = tuple[dict[str, Tensor], float]
@@ -92,7 +93,8 @@ def fewbit(job: Job) -> tuple[Timed, Read]:
 
     def run() -> Any:
         drawn = {"calibration": job.text, "samples": len(job.tokens), "context": job.tokens.shape[1]}
-        fewbit.quantize(job.model, format, out=out, head="float", threads=1, force=True, **drawn, **keywords)
+        where = {"out": out, "force": True, "threads": 1, "device": job.device}
+        fewbit.quantize(job.model, format, head="float", **where, **drawn, **keywords)
         return folder
 
     def read(_: Any) -> Found:
@@ -168,7 +170,7 @@ def autoround(job: Job) -> tuple[Timed, Read]:
     def run() -> Any:
         words = AutoTokenizer.from_pretrained(job.model)
         grid = {"bits": job.bits, "group_size": GROUP, "sym": symmetric}
-        return AutoRound(network(job), words, dataset=rows, device_map="cpu", **grid, **options).quantize()[0]
+        return AutoRound(network(job), words, dataset=rows, device_map=job.device, **grid, **options).quantize()[0]
 
     def read(model: Any) -> Found:
         found, bits = asymmetric(model, job.bits)
@@ -272,6 +274,7 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--iters", type=int, required=True)
+    parser.add_argument("--device", required=True)
     told = parser.parse_args()
     torch.set_num_threads(1)
     importlib.import_module("transformers.models.auto.modeling_auto")
@@ -279,7 +282,7 @@ def main() -> None:
     tokens = load_file(told.folder / "tokens.safetensors")["calibration"]
     for number, (bits, what) in enumerate(json.loads((told.folder / "jobs.json").read_text())):
         try:
-            found, row = quantized(told.side, Job(told.model, told.text, tokens, bits, what, told.iters))
+            found, row = quantized(told.side, Job(told.model, told.text, tokens, bits, what, told.iters, told.device))
             save_file(found, told.folder / f"{number}.safetensors")
         except Exception as error:  # the rest of the table stands without this row
             traceback.print_exc()

@@ -53,6 +53,8 @@ ROWS: tuple[tuple[str, str, tuple[int, ...], str], ...] = (
 """Package, what the table calls it, bits, and the setting that its side in ``quantizer_sides.py`` is given."""
 FOLDERS = {"autoround": "auto-round", "quanto": "optimum-quanto"}
 """Of packages that are not called as their side is."""
+TUNERS = ("fewbit", "autoround")
+"""Sides that run where ``--device`` says; the others on the processor."""
 LAST_WORDS = 300
 
 
@@ -65,7 +67,7 @@ def environment(peer: str, folder: Path) -> dict[str, str]:
     )
     before = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
     # gptqmodel asks for two workers where it grants itself one, on machines of two cores
-    fixed = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "GPTQMODEL_CPU_WORKERS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "GPTQMODEL_CPU_WORKERS": "2"}
     return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(here + before)}
 
 
@@ -74,8 +76,11 @@ def quantized(told: argparse.Namespace, folder: Path, peer: str, jobs: list[tupl
     (folder / "jobs.json").write_text(json.dumps(jobs))
     side = Path(__file__).parent / "quantizer_sides.py"
     command = [sys.executable, str(side), peer, str(told.model), str(folder), "--iters", str(told.iters)]
+    command += ["--device", told.device if peer in TUNERS else "cpu"]
     command += ["--text", str(told.calibration)] if told.calibration else []
     where = environment(peer, told.peers)
+    if told.device == "cpu" or peer not in TUNERS:
+        where["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, env=where, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     found = []
     for number in range(len(jobs)):
@@ -164,6 +169,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--iters", type=int, default=200, help="steps of tunings")
+    parser.add_argument("--device", default="cpu", help=f"of {' and '.join(TUNERS)}")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     for name in ("model", "peers", "text", "calibration"):  # sides run elsewhere
