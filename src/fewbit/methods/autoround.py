@@ -102,18 +102,20 @@ class Rounding(Learnable):
         scale = _scale(self._format, fitted) * self._sign
         return self._format.placed(scale, torch.zeros_like(scale))
 
+    def _strips(self) -> list[slice]:
+        return ranges.strips(len(self._weight), self._columns, self._weight.device.type)
+
     def weight(self, values: Values) -> Tensor:
         params, chosen = self._params(values), torch.empty_like(self._weight)
         scale = _scale(self._format, params)
-        for rows in ranges.strips(len(chosen), self._columns):
+        for rows in self._strips():
             moved = values["offset"][rows] * scale[rows] + self._weight[rows]
             chosen[rows] = self._format.nearest(moved, _of(params, rows))[1]
         return B.join(chosen, self._columns)
 
     def gradient(self, values: Values, grad: Tensor) -> dict[str, Tensor]:
         params, grad = self._params(values), B.split(grad, self._format.block)
-        strips = ranges.strips(len(grad), self._columns)
-        parts = [self._straight(rows, values["offset"][rows], _of(params, rows), grad[rows]) for rows in strips]
+        parts = [self._straight(rows, values["offset"][rows], _of(params, rows), grad[rows]) for rows in self._strips()]
         by_value, by_scale, by_offset = (torch.cat(each) for each in zip(*parts, strict=True))
         free = self._format.grid == "ends"
         return {"offset": by_value, **self._ends_gradient(values, by_scale, by_offset if free else None)}

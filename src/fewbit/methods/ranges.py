@@ -69,9 +69,9 @@ def search(format: Format, weight: Tensor, importance: Tensor | None, ratios: tu
     return by_strips(format, weight, lambda blocks: _search(format, blocks, mask, worth, ratios))
 
 
-def strips(rows: int, columns: int) -> list[slice]:
-    """Rows at a time, about :data:`CHUNK` weights."""
-    step = max(1, CHUNK // columns)
+def strips(rows: int, columns: int, device: str = "cpu") -> list[slice]:
+    """Rows at a time, about :data:`CHUNK` weights; all of them on a GPU, where starting an operation costs most."""
+    step = max(1, CHUNK // columns if device == "cpu" else rows)
     return [slice(first, first + step) for first in range(0, rows, step)]
 
 

@@ -127,6 +127,19 @@ class HiddenTensor:
     def close(self) -> None:
         self._values = torch.empty(0)
 
+    @classmethod
+    def of(cls, file: HiddenFile, device: torch.device) -> HiddenTensor:
+        """All batches of ``file``."""
+        held = cls(file.shape, device)
+        for index in range(file.shape[0]):
+            held.write(index, file.read(index).to(device))
+        return held
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether ``size`` bytes may stay in the memory of a GPU: a third of what is free."""
+    return device.type != "cpu" and size < torch.cuda.mem_get_info(device)[0] / 3
+
 
 def _bytes(values: Tensor) -> memoryview:
     return memoryview(values.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

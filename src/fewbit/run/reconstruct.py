@@ -14,7 +14,7 @@ of PTQ1.61, arXiv:2502.13179.)
 The loss that decides is that of all windows, taken before the first step, in between and after the last: the values of
 least loss are kept, and where no step lowered it the block stays as it was solved. Windows are drawn by the seed;
 gradients of a batch are worked out a window a worker and added up in order, so that any number of threads gives the
-same bytes. Both streams lie in files of which a window a worker is in memory.
+same bytes. Both streams lie in files of which a window a worker is in memory; on a GPU, in its memory where they fit.
 
 On a GPU, where one is asked for, the block and what is learned lie there, and some windows are one batch. What comes
 out is checked like anything else, but its bytes are promised neither to equal a CPU's nor those of the next run.
@@ -23,6 +23,7 @@ out is checked like anything else, but its bytes are promised neither to equal a
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ from fewbit.measure.memory import peak_rss_bytes
 from fewbit.model.stream import with_replaced
 from fewbit.recipe import Tune
 from fewbit.run.events import Event
-from fewbit.run.hidden import HiddenFile
+from fewbit.run.hidden import HiddenFile, HiddenTensor, fits
 from fewbit.run.memory import give_back
 from fewbit.run.rewriting import placed, straight_through
 from fewbit.run.solve import Solved, retuned
@@ -113,12 +114,12 @@ class _Phase:
         self._iters, self._batch, self._lr = int(options["iters"]), int(options["batch"]), float(options["lr"])
         self._relative, self._cosine, self._own = (float(options[key]) for key in ("relative", "cosine", "own"))
         self._windows = sum(len(ids) for ids in run.batches())
-        self._inputs = _one_by_one(run.hidden(stage - 1, "calibration"), self._windows)
-        self._wanted = _one_by_one(run.hidden(stage, "reference"), self._windows)
+        self._device = torch.device(run.device)
+        self._inputs = self._one_by_one(stage - 1, "calibration")
+        self._wanted = self._one_by_one(stage, "reference")
         self._targets = [(1.0, self._wanted)]
         if self._own:
-            self._targets.append((self._own, _one_by_one(run.hidden(stage, "own"), self._windows)))
-        self._device = torch.device(run.device)
+            self._targets.append((self._own, self._one_by_one(stage, "own")))
         self._together = 1 if self._device.type == "cpu" else run.batch
         self._calls = placed(run.inputs("window" if self._together == 1 else "calibration").calls[index], self._device)
         block = run.model.module.get_submodule(run.model.blocks[index])
@@ -259,7 +260,18 @@ class _Phase:
                 total = total - share * self._cosine * alike.log().mean(dtype=sums)
         return total
 
-    def _read(self, file: HiddenFile, windows: list[int]) -> Tensor:
+    def _one_by_one(self, stage: int, name: str) -> HiddenFile | HiddenTensor:
+        """Activations of the run, read a window at a time; on a GPU that has room for them, from its memory."""
+        file = self._run.hidden(stage, name)
+        file.close()
+        alone = HiddenFile(file.path, (self._windows, 1, *file.shape[2:]), "read")
+        if not fits(alone.dtype.itemsize * math.prod(alone.shape), self._device):
+            return alone
+        held = HiddenTensor.of(alone, self._device)
+        alone.close()
+        return held
+
+    def _read(self, file: HiddenFile | HiddenTensor, windows: list[int]) -> Tensor:
         return torch.cat([file.read(window) for window in windows]).to(self._device)
 
     def _units(self, wanted: Tensor) -> Tensor:
@@ -274,12 +286,6 @@ class _Phase:
             return float((wanted * self._units(wanted)).square_().mean(dtype=torch.float64))
 
         return sum(self._run.workers.map(one, range(self._windows))) / self._windows or 1.0
-
-
-def _one_by_one(file: HiddenFile, windows: int) -> HiddenFile:
-    """The same file, read a window at a time."""
-    file.close()
-    return HiddenFile(file.path, (windows, 1, *file.shape[2:]), "read")
 
 
 def _twin(module: nn.Module, item: Solved, device: torch.device) -> nn.Module:

@@ -45,7 +45,7 @@ from fewbit.measure.memory import peak_rss_bytes
 from fewbit.methods.floats import RATE, FloatVector
 from fewbit.model.loading import place
 from fewbit.run.events import Event
-from fewbit.run.hidden import HiddenFile, HiddenTensor
+from fewbit.run.hidden import HiddenFile, HiddenTensor, fits
 from fewbit.run.members import Candidate, Member, Part, begin, fitting, joined
 from fewbit.run.memory import give_back
 from fewbit.run.rewriting import placed, straight_through
@@ -114,16 +114,12 @@ class Whole:
         self._members = self._quantized(stored(run))
         self._leaves = [[self._leaf(part) for part in member.parts] for member in self._members]
 
-    def _fits(self, size: int) -> bool:
-        """Whether ``size`` bytes may stay in the memory of the GPU: a third of what is free."""
-        return not self._alone and size < torch.cuda.mem_get_info(self._device)[0] / 3
-
     def _float_path(self) -> HiddenFile | HiddenTensor:
         """The last block's outputs in the float model, a window an entry."""
         width = self._model.config.get_text_config().hidden_size
         shape = (len(self._ids), 1, self._ids.shape[1], width)
-        self._again = not self._fits(ACTIVATIONS * self._together * shape[2] * width * len(self._model.blocks))
-        if self._fits(4 * math.prod(shape)):
+        self._again = not fits(ACTIVATIONS * self._together * shape[2] * width * len(self._model.blocks), self._device)
+        if fits(4 * math.prod(shape), self._device):
             file: HiddenFile | HiddenTensor = HiddenTensor(shape, self._device)
         else:
             file = HiddenFile(self._run.folder / "state" / "float", shape, "scratch")
