@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
-from fewbit.core.format import Format, code_dtype, code_shape, decode, fit, stackable
+from fewbit.core.format import Format, code_dtype, code_shape, decode, encode, fit, stackable
 from fewbit.core.layout import UNPACKED, Layout
 from fewbit.errors import UnsupportedError
 
@@ -38,6 +38,11 @@ class QTensor:
         ``rows`` of the matrix need saying only where they are not whole codes."""
         shape = (codes.shape[0] * format.height if rows is None else rows, codes.shape[1] * format.dim)
         return QTensor(format, UNPACKED, shape, codes, dict(params))
+
+    @staticmethod
+    def nearest(format: Format, weight: Tensor, params: Mapping[str, Tensor]) -> QTensor:
+        """``weight`` (rows, columns) by the nearest codes under ``params`` (rows / height, blocks, 1), unpacked."""
+        return QTensor.of(format, encode(format, weight, params), params, len(weight))
 
     def logical(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes (rows / height, columns / dim) and parameters (rows / height, blocks, 1)."""

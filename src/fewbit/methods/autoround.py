@@ -57,7 +57,7 @@ def autoround(weight: Tensor, format: Format, facts: Facts, **options: float) ->
     weight = weight.float()
     bound = format.bind(weight)
     params = ranges.search(bound, weight, None, (1.0,)) if bound.grid == "magnitude" else F.fit(bound, weight)
-    return QTensor.of(bound, F.encode(bound, weight, params), params, len(weight))
+    return QTensor.nearest(bound, weight, params)
 
 
 def refuse(format: Format) -> str | None:

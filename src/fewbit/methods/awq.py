@@ -68,7 +68,7 @@ def awq(weight: Tensor, format: Format, facts: Facts, *, steps: int = 20, floor:
     moments = diagonal_blocks(facts.second_moment, format.fit_block if format.block else 0)
     mask = B.present(weight.shape[1], format.block)
     params = ranges.by_strips(format, weight, lambda blocks: _search(format, blocks, mask, moments, ratios))
-    return QTensor.of(format, F.encode(format, weight, params), params)
+    return QTensor.nearest(format, weight, params)
 
 
 def diagonal_blocks(moment: Tensor, span: int) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
@@ -42,4 +41,4 @@ def clip(weight: Tensor, format: Format, facts: Facts | None = None, *, steps: i
     weight = weight.float()
     format = format.bind(weight)
     params = ranges.search(format, weight, None if facts is None else facts.mean_square, ratios)
-    return QTensor.of(format, F.encode(format, weight, params), params)
+    return QTensor.nearest(format, weight, params)

@@ -195,7 +195,7 @@ class _Columns:
 
 def _nearest(format: Format, weight: Tensor, params: Params) -> QTensor:
     """``weight`` to the nearest values that ``params`` allow."""
-    return QTensor.of(format, F.encode(format, weight, params), params)
+    return QTensor.nearest(format, weight, params)
 
 
 def _better_rows(weight: Tensor, facts: Facts, solved: QTensor, params: Params, most: Tensor) -> tuple[QTensor, int]:

@@ -93,7 +93,7 @@ def hqq(
             break
         least, tried = found, moved
     params = {name: torch.cat([part[name] for part in tried]) for name in params}
-    return QTensor.of(format, F.encode(format, weight, params), params)
+    return QTensor.nearest(format, weight, params)
 
 
 def refuse(format: Format) -> str | None:

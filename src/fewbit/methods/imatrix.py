@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
-from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format, Params
 from fewbit.core.qtensor import QTensor
@@ -79,7 +78,7 @@ def imatrix(weight: Tensor, format: Format, facts: Facts | None = None, *, steps
     mask = B.present(weight.shape[1], format.block)
     worth = mask if facts is None else B.split(facts.mean_square.float().reshape(1, -1), format.block)
     params = ranges.by_strips(format, weight, lambda blocks: _search(format, blocks, mask, worth, steps, rounds))
-    return QTensor.of(format, F.encode(format, weight, params), params)
+    return QTensor.nearest(format, weight, params)
 
 
 def importance(format: Format, blocks: Tensor, mask: Tensor, worth: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def ptq161(weight: Tensor, format: Format, facts: Facts, *, salient: float = 0.2
     if count:
         wide, kept = wider(format, salient_bits), weight[:, order[:count]].float()
         params = F.fit(wide, kept)
-        beside.append(Dense(QTensor.of(wide, F.encode(wide, kept, params), params)))
+        beside.append(Dense(QTensor.nearest(wide, kept, params)))
     if count < columns:
         dense = two_values(weight[:, order[count:]].float(), format)
         ones = torch.ones(columns - count, dtype=torch.float16)
@@ -78,7 +78,7 @@ def two_values(weight: Tensor, format: Format) -> QTensor:
     reach = ((blocks - mean).abs() * mask).sum(-1, keepdim=True) / size
     ends = torch.cat([mean - reach, mean + reach], -1).float()
     params = format.fit(ends, torch.ones(1, 1, 1))
-    return QTensor.of(format, F.encode(format, weight, params), params)
+    return QTensor.nearest(format, weight, params)
 
 
 def refuse(format: Format) -> str | None:

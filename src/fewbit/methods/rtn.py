@@ -22,4 +22,4 @@ def rtn(weight: Tensor, format: Format, facts: Facts | None = None) -> QTensor:
     weight = weight.float()
     format = format.bind(weight)
     params = F.fit(format, weight)
-    return QTensor.of(format, F.encode(format, weight, params), params, rows=weight.shape[0])
+    return QTensor.nearest(format, weight, params)

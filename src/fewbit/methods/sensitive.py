@@ -55,4 +55,4 @@ def fitted(weight: Tensor, format: Format, worth: Tensor | None) -> QTensor:
     weight = weight.float()
     format = format.bind(weight)
     params = F.fit(format, weight, worth)
-    return QTensor.of(format, F.encode(format, weight, params), params, len(weight))
+    return QTensor.nearest(format, weight, params)

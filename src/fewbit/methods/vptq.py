@@ -247,7 +247,7 @@ def _padded(weight: Tensor, sides: Formats) -> Tensor:
 
 def _rounded(weight: Tensor, format: Format) -> QTensor:
     params = F.fit(format, weight)
-    return QTensor.of(format, F.encode(format, weight, params), params, len(weight))
+    return QTensor.nearest(format, weight, params)
 
 
 def _whole(found: Sequence[QTensor], order: Tensor | None) -> QTensor | Terms:
