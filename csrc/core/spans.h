@@ -12,6 +12,9 @@
 //   widened(narrow)        the narrow sums of all planes as one of 32 bits
 //   add(wide, other)       sums of those
 //   integer(float)         a float that is one
+//   kRests, add_rests(sum, h, task, row, first, chunks, codes, apart)
+//                          adds to sums of token h what steps leave out of `chunks` chunks of its row of activations; or
+//                          neither. Codes of the row groups lie together, those of four columns and the next `apart`
 #pragma once
 
 #include <stdint.h>
@@ -30,6 +33,11 @@ constexpr bool kHasSpans<Sum, std::void_t<typename Sum::Narrow>> = true;
 
 template <class K>
 using Narrow = typename K::Sum::Narrow;
+
+template <class Sum, class = void>
+constexpr bool kHasRests = false;
+template <class Sum>
+constexpr bool kHasRests<Sum, std::void_t<decltype(Sum::kRests)>> = true;
 
 constexpr int kSumsBeside = 8;                      // that registers hold
 constexpr int kBeside = 2, kInPlaceBeside = 4;      // tokens of a step: of codes decoded before, and of those decoded for it
@@ -232,6 +240,7 @@ FEWBIT_INLINE void add_some(Block<K, H>& block, int64_t group, int64_t token, in
   for (int64_t s = 0; s < block.segments; s++, tokens.sum += M) {
     U narrow[T * P][H], wide[T][H], sum[T][H];
     const int64_t chunks = s + 1 < block.segments ? block.chunks : block.all - s * block.chunks;
+    const uint8_t* const codes = at.codes;
     const bool flushed = multiply_spans<M, Block<K, H>::kLines>(block.kernel, at, chunks, narrow, wide);
 #pragma GCC unroll 4
     for (int h = 0; h < H; h++) {
@@ -244,6 +253,10 @@ FEWBIT_INLINE void add_some(Block<K, H>& block, int64_t group, int64_t token, in
       }
     }
     if (flushed) add_all<K>(sum, wide);
+    if constexpr (kHasRests<Sum>)
+#pragma GCC unroll 4
+      for (int h = 0; h < H; h++)
+        Sum::add_rests(sum, h, task, token + m + h, block.first + s * block.chunks, chunks, codes, Block<K, H>::T * kLanes * 4);
     tokens.scale = scale + block.activation[s];
     switch (block.how) {
       case kPlain: settle_spans<kPlain>(sum, tokens, block.line[s] + group, totals); break;
