@@ -11,7 +11,7 @@
 namespace fewbit {
 namespace {
 
-// The halves of a row of activations that lie apart.
+// The halves of a row of activations that lie apart, in the memory of SegmentTask::starts.
 struct Rests {
   static constexpr int64_t kWords = 10;  // int32s of a chunk
 
@@ -22,50 +22,12 @@ struct Rests {
       : x(task.starts + row * task.chunks * kWords), some(reinterpret_cast<uint8_t*>(x + task.chunks * 8)) {}
 };
 
-// Four planes times the activations of two tokens, or two planes times those of four: see avx2/narrow.h.
-#define FEWBIT_ROW(C, S, T)                                                                                               \
-  "vmovdqa %[" C "], %[u]\n\tvpmaddubsw %[a], %[u], %[p]\n\tvpmaddubsw %[b], %[u], %[q]\n\tvpmaddwd %[one], %[p], %[p]\n\t" \
-  "vpmaddwd %[one], %[q], %[q]\n\tvpaddd %[p], %[" S "], %[" S "]\n\tvpaddd %[q], %[" T "], %[" T "]\n\t"
-#define FEWBIT_TOKEN(X, S, T)                                                                                              \
-  "vpbroadcastd %[" X "], %[a]\n\tvpmaddubsw %[a], %[u], %[p]\n\tvpmaddubsw %[a], %[v], %[a]\n\tvpmaddwd %[one], %[p], %[p]\n\t" \
-  "vpmaddwd %[one], %[a], %[a]\n\tvpaddd %[p], %[" S "], %[" S "]\n\tvpaddd %[a], %[" T "], %[" T "]\n\t"
-
-struct PairSum {
-  using X = int8_t;
-  static constexpr int kSpan = 64, kCentre = 0, kStarts = 0;
+struct SplitSum : PairSum {
   static constexpr bool kRests = true;
-  typedef int32_t Four __attribute__((may_alias));
 
-  static inline U start(const int32_t*) { return _mm256_setzero_si256(); }
-  static inline const Four& at(const void* x) { return *static_cast<const Four*>(x); }
-  static inline void step(U (&sum)[4][2], const uint8_t* codes, const X* x, const X* next) {
-    U a, b, u, p, q;
-    asm("vpbroadcastd %[x], %[a]\n\tvpbroadcastd %[y], %[b]\n\t"  //
-        FEWBIT_ROW("c0", "s0", "t0") FEWBIT_ROW("c1", "s1", "t1") FEWBIT_ROW("c2", "s2", "t2") FEWBIT_ROW("c3", "s3", "t3")
-        : [a] "=&x"(a), [b] "=&x"(b), [u] "=&x"(u), [p] "=&x"(p), [q] "=&x"(q), [s0] "+x"(sum[0][0]), [t0] "+x"(sum[0][1]),
-          [s1] "+x"(sum[1][0]), [t1] "+x"(sum[1][1]), [s2] "+x"(sum[2][0]), [t2] "+x"(sum[2][1]), [s3] "+x"(sum[3][0]),
-          [t3] "+x"(sum[3][1])
-        : [x] "m"(at(x)), [y] "m"(at(next)), [one] "x"(_mm256_set1_epi16(1)), [c0] "m"(*reinterpret_cast<const U*>(codes)),
-          [c1] "m"(*reinterpret_cast<const U*>(codes + 32)), [c2] "m"(*reinterpret_cast<const U*>(codes + 64)),
-          [c3] "m"(*reinterpret_cast<const U*>(codes + 96)));
-  }
-  static inline void step(U (&sum)[2][4], U first, U second, const X* x) {
-    U a, p;
-    asm(FEWBIT_TOKEN("x0", "s0", "t0") FEWBIT_TOKEN("x1", "s1", "t1") FEWBIT_TOKEN("x2", "s2", "t2")
-            FEWBIT_TOKEN("x3", "s3", "t3")
-        : [a] "=&x"(a), [p] "=&x"(p), [s0] "+x"(sum[0][0]), [t0] "+x"(sum[1][0]), [s1] "+x"(sum[0][1]), [t1] "+x"(sum[1][1]),
-          [s2] "+x"(sum[0][2]), [t2] "+x"(sum[1][2]), [s3] "+x"(sum[0][3]), [t3] "+x"(sum[1][3])
-        : [u] "x"(first), [v] "x"(second), [one] "x"(_mm256_set1_epi16(1)), [x0] "m"(at(x)), [x1] "m"(at(x + 32)),
-          [x2] "m"(at(x + 64)), [x3] "m"(at(x + 96)));
-  }
-  static inline U widened(U sum) { return sum; }
-  static inline U add(U wide, U other) { return _mm256_add_epi32(wide, other); }
-  static inline U integer(F value) { return _mm256_cvtps_epi32(value); }
-
-  // Adds the products of a row's rests in `chunks` chunks from `first`, whose codes lie T vectors apart.
   template <int T, int H>
-  static FEWBIT_INLINE void add_rests(U (&sum)[T][H], int h, const SegmentTask& task, int64_t row, int64_t first, int64_t chunks,
-                                      const uint8_t* codes, int64_t apart) {
+  static FEWBIT_INLINE void add_rests(U (&sum)[T][H], int h, const SegmentTask& task, int64_t row, int64_t first,
+                                      int64_t chunks, const uint8_t* codes, int64_t apart) {
     const Rests rests(task, row);
     for (; chunks > 0; chunks -= 8, first += 8, codes += 64 * apart) {
       uint64_t some;
@@ -83,16 +45,13 @@ struct PairSum {
   }
 };
 
-#undef FEWBIT_ROW
-#undef FEWBIT_TOKEN
-
 // Codes as they are.
 struct Bytes {
   static constexpr int kBits = 8, kPlanes = 1, kApart = 0, kFields = 1, kBegins = 0;
   static constexpr float step = 1;
   using X = int8_t;
   struct Sum {
-    using Narrow = PairSum;
+    using Narrow = SplitSum;
   };
   float origin;
 

@@ -85,8 +85,9 @@ const SegmentKernel* find_few([[maybe_unused]] bool lut, [[maybe_unused]] int32_
   return nullptr;
 }
 
-// That of three tokens and more times codes of 8 bits alone, where there is one, for activations around 0.
-const SegmentKernel* find_split([[maybe_unused]] int32_t bits, [[maybe_unused]] const fewbit_input& x, [[maybe_unused]] int32_t isa) {
+// That of three tokens and more times codes of 8 bits, where there is one. Activations far from 0 would be split, all of them.
+const SegmentKernel* find_split([[maybe_unused]] int32_t bits, [[maybe_unused]] const fewbit_input& x,
+                                [[maybe_unused]] int32_t isa) {
 #if defined(__x86_64__)
   const bool around = x.scale == 0 || (x.zero >= 96 && x.zero <= 160);
   if (fewbit_caps() & isa & FEWBIT_AVX2 && bits == 8 && x.tokens > 2 && around) return &int8_split_linear_avx2;
@@ -181,7 +182,8 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
   }
   if (x_block > 0) {
     if (const SegmentKernel* few = find_few(table, most, x.tokens, rows, isa)) call.kernel = few;
-    if (const SegmentKernel* split = table ? nullptr : find_split(most, x, isa)) call.kernel = split;
+    const SegmentKernel* split = table ? nullptr : find_split(most, x, isa);
+    if (split) call.kernel = split;
   }
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   for (int32_t i = 1; i < count && call.kernel->starts; i++)
