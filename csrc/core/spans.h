@@ -60,6 +60,7 @@ struct Block {
   static constexpr bool kInPlace = H == kInPlaceBeside;
   static constexpr int T = kInPlace ? kGroupsPerTile : kOnce;
   static constexpr float kCentre = Narrow<K>::kCentre * (P == 2 ? 17 : 1);
+  static constexpr bool kBothWays = K::kBegins >= 0 && P == 1 && Narrow<K>::kStarts > 0;
   // Lines of a tile's next block that each of the first passes through one fetches for every chunk: all at once would be
   // waited for.
   static constexpr int kTiles = T / kGroupsPerTile, kPasses = kFetching / H * (T / kOnce) / kTiles;
@@ -68,6 +69,7 @@ struct Block {
   const SegmentTask& task;
   const K kernel;
   Settling how;
+  bool mirrored;           // whether codes are counted from the largest down, by which sums begin with nothing
   float origin;            // what of each activation sums begin with
   int64_t first, chunks;   // of the row; of each segment but the last one
   int64_t all, segments;   // chunks and segments of the block
@@ -77,7 +79,8 @@ struct Block {
   Line line[kBlockChunks][T];
   float totals[kRoundedTokens][T][kLanes];
 
-  explicit FEWBIT_INLINE Block(const SegmentTask& t) : task(t), kernel(t), how(settling(t)) {}
+  explicit FEWBIT_INLINE Block(const SegmentTask& t)
+      : task(t), kernel(t), how(settling(t)), mirrored(!kInPlace && kBothWays && kernel.origin + kCentre == -1) {}
 
   // What one pass fetches first.
   FEWBIT_INLINE const uint8_t* next(int64_t group, int64_t token) const {
@@ -92,6 +95,7 @@ struct Block {
 template <class K, int H>
 FEWBIT_INLINE void decode_all(Block<K, H>& block, const SegmentStrip& rows) {
   constexpr int P = K::kPlanes;
+  const U other = repeat(block.mirrored ? 0x01010101u * (2 * Narrow<K>::kCentre + 1) : 0);
   for (int t = 0; t < block.T; t++) {
     const uint8_t* codes = Group(block.task, rows.at(t)).codes + block.first * K::kBits * 64;
     Held<K::kBits> held;
@@ -101,6 +105,7 @@ FEWBIT_INLINE void decode_all(Block<K, H>& block, const SegmentStrip& rows) {
         U plane[P];
         held.advance(codes, g);
         block.kernel.split(held.quad(g), plane);
+        if constexpr (block.kBothWays) plane[0] = Narrow<K>::mirrored(plane[0], other);
         for (int p = 0; p < P; p++) store_lanes(block.codes[c * 8 + g][t][p], plane[p]);
       }
     }
@@ -170,7 +175,8 @@ FEWBIT_INLINE void add_all(U (&sum)[T][H], const U (&other)[T][H]) {
 
 // The products of `chunks` chunks with H of M tokens: those of the last span, and whether `wide` has those of others.
 template <int M, int lines, class K, int H, int T, int V>
-FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks, U (&narrow)[V][H], U (&wide)[T][H]) {
+FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks, const U (&begin)[H], U (&narrow)[V][H],
+                                  U (&wide)[T][H]) {
   using Sum = Narrow<K>;
   constexpr int kGroups = Sum::kSpan < 8 ? Sum::kSpan : 8, kChunks = (Sum::kSpan + 7) / 8, kStarts = Sum::kStarts;
   constexpr int64_t bytes = H == kInPlaceBeside ? K::kBits * 64 : kGroups * V * kLanes * 4;
@@ -178,7 +184,10 @@ FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks,
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++)
 #pragma GCC unroll 4
-      for (int h = 0; h < H; h++) narrow[v][h] = Sum::start(at.start + h * kStarts + part);
+      for (int h = 0; h < H; h++) {
+        if constexpr (kStarts > 0) narrow[v][h] = Sum::start(at.start + h * kStarts + part);
+        else narrow[v][h] = flushed ? Sum::start(nullptr) : begin[h];
+      }
     if constexpr (kGroups == 8) {
       for (int64_t left = chunks < kChunks ? chunks : kChunks; left > 0; left--) {
         at.template fetch<lines>();
@@ -240,18 +249,28 @@ FEWBIT_INLINE void add_some(Block<K, H>& block, int64_t group, int64_t token, in
   for (int64_t s = 0; s < block.segments; s++, tokens.sum += M) {
     U narrow[T * P][H], wide[T][H], sum[T][H];
     const int64_t chunks = s + 1 < block.segments ? block.chunks : block.all - s * block.chunks;
+    const auto begin = [&](int h) {
+      if constexpr (K::kBegins < 0) return Sum::start(nullptr);
+      else return Sum::integer(multiply(broadcast(tokens.sum[h]), broadcast(block.origin)));
+    };
+    U first[H];
+    if constexpr (Sum::kStarts == 0)
+#pragma GCC unroll 4
+      for (int h = 0; h < H; h++) first[h] = begin(h);
     const uint8_t* const codes = at.codes;
-    const bool flushed = multiply_spans<M, Block<K, H>::kLines>(block.kernel, at, chunks, narrow, wide);
+    const bool flushed = multiply_spans<M, Block<K, H>::kLines>(block.kernel, at, chunks, first, narrow, wide);
 #pragma GCC unroll 4
-    for (int h = 0; h < H; h++) {
-      U begin;
-      if constexpr (K::kBegins >= 0) begin = Sum::integer(multiply(broadcast(tokens.sum[h]), broadcast(block.origin)));
+    for (int h = 0; h < H; h++)
 #pragma GCC unroll 4
-      for (int t = 0; t < T; t++) {
-        sum[t][h] = widened<K>(narrow, t, h);
-        if constexpr (K::kBegins >= 0) sum[t][h] = Sum::add(sum[t][h], begin);
-      }
-    }
+      for (int t = 0; t < T; t++) sum[t][h] = widened<K>(narrow, t, h);
+    if constexpr (Sum::kStarts > 0 && K::kBegins >= 0)
+      if (block.origin != 0)
+#pragma GCC unroll 4
+        for (int h = 0; h < H; h++) {
+          const U here = begin(h);
+#pragma GCC unroll 4
+          for (int t = 0; t < T; t++) sum[t][h] = Sum::add(sum[t][h], here);
+        }
     if (flushed) add_all<K>(sum, wide);
     if constexpr (kHasRests<Sum>)
 #pragma GCC unroll 4
@@ -285,8 +304,11 @@ FEWBIT_INLINE void decode_block(Block<K, H>& block, const SegmentStrip& rows, Se
   block.from = block.kInPlace ? block.codes_at : block.codes[0][0][0];
   if constexpr (!Block<K, H>::kInPlace) decode_all(block, rows);
   for (int64_t s = 0; s < block.segments; s++) {
-    for (int t = 0; t < block.T; t++)
-      block.line[s][t] = Line(task, block.kernel.step, Group(task, rows.at(t)).parameters + segment.weight);
+    for (int t = 0; t < block.T; t++) {
+      Line& line = block.line[s][t];
+      line = Line(task, block.kernel.step, Group(task, rows.at(t)).parameters + segment.weight);
+      if (block.mirrored) line.scale = multiply(line.scale, broadcast(-1.0f));
+    }
     block.activation[s] = segment.activation;
     if (block.how != kPartly) segment.advance(task);
   }
@@ -318,7 +340,7 @@ void spans(const SegmentTask& task, const SegmentStrip& rows) {
   const int64_t most = room / block.chunks * block.chunks;
   Segment segment(task);
   for (block.first = 0; block.first < task.chunks; block.first += block.all) {
-    block.origin = !long_row || block.first == 0 ? block.kernel.origin + block.kCentre : 0;
+    block.origin = !block.mirrored && (!long_row || block.first == 0) ? block.kernel.origin + block.kCentre : 0;
     block.all = task.chunks - block.first < most ? task.chunks - block.first : most;
     block.segments = (block.all + block.chunks - 1) / block.chunks;
     decode_block(block, rows, segment);
