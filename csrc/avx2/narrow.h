@@ -90,7 +90,8 @@ struct PairSum {
   static inline void step(U (&sum)[4][2], const uint8_t* codes, const X* x, const X* next) {
     U a, b, u, p, q;
     asm("vpbroadcastd %[x], %[a]\n\tvpbroadcastd %[y], %[b]\n\t"  //
-        FEWBIT_PAIR_ROW("c0", "s0", "t0") FEWBIT_PAIR_ROW("c1", "s1", "t1") FEWBIT_PAIR_ROW("c2", "s2", "t2") FEWBIT_PAIR_ROW("c3", "s3", "t3")
+        FEWBIT_PAIR_ROW("c0", "s0", "t0") FEWBIT_PAIR_ROW("c1", "s1", "t1")
+        FEWBIT_PAIR_ROW("c2", "s2", "t2") FEWBIT_PAIR_ROW("c3", "s3", "t3")
         : [a] "=&x"(a), [b] "=&x"(b), [u] "=&x"(u), [p] "=&x"(p), [q] "=&x"(q), [s0] "+x"(sum[0][0]), [t0] "+x"(sum[0][1]),
           [s1] "+x"(sum[1][0]), [t1] "+x"(sum[1][1]), [s2] "+x"(sum[2][0]), [t2] "+x"(sum[2][1]), [s3] "+x"(sum[3][0]),
           [t3] "+x"(sum[3][1])

@@ -6,7 +6,9 @@
 //   kSpan                  groups of four columns that a narrow sum takes
 //   kStarts                int32s of task.starts that a chunk of a row has
 //   kCentre                what of a code's plane, for each activation, narrow sums leave out
-//   start(at)              what narrow sums begin with that stands there; zeros where there is nothing
+//   start(at)              what narrow sums begin with that stands there; zeros where there is nothing. Without kStarts they
+//                          have 32 bits and begin as the sums of a segment do
+//   mirrored(codes, largest)   largest - code; with kStarts
 //   step(narrow, codes, x, next)    adds the products of four planes' four columns and two tokens' activations
 //   step(narrow, u, v, x)  the same of two planes and four tokens, whose activations are 32 apart
 //   widened(narrow)        the narrow sums of all planes as one of 32 bits
@@ -232,11 +234,44 @@ FEWBIT_INLINE void settle_spans(const U (&sum)[T][H], const Tokens<1>& tokens, c
   }
 }
 
+// Sets `sum` to that of a segment of `chunks` chunks from `first`, times H of M tokens from `row`; `sums`: of their activations.
+template <int M, class K, int H, int T>
+FEWBIT_INLINE void sum_segment(const Block<K, H>& block, Place<K>& at, int64_t first, int64_t chunks, int64_t row,
+                               const float* sums, U (&sum)[T][H]) {
+  using Sum = Narrow<K>;
+  U narrow[T * K::kPlanes][H], wide[T][H], begins[H];
+  const auto begin = [&](int h) {
+    if constexpr (K::kBegins < 0) return Sum::start(nullptr);
+    else return Sum::integer(multiply(broadcast(sums[h]), broadcast(block.origin)));
+  };
+  if constexpr (Sum::kStarts == 0)
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++) begins[h] = begin(h);
+  const uint8_t* const codes = at.codes;
+  const bool flushed = multiply_spans<M, Block<K, H>::kLines>(block.kernel, at, chunks, begins, narrow, wide);
+#pragma GCC unroll 4
+  for (int h = 0; h < H; h++)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) sum[t][h] = widened<K>(narrow, t, h);
+  if constexpr (Sum::kStarts > 0 && K::kBegins >= 0)
+    if (block.origin != 0)
+#pragma GCC unroll 4
+      for (int h = 0; h < H; h++) {
+        const U here = begin(h);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) sum[t][h] = Sum::add(sum[t][h], here);
+      }
+  if (flushed) add_all<K>(sum, wide);
+  if constexpr (kHasRests<Sum>)
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++)
+      Sum::add_rests(sum, h, block.task, row + h, first, chunks, codes, Block<K, H>::T * kLanes * 4);
+}
+
 // Multiplies the block's row groups from `group` by H of M tokens from `token`, and adds to their totals.
 template <int M, class K, int H>
 FEWBIT_INLINE void add_some(Block<K, H>& block, int64_t group, int64_t token, int64_t m) {
   using Sum = Narrow<K>;
-  constexpr int T = Block<K, H>::kOnce, P = K::kPlanes;
   const SegmentTask& task = block.task;
   const int64_t chunk = token * task.chunks + block.first * M + m;
   Place<K> at = {block.from + group * kLanes * 4, static_cast<const typename Sum::X*>(task.activations) + chunk * 32,
@@ -247,35 +282,9 @@ FEWBIT_INLINE void add_some(Block<K, H>& block, int64_t group, int64_t token, in
   auto* totals = reinterpret_cast<float(*)[Block<K, H>::T][kLanes]>(block.totals[token + m][group]);
 #pragma GCC unroll 1
   for (int64_t s = 0; s < block.segments; s++, tokens.sum += M) {
-    U narrow[T * P][H], wide[T][H], sum[T][H];
+    U sum[Block<K, H>::kOnce][H];
     const int64_t chunks = s + 1 < block.segments ? block.chunks : block.all - s * block.chunks;
-    const auto begin = [&](int h) {
-      if constexpr (K::kBegins < 0) return Sum::start(nullptr);
-      else return Sum::integer(multiply(broadcast(tokens.sum[h]), broadcast(block.origin)));
-    };
-    U first[H];
-    if constexpr (Sum::kStarts == 0)
-#pragma GCC unroll 4
-      for (int h = 0; h < H; h++) first[h] = begin(h);
-    const uint8_t* const codes = at.codes;
-    const bool flushed = multiply_spans<M, Block<K, H>::kLines>(block.kernel, at, chunks, first, narrow, wide);
-#pragma GCC unroll 4
-    for (int h = 0; h < H; h++)
-#pragma GCC unroll 4
-      for (int t = 0; t < T; t++) sum[t][h] = widened<K>(narrow, t, h);
-    if constexpr (Sum::kStarts > 0 && K::kBegins >= 0)
-      if (block.origin != 0)
-#pragma GCC unroll 4
-        for (int h = 0; h < H; h++) {
-          const U here = begin(h);
-#pragma GCC unroll 4
-          for (int t = 0; t < T; t++) sum[t][h] = Sum::add(sum[t][h], here);
-        }
-    if (flushed) add_all<K>(sum, wide);
-    if constexpr (kHasRests<Sum>)
-#pragma GCC unroll 4
-      for (int h = 0; h < H; h++)
-        Sum::add_rests(sum, h, task, token + m + h, block.first + s * block.chunks, chunks, codes, Block<K, H>::T * kLanes * 4);
+    sum_segment<M>(block, at, block.first + s * block.chunks, chunks, token + m, tokens.sum, sum);
     tokens.scale = scale + block.activation[s];
     switch (block.how) {
       case kPlain: settle_spans<kPlain>(sum, tokens, block.line[s] + group, totals); break;
