@@ -34,13 +34,22 @@ namespace {
   "vpbroadcastd %[" X "], %[a]\n\tvpmaddubsw %[a], %[u], %[p]\n\tvpmaddubsw %[a], %[v], %[a]\n\t"                         \
   "vpaddw %[p], %[" S "], %[" S "]\n\tvpaddw %[a], %[" T "], %[" T "]\n\t"
 
+// The same of pairs that are added up in 32 bits at once.
+#define FEWBIT_PAIR_ROW(C, S, T)                                                                                           \
+  "vmovdqa %[" C "], %[u]\n\tvpmaddubsw %[a], %[u], %[p]\n\tvpmaddubsw %[b], %[u], %[q]\n\t" FEWBIT_PAIRS("q", S, T)
+#define FEWBIT_PAIR_TOKEN(X, S, T)                                                                                         \
+  "vpbroadcastd %[" X "], %[a]\n\tvpmaddubsw %[a], %[u], %[p]\n\tvpmaddubsw %[a], %[v], %[a]\n\t" FEWBIT_PAIRS("a", S, T)
+#define FEWBIT_PAIRS(Q, S, T)                                                                                              \
+  "vpmaddwd %[one], %[p], %[p]\n\tvpmaddwd %[one], %[" Q "], %[" Q "]\n\t"                                               \
+  "vpaddd %[p], %[" S "], %[" S "]\n\tvpaddd %[" Q "], %[" T "], %[" T "]\n\t"
+
 // Codes u times activations x. A narrow sum is exact modulo 2^16, and begins at -kCentre times the sum of its activations: it
 // ends at that of (u - kCentre) * x, which fits an int16, as -2^(BITS-1) < u - kCentre <= 2^(BITS-1) and -128 <= x < 128. So
-// does each pair of products, up to 7 bits; of 8 bits there are two planes.
+// does each pair of products, up to 6 bits; of 8 bits there are two planes.
 constexpr int span_of(int bits) { return 256 >> bits > 64 ? 64 : 256 >> bits; }
 constexpr int centre_of(int bits) { return (1 << (bits - 1)) - 1; }
-constexpr int starts_of(int bits) { return span_of(bits) < 8 ? 8 / span_of(bits) : 1; }
-constexpr int kMostStarts = starts_of(7);
+constexpr int starts_of(int bits) { return bits > 6 ? 0 : span_of(bits) < 8 ? 8 / span_of(bits) : 1; }
+constexpr int kMostStarts = starts_of(6);
 
 template <int BITS>
 struct NarrowSum {
@@ -48,6 +57,7 @@ struct NarrowSum {
   static constexpr int kSpan = span_of(BITS), kCentre = centre_of(BITS), kStarts = starts_of(BITS);
 
   static inline U start(const int32_t* at) { return _mm256_set1_epi32(*at); }
+  static inline U mirrored(U codes, U largest) { return _mm256_xor_si256(codes, largest); }
   static inline void step(U (&narrow)[4][2], const uint8_t* codes, const X* x, const X* next) {
     typedef int32_t Four __attribute__((may_alias));
     FEWBIT_STEP("vpbroadcastd", "vpmaddubsw", "vpaddw", Four);
@@ -69,6 +79,43 @@ struct NarrowSum {
   static inline U integer(F value) { return _mm256_cvtps_epi32(value); }
 };
 
+// Codes whose pairs of products fit an int16 and two such pairs may not: up to 7 bits, any activations.
+struct PairSum {
+  using X = int8_t;
+  static constexpr int kSpan = 64, kCentre = 0, kStarts = 0;
+  typedef int32_t Four __attribute__((may_alias));
+
+  static inline U start(const int32_t*) { return _mm256_setzero_si256(); }
+  static inline const Four& at(const void* x) { return *static_cast<const Four*>(x); }
+  static inline void step(U (&sum)[4][2], const uint8_t* codes, const X* x, const X* next) {
+    U a, b, u, p, q;
+    asm("vpbroadcastd %[x], %[a]\n\tvpbroadcastd %[y], %[b]\n\t"  //
+        FEWBIT_PAIR_ROW("c0", "s0", "t0") FEWBIT_PAIR_ROW("c1", "s1", "t1")
+        FEWBIT_PAIR_ROW("c2", "s2", "t2") FEWBIT_PAIR_ROW("c3", "s3", "t3")
+        : [a] "=&x"(a), [b] "=&x"(b), [u] "=&x"(u), [p] "=&x"(p), [q] "=&x"(q), [s0] "+x"(sum[0][0]), [t0] "+x"(sum[0][1]),
+          [s1] "+x"(sum[1][0]), [t1] "+x"(sum[1][1]), [s2] "+x"(sum[2][0]), [t2] "+x"(sum[2][1]), [s3] "+x"(sum[3][0]),
+          [t3] "+x"(sum[3][1])
+        : [x] "m"(at(x)), [y] "m"(at(next)), [one] "x"(_mm256_set1_epi16(1)), [c0] "m"(*reinterpret_cast<const U*>(codes)),
+          [c1] "m"(*reinterpret_cast<const U*>(codes + 32)), [c2] "m"(*reinterpret_cast<const U*>(codes + 64)),
+          [c3] "m"(*reinterpret_cast<const U*>(codes + 96)));
+  }
+  static inline void step(U (&sum)[2][4], U first, U second, const X* x) {
+    U a, p;
+    asm(FEWBIT_PAIR_TOKEN("x0", "s0", "t0") FEWBIT_PAIR_TOKEN("x1", "s1", "t1") FEWBIT_PAIR_TOKEN("x2", "s2", "t2")
+            FEWBIT_PAIR_TOKEN("x3", "s3", "t3")
+        : [a] "=&x"(a), [p] "=&x"(p), [s0] "+x"(sum[0][0]), [t0] "+x"(sum[1][0]), [s1] "+x"(sum[0][1]), [t1] "+x"(sum[1][1]),
+          [s2] "+x"(sum[0][2]), [t2] "+x"(sum[1][2]), [s3] "+x"(sum[0][3]), [t3] "+x"(sum[1][3])
+        : [u] "x"(first), [v] "x"(second), [one] "x"(_mm256_set1_epi16(1)), [x0] "m"(at(x)), [x1] "m"(at(x + 32)),
+          [x2] "m"(at(x + 64)), [x3] "m"(at(x + 96)));
+  }
+  static inline U widened(U sum) { return sum; }
+  static inline U add(U wide, U other) { return _mm256_add_epi32(wide, other); }
+  static inline U integer(F value) { return _mm256_cvtps_epi32(value); }
+};
+
+template <>
+struct NarrowSum<7> : PairSum {};
+
 // Levels of 16 bits: each plane holds four columns of every other two rows, whose halves are added up at the end.
 struct NarrowWords {
   using X = int16_t;
@@ -86,6 +133,7 @@ struct NarrowWords {
 // Writes what narrow sums of a row begin with, where they are of codes of `bits` bits.
 inline void begin_row(const SegmentTask& task, int64_t row, int bits) {
   const int64_t words = starts_of(bits), span = (span_of(bits) + 7) / 8;
+  if (words == 0) return;
   const int8_t* x = row_of<int8_t>(task, row);
   int32_t* out = task.starts + (row / task.together * task.chunks * task.together + row % task.together) * words;
   for (int64_t begin = 0, end; begin < task.chunks; begin = end) {
@@ -110,6 +158,9 @@ inline void begin_row(const SegmentTask& task, int64_t row, int bits) {
 #undef FEWBIT_STEP
 #undef FEWBIT_ROW
 #undef FEWBIT_TOKEN
+#undef FEWBIT_PAIR_ROW
+#undef FEWBIT_PAIR_TOKEN
+#undef FEWBIT_PAIRS
 
 }  // namespace
 }  // namespace fewbit

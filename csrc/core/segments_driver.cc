@@ -85,6 +85,16 @@ const SegmentKernel* find_few([[maybe_unused]] bool lut, [[maybe_unused]] int32_
   return nullptr;
 }
 
+// That of three tokens and more times codes of 8 bits, where there is one. Activations far from 0 would be split, all of them.
+const SegmentKernel* find_split([[maybe_unused]] int32_t bits, [[maybe_unused]] const fewbit_input& x,
+                                [[maybe_unused]] int32_t isa) {
+#if defined(__x86_64__)
+  const bool around = x.scale == 0 || (x.zero >= 96 && x.zero <= 160);
+  if (fewbit_caps() & isa & FEWBIT_AVX2 && bits == 8 && x.tokens > 2 && around) return &int8_split_linear_avx2;
+#endif
+  return nullptr;
+}
+
 // Columns that share a scale of the activations, `x_block` being an argument of fewbit_linear_many.
 int64_t columns_of(int64_t x_block, int64_t columns) { return x_block < 0 ? columns : x_block; }
 
@@ -170,8 +180,11 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
     if (!table && outputs[i].matrix->bits > most) most = outputs[i].matrix->bits;
     rows += outputs[i].matrix->rows;
   }
-  if (x_block > 0)
+  if (x_block > 0) {
     if (const SegmentKernel* few = find_few(table, most, x.tokens, rows, isa)) call.kernel = few;
+    const SegmentKernel* split = table ? nullptr : find_split(most, x, isa);
+    if (split) call.kernel = split;
+  }
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   for (int32_t i = 1; i < count && call.kernel->starts; i++)
     if (outputs[i].matrix->bits != outputs[0].matrix->bits) {

@@ -6,12 +6,17 @@
 //   kSpan                  groups of four columns that a narrow sum takes
 //   kStarts                int32s of task.starts that a chunk of a row has
 //   kCentre                what of a code's plane, for each activation, narrow sums leave out
-//   start(at)              what narrow sums begin with that stands there; zeros where there is nothing
+//   start(at)              what narrow sums begin with that stands there; zeros where there is nothing. Without kStarts they
+//                          have 32 bits and begin as the sums of a segment do
+//   mirrored(codes, largest)   largest - code; with kStarts
 //   step(narrow, codes, x, next)    adds the products of four planes' four columns and two tokens' activations
 //   step(narrow, u, v, x)  the same of two planes and four tokens, whose activations are 32 apart
 //   widened(narrow)        the narrow sums of all planes as one of 32 bits
 //   add(wide, other)       sums of those
 //   integer(float)         a float that is one
+//   kRests, add_rests(sum, h, task, row, first, chunks, codes, apart)
+//                          adds to sums of token h what steps leave out of `chunks` chunks of its row of activations; or
+//                          neither. Codes of the row groups lie together, those of four columns and the next `apart`
 #pragma once
 
 #include <stdint.h>
@@ -30,6 +35,11 @@ constexpr bool kHasSpans<Sum, std::void_t<typename Sum::Narrow>> = true;
 
 template <class K>
 using Narrow = typename K::Sum::Narrow;
+
+template <class Sum, class = void>
+constexpr bool kHasRests = false;
+template <class Sum>
+constexpr bool kHasRests<Sum, std::void_t<decltype(Sum::kRests)>> = true;
 
 constexpr int kSumsBeside = 8;                      // that registers hold
 constexpr int kBeside = 2, kInPlaceBeside = 4;      // tokens of a step: of codes decoded before, and of those decoded for it
@@ -52,6 +62,7 @@ struct Block {
   static constexpr bool kInPlace = H == kInPlaceBeside;
   static constexpr int T = kInPlace ? kGroupsPerTile : kOnce;
   static constexpr float kCentre = Narrow<K>::kCentre * (P == 2 ? 17 : 1);
+  static constexpr bool kBothWays = K::kBegins >= 0 && P == 1 && Narrow<K>::kStarts > 0;
   // Lines of a tile's next block that each of the first passes through one fetches for every chunk: all at once would be
   // waited for.
   static constexpr int kTiles = T / kGroupsPerTile, kPasses = kFetching / H * (T / kOnce) / kTiles;
@@ -60,6 +71,7 @@ struct Block {
   const SegmentTask& task;
   const K kernel;
   Settling how;
+  bool mirrored;           // whether codes are counted from the largest down, by which sums begin with nothing
   float origin;            // what of each activation sums begin with
   int64_t first, chunks;   // of the row; of each segment but the last one
   int64_t all, segments;   // chunks and segments of the block
@@ -69,7 +81,8 @@ struct Block {
   Line line[kBlockChunks][T];
   float totals[kRoundedTokens][T][kLanes];
 
-  explicit FEWBIT_INLINE Block(const SegmentTask& t) : task(t), kernel(t), how(settling(t)) {}
+  explicit FEWBIT_INLINE Block(const SegmentTask& t)
+      : task(t), kernel(t), how(settling(t)), mirrored(!kInPlace && kBothWays && kernel.origin + kCentre == -1) {}
 
   // What one pass fetches first.
   FEWBIT_INLINE const uint8_t* next(int64_t group, int64_t token) const {
@@ -84,6 +97,7 @@ struct Block {
 template <class K, int H>
 FEWBIT_INLINE void decode_all(Block<K, H>& block, const SegmentStrip& rows) {
   constexpr int P = K::kPlanes;
+  const U other = repeat(block.mirrored ? 0x01010101u * (2 * Narrow<K>::kCentre + 1) : 0);
   for (int t = 0; t < block.T; t++) {
     const uint8_t* codes = Group(block.task, rows.at(t)).codes + block.first * K::kBits * 64;
     Held<K::kBits> held;
@@ -93,6 +107,7 @@ FEWBIT_INLINE void decode_all(Block<K, H>& block, const SegmentStrip& rows) {
         U plane[P];
         held.advance(codes, g);
         block.kernel.split(held.quad(g), plane);
+        if constexpr (block.kBothWays) plane[0] = Narrow<K>::mirrored(plane[0], other);
         for (int p = 0; p < P; p++) store_lanes(block.codes[c * 8 + g][t][p], plane[p]);
       }
     }
@@ -162,7 +177,8 @@ FEWBIT_INLINE void add_all(U (&sum)[T][H], const U (&other)[T][H]) {
 
 // The products of `chunks` chunks with H of M tokens: those of the last span, and whether `wide` has those of others.
 template <int M, int lines, class K, int H, int T, int V>
-FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks, U (&narrow)[V][H], U (&wide)[T][H]) {
+FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks, const U (&begin)[H], U (&narrow)[V][H],
+                                  U (&wide)[T][H]) {
   using Sum = Narrow<K>;
   constexpr int kGroups = Sum::kSpan < 8 ? Sum::kSpan : 8, kChunks = (Sum::kSpan + 7) / 8, kStarts = Sum::kStarts;
   constexpr int64_t bytes = H == kInPlaceBeside ? K::kBits * 64 : kGroups * V * kLanes * 4;
@@ -170,7 +186,10 @@ FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks,
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++)
 #pragma GCC unroll 4
-      for (int h = 0; h < H; h++) narrow[v][h] = Sum::start(at.start + h * kStarts + part);
+      for (int h = 0; h < H; h++) {
+        if constexpr (kStarts > 0) narrow[v][h] = Sum::start(at.start + h * kStarts + part);
+        else narrow[v][h] = flushed ? Sum::start(nullptr) : begin[h];
+      }
     if constexpr (kGroups == 8) {
       for (int64_t left = chunks < kChunks ? chunks : kChunks; left > 0; left--) {
         at.template fetch<lines>();
@@ -215,11 +234,44 @@ FEWBIT_INLINE void settle_spans(const U (&sum)[T][H], const Tokens<1>& tokens, c
   }
 }
 
+// Sets `sum` to that of a segment of `chunks` chunks from `first`, times H of M tokens from `row`; `sums`: of their activations.
+template <int M, class K, int H, int T>
+FEWBIT_INLINE void sum_segment(const Block<K, H>& block, Place<K>& at, int64_t first, int64_t chunks, int64_t row,
+                               const float* sums, U (&sum)[T][H]) {
+  using Sum = Narrow<K>;
+  U narrow[T * K::kPlanes][H], wide[T][H], begins[H];
+  const auto begin = [&](int h) {
+    if constexpr (K::kBegins < 0) return Sum::start(nullptr);
+    else return Sum::integer(multiply(broadcast(sums[h]), broadcast(block.origin)));
+  };
+  if constexpr (Sum::kStarts == 0)
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++) begins[h] = begin(h);
+  const uint8_t* const codes = at.codes;
+  const bool flushed = multiply_spans<M, Block<K, H>::kLines>(block.kernel, at, chunks, begins, narrow, wide);
+#pragma GCC unroll 4
+  for (int h = 0; h < H; h++)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) sum[t][h] = widened<K>(narrow, t, h);
+  if constexpr (Sum::kStarts > 0 && K::kBegins >= 0)
+    if (block.origin != 0)
+#pragma GCC unroll 4
+      for (int h = 0; h < H; h++) {
+        const U here = begin(h);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) sum[t][h] = Sum::add(sum[t][h], here);
+      }
+  if (flushed) add_all<K>(sum, wide);
+  if constexpr (kHasRests<Sum>)
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++)
+      Sum::add_rests(sum, h, block.task, row + h, first, chunks, codes, Block<K, H>::T * kLanes * 4);
+}
+
 // Multiplies the block's row groups from `group` by H of M tokens from `token`, and adds to their totals.
 template <int M, class K, int H>
 FEWBIT_INLINE void add_some(Block<K, H>& block, int64_t group, int64_t token, int64_t m) {
   using Sum = Narrow<K>;
-  constexpr int T = Block<K, H>::kOnce, P = K::kPlanes;
   const SegmentTask& task = block.task;
   const int64_t chunk = token * task.chunks + block.first * M + m;
   Place<K> at = {block.from + group * kLanes * 4, static_cast<const typename Sum::X*>(task.activations) + chunk * 32,
@@ -230,20 +282,9 @@ FEWBIT_INLINE void add_some(Block<K, H>& block, int64_t group, int64_t token, in
   auto* totals = reinterpret_cast<float(*)[Block<K, H>::T][kLanes]>(block.totals[token + m][group]);
 #pragma GCC unroll 1
   for (int64_t s = 0; s < block.segments; s++, tokens.sum += M) {
-    U narrow[T * P][H], wide[T][H], sum[T][H];
+    U sum[Block<K, H>::kOnce][H];
     const int64_t chunks = s + 1 < block.segments ? block.chunks : block.all - s * block.chunks;
-    const bool flushed = multiply_spans<M, Block<K, H>::kLines>(block.kernel, at, chunks, narrow, wide);
-#pragma GCC unroll 4
-    for (int h = 0; h < H; h++) {
-      U begin;
-      if constexpr (K::kBegins >= 0) begin = Sum::integer(multiply(broadcast(tokens.sum[h]), broadcast(block.origin)));
-#pragma GCC unroll 4
-      for (int t = 0; t < T; t++) {
-        sum[t][h] = widened<K>(narrow, t, h);
-        if constexpr (K::kBegins >= 0) sum[t][h] = Sum::add(sum[t][h], begin);
-      }
-    }
-    if (flushed) add_all<K>(sum, wide);
+    sum_segment<M>(block, at, block.first + s * block.chunks, chunks, token + m, tokens.sum, sum);
     tokens.scale = scale + block.activation[s];
     switch (block.how) {
       case kPlain: settle_spans<kPlain>(sum, tokens, block.line[s] + group, totals); break;
@@ -272,8 +313,11 @@ FEWBIT_INLINE void decode_block(Block<K, H>& block, const SegmentStrip& rows, Se
   block.from = block.kInPlace ? block.codes_at : block.codes[0][0][0];
   if constexpr (!Block<K, H>::kInPlace) decode_all(block, rows);
   for (int64_t s = 0; s < block.segments; s++) {
-    for (int t = 0; t < block.T; t++)
-      block.line[s][t] = Line(task, block.kernel.step, Group(task, rows.at(t)).parameters + segment.weight);
+    for (int t = 0; t < block.T; t++) {
+      Line& line = block.line[s][t];
+      line = Line(task, block.kernel.step, Group(task, rows.at(t)).parameters + segment.weight);
+      if (block.mirrored) line.scale = multiply(line.scale, broadcast(-1.0f));
+    }
     block.activation[s] = segment.activation;
     if (block.how != kPartly) segment.advance(task);
   }
@@ -305,7 +349,7 @@ void spans(const SegmentTask& task, const SegmentStrip& rows) {
   const int64_t most = room / block.chunks * block.chunks;
   Segment segment(task);
   for (block.first = 0; block.first < task.chunks; block.first += block.all) {
-    block.origin = !long_row || block.first == 0 ? block.kernel.origin + block.kCentre : 0;
+    block.origin = !block.mirrored && (!long_row || block.first == 0) ? block.kernel.origin + block.kCentre : 0;
     block.all = task.chunks - block.first < most ? task.chunks - block.first : most;
     block.segments = (block.all + block.chunks - 1) / block.chunks;
     decode_block(block, rows, segment);

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// Codes of 8 bits times three tokens and more. vpmaddubsw adds two products of bytes in int16, which holds them unless two
+// activations of the same sign are large: 255 (|a| + |b|) is past it where |a| + |b| > 128. Few pairs are. Those are split in
+// halves, of which one stays where it was and the other, its rest, is multiplied by itself. All others take three
+// instructions for 32 products, where two planes of nibbles (core/int8.h) take four.
+#include "avx2/dot.h"
+
+#include "core/int8.h"
+#include "core/rounding.h"
+
+namespace fewbit {
+namespace {
+
+// The halves of a row of activations that lie apart, in the memory of SegmentTask::starts.
+struct Rests {
+  static constexpr int64_t kWords = 10;  // int32s of a chunk
+
+  int32_t* x;     // (chunks, 8): four columns each, zeros where there are none
+  uint8_t* some;  // (chunks): a bit for each four columns that have rests; padded to a multiple of 8 and read by 8
+
+  Rests(const SegmentTask& task, int64_t row)
+      : x(task.starts + row * task.chunks * kWords), some(reinterpret_cast<uint8_t*>(x + task.chunks * 8)) {}
+};
+
+struct SplitSum : PairSum {
+  static constexpr bool kRests = true;
+
+  template <int T, int H>
+  static FEWBIT_INLINE void add_rests(U (&sum)[T][H], int h, const SegmentTask& task, int64_t row, int64_t first,
+                                      int64_t chunks, const uint8_t* codes, int64_t apart) {
+    const Rests rests(task, row);
+    for (; chunks > 0; chunks -= 8, first += 8, codes += 64 * apart) {
+      uint64_t some;
+      __builtin_memcpy(&some, rests.some + first, sizeof some);
+      if (chunks < 8) some &= (uint64_t{1} << 8 * chunks) - 1;
+      for (; some; some &= some - 1) {
+        const int g = __builtin_ctzll(some);
+        const U x = _mm256_set1_epi32(rests.x[first * 8 + g]);
+        for (int t = 0; t < T; t++) {
+          const U pairs = _mm256_maddubs_epi16(load_lanes(codes + g * apart + t * kLanes * 4), x);
+          sum[t][h] = _mm256_add_epi32(sum[t][h], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        }
+      }
+    }
+  }
+};
+
+// Codes as they are.
+struct Bytes {
+  static constexpr int kBits = 8, kPlanes = 1, kApart = 0, kFields = 1, kBegins = 0;
+  static constexpr float step = 1;
+  using X = int8_t;
+  struct Sum {
+    using Narrow = SplitSum;
+  };
+  float origin;
+
+  explicit FEWBIT_INLINE Bytes(const SegmentTask& task) : origin(-task.whole) {}
+  FEWBIT_INLINE void split(U codes, U (&plane)[1]) const { plane[0] = codes; }
+};
+
+// Halves the pairs of a rounded row that are too large.
+void split_row(const SegmentTask& task, int64_t row) {
+  int8_t* x = row_of<int8_t>(task, row);
+  const Rests rests(task, row);
+  const U zero = _mm256_setzero_si256(), one = _mm256_set1_epi8(1), most = _mm256_set1_epi16(128);
+  for (int64_t c = 0; c < task.chunks; c++, x += task.together * 32) {
+    const U here = load_lanes(reinterpret_cast<const uint8_t*>(x)), below = _mm256_cmpgt_epi8(zero, here);
+    const U minus = _mm256_and_si256(_mm256_abs_epi8(here), below), plus = _mm256_andnot_si256(below, here);
+    const U large = _mm256_or_si256(_mm256_cmpgt_epi16(_mm256_maddubs_epi16(plus, one), most),
+                                    _mm256_cmpgt_epi16(_mm256_maddubs_epi16(minus, one), most));
+    const U half = flip(_mm256_avg_epu8(flip(here, 0x80808080u), repeat(0x80808080u)), 0x80808080u);  // rounded up
+    const U rest = _mm256_and_si256(half, large);
+    store_lanes(reinterpret_cast<uint8_t*>(x), _mm256_sub_epi8(here, rest));
+    store_lanes(reinterpret_cast<uint8_t*>(rests.x + c * 8), rest);
+    const int none = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(large, zero)));
+    rests.some[c] = static_cast<uint8_t>(~none);
+  }
+}
+
+void round_split(const SegmentTask& task, const fewbit_input& x, int64_t token) {
+  round_token<int8_t>(task, x, token);
+  split_row(task, token);
+}
+
+void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  strips_spans<Bytes, kManyTokens>(task, tile_begin * kGroupsPerTile, tile_end * kGroupsPerTile, tokens);
+}
+
+}  // namespace
+
+const SegmentKernel int8_split_linear_avx2 = {kManyTokens, 1, 1, round_split, run, Rests::kWords};
+
+}  // namespace fewbit
