@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "avx2/half_rows.h"
 #include "avx2/level_bytes.h"
-
-#include "core/row_lut.h"
 
 namespace fewbit {
 namespace {
@@ -48,6 +47,12 @@ void nibble_row(const RowTask& task, int64_t row) {
 }
 
 void run(const RowTask& task, int64_t begin, int64_t end) {
+  if (task.table_half && task.blocks == 1) switch (task.bits) {
+      case 1: return half_rows_of<1>(task, begin, end);
+      case 2: return half_rows_of<2>(task, begin, end);
+      case 3: return half_rows_of<3>(task, begin, end);
+      case 4: return half_rows_of<4>(task, begin, end);
+    }
   if (task.bits != 4 || task.tokens != 1 || task.together != 1) return row_lut_run(task, begin, end);
   for (; begin < end; begin++) nibble_row(task, begin);
 }

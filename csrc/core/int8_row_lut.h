@@ -12,6 +12,7 @@
 
 #include <string.h>
 
+#include "core/byte_cells.h"
 #include "core/inline.h"
 #include "core/kernel.h"
 #include "core/rounding.h"
@@ -19,31 +20,8 @@
 namespace fewbit {
 namespace {
 
-constexpr int kBytes = 4 * kLanes, kBeside = kBytes / 16;  // of a vector; chunks in it
-constexpr int kPart = 16 * kRowChunks;  // bytes of a part of four chunks
 constexpr int64_t kAhead = 8;           // rows
 constexpr int64_t kDecoded = 2048;      // levels of a row that are decoded at a time
-
-template <int BITS>
-struct ByteCells {
-  static constexpr int kUnit = BITS == 3 ? 3 : 1;
-  static constexpr int kFields = 8 * kUnit / BITS, kColumns = 16 * kFields;
-  U part[kUnit];
-
-  ByteCells() = default;
-  explicit FEWBIT_INLINE ByteCells(const uint8_t* codes) {
-    for (int p = 0; p < kUnit; p++) part[p] = load_lanes(codes + p * kPart);
-  }
-
-  // Codes of 16 columns of each chunk, one a byte.
-  FEWBIT_INLINE U field(int n) const {
-    constexpr uint32_t kMask = 0x01010101u * ((1u << BITS) - 1);
-    const int bit = n * BITS, p = bit / 8, at = bit % 8;
-    if (at + BITS <= 8) return mask(at ? shift_right(part[p], at) : part[p], kMask);
-    const uint32_t low = 0x01010101u * ((1u << (8 - at)) - 1);
-    return mask(select(low, shift_right(part[p], at), shift_left(part[p + (p + 1 < kUnit)], 8 - at)), kMask);
-  }
-};
 
 // Rounds token `token` of x, or fills it with zeros where x has no such token; lays it out as the kernel reads it: (vectors
 // of chunks, fields, tokens that are computed together, chunks of a vector, 16).
@@ -95,19 +73,6 @@ FEWBIT_INLINE void put_rows(const Int8RowTask& task, int64_t row, int64_t token,
   else
     for (int r = 0; r < R; r++) write_float(task.y, task.y_dtype, at + r, y[r]);
 }
-
-// The end of R rows, whose last one to three chunks lie at `codes`, `rest` bytes each, as if they were four.
-template <int BITS, int R>
-struct LastChunks {
-  static constexpr int kUnit = ByteCells<BITS>::kUnit;
-  uint8_t bytes[R * kUnit * kPart] = {};
-
-  FEWBIT_INLINE LastChunks(const uint8_t* codes, int64_t apart, int64_t rest) {
-    for (int r = 0; r < R; r++)
-      for (int p = 0; p < kUnit; p++)
-        memcpy(bytes + (r * kUnit + p) * kPart, codes + r * apart + p * (rest / kUnit), static_cast<size_t>(rest / kUnit));
-  }
-};
 
 // Adds the products of four chunks of R rows, whose codes are `apart` bytes from row to row, and of M tokens to `sum`, C sums
 // of each that fields take in turn. KEEP: the levels are written to `out`, (vectors, fields, R, kBytes).

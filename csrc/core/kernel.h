@@ -236,7 +236,7 @@ struct RowTask {
   const uint8_t* codes;          // (rows, bytes of a row), in row16
   const void* table;             // (tables, 2^bits)
   const float* scale;            // (rows, blocks)
-  int64_t tokens, together;      // tokens that are computed together: 1 or kRowTokens
+  int64_t tokens, together;      // at most kRowPanel; tokens that are computed together: 1 or kRowTokens
   const float* panel;            // activations (tokens, whole chunks of columns), padded with zeros
   const float* bias;
   void* y;
@@ -244,7 +244,7 @@ struct RowTask {
   int32_t y_dtype;
 };
 
-enum : int64_t { kRowTokens = 4, kRowChunks = 4 };  // chunks whose parts lie together: see fewbit_row_tables
+enum : int64_t { kRowTokens = 4, kRowChunks = 4, kRowPanel = 32 };  // chunks whose parts lie together: see fewbit_row_tables
 
 // Tables of rows on one instruction set.
 struct RowKernel {

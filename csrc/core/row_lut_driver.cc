@@ -17,7 +17,6 @@ namespace fewbit {
 namespace {
 
 constexpr int64_t kMostColumns = 1 << 16;  // whose sums of integers cannot overflow
-constexpr int64_t kMostTokens = 32;   // whose panel exists at a time
 constexpr int64_t kRows = 32;         // that a thread takes at a time
 constexpr int64_t kSmall = 1 << 17;   // multiply-adds below which a second thread costs more than it brings
 
@@ -135,7 +134,7 @@ extern "C" int fewbit_row_linear(const fewbit_row_tables* matrix, const fewbit_i
   RowTask& task = call.task;
   task.bias = bias, task.y_stride = y_stride, task.y_dtype = y_dtype;
   task.together = x->tokens == 1 ? int64_t{1} : kRowTokens;
-  const int64_t group = group_of(x->tokens, task.together, kMostTokens), padded = task.chunks * chunk_columns(task.bits);
+  const int64_t group = group_of(x->tokens, task.together, kRowPanel), padded = task.chunks * chunk_columns(task.bits);
   const std::size_t size = static_cast<std::size_t>(group * padded) * sizeof(float);
   float* panel = static_cast<float*>(operator new(size, std::align_val_t(64), std::nothrow));
   if (!panel) return FEWBIT_NO_MEMORY;

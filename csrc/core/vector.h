@@ -76,12 +76,16 @@ struct Book {
     asm("" : "+r"(here));  // one pointer: GCC would add the block to every index
   }
 
-  FEWBIT_INLINE void read(const uint8_t* codes, F (&value)[T]) const {
+  FEWBIT_INLINE void find(const uint8_t* codes, const E* (&entry)[kCodes]) const {
     uint64_t word[kWords];
-    const E* entry[kCodes];
     for (int w = 0; w < kWords; w++) word[w] = indices[w].word(codes);
     for (int c = 0; c < kCodes; c++)
       entry[c] = reinterpret_cast<const E*>(reinterpret_cast<const char*>(here) + indices[0].at(word[c / 4], c % 4));
+  }
+
+  FEWBIT_INLINE void read(const uint8_t* codes, F (&value)[T]) const {
+    const E* entry[kCodes];
+    find(codes, entry);
     for (int t = 0; t < T; t++) value[t] = entries<WIDTH>(entry, t);
   }
 };
@@ -117,6 +121,22 @@ struct Walk {
   }
 };
 
+// Writes T vectors of a tile x M tokens, of which the task has those from `token`.
+template <int WIDTH, int T, int M>
+FEWBIT_INLINE void put_strip(const VectorTask& task, int64_t tile, int first, int64_t token, const F (&acc)[T][M]) {
+  float lanes[M][T * kLanes];  // all are stored, as a loop that may end early would keep the accumulators in memory
+#pragma GCC unroll 16
+  for (int i = 0; i < T * M; i++) store(lanes[i % M] + i / M * kLanes, acc[i / M][i % M]);
+  for (int m = 0; m < M && token + m < task.tokens; m++) {
+    for (int i = 0; i < T * kLanes; i++) {
+      const int64_t lane = first * kLanes + i, row = (tile * 8 + lane / WIDTH) * task.dim + lane % WIDTH;
+      if (lane % WIDTH >= task.dim || row >= task.rows) continue;
+      write_float(task.y, task.y_dtype, (token + m) * task.y_stride + row,
+                  task.bias ? lanes[m][i] + task.bias[row] : lanes[m][i]);
+    }
+  }
+}
+
 // T vectors of a tile x M tokens, of which those from `token` that the task has are written.
 template <int WIDTH, class E, bool RESIDUAL, int T, int M>
 void strip(const VectorTask& task, int64_t tile, int first, int64_t token) {
@@ -135,17 +155,7 @@ void strip(const VectorTask& task, int64_t tile, int first, int64_t token) {
       for (int t = 0; t < T; t++) acc[t][m] = fma(value[t], x, acc[t][m]);
     }
   }
-  float lanes[M][T * kLanes];  // all are stored, as a loop that may end early would keep the accumulators in memory
-#pragma GCC unroll 16
-  for (int i = 0; i < T * M; i++) store(lanes[i % M] + i / M * kLanes, acc[i / M][i % M]);
-  for (int m = 0; m < M && token + m < task.tokens; m++) {
-    for (int i = 0; i < T * kLanes; i++) {
-      const int64_t lane = first * kLanes + i, row = (tile * 8 + lane / WIDTH) * task.dim + lane % WIDTH;
-      if (lane % WIDTH >= task.dim || row >= task.rows) continue;
-      write_float(task.y, task.y_dtype, (token + m) * task.y_stride + row,
-                  task.bias ? lanes[m][i] + task.bias[row] : lanes[m][i]);
-    }
-  }
+  put_strip<WIDTH, T, M>(task, tile, first, token, acc);
 }
 
 template <int WIDTH, class E, bool RESIDUAL, int M>
@@ -156,6 +166,10 @@ void strips(const VectorTask& task, int64_t tile, int64_t token) {
 
 template <int WIDTH, class E, bool RESIDUAL>
 struct Tile {
+  using Entry = E;
+  static constexpr int kWidth = WIDTH;
+  static constexpr bool kResidual = RESIDUAL;
+
   static void run(const VectorTask& task, int64_t tile) {
     for (int64_t token = 0; token < task.tokens; token += task.together) switch (task.together) {
         case 1: strips<WIDTH, E, RESIDUAL, 1>(task, tile, token); break;

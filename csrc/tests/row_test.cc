@@ -88,13 +88,13 @@ void check(const Shape& s, int32_t bits, bool half, std::mt19937& random) {
             static_cast<uint8_t>((code >> b & 1) << bit % 8);
       }
     }
-  // Levels that float16 holds: small integers.
+  // Levels that float16 holds, of either sign and any 11 bits, and zeros.
   std::vector<float> level(tables << bits), scale(s.rows * blocks), x(s.tokens * s.columns), bias(s.rows);
   std::vector<uint16_t> level_half(level.size());
   for (size_t i = 0; i < level.size(); i++) {
-    const int n = static_cast<int>(random() % 7);
-    level[i] = n ? static_cast<float>(1 << n) : 0;
-    level_half[i] = static_cast<uint16_t>(n ? (n + 15) << 10 : 0);
+    const int n = static_cast<int>(random() % 7), mantissa = n ? static_cast<int>(random() % 1024) : 0, sign = random() % 2;
+    level[i] = n ? ldexpf(static_cast<float>(sign ? -1024 - mantissa : 1024 + mantissa), n - 10) : 0;
+    level_half[i] = static_cast<uint16_t>(n ? sign << 15 | (n + 15) << 10 | mantissa : 0);
   }
   for (auto& value : scale) value = normal(random);
   for (auto& value : bias) value = normal(random);
