@@ -32,3 +32,6 @@ def test_figures_are_those_of_the_definition(windows: int, tokens: int) -> None:
     # float32 logarithms of up to about 20, and sums of 50 terms
     for name, value in wanted.items():
         assert found[name] == pytest.approx(value, rel=50 * 20 * 2.0**-24), name
+    means = (np.exp(p) * (p - q)).sum(1).reshape(windows, -1).mean(1)
+    error = means.std(ddof=1) / windows**0.5 if windows > 1 else 0.0
+    assert found["kl_mean_stderr"] == pytest.approx(error, rel=1e-4, abs=1e-6)
