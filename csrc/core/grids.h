@@ -13,13 +13,13 @@ namespace fewbit {
 namespace {
 
 constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds what is below 2^22 to an integer, ties to even
-constexpr int64_t kRowsTogether = 32;
 #if defined(__AVX2__)
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
 static_assert(kLanes <= kGridLanes, "scratch is for so many");
+constexpr int64_t kRowsTogether = 8 * kLanes;  // sums of as many vectors hide each other's latency
 constexpr int64_t kMostColumns = FEWBIT_SWEPT;
 
 struct Grid {
@@ -145,7 +145,7 @@ void sweep_rows(const fewbit_grid_sweep_call& call, int64_t first, int64_t count
       scale[i] = call.scale[block * call.rows + first + i], zero[i] = call.zero[block * call.rows + first + i];
     }
     for (int64_t j = 0; j < k; j++) {
-      const float passed = call.upper[j * call.upper_stride + k];
+      const float passed = call.upper[k * call.upper_stride + j];
       for (int64_t i = 0; i < kRowsTogether; i++) now[i] += passed * lost[j][i];
     }
     uint8_t codes[kRowsTogether];
