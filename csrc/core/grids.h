@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Even grids: search of their ranges, and columns rounded one after another; what fewbit_grid_search and fewbit_grid_sweep
-// of fewbit.h say, compiled for the instruction set of the file that includes this. Plain loops that compilers turn into
-// vectors; products and sums are rounded one by one, in one order, so that every instruction set gives the same bits.
+// of fewbit.h say, compiled for the instruction set of the file that includes this. Rows lie side by side in vectors;
+// products and sums are rounded one by one, in one order, so that every instruction set gives the same bits.
 #pragma once
 
-#include "core/dtypes.h"
+#include <string.h>
+
 #include "core/kernel.h"
 #include "fewbit.h"
 
@@ -12,17 +13,18 @@ namespace fewbit {
 namespace {
 
 constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds what is below 2^22 to an integer, ties to even
-constexpr int64_t kRowsTogether = 32;
+#if defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+static_assert(kLanes <= kGridLanes, "scratch is for so many");
+constexpr int64_t kRowsTogether = 8 * kLanes;  // sums of as many vectors hide each other's latency
 constexpr int64_t kMostColumns = FEWBIT_SWEPT;
 
 struct Grid {
   float scale, zero;
 };
-
-inline float storable(float scale) {
-  const float least = 5.9604644775390625e-08f, most = 65504.0f;
-  return from_float16(to_float16(scale < least ? least : scale > most ? most : scale));
-}
 
 inline float code_of(float x, Grid grid, float top) {
   float code = x / grid.scale + grid.zero;
@@ -31,96 +33,103 @@ inline float code_of(float x, Grid grid, float top) {
   return code + kToInteger - kToInteger;
 }
 
-// Sum of n floats, the upper half added to the lower one until one is left.
-template <class Count>
-inline float halved(float* x, Count n) {
-  while (n > 1) {
-    const Count half = (n + 1) / 2;
-    for (Count i = 0; i < n - half; i++) x[i] += x[half + i];
-    n = half;
-  }
-  return x[0];
+// Of rows side by side, a number of each. Aligned as floats are, where it lies in memory.
+typedef float Lanes __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef uint32_t LaneBits __attribute__((vector_size(4 * kLanes), aligned(4)));
+
+struct LaneGrids {
+  Lanes scale, zero;
+};
+
+inline Lanes all(float x) { return Lanes{} + x; }
+inline Lanes magnitude(Lanes x) { return reinterpret_cast<Lanes>(reinterpret_cast<LaneBits>(x) & 0x7fffffffu); }
+inline Lanes whole(Lanes x) { return x + kToInteger - kToInteger; }
+
+// What a scale is once it was stored in float16: to nearest, ties to even; below 2^-14 that are multiples of 2^-24.
+inline Lanes storable(Lanes scale) {
+  const Lanes least = all(5.9604644775390625e-08f), most = all(65504.0f), normal = all(6.103515625e-05f);
+  scale = scale < least ? least : scale;
+  scale = scale > most ? most : scale;
+  const LaneBits bits = reinterpret_cast<LaneBits>(scale);
+  const LaneBits rounded = (bits + 0xfffu + (bits >> 13 & 1)) & ~0x1fffu;
+  return scale < normal ? scale + 0.5f - 0.5f : reinterpret_cast<Lanes>(rounded);
 }
 
-inline float lost_by(float x, float worth, Grid grid, float top) {
-  const float off = (code_of(x, grid, top) - grid.zero) * grid.scale - x;
+inline Lanes lost_by(Lanes x, float worth, LaneGrids grids, Lanes top) {
+  Lanes code = x / grids.scale + grids.zero;
+  code = code < all(0) ? all(0) : code;
+  code = code > top ? top : code;
+  const Lanes off = (whole(code) - grids.zero) * grids.scale - x;
   return off * off * worth;
 }
 
-// What n weights lose on a grid. N: n where that is known to the compiler, and a multiple of 4, else 0.
-template <int N>
-float lost_on(const float* x, const float* worth, int64_t n, Grid grid, float top, float* lost) {
-  if (!N) {
-    for (int64_t i = 0; i < n; i++) lost[i] = lost_by(x[i], worth[i], grid, top);
-    return halved(lost, n);
+// What each of n x kLanes weights loses, summed over n: the upper half added to the lower one until one is left.
+inline Lanes lost_on(const Lanes* x, const float* worth, int64_t n, LaneGrids grids, Lanes top, Lanes* lost) {
+  int64_t half = (n + 1) / 2;
+  for (int64_t i = 0; i < n - half; i++)
+    lost[i] = lost_by(x[i], worth[i], grids, top) + lost_by(x[half + i], worth[half + i], grids, top);
+  if (half > n - half) lost[half - 1] = lost_by(x[half - 1], worth[half - 1], grids, top);
+  for (n = half; n > 1; n = half) {
+    half = (n + 1) / 2;
+    for (int64_t i = 0; i < n - half; i++) lost[i] += lost[half + i];
   }
-  constexpr int kQuarter = N ? N / 4 : 1;
-  float quarter[kQuarter];  // halved twice already
-  for (int i = 0; i < kQuarter; i++) {
-    const int at[4] = {i, i + 2 * kQuarter, i + kQuarter, i + 3 * kQuarter};
-    float here[4];
-    for (int k = 0; k < 4; k++) here[k] = lost_by(x[at[k]], worth[at[k]], grid, top);
-    quarter[i] = (here[0] + here[1]) + (here[2] + here[3]);
-  }
-  return halved(quarter, kQuarter);
+  return lost[0];
 }
 
-// Grids of one block, x and worth (n).
-template <int N>
-Grid best_of(const fewbit_grid_search_call& call, const float* x, const float* worth, int64_t n, float* lost) {
-  const float top = static_cast<float>(call.levels - 1);
-  float low = 0, high = 0, largest = x[0];
-  for (int64_t i = 0; i < n; i++) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+// Grids between ends that are shrunk by a ratio.
+inline LaneGrids between(Lanes low, Lanes high, float ratio, float top) {
+  const Lanes from = low * ratio, scale = storable((high * ratio - from) / top), zero = -from / scale;
+  return {scale, whole(zero > all(top) ? all(top) : zero)};
+}
+
+// Grids around zero, of scales that may be negative.
+inline LaneGrids around(Lanes scale, float middle) {
+  const Lanes kept = storable(magnitude(scale));
+  return {scale < all(0) ? -kept : kept, all(middle)};
+}
+
+// Grids of kLanes blocks, x (n) and worth (n).
+LaneGrids best_of(const fewbit_grid_search_call& call, const Lanes* x, const float* worth, int64_t n, Lanes* lost) {
+  const float top = static_cast<float>(call.levels - 1), levels = static_cast<float>(call.levels);
   const bool ends = call.ends != 0;
-  if (!ends)
-    for (int64_t i = 0; i < n; i++)
-      if ((x[i] < 0 ? -x[i] : x[i]) > (largest < 0 ? -largest : largest)) largest = x[i];
-  const auto between = [&](float ratio) {
-    const float from = low * ratio, scale = storable((high * ratio - from) / top);
-    const float zero = -from / scale, kept = zero > top ? top : zero;
-    return Grid{scale, kept + kToInteger - kToInteger};
-  };
-  const float middle = static_cast<float>(call.levels) / 2, full = largest * (-2.0f / static_cast<float>(call.levels));
-  const auto around = [&](float ratio) {
-    const float scale = full * ratio;
-    return Grid{scale < 0 ? -storable(-scale) : storable(scale), middle};
-  };
-  Grid best = ends ? between(1.0f) : Grid{storable(2.0f * (largest < 0 ? -largest : largest) / top), middle};
-  float least = lost_on<N>(x, worth, n, best, top, lost);
+  Lanes low = {}, high = {}, largest = x[0];
+  for (int64_t i = 0; i < n; i++) {
+    low = x[i] < low ? x[i] : low;
+    high = x[i] > high ? x[i] : high;
+    largest = magnitude(x[i]) > magnitude(largest) ? x[i] : largest;
+  }
+  const Lanes full = largest * (-2.0f / levels);
+  LaneGrids best = ends ? between(low, high, 1.0f, top) : around(2.0f * magnitude(largest) / top, levels / 2);
+  Lanes least = lost_on(x, worth, n, best, all(top), lost);
   for (int64_t k = 0; k < call.count; k++) {
-    const Grid grid = ends ? between(call.ratios[k]) : around(call.ratios[k]);
-    const float here = lost_on<N>(x, worth, n, grid, top, lost);
-    if (here < least) least = here, best = grid;
+    const float ratio = call.ratios[k];
+    const LaneGrids tried = ends ? between(low, high, ratio, top) : around(full * ratio, levels / 2);
+    const Lanes here = lost_on(x, worth, n, tried, all(top), lost);
+    best.scale = here < least ? tried.scale : best.scale;
+    best.zero = here < least ? tried.zero : best.zero;
+    least = here < least ? here : least;
   }
   return best;
 }
 
-// The last block of a row is filled up with zeros that are worth nothing.
-template <int N>
-void search_rows(const fewbit_grid_search_call& call, float* scratch) {
-  const int64_t n = call.block, blocks = (call.columns + n - 1) / n, rest = call.columns - (blocks - 1) * n;
-  float *lost = scratch, *x = scratch + n, *worth = scratch + 2 * n;
-  for (int64_t i = rest; i < n; i++) x[i] = worth[i] = 0;
-  for (int64_t row = 0; row < call.rows; row++)
-    for (int64_t b = 0; b < blocks; b++) {
-      const float *values = call.weight + row * call.columns + b * n, *weights = call.worth + b * n;
-      if (b == blocks - 1 && rest < n) {
-        for (int64_t i = 0; i < rest; i++) x[i] = values[i], worth[i] = weights[i];
-        values = x, weights = worth;
-      }
-      const Grid best = best_of<N>(call, values, weights, n, lost);
-      call.scale[row * blocks + b] = best.scale, call.zero[row * blocks + b] = best.zero;
-    }
-}
-
-// `scratch`: 3 blocks.
+// The last block of a row is filled up with zeros that are worth nothing; so are the last rows.
 void grid_search_any(const fewbit_grid_search_call& call, float* scratch) {
-  switch (call.block) {
-    case 32: return search_rows<32>(call, scratch);
-    case 64: return search_rows<64>(call, scratch);
-    case 128: return search_rows<128>(call, scratch);
-    default: return search_rows<0>(call, scratch);
-  }
+  const int64_t n = call.block, blocks = (call.columns + n - 1) / n;
+  Lanes *x = reinterpret_cast<Lanes*>(scratch), *lost = x + n;
+  float* worth = scratch + 2 * kLanes * n;
+  for (int64_t row = 0; row < call.rows; row += kLanes)
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t rows = call.rows - row < kLanes ? call.rows - row : kLanes;
+      const int64_t there = call.columns - b * n < n ? call.columns - b * n : n;
+      for (int64_t i = 0; i < n; i++) x[i] = all(0), worth[i] = i < there ? call.worth[b * n + i] : 0;
+      for (int64_t l = 0; l < rows; l++)
+        for (int64_t i = 0; i < there; i++) x[i][l] = call.weight[(row + l) * call.columns + b * n + i];
+      const LaneGrids best = best_of(call, x, worth, n, lost);
+      for (int64_t l = 0; l < rows; l++) {
+        call.scale[(row + l) * blocks + b] = best.scale[l];
+        call.zero[(row + l) * blocks + b] = best.zero[l];
+      }
+    }
 }
 
 // Rows [first, first + kRowsTogether) of all columns of the call, or `count` of them: the others are zeros.
@@ -136,7 +145,7 @@ void sweep_rows(const fewbit_grid_sweep_call& call, int64_t first, int64_t count
       scale[i] = call.scale[block * call.rows + first + i], zero[i] = call.zero[block * call.rows + first + i];
     }
     for (int64_t j = 0; j < k; j++) {
-      const float passed = call.upper[j * call.upper_stride + k];
+      const float passed = call.upper[k * call.upper_stride + j];
       for (int64_t i = 0; i < kRowsTogether; i++) now[i] += passed * lost[j][i];
     }
     uint8_t codes[kRowsTogether];

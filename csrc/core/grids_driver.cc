@@ -25,7 +25,7 @@ extern "C" int fewbit_grid_search(const fewbit_grid_search_call* call, int32_t i
   if (!call || !call->weight || !call->worth || !call->ratios || !call->scale || !call->zero) return FEWBIT_BAD_ARGUMENT;
   if (call->rows < 0 || call->columns <= 0 || call->block <= 0 || call->count < 0 || !of_bytes(call->levels))
     return FEWBIT_BAD_ARGUMENT;
-  float* scratch = new (std::nothrow) float[static_cast<size_t>(3 * call->block)];
+  float* scratch = new (std::nothrow) float[static_cast<size_t>(fewbit::kGridScratch * call->block)];
   if (!scratch) return FEWBIT_NO_MEMORY;
   chosen(isa).search(*call, scratch);
   delete[] scratch;

@@ -280,7 +280,9 @@ struct Int8RowKernel {
   void (*run)(const Int8RowTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
 };
 
-// Even grids on one instruction set: see fewbit_grid_search, with scratch of three blocks, and fewbit_grid_sweep.
+// Even grids on one instruction set: see fewbit_grid_search, with kGridScratch floats of scratch for each weight of a
+// block, and fewbit_grid_sweep.
+constexpr int kGridLanes = 8, kGridScratch = 2 * kGridLanes + 1;
 struct GridKernel {
   void (*search)(const fewbit_grid_search_call& call, float* scratch);
   void (*sweep)(const fewbit_grid_sweep_call& call);

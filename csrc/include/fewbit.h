@@ -372,7 +372,7 @@ int fewbit_grid_search(const fewbit_grid_search_call* call, int32_t isa);
  *   x = current_k + upper_0k lost_0 + ... + upper_{k-1}k lost_{k-1},   lost_k = before_k - nearest(x)
  * all of it vectors of `rows`, products and sums rounded one by one from the left, the same on every ISA.
  *
- * current, before and lost, a result: (columns, rows), at most FEWBIT_SWEPT columns. upper (columns, columns), rows
+ * current, before and lost, a result: (columns, rows), at most FEWBIT_SWEPT columns. upper (columns, columns), columns
  * `upper_stride` apart. order (columns): which row of codes (.., rows), a result, step k writes, and which grid it takes:
  * scale and zero are (blocks, rows), a block every `block` rows of codes. isa: as above. */
 #define FEWBIT_SWEPT 128

@@ -163,7 +163,7 @@ def test_a_bound_is_of_every_magnitude_that_is_added() -> None:
     matrix = fewbit.methods.rtn(torch.tensor([[1.0, -2.0]]), fewbit.formats.parse("palette1"))
     sparse = Sparse.of(torch.tensor([[0.0, 3.0]]))
     total = Terms((1, 2), (Dense(matrix), sparse), torch.tensor([-2.0]), torch.tensor([1.0, 0.5]))
-    assert spread(total).tolist() == [[2.0, 5.0]]
+    assert spread(total, torch.eye(2)).T.tolist() == [[2.0, 5.0]]
 
 
 def test_layers_whose_weight_cannot_be_a_sum_are_refused_in_the_plan(

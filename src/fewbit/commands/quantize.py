@@ -121,6 +121,7 @@ def tables(out: Path, described: dict[str, Any]) -> list[Any]:
     log = out.with_name(f"{out.name}.log.json")
     took = files.read_json(log) if log.is_file() else {}
     check = described["check"]
+    asked = f"{check['windows']} windows of {check['context']} tokens"
     before, after = N.significant(check["reference_perplexity"], 4), N.significant(check["perplexity"], 4)
     rows = [
         ("folder", str(out)),
@@ -132,8 +133,8 @@ def tables(out: Path, described: dict[str, Any]) -> list[Any]:
         ),
         ("time", N.seconds(took.get("seconds"))),
         ("peak memory", N.size(took.get("peak_rss_bytes"))),
-        ("perplexity", f"{after} (original {before}; {check['tokens']} held-out tokens, a quick check)"),
-        ("KL to the original", f"{N.significant(check['kl_mean'])} nats a token"),
+        ("perplexity", f"{after} (original {before}), a quick check on {asked}"),
+        ("KL to the original", f"{N.plus_minus(check['kl_mean'], check['kl_mean_stderr'], 3)} nats a token"),
         ("same top token", N.percent(check["top1_agreement"])),
     ]
     if (model := described["recipe"].get("model")) is not None:

@@ -159,8 +159,9 @@ class Accumulator:
             return
         self.tokens += x.shape[0]
         self._total += x.sum(0)
-        self._total_square += x.square().sum(0)
-        magnitude = x.abs()
+        squares = x.square()
+        self._total_square += squares.sum(0)
+        magnitude = torch.abs(x, out=squares)  # in memory that is at hand
         self._total_magnitude += magnitude.sum(0)
         self._largest = torch.maximum(self._largest, magnitude.amax(0))
         if self._upper is not None:

@@ -68,13 +68,14 @@ class Physical:
     def family(self) -> Literal["affine", "lut"]:
         return "affine" if self.table is None else "lut"
 
-    def magnitude(self, weight: Tensor, block: int) -> Tensor:
-        """What a kernel adds up for each of ``weight`` (rows, columns), in float64: |scale * code| + |offset|."""
-        magnitude = weight.abs().double()
+    def added(self, weight: Tensor, block: int, x: Tensor) -> Tensor:
+        """What a kernel adds up for inputs ``x`` (tokens, columns), not negative, and ``weight`` (rows, columns):
+        |scale * code| + |offset| for each weight, times x. (tokens, rows)."""
+        total = x @ weight.abs().T
         if self.offset is None:
-            return magnitude
-        wide = self.offset.abs().double().repeat_interleave(block, dim=1)[:, : weight.shape[1]]
-        return magnitude + 2 * wide
+            return total
+        blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % block)).reshape(len(x), -1, block).sum(-1)
+        return total.addmm_(blocks, self.offset.abs().to(x.dtype).T, alpha=2)
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ class Vectors:
 
     family: Literal["vector"] = "vector"
 
-    def magnitude(self, weight: Tensor, block: int) -> Tensor:
-        """As :meth:`Physical.magnitude`: a weight is summed before it is multiplied."""
-        return weight.abs().double()
+    def added(self, weight: Tensor, block: int, x: Tensor) -> Tensor:
+        """As :meth:`Physical.added`: a weight is summed before it is multiplied."""
+        return x @ weight.abs().T
 
 
 class Format(ABC):

@@ -79,7 +79,7 @@ def factorize(moment: Tensor, damping: float, by_activity: bool = False) -> Feed
     mean = float(diagonal.sum()) / live
     order = torch.argsort(diagonal, descending=True, stable=True) if by_activity else torch.arange(columns)
     last_first = order.flip(0)
-    matrix = moment[last_first][:, last_first].double()
+    matrix = moment.index_select(0, last_first).index_select(1, last_first).double()
     silent = dead[last_first]
     if silent.any():
         matrix[silent], matrix[:, silent] = 0, 0

@@ -54,18 +54,18 @@ class Columns:
 
     def round(self, first: int, current: Tensor, before: Tensor, upper: Tensor, lost: Tensor) -> None:
         """See :data:`fewbit.methods.feedback.Within`."""
-        upper = upper.contiguous()
+        columns = upper.T if upper.stride(0) == 1 else upper.T.contiguous()
         for begin in range(0, len(current), compiled.SWEPT):
             here = slice(begin, begin + compiled.SWEPT)
             if begin:
                 current[here].addmm_(upper[:begin, here].T, lost[:begin])
             sizes = (current.shape[1], len(current[here]), self._width, self._format.levels)
-            inside = upper[here, here]
+            inside = columns[here, here]
             self._native.grid_sweep(
                 sizes,
                 current[here].data_ptr(),
                 before[here].data_ptr(),
-                (inside.data_ptr(), upper.stride(0)),
+                (inside.data_ptr(), columns.stride(0)),
                 lost[here].data_ptr(),
                 self._order[first + begin :].data_ptr(),
                 self._scale.data_ptr(),

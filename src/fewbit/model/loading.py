@@ -50,6 +50,7 @@ class Loader:
         self.checkpoint, self.model = checkpoint, model
         self.unused: list[str] = []
         self.change: Callable[[str, Tensor], Tensor] = lambda name, value: value
+        self._names = tuple(model.state_dict())
         self.groups = self._plan()
         self.of = {target: group for group in self.groups for target in group.targets}
         for name, source in (copies or {}).items():
@@ -158,7 +159,7 @@ class Loader:
         Raises:
             InputError: a tensor of the wrong shape, or with NaN or Inf; or nothing of that name.
         """
-        names = [name for name in self.model.state_dict() if under(name, prefix)]
+        names = [name for name in self._names if under(name, prefix)]
         if not names:
             raise InputError(f"loading {prefix}", "the model has no parameter there")
         done: set[str] = set()
@@ -181,9 +182,9 @@ class Loader:
 
     def free(self, prefix: str) -> None:
         """Drop the values of every parameter and stored buffer under ``prefix``."""
-        for name, value in self.model.state_dict().items():
+        for name in self._names:
             if under(name, prefix):
-                place(self.model, name, value.to("meta"))
+                place(self.model, name, self.model.get_parameter_or_buffer(name).detach().to("meta"))
 
 
 def _alone(value: Tensor) -> Tensor:

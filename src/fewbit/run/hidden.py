@@ -45,6 +45,11 @@ class HiddenFile:
         except OSError as error:
             raise InputError(f"activation file {self._partial}", f"{error.strerror}") from None
 
+    @property
+    def nbytes(self) -> int:
+        """Of all batches."""
+        return self.shape[0] * self._stride
+
     def read(self, index: int) -> Tensor:
         """Batch ``index``, (batch, tokens, width)."""
         # Aligned as torch aligns, on which products may depend in the last bit.
@@ -109,6 +114,23 @@ class HiddenBatches:
         self._held[index] = values if alone else values.clone()
 
     def close(self) -> None:
+        self._held.clear()
+
+
+class HiddenOnce:
+    """What ``file`` holds, each batch read once and kept in memory. Who reads it leaves it as it is."""
+
+    def __init__(self, file: HiddenFile) -> None:
+        self._file = file
+        self._held: dict[int, Tensor] = {}
+
+    def read(self, index: int) -> Tensor:
+        if index not in self._held:
+            self._held[index] = self._file.read(index)
+        return self._held[index]
+
+    def close(self) -> None:
+        self._file.close()
         self._held.clear()
 
 

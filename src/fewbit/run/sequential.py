@@ -19,12 +19,12 @@ from fewbit.model.order import Order
 from fewbit.model.replay import checked_order, output, replaying
 from fewbit.run.collect import collect
 from fewbit.run.events import Event
-from fewbit.run.hidden import HiddenBatches, HiddenFile
+from fewbit.run.hidden import HiddenBatches, HiddenFile, HiddenOnce
 from fewbit.run.ranges import fix_grids
 from fewbit.run.reconstruct import reference_on, tune_block, tuned
 from fewbit.run.rewriting import as_run
 from fewbit.run.solve import Solved
-from fewbit.run.state import Run
+from fewbit.run.state import HELD, Run
 from fewbit.run.tasks import block_sites, needs, solve_sites
 
 BY_GROUP = "group by group"
@@ -108,7 +108,8 @@ class Passes:
 
     def __init__(self, run: Run, stage: int, index: int, order: Order) -> None:
         self._run, self._stage, self._index, self._order = run, stage, index, order
-        self._source = run.hidden(stage - 1, "calibration")
+        file = run.hidden(stage - 1, "calibration")  # read again for every group
+        self._source = HiddenOnce(file) if order.groups and file.nbytes <= HELD else file
         self._inputs: dict[str, HiddenFile | HiddenBatches] = {}
         self._outputs: dict[str, HiddenFile | HiddenBatches] = {}
 

@@ -124,9 +124,15 @@ def tail_sites(run: Run) -> list[Site]:
 
 
 def float_logits(run: Run, hidden: Tensor) -> list[Tensor]:
-    """Logits of what comes next of the float path's ``hidden`` (windows, tokens, width), float16, of some windows each;
-    ``after`` is loaded, and in float yet."""
-    return list(run.workers.map(lambda part: run.model.logits(part).half(), hidden[:, :-1].split(TOGETHER)))
+    """Logits that the check compares, of the float path's ``hidden`` (windows, tokens, width), float16; ``after`` is
+    loaded, and in float yet."""
+    return list(run.workers.map(lambda part: run.model.logits(part).half(), scored(hidden[:, :-1])))
+
+
+def scored(tokens: Tensor) -> list[Tensor]:
+    """What the check compares of ``tokens`` (windows, tokens, ...), some windows each: every second token, the odd ones
+    of one window and the even ones of the next. Neighbours tell much the same, and most of the check is logits."""
+    return [*tokens[::2, ::2].split(TOGETHER), *tokens[1::2, 1::2].split(TOGETHER)]
 
 
 def check_ends(
@@ -137,10 +143,10 @@ def check_ends(
         if site.tied_to is not None:
             propagate(run.model, _embedding(run, site.tied_to), site.name)
     with as_run(run.model, solved):
-        targets = run.probe[:, 1:]
-        triples = zip(hidden[:, :-1].split(TOGETHER), floating, targets.split(TOGETHER), strict=True)
+        triples = zip(scored(hidden[:, :-1]), floating, scored(run.probe[:, 1:]), strict=True)
         logits = run.model.logits
-        return summary(run.workers.map(lambda one: compare_logits(logits(one[0]).float(), one[1], one[2]), triples))
+        found = summary(run.workers.map(lambda one: compare_logits(logits(one[0]).float(), one[1], one[2]), triples))
+    return {**found, "windows": len(run.probe), "context": run.probe.shape[1]}
 
 
 def _embedding(run: Run, name: str) -> Solved | None:

@@ -29,7 +29,7 @@ TOGETHER = 8
 SHOWN = 128
 """Tokens of the probe on which a layer's relative output error is measured."""
 HELD = 256 << 20
-"""Bytes of activations inside of a block that are kept in memory, of one kind; there are at most two at once."""
+"""Bytes of activations kept in memory, of one kind: what enters a block, and at most two kinds inside of it."""
 
 
 @dataclass
