@@ -332,9 +332,9 @@ template <class K, int H, int M>
 void spans(const SegmentTask& task, const SegmentStrip& rows) {
   constexpr int T = Block<K, H>::T;
   const int64_t tokens = rows.tokens, padded = (tokens + M - 1) / M * M;
-  constexpr int64_t kChunks = Block<K, H>::kChunks;
   const bool long_row = task.segment_chunks > kBlockChunks;
-  const int64_t room = Block<K, H>::kInPlace ? kChunks : tokens <= kFewTokens && task.segment_chunks <= kFewChunks ? kFewChunks : kBlockChunks;
+  const bool few = !Block<K, H>::kInPlace && tokens <= kFewTokens && task.segment_chunks <= kFewChunks;
+  const int64_t room = long_row ? kBlockChunks : few ? kFewChunks : Block<K, H>::kChunks;
   Block<K, H> block(task);
   if (long_row) block.how = kPartly;
   for (int64_t m = 0; m < padded; m++)
