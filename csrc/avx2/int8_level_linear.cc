@@ -33,8 +33,8 @@ struct LevelSum : NarrowSum<6> {
   // Adds the products of a row's rests in `chunks` chunks from `first`, whose codes lie `apart` bytes apart: of halves, as 254
   // times those of a pair fits int16.
   template <int T, int H>
-  static FEWBIT_INLINE void add_rests(U (&sum)[T][H], int h, const SegmentTask& task, int64_t row, int64_t first, int64_t chunks,
-                                      const uint8_t* codes, int64_t apart) {
+  static FEWBIT_INLINE void add_rests(U (&sum)[T][H], int h, const SegmentTask& task, int64_t row, int64_t first,
+                                      int64_t chunks, const uint8_t* codes, int64_t apart) {
     const Rests rests(task, row);
     for (; chunks > 0; chunks -= 8, first += 8, codes += 64 * apart) {
       uint64_t some;
@@ -42,7 +42,8 @@ struct LevelSum : NarrowSum<6> {
       if (chunks < 8) some &= (uint64_t{1} << 8 * chunks) - 1;
       for (; some; some &= some - 1) {
         const int g = __builtin_ctzll(some);
-        const U x = repeat(static_cast<uint32_t>(rests.x[first * 8 + g])), centre = _mm256_maddubs_epi16(_mm256_set1_epi8(kMostByte), x);
+        const U x = repeat(static_cast<uint32_t>(rests.x[first * 8 + g]));
+        const U centre = _mm256_maddubs_epi16(_mm256_set1_epi8(kMostByte), x);
         const U half = flip(_mm256_avg_epu8(flip(x, 0x80808080u), repeat(0x80808080u)), 0x80808080u);
         const U other = _mm256_sub_epi8(x, half);
         for (int t = 0; t < T; t++) {

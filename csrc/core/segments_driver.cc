@@ -87,8 +87,9 @@ const SegmentKernel* find_few([[maybe_unused]] bool lut, [[maybe_unused]] int32_
 
 // That of three tokens and more times codes of 8 bits or levels of a byte, where there is one. Activations far from 0 would
 // be split, all of them; beside levels too many of those would be large that have one scale for a few columns (`!whole`).
-const SegmentKernel* find_split([[maybe_unused]] const FixedPoint* table, [[maybe_unused]] int32_t bits, [[maybe_unused]] bool whole,
-                                [[maybe_unused]] const fewbit_input& x, [[maybe_unused]] int32_t isa) {
+const SegmentKernel* find_split([[maybe_unused]] const FixedPoint* table, [[maybe_unused]] int32_t bits,
+                                [[maybe_unused]] bool whole, [[maybe_unused]] const fewbit_input& x,
+                                [[maybe_unused]] int32_t isa) {
 #if defined(__x86_64__)
   const bool around = x.scale == 0 || (x.zero >= 96 && x.zero <= 160);
   const bool many = fewbit_caps() & isa & FEWBIT_AVX2 && x.tokens > 2 && around;
