@@ -91,6 +91,7 @@ struct SegmentTask {
   bool alone;              // whether few tokens take row groups one by one, as they lie in memory
   void* activations;       // (rows / together, chunks, together, 32), each kernel->bytes
   int32_t* starts;         // (rows / together, chunks, together, kernel->starts): see spans.h
+  int32_t* rests;          // (rows, chunks, kernel->rests)
   float* x_scale;          // (padded rows, x_blocks)
   float* sums;             // (rows / together, segments, together): sum of the int8 activations of a segment, an exact integer
   const float* bias;
@@ -113,6 +114,7 @@ struct SegmentKernel {
   void (*run)(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
   // int32s of SegmentTask::starts for 32 activations of a row: these differ by the bits of a matrix. 0: there are none.
   int64_t starts = 0;
+  int64_t rests = 0;  // int32s of SegmentTask::rests, likewise
 };
 
 // Tables times int8 activations on one instruction set: levels of at most `most` as bytes, any other as words.
@@ -312,6 +314,7 @@ extern const LutKernels int8_lut_linear_serial, int8_lut_linear_avx2, int8_lut_l
     int8_lut_linear_neon, int8_lut_linear_neondot, int8_lut_linear_neoni8mm;
 
 extern const SegmentKernel int8_split_linear_avx2;  // of 8 bits and three tokens or more
+extern const FewKernel int8_level_linear_avx2;         // levels of at most `most`, the same
 extern const FewKernel int8_few_linear_avx2, int8_few_lut_linear_avx2, int24_few_lut_linear_avx2;
 
 extern const Kernel affine_linear_serial, lut_linear_serial;

@@ -85,12 +85,18 @@ const SegmentKernel* find_few([[maybe_unused]] bool lut, [[maybe_unused]] int32_
   return nullptr;
 }
 
-// That of three tokens and more times codes of 8 bits, where there is one. Activations far from 0 would be split, all of them.
-const SegmentKernel* find_split([[maybe_unused]] int32_t bits, [[maybe_unused]] const fewbit_input& x,
+// That of three tokens and more times codes of 8 bits or levels of a byte, where there is one. Activations far from 0 would
+// be split, all of them; beside levels too many of those would be large that have one scale for a few columns (`!whole`).
+const SegmentKernel* find_split([[maybe_unused]] const FixedPoint* table, [[maybe_unused]] int32_t bits,
+                                [[maybe_unused]] bool whole, [[maybe_unused]] const fewbit_input& x,
                                 [[maybe_unused]] int32_t isa) {
 #if defined(__x86_64__)
   const bool around = x.scale == 0 || (x.zero >= 96 && x.zero <= 160);
-  if (fewbit_caps() & isa & FEWBIT_AVX2 && bits == 8 && x.tokens > 2 && around) return &int8_split_linear_avx2;
+  const bool many = fewbit_caps() & isa & FEWBIT_AVX2 && x.tokens > 2 && around;
+  const FewKernel& levels = int8_level_linear_avx2;
+  const bool bytes = table && table->most > int8_lut_linear_avx2.most && table->most <= levels.most;
+  if (many && bytes && whole) return &levels.kernel;
+  if (many && !table && bits == 8) return &int8_split_linear_avx2;
 #endif
   return nullptr;
 }
@@ -182,8 +188,8 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
   }
   if (x_block > 0) {
     if (const SegmentKernel* few = find_few(table, most, x.tokens, rows, isa)) call.kernel = few;
-    const SegmentKernel* split = table ? nullptr : find_split(most, x, isa);
-    if (split) call.kernel = split;
+    const bool whole = x_block >= outputs[0].matrix->columns;
+    if (const SegmentKernel* split = find_split(table ? &levels : nullptr, most, whole, x, isa)) call.kernel = split;
   }
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   for (int32_t i = 1; i < count && call.kernel->starts; i++)
@@ -200,12 +206,13 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
   }
   const SegmentTask& first = call.task[0];
   const int64_t bytes = first.chunks * 32 * call.kernel->bytes;
-  const int64_t floats = first.segments + first.x_blocks + first.chunks * call.kernel->starts;
+  const int64_t floats = first.segments + first.x_blocks + first.chunks * (call.kernel->starts + call.kernel->rests);
   const auto place = [&](SegmentTask& task, char* scratch, int64_t tokens) {
     task.activations = scratch;
     task.sums = reinterpret_cast<float*>(scratch + tokens * bytes);
     task.x_scale = task.sums + tokens * task.segments;
     task.starts = reinterpret_cast<int32_t*>(task.x_scale + tokens * task.x_blocks);
+    task.rests = task.starts + tokens * task.chunks * call.kernel->starts;
   };
   return run_rounded(call, outputs, count, x, y_dtype, first.digits, bytes, floats, kSmall, threads, place);
 }

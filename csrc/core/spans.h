@@ -46,6 +46,7 @@ constexpr int kBeside = 2, kInPlaceBeside = 4;      // tokens of a step: of code
 constexpr int64_t kMostInPlace = 16;                // tokens for which that is done anew for each four of them
 constexpr int kFetching = 8;                        // tokens in whose passes the next block is fetched
 constexpr int64_t kBlockChunks = 16;                // chunks of a block: 16 KiB, once decoded
+constexpr int64_t kInPlaceChunks = 64;              // of one that is not decoded
 constexpr int64_t kFewChunks = 8, kFewTokens = 16;  // the same of few tokens, of whose activations a block needs less memory
 
 // Codes that are decoded by so few instructions that they may be for every four tokens.
@@ -61,6 +62,7 @@ struct Block {
   static constexpr int P = K::kPlanes, kOnce = kSumsBeside / H / P;  // row groups of a step
   static constexpr bool kInPlace = H == kInPlaceBeside;
   static constexpr int T = kInPlace ? kGroupsPerTile : kOnce;
+  static constexpr int64_t kChunks = kInPlace ? kInPlaceChunks : kBlockChunks;
   static constexpr float kCentre = Narrow<K>::kCentre * (P == 2 ? 17 : 1);
   static constexpr bool kBothWays = K::kBegins >= 0 && P == 1 && Narrow<K>::kStarts > 0;
   // Lines of a tile's next block that each of the first passes through one fetches for every chunk: all at once would be
@@ -75,10 +77,10 @@ struct Block {
   float origin;            // what of each activation sums begin with
   int64_t first, chunks;   // of the row; of each segment but the last one
   int64_t all, segments;   // chunks and segments of the block
-  int64_t index, activation[kBlockChunks];  // of the first segment; of each one's scales of activations
+  int64_t index, activation[kChunks];  // of the first segment; of each one's scales of activations
   const uint8_t *codes_at, *from;  // codes of the first row group, and what is multiplied: those, or decoded ones
   alignas(64) uint8_t codes[kInPlace ? 1 : kBlockChunks * 8][T][P][kLanes * 4];
-  Line line[kBlockChunks][T];
+  Line line[kChunks][T];
   float totals[kRoundedTokens][T][kLanes];
 
   explicit FEWBIT_INLINE Block(const SegmentTask& t)
@@ -340,7 +342,8 @@ void spans(const SegmentTask& task, const SegmentStrip& rows) {
   constexpr int T = Block<K, H>::T;
   const int64_t tokens = rows.tokens, padded = (tokens + M - 1) / M * M;
   const bool long_row = task.segment_chunks > kBlockChunks;
-  const int64_t room = tokens <= kFewTokens && task.segment_chunks <= kFewChunks ? kFewChunks : kBlockChunks;
+  const bool few = !Block<K, H>::kInPlace && tokens <= kFewTokens && task.segment_chunks <= kFewChunks;
+  const int64_t room = long_row ? kBlockChunks : few ? kFewChunks : Block<K, H>::kChunks;
   Block<K, H> block(task);
   if (long_row) block.how = kPartly;
   for (int64_t m = 0; m < padded; m++)

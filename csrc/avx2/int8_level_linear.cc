@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tables whose levels take a byte, times three tokens and more. Sums of products stay in int16 for four groups of four columns,
+// as activations are made to be small enough for that: 127 times the sum of their magnitudes fits. Few groups are not; those
+// are left out, and multiplied by themselves. All others take two and a half instructions for 32 products, where products of
+// int16 take four.
+#include "avx2/dot.h"
+
+#include "core/int8_lut.h"
+#include "core/rounding.h"
+
+namespace fewbit {
+namespace {
+
+constexpr int kMostByte = 127;
+
+// Of a row of activations, groups of four columns that are left out.
+struct Rests {
+  static constexpr int64_t kWords = 10;  // int32s of a chunk
+
+  int32_t* x;     // (chunks, 8): those of a group, zeros where it is not left out
+  uint8_t* some;  // (chunks): a bit for each group that is left out; read by 8
+
+  Rests(const SegmentTask& task, int64_t row)
+      : x(task.rests + row * task.chunks * kWords), some(reinterpret_cast<uint8_t*>(x + task.chunks * 8)) {}
+};
+
+// Sums of (u - 127) * x for bytes u below 255 and activations of which no pair's magnitudes exceed 128, those of a span 255.
+struct LevelSum : NarrowSum<6> {
+  static constexpr int kCentre = kMostByte;
+  static constexpr bool kRests = true;
+  static_assert(kSpan == 4 && kStarts == 2 && kMostByte * 255 <= 32767 && 2 * kMostByte * 128 <= 32767);
+
+  // Adds the products of a row's rests in `chunks` chunks from `first`, whose codes lie `apart` bytes apart: of halves, as 254
+  // times those of a pair fits int16.
+  template <int T, int H>
+  static FEWBIT_INLINE void add_rests(U (&sum)[T][H], int h, const SegmentTask& task, int64_t row, int64_t first,
+                                      int64_t chunks, const uint8_t* codes, int64_t apart) {
+    const Rests rests(task, row);
+    for (; chunks > 0; chunks -= 8, first += 8, codes += 64 * apart) {
+      uint64_t some;
+      __builtin_memcpy(&some, rests.some + first, sizeof some);
+      if (chunks < 8) some &= (uint64_t{1} << 8 * chunks) - 1;
+      for (; some; some &= some - 1) {
+        const int g = __builtin_ctzll(some);
+        const U x = repeat(static_cast<uint32_t>(rests.x[first * 8 + g]));
+        const U centre = _mm256_maddubs_epi16(_mm256_set1_epi8(kMostByte), x);
+        const U half = flip(_mm256_avg_epu8(flip(x, 0x80808080u), repeat(0x80808080u)), 0x80808080u);
+        const U other = _mm256_sub_epi8(x, half);
+        for (int t = 0; t < T; t++) {
+          const U u = load_lanes(codes + g * apart + t * kLanes * 4);
+          const U both = _mm256_add_epi16(_mm256_maddubs_epi16(u, half), _mm256_maddubs_epi16(u, other));
+          sum[t][h] = add(sum[t][h], widened(_mm256_sub_epi16(both, centre)));
+        }
+      }
+    }
+  }
+};
+
+// A byte is a level plus 127, which sums are of the products less 127 of.
+template <int BITS>
+struct Levels {
+  static constexpr int kBits = BITS, kPlanes = 1, kApart = 0, kFields = 1, kBegins = -1;
+  static constexpr float origin = -kMostByte;
+  using X = int8_t;
+  struct Sum {
+    using Narrow = LevelSum;
+  };
+  ByteTable<BITS> table;
+  float step;
+
+  explicit FEWBIT_INLINE Levels(const SegmentTask& task) : table(*task.table, kMostByte, 0), step(task.table->step) {}
+  FEWBIT_INLINE void split(U codes, U (&plane)[1]) const { plane[0] = table(codes); }
+};
+
+// Leaves out the groups of a rounded row that are too large, and makes what sums of the others begin with.
+void leave_out(const SegmentTask& task, int64_t row) {
+  int8_t* x = row_of<int8_t>(task, row);
+  int32_t* starts = task.starts + (x - static_cast<int8_t*>(task.activations)) / 32 * LevelSum::kStarts;
+  const Rests rests(task, row);
+  const U zero = _mm256_setzero_si256(), one = _mm256_set1_epi8(1);
+  const auto within = [=](U sums, int16_t most) {
+    return _mm256_cmpeq_epi32(_mm256_cmpgt_epi16(sums, _mm256_set1_epi16(most)), zero);
+  };
+  for (int64_t c = 0; c < task.chunks; c++, x += task.together * 32, starts += task.together * LevelSum::kStarts) {
+    const U here = load_lanes(reinterpret_cast<const uint8_t*>(x));
+    U pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(here), one);  // of a group, magnitudes of columns 0 and 1, and of 2 and 3
+    const U small = within(pairs, 128);
+    pairs = mask(pairs, small);
+    pairs = _mm256_add_epi16(pairs, _mm256_slli_si256(pairs, 4));
+    pairs = _mm256_add_epi16(pairs, _mm256_slli_si256(pairs, 8));  // with the groups of the span before
+    const U kept = mask(small, within(pairs, 255)), stays = mask(here, kept);
+    store_lanes(reinterpret_cast<uint8_t*>(x), stays);
+    store_lanes(reinterpret_cast<uint8_t*>(rests.x + c * 8), _mm256_andnot_si256(kept, here));
+    rests.some[c] = static_cast<uint8_t>(~_mm256_movemask_ps(_mm256_castsi256_ps(kept)));
+    U sum = _mm256_maddubs_epi16(one, stays);
+    sum = _mm256_add_epi16(sum, _mm256_srli_si256(sum, 8));
+    sum = _mm256_add_epi16(sum, _mm256_srli_si256(sum, 4));
+    sum = _mm256_mullo_epi16(sum, _mm256_set1_epi16(-kMostByte));
+    starts[0] = _mm256_extract_epi32(sum, 0), starts[1] = _mm256_extract_epi32(sum, 4);
+  }
+}
+
+void round_levels(const SegmentTask& task, const fewbit_input& x, int64_t token) {
+  round_token<int8_t>(task, x, token);
+  leave_out(task, token);
+}
+
+void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
+  switch (task.bits) {
+    case 1: return strips_beside<Levels<1>, kBeside, kManyTokens>(task, begin, end, tokens);
+    case 2: return strips_beside<Levels<2>, kBeside, kManyTokens>(task, begin, end, tokens);
+    case 3: return strips_beside<Levels<3>, kBeside, kManyTokens>(task, begin, end, tokens);
+    case 4: return strips_beside<Levels<4>, kBeside, kManyTokens>(task, begin, end, tokens);
+    case 5: return strips_beside<Levels<5>, kBeside, kManyTokens>(task, begin, end, tokens);
+    case 6: return strips_beside<Levels<6>, kBeside, kManyTokens>(task, begin, end, tokens);
+  }
+}
+
+}  // namespace
+
+const FewKernel int8_level_linear_avx2 = {kMostByte, {kManyTokens, 1, 1, round_levels, run, LevelSum::kStarts, Rests::kWords}};
+
+}  // namespace fewbit
