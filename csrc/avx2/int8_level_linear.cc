@@ -4,6 +4,7 @@
 // are left out, and multiplied by themselves. All others take two and a half instructions for 32 products, where products of
 // int16 take four.
 #include "avx2/dot.h"
+#include "avx2/rests.h"
 
 #include "core/int8_lut.h"
 #include "core/rounding.h"
@@ -12,17 +13,6 @@ namespace fewbit {
 namespace {
 
 constexpr int kMostByte = 127;
-
-// Of a row of activations, groups of four columns that are left out.
-struct Rests {
-  static constexpr int64_t kWords = 10;  // int32s of a chunk
-
-  int32_t* x;     // (chunks, 8): those of a group, zeros where it is not left out
-  uint8_t* some;  // (chunks): a bit for each group that is left out; read by 8
-
-  Rests(const SegmentTask& task, int64_t row)
-      : x(task.rests + row * task.chunks * kWords), some(reinterpret_cast<uint8_t*>(x + task.chunks * 8)) {}
-};
 
 // Sums of (u - 127) * x for bytes u below 255 and activations of which no pair's magnitudes exceed 128, those of a span 255.
 struct LevelSum : NarrowSum<6> {
@@ -35,24 +25,14 @@ struct LevelSum : NarrowSum<6> {
   template <int T, int H>
   static FEWBIT_INLINE void add_rests(U (&sum)[T][H], int h, const SegmentTask& task, int64_t row, int64_t first,
                                       int64_t chunks, const uint8_t* codes, int64_t apart) {
-    const Rests rests(task, row);
-    for (; chunks > 0; chunks -= 8, first += 8, codes += 64 * apart) {
-      uint64_t some;
-      __builtin_memcpy(&some, rests.some + first, sizeof some);
-      if (chunks < 8) some &= (uint64_t{1} << 8 * chunks) - 1;
-      for (; some; some &= some - 1) {
-        const int g = __builtin_ctzll(some);
-        const U x = repeat(static_cast<uint32_t>(rests.x[first * 8 + g]));
-        const U centre = _mm256_maddubs_epi16(_mm256_set1_epi8(kMostByte), x);
-        const U half = flip(_mm256_avg_epu8(flip(x, 0x80808080u), repeat(0x80808080u)), 0x80808080u);
-        const U other = _mm256_sub_epi8(x, half);
-        for (int t = 0; t < T; t++) {
-          const U u = load_lanes(codes + g * apart + t * kLanes * 4);
-          const U both = _mm256_add_epi16(_mm256_maddubs_epi16(u, half), _mm256_maddubs_epi16(u, other));
-          sum[t][h] = add(sum[t][h], widened(_mm256_sub_epi16(both, centre)));
-        }
+    Rests(task, row).visit(first, chunks, codes, apart, [&](U x, const uint8_t* levels) {
+      const U centre = _mm256_maddubs_epi16(_mm256_set1_epi8(kMostByte), x), half = half_of(x), other = _mm256_sub_epi8(x, half);
+      for (int t = 0; t < T; t++) {
+        const U u = load_lanes(levels + t * kLanes * 4);
+        const U both = _mm256_add_epi16(_mm256_maddubs_epi16(u, half), _mm256_maddubs_epi16(u, other));
+        sum[t][h] = add(sum[t][h], widened(_mm256_sub_epi16(both, centre)));
       }
-    }
+    });
   }
 };
 
@@ -90,8 +70,7 @@ void leave_out(const SegmentTask& task, int64_t row) {
     pairs = _mm256_add_epi16(pairs, _mm256_slli_si256(pairs, 8));  // with the groups of the span before
     const U kept = mask(small, within(pairs, 255)), stays = mask(here, kept);
     store_lanes(reinterpret_cast<uint8_t*>(x), stays);
-    store_lanes(reinterpret_cast<uint8_t*>(rests.x + c * 8), _mm256_andnot_si256(kept, here));
-    rests.some[c] = static_cast<uint8_t>(~_mm256_movemask_ps(_mm256_castsi256_ps(kept)));
+    rests.put(c, here, kept);
     U sum = _mm256_maddubs_epi16(one, stays);
     sum = _mm256_add_epi16(sum, _mm256_srli_si256(sum, 8));
     sum = _mm256_add_epi16(sum, _mm256_srli_si256(sum, 4));

@@ -4,6 +4,7 @@
 // halves, of which one stays where it was and the other, its rest, is multiplied by itself. All others take three
 // instructions for 32 products, where two planes of nibbles (core/int8.h) take four.
 #include "avx2/dot.h"
+#include "avx2/rests.h"
 
 #include "core/int8.h"
 #include "core/rounding.h"
@@ -11,37 +12,18 @@
 namespace fewbit {
 namespace {
 
-// The halves of a row of activations that lie apart, in the memory of SegmentTask::starts.
-struct Rests {
-  static constexpr int64_t kWords = 10;  // int32s of a chunk
-
-  int32_t* x;     // (chunks, 8): four columns each, zeros where there are none
-  uint8_t* some;  // (chunks): a bit for each four columns that have rests; padded to a multiple of 8 and read by 8
-
-  Rests(const SegmentTask& task, int64_t row)
-      : x(task.starts + row * task.chunks * kWords), some(reinterpret_cast<uint8_t*>(x + task.chunks * 8)) {}
-};
-
 struct SplitSum : PairSum {
   static constexpr bool kRests = true;
 
   template <int T, int H>
   static FEWBIT_INLINE void add_rests(U (&sum)[T][H], int h, const SegmentTask& task, int64_t row, int64_t first,
                                       int64_t chunks, const uint8_t* codes, int64_t apart) {
-    const Rests rests(task, row);
-    for (; chunks > 0; chunks -= 8, first += 8, codes += 64 * apart) {
-      uint64_t some;
-      __builtin_memcpy(&some, rests.some + first, sizeof some);
-      if (chunks < 8) some &= (uint64_t{1} << 8 * chunks) - 1;
-      for (; some; some &= some - 1) {
-        const int g = __builtin_ctzll(some);
-        const U x = _mm256_set1_epi32(rests.x[first * 8 + g]);
-        for (int t = 0; t < T; t++) {
-          const U pairs = _mm256_maddubs_epi16(load_lanes(codes + g * apart + t * kLanes * 4), x);
-          sum[t][h] = _mm256_add_epi32(sum[t][h], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-        }
+    Rests(task, row).visit(first, chunks, codes, apart, [&](U x, const uint8_t* u) {
+      for (int t = 0; t < T; t++) {
+        const U pairs = _mm256_maddubs_epi16(load_lanes(u + t * kLanes * 4), x);
+        sum[t][h] = _mm256_add_epi32(sum[t][h], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
       }
-    }
+    });
   }
 };
 
@@ -69,12 +51,9 @@ void split_row(const SegmentTask& task, int64_t row) {
     const U minus = _mm256_and_si256(_mm256_abs_epi8(here), below), plus = _mm256_andnot_si256(below, here);
     const U large = _mm256_or_si256(_mm256_cmpgt_epi16(_mm256_maddubs_epi16(plus, one), most),
                                     _mm256_cmpgt_epi16(_mm256_maddubs_epi16(minus, one), most));
-    const U half = flip(_mm256_avg_epu8(flip(here, 0x80808080u), repeat(0x80808080u)), 0x80808080u);  // rounded up
-    const U rest = _mm256_and_si256(half, large);
+    const U none = _mm256_cmpeq_epi32(large, zero), rest = _mm256_and_si256(half_of(here), large);
     store_lanes(reinterpret_cast<uint8_t*>(x), _mm256_sub_epi8(here, rest));
-    store_lanes(reinterpret_cast<uint8_t*>(rests.x + c * 8), rest);
-    const int none = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(large, zero)));
-    rests.some[c] = static_cast<uint8_t>(~none);
+    rests.put(c, rest, none);
   }
 }
 
@@ -89,6 +68,6 @@ void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t 
 
 }  // namespace
 
-const SegmentKernel int8_split_linear_avx2 = {kManyTokens, 1, 1, round_split, run, Rests::kWords};
+const SegmentKernel int8_split_linear_avx2 = {kManyTokens, 1, 1, round_split, run, 0, Rests::kWords};
 
 }  // namespace fewbit

@@ -192,7 +192,7 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
     if (const SegmentKernel* split = find_split(table ? &levels : nullptr, most, whole, x, isa)) call.kernel = split;
   }
   if (!call.kernel) return FEWBIT_NO_KERNEL;
-  for (int32_t i = 1; i < count && call.kernel->starts; i++)
+  for (int32_t i = 1; i < count && call.kernel->starts + call.kernel->rests; i++)
     if (outputs[i].matrix->bits != outputs[0].matrix->bits) {
       const int code = run(outputs, i, x, x_block, y_dtype, isa, threads);
       return code != FEWBIT_OK ? code : run(outputs + i, count - i, x, x_block, y_dtype, isa, threads);
