@@ -128,9 +128,12 @@ def llmcompressor(job: Job) -> tuple[Timed, Read]:
             max_seq_length=job.tokens.shape[1],
             num_calibration_samples=len(job.tokens),
         )
-        return model
+        found = asymmetric(model, job.bits)  # what saving leaves of the layers is packed
+        with TemporaryDirectory() as out:
+            model.save_pretrained(out, save_compressed=True)
+        return found
 
-    return run, lambda model: asymmetric(model, job.bits)
+    return run, lambda found: found
 
 
 def gptqmodel(job: Job) -> tuple[Timed, Read]:
