@@ -58,7 +58,7 @@ TUNERS = ("fewbit", "autoround")
 LAST_WORDS = 300
 
 
-def environment(peer: str, folder: Path) -> dict[str, str]:
+def environment(peer: str, folder: Path, device: str) -> dict[str, str]:
     """``PYTHONSAFEPATH``: transformers looks for a package `kernels`, which the file beside this one is not."""
     here = (
         [str(Path(__file__).parent)]
@@ -68,6 +68,7 @@ def environment(peer: str, folder: Path) -> dict[str, str]:
     before = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
     # gptqmodel asks for two workers where it grants itself one, on machines of two cores
     fixed = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+    fixed |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(here + before)}
 
 
@@ -75,12 +76,11 @@ def quantized(told: argparse.Namespace, folder: Path, peer: str, jobs: list[tupl
     """What one side says of each of ``jobs``, bits and setting, with ``weights``; or ``failed``, why."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     side = Path(__file__).parent / "quantizer_sides.py"
+    device = told.device if peer in TUNERS else "cpu"
     command = [sys.executable, str(side), peer, str(told.model), str(folder), "--iters", str(told.iters)]
-    command += ["--device", told.device if peer in TUNERS else "cpu"]
+    command += ["--device", device]
     command += ["--text", str(told.calibration)] if told.calibration else []
-    where = environment(peer, told.peers)
-    if told.device == "cpu" or peer not in TUNERS:
-        where["CUDA_VISIBLE_DEVICES"] = ""
+    where = environment(peer, told.peers, device)
     done = subprocess.run(command, env=where, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     found = []
     for number in range(len(jobs)):

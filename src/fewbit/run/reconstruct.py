@@ -23,7 +23,6 @@ out is checked like anything else, but its bytes are promised neither to equal a
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -265,7 +264,7 @@ class _Phase:
         file = self._run.hidden(stage, name)
         file.close()
         alone = HiddenFile(file.path, (self._windows, 1, *file.shape[2:]), "read")
-        if not fits(alone.dtype.itemsize * math.prod(alone.shape), self._device):
+        if not fits(alone.nbytes, self._device):
             return alone
         held = HiddenTensor.of(alone, self._device)
         alone.close()
