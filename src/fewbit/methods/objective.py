@@ -17,6 +17,9 @@ from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, UnsupportedError
 
+TILE = 256
+"""Columns whose part of the second moment is multiplied whole."""
+
 
 def row_errors(error: Tensor, facts: Facts | None) -> Tensor:
     """``d G d^T`` of every row d of ``error`` (rows, columns): float64 (rows,).
@@ -26,12 +29,26 @@ def row_errors(error: Tensor, facts: Facts | None) -> Tensor:
     """
     error = error.float()
     if facts is None or not facts.tokens:
-        weighted = error
+        found = _products(error, error)
     elif facts.gram is None:
-        weighted = error * facts.mean_square
+        found = _products(error * facts.mean_square, error)
     else:
-        weighted = error @ facts.second_moment
-    return (weighted * error).sum(1, dtype=torch.float64).clamp_min(0)
+        found = _quadratic(error, facts.gram) / facts.tokens
+    return found.clamp_min(0)
+
+
+def _quadratic(error: Tensor, gram: Tensor) -> Tensor:
+    """``d G d^T`` with the symmetric ``gram``, of which only what lies above square tiles is multiplied, and they."""
+    if len(gram) <= TILE:
+        return _products(error @ gram, error)
+    middle = -(-len(gram) // 32) * 16
+    (first, last), (above, below) = error.tensor_split([middle], 1), gram.tensor_split([middle])
+    across = _products(first @ above[:, middle:], last)
+    return _quadratic(first, above[:, :middle]) + 2 * across + _quadratic(last, below[:, middle:])
+
+
+def _products(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).sum(1, dtype=torch.float64)
 
 
 def relative_error(weight: Tensor, quantized: QTensor | Tensor, facts: Facts | None = None) -> float:

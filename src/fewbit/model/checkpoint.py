@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,14 @@ class Checkpoint(ABC):
 
     def transforms(self, model: PreTrainedModel) -> list[Any]:
         """transformers' renamings and converters on the way from this checkpoint's names to those of ``model``."""
-        return list(get_model_conversion_mapping(model))
+        return [] if self._as_named(model.state_dict()) else list(get_model_conversion_mapping(model))
+
+    def _as_named(self, places: Mapping[str, Tensor]) -> bool:
+        """Whether every tensor is called as its parameter is and has its shape, so that there is nothing to rename:
+        transformers takes longer to build its table than to read a small model. Not where one has three axes or more,
+        which a converter may turn around under the same name."""
+        shapes = {name: tuple(place.shape) for name, place in places.items()}
+        return all(len(shape := self.shape(key)) < 3 and shapes.get(key) == shape for key in self.keys())
 
     def fingerprint(self) -> str:
         """Hex sha256 over the weight files' bytes, in the order of ``files``, streamed."""
