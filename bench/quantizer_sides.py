@@ -2,9 +2,10 @@
 """What quantizes in ``bench/quantizers.py``: a function a package, run in a process of its own in that package's
 environment, where fewbit need not be.
 
-Each takes a :class:`Job`, imports what it needs, and returns what is then timed: from the model's folder to quantized
-layers in memory. That gives weights by layer, dequantized, (out, in), and the bits that are stored for all of them
-together. Scales, minima and codebooks count as float16, in which a float16 model stores them, whatever they are here.
+Each takes a :class:`Job`, imports what it needs, and returns what is then timed: from the model's folder and a text
+to quantized layers in memory. That gives weights by layer, dequantized, (out, in), and the bits that are stored for all
+of them together. Scales, minima and codebooks count as float16, in which a float16 model stores them, whatever they are
+here.
 """
 
 from __future__ import annotations
@@ -75,6 +76,12 @@ def asymmetric(model: Any, bits: int) -> Found:
 
 
 def rows_of(job: Job) -> list[dict[str, list[int]]]:
+    """Windows to calibrate on: those that fewbit draws, so that they are the same. Whoever uses a package begins with a
+    text, as fewbit does here: a tokenizer is opened and reads the text in the time that is taken."""
+    if job.text is not None:
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(job.model)(job.text.read_text())
     return [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job.tokens.tolist()]
 
 
@@ -280,8 +287,8 @@ def main() -> None:
     parser.add_argument("--device", required=True)
     told = parser.parse_args()
     torch.set_num_threads(1)
-    importlib.import_module("transformers.models.auto.modeling_auto")
-    importlib.import_module("transformers.models.llama.modeling_llama")
+    for module in ("auto.modeling_auto", "auto.tokenization_auto", "llama.modeling_llama", "llama.tokenization_llama"):
+        importlib.import_module(f"transformers.models.{module}")
     tokens = load_file(told.folder / "tokens.safetensors")["calibration"]
     for number, (bits, what) in enumerate(json.loads((told.folder / "jobs.json").read_text())):
         try:

@@ -6,8 +6,9 @@
 PEERS/NAME is what ``pip install --no-deps --target PEERS/NAME NAME`` leaves, for the packages of :data:`ROWS`, and
 PEERS/deps what they share. Linear layers but the head are quantized, on one thread and in one process a package, and
 what they decode to is put into the float model and scored: activations are float everywhere. Seconds go from the
-model's folder to quantized layers in memory, imports left out; fewbit's and llm-compressor's also write the file, and
-fewbit's check it. Rows that are in the file ``--json`` already are not run again; of those that fail, why is listed.
+model's folder and the text to quantized layers in memory, imports left out; fewbit's and llm-compressor's also write
+the file, and fewbit's check it. Rows that are in the file ``--json`` already are not run again; of those that fail, why
+is listed.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from fewbit import formats
@@ -31,6 +32,15 @@ def test_is_the_relative_error_of_the_outputs() -> None:
     plain = float(error.norm() / weight.double().norm())
     for facts in (None, Facts.none(24), Facts.none(24, gram=True)):
         assert math.isclose(objective.relative_error(weight, q, facts), plain, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [24, 256, 272, 601])
+def test_row_errors_are_those_of_the_outputs(columns: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(700, columns, generator=generator) + 0.3
+    error = torch.randn(5, columns, generator=generator)
+    outputs = (x.double() @ error.double().T).square().mean(0)
+    assert torch.allclose(objective.row_errors(error, Facts.of(x, gram=True)), outputs, rtol=1e-5)
 
 
 def test_ends_of_the_scale() -> None:

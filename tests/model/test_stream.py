@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fewbit.errors import InputError, UnsupportedError
+from fewbit.model import checkpoint
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import Inputs, StreamedModel
 
@@ -300,3 +301,35 @@ def test_an_architecture_without_blocks_known_here_is_named(tmp_path: Path) -> N
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match=r"CTRLLMHeadModel.*ctrl.*families"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "asked"), [("llama", False), ("llama-tied", False), ("qwen3-moe", True), ("gpt-oss", True)]
+)
+def test_transformers_table_of_names_is_made_only_where_it_has_something_to_say(
+    family: str, asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(family, tmp_path)
+    made = []
+    table = checkpoint.get_model_conversion_mapping
+    monkeypatch.setattr(checkpoint, "get_model_conversion_mapping", lambda model: made.append(model) or table(model))
+    opened(tmp_path)
+    assert bool(made) == asked
+
+
+@pytest.mark.parametrize("change", ["turned", "renamed"])
+def test_the_table_of_names_is_made_where_a_tensor_differs_from_its_parameter(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make("llama", tmp_path)
+    there, model = open_checkpoint(tmp_path), opened(tmp_path).module
+    name, shape = "model.layers.0.mlp.up_proj.weight", there.shape
+    assert there.transforms(model) == []
+    if change == "renamed":
+        keys = ["up.weight" if key == name else key for key in list(there.keys())]
+        monkeypatch.setattr(there, "keys", lambda: keys)
+        monkeypatch.setattr(there, "shape", lambda key: shape(name if key == "up.weight" else key))
+    else:
+        monkeypatch.setattr(there, "shape", lambda key: shape(key)[::-1] if key == name else shape(key))
+    monkeypatch.setattr(checkpoint, "get_model_conversion_mapping", lambda model: ["the table"])
+    assert there.transforms(model) == ["the table"]
