@@ -168,3 +168,13 @@ def test_every_format_says_whether_it_can_be_moved() -> None:
         got = format.physical(format.with_offset(params, asked)).offset
         assert got is not None
         assert ((got.unsqueeze(-1) - asked).abs() <= asked.abs() * 2.0**-11).all()
+
+
+@pytest.mark.parametrize("p", [0.4, 0.7, 1.0])
+@pytest.mark.parametrize("by", [0.5, 1 - 1e-6, 1 + 1e-6, 2.0])
+def test_shrinking_below_the_size_that_survives_is_the_formula_too(p: float, by: float) -> None:
+    largest = by * 10.0 ** (1 / (p - 2))
+    x = torch.linspace(-largest, largest, 1001)
+    expected = x.sign() * (x.abs() - x.abs() ** (p - 1) / 10.0).clamp_min(0)
+    assert torch.equal(shrink(x, p, 10.0), expected)
+    assert bool(shrink(x, p, 10.0).any()) == (by > 1)

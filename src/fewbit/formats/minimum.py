@@ -67,6 +67,11 @@ class Minimum(Format):
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         return params["scale"].float() * codes.float() + params["minimum"].float()
 
+    def nearest(self, blocks: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        minimum = params["minimum"].float()
+        codes = (blocks - minimum).div_(divisor(params["scale"])).round_().clamp_(0, self.levels - 1)
+        return codes, (codes * params["scale"].float()).add_(minimum)
+
     def physical(self, params: Params) -> Physical:
         return Physical(params["scale"].float().squeeze(-1), params["minimum"].float().squeeze(-1), None)
 

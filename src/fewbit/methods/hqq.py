@@ -37,6 +37,9 @@ from fewbit.core.qtensor import QTensor
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.methods import objective, ranges
 
+NEARLY = 1 - 1e-5
+"""Of the size at which errors begin to be shrunk to more than zero: powers are rounded."""
+
 
 def hqq(
     weight: Tensor,
@@ -105,6 +108,9 @@ def refuse(format: Format) -> str | None:
 
 def shrink(error: Tensor, p: float, beta: float) -> Tensor:
     """The minimiser over e of ``|e|^p + beta / 2 (e - error)^2``, approximately, entry by entry."""
+    low, high = error.aminmax()
+    if p < 1 and float(torch.maximum(-low, high)) < NEARLY * beta ** (1 / (p - 2)):
+        return torch.zeros_like(error)  # powers of all entries, which take longer than all the rest, would say so too
     size = error.abs()
     return error.sign() * (size - size.pow(p - 1) / beta).clamp_min(0)
 
