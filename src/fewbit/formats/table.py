@@ -55,7 +55,7 @@ _POT_SMALLEST = 2.0**-14
 
 
 @functools.lru_cache
-def _bounds(table: tuple[float, ...]) -> Tensor:
+def bounds_of(table: tuple[float, ...]) -> Tensor:
     """Float32 (levels - 1,): values up to ``bounds[i]`` inclusive belong to ``table[i]`` rather than ``table[i + 1]``.
 
     Cached, as a solver that goes column by column asks for it once a column.
@@ -72,7 +72,7 @@ def nearest(values: Tensor, table: tuple[float, ...]) -> Tensor:
 
     A tie goes to the neighbour that is an even number of entries away from zero; with E2M1 that is the even mantissa.
     """
-    return torch.bucketize(values.contiguous(), _bounds(table).to(values.device), out_int32=True).to(torch.uint8)
+    return torch.bucketize(values.contiguous(), bounds_of(table).to(values.device), out_int32=True).to(torch.uint8)
 
 
 def look_up(codes: Tensor, table: tuple[float, ...]) -> Tensor:
@@ -121,6 +121,10 @@ class Table(Format):
     @property
     def levels(self) -> int:  # type: ignore[override]
         return len(self.values)
+
+    @property
+    def bounds(self) -> Tensor | None:  # type: ignore[override]
+        return None if self.coded else bounds_of(self.values)
 
     @property
     def bits(self) -> int:  # type: ignore[override]
