@@ -63,6 +63,19 @@ PyObject* table_search(PyObject*, PyObject* args) {
   return status(code);
 }
 
+// table_codes(values, count, bounds, bound_count, codes, isa)
+PyObject* table_codes(PyObject*, PyObject* args) {
+  unsigned long long values, bounds, codes;
+  long long count;
+  int bound_count, isa, code;
+  if (!PyArg_ParseTuple(args, "KLKiKi", &values, &count, &bounds, &bound_count, &codes, &isa)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_table_codes(pointer<const float*>(values), count, pointer<const float*>(bounds), bound_count,
+                            pointer<uint8_t*>(codes), isa);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
 }  // namespace
 
 PyMethodDef grids_methods[] = {
@@ -72,5 +85,6 @@ PyMethodDef grids_methods[] = {
      "((rows, columns, block, levels), current, before, (upper, stride), lost, order, scale, zero, codes, isa)"},
     {"table_search", table_search, METH_VARARGS,
      "((rows, blocks, block, count, levels), weight, worth, scales, table, bounds, chosen, isa)"},
+    {"table_codes", table_codes, METH_VARARGS, "(values, count, bounds, bound_count, codes, isa)"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -13,6 +13,7 @@ struct GridKernel {
   void (*search)(const fewbit_grid_search_call& call, float* scratch);
   void (*sweep)(const fewbit_grid_sweep_call& call);
   void (*table_search)(const fewbit_table_search_call& call, float* scratch);
+  void (*table_codes)(const float* values, int64_t count, const float* bounds, int32_t bound_count, uint8_t* codes);
 };
 
 extern const GridKernel grids_serial, grids_avx2;

@@ -64,5 +64,28 @@ void table_search_any(const fewbit_table_search_call& call, float* scratch) {
   }
 }
 
+template <int64_t kVectors>
+inline void codes_of(const float* values, const float* bounds, int32_t bound_count, uint8_t* codes) {
+  Lanes x[kVectors];
+  LaneBits code[kVectors];
+  memcpy(x, values, sizeof x);
+  for (int64_t i = 0; i < kVectors; i++) code[i] = LaneBits{} + static_cast<uint32_t>(bound_count);
+  for (int32_t k = 0; k < bound_count; k++)
+    for (int64_t i = 0; i < kVectors; i++) code[i] += reinterpret_cast<LaneBits>(x[i] <= all(bounds[k]));
+  for (int64_t i = 0; i < kVectors; i++)
+    for (int l = 0; l < kLanes; l++) codes[i * kLanes + l] = static_cast<uint8_t>(code[i][l]);
+}
+
+void table_codes_any(const float* values, int64_t count, const float* bounds, int32_t bound_count, uint8_t* codes) {
+  constexpr int64_t kStep = kTogether * kLanes;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) codes_of<kTogether>(values + i, bounds, bound_count, codes + i);
+  float rest[kStep] = {};
+  uint8_t found[kStep];
+  memcpy(rest, values + i, static_cast<size_t>(count - i) * sizeof(float));
+  codes_of<kTogether>(rest, bounds, bound_count, found);
+  memcpy(codes + i, found, static_cast<size_t>(count - i));
+}
+
 }  // namespace
 }  // namespace fewbit

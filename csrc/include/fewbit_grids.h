@@ -61,6 +61,9 @@ typedef struct {
 } fewbit_table_search_call;
 int fewbit_table_search(const fewbit_table_search_call* call, int32_t isa);
 
+/* codes (count): how many of the ascending bounds (at most 255) are below each of values (count); all, for NaN. isa: as above. */
+int fewbit_table_codes(const float* values, int64_t count, const float* bounds, int32_t bound_count, uint8_t* codes, int32_t isa);
+
 #ifdef __cplusplus
 }
 #endif

@@ -56,7 +56,8 @@ def test_ranges_are_those_of_the_search_in_torch(
 ) -> None:
     values, ratios = weight(shape), ranges.grid(24, 0.4)
     format = formats.parse(spelt).bind(values)
-    for worth in (None, unaligned(torch.rand(shape[1], generator=torch.Generator().manual_seed(1)).round(decimals=1))):
+    some = torch.rand(shape[1], generator=torch.Generator().manual_seed(1)).round(decimals=1)
+    for worth in (None, unaligned(some), torch.where(torch.arange(shape[1]) < 64, 0, some)):
         monkeypatch.setattr(compiled, "grids", lambda: native.core())
         fast = ranges.search(format, values, worth, ratios)
         monkeypatch.setattr(compiled, "grids", lambda: None)

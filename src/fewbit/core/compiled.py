@@ -54,6 +54,7 @@ class Grids(Protocol):
         chosen: int,
         isa: int,
     ) -> None: ...
+    def table_codes(self, values: int, count: int, bounds: int, bound_count: int, codes: int, isa: int) -> None: ...
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fewbit.core import lookup
 from fewbit.core.format import Format, Param, Params, Physical
 from fewbit.formats.dynamic import CHUNK, PARAMS, code_scales, decode_scales
 from fewbit.formats.scales import LARGEST_SCALE, SMALLEST_SCALE, divisor, spell_group, storable
@@ -62,7 +63,7 @@ def bounds_of(table: tuple[float, ...]) -> Tensor:
     """
     zero = table.index(0.0)
     bounds = torch.tensor([(low + high) / 2 for low, high in itertools.pairwise(table)], dtype=torch.float32)
-    # bucketize sends a value equal to a bound down; one step lower, the bound sends it up
+    # lookup sends a value equal to a bound down; one step lower, the bound sends it up
     up = torch.tensor([(i - zero) % 2 == 1 for i in range(len(bounds))])
     return torch.where(up, torch.nextafter(bounds, torch.full_like(bounds, -math.inf)), bounds)
 
@@ -72,12 +73,12 @@ def nearest(values: Tensor, table: tuple[float, ...]) -> Tensor:
 
     A tie goes to the neighbour that is an even number of entries away from zero; with E2M1 that is the even mantissa.
     """
-    return torch.bucketize(values.contiguous(), bounds_of(table).to(values.device), out_int32=True).to(torch.uint8)
+    return lookup.codes(values, bounds_of(table))
 
 
 def look_up(codes: Tensor, table: tuple[float, ...]) -> Tensor:
     """Float32 ``table[codes]``."""
-    return torch.tensor(table, dtype=torch.float32, device=codes.device)[codes.int()]
+    return lookup.values(codes, torch.tensor(table, dtype=torch.float32, device=codes.device))
 
 
 @dataclass(frozen=True)
