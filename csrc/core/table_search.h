@@ -8,7 +8,7 @@
 namespace fewbit {
 namespace {
 
-constexpr int64_t kTogether = 4;  // vectors that share what is loaded of a table, and hide each other's latency
+constexpr int64_t kTogether = 8;  // vectors that share what is loaded of a table, and hide each other's latency
 
 // What each of kVectors x kLanes weights loses.
 template <int64_t kVectors>
