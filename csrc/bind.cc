@@ -302,45 +302,6 @@ PyObject* int8_windows(PyObject*, PyObject* args) {
   return status(code);
 }
 
-// grid_search((rows, columns, block, count, levels, ends), weight, worth, ratios, scale, zero, isa)
-PyObject* grid_search(PyObject*, PyObject* args) {
-  fewbit_grid_search_call call = {};
-  unsigned long long weight, worth, ratios, scale, zero;
-  long long rows, columns, block, count;
-  int isa, code;
-  if (!PyArg_ParseTuple(args, "(LLLLii)KKKKKi", &rows, &columns, &block, &count, &call.levels, &call.ends, &weight, &worth,
-                        &ratios, &scale, &zero, &isa))
-    return nullptr;
-  call.rows = rows, call.columns = columns, call.block = block, call.count = count;
-  call.weight = pointer<const float*>(weight), call.worth = pointer<const float*>(worth);
-  call.ratios = pointer<const float*>(ratios);
-  call.scale = pointer<float*>(scale), call.zero = pointer<float*>(zero);
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_grid_search(&call, isa);
-  Py_END_ALLOW_THREADS
-  return status(code);
-}
-
-// grid_sweep((rows, columns, block, levels), current, before, (upper, stride), lost, order, scale, zero, codes, isa)
-PyObject* grid_sweep(PyObject*, PyObject* args) {
-  fewbit_grid_sweep_call call = {};
-  unsigned long long current, before, upper, lost, order, scale, zero, codes;
-  long long rows, columns, block, stride;
-  int isa, code;
-  if (!PyArg_ParseTuple(args, "(LLLi)KK(KL)KKKKKi", &rows, &columns, &block, &call.levels, &current, &before, &upper,
-                        &stride, &lost, &order, &scale, &zero, &codes, &isa))
-    return nullptr;
-  call.rows = rows, call.columns = columns, call.block = block, call.upper_stride = stride;
-  call.current = pointer<const float*>(current), call.before = pointer<const float*>(before);
-  call.upper = pointer<const float*>(upper), call.lost = pointer<float*>(lost);
-  call.order = pointer<const int64_t*>(order), call.codes = pointer<uint8_t*>(codes);
-  call.scale = pointer<const float*>(scale), call.zero = pointer<const float*>(zero);
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_grid_sweep(&call, isa);
-  Py_END_ALLOW_THREADS
-  return status(code);
-}
-
 PyObject* large_pages(PyObject*, PyObject* args) {
   unsigned long long data;
   long long bytes;
@@ -379,10 +340,6 @@ PyMethodDef methods[] = {
     {"unfold", unfold, METH_VARARGS, "(windows, x, begin, end, out, threads)"},
     {"int8_windows", int8_windows, METH_VARARGS,
      "(windows, x, dtype, images, groups, weight, rows, bias, y, isa, threads)"},
-    {"grid_search", grid_search, METH_VARARGS,
-     "((rows, columns, block, count, levels, ends), weight, worth, ratios, scale, zero, isa)"},
-    {"grid_sweep", grid_sweep, METH_VARARGS,
-     "((rows, columns, block, levels), current, before, (upper, stride), lost, order, scale, zero, codes, isa)"},
     {"large_pages", large_pages, METH_VARARGS, "(data, bytes) -> None."},
     {"read_stream", read_stream, METH_VARARGS, "(data, bytes, threads) -> exclusive or of the bytes."},
     {nullptr, nullptr, 0, nullptr},
@@ -394,7 +351,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "fewbit._native", nullptr, -1, meth
 
 PyMODINIT_FUNC PyInit__native(void) {
   PyObject* made = PyModule_Create(&module);
-  for (PyMethodDef* more : {decode_methods, matmul_methods})
+  for (PyMethodDef* more : {decode_methods, grids_methods, matmul_methods})
     if (made && PyModule_AddFunctions(made, more) < 0) Py_CLEAR(made);
   return made;
 }

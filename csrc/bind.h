@@ -31,4 +31,5 @@ T pointer(unsigned long long address) {
 }  // namespace
 
 extern PyMethodDef decode_methods[];  // bind_decode.cc
+extern PyMethodDef grids_methods[];   // bind_grids.cc
 extern PyMethodDef matmul_methods[];  // bind_matmul.cc

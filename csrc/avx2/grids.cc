@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/grids.h"
+#include "core/table_search.h"
 
-const fewbit::GridKernel fewbit::grids_avx2 = {grid_search_any, grid_sweep_any};
+const fewbit::GridKernel fewbit::grids_avx2 = {grid_search_any, grid_sweep_any, table_search_any, table_codes_any};

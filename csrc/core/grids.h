@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Even grids: search of their ranges, and columns rounded one after another; what fewbit_grid_search and fewbit_grid_sweep
-// of fewbit.h say, compiled for the instruction set of the file that includes this. Rows lie side by side in vectors;
-// products and sums are rounded one by one, in one order, so that every instruction set gives the same bits.
+// say, compiled for the instruction set of the file that includes this. Rows lie side by side in vectors; products
+// and sums are rounded one by one, in one order, so that every instruction set gives the same bits.
 #pragma once
 
 #include <string.h>
 
-#include "core/kernel.h"
-#include "fewbit.h"
+#include "core/grids_kernel.h"
 
 namespace fewbit {
 namespace {

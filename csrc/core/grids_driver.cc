@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// fewbit_grid_search and fewbit_grid_sweep: of even grids. Both run on the caller's thread: callers have layers to share out.
+// fewbit_grids.h, on the caller's thread: callers have layers to share out.
 #include <stddef.h>
 
 #include <new>
 
-#include "core/kernel.h"
+#include "core/grids_kernel.h"
 #include "fewbit.h"
 
 namespace {
@@ -17,6 +17,15 @@ const fewbit::GridKernel& chosen(int32_t isa) {
   return fewbit::grids_serial;
 }
 
+template <class Call>
+int with_scratch(const Call& call, void (*search)(const Call& call, float* scratch)) {
+  float* scratch = new (std::nothrow) float[static_cast<size_t>(fewbit::kGridScratch * call.block)];
+  if (!scratch) return FEWBIT_NO_MEMORY;
+  search(call, scratch);
+  delete[] scratch;
+  return FEWBIT_OK;
+}
+
 bool of_bytes(int32_t levels) { return levels >= 2 && levels <= 256; }
 
 }  // namespace
@@ -25,11 +34,7 @@ extern "C" int fewbit_grid_search(const fewbit_grid_search_call* call, int32_t i
   if (!call || !call->weight || !call->worth || !call->ratios || !call->scale || !call->zero) return FEWBIT_BAD_ARGUMENT;
   if (call->rows < 0 || call->columns <= 0 || call->block <= 0 || call->count < 0 || !of_bytes(call->levels))
     return FEWBIT_BAD_ARGUMENT;
-  float* scratch = new (std::nothrow) float[static_cast<size_t>(fewbit::kGridScratch * call->block)];
-  if (!scratch) return FEWBIT_NO_MEMORY;
-  chosen(isa).search(*call, scratch);
-  delete[] scratch;
-  return FEWBIT_OK;
+  return with_scratch(*call, chosen(isa).search);
 }
 
 extern "C" int fewbit_grid_sweep(const fewbit_grid_sweep_call* call, int32_t isa) {
@@ -40,5 +45,21 @@ extern "C" int fewbit_grid_sweep(const fewbit_grid_sweep_call* call, int32_t isa
       !of_bytes(call->levels))
     return FEWBIT_BAD_ARGUMENT;
   chosen(isa).sweep(*call);
+  return FEWBIT_OK;
+}
+
+extern "C" int fewbit_table_search(const fewbit_table_search_call* call, int32_t isa) {
+  if (!call || !call->weight || !call->worth || !call->scales || !call->table || !call->bounds || !call->chosen)
+    return FEWBIT_BAD_ARGUMENT;
+  if (call->rows < 0 || call->blocks <= 0 || call->block <= 0 || call->count <= 0 || !of_bytes(call->levels))
+    return FEWBIT_BAD_ARGUMENT;
+  return with_scratch(*call, chosen(isa).table_search);
+}
+
+extern "C" int fewbit_table_codes(const float* values, int64_t count, const float* bounds, int32_t bound_count, uint8_t* codes,
+                                  int32_t isa) {
+  if (count == 0) return FEWBIT_OK;
+  if (!values || !bounds || !codes || count < 0 || !of_bytes(bound_count + 1)) return FEWBIT_BAD_ARGUMENT;
+  chosen(isa).table_codes(values, count, bounds, bound_count, codes);
   return FEWBIT_OK;
 }

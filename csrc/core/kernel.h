@@ -282,16 +282,6 @@ struct Int8RowKernel {
   void (*run)(const Int8RowTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
 };
 
-// Even grids on one instruction set: see fewbit_grid_search, with kGridScratch floats of scratch for each weight of a
-// block, and fewbit_grid_sweep.
-constexpr int kGridLanes = 8, kGridScratch = 2 * kGridLanes + 1;
-struct GridKernel {
-  void (*search)(const fewbit_grid_search_call& call, float* scratch);
-  void (*sweep)(const fewbit_grid_sweep_call& call);
-};
-
-extern const GridKernel grids_serial, grids_avx2;
-
 extern const Int8RowKernel int8_row_lut_linear_serial, int8_row_lut_linear_avx2, int8_row_lut_linear_avxvnni,
     int8_row_lut_linear_avx512vnni, int8_row_lut_linear_neondot;
 

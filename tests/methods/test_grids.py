@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled engines for even grids give the bits of the plain ones, on every instruction set."""
+"""Compiled engines for even grids and tables give the bits of the plain ones, on every instruction set."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ SPELT = [
     "int5/g7/sym",
     "int1/g31/asym",
 ]
+TABLES = ["nf4/g64", "nf4/channel", "nf4/g64/dq", "fp4/g7", "pot2/g31", "pot8/g32", "mxfp4", "nvfp4"]
 SHAPES = [(1, 1), (7, 31), (33, 97), (40, 130)]
 ISAS = [isa for isa in ("serial", "avx2") if isa in native.isas()]
 
@@ -49,12 +50,14 @@ def weight(shape: tuple[int, int]) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("spelt", SPELT)
+@pytest.mark.parametrize("spelt", SPELT + TABLES)
 def test_ranges_are_those_of_the_search_in_torch(
     spelt: str, shape: tuple[int, int], isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    format, values, ratios = formats.parse(spelt), weight(shape), ranges.grid(24, 0.4)
-    for worth in (None, unaligned(torch.rand(shape[1], generator=torch.Generator().manual_seed(1)).round(decimals=1))):
+    values, ratios = weight(shape), ranges.grid(24, 0.4)
+    format = formats.parse(spelt).bind(values)
+    some = torch.rand(shape[1], generator=torch.Generator().manual_seed(1)).round(decimals=1)
+    for worth in (None, unaligned(some), torch.where(torch.arange(shape[1]) < 64, 0, some)):
         monkeypatch.setattr(compiled, "grids", lambda: native.core())
         fast = ranges.search(format, values, worth, ratios)
         monkeypatch.setattr(compiled, "grids", lambda: None)

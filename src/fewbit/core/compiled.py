@@ -17,7 +17,8 @@ SWEPT = 128
 
 
 class Grids(Protocol):
-    """Of even grids: arguments as in ``csrc/bind.cc``, what they mean in ``csrc/include/fewbit.h``."""
+    """Of even grids and tables: arguments as in ``csrc/bind_grids.cc``, what they mean in
+    ``csrc/include/fewbit_grids.h``."""
 
     def grid_search(
         self,
@@ -42,6 +43,18 @@ class Grids(Protocol):
         codes: int,
         isa: int,
     ) -> None: ...
+    def table_search(
+        self,
+        sizes: tuple[int, int, int, int, int],
+        weight: int,
+        worth: int,
+        scales: int,
+        table: int,
+        bounds: int,
+        chosen: int,
+        isa: int,
+    ) -> None: ...
+    def table_codes(self, values: int, count: int, bounds: int, bound_count: int, codes: int, isa: int) -> None: ...
 
 
 @functools.cache

@@ -118,6 +118,9 @@ class Format(ABC):
     * ``even``: whether each block has a float16 scale, at least 2^-24 in magnitude, and a zero, which is ``levels / 2``
       where ``grid`` is "magnitude" and one of the codes where it is "ends"; its values are ``scale * (code - zero)``,
       and :meth:`placed` puts the zero at ``-offset / scale``.
+    * ``bounds``: where the largest magnitude of a block alone decides a scale of it, and values are ``scale *
+      table[code]`` as :meth:`physical` gives them: float32 (levels - 1,), ascending; the code of w is the number of
+      bounds that are below ``w / scale``. None elsewhere.
     * ``best_fit``: whether ``fit`` minimises the error weighted by importance itself, so that no search around it can
       help.
     """
@@ -136,6 +139,7 @@ class Format(ABC):
     plain: Format | None = None
     grid: Literal["", "magnitude", "ends"] = ""
     even: bool = False
+    bounds: Tensor | None = None
     best_fit: bool = False
 
     def bind(self, weight: Tensor) -> Format:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewbit.core.format import Format, Param, Params, Physical
 from fewbit.formats.scales import e8m0_decode, e8m0_encode
-from fewbit.formats.table import E2M1, look_up, nearest
+from fewbit.formats.table import E2M1, bounds_of, look_up, nearest
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class MXFP4(Format):
     fit_block = 32
     dim = 1
     params = (Param("exponent", 8, torch.uint8),)
+    bounds = bounds_of(E2M1)
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
         top = blocks.abs().amax(-1, keepdim=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core.format import Format, Param, Params, Physical
-from fewbit.formats.table import E2M1, look_up, nearest
+from fewbit.formats.table import E2M1, bounds_of, look_up, nearest
 
 _E4M3_LARGEST = 448.0
 _E4M3_SMALLEST = 2.0**-9
@@ -38,6 +38,7 @@ class NVFP4(Format):
     fit_block = 16
     dim = 1
     params = (Param("block_scale", 8, torch.uint8), Param("global_scale", 32, torch.float32, per="tensor"))
+    bounds = bounds_of(E2M1)
 
     def bind(self, weight: Tensor) -> NVFP4:
         return replace(self, global_scale=_global_scale(weight))

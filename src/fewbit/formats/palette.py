@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewbit.core import scalars
+from fewbit.core import lookup, scalars
 from fewbit.core.format import Format, Param, Params, Physical
 from fewbit.formats.scales import LARGEST_SCALE, divisor, spell_group, storable, weights
 
@@ -109,7 +109,7 @@ class Palette(Format):
         values = blocks / divisor(params["scale"]) if self.scaled else blocks
         if not self.group_rows:
             bounds = (tables[0, 1:] + tables[0, :-1]) / 2
-            return torch.bucketize(values.contiguous(), bounds, out_int32=True).to(torch.uint8)
+            return lookup.codes(values, bounds)
         bounds = ((tables[:, 1:] + tables[:, :-1]) / 2).expand(len(values), -1).contiguous()
         found = torch.searchsorted(bounds, values.reshape(len(values), -1).contiguous(), out_int32=True)
         return found.to(torch.uint8).reshape(values.shape)
@@ -117,7 +117,7 @@ class Palette(Format):
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         tables = self._tables(params)
         if not self.group_rows:
-            values = tables[0][codes.int()]
+            values = lookup.values(codes, tables[0])
         else:
             flat = codes.reshape(len(codes), -1).long()
             values = tables.expand(len(codes), -1).gather(1, flat).reshape(codes.shape)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fewbit.core import lookup
 from fewbit.core.format import Format, Param, Params, Physical
 from fewbit.formats.dynamic import CHUNK, PARAMS, code_scales, decode_scales
 from fewbit.formats.scales import LARGEST_SCALE, SMALLEST_SCALE, divisor, spell_group, storable
@@ -55,14 +56,14 @@ _POT_SMALLEST = 2.0**-14
 
 
 @functools.lru_cache
-def _bounds(table: tuple[float, ...]) -> Tensor:
+def bounds_of(table: tuple[float, ...]) -> Tensor:
     """Float32 (levels - 1,): values up to ``bounds[i]`` inclusive belong to ``table[i]`` rather than ``table[i + 1]``.
 
     Cached, as a solver that goes column by column asks for it once a column.
     """
     zero = table.index(0.0)
     bounds = torch.tensor([(low + high) / 2 for low, high in itertools.pairwise(table)], dtype=torch.float32)
-    # bucketize sends a value equal to a bound down; one step lower, the bound sends it up
+    # lookup sends a value equal to a bound down; one step lower, the bound sends it up
     up = torch.tensor([(i - zero) % 2 == 1 for i in range(len(bounds))])
     return torch.where(up, torch.nextafter(bounds, torch.full_like(bounds, -math.inf)), bounds)
 
@@ -72,12 +73,12 @@ def nearest(values: Tensor, table: tuple[float, ...]) -> Tensor:
 
     A tie goes to the neighbour that is an even number of entries away from zero; with E2M1 that is the even mantissa.
     """
-    return torch.bucketize(values.contiguous(), _bounds(table).to(values.device), out_int32=True).to(torch.uint8)
+    return lookup.codes(values, bounds_of(table))
 
 
 def look_up(codes: Tensor, table: tuple[float, ...]) -> Tensor:
     """Float32 ``table[codes]``."""
-    return torch.tensor(table, dtype=torch.float32, device=codes.device)[codes.int()]
+    return lookup.values(codes, torch.tensor(table, dtype=torch.float32, device=codes.device))
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,10 @@ class Table(Format):
     @property
     def levels(self) -> int:  # type: ignore[override]
         return len(self.values)
+
+    @property
+    def bounds(self) -> Tensor | None:  # type: ignore[override]
+        return None if self.coded else bounds_of(self.values)
 
     @property
     def bits(self) -> int:  # type: ignore[override]

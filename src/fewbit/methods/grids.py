@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines for even grids, compiled: the range search and the sweep of :mod:`fewbit.methods.ranges` and
-:mod:`fewbit.methods.feedback`, which say what is computed and run every other format.
+"""Engines for even grids and tables, compiled: the range search and, for even grids, the sweep of
+:mod:`fewbit.methods.ranges` and :mod:`fewbit.methods.feedback`, which say what is computed and run every other format.
 
-A format is ``even`` where its values are ``scale * (code - zero)``; see :class:`fewbit.core.format.Format`. The search
-gives the same bits as that in torch. The sweep rounds products and sums one by one where torch may fuse them, so that
-values may differ in the last bit.
+A format is ``even`` where its values are ``scale * (code - zero)``, and has ``bounds`` where they are ``scale *
+table[code]``; see :class:`fewbit.core.format.Format`. Searches give the same bits as those in torch. The sweep rounds
+products and sums one by one where torch may fuse them, so that values may differ in the last bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewbit.core import blocks as B
 from fewbit.core import compiled
-from fewbit.core.format import Format, Params
+from fewbit.core.format import Format, Params, Physical
 from fewbit.core.qtensor import QTensor
 from fewbit.methods.feedback import Feedback
 
@@ -32,6 +32,33 @@ def search(format: Format, weight: Tensor, worth: Tensor, ratios: tuple[float, .
     found = scale.data_ptr(), zero.data_ptr()
     native.grid_search(sizes, weight.data_ptr(), worth.data_ptr(), tried.data_ptr(), *found, compiled.BEST)
     return format.placed(scale, -zero * scale)
+
+
+def search_table(format: Format, blocks: Tensor, worth: Tensor, ratios: tuple[float, ...]) -> dict[str, Tensor] | None:
+    """Parameters of a ``format`` with ``bounds`` for float32 ``blocks`` (rows, blocks, block) under ``worth``
+    (1, blocks, block); None for other formats, or without the compiled module."""
+    native = compiled.grids()
+    if native is None or format.bounds is None or blocks.device.type != "cpu":
+        return None
+    blocks, worth = blocks.contiguous(), worth.contiguous()
+    rows, number, size = blocks.shape
+    tried = torch.tensor((1.0, *ratios)).reshape(-1, 1, 1, 1)
+    peaks = (blocks.abs().amax(-1, keepdim=True) * tried).reshape(-1, number, 1)
+    params = format.fit(peaks, torch.ones_like(peaks))
+    grid = format.physical(params)
+    assert isinstance(grid, Physical) and grid.table is not None  # bounds
+    scales, chosen = grid.scale.contiguous(), torch.empty(1, rows, number, 1, dtype=torch.int64)
+    native.table_search(
+        (rows, number, size, len(tried), format.levels),
+        blocks.data_ptr(),
+        worth.data_ptr(),
+        scales.data_ptr(),
+        grid.table.data_ptr(),
+        format.bounds.data_ptr(),
+        chosen.data_ptr(),
+        compiled.BEST,
+    )
+    return {name: each.reshape(-1, rows, number, 1).gather(0, chosen)[0] for name, each in params.items()}
 
 
 class Columns:

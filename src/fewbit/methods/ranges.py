@@ -66,7 +66,12 @@ def search(format: Format, weight: Tensor, importance: Tensor | None, ratios: tu
         return compiled
     mask = B.present(columns, format.block, weight.device)
     worth = mask if importance is None else B.split(importance.float().reshape(1, -1), format.block)
-    return by_strips(format, weight, lambda blocks: _search(format, blocks, mask, worth, ratios))
+
+    def choose(blocks: Tensor) -> Params:
+        found = grids.search_table(format, blocks, worth, ratios)
+        return _search(format, blocks, mask, worth, ratios) if found is None else found
+
+    return by_strips(format, weight, choose)
 
 
 def strips(rows: int, columns: int, device: str = "cpu") -> list[slice]:
@@ -146,7 +151,7 @@ def _span_errors(format: Format, blocks: Tensor, worth: Tensor, params: Params) 
     """Weighted squared error of every span, (rows, spans)."""
     lost = format.nearest(blocks, params)[1].sub_(blocks)
     lost = lost.square_().mul_(worth)
-    errors = _halved(lost) if format.even else lost.sum(-1)
+    errors = _halved(lost) if format.even or format.bounds is not None else lost.sum(-1)
     repeat = span_blocks(format, errors.shape[1])
     return errors if repeat == 1 else B.split(errors, repeat).sum(-1)
 

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// The part of fewbit._native that serves the solvers: fewbit_grids.h.
+#include "bind.h"
+#include "fewbit_grids.h"
+
+namespace {
+
+// grid_search((rows, columns, block, count, levels, ends), weight, worth, ratios, scale, zero, isa)
+PyObject* grid_search(PyObject*, PyObject* args) {
+  fewbit_grid_search_call call = {};
+  unsigned long long weight, worth, ratios, scale, zero;
+  long long rows, columns, block, count;
+  int isa, code;
+  if (!PyArg_ParseTuple(args, "(LLLLii)KKKKKi", &rows, &columns, &block, &count, &call.levels, &call.ends, &weight, &worth,
+                        &ratios, &scale, &zero, &isa))
+    return nullptr;
+  call.rows = rows, call.columns = columns, call.block = block, call.count = count;
+  call.weight = pointer<const float*>(weight), call.worth = pointer<const float*>(worth);
+  call.ratios = pointer<const float*>(ratios);
+  call.scale = pointer<float*>(scale), call.zero = pointer<float*>(zero);
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_grid_search(&call, isa);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+// grid_sweep((rows, columns, block, levels), current, before, (upper, stride), lost, order, scale, zero, codes, isa)
+PyObject* grid_sweep(PyObject*, PyObject* args) {
+  fewbit_grid_sweep_call call = {};
+  unsigned long long current, before, upper, lost, order, scale, zero, codes;
+  long long rows, columns, block, stride;
+  int isa, code;
+  if (!PyArg_ParseTuple(args, "(LLLi)KK(KL)KKKKKi", &rows, &columns, &block, &call.levels, &current, &before, &upper,
+                        &stride, &lost, &order, &scale, &zero, &codes, &isa))
+    return nullptr;
+  call.rows = rows, call.columns = columns, call.block = block, call.upper_stride = stride;
+  call.current = pointer<const float*>(current), call.before = pointer<const float*>(before);
+  call.upper = pointer<const float*>(upper), call.lost = pointer<float*>(lost);
+  call.order = pointer<const int64_t*>(order), call.codes = pointer<uint8_t*>(codes);
+  call.scale = pointer<const float*>(scale), call.zero = pointer<const float*>(zero);
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_grid_sweep(&call, isa);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+// table_search((rows, blocks, block, count, levels), weight, worth, scales, table, bounds, chosen, isa)
+PyObject* table_search(PyObject*, PyObject* args) {
+  fewbit_table_search_call call = {};
+  unsigned long long weight, worth, scales, table, bounds, chosen;
+  long long rows, blocks, block, count;
+  int isa, code;
+  if (!PyArg_ParseTuple(args, "(LLLLi)KKKKKKi", &rows, &blocks, &block, &count, &call.levels, &weight, &worth, &scales,
+                        &table, &bounds, &chosen, &isa))
+    return nullptr;
+  call.rows = rows, call.blocks = blocks, call.block = block, call.count = count;
+  call.weight = pointer<const float*>(weight), call.worth = pointer<const float*>(worth);
+  call.scales = pointer<const float*>(scales), call.table = pointer<const float*>(table);
+  call.bounds = pointer<const float*>(bounds), call.chosen = pointer<int64_t*>(chosen);
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_table_search(&call, isa);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+// table_codes(values, count, bounds, bound_count, codes, isa)
+PyObject* table_codes(PyObject*, PyObject* args) {
+  unsigned long long values, bounds, codes;
+  long long count;
+  int bound_count, isa, code;
+  if (!PyArg_ParseTuple(args, "KLKiKi", &values, &count, &bounds, &bound_count, &codes, &isa)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_table_codes(pointer<const float*>(values), count, pointer<const float*>(bounds), bound_count,
+                            pointer<uint8_t*>(codes), isa);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+}  // namespace
+
+PyMethodDef grids_methods[] = {
+    {"grid_search", grid_search, METH_VARARGS,
+     "((rows, columns, block, count, levels, ends), weight, worth, ratios, scale, zero, isa)"},
+    {"grid_sweep", grid_sweep, METH_VARARGS,
+     "((rows, columns, block, levels), current, before, (upper, stride), lost, order, scale, zero, codes, isa)"},
+    {"table_search", table_search, METH_VARARGS,
+     "((rows, blocks, block, count, levels), weight, worth, scales, table, bounds, chosen, isa)"},
+    {"table_codes", table_codes, METH_VARARGS, "(values, count, bounds, bound_count, codes, isa)"},
+    {nullptr, nullptr, 0, nullptr},
+};
