@@ -10,11 +10,11 @@ from fewbit.core import compiled
 
 
 def codes(values: Tensor, bounds: Tensor) -> Tensor:
-    """Uint8, of the shape of float32 ``values``: how many of the ascending float32 ``bounds`` (levels - 1,) are below
+    """Uint8, of the shape of ``values``: how many of the ascending ``bounds`` (levels - 1,) are below
     each of them; all, for NaN."""
     native = compiled.grids()
     values, bounds = values.contiguous(), bounds.to(values.device)
-    if native is None or values.device.type != "cpu":
+    if native is None or values.device.type != "cpu" or not values.dtype == bounds.dtype == torch.float32:
         return torch.bucketize(values, bounds, out_int32=True).to(torch.uint8)
     found = torch.empty_like(values, dtype=torch.uint8)
     bounds = bounds.contiguous()
