@@ -54,8 +54,13 @@ inline void digits_of(const SegmentTask& task, const fewbit_input& x, int64_t to
 template <class K>
 void int24_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile, rows = tokens * kDigits;
+  constexpr int groups = digits1(K::kBits);
+  if constexpr (kFew && groups > 1) {
+    const bool settled = task.segment_chunks > 1;  // shorter segments would cost more to keep than to settle at once
+    if (settled && task.together == kDigits) return strips_settled<K, groups, kDigits>(task, begin, end, rows);
+    if (settled && tokens <= 2) return strips_settled<K, groups, kDigitRows>(task, begin, end, rows);
+  }
   if (task.together == kDigits) {
-    constexpr int groups = digits1(K::kBits);
     if constexpr (K::kFields * kDigits <= kSums) return strips_few<K, groups, kDigits, kAloneDigits>(task, begin, end, rows);
     return strips_direct<K, share<K>(groups), kDigits, 1>(task, begin, end, rows);
   }

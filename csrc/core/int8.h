@@ -16,7 +16,7 @@
 //   kUnrollMany                          see decoded.h
 //   kMany, kManyTokens                   row groups and tokens computed together where there are many
 //   digits1(BITS), kDigits2, kAloneDigits, kManyDigits    row groups, sums and row groups as above for activations of 24 bits;
-//                      only where there is a int24_linear.cc
+//                      only where there is a int24_linear.cc; one row group is never computed as in few.h
 //   planes(BITS)       2 where codes of 8 bits are multiplied as two planes of nibbles, else 1
 //   kFew               whether one and two tokens are computed as in few.h
 //   kInPlace           whether any byte may be multiplied: a field of several in a byte then need not be shifted
