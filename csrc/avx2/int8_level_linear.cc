@@ -18,21 +18,19 @@ constexpr int kMostByte = 127;
 struct LevelSum : NarrowSum<6> {
   static constexpr int kCentre = kMostByte;
   using Rests = fewbit::Rests<kManyTokens>;
+  static constexpr int rests_beside(int) { return 1; }  // of many rows, many have some
   static_assert(kSpan == 4 && kStarts == 2 && kMostByte * 255 <= 32767 && 2 * kMostByte * 128 <= 32767);
 
   // Of halves, as 254 times those of a pair fits int16.
   template <int T, int H>
-  static FEWBIT_INLINE void add_rest(U (&sum)[T][H], const X* x, const uint8_t* codes) {
+  static FEWBIT_INLINE void add_rest(U (&sum)[T][H], int h, const X* x, const uint8_t* codes) {
+    const U here = four(x), half = half_of(here), other = _mm256_sub_epi8(here, half);
+    const U centre = _mm256_maddubs_epi16(_mm256_set1_epi8(kMostByte), here);
 #pragma GCC unroll 4
-    for (int h = 0; h < H; h++) {
-      const U here = four(x + h * 32), half = half_of(here), other = _mm256_sub_epi8(here, half);
-      const U centre = _mm256_maddubs_epi16(_mm256_set1_epi8(kMostByte), here);
-#pragma GCC unroll 4
-      for (int t = 0; t < T; t++) {
-        const U u = load_lanes(codes + t * kLanes * 4);
-        const U both = _mm256_add_epi16(_mm256_maddubs_epi16(u, half), _mm256_maddubs_epi16(u, other));
-        sum[t][h] = add(sum[t][h], widened(_mm256_sub_epi16(both, centre)));
-      }
+    for (int t = 0; t < T; t++) {
+      const U u = load_lanes(codes + t * kLanes * 4);
+      const U both = _mm256_add_epi16(_mm256_maddubs_epi16(u, half), _mm256_maddubs_epi16(u, other));
+      sum[t][h] = add(sum[t][h], widened(_mm256_sub_epi16(both, centre)));
     }
   }
 };

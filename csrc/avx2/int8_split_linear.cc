@@ -14,11 +14,12 @@ namespace {
 
 struct SplitSum : PairSum {
   using Rests = fewbit::Rests<kManyTokens>;
+  static constexpr int rests_beside(int tokens) { return tokens; }
 
-  static FEWBIT_INLINE void add_rest(U (&sum)[2][4], const X* x, const uint8_t* codes) {
+  static FEWBIT_INLINE void add_rest(U (&sum)[2][4], int, const X* x, const uint8_t* codes) {
     step(sum, load_lanes(codes), load_lanes(codes + kLanes * 4), x);
   }
-  static FEWBIT_INLINE void add_rest(U (&sum)[4][2], const X* x, const uint8_t* codes) { step(sum, codes, x, x + 32); }
+  static FEWBIT_INLINE void add_rest(U (&sum)[4][2], int, const X* x, const uint8_t* codes) { step(sum, codes, x, x + 32); }
 };
 
 // Codes as they are.

@@ -29,28 +29,34 @@ class Rests {
     some_[chunk * kTogether] = static_cast<int8_t>(~_mm256_movemask_ps(_mm256_castsi256_ps(none)));
   }
 
-  // Calls each(x, codes) for the groups that one of H rows has, of `chunks` chunks from `first`; codes of the next lie `apart`
-  // bytes apart.
-  template <int H, class Each>
+  // Calls each(h, x, codes) for each group that one of the B rows from h has, h being every B-th of H, in `chunks` chunks from
+  // `first`, whose codes lie `apart` bytes apart. Most of the time no row has any.
+  template <int H, int B, class Each>
   FEWBIT_INLINE void visit(int64_t first, int64_t chunks, const uint8_t* codes, int64_t apart, const Each& each) const {
     uint32_t any = 0;
-    for (int64_t c = first; c < first + chunks; c++) any |= some<H>(c);
-    if (__builtin_expect(any == 0, 1)) return;
-    for (int64_t c = first; c < first + chunks; c++, codes += 8 * apart) {
-      uint32_t left = some<H>(c);
-      for (int bits = 4 * H; bits >= 8; bits /= 2) left |= left >> bits;
-      for (left &= 255; left; left &= left - 1) {
-        const int g = __builtin_ctz(left);
-        each(x_ + c * kTogether * 32 + g * 4, codes + g * apart);
-      }
+    for (int64_t c = 0; c < chunks; c++) {
+      any |= some<H>(first + c, 0);
+      asm("" : "+r"(any));  // GCC would make vectors of so few
     }
+    if (__builtin_expect(any == 0, 1)) return;
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h += B)
+      for (int64_t c = 0; c < chunks; c++) {
+        uint32_t left = some<B>(first + c, h);
+        for (int bits = 4 * B; bits >= 8; bits /= 2) left |= left >> bits;
+        for (left &= 255; left; left &= left - 1) {
+          const int g = __builtin_ctz(left);
+          each(h, x_ + ((first + c) * kTogether + h) * 32 + g * 4, codes + (c * 8 + g) * apart);
+        }
+      }
   }
 
  private:
-  template <int H>
-  FEWBIT_INLINE uint32_t some(int64_t chunk) const {
+  // A byte for each of B rows from h.
+  template <int B>
+  FEWBIT_INLINE uint32_t some(int64_t chunk, int h) const {
     uint32_t bits = 0;
-    __builtin_memcpy(&bits, some_ + chunk * kTogether, H);
+    __builtin_memcpy(&bits, some_ + chunk * kTogether + h, B);
     return bits;
   }
 

@@ -14,9 +14,10 @@
 //   widened(narrow)        the narrow sums of all planes as one of 32 bits
 //   add(wide, other)       sums of those
 //   integer(float)         a float that is one
-//   Rests(task, row)       what steps leave out of activations of the tokens from `row`, in groups of four columns: calls, by
-//                          `visit<H>(first, chunks, codes, apart, each)`, each(x, codes) for the groups that H tokens have
-//   add_rest(sum, x, codes)    adds the products of one with as many tokens, whose activations are 32 apart; or neither
+//   Rests(task, row)       what steps leave out of activations of the tokens from `row`, in groups of four columns: visit<H, B>
+//                          calls each(h, x, codes) for what of H tokens B beside one another have, from h
+//   rests_beside(H)        B
+//   add_rest(sum, h, x, codes)    adds the products of one, whose tokens are 32 apart; or none of these
 #pragma once
 
 #include <stdint.h>
@@ -275,8 +276,9 @@ FEWBIT_INLINE void sum_segment(const Block<K, H>& block, Place<K>& at, int64_t f
       }
   if (flushed) add_all<K>(sum, wide);
   if constexpr (!std::is_same_v<RestsOf<K>, NoRests>)
-    rests.template visit<H>(first, chunks, codes, Block<K, H>::T * kLanes * 4,
-                            [&](const auto* x, const uint8_t* u) { Sum::add_rest(sum, x, u); });
+    rests.template visit<H, Sum::rests_beside(H)>(
+        first, chunks, codes, Block<K, H>::T * kLanes * 4,
+        [&](int h, const auto* x, const uint8_t* u) { Sum::add_rest(sum, h, x, u); });
 }
 
 // Multiplies the block's row groups from `group` by H of M tokens from `token`, and adds to their totals.
