@@ -17,22 +17,21 @@ constexpr int kMostByte = 127;
 // Sums of (u - 127) * x for bytes u below 255 and activations of which no pair's magnitudes exceed 128, those of a span 255.
 struct LevelSum : NarrowSum<6> {
   static constexpr int kCentre = kMostByte;
-  static constexpr bool kRests = true;
+  using Rests = fewbit::Rests<kManyTokens>;
+  static constexpr int rests_beside(int) { return 1; }  // of many rows, many have some
   static_assert(kSpan == 4 && kStarts == 2 && kMostByte * 255 <= 32767 && 2 * kMostByte * 128 <= 32767);
 
-  // Adds the products of a row's rests in `chunks` chunks from `first`, whose codes lie `apart` bytes apart: of halves, as 254
-  // times those of a pair fits int16.
+  // Of halves, as 254 times those of a pair fits int16.
   template <int T, int H>
-  static FEWBIT_INLINE void add_rests(U (&sum)[T][H], int h, const SegmentTask& task, int64_t row, int64_t first,
-                                      int64_t chunks, const uint8_t* codes, int64_t apart) {
-    Rests(task, row).visit(first, chunks, codes, apart, [&](U x, const uint8_t* levels) {
-      const U centre = _mm256_maddubs_epi16(_mm256_set1_epi8(kMostByte), x), half = half_of(x), other = _mm256_sub_epi8(x, half);
-      for (int t = 0; t < T; t++) {
-        const U u = load_lanes(levels + t * kLanes * 4);
-        const U both = _mm256_add_epi16(_mm256_maddubs_epi16(u, half), _mm256_maddubs_epi16(u, other));
-        sum[t][h] = add(sum[t][h], widened(_mm256_sub_epi16(both, centre)));
-      }
-    });
+  static FEWBIT_INLINE void add_rest(U (&sum)[T][H], int h, const X* x, const uint8_t* codes) {
+    const U here = four(x), half = half_of(here), other = _mm256_sub_epi8(here, half);
+    const U centre = _mm256_maddubs_epi16(_mm256_set1_epi8(kMostByte), here);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      const U u = load_lanes(codes + t * kLanes * 4);
+      const U both = _mm256_add_epi16(_mm256_maddubs_epi16(u, half), _mm256_maddubs_epi16(u, other));
+      sum[t][h] = add(sum[t][h], widened(_mm256_sub_epi16(both, centre)));
+    }
   }
 };
 
@@ -56,7 +55,7 @@ struct Levels {
 void leave_out(const SegmentTask& task, int64_t row) {
   int8_t* x = row_of<int8_t>(task, row);
   int32_t* starts = task.starts + (x - static_cast<int8_t*>(task.activations)) / 32 * LevelSum::kStarts;
-  const Rests rests(task, row);
+  const LevelSum::Rests rests(task, row);
   const U zero = _mm256_setzero_si256(), one = _mm256_set1_epi8(1);
   const auto within = [=](U sums, int16_t most) {
     return _mm256_cmpeq_epi32(_mm256_cmpgt_epi16(sums, _mm256_set1_epi16(most)), zero);
@@ -98,6 +97,7 @@ void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t 
 
 }  // namespace
 
-const FewKernel int8_level_linear_avx2 = {kMostByte, {kManyTokens, 1, 1, round_levels, run, LevelSum::kStarts, Rests::kWords}};
+const FewKernel int8_level_linear_avx2 = {
+    kMostByte, {kManyTokens, 1, 1, round_levels, run, LevelSum::kStarts, LevelSum::Rests::kWords}};
 
 }  // namespace fewbit

@@ -13,18 +13,13 @@ namespace fewbit {
 namespace {
 
 struct SplitSum : PairSum {
-  static constexpr bool kRests = true;
+  using Rests = fewbit::Rests<kManyTokens>;
+  static constexpr int rests_beside(int tokens) { return tokens; }
 
-  template <int T, int H>
-  static FEWBIT_INLINE void add_rests(U (&sum)[T][H], int h, const SegmentTask& task, int64_t row, int64_t first,
-                                      int64_t chunks, const uint8_t* codes, int64_t apart) {
-    Rests(task, row).visit(first, chunks, codes, apart, [&](U x, const uint8_t* u) {
-      for (int t = 0; t < T; t++) {
-        const U pairs = _mm256_maddubs_epi16(load_lanes(u + t * kLanes * 4), x);
-        sum[t][h] = _mm256_add_epi32(sum[t][h], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-      }
-    });
+  static FEWBIT_INLINE void add_rest(U (&sum)[2][4], int, const X* x, const uint8_t* codes) {
+    step(sum, load_lanes(codes), load_lanes(codes + kLanes * 4), x);
   }
+  static FEWBIT_INLINE void add_rest(U (&sum)[4][2], int, const X* x, const uint8_t* codes) { step(sum, codes, x, x + 32); }
 };
 
 // Codes as they are.
@@ -44,7 +39,7 @@ struct Bytes {
 // Halves the pairs of a rounded row that are too large.
 void split_row(const SegmentTask& task, int64_t row) {
   int8_t* x = row_of<int8_t>(task, row);
-  const Rests rests(task, row);
+  const SplitSum::Rests rests(task, row);
   const U zero = _mm256_setzero_si256(), one = _mm256_set1_epi8(1), most = _mm256_set1_epi16(128);
   for (int64_t c = 0; c < task.chunks; c++, x += task.together * 32) {
     const U here = load_lanes(reinterpret_cast<const uint8_t*>(x)), below = _mm256_cmpgt_epi8(zero, here);
@@ -68,6 +63,6 @@ void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t 
 
 }  // namespace
 
-const SegmentKernel int8_split_linear_avx2 = {kManyTokens, 1, 1, round_split, run, 0, Rests::kWords};
+const SegmentKernel int8_split_linear_avx2 = {kManyTokens, 1, 1, round_split, run, 0, SplitSum::Rests::kWords};
 
 }  // namespace fewbit

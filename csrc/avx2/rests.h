@@ -10,37 +10,58 @@
 namespace fewbit {
 namespace {
 
-// Those of a row of activations, in groups of four columns.
+// Those of a row of activations and of the rows behind it, of kTogether in all that are computed together, in groups of four
+// columns. They lie as activations do.
+template <int kTogether>
 class Rests {
  public:
   static constexpr int64_t kWords = 10;  // int32s of a chunk
 
-  FEWBIT_INLINE Rests(const SegmentTask& task, int64_t row)
-      : x_(task.rests + row * task.chunks * kWords), some_(reinterpret_cast<uint8_t*>(x_ + task.chunks * 8)) {}
-
-  // Those of a chunk, zeros where `none` is set.
-  FEWBIT_INLINE void put(int64_t chunk, U x, U none) const {
-    store_lanes(reinterpret_cast<uint8_t*>(x_ + chunk * 8), _mm256_andnot_si256(none, x));
-    some_[chunk] = static_cast<uint8_t>(~_mm256_movemask_ps(_mm256_castsi256_ps(none)));
+  FEWBIT_INLINE Rests(const SegmentTask& task, int64_t row) {
+    const int64_t here = row % kTogether;
+    auto* first = reinterpret_cast<int8_t*>(task.rests + (row - here) * task.chunks * kWords);
+    x_ = first + here * 32, some_ = first + kTogether * task.chunks * 32 + here;
   }
 
-  // Calls each(x, codes) for the groups there are in `chunks` chunks from `first`, whose codes lie `apart` bytes apart.
-  template <class Each>
+  // Those of a chunk of the row, zeros where `none` is set.
+  FEWBIT_INLINE void put(int64_t chunk, U x, U none) const {
+    store_lanes(reinterpret_cast<uint8_t*>(x_ + chunk * kTogether * 32), _mm256_andnot_si256(none, x));
+    some_[chunk * kTogether] = static_cast<int8_t>(~_mm256_movemask_ps(_mm256_castsi256_ps(none)));
+  }
+
+  // Calls each(h, x, codes) for each group that one of the B rows from h has, h being every B-th of H, in `chunks` chunks from
+  // `first`, whose codes lie `apart` bytes apart. Most of the time no row has any.
+  template <int H, int B, class Each>
   FEWBIT_INLINE void visit(int64_t first, int64_t chunks, const uint8_t* codes, int64_t apart, const Each& each) const {
-    for (; chunks > 0; chunks -= 8, first += 8, codes += 64 * apart) {
-      uint64_t some;
-      __builtin_memcpy(&some, some_ + first, sizeof some);
-      if (chunks < 8) some &= (uint64_t{1} << 8 * chunks) - 1;
-      for (; some; some &= some - 1) {
-        const int g = __builtin_ctzll(some);
-        each(repeat(static_cast<uint32_t>(x_[first * 8 + g])), codes + g * apart);
-      }
+    uint32_t any = 0;
+    for (int64_t c = 0; c < chunks; c++) {
+      any |= some<H>(first + c, 0);
+      asm("" : "+r"(any));  // GCC would make vectors of so few
     }
+    if (__builtin_expect(any == 0, 1)) return;
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h += B)
+      for (int64_t c = 0; c < chunks; c++) {
+        uint32_t left = some<B>(first + c, h);
+        for (int bits = 4 * B; bits >= 8; bits /= 2) left |= left >> bits;
+        for (left &= 255; left; left &= left - 1) {
+          const int g = __builtin_ctz(left);
+          each(h, x_ + ((first + c) * kTogether + h) * 32 + g * 4, codes + (c * 8 + g) * apart);
+        }
+      }
   }
 
  private:
-  int32_t* x_;     // (chunks, 8)
-  uint8_t* some_;  // (chunks): a bit for each group that there is; padded to a multiple of 8 and read by 8
+  // A byte for each of B rows from h.
+  template <int B>
+  FEWBIT_INLINE uint32_t some(int64_t chunk, int h) const {
+    uint32_t bits = 0;
+    __builtin_memcpy(&bits, some_ + chunk * kTogether + h, B);
+    return bits;
+  }
+
+  int8_t* x_;     // (chunks, rows, 32)
+  int8_t* some_;  // (chunks, rows): a bit for each group that there is
 };
 
 // Half of each signed byte, rounded up.

@@ -14,9 +14,10 @@
 //   widened(narrow)        the narrow sums of all planes as one of 32 bits
 //   add(wide, other)       sums of those
 //   integer(float)         a float that is one
-//   kRests, add_rests(sum, h, task, row, first, chunks, codes, apart)
-//                          adds to sums of token h what steps leave out of `chunks` chunks of its row of activations; or
-//                          neither. Codes of the row groups lie together, those of four columns and the next `apart`
+//   Rests(task, row)       what steps leave out of activations of the tokens from `row`, in groups of four columns: visit<H, B>
+//                          calls each(h, x, codes) for what of H tokens B beside one another have, from h
+//   rests_beside(H)        B
+//   add_rest(sum, h, x, codes)    adds the products of one, whose tokens are 32 apart; or none of these
 #pragma once
 
 #include <stdint.h>
@@ -36,10 +37,20 @@ constexpr bool kHasSpans<Sum, std::void_t<typename Sum::Narrow>> = true;
 template <class K>
 using Narrow = typename K::Sum::Narrow;
 
+// Those of sums that leave nothing out.
+struct NoRests {
+  FEWBIT_INLINE NoRests(const SegmentTask&, int64_t) {}
+};
 template <class Sum, class = void>
-constexpr bool kHasRests = false;
+struct RestsOfSum {
+  using type = NoRests;
+};
 template <class Sum>
-constexpr bool kHasRests<Sum, std::void_t<decltype(Sum::kRests)>> = true;
+struct RestsOfSum<Sum, std::void_t<typename Sum::Rests>> {
+  using type = typename Sum::Rests;
+};
+template <class K>
+using RestsOf = typename RestsOfSum<Narrow<K>>::type;
 
 constexpr int kSumsBeside = 8;                      // that registers hold
 constexpr int kBeside = 2, kInPlaceBeside = 4;      // tokens of a step: of codes decoded before, and of those decoded for it
@@ -236,9 +247,9 @@ FEWBIT_INLINE void settle_spans(const U (&sum)[T][H], const Tokens<1>& tokens, c
   }
 }
 
-// Sets `sum` to that of a segment of `chunks` chunks from `first`, times H of M tokens from `row`; `sums`: of their activations.
+// Sets `sum` to that of a segment of `chunks` chunks from `first`, times H of M tokens; `sums`: of their activations.
 template <int M, class K, int H, int T>
-FEWBIT_INLINE void sum_segment(const Block<K, H>& block, Place<K>& at, int64_t first, int64_t chunks, int64_t row,
+FEWBIT_INLINE void sum_segment(const Block<K, H>& block, Place<K>& at, int64_t first, int64_t chunks, const RestsOf<K>& rests,
                                const float* sums, U (&sum)[T][H]) {
   using Sum = Narrow<K>;
   U narrow[T * K::kPlanes][H], wide[T][H], begins[H];
@@ -264,10 +275,10 @@ FEWBIT_INLINE void sum_segment(const Block<K, H>& block, Place<K>& at, int64_t f
         for (int t = 0; t < T; t++) sum[t][h] = Sum::add(sum[t][h], here);
       }
   if (flushed) add_all<K>(sum, wide);
-  if constexpr (kHasRests<Sum>)
-#pragma GCC unroll 4
-    for (int h = 0; h < H; h++)
-      Sum::add_rests(sum, h, block.task, row + h, first, chunks, codes, Block<K, H>::T * kLanes * 4);
+  if constexpr (!std::is_same_v<RestsOf<K>, NoRests>)
+    rests.template visit<H, Sum::rests_beside(H)>(
+        first, chunks, codes, Block<K, H>::T * kLanes * 4,
+        [&](int h, const auto* x, const uint8_t* u) { Sum::add_rest(sum, h, x, u); });
 }
 
 // Multiplies the block's row groups from `group` by H of M tokens from `token`, and adds to their totals.
@@ -281,12 +292,13 @@ FEWBIT_INLINE void add_some(Block<K, H>& block, int64_t group, int64_t token, in
   Tokens<1> tokens(task, Segment(task), token + m);
   const float* scale = tokens.scale;
   tokens.sum = task.sums + token * task.segments + block.index * M + m;
+  const RestsOf<K> rests(task, token + m);
   auto* totals = reinterpret_cast<float(*)[Block<K, H>::T][kLanes]>(block.totals[token + m][group]);
 #pragma GCC unroll 1
   for (int64_t s = 0; s < block.segments; s++, tokens.sum += M) {
     U sum[Block<K, H>::kOnce][H];
     const int64_t chunks = s + 1 < block.segments ? block.chunks : block.all - s * block.chunks;
-    sum_segment<M>(block, at, block.first + s * block.chunks, chunks, token + m, tokens.sum, sum);
+    sum_segment<M>(block, at, block.first + s * block.chunks, chunks, rests, tokens.sum, sum);
     tokens.scale = scale + block.activation[s];
     switch (block.how) {
       case kPlain: settle_spans<kPlain>(sum, tokens, block.line[s] + group, totals); break;
