@@ -46,3 +46,9 @@ def test_values_are_the_entries_of_a_table() -> None:
     assert lookup.values(codes, table).shape == codes.shape
     codes = torch.arange(256, dtype=torch.uint8).flip(0).reshape(4, 64).T
     assert torch.equal(lookup.values(codes, table), table[codes.long()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_values_of_other_types_are_looked_up_too(dtype: torch.dtype) -> None:
+    values, bounds = torch.tensor([-2.0, -0.5, 0.25, 3.0], dtype=dtype), torch.tensor([-1.0, 0.0, 1.0])
+    assert lookup.codes(values, bounds).tolist() == [0, 1, 2, 3]
