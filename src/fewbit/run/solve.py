@@ -223,9 +223,14 @@ def relative_error(task: Task, effective: Tensor) -> float:
         delta = weight - quantized
         if len(x):
             delta, weight = x @ delta.T, x @ weight.T
-        error += float(delta.square().sum(dtype=torch.float64))
-        signal += float(weight.square().sum(dtype=torch.float64))
+        error += _square(delta)
+        signal += _square(weight)
     return (error / signal) ** 0.5 if signal else 0.0
+
+
+def _square(values: Tensor) -> float:
+    """The sum of the squares of ``values`` (rows, columns): of a row in float32, of rows in float64."""
+    return float(torch.linalg.vector_norm(values, dim=1).square().sum(dtype=torch.float64))
 
 
 def check_outputs(weight: T.Weight, reference: Tensor, x: Tensor, name: str, activation: Format | None = None) -> None:
