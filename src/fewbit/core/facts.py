@@ -208,13 +208,18 @@ class Accumulator:
         )
 
 
+def half(columns: int) -> int:
+    """How many of ``columns`` come first where a triangle of products is cut in two: a multiple of 16."""
+    return -(-columns // 32) * 16
+
+
 def _add_upper(upper: Tensor, x: Tensor, first: int, last: int) -> None:
     """Add the upper triangle of x^T x, columns ``first`` to ``last``, to ``upper``."""
     columns = x[:, first:last].T
     if last - first <= TILE:
         upper[first:last, first:last].addmm_(columns, columns.T)
         return
-    middle = first + -(-(last - first) // 32) * 16
+    middle = first + half(last - first)
     _add_upper(upper, x, first, middle)
     upper[first:middle, middle:last].addmm_(columns[: middle - first], x[:, middle:last])
     _add_upper(upper, x, middle, last)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fewbit.core.facts import Facts
+from fewbit.core.facts import Facts, half
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, UnsupportedError
@@ -41,7 +41,7 @@ def _quadratic(error: Tensor, gram: Tensor) -> Tensor:
     """``d G d^T`` with the symmetric ``gram``, of which only what lies above square tiles is multiplied, and they."""
     if len(gram) <= TILE:
         return _products(error @ gram, error)
-    middle = -(-len(gram) // 32) * 16
+    middle = half(len(gram))
     (first, last), (above, below) = error.tensor_split([middle], 1), gram.tensor_split([middle])
     across = _products(first @ above[:, middle:], last)
     return _quadratic(first, above[:, :middle]) + 2 * across + _quadratic(last, below[:, middle:])
