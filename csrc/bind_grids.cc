@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of fewbit._native that serves the solvers: fewbit_grids.h.
+// The part of fewbit._native that serves solvers and layouts: fewbit_grids.h.
 #include "bind.h"
 #include "fewbit_grids.h"
 
@@ -20,6 +20,67 @@ PyObject* grid_search(PyObject*, PyObject* args) {
   call.scale = pointer<float*>(scale), call.zero = pointer<float*>(zero);
   Py_BEGIN_ALLOW_THREADS
   code = fewbit_grid_search(&call, isa);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+// grid_round((rows, columns, block, levels, ends, given), weight, scale, zero, codes, isa)
+PyObject* grid_round(PyObject*, PyObject* args) {
+  fewbit_grid_round_call call = {};
+  unsigned long long weight, scale, zero, codes;
+  long long rows, columns, block;
+  int isa, code;
+  if (!PyArg_ParseTuple(args, "(LLLiii)KKKKi", &rows, &columns, &block, &call.levels, &call.ends, &call.given, &weight,
+                        &scale, &zero, &codes, &isa))
+    return nullptr;
+  call.rows = rows, call.columns = columns, call.block = block;
+  call.weight = pointer<const float*>(weight), call.codes = pointer<uint8_t*>(codes);
+  call.scale = pointer<float*>(scale), call.zero = pointer<float*>(zero);
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_grid_round(&call, isa);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+// squares((rows, columns, block), weight, codes, scale, offset, table, isa): their two sums
+PyObject* squares(PyObject*, PyObject* args) {
+  fewbit_squares_call call = {};
+  unsigned long long weight, codes, scale, offset, table;
+  long long rows, columns, block;
+  int isa, code;
+  if (!PyArg_ParseTuple(args, "(LLL)KKKKKi", &rows, &columns, &block, &weight, &codes, &scale, &offset, &table, &isa))
+    return nullptr;
+  double sums[2];
+  call.rows = rows, call.columns = columns, call.block = block, call.sums = sums;
+  call.weight = pointer<const float*>(weight), call.codes = pointer<const uint8_t*>(codes);
+  call.scale = pointer<const float*>(scale), call.offset = pointer<const float*>(offset);
+  call.table = pointer<const float*>(table);
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_squares(&call, isa);
+  Py_END_ALLOW_THREADS
+  return code == FEWBIT_OK ? Py_BuildValue("(dd)", sums[0], sums[1]) : status(code);
+}
+
+// pack_fields(codes, rows, columns, bits, packed)
+PyObject* pack_fields(PyObject*, PyObject* args) {
+  unsigned long long codes, packed;
+  long long rows, columns;
+  int bits, code;
+  if (!PyArg_ParseTuple(args, "KLLiK", &codes, &rows, &columns, &bits, &packed)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_pack_fields(pointer<const uint8_t*>(codes), rows, columns, bits, pointer<uint8_t*>(packed));
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+// unpack_fields(packed, rows, columns, bits, codes)
+PyObject* unpack_fields(PyObject*, PyObject* args) {
+  unsigned long long packed, codes;
+  long long rows, columns;
+  int bits, code;
+  if (!PyArg_ParseTuple(args, "KLLiK", &packed, &rows, &columns, &bits, &codes)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_unpack_fields(pointer<const uint8_t*>(packed), rows, columns, bits, pointer<uint8_t*>(codes));
   Py_END_ALLOW_THREADS
   return status(code);
 }
@@ -81,6 +142,10 @@ PyObject* table_codes(PyObject*, PyObject* args) {
 PyMethodDef grids_methods[] = {
     {"grid_search", grid_search, METH_VARARGS,
      "((rows, columns, block, count, levels, ends), weight, worth, ratios, scale, zero, isa)"},
+    {"grid_round", grid_round, METH_VARARGS, "((rows, columns, block, levels, ends, given), weight, scale, zero, codes, isa)"},
+    {"squares", squares, METH_VARARGS, "((rows, columns, block), weight, codes, scale, offset, table, isa): two sums"},
+    {"pack_fields", pack_fields, METH_VARARGS, "(codes, rows, columns, bits, packed)"},
+    {"unpack_fields", unpack_fields, METH_VARARGS, "(packed, rows, columns, bits, codes)"},
     {"grid_sweep", grid_sweep, METH_VARARGS,
      "((rows, columns, block, levels), current, before, (upper, stride), lost, order, scale, zero, codes, isa)"},
     {"table_search", table_search, METH_VARARGS,

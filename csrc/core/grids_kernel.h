@@ -7,10 +7,12 @@
 namespace fewbit {
 
 // Even grids and tables on one instruction set: see fewbit_grid_search and fewbit_table_search, with kGridScratch floats of
-// scratch for each weight of a block, and fewbit_grid_sweep.
+// scratch for each weight of a block, fewbit_grid_round, fewbit_squares and fewbit_grid_sweep.
 constexpr int kGridLanes = 8, kGridScratch = 3 * kGridLanes;
 struct GridKernel {
   void (*search)(const fewbit_grid_search_call& call, float* scratch);
+  void (*round)(const fewbit_grid_round_call& call);
+  void (*squares)(const fewbit_squares_call& call);
   void (*sweep)(const fewbit_grid_sweep_call& call);
   void (*table_search)(const fewbit_table_search_call& call, float* scratch);
   void (*table_codes)(const float* values, int64_t count, const float* bounds, int32_t bound_count, uint8_t* codes);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Searches and sweeps of the solvers, on the caller's thread. Status codes and instruction sets are those of fewbit.h. */
+ * Rounding, searches and sweeps of the solvers, on the caller's thread. Status codes and instruction sets are those of fewbit.h. */
 #ifndef FEWBIT_GRIDS_H
 #define FEWBIT_GRIDS_H
 
@@ -28,6 +28,34 @@ typedef struct {
   float *scale, *zero;
 } fewbit_grid_search_call;
 int fewbit_grid_search(const fewbit_grid_search_call* call, int32_t isa);
+
+/* codes (rows, columns), a result: of each weight the one that is nearest on the grid of its block; and, where `given` is 0, the
+ * grids as well: the first of those above, which no worth decides. isa: as above. */
+typedef struct {
+  const float* weight;
+  int64_t rows, columns, block;
+  int32_t levels, ends, given;
+  float *scale, *zero;
+  uint8_t* codes;
+} fewbit_grid_round_call;
+int fewbit_grid_round(const fewbit_grid_round_call* call, int32_t isa);
+
+/* sums[0]: of the squares of value - weight, sums[1]: of the squares of weight (rows, columns), where
+ * value = level * scale + offset, the level being table[code], or the code itself where table is null. scale and offset, which
+ * may be null: (rows, blocks); codes (rows, columns), all of them below the length of the table. Rows are added up in float32,
+ * their sums in float64. isa: as above, which may change the last bits. */
+typedef struct {
+  const float *weight, *scale, *offset, *table;
+  const uint8_t* codes;
+  int64_t rows, columns, block;
+  double* sums;
+} fewbit_squares_call;
+int fewbit_squares(const fewbit_squares_call* call, int32_t isa);
+
+/* Codes (rows, columns), a byte each, as fields of `bits` bits, 1 to 7, least significant first, a row to whole bytes: packed
+ * (rows, ceil(columns * bits / 8)); and back. Codes are below 2^bits. */
+int fewbit_pack_fields(const uint8_t* codes, int64_t rows, int64_t columns, int32_t bits, uint8_t* packed);
+int fewbit_unpack_fields(const uint8_t* packed, int64_t rows, int64_t columns, int32_t bits, uint8_t* codes);
 
 /* Columns rounded to such grids one after another, each error passed on to those that follow: for k = 0 .. columns - 1
  *   x = current_k + upper_0k lost_0 + ... + upper_{k-1}k lost_{k-1},   lost_k = before_k - nearest(x)

@@ -12,6 +12,7 @@ from fewbit.core import compiled
 from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format, Params
+from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native
 from fewbit.methods import feedback, grids, objective, ranges
 from fewbit.methods.gptq import ROUNDING
@@ -66,6 +67,43 @@ def test_ranges_are_those_of_the_search_in_torch(
         for name, found in fast.items():
             assert found.dtype == plain[name].dtype
             assert torch.equal(found, plain[name]), name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spelt", SPELT)
+def test_rounding_gives_the_bits_of_torch(spelt: str, shape: tuple[int, int], isa: str) -> None:
+    values, format = weight(shape), formats.parse(spelt)
+    params = F.fit(format, values)
+    codes = F.encode(format, values, params)
+    found = QTensor.rounded(format, values)
+    assert torch.equal(found.packed, codes) and found.packed.dtype == codes.dtype
+    assert found.params.keys() == params.keys()
+    for name, each in found.params.items():
+        assert torch.equal(each, params[name]) and each.dtype == params[name].dtype, name
+    wider = {**params, "scale": params["scale"] * -2}
+    assert torch.equal(QTensor.nearest(format, values, wider).packed, F.encode(format, values, wider))
+
+
+def test_a_block_of_zeros_in_a_file_has_a_scale_of_zero() -> None:
+    """There 1 is divided by, as in torch: no code is NaN's."""
+    format, values = formats.parse("int4/g32/asym"), weight((3, 64))
+    params = {
+        "scale": torch.zeros(3, 2, 1, dtype=torch.float16),
+        "zero_point": torch.full((3, 2, 1), 7, dtype=torch.uint8),
+    }
+    assert torch.equal(QTensor.nearest(format, values, params).packed, F.encode(format, values, params))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spelt", [*SPELT, *TABLES, "int4/g64/min", "int3/g16x16/asym", "palette3/row", "int1/g32/sym"])
+def test_squares_are_those_of_float64(spelt: str, shape: tuple[int, int], isa: str) -> None:
+    values = weight(shape)[:-1] if shape[0] > 1 else weight(shape) + 0.1
+    made = QTensor.rounded(formats.parse(spelt).bind(values), values)
+    lost, whole = made.squares(values)
+    exact = (made.dequantize().double() - values.double()).square().sum()
+    noise = 2e-7 * values.double().square().sum().sqrt()  # what decoding in float32 is off by, at most
+    assert lost**0.5 == pytest.approx(float(exact.sqrt()), rel=1e-5, abs=float(noise))
+    assert whole == pytest.approx(float(values.double().square().sum()), rel=1e-5)
 
 
 def swept(values: Tensor, format: Format, params: Params, passing: feedback.Feedback) -> Tensor:

@@ -149,6 +149,18 @@ def test_sums_of_terms_run_in_both_kinds_of_layers(recipe: str, method: str, tmp
             network.quantize(made, Recipe.from_dict({"rule": refused}), batches)
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_in_place_is_the_same_without_a_copy(sequential: bool) -> None:
+    made, batches = small()
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    copied = network.quantize(made, "W8A8_STATIC", batches, correct_bias=True, sequential=sequential)
+    assert copied.network is not made
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
+    found = network.quantize(made, "W8A8_STATIC", batches, correct_bias=True, sequential=sequential, inplace=True)
+    assert found.network is made and isinstance(made.first, QuantConv2d) and isinstance(made.last, QuantLinear)
+    assert torch.equal(made(batches[0]), copied.network(batches[0]))
+
+
 def test_static_grids_are_those_of_the_float_inputs() -> None:
     made, batches = small()
     found = network.quantize(made, Recipe.simple("int8/channel"), batches)

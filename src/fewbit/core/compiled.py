@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled module, or the reason why it is absent; and what of it the solvers' engines use.
+"""The compiled module, or the reason why it is absent; and what of it solvers and layouts use.
 
 Its kernels are called by :mod:`fewbit.kernels.native`.
 """
@@ -17,7 +17,7 @@ SWEPT = 128
 
 
 class Grids(Protocol):
-    """Of even grids and tables: arguments as in ``csrc/bind_grids.cc``, what they mean in
+    """Of even grids, tables and fields: arguments as in ``csrc/bind_grids.cc``, what they mean in
     ``csrc/include/fewbit_grids.h``."""
 
     def grid_search(
@@ -30,6 +30,14 @@ class Grids(Protocol):
         zero: int,
         isa: int,
     ) -> None: ...
+    def grid_round(
+        self, sizes: tuple[int, int, int, int, int, int], weight: int, scale: int, zero: int, codes: int, isa: int
+    ) -> None: ...
+    def squares(
+        self, sizes: tuple[int, int, int], weight: int, codes: int, scale: int, offset: int, table: int, isa: int
+    ) -> tuple[float, float]: ...
+    def pack_fields(self, codes: int, rows: int, columns: int, bits: int, packed: int) -> None: ...
+    def unpack_fields(self, packed: int, rows: int, columns: int, bits: int, codes: int) -> None: ...
     def grid_sweep(
         self,
         sizes: tuple[int, int, int, int],

@@ -207,6 +207,14 @@ class Format(ABC):
         """
         raise UnsupportedError(f"an even grid in {self.name}", "its levels are no such grid", "int4/g64/asym has one")
 
+    def of_even_grids(self, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
+        """The parameters whose :meth:`even_grids` these are, float32 (rows, blocks, 1).
+
+        Raises:
+            UnsupportedError: the format is not ``even``.
+        """
+        raise UnsupportedError(f"an even grid in {self.name}", "its levels are no such grid", "int4/g64/asym has one")
+
     def of_plain(self, params: Params) -> dict[str, Tensor]:
         """Parameters as near as can be stored to those of :attr:`plain`, (rows, blocks, 1), of a whole tensor.
 

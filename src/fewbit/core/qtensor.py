@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
+from fewbit.core import passes
 from fewbit.core.format import Format, code_dtype, code_shape, decode, encode, fit, stackable
 from fewbit.core.layout import UNPACKED, Layout
 from fewbit.errors import UnsupportedError
@@ -42,7 +43,17 @@ class QTensor:
     @staticmethod
     def nearest(format: Format, weight: Tensor, params: Mapping[str, Tensor]) -> QTensor:
         """``weight`` (rows, columns) by the nearest codes under ``params`` (rows / height, blocks, 1), unpacked."""
-        return QTensor.of(format, encode(format, weight, params), params, len(weight))
+        found = passes.round_even(format, weight.float(), params)
+        codes = encode(format, weight, params) if found is None else found[0]
+        return QTensor.of(format, codes, params, len(weight))
+
+    @staticmethod
+    def rounded(format: Format, weight: Tensor) -> QTensor:
+        """``weight`` (rows, columns) by the nearest codes of a bound ``format`` under parameters fitted to it, unpacked."""
+        found = passes.round_even(format, weight.float())
+        if found is None:
+            return QTensor.nearest(format, weight, fit(format, weight))
+        return QTensor.of(format, *found, len(weight))
 
     def logical(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes (rows / height, columns / dim) and parameters (rows / height, blocks, 1)."""
@@ -52,12 +63,21 @@ class QTensor:
         """The float32 (rows, columns) matrix that this stands for."""
         return decode(self.format, *self.logical())[: self.shape[0]]
 
+    def squares(self, weight: Tensor) -> tuple[float, float]:
+        """Sums of the squares of what this is less ``weight`` (rows, columns), and of the weight: of a row in float32,
+        of rows in float64."""
+        weight = weight.float()
+        found = passes.squares(self.format, *self.logical(), weight)
+        return found or (sum_of_squares(self.dequantize() - weight), sum_of_squares(weight))
+
     def repack(self, layout: Layout) -> QTensor:
-        """The same codes and parameters in another layout; nothing is fitted again.
+        """The same codes and parameters in a layout; nothing is fitted again.
 
         Raises:
             UnsupportedError: the layout refuses this format or shape; the reason is in the message.
         """
+        if layout is self.layout:
+            return self
         reason = layout.refuse(self.format, self.shape)
         if reason is not None:
             raise UnsupportedError(f"{self.format.name} of shape {self.shape} in layout {layout.name}", reason)
@@ -73,6 +93,11 @@ class QTensor:
     def bits_per_weight(self) -> float:
         """True stored bits per weight."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+
+def sum_of_squares(values: Tensor) -> float:
+    """Of ``values`` (rows, columns): of a row in float32, of rows in float64."""
+    return float(torch.linalg.vector_norm(values, dim=1).square().sum(dtype=torch.float64))
 
 
 def stack(parts: Sequence[QTensor]) -> QTensor:
@@ -108,6 +133,12 @@ def storage(format: Format, layout: Layout, shape: tuple[int, int]) -> dict[str,
     groups of rows, and of chunks, one after the other. The code array is called ``packed``. Raises UnsupportedError
     when the layout refuses.
     """
+    return dict(_storage(format, layout, shape))
+
+
+@functools.lru_cache(maxsize=1024)
+def _storage(format: Format, layout: Layout, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """A model has hundreds of layers of few shapes, each asked for several times."""
     one, two = _trials(format, layout, shape[1])
     rows = code_shape(format, shape)[0]
     groups = {p.name: (-(-rows // format.group_rows), *p.entry) for p in format.params if p.per == "rows"}
@@ -125,7 +156,7 @@ def storage(format: Format, layout: Layout, shape: tuple[int, int]) -> dict[str,
 
 @functools.lru_cache(maxsize=256)
 def _trials(format: Format, layout: Layout, columns: int) -> list[dict[str, tuple[torch.dtype, torch.Size]]]:
-    """What 16 and 32 rows of codes take. A model has hundreds of layers of few widths, each asked for several times."""
+    """What 16 and 32 rows of codes take."""
     trials = []
     for number in (_TRIAL, 2 * _TRIAL):
         zeros = torch.zeros(number * format.height, columns)

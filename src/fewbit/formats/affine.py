@@ -98,6 +98,12 @@ class Affine(Format):
         scale = divisor(params["scale"])
         return scale, torch.full_like(scale, self.middle) if self.symmetric else params["zero_point"].float()
 
+    def of_even_grids(self, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
+        if not self.even:
+            return super().of_even_grids(scale, zero)
+        stored = {"scale": scale.to(torch.float16)}
+        return stored if self.symmetric else {**stored, "zero_point": zero.to(torch.uint8)}
+
     def _zero(self, params: Params) -> Tensor | float:
         return self.middle if self.symmetric else params["zero_point"].float()
 

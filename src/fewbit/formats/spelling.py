@@ -21,6 +21,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -136,6 +137,7 @@ EXAMPLES: tuple[str, ...] = (
 """One spelling of every kind of format, in canonical form: what the laws are tested on."""
 
 
+@functools.lru_cache(maxsize=1024)
 def parse(text: str) -> Format:
     """The format spelt ``text``, in any case.
 

@@ -301,6 +301,14 @@ def choose(format: Format, shape: Shape, kernel: str | None = None, activation: 
         )
     if isinstance(activation, Outliers):
         activation = activation.inner  # what stays float runs on a row of float products, beside this one
+    return _chosen(format, shape, kernel, activation, (native.why_not(), *native.isas()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _chosen(
+    format: Format, shape: Shape, kernel: str | None, activation: Format | None, machine: tuple[str | None, ...]
+) -> Choice:
+    """Networks have many layers of few shapes; ``machine``: what rows ask of it."""
     reasons: dict[str, str] = {}
     for row in KERNELS if kernel is None else (named(kernel),):
         reason = row.refuse(format, shape, activation) or (row.outdone(format) if kernel is None else None)

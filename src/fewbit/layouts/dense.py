@@ -12,12 +12,11 @@ Eight codes are always n bytes, so rows are packed eight codes at a time with sh
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
+from fewbit.core import compiled
 from fewbit.core.format import Format, Params, code_shape
 from fewbit.core.layout import Layout, Shape
 from fewbit.layouts.arrays import expect, take
@@ -37,8 +36,10 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.to(torch.uint8).contiguous()
     rows, columns = codes.shape
-    if _halve(bits):
-        return _joined(torch.nn.functional.pad(codes, (0, -columns % (8 // bits))), bits)
+    if (native := _compiled(codes, bits)) is not None:
+        codes, found = codes.contiguous(), torch.empty(rows, row_bytes(columns, bits), dtype=torch.uint8)
+        native.pack_fields(codes.data_ptr(), rows, columns, bits, found.data_ptr())
+        return found
     eights = torch.nn.functional.pad(codes, (0, -columns % 8)).reshape(rows, -1, 8)
     packed = torch.empty(rows, eights.shape[1], bits, dtype=torch.uint8, device=codes.device)
     for byte in range(bits):
@@ -59,9 +60,11 @@ def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     expect("packed codes", packed, (packed.shape[0], row_bytes(columns, bits)))
     if bits == 8:
         return packed
-    if _halve(bits):
-        return _halves(packed, bits)[:, :columns].contiguous()
     rows = packed.shape[0]
+    if (native := _compiled(packed, bits)) is not None:
+        packed, found = packed.contiguous(), torch.empty(rows, columns, dtype=torch.uint8)
+        native.unpack_fields(packed.data_ptr(), rows, columns, bits, found.data_ptr())
+        return found
     groups = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).reshape(rows, -1, bits)
     codes = torch.empty(rows, groups.shape[1], 8, dtype=torch.uint8 if bits < 8 else torch.int32, device=packed.device)
     for code, start in enumerate(range(0, 8 * bits, bits)):
@@ -73,30 +76,10 @@ def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes.reshape(rows, -1)[:, :columns].contiguous()
 
 
-def _halve(bits: int) -> bool:
-    """Whether bytes are cut in halves, by twos, until fields of ``bits`` bits are left."""
-    return bits in (1, 2, 4) and sys.byteorder == "little"
-
-
-def _joined(fields: Tensor, bits: int) -> Tensor:
-    """Fields (rows, n), a byte each, two by two to wider ones until these are bytes: (rows, n * bits / 8)."""
-    for width in (1, 2, 4)[bits // 2 :]:
-        pairs = _copied(fields, torch.uint8).view(torch.int16)
-        fields = (pairs | pairs >> 8 - width).to(torch.uint8)
-    return fields
-
-
-def _halves(fields: Tensor, bits: int) -> Tensor:
-    """Inverse of :func:`_joined`."""
-    for width in (4, 2, 1)[: 3 - bits // 2]:
-        wide = _copied(fields, torch.int16)
-        fields = ((wide | wide << 8 - width) & ((1 << width) - 1) * 0x0101).view(torch.uint8)
-    return fields
-
-
-def _copied(fields: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where and how a view of other integers can be taken: views of one column, say, have any stride and offset."""
-    return torch.empty(fields.shape, dtype=dtype, device=fields.device).copy_(fields)
+def _compiled(bytes: Tensor, bits: int) -> compiled.Grids | None:
+    """What packs and unpacks ``bytes`` fastest, if it can."""
+    fits = bits < 8 and bytes.dtype == torch.uint8 and bytes.device.type == "cpu" and bytes.numel() > 0
+    return compiled.grids() if fits else None
 
 
 def _repeat(format: Format) -> int:

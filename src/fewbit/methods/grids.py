@@ -31,7 +31,7 @@ def search(format: Format, weight: Tensor, worth: Tensor, ratios: tuple[float, .
     sizes = (rows, columns, B.width(columns, format.block), len(ratios), format.levels, int(format.grid == "ends"))
     found = scale.data_ptr(), zero.data_ptr()
     native.grid_search(sizes, weight.data_ptr(), worth.data_ptr(), tried.data_ptr(), *found, compiled.BEST)
-    return format.placed(scale, -zero * scale)
+    return format.of_even_grids(scale, zero)
 
 
 def search_table(format: Format, blocks: Tensor, worth: Tensor, ratios: tuple[float, ...]) -> dict[str, Tensor] | None:

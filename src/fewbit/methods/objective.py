@@ -97,7 +97,7 @@ def check(method: str, weight: Tensor, format: Format, facts: Facts | None = Non
 
 def _finite(values: Tensor) -> bool:
     """Whether no entry is NaN or infinite. A sum, which is quick, says so unless it overflows."""
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
 def refuse_vectors(format: Format) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
@@ -20,6 +19,4 @@ def rtn(weight: Tensor, format: Format, facts: Facts | None = None) -> QTensor:
     """
     objective.check("rtn", weight, format)
     weight = weight.float()
-    format = format.bind(weight)
-    params = F.fit(format, weight)
-    return QTensor.nearest(format, weight, params)
+    return QTensor.rounded(format.bind(weight), weight)

@@ -40,9 +40,9 @@ class Store(nn.Module):
             self.register_buffer(f"weight_{array}", torch.empty(size, dtype=dtype))
 
     def fill(self, weight: T.Weight) -> None:
-        """Copy the arrays of ``weight``, which the description is of."""
+        """Take the arrays of ``weight``, which the description is of, as they are: nothing is copied."""
         for array, tensor in T.arrays(weight, self.plain).items():
-            getattr(self, f"weight_{array}").copy_(tensor)
+            setattr(self, f"weight_{array}", tensor)
 
     def weight_of(self) -> T.Weight:
         """The stored weight, sharing the buffers' memory.

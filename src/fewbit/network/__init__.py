@@ -51,9 +51,10 @@ def quantize(
     correct_bias: bool = False,
     sequential: bool = False,
     seed: int = 0,
+    inplace: bool = False,
 ) -> Quantized:
-    """A copy of ``network`` for evaluation, its convolutions and linear layers in few bits, its products of activations
-    (:class:`Product`) in integers.
+    """A copy of ``network`` for evaluation, or itself, its convolutions and linear layers in few bits, its products of
+    activations (:class:`Product`) in integers.
 
     Args:
         recipe: a format (``"int4/channel"``), a scheme (``"W8A8"``, ``"W8A8_STATIC"``), or a :class:`fewbit.Recipe`,
@@ -69,6 +70,8 @@ def quantize(
         sequential: solve layers in the order in which they run, each on what those before it, quantized already, make
             of the inputs, in place of what the float network does (:mod:`fewbit.network.solving`): a pass a layer.
         seed: what anything random is drawn with.
+        inplace: change ``network`` itself, which saves the time and memory of a copy. Where an error is raised, batch
+            norms may be folded and biases corrected, but no layer is quantized.
 
     Raises:
         SpecError: a rule matches no layer, or nothing would be quantized.
@@ -76,13 +79,8 @@ def quantize(
         UnsupportedError: a layer cannot be done as asked.
     """
     chosen = Recipe.simple(recipe, method, FLOAT, options, transforms, tune) if isinstance(recipe, str) else recipe
-    if chosen.model is not None:
-        found = "it rotates the residual stream of a language model"
-        raise UnsupportedError(f"{chosen.model.name} of a network", found, "transforms of layers")
-    if chosen.end is not None:
-        found = "it foretells no tokens; tunings of layers compare the whole network already"
-        raise UnsupportedError(f"{chosen.end.name} of a network", found, 'tune=["scales"]')
-    made, batches = copy.deepcopy(network).eval(), list(inputs)
+    _refuse(chosen)
+    made, batches = (network if inplace else copy.deepcopy(network)).eval(), list(inputs)
     folded = fold_norms(made, batches[0]) if fold and batches else {}
     rules, products, skipped = _decide(made, chosen, bool(batches))
     _need_data(rules, products, correct_bias or sequential, batches)
@@ -98,6 +96,16 @@ def quantize(
         made.set_submodule(name, product)
     records = [{"name": name, **product.record()} for name, product in integers.items()]
     return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records)
+
+
+def _refuse(recipe: Recipe) -> None:
+    """Refuse what only a language model can have."""
+    if recipe.model is not None:
+        found = "it rotates the residual stream of a language model"
+        raise UnsupportedError(f"{recipe.model.name} of a network", found, "transforms of layers")
+    if recipe.end is not None:
+        found = "it foretells no tokens; tunings of layers compare the whole network already"
+        raise UnsupportedError(f"{recipe.end.name} of a network", found, 'tune=["scales"]')
 
 
 def _replace(network: nn.Module, solved: dict[str, Solved], grids: dict[str, Fixed]) -> list[dict[str, Any]]:

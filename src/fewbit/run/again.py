@@ -128,7 +128,7 @@ def _measured(run: Run, item: Solved, seen: dict[str, list[Tensor]]) -> Solved:
     assert decision.rule is not None
     weight = run.model.weight(name).float().reshape(-1, decision.site.shape[1])
     task = Task(decision.site, decision.rule, formats.parse(decision.rule.format), weight, [], seen[name], 0)
-    error = relative_error(task, item.rewrite.unweight(item.weight.dequantize()))
+    error = relative_error(task, item.weight, item.rewrite)
     return replace(item, record={**item.record, "relative_error": error})
 
 

@@ -18,7 +18,7 @@ from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.layout import UNPACKED, Layout
-from fewbit.core.qtensor import QTensor, stack
+from fewbit.core.qtensor import QTensor, stack, sum_of_squares
 from fewbit.core.rewrite import Chain
 from fewbit.core.terms import Terms, has_sparse, matrices, repack
 from fewbit.errors import UnsupportedError, VerificationError
@@ -128,8 +128,9 @@ def solve(task: Task) -> Solved:
         part, blind = fit(weight, task.format, known[expert], task.rule)
         parts.append(part)
         starved += [expert] if blind else []
-    packed = repack(_whole(parts), layout_for)
-    plain, decoded = T.describe(packed), packed.dequantize()
+    made = _whole(parts)
+    packed = repack(made, layout_for)
+    plain = T.describe(packed)
     nbytes = packed.nbytes + rewrite.nbytes
     nbytes += task.activation.nbytes if isinstance(task.activation, Fixed) else 0
     record = {
@@ -150,15 +151,14 @@ def solve(task: Task) -> Solved:
         "experts": site.experts,
         "nbytes": nbytes,
         "bits_per_weight": 8 * nbytes / task.weight.numel(),
-        "relative_error": relative_error(task, rewrite.unweight(decoded)),
+        "relative_error": relative_error(task, made, rewrite),
         "tokens": min(facts.tokens for facts in task.facts),
-        "decoded_sha256": digest(decoded),
         "note": _note(starved, task),
         "seconds": round(time.monotonic() - began, 3),
     }
     if isinstance(packed, Terms):
-        made = [(matrix.format, matrix.shape) for matrix in matrices(packed)]
-        record |= {"terms": plain, "kernel": kernel_name(task.rule, made, has_sparse(packed))}
+        shapes = [(matrix.format, matrix.shape) for matrix in matrices(packed)]
+        record |= {"terms": plain, "kernel": kernel_name(task.rule, shapes, has_sparse(packed))}
     if not task.rule.tunings():
         return Solved(packed, record, rewrite)
     told = {"tune": [tune.plain() for tune in task.rule.tune], "tuned": []}
@@ -172,15 +172,13 @@ def retuned(item: Solved, made: T.Weight | None, outcome: str) -> Solved:
     if made is None:
         return replace(item, record=record)
     assert item.task is not None
-    again = repacked(replace(item, record=record), made)
-    error = relative_error(item.task, item.rewrite.unweight(again.weight.dequantize()))
-    return replace(again, record={**again.record, "relative_error": error})
+    error = relative_error(item.task, made, item.rewrite)
+    return replace(repacked(item, made), record={**record, "relative_error": error})
 
 
 def repacked(item: Solved, made: T.Weight) -> Solved:
     """``item`` with the codes and parameters of the unpacked ``made``."""
-    packed = repack(made, layout_for)
-    return replace(item, weight=packed, record={**item.record, "decoded_sha256": digest(packed.dequantize())})
+    return replace(item, weight=repack(made, layout_for))
 
 
 def _whole(parts: list[QTensor | Terms]) -> T.Weight:
@@ -212,25 +210,28 @@ def digest(values: Tensor) -> str:
     return hashlib.sha256(values.contiguous().numpy().data).hexdigest()
 
 
-def relative_error(task: Task, effective: Tensor) -> float:
+def relative_error(task: Task, made: T.Weight, rewrite: Chain) -> float:
     """|X (W - W')^T| / |X W^T| over the tokens seen; over the weights themselves where no token was seen.
 
-    W' is ``effective``: what stands for the weight on inputs as they are before any rewrite.
+    W' is what ``made``, which works on inputs that went through ``rewrite``, is on inputs as they are before.
     """
-    error = signal = 0.0
+    if isinstance(made, QTensor) and not rewrite.steps and not any(len(x) for x in task.seen):
+        lost, whole = made.squares(task.weight)
+    else:
+        lost, whole = _squares(task, rewrite.unweight(made.dequantize()))
+    return (lost / whole) ** 0.5 if whole else 0.0
+
+
+def _squares(task: Task, effective: Tensor) -> tuple[float, float]:
+    lost = whole = 0.0
     pairs = zip(task.weight.split(task.site.shape[0]), effective.split(task.site.shape[0]), task.seen, strict=True)
     for weight, quantized, x in pairs:
         delta = weight - quantized
         if len(x):
             delta, weight = x @ delta.T, x @ weight.T
-        error += _square(delta)
-        signal += _square(weight)
-    return (error / signal) ** 0.5 if signal else 0.0
-
-
-def _square(values: Tensor) -> float:
-    """The sum of the squares of ``values`` (rows, columns): of a row in float32, of rows in float64."""
-    return float(torch.linalg.vector_norm(values, dim=1).square().sum(dtype=torch.float64))
+        lost += sum_of_squares(delta)
+        whole += sum_of_squares(weight)
+    return lost, whole
 
 
 def check_outputs(weight: T.Weight, reference: Tensor, x: Tensor, name: str, activation: Format | None = None) -> None:

@@ -19,7 +19,7 @@ from fewbit.run.memory import give_back
 from fewbit.run.reconstruct import tuned
 from fewbit.run.rewriting import as_run
 from fewbit.run.sequential import quantize_block
-from fewbit.run.solve import Solved, check_outputs
+from fewbit.run.solve import Solved, check_outputs, digest
 from fewbit.run.state import TOGETHER, Run
 from fewbit.run.tasks import block_sites, propagate, solve_sites
 from fewbit.run.verify import read_back, read_rewrite
@@ -175,23 +175,24 @@ def write_stage(
     path = (folder or run.folder) / run.shard(stage)
     sha256 = write_safetensors(path, tensors, {"format": "pt"})
 
-    def check(item: Solved) -> None:
-        name = item.record["name"]
-        again, rewrite = read_back(path, item.record), read_rewrite(path, item.record)
+    def checked(item: Solved) -> dict[str, Any]:
+        record = {**item.record, "decoded_sha256": digest(item.weight.dequantize())}
+        name = record["name"]
+        again, rewrite = read_back(path, record), read_rewrite(path, record)
         shown = seen.get(name, [])
         if len(shown) == 1 and len(shown[0]):
             # The model holds what was solved: the block goes on with it.
             check_outputs(again, run.model.weight(name), rewrite.apply(shown[0][:8]), name, item.activation)
+        return record
 
-    for _ in run.workers.map(check, solved):
-        pass
+    layers = list(run.workers.map(checked, solved))
     return {
         "stage": stage,
         "file": path.name,
         "sha256": sha256,
         "bytes": path.stat().st_size,
         "tensors": {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()},
-        "layers": [item.record for item in solved],
+        "layers": layers,
     }
 
 

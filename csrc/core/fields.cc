@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// Codes packed as fields of 1 to 7 bits, and back: eight codes, which are `bits` bytes, at a time in a word of 64 bits.
+// Little-endian, as is every processor that this is built for.
+#include <stdint.h>
+#include <string.h>
+
+#include "fewbit.h"
+#include "fewbit_grids.h"
+
+namespace {
+
+constexpr uint64_t kBytes = 0x00ff00ff00ff00ff, kPairs = 0x0000ffff0000ffff, kFours = 0x00000000ffffffff;
+
+// Neighbours meet, two by two: bytes, then pairs of them, then fours.
+inline uint64_t joined(uint64_t x, int bits) {
+  x = (x & kBytes) | (x & ~kBytes) >> (8 - bits);
+  x = (x & kPairs) | (x & ~kPairs) >> (16 - 2 * bits);
+  return (x & kFours) | (x & ~kFours) >> (32 - 4 * bits);
+}
+
+// And part again. `ones`: a code of nothing but ones.
+inline uint64_t parted(uint64_t x, int bits) {
+  const uint64_t ones = (uint64_t{1} << bits) - 1, two = ones | ones << bits, four = two | two << 2 * bits;
+  x = (x & four) | (x & four << 4 * bits) << (32 - 4 * bits);
+  const uint64_t twos = two * 0x0000000100000001;
+  x = (x & twos) | (x & twos << 2 * bits) << (16 - 2 * bits);
+  const uint64_t each = ones * 0x0001000100010001;
+  return (x & each) | (x & each << bits) << (8 - bits);
+}
+
+bool sound(const void* one, const void* other, int64_t rows, int64_t columns, int32_t bits) {
+  return one && other && rows >= 0 && columns > 0 && bits >= 1 && bits <= 7;
+}
+
+template <int kBits>
+void pack_row(const uint8_t* codes, int64_t columns, uint8_t* packed) {
+  int64_t i = 0;
+  for (; i + 8 <= columns; i += 8, packed += kBits) {
+    uint64_t eight;
+    memcpy(&eight, codes + i, 8);
+    eight = joined(eight, kBits);
+    memcpy(packed, &eight, kBits);
+  }
+  uint64_t rest = 0;
+  memcpy(&rest, codes + i, static_cast<size_t>(columns - i));
+  rest = joined(rest, kBits);
+  memcpy(packed, &rest, static_cast<size_t>((columns - i) * kBits + 7) / 8);
+}
+
+template <int kBits>
+void unpack_row(const uint8_t* packed, int64_t columns, uint8_t* codes) {
+  int64_t i = 0;
+  for (; i + 8 <= columns; i += 8, packed += kBits) {
+    uint64_t eight = 0;
+    memcpy(&eight, packed, kBits);
+    eight = parted(eight, kBits);
+    memcpy(codes + i, &eight, 8);
+  }
+  uint64_t rest = 0;
+  memcpy(&rest, packed, static_cast<size_t>((columns - i) * kBits + 7) / 8);
+  rest = parted(rest, kBits);
+  memcpy(codes + i, &rest, static_cast<size_t>(columns - i));
+}
+
+using Row = void (*)(const uint8_t* from, int64_t columns, uint8_t* to);
+constexpr Row kPack[] = {pack_row<1>, pack_row<2>, pack_row<3>, pack_row<4>, pack_row<5>, pack_row<6>, pack_row<7>};
+constexpr Row kUnpack[] = {unpack_row<1>, unpack_row<2>, unpack_row<3>, unpack_row<4>,
+                           unpack_row<5>, unpack_row<6>, unpack_row<7>};
+
+}  // namespace
+
+extern "C" int fewbit_pack_fields(const uint8_t* codes, int64_t rows, int64_t columns, int32_t bits, uint8_t* packed) {
+  if (!sound(codes, packed, rows, columns, bits)) return FEWBIT_BAD_ARGUMENT;
+  const int64_t bytes = (columns * bits + 7) / 8;
+  for (int64_t row = 0; row < rows; row++) kPack[bits - 1](codes + row * columns, columns, packed + row * bytes);
+  return FEWBIT_OK;
+}
+
+extern "C" int fewbit_unpack_fields(const uint8_t* packed, int64_t rows, int64_t columns, int32_t bits, uint8_t* codes) {
+  if (!sound(packed, codes, rows, columns, bits)) return FEWBIT_BAD_ARGUMENT;
+  const int64_t bytes = (columns * bits + 7) / 8;
+  for (int64_t row = 0; row < rows; row++) kUnpack[bits - 1](packed + row * bytes, columns, codes + row * columns);
+  return FEWBIT_OK;
+}
