@@ -27,16 +27,9 @@ def round_even(format: Format, weight: Tensor, params: Params | None = None) -> 
     else:
         scale, zero = (each.contiguous() for each in format.even_grids(params))
     codes = torch.empty(rows, columns, dtype=torch.uint8)
-    sizes = (
-        rows,
-        columns,
-        B.width(columns, format.block),
-        format.levels,
-        int(format.grid == "ends"),
-        int(bool(params)),
-    )
-    grids = scale.data_ptr(), zero.data_ptr()
-    native.grid_round(sizes, weight.data_ptr(), *grids, codes.data_ptr(), compiled.BEST)
+    width, ends, given = B.width(columns, format.block), format.grid == "ends", params is not None
+    found = weight.data_ptr(), scale.data_ptr(), zero.data_ptr(), codes.data_ptr()
+    native.grid_round((rows, columns, width, format.levels, int(ends), int(given)), *found, compiled.BEST)
     return codes, format.of_even_grids(scale, zero) if params is None else params
 
 
@@ -51,8 +44,8 @@ def squares(format: Format, codes: Tensor, params: Params, weight: Tensor) -> tu
     if not isinstance(grid, Physical) or (grid.table is not None and grid.table.dim() > 1):
         return None
     rows, columns = weight.shape
-    arrays = [
-        each if each is None else each.contiguous() for each in (weight, codes, grid.scale, grid.offset, grid.table)
-    ]
-    found = [0 if each is None else each.data_ptr() for each in arrays]
-    return native.squares((rows, columns, B.width(columns, format.block)), *found, compiled.BEST)
+    parts = (weight, codes, grid.scale, grid.offset, grid.table)
+    arrays = [part if part is None else part.contiguous() for part in parts]  # kept until the call ends
+    seen, stored, scale, offset, table = (0 if array is None else array.data_ptr() for array in arrays)
+    sizes = (rows, columns, B.width(columns, format.block))
+    return native.squares(sizes, seen, stored, scale, offset, table, compiled.BEST)

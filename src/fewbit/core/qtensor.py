@@ -49,7 +49,7 @@ class QTensor:
 
     @staticmethod
     def rounded(format: Format, weight: Tensor) -> QTensor:
-        """``weight`` (rows, columns) by the nearest codes of a bound ``format`` under parameters fitted to it, unpacked."""
+        """``weight`` (rows, columns) by the nearest codes under parameters that a bound ``format`` fits, unpacked."""
         found = passes.round_even(format, weight.float())
         if found is None:
             return QTensor.nearest(format, weight, fit(format, weight))
