@@ -13,6 +13,7 @@
 
 int bfloat16_failures();     // bfloat16_test.cc
 int decode_failures();       // decode_test.cc
+int grids_failures();        // grids_test.cc
 int int8_failures();         // int8_test.cc
 int int8_vector_failures();  // int8_vector_test.cc
 int many_failures();         // many_test.cc
@@ -212,9 +213,9 @@ int main() {
         cases++;
       }
   check_refusals();
-  failures += bfloat16_failures() + decode_failures() + int8_failures() + int8_vector_failures() + many_failures() +
-              matmul_failures() + row_failures() + sample_failures() + sparse_failures() + terms_failures() +
-              unfold_failures() + vector_failures() + windows_failures() + xnor_failures();
+  failures += bfloat16_failures() + decode_failures() + grids_failures() + int8_failures() +
+              int8_vector_failures() + many_failures() + matmul_failures() + row_failures() + sample_failures() +
+              sparse_failures() + terms_failures() + unfold_failures() + vector_failures() + windows_failures() + xnor_failures();
   for (int i = 0; i < 4; i++)
     if (fewbit_caps() & kIsas[i].flag) printf("%s: at most %.2f of the bound\n", kIsas[i].name, worst[i]);
   printf("%d cases, %d failures\n", cases, failures);
