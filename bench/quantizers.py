@@ -6,9 +6,9 @@
 PEERS/NAME is what ``pip install --no-deps --target PEERS/NAME NAME`` leaves, for the packages of :data:`ROWS`, and
 PEERS/deps what they share. Linear layers but the head are quantized, on one thread and in one process a package, and
 what they decode to is put into the float model and scored: activations are float everywhere. Seconds go from the
-model's folder and the text to quantized layers in memory, imports left out; fewbit's and llm-compressor's also write
-the file, and fewbit's check it. Rows that are in the file ``--json`` already are not run again; of those that fail, why
-is listed.
+model's folder and the text to quantized layers in memory, imports left out; ``of it loading`` are those until the
+float model is there. Where data is used, fewbit's and llm-compressor's also write the file, and fewbit's check it. Rows
+that are in the file ``--json`` already are not run again; of those that fail, why is listed.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ ROWS: tuple[tuple[str, str, tuple[int, ...], str], ...] = (
     ("hqq", "hqq", (8, 4, 3, 2), ""),
     ("quanto", "max", (8, 4, 2), ""),
     ("fewbit", "nf4 clip", (4,), "nf4/g64/dq clip"),
+    ("fewbit", "nf4 rtn", (4,), "nf4/g64/dq rtn"),
     ("bitsandbytes", "nf4", (4,), "nf4"),
     ("fewbit", "vptq", (2,), "vector4x8 vptq"),
     ("gptqmodel", "vptq", (2,), "vptq"),
@@ -137,7 +138,18 @@ def scored(twin: Any, made: dict[str, Tensor], windows: Tensor, wanted: list[Ten
 def show(rows: list[dict[str, Any]]) -> None:
     """The table, by bits asked for and KL."""
     table = Table()
-    for column in ("package", "method", "bits", "perplexity", "KL mean", "top-1", "cpu s", "wall s", "peak MiB"):
+    for column in (
+        "package",
+        "method",
+        "bits",
+        "perplexity",
+        "KL mean",
+        "top-1",
+        "cpu s",
+        "of it loading",
+        "wall s",
+        "peak MiB",
+    ):
         table.add_column(column, justify="left" if column in ("package", "method") else "right")
     for row in sorted(rows, key=lambda row: (-row["asked"], row.get("kl_mean", 0.0))):
         if "failed" in row:
@@ -150,8 +162,9 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['perplexity']:.2f}",
             f"{row['kl_mean']:.4f} ± {row['kl_mean_stderr']:.4f}",
             f"{row['top1_agreement']:.1%}",
-            f"{row['cpu_seconds']:.1f}",
-            f"{row['seconds']:.1f}",
+            f"{row['cpu_seconds']:.2f}",
+            f"{loading:.2f}" if (loading := row.get("loading_cpu_seconds")) else "",
+            f"{row['seconds']:.2f}",
             f"{row['peak_rss_bytes'] / 2**20:.0f}",
         )
     Console(width=130).print(table)

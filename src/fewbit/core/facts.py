@@ -62,7 +62,8 @@ class Facts:
     @staticmethod
     def none(columns: int, gram: bool = False) -> Facts:
         """No token seen: the identity of :meth:`merge`."""
-        return Accumulator(columns, gram).facts()
+        total, square, largest, magnitude = torch.zeros(4, columns).unbind()
+        return Facts(columns, 0, total, square, largest, torch.zeros(columns, columns) if gram else None, magnitude)
 
     @staticmethod
     def of(x: Tensor, gram: bool = False) -> Facts:

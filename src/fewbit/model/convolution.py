@@ -44,9 +44,14 @@ class QuantConv2d(Multiplier):
     """
 
     def __init__(
-        self, plain: T.Plain, window: Window, bias: nn.Parameter | None, activation: str | None = None
+        self,
+        plain: T.Plain,
+        window: Window,
+        bias: nn.Parameter | None,
+        activation: str | None = None,
+        weight: T.Weight | None = None,
     ) -> None:
-        super().__init__(plain, bias, activation)
+        super().__init__(plain, bias, activation, weight)
         self.window = window
         self.in_channels = self.shape[1] // (window.size[0] * window.size[1]) * window.groups
         self.out_channels = self.shape[0]
@@ -62,9 +67,7 @@ class QuantConv2d(Multiplier):
         check_shape(weight, (conv.out_channels, conv.weight[0].numel()), conv)
         stored = weight.repack(DENSE) if isinstance(weight, QTensor) else weight
         bias = conv.bias if isinstance(conv.bias, nn.Parameter) else None
-        made = cls(T.describe(stored), window_of(conv), bias, activation)
-        made.fill(stored)
-        return made.train(conv.training)
+        return cls(T.describe(stored), window_of(conv), bias, activation, stored).train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.conv2d(x, self.prepared, self.window, self.bias)

@@ -28,21 +28,18 @@ class Store(nn.Module):
     """A weight as buffers ``weight_{array}``: one quantized matrix (or experts stacked by rows), or a sum of terms;
     abstract over its use.
 
-    ``plain``: its description (:mod:`fewbit.containers.terms`).
+    ``plain``: its description (:mod:`fewbit.containers.terms`); ``weight``: what it describes, whose arrays are taken
+    as they are, or None where they will be loaded.
     """
 
-    def __init__(self, plain: T.Plain) -> None:
+    def __init__(self, plain: T.Plain, weight: T.Weight | None = None) -> None:
         super().__init__()
         self.plain, self.arrays = plain, T.sizes(plain)
         rows, columns = plain["shape"]
         self.shape: tuple[int, int] = (rows, columns)
+        found = {} if weight is None else T.arrays(weight, plain)
         for array, (dtype, size) in self.arrays.items():
-            self.register_buffer(f"weight_{array}", torch.empty(size, dtype=dtype))
-
-    def fill(self, weight: T.Weight) -> None:
-        """Take the arrays of ``weight``, which the description is of, as they are: nothing is copied."""
-        for array, tensor in T.arrays(weight, self.plain).items():
-            setattr(self, f"weight_{array}", tensor)
+            self.register_buffer(f"weight_{array}", found[array] if found else torch.empty(size, dtype=dtype))
 
     def weight_of(self) -> T.Weight:
         """The stored weight, sharing the buffers' memory.
@@ -94,8 +91,10 @@ class Multiplier(Store):
 
     bias: nn.Parameter | None
 
-    def __init__(self, plain: T.Plain, bias: nn.Parameter | None, activation: str | None) -> None:
-        super().__init__(plain)
+    def __init__(
+        self, plain: T.Plain, bias: nn.Parameter | None, activation: str | None, weight: T.Weight | None = None
+    ) -> None:
+        super().__init__(plain, weight)
         self.bias = bias
         self.activation = formats.parse(activation) if activation else None
         self._prepared: kernels.Prepared | None = None
@@ -136,8 +135,9 @@ class QuantLinear(Multiplier):
         bias: nn.Parameter | None,
         activation: str | None = None,
         rewrites: Sequence[str] = (),
+        weight: T.Weight | None = None,
     ) -> None:
-        super().__init__(plain, bias, activation)
+        super().__init__(plain, bias, activation, weight)
         self.rewrites = tuple(rewrites)
         self.out_features, self.in_features = self.shape
         for array, (dtype, size) in R.storage(self.rewrites, self.in_features).items():
@@ -155,9 +155,7 @@ class QuantLinear(Multiplier):
         """
         check_shape(weight, (linear.out_features, linear.in_features), linear)
         bias = linear.bias if isinstance(linear.bias, nn.Parameter) else None
-        made = cls(T.describe(weight), bias, activation)
-        made.fill(weight)
-        return made.train(linear.training)
+        return cls(T.describe(weight), bias, activation, weight=weight).train(linear.training)
 
     def prepare(self, kernel: str | None = None) -> None:
         super().prepare(kernel)

@@ -24,6 +24,7 @@ from fewbit import formats, methods
 from fewbit import transforms as table
 from fewbit.containers import terms as T
 from fewbit.core.correction import correction
+from fewbit.core.facts import Facts
 from fewbit.core.rewrite import Chain
 from fewbit.core.transform import seed_of
 from fewbit.errors import UnsupportedError
@@ -61,9 +62,11 @@ def independent(
 ) -> Solutions:
     """Solve the layers of ``network`` that ``rules`` names, and find the grids of ``products``, each on the inputs that
     it has in float. What is corrected are the biases of ``network``."""
-    wanted = {name: wanted_of(network.get_submodule(name), rule, correct_bias) for name, rule in rules.items()}
-    look(network, batches if any(want.facts for want in wanted.values()) else batches[:1], wanted)
-    solved = {name: solve(_task(network, name, rule, wanted[name], seed)) for name, rule in rules.items()}
+    wanted: dict[str, Wanted] = {}
+    if batches:
+        wanted = {name: wanted_of(network.get_submodule(name), rule, correct_bias) for name, rule in rules.items()}
+        look(network, batches if any(want.facts for want in wanted.values()) else batches[:1], wanted)
+    solved = {name: solve(_task(network, name, rule, wanted.get(name), seed)) for name, rule in rules.items()}
     asked = {name: (rule, solved[name].rewrite) for name, rule in rules.items()}
     asked |= {side: (rule, Chain()) for name, rule in products.items() for side in operands(name)}
     grids = _grids(network, asked, batches)
@@ -122,18 +125,22 @@ def site_of(name: str, layer: nn.Module) -> Site:
     """A convolution or linear layer as the matrix that it is."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    shape = (len(weight), weight[0].numel())
+    shape = (weight.shape[0], weight.numel() // weight.shape[0])
     return Site(name, SITES[type(layer)], f"{name}.weight", shape, 1, None, None)  # type: ignore[arg-type]
 
 
-def _task(network: nn.Module, name: str, rule: Rule, want: Wanted, seed: int) -> Task:
+def _task(network: nn.Module, name: str, rule: Rule, want: Wanted | None, seed: int) -> Task:
+    """``want``: what was seen of its inputs, or None where there were none."""
     layer = network.get_submodule(name)
     site, weight = site_of(name, layer), layer.weight
     assert isinstance(weight, Tensor)
+    known, seen = Facts.none(site.shape[1]), torch.zeros(0, site.shape[1])
+    if want is not None:
+        known = want.known()
+        whole = want.window is None or want.window.groups == 1
+        seen = torch.cat(want.shown) if want.shown and whole else seen
     matrix = weight.detach().float().reshape(site.shape)
-    shown = torch.cat(want.shown) if want.shown and (want.window is None or want.window.groups == 1) else None
-    seen = torch.zeros(0, site.shape[1]) if shown is None else shown
-    return Task(site, rule, formats.parse(rule.format), matrix, [want.known()], [seen], seed_of(seed, name))
+    return Task(site, rule, formats.parse(rule.format), matrix, [known], [seen], seed_of(seed, name))
 
 
 def _grids(
@@ -171,8 +178,7 @@ def quantized(layer: nn.Module, item: Solved, activation: str | None) -> nn.Modu
     if isinstance(layer, nn.Conv2d):
         return QuantConv2d.of(layer, item.weight, activation)
     assert isinstance(layer, nn.Linear)
-    made = QuantLinear(T.describe(item.weight), layer.bias, activation, item.rewrite.kinds)
-    made.fill(item.weight)
+    made = QuantLinear(T.describe(item.weight), layer.bias, activation, item.rewrite.kinds, item.weight)
     for name, array in item.rewrite.arrays.items():
         getattr(made, f"input_{name}").copy_(array)
     return made.eval()
