@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weights rounded to the first of the grids that core/grids.h tries, and what codes lose: what fewbit_grid_round and
-// fewbit_lost say, compiled for the instruction set of the file that includes this. Columns lie side by side in vectors.
+// fewbit_squares say, compiled for the instruction set of the file that includes this. Columns lie side by side in vectors.
 #pragma once
 
 #include "core/grids.h"
@@ -16,8 +16,20 @@ struct Ends {
   Lanes low, high;
 };
 
-inline Lanes least(Lanes a, Lanes b) { return a < b ? a : b; }
-inline Lanes most(Lanes a, Lanes b) { return a > b ? a : b; }
+struct Least {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a < b ? a : b;
+  }
+};
+struct Most {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
+};
+constexpr Least least;
+constexpr Most most;
 
 inline Ends ends_of(const float* x, int64_t n) {
   Ends ends = {};
@@ -28,21 +40,16 @@ inline Ends ends_of(const float* x, int64_t n) {
   return {least(rest, ends.low), most(rest, ends.high)};
 }
 
-// Every second number of a and then of b, from the first or the second on.
-#if defined(__AVX2__)
-inline Lanes evens(Lanes a, Lanes b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
-inline Lanes odds(Lanes a, Lanes b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15); }
-#else
-inline Lanes evens(Lanes a, Lanes b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6); }
-inline Lanes odds(Lanes a, Lanes b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7); }
-#endif
-
-// Of kLanes vectors, the one of what `choose` finds in each of them.
+// Of each of kLanes vectors what `choose` finds in it.
 template <class Choose>
-inline Lanes across(Lanes* x, Choose choose) {
-  for (int64_t n = kLanes / 2; n > 0; n /= 2)
-    for (int64_t i = 0; i < n; i++) x[i] = choose(evens(x[2 * i], x[2 * i + 1]), odds(x[2 * i], x[2 * i + 1]));
-  return x[0];
+inline Lanes across(const Lanes* x, Choose choose) {
+  Lanes found;
+  for (int b = 0; b < kLanes; b++) {
+    float one = x[b][0];
+    for (int l = 1; l < kLanes; l++) one = choose(one, x[b][l]);
+    found[b] = one;
+  }
+  return found;
 }
 
 inline Lanes code_of(Lanes x, LaneGrids grids, Lanes top) {
@@ -52,7 +59,6 @@ inline Lanes code_of(Lanes x, LaneGrids grids, Lanes top) {
 }
 
 typedef int32_t LaneIntegers __attribute__((vector_size(4 * kLanes)));
-typedef uint8_t LaneBytes __attribute__((vector_size(kLanes), aligned(1)));
 
 // kVectors x kLanes codes, which the compiler packs to bytes as a whole.
 template <int64_t kVectors>
