@@ -33,10 +33,9 @@ from fewbit.measure.accuracy import Scores, score, summarize
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Recipe
+from fewbit.run.decoding import decode_into
 from fewbit.run.events import Event
 from fewbit.run.rewriting import as_run
-from fewbit.run.solve import Solved
-from fewbit.run.verify import read_back, read_rewrite
 
 METHODS: dict[str, tuple[tuple[str | dict[str, Any], ...], str, dict[str, Any]]] = {
     "rtn": ((), "rtn", {}),
@@ -90,25 +89,6 @@ def settings(text: str, steps: dict[str, float], whole: dict[str, float]) -> dic
     ends = {row.name for row in methods.MODEL_TUNINGS}
     tunes = [{"name": one, **(whole if one in ends else steps)} for one in tune]
     return {"method": method, "options": options, "transforms": transforms, "tune": tunes}
-
-
-def decoded(streamed: StreamedModel, folder: Path, manifest: dict[str, Any]) -> list[Solved]:
-    """Put what ``folder`` decodes to into ``streamed``; what is returned rounds its inputs and is to run so."""
-    rounding = []
-    where = read_json(folder / "model.safetensors.index.json")["weight_map"]
-    for record in manifest["layers"]:
-        path = folder / next(file for key, file in where.items() if key.startswith(f"{record['name']}.weight_"))
-        item = Solved(read_back(path, record), record, read_rewrite(path, record))
-        values = item.weight.dequantize()
-        if item.activation is None:
-            values = item.rewrite.unweight(values)
-        else:
-            rounding.append(item)
-        for site in streamed.sites:
-            if record["name"] in (site.name, site.tied_to):
-                place = streamed.weight(site.name)
-                streamed.set_weight(site.name, values.reshape(place.shape).to(place.device))
-    return rounding
 
 
 @torch.no_grad()
@@ -180,7 +160,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             manifest, peak = M.read(out), read_json(Path(f"{out}.log.json"))["peak_rss_bytes"]
             ours.load("")
             ours.module.to(device)  # type: ignore[arg-type]
-            rounding = decoded(ours, out, manifest)
+            rounding = decode_into(ours, out, manifest["layers"])
         with as_run(ours, rounding):
             scored: list[Scores] = [
                 score(logits(ours.module, ids), ids, logits(reference.module, ids), arguments.unscored)

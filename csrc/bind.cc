@@ -345,6 +345,9 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
+// ABI of fewbit/core/compiled.py: both rise when a function's arguments, or what they mean, change.
+constexpr long kAbi = 1;
+
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "fewbit._native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
@@ -353,5 +356,6 @@ PyMODINIT_FUNC PyInit__native(void) {
   PyObject* made = PyModule_Create(&module);
   for (PyMethodDef* more : {decode_methods, grids_methods, matmul_methods})
     if (made && PyModule_AddFunctions(made, more) < 0) Py_CLEAR(made);
+  if (made && PyModule_AddIntConstant(made, "ABI", kAbi) < 0) Py_CLEAR(made);
   return made;
 }

@@ -58,9 +58,8 @@ inline void tables_token(const SegmentTask& task, const fewbit_input& x, int64_t
 
 // Two tiles, `apart`, as bytes of the same columns: vector j holds byte j of each lane, of four row groups.
 FEWBIT_INLINE void gather_bytes(const uint8_t* codes, int64_t apart, U (&byte)[4]) {
-  const U order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   U lanes[4];
-  for (int t = 0; t < 4; t++) lanes[t] = _mm256_shuffle_epi8(load_lanes(codes + t / 2 * apart + t % 2 * 32), order);
+  for (int t = 0; t < 4; t++) lanes[t] = by_place(load_lanes(codes + t / 2 * apart + t % 2 * 32));
   const U a = _mm256_unpacklo_epi32(lanes[0], lanes[1]), b = _mm256_unpackhi_epi32(lanes[0], lanes[1]);
   const U c = _mm256_unpacklo_epi32(lanes[2], lanes[3]), d = _mm256_unpackhi_epi32(lanes[2], lanes[3]);
   byte[0] = _mm256_unpacklo_epi64(a, c), byte[1] = _mm256_unpackhi_epi64(a, c);

@@ -2,6 +2,12 @@
 #include "avx2/bit_tables.h"
 
 namespace fewbit {
+namespace {
+
+template <>
+constexpr bool kFewElsewhere<Codes<1>> = true;  // by tables of bits
+
+}  // namespace
 
 const SegmentKernel int8_linear_avx2 = {kManyTokens, 1, 1, round_begun, int8_run, kMostStarts};
 

@@ -65,6 +65,11 @@ void signed_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, i
   }
 }
 
+// By the above, which takes all levels that these take.
+template <int BITS>
+constexpr bool kFewElsewhere<LutBytes<BITS>> = true;
+static_assert(SignedBytes::kMost >= kMostLevel);
+
 }  // namespace
 
 const LutKernels int8_lut_linear_avx2 = {

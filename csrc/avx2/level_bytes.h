@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "avx2/simd.h"
+#include "avx2/shuffle.h"
 
 #include "core/inline.h"
 
@@ -14,9 +14,8 @@ struct LevelBytes {
 
   LevelBytes() = default;
   explicit FEWBIT_INLINE LevelBytes(const float* level) {
-    const U order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const U low = _mm256_shuffle_epi8(_mm256_castps_si256(load(level)), order);
-    const U high = _mm256_shuffle_epi8(_mm256_castps_si256(load(level + 8)), order);
+    const U low = by_place(_mm256_castps_si256(load(level)));
+    const U high = by_place(_mm256_castps_si256(load(level + 8)));
     const U a = _mm256_permute2x128_si256(low, high, 0x20), b = _mm256_permute2x128_si256(low, high, 0x31);
     const U first = _mm256_unpacklo_epi32(a, b), last = _mm256_unpackhi_epi32(a, b);
     byte[0] = _mm256_permute4x64_epi64(first, 0x88), byte[1] = _mm256_permute4x64_epi64(first, 0xdd);

@@ -27,11 +27,10 @@ constexpr int looked_up(int bits, int n) {
 
 // 16 integers, lanes 0-3, 8-11 and 4-7, 12-15, to planes of 6 bits.
 inline void planes_of(U even, U odd, uint8_t* out) {
-  const U order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  const auto spread = [&](U u) {
+  const auto spread = [](U u) {
     const U low = combine(mask(u, 0x3fu), mask(shift_left(u, 2), 0x3f00u));
     const U high = combine(mask(shift_left(u, 4), 0x3f0000u), mask(shift_left(u, 6), 0x3f000000u));
-    return _mm256_shuffle_epi8(combine(low, high), order);
+    return by_place(combine(low, high));
   };
   const U a = spread(even), b = spread(odd);
   store_lanes(out, _mm256_permute4x64_epi64(_mm256_unpacklo_epi32(a, b), 0xd8));

@@ -8,6 +8,12 @@
 namespace fewbit {
 namespace {
 
+// Bytes of a half sorted by their place in a lane: lane j becomes byte j of each.
+inline U by_place(U lanes) {
+  return _mm256_shuffle_epi8(
+      lanes, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+}
+
 // 16 bytes in both halves of a register; bit 7 of an index gives 0.
 struct Shuffle {
   U table;

@@ -10,7 +10,7 @@
 namespace fewbit {
 namespace {
 
-constexpr int kDirect2 = 2, kDirect4 = 2, kDirect8 = 1, kDirectChains = 2, kAlone = 0, kAlone2 = 0, kMany = 2, kManyTokens = 4;
+constexpr int kDirect2 = 2, kDirect4 = 2, kDirect8 = 0, kDirectChains = 2, kAlone = 0, kAlone2 = 0, kMany = 2, kManyTokens = 4;
 constexpr int kDigits2 = 1, kAloneDigits = 0, kManyDigits = 1;
 constexpr int direct1(int) { return 4; }
 constexpr int digits1(int) { return 2; }

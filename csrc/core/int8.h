@@ -10,7 +10,8 @@
 //     flush(), value() the lanes' sums as floats
 //     merge(dot, bits) adds another chain's sums, divided by 2^bits; where a row group keeps more than one
 //   direct1(BITS), kDirect2, kDirect4, kDirect8    row groups beside one, two, up to four and up to eight tokens; the
-//                      last two may be 0: computed as where there are many
+//                      last two may be 0: computed as where there are many,
+//                      and the very last is where these are fewer than eight
 //   kDirectChains      sums a row group keeps beside one or two tokens
 //   kAlone, kAlone2    the same where row groups are taken one by one (see SegmentTask); 0: they never are
 //   kUnrollMany                          see decoded.h
@@ -93,16 +94,21 @@ FEWBIT_INLINE void strips_few(const SegmentTask& task, int64_t group, int64_t en
   }
 }
 
+// Whether another kernel takes one and two tokens of an operand, always.
+template <class K>
+constexpr bool kFewElsewhere = false;
+
 template <class K>
 void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
-  switch (task.together) {
-    case 1:
+  if constexpr (!kFewElsewhere<K>) {
+    if (task.together == 1) {
       // Sums of a long row are merged once: as many as hide the latency of a product.
       if constexpr (K::kBits == 1 && K::kFields > 1 && kAlone > 0)
         if (task.alone && task.segment_chunks > kPart) return strips_direct<Codes<1, 8>, 1, 1, 8>(task, begin, end, tokens);
       return strips_few<K, direct1(K::kBits), 1, kAlone>(task, begin, end, tokens);
-    case 2: return strips_few<K, kDirect2, 2, kAlone2>(task, begin, end, tokens);
+    }
+    if (task.together == 2) return strips_few<K, kDirect2, 2, kAlone2>(task, begin, end, tokens);
   }
   constexpr bool four_in_place = kDecodesFast<K> && K::kBits == 1;  // by strips_spans
   if (kDirect4 && !four_in_place && sizeof(typename K::X) == 1 && task.together == 4 && tokens <= 4)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDED = {"neon": ("cmake", "aarch64-linux-gnu-g++", "qemu-aarch64"), "addresses": ("cmake", "c++")}
 """Of the programs that CI runs, that which runs longest first."""
 OPTIONS = {
-    "addresses": ("-DFEWBIT_SANITIZE=address,undefined", "-DCMAKE_CXX_FLAGS=-O0"),
+    "addresses": ("-DFEWBIT_SANITIZE=address,undefined", "-DCMAKE_CXX_FLAGS=-O1"),
     "threads": ("-DFEWBIT_SANITIZE=thread", "-DCMAKE_CXX_FLAGS=-O1"),
     "neon": (
         "-DCMAKE_SYSTEM_NAME=Linux",
@@ -35,7 +35,7 @@ def missing(*tools: str) -> str:
 
 def build(name: str, parent: Path) -> Path:
     """The test program, built in ``parent / name`` by one process at a time. Inner loops are not unrolled: that only
-    saves the compiler time.
+    saves the compiler time. Says which instruction sets a sanitizer leaves out, as this processor has none of them.
 
     Raises:
         RuntimeError: the build failed; its last words.
@@ -53,6 +53,9 @@ def build(name: str, parent: Path) -> Path:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
+            for line in done.stdout.splitlines():
+                if "not sanitized" in line:
+                    print(f"{name}: {line.removeprefix('-- fewbit: ')}")
     return folder / "fewbit_test"
 
 

@@ -324,7 +324,7 @@ def test_the_table_of_names_is_made_where_a_tensor_differs_from_its_parameter(
     make("llama", tmp_path)
     there, model = open_checkpoint(tmp_path), opened(tmp_path).module
     name, shape = "model.layers.0.mlp.up_proj.weight", there.shape
-    assert there.transforms(model) == []
+    assert there.transforms(model, model.state_dict()) == []
     if change == "renamed":
         keys = ["up.weight" if key == name else key for key in list(there.keys())]
         monkeypatch.setattr(there, "keys", lambda: keys)
@@ -332,4 +332,4 @@ def test_the_table_of_names_is_made_where_a_tensor_differs_from_its_parameter(
     else:
         monkeypatch.setattr(there, "shape", lambda key: shape(key)[::-1] if key == name else shape(key))
     monkeypatch.setattr(checkpoint, "get_model_conversion_mapping", lambda model: ["the table"])
-    assert there.transforms(model) == ["the table"]
+    assert there.transforms(model, model.state_dict()) == ["the table"]

@@ -10,6 +10,10 @@ import functools
 import importlib
 from typing import Any, Protocol, cast
 
+from fewbit.errors import UnsupportedError
+
+ABI = 1
+"""``kAbi`` of ``csrc/bind.cc``: both rise when a function's arguments, or what they mean, change."""
 BEST = -1
 """For ``isa``: the best that the processor has."""
 SWEPT = 128
@@ -67,11 +71,22 @@ class Grids(Protocol):
 
 @functools.cache
 def load() -> tuple[Any, str | None]:
-    """``fewbit._native`` and None; or None and why it cannot be used."""
+    """``fewbit._native`` and None; or None and why it cannot be used.
+
+    Raises:
+        UnsupportedError: it was built from other sources than these, and would misread what it is given.
+    """
     try:
-        return importlib.import_module("fewbit._native"), None
+        module = importlib.import_module("fewbit._native")
     except ImportError as error:
         return None, f"the native module fewbit._native is not usable here ({error})"
+    if (built := getattr(module, "ABI", 0)) != ABI:
+        raise UnsupportedError(
+            f"calling {module.__file__}",
+            f"it was built for other sources of fewbit: its ABI is {built}, theirs {ABI}",
+            "install fewbit again, which builds it anew",
+        )
+    return module, None
 
 
 def grids() -> Grids | None:

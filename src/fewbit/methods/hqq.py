@@ -108,8 +108,7 @@ def refuse(format: Format) -> str | None:
 
 def shrink(error: Tensor, p: float, beta: float) -> Tensor:
     """The minimiser over e of ``|e|^p + beta / 2 (e - error)^2``, approximately, entry by entry."""
-    low, high = error.aminmax()
-    if p < 1 and float(torch.maximum(-low, high)) < NEARLY * beta ** (1 / (p - 2)):
+    if p < 1 and float(torch.stack(error.aminmax()).abs().max()) < NEARLY * beta ** (1 / (p - 2)):
         return torch.zeros_like(error)  # powers of all entries, which take longer than all the rest, would say so too
     size = error.abs()
     return error.sign() * (size - size.pow(p - 1) / beta).clamp_min(0)

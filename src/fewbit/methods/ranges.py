@@ -149,9 +149,7 @@ def full_range(format: Format, blocks: Tensor) -> Tensor:
 
 def _span_errors(format: Format, blocks: Tensor, worth: Tensor, params: Params) -> Tensor:
     """Weighted squared error of every span, (rows, spans)."""
-    lost = format.nearest(blocks, params)[1].sub_(blocks)
-    lost = lost.square_().mul_(worth)
-    errors = _halved(lost) if format.even or format.bounds is not None else lost.sum(-1)
+    errors = _halved(format.nearest(blocks, params)[1].sub_(blocks).square_().mul_(worth))
     repeat = span_blocks(format, errors.shape[1])
     return errors if repeat == 1 else B.split(errors, repeat).sum(-1)
 

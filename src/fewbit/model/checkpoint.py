@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,12 @@ class Checkpoint(ABC):
     def save_sidecars(self, out: Path) -> dict[str, str]:
         """Write config.json (no quantization_config), generation_config.json and the tokenizer; file name -> sha256."""
 
-    def transforms(self, model: PreTrainedModel) -> list[Any]:
-        """transformers' renamings and converters on the way from this checkpoint's names to those of ``model``."""
-        return [] if self._as_named(model.state_dict()) else list(get_model_conversion_mapping(model))
+    def transforms(self, model: PreTrainedModel, places: dict[str, Tensor]) -> list[Any]:
+        """transformers' renamings and converters on the way from this checkpoint's names to ``places``, those of
+        ``model``."""
+        return [] if self._as_named(places) else list(get_model_conversion_mapping(model))
 
-    def _as_named(self, places: Mapping[str, Tensor]) -> bool:
+    def _as_named(self, places: dict[str, Tensor]) -> bool:
         """Whether every tensor is called as its parameter is and has its shape, so that there is nothing to rename:
         transformers takes longer to build its table than to read a small model. Not where one has three axes or more,
         which a converter may turn around under the same name."""

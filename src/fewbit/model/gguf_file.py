@@ -59,9 +59,9 @@ class GgufCheckpoint(Checkpoint):
             else:
                 self.ignored.append(name)
 
-    def transforms(self, model: PreTrainedModel) -> list[Any]:
+    def transforms(self, model: PreTrainedModel, places: dict[str, Tensor]) -> list[Any]:
         if self._names:
-            return super().transforms(model)
+            return super().transforms(model, places)
         return list(get_gguf_conversion_mapping(str(self._file.metadata["general.architecture"]), model.config))
 
     def _place(self, name: str) -> str:

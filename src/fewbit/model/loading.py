@@ -50,21 +50,21 @@ class Loader:
         self.checkpoint, self.model = checkpoint, model
         self.unused: list[str] = []
         self.change: Callable[[str, Tensor], Tensor] = lambda name, value: value
-        self._names = tuple(model.state_dict())
-        self.groups = self._plan()
+        places = model.state_dict()
+        self._names = tuple(places)
+        self.groups = self._plan(places)
         self.of = {target: group for group in self.groups for target in group.targets}
         for name, source in (copies or {}).items():
             if name not in self.of and source in self.of:
                 self.of[name] = Group(None, (name,), self.of[source].sources)
         self.tied = self._ties()
-        self._check()
+        self._check(places)
 
-    def _plan(self) -> list[Group]:
-        transforms = self.checkpoint.transforms(self.model)
+    def _plan(self, places: dict[str, Tensor]) -> list[Group]:
+        transforms = self.checkpoint.transforms(self.model, places)
         renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        places = self.model.state_dict()
         prefix = self.model.base_model_prefix
         groups: dict[str, Group] = {}
         for key in sorted(self.checkpoint.keys(), key=dot_natural_key):
@@ -102,8 +102,7 @@ class Loader:
             return False
         return torch.equal(self.checkpoint.get(first[0][0]), self.checkpoint.get(second[0][0]))
 
-    def _check(self) -> None:
-        places = self.model.state_dict()
+    def _check(self, places: dict[str, Tensor]) -> None:
         missing = [name for name in places if name not in self.of and self.tied.get(name) not in self.of]
         if missing:
             raise InputError(

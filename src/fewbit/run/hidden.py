@@ -154,7 +154,7 @@ class HiddenTensor:
         """All batches of ``file``."""
         held = cls(file.shape, device)
         for index in range(file.shape[0]):
-            held.write(index, file.read(index).to(device))
+            held.write(index, file.read(index))
         return held
 
 

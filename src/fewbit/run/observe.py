@@ -4,22 +4,39 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from fewbit.core.facts import Facts
 
 Key = tuple[str, int]
+T = TypeVar("T")
 
 
 class Enough(Exception):
     """Raised inside a block once all its inputs were seen: what it would still compute, nobody needs."""
 
 
+class Shared(Generic[T]):
+    """What ``make`` gives of an input, made once for layers that share it (q, k, v; gate, up)."""
+
+    def __init__(self, make: Callable[..., T]) -> None:
+        self._make = make
+        self._last: tuple[Tensor, tuple[bool, ...], T] | None = None
+
+    def of(self, x: Tensor, *options: bool) -> T:
+        last = self._last
+        # The last input is kept alive, so an equal address means the same tensor, not a reused one.
+        if last is None or last[0].data_ptr() != x.data_ptr() or last[0].shape != x.shape or last[1] != options:
+            last = self._last = (x, options, self._make(x, *options))
+        return last[2]
+
+
 class Observer:
-    """A callback for ``StreamedModel.observe``. Layers that share an input (q, k, v; gate, up) share its facts.
+    """A callback for ``StreamedModel.observe``. Layers that share an input share its facts.
 
     ``grams``: names of the sites whose method needs E[x x^T]. ``complete``: raise :class:`Enough` when a batch has
     brought facts of this many sites; 0 where that cannot be known (experts see what is routed to them). Each thread
@@ -33,18 +50,13 @@ class Observer:
 
     @contextmanager
     def batch(self) -> Iterator[dict[Key, Facts]]:
-        self._local.found, self._local.last = {}, None
+        self._local.found, self._local.facts = {}, Shared(Facts.of)
         with suppress(Enough):
             yield self._local.found
-        self._local.last = None
+        del self._local.facts
 
     def __call__(self, site: str, x: Tensor, expert: int | None) -> None:
-        gram = site in self._grams
-        last = self._local.last
-        # The last input is kept alive, so an equal address means the same tensor, not a reused one.
-        if last is None or last[0].data_ptr() != x.data_ptr() or last[0].shape != x.shape or last[1] != gram:
-            last = self._local.last = (x, gram, Facts.of(x, gram))
-        self._local.found[site, expert or 0] = last[2]
+        self._local.found[site, expert or 0] = self._local.facts.of(x, site in self._grams)
         if len(self._local.found) == self._complete:
             raise Enough
 

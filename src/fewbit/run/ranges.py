@@ -8,6 +8,8 @@ rounded, inputs; blocks before it are quantized already and round theirs.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from fewbit.core.observers import Seen
 from fewbit.errors import InputError
 from fewbit.formats.fixed import Fixed
+from fewbit.run.observe import Shared
 from fewbit.run.rewriting import as_run
 from fewbit.run.solve import Solved
 from fewbit.run.state import Run
@@ -37,10 +40,9 @@ def fix_grids(run: Run, stage: int, index: int, solved: list[Solved]) -> list[So
     source, shared, looked = run.hidden(stage - 1, "calibration"), run.inputs("calibration"), _Looked()
 
     def step(batch: int) -> dict[str, Seen]:
-        looked.begin()
-        with run.arithmetic():
+        with looked.batch() as found, run.arithmetic():
             run.model.run_block(index, source.read(batch), shared)
-        return looked.end()
+        return found
 
     # Hooks run in the order in which they were added: what is looked at was rewritten.
     with as_run(run.model, solved), run.model.observe(index, looked, set(waiting)):
@@ -57,23 +59,17 @@ class _Looked:
     def __init__(self) -> None:
         self._local = threading.local()
 
-    def begin(self) -> None:
-        self._local.found, self._local.last = {}, None
-
-    def end(self) -> dict[str, Seen]:
-        found: dict[str, Seen] = self._local.found
-        self.begin()
-        return found
+    @contextmanager
+    def batch(self) -> Iterator[dict[str, Seen]]:
+        self._local.found, self._local.seen = {}, Shared(Seen.of)
+        yield self._local.found
+        del self._local.seen
 
     def __call__(self, site: str, x: Tensor, expert: int | None) -> None:
-        last = self._local.last
-        # The last input is kept alive, so an equal address means the same tensor, not a reused one.
-        if last is None or last[0].data_ptr() != x.data_ptr() or last[0].shape != x.shape:
-            try:
-                last = self._local.last = (x, Seen.of(x))
-            except InputError as error:
-                raise InputError(f"layer {site}: {error.asked}", error.found, error.works) from None
-        self._local.found[site] = last[1]
+        try:
+            self._local.found[site] = self._local.seen.of(x)
+        except InputError as error:
+            raise InputError(f"layer {site}: {error.asked}", error.found, error.works) from None
 
 
 def _bound(item: Solved, waiting: dict[str, Fixed], total: dict[str, Seen]) -> Solved:

@@ -25,13 +25,12 @@ from torch import Tensor, nn
 
 from fewbit import calibrate
 from fewbit.containers import manifest as M
-from fewbit.containers.files import read_json
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
+from fewbit.run.decoding import decode_into
 from fewbit.run.events import Event, Progress
 from fewbit.run.opening import silent
-from fewbit.run.verify import INDEX, read_back, read_rewrite
 
 
 def restore(
@@ -75,7 +74,11 @@ def restore(
     streamed.load("")
     layers = [record for record in M.read(folder)["layers"] if record["experts"] == 1]
     originals = {record["name"]: streamed.weight(record["name"]).clone() for record in layers}
-    _decode_into(streamed, folder, layers)
+    for record in layers:
+        if record["activation"] is not None:
+            found = f"inputs of {record['name']} are rounded to {record['activation']}"
+            raise UnsupportedError(f"restoring from {folder}", found, "quantize weights alone")
+    decode_into(streamed, folder, layers)
     names = [record["name"] for record in layers if record["block"] is not None]
     if not names:
         raise UnsupportedError(f"restoring from {folder}", "no layer of a block is quantized in it", "another folder")
@@ -86,19 +89,6 @@ def restore(
     for name, (down, up) in zip(names, pairs, strict=True):
         streamed.set_weight(name, originals[name] + (alpha / rank) * (up @ down).detach())
     return streamed.module.eval()
-
-
-def _decode_into(streamed: StreamedModel, folder: Path, layers: list[dict[str, Any]]) -> None:
-    """Put what ``folder`` decodes to in place of the float weights."""
-    where = read_json(folder / INDEX)["weight_map"]
-    for record in layers:
-        name = record["name"]
-        if record["activation"] is not None:
-            found = f"inputs of {name} are rounded to {record['activation']}"
-            raise UnsupportedError(f"restoring from {folder}", found, "quantize weights alone")
-        path = folder / next(file for key, file in where.items() if key.startswith(f"{name}.weight_"))
-        weight = read_rewrite(path, record).unweight(read_back(path, record).dequantize())
-        streamed.set_weight(name, weight.reshape(streamed.weight(name).shape))
 
 
 @contextmanager
