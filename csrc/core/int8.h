@@ -30,9 +30,9 @@
 // scales are applied by fused multiply-adds in one order.
 #pragma once
 
+#include "core/beside.h"
 #include "core/decoded.h"
 #include "core/few.h"
-#include "core/spans.h"
 
 namespace fewbit {
 namespace {
@@ -104,13 +104,13 @@ void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, 
       return strips_few<K, direct1(K::kBits), 1, kAlone>(task, begin, end, tokens);
     case 2: return strips_few<K, kDirect2, 2, kAlone2>(task, begin, end, tokens);
   }
-  constexpr bool four_in_place = kDecodesFast<K> && K::kBits == 1;  // by strips_spans
-  if (kDirect4 && !four_in_place && sizeof(typename K::X) == 1 && task.together == 4 && tokens <= 4)
+  constexpr bool spans = kHasSpans<typename K::Sum> && K::kBits == 1;
+  if (kDirect4 && !spans && sizeof(typename K::X) == 1 && task.together == 4 && tokens <= 4)
     return strips_direct<K, share<K>(kDirect4), 4, 1>(task, begin, end, tokens);
   if (kDirect8 && task.together == 8 && tokens <= 8)
     return strips_direct<K, share<K>(kDirect8), 8, 1>(task, begin, end, tokens);
   if constexpr (kHasSpans<typename K::Sum>)
-    strips_spans<K, kManyTokens>(task, begin, end, tokens);
+    strips_spans<K>(task, begin, end, tokens);
   else
     strips_decoded<K, kMany, kManyTokens>(task, begin, end, tokens);
 }
