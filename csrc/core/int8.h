@@ -104,8 +104,7 @@ void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, 
       return strips_few<K, direct1(K::kBits), 1, kAlone>(task, begin, end, tokens);
     case 2: return strips_few<K, kDirect2, 2, kAlone2>(task, begin, end, tokens);
   }
-  constexpr bool spans = kHasSpans<typename K::Sum> && K::kBits == 1;
-  if (kDirect4 && !spans && sizeof(typename K::X) == 1 && task.together == 4 && tokens <= 4)
+  if (kDirect4 && sizeof(typename K::X) == 1 && task.together == 4 && tokens <= 4)
     return strips_direct<K, share<K>(kDirect4), 4, 1>(task, begin, end, tokens);
   if (kDirect8 && task.together == 8 && tokens <= 8)
     return strips_direct<K, share<K>(kDirect8), 8, 1>(task, begin, end, tokens);
