@@ -33,7 +33,7 @@ struct Mirrored : Begun<K> {
   using Begun<K>::Begun;
   FEWBIT_INLINE void split(U codes, U (&plane)[1]) const {
     K::split(codes, plane);
-    plane[0] = mirror<K>(plane[0]);
+    plane[0] = flip(plane[0], kFlip<K>);
   }
 };
 

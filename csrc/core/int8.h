@@ -44,6 +44,7 @@ constexpr int fields_of(int bits) { return !kInPlace || part_count(bits) > 1 ? 1
 template <int BITS, int FIELDS = fields_of(BITS)>
 struct Codes {
   static constexpr int kBits = BITS, kPlanes = planes(BITS), kApart = 0, kFields = FIELDS;
+  static constexpr bool kOwn = true;  // see spans.h
   using X = int8_t;
   using Sum = Dot<kPlanes == 2 ? 4 : BITS>;
   static constexpr int kBegins = BITS == 1 ? -1 : 0;  // the zero of a bit is a half

@@ -73,24 +73,29 @@ FEWBIT_INLINE bool mirrored(const K& kernel) {
   return kMirrors<K> && kernel.origin + left_out<K> == -1;
 }
 
-// Codes of a plane, counted from the largest down.
+// What flips codes of a plane, to be counted from the largest down.
 template <class K>
-FEWBIT_INLINE U mirror(U codes) {
-  return flip(codes, 0x01010101u * (2 * Narrow<K>::kCentre + 1));
-}
+constexpr uint32_t kFlip = 0x01010101u * (2 * Narrow<K>::kCentre + 1);
+
+// Whether that is to flip all bits of what is stored: of codes that are their own levels.
+template <class K, class = void>
+constexpr bool kOwnLevels = false;
+template <class K>
+constexpr bool kOwnLevels<K, std::void_t<decltype(K::kOwn)>> = true;
 
 // Decodes `chunks` chunks of a row group: planes lie one behind the other, groups of four columns `apart` bytes apart.
 template <class K>
 FEWBIT_INLINE void write_codes(const K& kernel, const uint8_t* codes, int64_t chunks, uint8_t* out, int64_t apart) {
-  const uint32_t other = mirrored(kernel) ? 0x01010101u * (2 * Narrow<K>::kCentre + 1) : 0;
+  const uint32_t stored = kOwnLevels<K> && mirrored(kernel) ? ~0u : 0, found = !kOwnLevels<K> && mirrored(kernel) ? kFlip<K> : 0;
   Held<K::kBits> held;
   for (int64_t c = 0; c < chunks; c++, codes += K::kBits * 64)
 #pragma GCC unroll 8
     for (int g = 0; g < 8; g++, out += apart) {
       U plane[K::kPlanes];
       held.advance(codes, g);
+      if constexpr (kOwnLevels<K> && kMirrors<K>) held.flip_new(stored, g);
       kernel.split(held.quad(g), plane);
-      if constexpr (kMirrors<K>) plane[0] = flip(plane[0], other);
+      if constexpr (!kOwnLevels<K> && kMirrors<K>) plane[0] = flip(plane[0], found);
       for (int p = 0; p < K::kPlanes; p++) store_lanes(out + p * kLanes * 4, plane[p]);
     }
 }
