@@ -12,7 +12,7 @@
 namespace fewbit {
 namespace {
 
-constexpr int64_t kMostBeside = 16;                       // tokens
+constexpr int64_t kMostBeside = 32;                       // tokens
 constexpr int64_t kRunChunks = 64, kUnpackedChunks = 18;  // of a run, as stored, and written out: 9 KiB
 constexpr int64_t kWholeSpans = 8;                        // chunks, of which parts of a long segment are multiples
 
