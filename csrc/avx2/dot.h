@@ -12,7 +12,7 @@
 namespace fewbit {
 namespace {
 
-constexpr int kDirect2 = 2, kDirect4 = 1, kDirect8 = 0, kDirectChains = 1, kAlone = 0, kAlone2 = 0, kMany = 2, kManyTokens = 4;
+constexpr int kDirect2 = 2, kDirect4 = 0, kDirect8 = 0, kDirectChains = 1, kAlone = 0, kAlone2 = 0, kMany = 2, kManyTokens = 4;
 constexpr int kDigits2 = 1, kAloneDigits = 0, kManyDigits = 0;
 constexpr int direct1(int bits) { return part_count(bits) == 1 && bits < 8 ? 4 : 2; }  // what 16 registers hold
 constexpr int digits1(int bits) { return bits == 3 ? 1 : 2; }

@@ -86,12 +86,12 @@ void round_levels(const SegmentTask& task, const fewbit_input& x, int64_t token)
 void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
   switch (task.bits) {
-    case 1: return strips_beside<Levels<1>, kBeside, kManyTokens>(task, begin, end, tokens);
-    case 2: return strips_beside<Levels<2>, kBeside, kManyTokens>(task, begin, end, tokens);
-    case 3: return strips_beside<Levels<3>, kBeside, kManyTokens>(task, begin, end, tokens);
-    case 4: return strips_beside<Levels<4>, kBeside, kManyTokens>(task, begin, end, tokens);
-    case 5: return strips_beside<Levels<5>, kBeside, kManyTokens>(task, begin, end, tokens);
-    case 6: return strips_beside<Levels<6>, kBeside, kManyTokens>(task, begin, end, tokens);
+    case 1: return strips_spans<Levels<1>>(task, begin, end, tokens);
+    case 2: return strips_spans<Levels<2>>(task, begin, end, tokens);
+    case 3: return strips_spans<Levels<3>>(task, begin, end, tokens);
+    case 4: return strips_spans<Levels<4>>(task, begin, end, tokens);
+    case 5: return strips_spans<Levels<5>>(task, begin, end, tokens);
+    case 6: return strips_spans<Levels<6>>(task, begin, end, tokens);
   }
 }
 

@@ -13,9 +13,11 @@ namespace fewbit {
 namespace {
 
 struct SplitSum : PairSum {
+  static constexpr int kCentre = 128, kStarts = 1;
   using Rests = fewbit::Rests<kManyTokens>;
   static constexpr int rests_beside(int tokens) { return tokens; }
 
+  static inline U start(const int32_t* at) { return _mm256_set1_epi32(*at); }
   static FEWBIT_INLINE void add_rest(U (&sum)[2][4], int, const X* x, const uint8_t* codes) {
     step(sum, load_lanes(codes), load_lanes(codes + kLanes * 4), x);
   }
@@ -36,9 +38,10 @@ struct Bytes {
   FEWBIT_INLINE void split(U codes, U (&plane)[1]) const { plane[0] = codes; }
 };
 
-// Halves the pairs of a rounded row that are too large.
+// Halves the pairs of a rounded row that are too large, and writes what sums of a segment begin with.
 void split_row(const SegmentTask& task, int64_t row) {
   int8_t* x = row_of<int8_t>(task, row);
+  int32_t* starts = task.starts + (x - static_cast<int8_t*>(task.activations)) / 32;
   const SplitSum::Rests rests(task, row);
   const U zero = _mm256_setzero_si256(), one = _mm256_set1_epi8(1), most = _mm256_set1_epi16(128);
   for (int64_t c = 0; c < task.chunks; c++, x += task.together * 32) {
@@ -49,7 +52,10 @@ void split_row(const SegmentTask& task, int64_t row) {
     const U none = _mm256_cmpeq_epi32(large, zero), rest = _mm256_and_si256(half_of(here), large);
     store_lanes(reinterpret_cast<uint8_t*>(x), _mm256_sub_epi8(here, rest));
     rests.put(c, rest, none);
+    starts[c * task.together] = 0;
   }
+  for (int64_t s = 0; s < task.segments; s++)
+    starts[s * task.segment_chunks * task.together] = -SplitSum::kCentre * static_cast<int32_t>(*sum_at(task, row, s));
 }
 
 void round_split(const SegmentTask& task, const fewbit_input& x, int64_t token) {
@@ -58,11 +64,11 @@ void round_split(const SegmentTask& task, const fewbit_input& x, int64_t token) 
 }
 
 void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  strips_spans<Bytes, kManyTokens>(task, tile_begin * kGroupsPerTile, tile_end * kGroupsPerTile, tokens);
+  strips_spans<Bytes>(task, tile_begin * kGroupsPerTile, tile_end * kGroupsPerTile, tokens);
 }
 
 }  // namespace
 
-const SegmentKernel int8_split_linear_avx2 = {kManyTokens, 1, 1, round_split, run, 0, SplitSum::Rests::kWords};
+const SegmentKernel int8_split_linear_avx2 = {kManyTokens, 1, 1, round_split, run, SplitSum::kStarts, SplitSum::Rests::kWords};
 
 }  // namespace fewbit

@@ -57,7 +57,6 @@ struct NarrowSum {
   static constexpr int kSpan = span_of(BITS), kCentre = centre_of(BITS), kStarts = starts_of(BITS);
 
   static inline U start(const int32_t* at) { return _mm256_set1_epi32(*at); }
-  static inline U mirrored(U codes, U largest) { return _mm256_xor_si256(codes, largest); }
   static inline void step(U (&narrow)[4][2], const uint8_t* codes, const X* x, const X* next) {
     typedef int32_t Four __attribute__((may_alias));
     FEWBIT_STEP("vpbroadcastd", "vpmaddubsw", "vpaddw", Four);

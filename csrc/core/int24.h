@@ -66,7 +66,7 @@ void int24_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end,
   }
   if (tokens <= 2) return strips_direct<K, share<K>(kDigits2), kDigitRows, 1>(task, begin, end, rows);
   if constexpr (kHasSpans<typename K::Sum>)
-    strips_spans<K, kDigitRows>(task, begin, end, rows);
+    strips_blocks<K, kDigitRows>(task, begin, end, rows);
   else
     strips_decoded<K, kManyDigits, kDigitRows>(task, begin, end, rows);
 }

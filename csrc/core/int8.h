@@ -31,9 +31,9 @@
 // scales are applied by fused multiply-adds in one order.
 #pragma once
 
+#include "core/beside.h"
 #include "core/decoded.h"
 #include "core/few.h"
-#include "core/spans.h"
 
 namespace fewbit {
 namespace {
@@ -45,6 +45,7 @@ constexpr int fields_of(int bits) { return !kInPlace || part_count(bits) > 1 ? 1
 template <int BITS, int FIELDS = fields_of(BITS)>
 struct Codes {
   static constexpr int kBits = BITS, kPlanes = planes(BITS), kApart = 0, kFields = FIELDS;
+  static constexpr bool kOwn = true;  // see spans.h
   using X = int8_t;
   using Sum = Dot<kPlanes == 2 ? 4 : BITS>;
   static constexpr int kBegins = BITS == 1 ? -1 : 0;  // the zero of a bit is a half
@@ -110,13 +111,12 @@ void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, 
     }
     if (task.together == 2) return strips_few<K, kDirect2, 2, kAlone2>(task, begin, end, tokens);
   }
-  constexpr bool four_in_place = kDecodesFast<K> && K::kBits == 1;  // by strips_spans
-  if (kDirect4 && !four_in_place && sizeof(typename K::X) == 1 && task.together == 4 && tokens <= 4)
+  if (kDirect4 && sizeof(typename K::X) == 1 && task.together == 4 && tokens <= 4)
     return strips_direct<K, share<K>(kDirect4), 4, 1>(task, begin, end, tokens);
   if (kDirect8 && task.together == 8 && tokens <= 8)
     return strips_direct<K, share<K>(kDirect8), 8, 1>(task, begin, end, tokens);
   if constexpr (kHasSpans<typename K::Sum>)
-    strips_spans<K, kManyTokens>(task, begin, end, tokens);
+    strips_spans<K>(task, begin, end, tokens);
   else
     strips_decoded<K, kMany, kManyTokens>(task, begin, end, tokens);
 }

@@ -45,6 +45,12 @@ struct Held {
     }
   }
 
+  // Flips bits of what `advance` has just loaded.
+  FEWBIT_INLINE void flip_new(uint32_t bits, int g) {
+    for (int p = 0; p < part_count(BITS); p++)
+      if (g * part_width(BITS, p) % 8 == 0) part[p] = flip(part[p], bits);
+  }
+
   // Codes of columns 4g .. 4g+3, one a byte.
   FEWBIT_INLINE U quad(int g) const {
     if constexpr (BITS == 8) {

@@ -8,7 +8,6 @@
 //   kCentre                what of a code's plane, for each activation, narrow sums leave out
 //   start(at)              what narrow sums begin with that stands there; zeros where there is nothing. Without kStarts they
 //                          have 32 bits and begin as the sums of a segment do
-//   mirrored(codes, largest)   largest - code; with kStarts
 //   step(narrow, codes, x, next)    adds the products of four planes' four columns and two tokens' activations
 //   step(narrow, u, v, x)  the same of two planes and four tokens, whose activations are 32 apart
 //   widened(narrow)        the narrow sums of all planes as one of 32 bits
@@ -52,79 +51,69 @@ struct RestsOfSum<Sum, std::void_t<typename Sum::Rests>> {
 template <class K>
 using RestsOf = typename RestsOfSum<Narrow<K>>::type;
 
-constexpr int kSumsBeside = 8;                      // that registers hold
-constexpr int kBeside = 2, kInPlaceBeside = 4;      // tokens of a step: of codes decoded before, and of those decoded for it
-constexpr int64_t kMostInPlace = 16;                // tokens for which that is done anew for each four of them
-constexpr int kFetching = 8;                        // tokens in whose passes the next block is fetched
-constexpr int64_t kBlockChunks = 16;                // chunks of a block: 16 KiB, once decoded
-constexpr int64_t kInPlaceChunks = 64;              // of one that is not decoded
-constexpr int64_t kFewChunks = 8, kFewTokens = 16;  // the same of few tokens, of whose activations a block needs less memory
+constexpr int kSumsBeside = 8;              // that registers hold
+constexpr int kBeside = 2, kFewBeside = 4;  // tokens of a step: where there are many, and few
+constexpr int kFetching = 8;                // tokens in whose passes what comes next is fetched
 
-// Codes that are decoded by so few instructions that they may be for every four tokens.
-template <class K, bool spans = kHasSpans<typename K::Sum>>
-constexpr bool kDecodesFast = false;
+// Bits of a code where it is stored, of operands that take it as it was written out.
+template <class K, class = void>
+constexpr int packed_bits = K::kBits;
 template <class K>
-constexpr bool kDecodesFast<K, true> =
-    std::is_same_v<typename Narrow<K>::X, int8_t> && (K::kPlanes == 2 || part_count(K::kBits) == 1);
+constexpr int packed_bits<K, std::void_t<decltype(K::kPacked)>> = K::kPacked;
 
-// A run of segments, or a part of a long one, of T row groups, with what all tokens share; H tokens take part in a step.
-template <class K, int H>
-struct Block {
-  static constexpr int P = K::kPlanes, kOnce = kSumsBeside / H / P;  // row groups of a step
-  static constexpr bool kInPlace = H == kInPlaceBeside;
-  static constexpr int T = kInPlace ? kGroupsPerTile : kOnce;
-  static constexpr int64_t kChunks = kInPlace ? kInPlaceChunks : kBlockChunks;
-  static constexpr float kCentre = Narrow<K>::kCentre * (P == 2 ? 17 : 1);
-  static constexpr bool kBothWays = K::kBegins >= 0 && P == 1 && Narrow<K>::kStarts > 0;
-  // Lines of a tile's next block that each of the first passes through one fetches for every chunk: all at once would be
-  // waited for.
-  static constexpr int kTiles = T / kGroupsPerTile, kPasses = kFetching / H * (T / kOnce) / kTiles;
-  static constexpr int kLines = K::kBits > 1 ? (K::kBits + kPasses - 1) / kPasses : 0;
+// What of a code, for each activation, narrow sums of all planes leave out.
+template <class K>
+constexpr float left_out = Narrow<K>::kCentre * (K::kPlanes == 2 ? 17 : 1);
 
-  const SegmentTask& task;
-  const K kernel;
-  Settling how;
-  bool mirrored;           // whether codes are counted from the largest down, by which sums begin with nothing
-  float origin;            // what of each activation sums begin with
-  int64_t first, chunks;   // of the row; of each segment but the last one
-  int64_t all, segments;   // chunks and segments of the block
-  int64_t index, activation[kChunks];  // of the first segment; of each one's scales of activations
-  const uint8_t *codes_at, *from;  // codes of the first row group, and what is multiplied: those, or decoded ones
-  alignas(64) uint8_t codes[kInPlace ? 1 : kBlockChunks * 8][T][P][kLanes * 4];
-  Line line[kChunks][T];
-  float totals[kRoundedTokens][T][kLanes];
+// Whether codes may be counted from the largest down, and whether sums begin with nothing then.
+template <class K>
+constexpr bool kMirrors = K::kBegins >= 0 && K::kPlanes == 1 && packed_bits<K> < 8 && Narrow<K>::kStarts > 0;
+template <class K>
+FEWBIT_INLINE bool mirrored(const K& kernel) {
+  return kMirrors<K> && kernel.origin + left_out<K> == -1;
+}
 
-  explicit FEWBIT_INLINE Block(const SegmentTask& t)
-      : task(t), kernel(t), how(settling(t)), mirrored(!kInPlace && kBothWays && kernel.origin + kCentre == -1) {}
+// What flips codes of a plane, to be counted from the largest down.
+template <class K>
+constexpr uint32_t kFlip = 0x01010101u * (2 * Narrow<K>::kCentre + 1);
 
-  // What one pass fetches first.
-  FEWBIT_INLINE const uint8_t* next(int64_t group, int64_t token) const {
-    if (token >= kFetching) return nullptr;
-    const int64_t pass = token / H * (T / kOnce) + group / kOnce, tile = task.chunks * K::kBits * 64;
-    const int64_t over = first + all == task.chunks ? (kTiles - 1) * tile : 0;  // the strip behind this one
-    return codes_at + all * K::kBits * 64 + pass / kPasses * tile + over + pass % kPasses * kLines * 64;
-  }
-};
+// Whether that is to flip all bits of what is stored: of codes that are their own levels.
+template <class K, class = void>
+constexpr bool kOwnLevels = false;
+template <class K>
+constexpr bool kOwnLevels<K, std::void_t<decltype(K::kOwn)>> = true;
 
-// Decodes all of a block.
-template <class K, int H>
-FEWBIT_INLINE void decode_all(Block<K, H>& block, const SegmentStrip& rows) {
-  constexpr int P = K::kPlanes;
-  const U other = repeat(block.mirrored ? 0x01010101u * (2 * Narrow<K>::kCentre + 1) : 0);
-  for (int t = 0; t < block.T; t++) {
-    const uint8_t* codes = Group(block.task, rows.at(t)).codes + block.first * K::kBits * 64;
-    Held<K::kBits> held;
-    for (int64_t c = 0; c < block.all; c++, codes += K::kBits * 64) {
+// Decodes `chunks` chunks of a row group: planes lie one behind the other, groups of four columns `apart` bytes apart.
+template <class K>
+FEWBIT_INLINE void write_codes(const K& kernel, const uint8_t* codes, int64_t chunks, uint8_t* out, int64_t apart) {
+  const uint32_t stored = kOwnLevels<K> && mirrored(kernel) ? ~0u : 0, found = !kOwnLevels<K> && mirrored(kernel) ? kFlip<K> : 0;
+  Held<K::kBits> held;
+  for (int64_t c = 0; c < chunks; c++, codes += K::kBits * 64)
 #pragma GCC unroll 8
-      for (int g = 0; g < 8; g++) {
-        U plane[P];
-        held.advance(codes, g);
-        block.kernel.split(held.quad(g), plane);
-        if constexpr (block.kBothWays) plane[0] = Narrow<K>::mirrored(plane[0], other);
-        for (int p = 0; p < P; p++) store_lanes(block.codes[c * 8 + g][t][p], plane[p]);
-      }
+    for (int g = 0; g < 8; g++, out += apart) {
+      U plane[K::kPlanes];
+      held.advance(codes, g);
+      if constexpr (kOwnLevels<K> && kMirrors<K>) held.flip_new(stored, g);
+      kernel.split(held.quad(g), plane);
+      if constexpr (!kOwnLevels<K> && kMirrors<K>) plane[0] = flip(plane[0], found);
+      for (int p = 0; p < K::kPlanes; p++) store_lanes(out + p * kLanes * 4, plane[p]);
     }
-  }
+}
+
+// What settles sums of K's codes.
+template <class K>
+FEWBIT_INLINE Line line_of(const SegmentTask& task, const K& kernel, int64_t at) {
+  Line line(task, kernel.step, at);
+  if (mirrored(kernel)) line.scale = multiply(line.scale, broadcast(-1.0f));
+  return line;
+}
+
+// Fetches where outputs of `groups` row groups and tokens [token, end) go, while the last products are computed.
+FEWBIT_INLINE void prefetch_outputs(const SegmentTask& task, const SegmentStrip& rows, int groups, int64_t token, int64_t end) {
+  if (task.y_dtype != FEWBIT_FLOAT32) return;
+  const float* y = static_cast<const float*>(task.y) + token * task.y_stride + Group(task, rows.group).row;
+  for (; token < end && token < rows.tokens; token++, y += task.y_stride)
+    for (int64_t i = 0; i < groups * kLanes; i += 16) __builtin_prefetch(y + i, 1);
 }
 
 // What the next products of a block are of.
@@ -139,7 +128,7 @@ struct Place {
   FEWBIT_INLINE void fetch() {
     if (lines == 0 || !next) return;
     prefetch<lines>(next);
-    next += K::kBits * 64;
+    next += packed_bits<K> * 64;
   }
 
   FEWBIT_INLINE void advance(int64_t bytes, int64_t activations, int64_t starts) {
@@ -156,9 +145,9 @@ FEWBIT_INLINE void multiply(const K&, const Place<K>& at, U (&narrow)[T][kBeside
     Narrow<K>::step(narrow, at.codes + g * T * kLanes * 4, at.x + g * 4, at.x + 32 + g * 4);
 }
 
-// The same of a chunk of a tile, or of two planes, where it stands.
+// The same of groups of a tile's chunk, or of two planes, where they stand.
 template <class K, int groups, int T>
-FEWBIT_INLINE void multiply(const K& kernel, const Place<K>& at, U (&narrow)[T][kInPlaceBeside]) {
+FEWBIT_INLINE void multiply(const K& kernel, const Place<K>& at, U (&narrow)[T][kFewBeside]) {
   constexpr int P = K::kPlanes;
   Held<K::kBits> held[T / P];
 #pragma GCC unroll 8
@@ -194,7 +183,7 @@ FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks,
                                   U (&wide)[T][H]) {
   using Sum = Narrow<K>;
   constexpr int kGroups = Sum::kSpan < 8 ? Sum::kSpan : 8, kChunks = (Sum::kSpan + 7) / 8, kStarts = Sum::kStarts;
-  constexpr int64_t bytes = H == kInPlaceBeside ? K::kBits * 64 : kGroups * V * kLanes * 4;
+  constexpr int64_t bytes = H == kFewBeside ? K::kBits * 8 * kGroups : kGroups * V * kLanes * 4;
   for (int64_t part = 0, flushed = 0;; flushed = 1) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++)
@@ -235,39 +224,28 @@ FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks,
   }
 }
 
-template <Settling how, int T, int all, int H>
-FEWBIT_INLINE void settle_spans(const U (&sum)[T][H], const Tokens<1>& tokens, const Line* line,
-                                float (*totals)[all][kLanes]) {
-#pragma GCC unroll 4
-  for (int t = 0; t < T; t++) {
-    const Line here = line[t];
-#pragma GCC unroll 4
-    for (int h = 0; h < H; h++)
-      store(totals[h][t], settle<how>(tokens, h, convert(sum[t][h]), here, load(totals[h][t])));
-  }
-}
-
-// Sets `sum` to that of a segment of `chunks` chunks from `first`, times H of M tokens; `sums`: of their activations.
-template <int M, class K, int H, int T>
-FEWBIT_INLINE void sum_segment(const Block<K, H>& block, Place<K>& at, int64_t first, int64_t chunks, const RestsOf<K>& rests,
-                               const float* sums, U (&sum)[T][H]) {
+// Sets `sum` to that of a segment of `chunks` chunks from `first`, times H of M tokens; `sums`: of their activations, `origin`:
+// what of these sums begin with beside what starts hold.
+template <int M, int lines, class K, int H, int T>
+FEWBIT_INLINE void sum_segment(const K& kernel, Place<K>& at, int64_t first, int64_t chunks, float origin,
+                               const RestsOf<K>& rests, const float* sums, U (&sum)[T][H]) {
   using Sum = Narrow<K>;
   U narrow[T * K::kPlanes][H], wide[T][H], begins[H];
   const auto begin = [&](int h) {
     if constexpr (K::kBegins < 0) return Sum::start(nullptr);
-    else return Sum::integer(multiply(broadcast(sums[h]), broadcast(block.origin)));
+    else return Sum::integer(multiply(broadcast(sums[h]), broadcast(origin)));
   };
   if constexpr (Sum::kStarts == 0)
 #pragma GCC unroll 4
     for (int h = 0; h < H; h++) begins[h] = begin(h);
   const uint8_t* const codes = at.codes;
-  const bool flushed = multiply_spans<M, Block<K, H>::kLines>(block.kernel, at, chunks, begins, narrow, wide);
+  const bool flushed = multiply_spans<M, lines>(kernel, at, chunks, begins, narrow, wide);
 #pragma GCC unroll 4
   for (int h = 0; h < H; h++)
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) sum[t][h] = widened<K>(narrow, t, h);
   if constexpr (Sum::kStarts > 0 && K::kBegins >= 0)
-    if (block.origin != 0)
+    if (origin != 0)
 #pragma GCC unroll 4
       for (int h = 0; h < H; h++) {
         const U here = begin(h);
@@ -277,122 +255,7 @@ FEWBIT_INLINE void sum_segment(const Block<K, H>& block, Place<K>& at, int64_t f
   if (flushed) add_all<K>(sum, wide);
   if constexpr (!std::is_same_v<RestsOf<K>, NoRests>)
     rests.template visit<H, Sum::rests_beside(H)>(
-        first, chunks, codes, Block<K, H>::T * kLanes * 4,
-        [&](int h, const auto* x, const uint8_t* u) { Sum::add_rest(sum, h, x, u); });
-}
-
-// Multiplies the block's row groups from `group` by H of M tokens from `token`, and adds to their totals.
-template <int M, class K, int H>
-FEWBIT_INLINE void add_some(Block<K, H>& block, int64_t group, int64_t token, int64_t m) {
-  using Sum = Narrow<K>;
-  const SegmentTask& task = block.task;
-  const int64_t chunk = token * task.chunks + block.first * M + m;
-  Place<K> at = {block.from + group * kLanes * 4, static_cast<const typename Sum::X*>(task.activations) + chunk * 32,
-                 task.starts + chunk * Sum::kStarts, block.next(group, token + m)};
-  Tokens<1> tokens(task, Segment(task), token + m);
-  const float* scale = tokens.scale;
-  tokens.sum = task.sums + token * task.segments + block.index * M + m;
-  const RestsOf<K> rests(task, token + m);
-  auto* totals = reinterpret_cast<float(*)[Block<K, H>::T][kLanes]>(block.totals[token + m][group]);
-#pragma GCC unroll 1
-  for (int64_t s = 0; s < block.segments; s++, tokens.sum += M) {
-    U sum[Block<K, H>::kOnce][H];
-    const int64_t chunks = s + 1 < block.segments ? block.chunks : block.all - s * block.chunks;
-    sum_segment<M>(block, at, block.first + s * block.chunks, chunks, rests, tokens.sum, sum);
-    tokens.scale = scale + block.activation[s];
-    switch (block.how) {
-      case kPlain: settle_spans<kPlain>(sum, tokens, block.line[s] + group, totals); break;
-      case kShifted: settle_spans<kShifted>(sum, tokens, block.line[s] + group, totals); break;
-      case kScaled: settle_spans<kScaled>(sum, tokens, block.line[s] + group, totals); break;
-      case kScaledShifted: settle_spans<kScaledShifted>(sum, tokens, block.line[s] + group, totals); break;
-      case kPartly: settle_spans<kPartly>(sum, tokens, block.line[s] + group, totals); break;
-    }
-  }
-}
-
-// The same for M tokens. A call of its own: what surrounds it would keep registers.
-template <int M, class K, int H>
-__attribute__((noinline)) void add_block(Block<K, H>& block, int64_t token) {
-#pragma GCC unroll 1
-  for (int64_t m = 0; m < M; m += H)
-    for (int64_t group = 0; group < block.T; group += block.kOnce) add_some<M>(block, group, token, m);
-}
-
-// Decodes the block that begins with `segment`, and goes on to the segment behind it.
-template <class K, int H>
-FEWBIT_INLINE void decode_block(Block<K, H>& block, const SegmentStrip& rows, Segment& segment) {
-  const SegmentTask& task = block.task;
-  block.index = segment.index;
-  block.codes_at = Group(task, rows.group).codes + block.first * K::kBits * 64;
-  block.from = block.kInPlace ? block.codes_at : block.codes[0][0][0];
-  if constexpr (!Block<K, H>::kInPlace) decode_all(block, rows);
-  for (int64_t s = 0; s < block.segments; s++) {
-    for (int t = 0; t < block.T; t++) {
-      Line& line = block.line[s][t];
-      line = Line(task, block.kernel.step, Group(task, rows.at(t)).parameters + segment.weight);
-      if (block.mirrored) line.scale = multiply(line.scale, broadcast(-1.0f));
-    }
-    block.activation[s] = segment.activation;
-    if (block.how != kPartly) segment.advance(task);
-  }
-}
-
-// Fetches where a block's outputs of M tokens from `token` go, while the last products are computed.
-template <int M, class K, int H>
-FEWBIT_INLINE void prefetch_outputs(const Block<K, H>& block, const SegmentStrip& rows, int64_t token) {
-  const SegmentTask& task = block.task;
-  if (task.y_dtype != FEWBIT_FLOAT32) return;
-  for (int64_t m = token; m < token + M && m < rows.tokens; m++) {
-    const float* y = static_cast<const float*>(task.y) + m * task.y_stride + Group(task, rows.group).row;
-    for (int64_t i = 0; i < block.T * kLanes; i += 16) __builtin_prefetch(y + i, 1);
-  }
-}
-
-// Row groups x all tokens, M at a time, block by block; a segment that is a long row is settled at the end.
-template <class K, int H, int M>
-void spans(const SegmentTask& task, const SegmentStrip& rows) {
-  constexpr int T = Block<K, H>::T;
-  const int64_t tokens = rows.tokens, padded = (tokens + M - 1) / M * M;
-  const bool long_row = task.segment_chunks > kBlockChunks;
-  const bool few = !Block<K, H>::kInPlace && tokens <= kFewTokens && task.segment_chunks <= kFewChunks;
-  const int64_t room = long_row ? kBlockChunks : few ? kFewChunks : Block<K, H>::kChunks;
-  Block<K, H> block(task);
-  if (long_row) block.how = kPartly;
-  for (int64_t m = 0; m < padded; m++)
-    for (int t = 0; t < T; t++) store(block.totals[m][t], broadcast(0.0f));
-  block.chunks = long_row ? kBlockChunks : task.segment_chunks;
-  const int64_t most = room / block.chunks * block.chunks;
-  Segment segment(task);
-  for (block.first = 0; block.first < task.chunks; block.first += block.all) {
-    block.origin = !block.mirrored && (!long_row || block.first == 0) ? block.kernel.origin + block.kCentre : 0;
-    block.all = task.chunks - block.first < most ? task.chunks - block.first : most;
-    block.segments = (block.all + block.chunks - 1) / block.chunks;
-    decode_block(block, rows, segment);
-    for (int64_t token = 0; token < padded; token += M) {
-      if (block.first + block.all == task.chunks) prefetch_outputs<M>(block, rows, token);
-      add_block<M>(block, token);
-    }
-  }
-  for (int64_t m = 0; m < tokens; m += M) {
-    const Tokens<M> all(task, Segment(task), m);
-    for (int t = 0; t < T && t < rows.groups; t++)
-      finish<M>(task, Group(task, rows.group + t).row, m, tokens - m, [&](int i) {
-        const F total = load(block.totals[m + i][t]);
-        return long_row ? settle(settling(task), all, i, total, block.line[0][t], broadcast(0.0f)) : total;
-      });
-  }
-}
-
-template <class K, int H, int M>
-FEWBIT_INLINE void strips_beside(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens) {
-  for (; begin < end; begin += Block<K, H>::T) spans<K, H, M>(task, {begin, end - begin, 0, tokens});
-}
-
-template <class K, int M>
-void strips_spans(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens) {
-  if constexpr (M == kInPlaceBeside && kDecodesFast<K>)
-    if (tokens <= kMostInPlace) return strips_beside<K, kInPlaceBeside, M>(task, begin, end, tokens);
-  strips_beside<K, kBeside, M>(task, begin, end, tokens);
+        first, chunks, codes, T * kLanes * 4, [&](int h, const auto* x, const uint8_t* u) { Sum::add_rest(sum, h, x, u); });
 }
 
 }  // namespace

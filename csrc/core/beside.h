@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of spans.h for few tokens, four at a time: the sums of a tile, or of a row group of two planes, and of four tokens are
+// what registers hold. Codes that take few instructions are decoded for every four tokens, in registers; others are written
+// out once for all of them, a run of chunks at a time. What a segment and a tile take besides is kept short: with rows of a few
+// hundred columns it is as much as anything.
+#pragma once
+
+#include <type_traits>
+
+#include "core/blocks.h"
+
+namespace fewbit {
+namespace {
+
+constexpr int64_t kMostBeside = 32;                       // tokens
+constexpr int64_t kRunChunks = 64, kUnpackedChunks = 18;  // of a run, as stored, and written out: 9 KiB
+constexpr int64_t kWholeSpans = 8;                        // chunks, of which parts of a long segment are multiples
+
+// Codes that are decoded by so few instructions that they may be for every four tokens; whole chunks of them.
+template <class K>
+constexpr bool kDecodesFast = Narrow<K>::kSpan >= 8 && (K::kPlanes == 2 || part_count(K::kBits) == 1);
+
+// Codes of K, of which sums begin with nothing but what starts hold.
+template <class K>
+struct Begun : K {
+  static constexpr int kBegins = -1;
+  using K::K;
+};
+
+// The same, counted from the largest down.
+template <class K>
+struct Mirrored : Begun<K> {
+  using Begun<K>::Begun;
+  FEWBIT_INLINE void split(U codes, U (&plane)[1]) const {
+    K::split(codes, plane);
+    plane[0] = flip(plane[0], kFlip<K>);
+  }
+};
+
+// Codes of K that were written out.
+template <class K>
+struct Unpacked : K {
+  static constexpr int kBits = 8, kPacked = K::kBits;
+  using K::K;
+  FEWBIT_INLINE void split(U codes, U (&plane)[1]) const { plane[0] = codes; }
+};
+
+// What row groups' levels are multiplied by and what is added to them, of what need not be read again for every segment.
+struct Lines {
+  const void *scale, *offset;
+  bool scale_half, offset_half;
+  float step, zero;
+
+  FEWBIT_INLINE Lines(const SegmentTask& task, float step, float sign)
+      : scale(task.scale), offset(task.offset), scale_half(task.scale_half), offset_half(task.offset_half), step(step * sign),
+        zero(-task.zero * sign) {}
+
+  template <Settling how>
+  FEWBIT_INLINE Line at(int64_t index) const {
+    Line line;
+    if constexpr (how == kPartly) return line;
+    line.scale = multiply(parameter(scale, scale_half, index), broadcast(step));
+    if constexpr (how == kShifted || how == kScaledShifted)
+      line.shift = offset ? fused(line.scale, broadcast(zero), parameter(offset, offset_half, index))
+                          : multiply(line.scale, broadcast(zero));
+    return line;
+  }
+};
+
+// A run of chunks of a tile, which are whole segments or a part of a long one, beside all tokens.
+struct Run {
+  const SegmentTask& task;
+  Settling how;
+  float origin, sign;           // what of each activation sums begin with, beside what starts hold; of scales
+  int64_t first, all, chunks;   // chunks: of the row, of the run, of each segment but the last one
+  int64_t parameters;           // of the tile
+  Segment segment;              // the first
+  const uint8_t *codes, *next;  // of the tile; what follows them, as stored
+  alignas(64) float totals[kMostBeside][kGroupsPerTile][kLanes];
+};
+
+template <Settling how, int T, int H>
+FEWBIT_INLINE void settle_groups(const U (&sum)[T][H], const Tokens<1>& tokens, const Lines& lines, int64_t parameters,
+                                 float (*totals)[kGroupsPerTile][kLanes]) {
+#pragma GCC unroll 2
+  for (int t = 0; t < T; t++) {
+    const Line line = lines.at<how>(parameters + t * kLanes);
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++)
+      store(totals[h][t], settle<how>(tokens, h, convert(sum[t][h]), line, load(totals[h][t])));
+  }
+}
+
+// Multiplies row groups from `group` by four tokens from `token`, and adds to their totals. `how`: kPartly where `run` says it.
+template <Settling how, class K, int T>
+FEWBIT_INLINE void add_groups(Run& run, const K& kernel, int64_t group, int64_t token) {
+  using Sum = Narrow<K>;
+  constexpr int M = kFewBeside, kPasses = kFetching / M * (kGroupsPerTile / T);
+  constexpr int kLines = packed_bits<K> > 1 ? (packed_bits<K> + kPasses - 1) / kPasses : 0;
+  const SegmentTask& task = run.task;
+  const int64_t chunk = token * task.chunks + run.first * M, pass = token / M * (kGroupsPerTile / T) + group / T;
+  Place<K> at = {run.codes + group * kLanes * 4, static_cast<const typename Sum::X*>(task.activations) + chunk * 32,
+                 task.starts + chunk * Sum::kStarts, token < kFetching ? run.next + pass * kLines * 64 : nullptr};
+  const RestsOf<K> rests(task, token);
+  Segment segment = run.segment;
+  Tokens<1> tokens(task, segment, token);
+  tokens.sum = task.sums + token * task.segments + segment.index * M;
+  const float *scale = task.x_scale + token * task.x_blocks, origin = run.origin;
+  const Lines lines(task, kernel.step, run.sign);
+  const Settling other = run.how;
+  const int64_t chunks = run.chunks, parameters = run.parameters + group * kLanes;
+  auto* totals = reinterpret_cast<float(*)[kGroupsPerTile][kLanes]>(run.totals[token][group]);
+  int64_t first = run.first;
+#pragma GCC unroll 1
+  for (int64_t left = run.all; left > 0; left -= chunks, first += chunks, tokens.sum += M) {
+    U sum[T][M];
+    sum_segment<M, kLines>(kernel, at, first, left < chunks ? left : chunks, origin, rests, tokens.sum, sum);
+    const int64_t here = parameters + segment.weight;
+    tokens.scale = scale + segment.activation;
+    if constexpr (how == kPartly) {
+      if (other == kScaled) settle_groups<kScaled>(sum, tokens, lines, here, totals);
+      else if (other == kScaledShifted) settle_groups<kScaledShifted>(sum, tokens, lines, here, totals);
+      else settle_groups<kPartly>(sum, tokens, lines, here, totals);
+    } else {
+      settle_groups<how>(sum, tokens, lines, here, totals);
+    }
+    segment.advance(task);
+  }
+}
+
+// The same for all tokens. A call of its own: what surrounds it would keep registers.
+template <Settling how, class K>
+__attribute__((noinline)) void add_run(Run& run, const K& kernel, int64_t tokens) {
+  constexpr int T = kSumsBeside / kFewBeside / K::kPlanes;
+#pragma GCC unroll 1
+  for (int64_t token = 0; token < tokens; token += kFewBeside)
+#pragma GCC unroll 1
+    for (int64_t group = 0; group < kGroupsPerTile; group += T) add_groups<how, K, T>(run, kernel, group, token);
+}
+
+template <class K>
+FEWBIT_INLINE void add_run(Run& run, const K& kernel, int64_t tokens) {
+  if (run.how == kPlain) return add_run<kPlain>(run, kernel, tokens);
+  if (run.how == kShifted) return add_run<kShifted>(run, kernel, tokens);
+  add_run<kPartly>(run, kernel, tokens);
+}
+
+// Writes what a tile's segments add up to.
+template <class K>
+FEWBIT_INLINE void finish_run(const Run& run, const K& kernel, int64_t row, int64_t tokens) {
+  constexpr int M = kFewBeside;
+  const SegmentTask& task = run.task;
+  if (run.how != kPartly && row + 16 <= task.rows && task.x_blocks == 1 && task.y_dtype == FEWBIT_FLOAT32 && !task.bias) {
+    float* y = static_cast<float*>(task.y) + row;
+    const float* scale = task.x_scale;
+    const int64_t apart = task.y_stride;
+    for (int64_t m = 0; m < tokens; m++, y += apart)
+#pragma GCC unroll 2
+      for (int t = 0; t < kGroupsPerTile; t++) store(y + t * kLanes, multiply(load(run.totals[m][t]), broadcast(scale[m])));
+    return;
+  }
+  for (int64_t m = 0; m < tokens; m += M) {
+    const Tokens<M> all(task, Segment(task), m);
+    for (int t = 0; t < kGroupsPerTile; t++)
+      finish<M>(task, row + t * kLanes, m, tokens - m, [&](int i) {
+        const F total = load(run.totals[m + i][t]);
+        if (run.how != kPartly) return total;
+        return settle(settling(task), all, i, total, line_of(task, kernel, run.parameters + t * kLanes), broadcast(0.0f));
+      });
+  }
+}
+
+// Tiles [begin, end) x all tokens. Q: what is multiplied of codes of K.
+template <class Q, class K>
+void tiles_beside(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens) {
+  constexpr bool kWritten = packed_bits<Q> != Q::kBits;
+  constexpr int64_t room = kWritten ? kUnpackedChunks : kRunChunks;
+  alignas(64) uint8_t written[kWritten ? kUnpackedChunks * 8 : 1][kGroupsPerTile][kLanes * 4];
+  const K kernel(task);
+  const Q operand(task);
+  const bool long_row = task.segment_chunks > room;
+  Run run{task, long_row ? kPartly : settling(task), 0, mirrored(kernel) ? -1.0f : 1.0f, 0, 0,
+          long_row ? room / kWholeSpans * kWholeSpans : task.segment_chunks, 0, Segment(task), nullptr, nullptr, {}};
+  const int64_t most = room / run.chunks * run.chunks, bytes = task.chunks * K::kBits * 64;
+  const int64_t padded = (tokens + kFewBeside - 1) / kFewBeside * kFewBeside;
+  for (const uint8_t* codes = task.codes + begin * bytes; begin < end; begin++, codes += bytes) {
+    const SegmentStrip rows = {begin * kGroupsPerTile, kGroupsPerTile, 0, tokens};
+    for (int64_t m = 0; m < padded; m++)
+#pragma GCC unroll 2
+      for (int t = 0; t < kGroupsPerTile; t++) store(run.totals[m][t], broadcast(0.0f));
+    run.parameters = begin * task.blocks * 16;
+    run.segment = Segment(task);
+    for (run.first = 0; run.first < task.chunks; run.first += run.all) {
+      run.origin = !mirrored(kernel) && (!long_row || run.first == 0) ? kernel.origin + left_out<K> : 0;
+      run.all = task.chunks - run.first < most ? task.chunks - run.first : most;
+      run.codes = codes + run.first * K::kBits * 64, run.next = run.codes + run.all * K::kBits * 64;
+      if constexpr (kWritten) {
+        for (int t = 0; t < kGroupsPerTile; t++)
+          write_codes(kernel, run.codes + t * kLanes * 4, run.all, written[0][t], sizeof written[0]);
+        run.codes = written[0][0];
+      }
+      const bool last = run.first + run.all == task.chunks;
+      if (last) prefetch_outputs(task, rows, kGroupsPerTile, 0, tokens);
+      add_run(run, operand, tokens);
+      for (int64_t left = run.all; !last && !long_row && left > 0; left -= run.chunks) run.segment.advance(task);
+    }
+    finish_run(run, kernel, begin * 16, tokens);
+  }
+}
+
+// The same, of any codes.
+template <class K>
+void strips_beside(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens) {
+  using Q = std::conditional_t<kDecodesFast<K>, K, Unpacked<K>>;
+  if constexpr (K::kBegins >= 0 && Narrow<K>::kStarts > 0) {
+    const K kernel(task);
+    if constexpr (kMirrors<K>)
+      if (mirrored(kernel))
+        return tiles_beside<std::conditional_t<kDecodesFast<K>, Mirrored<K>, Begun<Q>>, K>(task, begin, end, tokens);
+    if (kernel.origin + left_out<K> == 0) return tiles_beside<Begun<Q>, K>(task, begin, end, tokens);
+  }
+  tiles_beside<Q, K>(task, begin, end, tokens);
+}
+
+// The same of any number of tokens.
+template <class K>
+void strips_spans(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens) {
+  if constexpr (std::is_same_v<typename Narrow<K>::X, int8_t>)
+    if (tokens <= kMostBeside) return strips_beside<K>(task, begin / kGroupsPerTile, end / kGroupsPerTile, tokens);
+  strips_blocks<K, kFewBeside>(task, begin, end, tokens);
+}
+
+}  // namespace
+}  // namespace fewbit
