@@ -61,26 +61,15 @@ PyObject* squares(PyObject*, PyObject* args) {
   return code == FEWBIT_OK ? Py_BuildValue("(dd)", sums[0], sums[1]) : status(code);
 }
 
-// pack_fields(codes, rows, columns, bits, packed)
-PyObject* pack_fields(PyObject*, PyObject* args) {
-  unsigned long long codes, packed;
+// pack_fields(codes, rows, columns, bits, packed), unpack_fields(packed, rows, columns, bits, codes)
+template <int (*kMove)(const uint8_t*, int64_t, int64_t, int32_t, uint8_t*)>
+PyObject* fields(PyObject*, PyObject* args) {
+  unsigned long long from, to;
   long long rows, columns;
   int bits, code;
-  if (!PyArg_ParseTuple(args, "KLLiK", &codes, &rows, &columns, &bits, &packed)) return nullptr;
+  if (!PyArg_ParseTuple(args, "KLLiK", &from, &rows, &columns, &bits, &to)) return nullptr;
   Py_BEGIN_ALLOW_THREADS
-  code = fewbit_pack_fields(pointer<const uint8_t*>(codes), rows, columns, bits, pointer<uint8_t*>(packed));
-  Py_END_ALLOW_THREADS
-  return status(code);
-}
-
-// unpack_fields(packed, rows, columns, bits, codes)
-PyObject* unpack_fields(PyObject*, PyObject* args) {
-  unsigned long long packed, codes;
-  long long rows, columns;
-  int bits, code;
-  if (!PyArg_ParseTuple(args, "KLLiK", &packed, &rows, &columns, &bits, &codes)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_unpack_fields(pointer<const uint8_t*>(packed), rows, columns, bits, pointer<uint8_t*>(codes));
+  code = kMove(pointer<const uint8_t*>(from), rows, columns, bits, pointer<uint8_t*>(to));
   Py_END_ALLOW_THREADS
   return status(code);
 }
@@ -144,8 +133,8 @@ PyMethodDef grids_methods[] = {
      "((rows, columns, block, count, levels, ends), weight, worth, ratios, scale, zero, isa)"},
     {"grid_round", grid_round, METH_VARARGS, "((rows, columns, block, levels, ends, given), weight, scale, zero, codes, isa)"},
     {"squares", squares, METH_VARARGS, "((rows, columns, block), weight, codes, scale, offset, table, isa): two sums"},
-    {"pack_fields", pack_fields, METH_VARARGS, "(codes, rows, columns, bits, packed)"},
-    {"unpack_fields", unpack_fields, METH_VARARGS, "(packed, rows, columns, bits, codes)"},
+    {"pack_fields", fields<fewbit_pack_fields>, METH_VARARGS, "(codes, rows, columns, bits, packed)"},
+    {"unpack_fields", fields<fewbit_unpack_fields>, METH_VARARGS, "(packed, rows, columns, bits, codes)"},
     {"grid_sweep", grid_sweep, METH_VARARGS,
      "((rows, columns, block, levels), current, before, (upper, stride), lost, order, scale, zero, codes, isa)"},
     {"table_search", table_search, METH_VARARGS,

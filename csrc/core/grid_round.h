@@ -8,9 +8,6 @@
 namespace fewbit {
 namespace {
 
-// In one instruction, which GCC does not make of a copy.
-inline Lanes loaded(const float* x) { return *reinterpret_cast<const Lanes*>(x); }
-
 // The least and the largest of n weights and 0, those of each lane apart.
 struct Ends {
   Lanes low, high;

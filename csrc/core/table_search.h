@@ -68,7 +68,7 @@ template <int64_t kVectors>
 inline void codes_of(const float* values, const float* bounds, int32_t bound_count, uint8_t* codes) {
   Lanes x[kVectors];
   LaneBits code[kVectors];
-  for (int64_t i = 0; i < kVectors; i++) x[i] = *reinterpret_cast<const Lanes*>(values + i * kLanes);
+  for (int64_t i = 0; i < kVectors; i++) x[i] = loaded(values + i * kLanes);
   for (int64_t i = 0; i < kVectors; i++) code[i] = LaneBits{} + static_cast<uint32_t>(bound_count);
   for (int32_t k = 0; k < bound_count; k++)
     for (int64_t i = 0; i < kVectors; i++) code[i] += reinterpret_cast<LaneBits>(x[i] <= all(bounds[k]));

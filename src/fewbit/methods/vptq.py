@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
-from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -99,7 +98,7 @@ def vptq(
     now = slice(None) if order is None else order
     shown = weight[:, now].float()
     if not facts.tokens:
-        return _whole([_rounded(part, side) for part, side in _split(shown, sides)], order)
+        return _whole([QTensor.rounded(side, part) for part, side in _split(shown, sides)], order)
     second = facts.second_moment[now][:, now]
     passing = feedback.factorize(second, damp_percent, by_activity=True)
     task = _Task(_padded(shown, sides), rows, sides, passing, block_size, beam)
@@ -243,11 +242,6 @@ def _padded(weight: Tensor, sides: Formats) -> Tensor:
     """``weight`` within float16, its rows filled up to whole vectors of all ``sides``."""
     length = math.lcm(*(side.height for side, _ in sides))
     return torch.constant_pad_nd(weight, (0, 0, 0, -len(weight) % length)).clamp(-K.LARGEST, K.LARGEST)
-
-
-def _rounded(weight: Tensor, format: Format) -> QTensor:
-    params = F.fit(format, weight)
-    return QTensor.nearest(format, weight, params)
 
 
 def _whole(found: Sequence[QTensor], order: Tensor | None) -> QTensor | Terms:

@@ -119,14 +119,12 @@ class _Enough(Exception):
     """Raised inside a network once all was seen: what it would still compute, nobody needs."""
 
 
-def look(network: nn.Module, batches: Sequence[Batch], wanted: Mapping[str, Wanted], last: Last = ()) -> None:
+def look(network: nn.Module, batches: Iterable[Batch], wanted: Mapping[str, Wanted], last: Last = ()) -> None:
     """Run ``network`` on ``batches`` and look at the inputs of the layers named, each batch until its ``last``.
 
     Raises:
         InputError: a layer's inputs hold NaN or infinity; the message names it.
     """
-    if not batches:
-        return
     left = Counter[str]()
 
     def seen(name: str, x: Tensor) -> None:
