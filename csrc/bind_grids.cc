@@ -24,25 +24,32 @@ PyObject* grid_search(PyObject*, PyObject* args) {
   return status(code);
 }
 
-// grid_round((rows, columns, block, levels, ends, given), weight, scale, zero, codes, isa)
+// Two sums, or what went wrong.
+PyObject* sums_or(int code, const double* sums) {
+  return code == FEWBIT_OK ? Py_BuildValue("(dd)", sums[0], sums[1]) : status(code);
+}
+
+// grid_round((rows, columns, block, levels, given), weight, scale, zero, codes, isa): two sums
 PyObject* grid_round(PyObject*, PyObject* args) {
   fewbit_grid_round_call call = {};
   unsigned long long weight, scale, zero, codes;
   long long rows, columns, block;
   int isa, code;
-  if (!PyArg_ParseTuple(args, "(LLLiii)KKKKi", &rows, &columns, &block, &call.levels, &call.ends, &call.given, &weight,
-                        &scale, &zero, &codes, &isa))
+  if (!PyArg_ParseTuple(args, "(LLLii)KKKKi", &rows, &columns, &block, &call.levels, &call.given, &weight, &scale,
+                        &zero, &codes, &isa))
     return nullptr;
   call.rows = rows, call.columns = columns, call.block = block;
   call.weight = pointer<const float*>(weight), call.codes = pointer<uint8_t*>(codes);
-  call.scale = pointer<float*>(scale), call.zero = pointer<float*>(zero);
+  call.scale = pointer<uint16_t*>(scale), call.zero = pointer<uint8_t*>(zero);
+  double sums[2];
+  call.sums = sums;
   Py_BEGIN_ALLOW_THREADS
   code = fewbit_grid_round(&call, isa);
   Py_END_ALLOW_THREADS
-  return status(code);
+  return sums_or(code, sums);
 }
 
-// squares((rows, columns, block), weight, codes, scale, offset, table, isa): their two sums
+// squares((rows, columns, block), weight, codes, scale, offset, table, isa): two sums
 PyObject* squares(PyObject*, PyObject* args) {
   fewbit_squares_call call = {};
   unsigned long long weight, codes, scale, offset, table;
@@ -58,7 +65,7 @@ PyObject* squares(PyObject*, PyObject* args) {
   Py_BEGIN_ALLOW_THREADS
   code = fewbit_squares(&call, isa);
   Py_END_ALLOW_THREADS
-  return code == FEWBIT_OK ? Py_BuildValue("(dd)", sums[0], sums[1]) : status(code);
+  return sums_or(code, sums);
 }
 
 // pack_fields(codes, rows, columns, bits, packed), unpack_fields(packed, rows, columns, bits, codes)
@@ -131,7 +138,7 @@ PyObject* table_codes(PyObject*, PyObject* args) {
 PyMethodDef grids_methods[] = {
     {"grid_search", grid_search, METH_VARARGS,
      "((rows, columns, block, count, levels, ends), weight, worth, ratios, scale, zero, isa)"},
-    {"grid_round", grid_round, METH_VARARGS, "((rows, columns, block, levels, ends, given), weight, scale, zero, codes, isa)"},
+    {"grid_round", grid_round, METH_VARARGS, "((rows, columns, block, levels, given), weight, scale, zero, codes, isa): two sums"},
     {"squares", squares, METH_VARARGS, "((rows, columns, block), weight, codes, scale, offset, table, isa): two sums"},
     {"pack_fields", fields<fewbit_pack_fields>, METH_VARARGS, "(codes, rows, columns, bits, packed)"},
     {"unpack_fields", fields<fewbit_unpack_fields>, METH_VARARGS, "(packed, rows, columns, bits, codes)"},

@@ -3,6 +3,11 @@
 // fewbit_squares say, compiled for the instruction set of the file that includes this. Columns lie side by side in vectors.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "core/dtypes.h"
 #include "core/grids.h"
 
 namespace fewbit {
@@ -13,16 +18,26 @@ struct Ends {
   Lanes low, high;
 };
 
+// a < b ? a : b and a > b ? a : b, of lanes in one instruction, which GCC does not always find.
 struct Least {
-  template <class T>
-  T operator()(T a, T b) const {
+  float operator()(float a, float b) const { return a < b ? a : b; }
+  Lanes operator()(Lanes a, Lanes b) const {
+#if defined(__AVX2__)
+    return _mm256_min_ps(a, b);
+#else
     return a < b ? a : b;
+#endif
   }
 };
+
 struct Most {
-  template <class T>
-  T operator()(T a, T b) const {
+  float operator()(float a, float b) const { return a > b ? a : b; }
+  Lanes operator()(Lanes a, Lanes b) const {
+#if defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#else
     return a > b ? a : b;
+#endif
   }
 };
 constexpr Least least;
@@ -32,78 +47,29 @@ inline Ends ends_of(const float* x, int64_t n) {
   Ends ends = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) ends = {least(loaded(x + i), ends.low), most(loaded(x + i), ends.high)};
+  if (i == n) return ends;
   Lanes rest = {};
   for (int64_t l = 0; i < n; i++, l++) rest[l] = x[i];
   return {least(rest, ends.low), most(rest, ends.high)};
 }
 
-// Of each of kLanes vectors what `choose` finds in it.
+// Of each of kLanes vectors what `choose` finds in it: neighbours are chosen from, in halves of 16 bytes, then the halves.
 template <class Choose>
-inline Lanes across(const Lanes* x, Choose choose) {
-  Lanes found;
-  for (int b = 0; b < kLanes; b++) {
-    float one = x[b][0];
-    for (int l = 1; l < kLanes; l++) one = choose(one, x[b][l]);
-    found[b] = one;
-  }
-  return found;
-}
-
-inline Lanes code_of(Lanes x, LaneGrids grids, Lanes top) {
-  Lanes code = x / grids.scale + grids.zero;
-  code = code < all(0) ? all(0) : code;
-  return whole(code > top ? top : code);
-}
-
-typedef int32_t LaneIntegers __attribute__((vector_size(4 * kLanes)));
-
-// kVectors x kLanes codes, which the compiler packs to bytes as a whole.
-template <int64_t kVectors>
-inline void codes_of(LaneGrids grids, Lanes top, const float* x, uint8_t* codes) {
-  int32_t integers[kVectors * kLanes];
-  for (int64_t v = 0; v < kVectors; v++) {
-    const LaneIntegers code = __builtin_convertvector(code_of(loaded(x + v * kLanes), grids, top), LaneIntegers);
-    memcpy(integers + v * kLanes, &code, sizeof code);
-  }
-  for (int64_t i = 0; i < kVectors * kLanes; i++) codes[i] = static_cast<uint8_t>(integers[i]);
-}
-
-inline void codes_on(Grid grid, float top, const float* x, int64_t n, uint8_t* codes) {
-  const LaneGrids grids = {all(grid.scale), all(grid.zero)};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) codes_of<4>(grids, all(top), x + i, codes + i);
-  for (; i + kLanes <= n; i += kLanes) codes_of<1>(grids, all(top), x + i, codes + i);
-  for (; i < n; i++) codes[i] = static_cast<uint8_t>(static_cast<int32_t>(code_of(x[i], grid, top)));
-}
-
-// Grids of the blocks [first, first + together) of a row, which share what it takes to find them.
-void fit_grids(const fewbit_grid_round_call& call, const float* x, int64_t first, int64_t together, float* scale, float* zero) {
-  const float top = static_cast<float>(call.levels - 1), middle = static_cast<float>(call.levels) / 2;
-  Lanes low[kLanes], high[kLanes];
-  for (int64_t b = 0; b < kLanes; b++) {
-    const int64_t begin = (first + b) * call.block, left = call.columns - begin;
-    const Ends ends = b < together ? ends_of(x + begin, left < call.block ? left : call.block) : Ends{};
-    low[b] = ends.low, high[b] = ends.high;
-  }
-  const Lanes from = across(low, least), to = across(high, most);
-  const LaneGrids grids = call.ends ? between(from, to, 1.0f, top) : around(2.0f * most(-from, to) / top, middle);
-  for (int64_t b = 0; b < together; b++) scale[first + b] = grids.scale[b], zero[first + b] = grids.zero[b];
-}
-
-void grid_round_any(const fewbit_grid_round_call& call) {
-  const int64_t n = call.block, blocks = (call.columns + n - 1) / n;
-  const float top = static_cast<float>(call.levels - 1);
-  for (int64_t row = 0; row < call.rows; row++) {
-    const float* x = call.weight + row * call.columns;
-    float *scale = call.scale + row * blocks, *zero = call.zero + row * blocks;
-    uint8_t* codes = call.codes + row * call.columns;
-    for (int64_t b = 0; b < blocks && !call.given; b += kLanes)
-      fit_grids(call, x, b, blocks - b < kLanes ? blocks - b : kLanes, scale, zero);
-    for (int64_t b = 0; b < blocks; b++) {
-      const int64_t left = call.columns - b * n;
-      codes_on({scale[b], zero[b]}, top, x + b * n, left < n ? left : n, codes + b * n);
-    }
-  }
+inline Lanes across(Lanes* x, Choose choose) {
+#if defined(__AVX2__)
+  for (int left = 4; left > 1; left /= 2)
+    for (int b = 0; b < left; b++)
+      x[b] = choose(__builtin_shufflevector(x[2 * b], x[2 * b + 1], 0, 2, 8, 10, 4, 6, 12, 14),
+                    __builtin_shufflevector(x[2 * b], x[2 * b + 1], 1, 3, 9, 11, 5, 7, 13, 15));
+  return choose(__builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 8, 9, 10, 11),
+                __builtin_shufflevector(x[0], x[1], 4, 5, 6, 7, 12, 13, 14, 15));
+#else
+  for (int left = 2; left > 0; left /= 2)
+    for (int b = 0; b < left; b++)
+      x[b] = choose(__builtin_shufflevector(x[2 * b], x[2 * b + 1], 0, 2, 4, 6),
+                    __builtin_shufflevector(x[2 * b], x[2 * b + 1], 1, 3, 5, 7));
+  return x[0];
+#endif
 }
 
 constexpr int64_t kSquares = 4 * kLanes;  // columns added up at a time
@@ -111,6 +77,10 @@ constexpr int64_t kSquares = 4 * kLanes;  // columns added up at a time
 // Of one row, each column of so many by itself.
 struct Squares {
   float lost[kSquares], whole[kSquares];
+
+  void add_to(double* sums) const {
+    for (int64_t l = 0; l < kSquares; l++) sums[0] += lost[l], sums[1] += whole[l];
+  }
 };
 
 // n columns under one scale, at most kSquares. `table`: null where codes are the levels.
@@ -124,27 +94,142 @@ inline void add_squares(const float* x, const uint8_t* codes, const float* table
   }
 }
 
+// The squares of a row of weights, added to sums: lost, whole. grid_of(b): scale and offset of block b.
+template <bool kTable, class GridOf>
+void add_row(const float* x, const uint8_t* codes, const float* table, int64_t columns, int64_t block, GridOf grid_of, double* sums) {
+  Squares sum = {};
+  for (int64_t b = 0; b * block < columns; b++) {
+    const Grid grid = grid_of(b);
+    int64_t i = b * block;
+    const int64_t end = i + block < columns ? i + block : columns;
+    for (; i + kSquares <= end; i += kSquares) add_squares<kTable>(x + i, codes + i, table, grid, kSquares, &sum);
+    add_squares<kTable>(x + i, codes + i, table, grid, end - i, &sum);
+  }
+  sum.add_to(sums);
+}
+
 template <bool kTable>
 void squares_of(const fewbit_squares_call& call) {
   const int64_t blocks = (call.columns + call.block - 1) / call.block;
-  double lost = 0, whole = 0;
+  call.sums[0] = call.sums[1] = 0;
   for (int64_t row = 0; row < call.rows; row++) {
-    const float* x = call.weight + row * call.columns;
-    const uint8_t* codes = call.codes + row * call.columns;
-    Squares sum = {};
-    for (int64_t b = 0; b < blocks; b++) {
-      const Grid grid = {call.scale[row * blocks + b], call.offset ? call.offset[row * blocks + b] : 0.0f};
-      int64_t i = b * call.block;
-      const int64_t end = i + call.block < call.columns ? i + call.block : call.columns;
-      for (; i + kSquares <= end; i += kSquares) add_squares<kTable>(x + i, codes + i, call.table, grid, kSquares, &sum);
-      add_squares<kTable>(x + i, codes + i, call.table, grid, end - i, &sum);
-    }
-    for (int64_t l = 0; l < kSquares; l++) lost += sum.lost[l], whole += sum.whole[l];
+    const float *scale = call.scale + row * blocks, *offset = call.offset ? call.offset + row * blocks : nullptr;
+    const auto grid_of = [=](int64_t b) { return Grid{scale[b], offset ? offset[b] : 0.0f}; };
+    const int64_t at = row * call.columns;
+    add_row<kTable>(call.weight + at, call.codes + at, call.table, call.columns, call.block, grid_of, call.sums);
   }
-  call.sums[0] = lost, call.sums[1] = whole;
 }
 
 void squares_any(const fewbit_squares_call& call) { call.table ? squares_of<true>(call) : squares_of<false>(call); }
+
+typedef int32_t LaneIntegers __attribute__((vector_size(4 * kLanes)));
+
+// Grids of kLanes blocks, and what dividing by their scales and their values take.
+struct Blocks {
+  LaneGrids grids;
+  Lanes by, inverse, offset;
+
+  explicit Blocks(LaneGrids g)
+      : grids(g), by(g.scale == all(0) ? all(1) : g.scale), inverse(1.0f / by), offset(-g.scale * g.zero) {}
+};
+
+// kSquares codes on the grid of block b, and what they lose.
+struct Rounder {
+  Lanes by, inverse, scale, zero, offset, top;
+
+  Rounder(const Blocks& blocks, int64_t b, float top)
+      : by(all(blocks.by[b])), inverse(all(blocks.inverse[b])), scale(all(blocks.grids.scale[b])),
+        zero(all(blocks.grids.zero[b])), offset(all(blocks.offset[b])), top(all(top)) {}
+
+  // x / by, to the bit: `by` has the 11 bits of a float16, so that what x is more than by times a quotient that is off by few
+  // units is exact, and x / by is never near enough to the middle of two floats for the last rounding to go wrong.
+  Lanes over(Lanes x) const {
+#if defined(__AVX2__)
+    const Lanes far = all(1099511627776.0f), near = most(-far, least(far, x * inverse));  // infinity less itself is NaN
+    return _mm256_fmadd_ps(_mm256_fnmadd_ps(near, by, x), inverse, near);
+#else
+    return x / by;
+#endif
+  }
+
+  void operator()(const float* x, uint8_t* codes, Lanes* lost, Lanes* total) const {
+    int32_t integers[kSquares];
+    for (int64_t v = 0; v < kSquares / kLanes; v++) {
+      const Lanes value = loaded(x + v * kLanes);
+      const Lanes code = whole(least(most(over(value) + zero, all(0)), top));  // 0 of NaN
+      const Lanes off = code * scale + offset - value;
+      lost[v] += off * off, total[v] += value * value;
+      const LaneIntegers integer = __builtin_convertvector(code, LaneIntegers);
+      memcpy(integers + v * kLanes, &integer, sizeof integer);
+    }
+    for (int64_t i = 0; i < kSquares; i++) codes[i] = static_cast<uint8_t>(integers[i]);
+  }
+};
+
+// Of n columns of one block. Where they are too few, zeros follow, which lose nothing.
+inline void codes_on(const Rounder& round, const float* x, int64_t n, uint8_t* codes, Lanes* lost, Lanes* total) {
+  int64_t i = 0;
+  for (; i + kSquares <= n; i += kSquares) round(x + i, codes + i, lost, total);
+  if (i == n) return;
+  float rest[kSquares] = {};
+  uint8_t found[kSquares];
+  memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof *x);
+  round(rest, found, lost, total);
+  memcpy(codes + i, found, static_cast<size_t>(n - i));
+}
+
+// Grids of the blocks [first, first + together) of a row, which share what it takes to find them.
+LaneGrids fitted(const fewbit_grid_round_call& call, const float* x, int64_t first, int64_t together) {
+  const float top = static_cast<float>(call.levels - 1), middle = static_cast<float>(call.levels) / 2;
+  Lanes low[kLanes], high[kLanes];
+  for (int64_t b = 0; b < kLanes; b++) {
+    const int64_t begin = (first + b) * call.block, left = call.columns - begin;
+    const Ends ends = b < together ? ends_of(x + begin, left < call.block ? left : call.block) : Ends{};
+    low[b] = ends.low, high[b] = ends.high;
+  }
+  const Lanes from = across(low, least), to = across(high, most);
+  return call.zero ? between(from, to, 1.0f, top) : around(2.0f * most(-from, to) / top, middle);
+}
+
+// Grids of `together` blocks as they are stored, from `at` on.
+LaneGrids stored(const fewbit_grid_round_call& call, int64_t at, int64_t together) {
+  LaneGrids grids = {all(1), all(static_cast<float>(call.levels) / 2)};
+  for (int64_t b = 0; b < together; b++) {
+    grids.scale[b] = from_float16(call.scale[at + b]);
+    if (call.zero) grids.zero[b] = call.zero[at + b];
+  }
+  return grids;
+}
+
+void store(const fewbit_grid_round_call& call, const LaneGrids& grids, int64_t at, int64_t together) {
+  for (int64_t b = 0; b < together; b++) {
+    call.scale[at + b] = to_float16(grids.scale[b]);
+    if (call.zero) call.zero[at + b] = static_cast<uint8_t>(grids.zero[b]);
+  }
+}
+
+void grid_round_any(const fewbit_grid_round_call& call) {
+  const int64_t n = call.block, blocks = (call.columns + n - 1) / n;
+  const float top = static_cast<float>(call.levels - 1);
+  call.sums[0] = call.sums[1] = 0;
+  for (int64_t row = 0; row < call.rows; row++) {
+    const float* x = call.weight + row * call.columns;
+    uint8_t* codes = call.codes + row * call.columns;
+    Lanes lost[kSquares / kLanes] = {}, total[kSquares / kLanes] = {};
+    for (int64_t first = 0; first < blocks; first += kLanes) {
+      const int64_t at = row * blocks + first, together = blocks - first < kLanes ? blocks - first : kLanes;
+      const Blocks made(call.given ? stored(call, at, together) : fitted(call, x, first, together));
+      if (!call.given) store(call, made.grids, at, together);
+      for (int64_t b = 0; b < together; b++) {
+        const int64_t begin = (first + b) * n, left = call.columns - begin;
+        codes_on({made, b, top}, x + begin, left < n ? left : n, codes + begin, lost, total);
+      }
+    }
+    Squares sum;
+    memcpy(sum.lost, lost, sizeof lost), memcpy(sum.whole, total, sizeof total);
+    sum.add_to(call.sums);
+  }
+}
 
 }  // namespace
 }  // namespace fewbit

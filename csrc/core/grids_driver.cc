@@ -38,7 +38,8 @@ extern "C" int fewbit_grid_search(const fewbit_grid_search_call* call, int32_t i
 }
 
 extern "C" int fewbit_grid_round(const fewbit_grid_round_call* call, int32_t isa) {
-  if (!call || !call->weight || !call->scale || !call->zero || !call->codes) return FEWBIT_BAD_ARGUMENT;
+  if (!call || !call->weight || !call->scale || !call->codes || !call->sums)
+    return FEWBIT_BAD_ARGUMENT;
   if (call->rows < 0 || call->columns <= 0 || call->block <= 0 || !of_bytes(call->levels)) return FEWBIT_BAD_ARGUMENT;
   chosen(isa).round(*call);
   return FEWBIT_OK;

@@ -30,13 +30,16 @@ typedef struct {
 int fewbit_grid_search(const fewbit_grid_search_call* call, int32_t isa);
 
 /* codes (rows, columns), a result: of each weight the one that is nearest on the grid of its block; and, where `given` is 0, the
- * grids as well: the first of those above, which no worth decides. isa: as above. */
+ * grids as well, as they are stored: the first of those above, which no worth decides. scale (rows, blocks): float16, finite,
+ * of which 0 divides as 1 does; zero (rows, blocks), or null where it is levels / 2. sums, a result: what fewbit_squares says
+ * of them, to the bit where offset = -scale * zero. isa: as above. */
 typedef struct {
   const float* weight;
   int64_t rows, columns, block;
-  int32_t levels, ends, given;
-  float *scale, *zero;
-  uint8_t* codes;
+  int32_t levels, given;
+  uint16_t* scale;
+  uint8_t *zero, *codes;
+  double* sums;
 } fewbit_grid_round_call;
 int fewbit_grid_round(const fewbit_grid_round_call* call, int32_t isa);
 

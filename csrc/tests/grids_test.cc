@@ -42,7 +42,9 @@ void check_rounding(int64_t columns, int64_t block, int32_t levels, int32_t ends
   std::vector<float> weight(size(rows * columns)), scale(size(rows * blocks)), zero(scale.size()), offset(scale.size());
   std::vector<uint8_t> codes(weight.size());
   for (float& w : weight) w = static_cast<float>(static_cast<int32_t>(drawn())) * 1e-10f;
-  fewbit_grid_round_call call = {weight.data(), rows, columns, block, levels, ends, 0, scale.data(), zero.data(), codes.data()};
+  double sums[2], at_once[2];
+  fewbit_grid_round_call call = {weight.data(), rows,         columns,     block,        levels, ends, 0,
+                                 scale.data(),  zero.data(), codes.data(), at_once};
   expect(fewbit_grid_round(&call, isa) == FEWBIT_OK, "grid_round", columns, isa);
   double lost = 0, whole = 0;
   for (int64_t i = 0; i < rows * columns; i++) {
@@ -54,9 +56,9 @@ void check_rounding(int64_t columns, int64_t block, int32_t levels, int32_t ends
     lost += (s * (code - z) - w) * (s * (code - z) - w), whole += w * w;
     offset[at] = static_cast<float>(-s * z);
   }
-  double sums[2];
   fewbit_squares_call told = {weight.data(), scale.data(), offset.data(), nullptr, codes.data(), rows, columns, block, sums};
   expect(fewbit_squares(&told, isa) == FEWBIT_OK, "squares", columns, isa);
+  expect(sums[0] == at_once[0] && sums[1] == at_once[1], "squares while rounding", columns, isa);
   expect(fabs(sqrt(sums[0]) - sqrt(lost)) <= 1e-6 * sqrt(whole), "squares lost", columns, isa);
   expect(fabs(sums[1] - whole) <= 1e-5 * whole, "squares of the weight", columns, isa);
 }

@@ -34,6 +34,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -175,7 +176,7 @@ class Rule:
             found = "the squared gradients of mixed weights do not follow from those of the weights"
             raise SpecError(f"method {self.method} after transform {mixing}", found, "smooth or awq, which only scale")
 
-    @property
+    @cached_property
     def needs(self) -> Need:
         """What calibration has to collect at the inputs of a layer under this rule."""
         if self.format == FLOAT:
@@ -187,7 +188,7 @@ class Rule:
         mixed: Need = "gram" if asks and any(row.mixes for row in rows) else "nothing"
         return strongest(method, mixed, *(row.needs for row in rows))
 
-    @property
+    @cached_property
     def open_grid(self) -> bool:
         """Whether calibration is to fix the grid that inputs are rounded to."""
         grid = formats.parse(self.activation) if self.activation else None
@@ -200,7 +201,7 @@ class Rule:
         own = methods.named(self.method).tuning
         return (*([Tune(own, self.options)] if own else []), *self.tune)
 
-    @property
+    @cached_property
     def calibrated(self) -> bool:
         """Whether anything in it looks at data."""
         return self.needs != "nothing" or bool(self.tunings())

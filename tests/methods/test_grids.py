@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from fewbit import formats
-from fewbit.core import compiled
+from fewbit.core import compiled, passes
 from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format, Params
 from fewbit.core.qtensor import QTensor
+from fewbit.errors import InputError
 from fewbit.kernels import native
 from fewbit.methods import feedback, grids, objective, ranges
 from fewbit.methods.gptq import ROUNDING
+from fewbit.methods.rtn import rtn
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
 
@@ -80,8 +84,30 @@ def test_rounding_gives_the_bits_of_torch(spelt: str, shape: tuple[int, int], is
     assert found.params.keys() == params.keys()
     for name, each in found.params.items():
         assert torch.equal(each, params[name]) and each.dtype == params[name].dtype, name
-    wider = {**params, "scale": params["scale"] * -2}
-    assert torch.equal(QTensor.nearest(format, values, wider).packed, F.encode(format, values, wider))
+    wider = {**params, "scale": (params["scale"] * -2).clamp_min(-65504)}
+    found = QTensor.nearest(format, values, wider)
+    assert torch.equal(found.packed, F.encode(format, values, wider))
+    assert found.lost == passes.squares(format, *found.logical(), values)
+
+
+def test_quotients_are_rounded_as_divisions_are(isa: str) -> None:
+    """Weights next to the middle between two codes, under every scale that float16 has below 2."""
+    format = formats.parse("int8/channel/asym")
+    scale = torch.arange(1, 0x4000, dtype=torch.int16).view(torch.float16).reshape(-1, 1, 1)
+    middles = (torch.rand(len(scale), 64, generator=torch.Generator().manual_seed(1)) * 255).floor() + 0.5
+    values = (middles * scale[:, 0].double()).float()
+    values = torch.cat([values, values.nextafter(torch.tensor(9.0)), values.nextafter(torch.tensor(-9.0)), -values], 1)
+    params = {"scale": scale, "zero_point": torch.zeros(len(scale), 1, 1, dtype=torch.uint8)}
+    assert torch.equal(QTensor.nearest(format, values, params).packed, F.encode(format, values, params))
+
+
+def test_what_overflows_a_quotient_takes_the_first_or_last_code(isa: str) -> None:
+    format, values = formats.parse("int4/g32/asym"), torch.tensor([[3e38, -3e38, 1e33, -1e33] * 8])
+    params = {
+        "scale": torch.full((1, 1, 1), 2.0**-24).half(),
+        "zero_point": torch.full((1, 1, 1), 7, dtype=torch.uint8),
+    }
+    assert torch.equal(QTensor.nearest(format, values, params).packed, torch.tensor([[15, 0] * 16], dtype=torch.uint8))
 
 
 def test_a_block_of_zeros_in_a_file_has_a_scale_of_zero() -> None:
@@ -164,3 +190,14 @@ def test_other_formats_are_left_to_torch() -> None:
     for spelt in ("nf4/g64", "int4/g64/min", "int8/channel/sym/clip0.9", "int1/g32/sym"):
         format = formats.parse(spelt)
         assert grids.search(format, weight((3, 64)), torch.ones(64), (1.0, 0.5)) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_rounding_refuses_what_is_not_finite(value: float, isa: str) -> None:
+    """Which the pass that rounds finds; and takes weights whose squares overflow a float32."""
+    values, format = torch.randn(5, 96, generator=torch.Generator().manual_seed(1)), formats.parse("int4/g32/asym")
+    values[2, 3] = value
+    with pytest.raises(InputError, match=r"1 entries are NaN or infinite, first weight\[2, 3\]"):
+        rtn(values, format)
+    values[2, 3] = 1e30
+    assert rtn(values, format).packed.shape == (5, 96)

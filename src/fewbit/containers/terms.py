@@ -45,10 +45,10 @@ def of_entry(entry: Plain) -> Plain:
 
 def describe(weight: QTensor | Term) -> Plain:
     """What of ``weight`` is no array, ready for JSON."""
-    if isinstance(weight, Dense):
-        weight = weight.qtensor
     if isinstance(weight, QTensor):
         return dense(weight.format.name, weight.layout.name, weight.shape)
+    if isinstance(weight, Dense):
+        return describe(weight.qtensor)
     arrays = {name: [NAMES[array.dtype], list(array.shape)] for name, array in _own(weight).items()}
     parts = {name: describe(part) for name, part in _parts(weight).items()}
     return {"kind": KINDS[type(weight)], "shape": list(weight.shape), "arrays": arrays, "parts": parts}
@@ -65,11 +65,11 @@ def summary(plain: Plain) -> str:
 
 def arrays(weight: QTensor | Term, plain: Plain) -> dict[str, Tensor]:
     """The arrays of ``weight`` by name, matrices in the layouts that ``plain``, its description, names."""
-    if isinstance(weight, Dense):
-        weight = weight.qtensor
     if isinstance(weight, QTensor):
         stored = weight.repack(layouts.named(plain["layout"]))
         return {"packed": stored.packed, **stored.params}
+    if isinstance(weight, Dense):
+        return arrays(weight.qtensor, plain)
     found = _own(weight)
     for name, part in _parts(weight).items():
         found |= {f"{name}_{array}": tensor for array, tensor in arrays(part, plain["parts"][name]).items()}

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 from fewbit.errors import UnsupportedError
 
-ABI = 1
+ABI = 2
 """``kAbi`` of ``csrc/bind.cc``: both rise when a function's arguments, or what they mean, change."""
 BEST = -1
 """For ``isa``: the best that the processor has."""
@@ -35,8 +35,8 @@ class Grids(Protocol):
         isa: int,
     ) -> None: ...
     def grid_round(
-        self, sizes: tuple[int, int, int, int, int, int], weight: int, scale: int, zero: int, codes: int, isa: int
-    ) -> None: ...
+        self, sizes: tuple[int, int, int, int, int], weight: int, scale: int, zero: int, codes: int, isa: int
+    ) -> tuple[float, float]: ...
     def squares(
         self, sizes: tuple[int, int, int], weight: int, codes: int, scale: int, offset: int, table: int, isa: int
     ) -> tuple[float, float]: ...

@@ -116,8 +116,8 @@ class Format(ABC):
     * ``grid``: what decides the evenly spaced grid of a block and nothing else: its two "ends", between which the grid
       lies freely, or the larger "magnitude" of them; "" where neither is so.
     * ``even``: whether each block has a float16 scale, at least 2^-24 in magnitude, and a zero, which is ``levels / 2``
-      where ``grid`` is "magnitude" and one of the codes where it is "ends"; its values are ``scale * (code - zero)``,
-      and :meth:`placed` puts the zero at ``-offset / scale``.
+      where ``grid`` is "magnitude" and one of the codes, a byte, where it is "ends"; these, in this order, are its
+      ``params``. Its values are ``scale * (code - zero)``, and :meth:`placed` puts the zero at ``-offset / scale``.
     * ``bounds``: where the largest magnitude of a block alone decides a scale of it, and values are ``scale *
       table[code]`` as :meth:`physical` gives them: float32 (levels - 1,), ascending; the code of w is the number of
       bounds that are below ``w / scale``. None elsewhere.

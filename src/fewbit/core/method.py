@@ -42,7 +42,7 @@ class Method:
     """One row of the method table.
 
     ``solve(weight, format, facts, **options)`` takes a float32 (rows, columns) weight and returns an unpacked QTensor,
-    or a sum of terms whose matrices are unpacked.
+    or a sum of terms whose matrices are unpacked. Where the QTensor says what was ``lost``, it is of that weight.
     ``needs``: "nothing" (data-free), "mean_square" (E[x^2]), "fisher" (Fisher diagonal) or "gram" (E[x x^T]).
     ``options``: names and defaults, so that a recipe can be checked before work starts.
     ``tuning``: name of the tuning that follows it and takes its options, "" for none.

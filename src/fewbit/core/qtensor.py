@@ -24,7 +24,8 @@ _TRIAL = 16
 class QTensor:
     """A (rows, columns) matrix in few bits.
 
-    ``packed`` and ``params`` are the very arrays that a file holds, so their bytes are the true size.
+    ``packed`` and ``params`` are the very arrays that a file holds, so their bytes are the true size. ``lost``: what
+    :meth:`squares` says of the weight that was rounded to this, where one pass found both.
     """
 
     format: Format
@@ -32,20 +33,28 @@ class QTensor:
     shape: tuple[int, int]
     packed: Tensor
     params: Mapping[str, Tensor]
+    lost: passes.Squares | None = None
 
     @staticmethod
-    def of(format: Format, codes: Tensor, params: Mapping[str, Tensor], rows: int | None = None) -> QTensor:
+    def of(
+        format: Format,
+        codes: Tensor,
+        params: Mapping[str, Tensor],
+        rows: int | None = None,
+        lost: passes.Squares | None = None,
+    ) -> QTensor:
         """From logical codes (rows / height, columns / dim) and parameters (rows / height, blocks, 1), unpacked.
         ``rows`` of the matrix need saying only where they are not whole codes."""
         shape = (codes.shape[0] * format.height if rows is None else rows, codes.shape[1] * format.dim)
-        return QTensor(format, UNPACKED, shape, codes, dict(params))
+        return QTensor(format, UNPACKED, shape, codes, dict(params), lost)
 
     @staticmethod
     def nearest(format: Format, weight: Tensor, params: Mapping[str, Tensor]) -> QTensor:
         """``weight`` (rows, columns) by the nearest codes under ``params`` (rows / height, blocks, 1), unpacked."""
         found = passes.round_even(format, weight.float(), params)
-        codes = encode(format, weight, params) if found is None else found[0]
-        return QTensor.of(format, codes, params, len(weight))
+        if found is None:
+            return QTensor.of(format, encode(format, weight, params), params, len(weight))
+        return QTensor.of(format, found[0], params, weight.shape[0], found[2])
 
     @staticmethod
     def rounded(format: Format, weight: Tensor) -> QTensor:
@@ -53,7 +62,8 @@ class QTensor:
         found = passes.round_even(format, weight.float())
         if found is None:
             return QTensor.nearest(format, weight, fit(format, weight))
-        return QTensor.of(format, *found, len(weight))
+        codes, params, lost = found
+        return QTensor.of(format, codes, params, weight.shape[0], lost)
 
     def logical(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes (rows / height, columns / dim) and parameters (rows / height, blocks, 1)."""
@@ -63,9 +73,8 @@ class QTensor:
         """The float32 (rows, columns) matrix that this stands for."""
         return decode(self.format, *self.logical())[: self.shape[0]]
 
-    def squares(self, weight: Tensor) -> tuple[float, float]:
-        """Sums of the squares of what this is less ``weight`` (rows, columns), and of the weight: of a row in float32,
-        of rows in float64."""
+    def squares(self, weight: Tensor) -> passes.Squares:
+        """Of this and ``weight`` (rows, columns)."""
         weight = weight.float()
         found = passes.squares(self.format, *self.logical(), weight)
         return found or (sum_of_squares(self.dequantize() - weight), sum_of_squares(weight))
@@ -82,12 +91,12 @@ class QTensor:
         if reason is not None:
             raise UnsupportedError(f"{self.format.name} of shape {self.shape} in layout {layout.name}", reason)
         packed, stored = layout.pack(self.format, self.shape, *self.logical())
-        return QTensor(self.format, layout, self.shape, packed, stored)
+        return QTensor(self.format, layout, self.shape, packed, stored, self.lost)
 
     @property
     def nbytes(self) -> int:
         """Bytes stored: codes, scales, zero points, tables; everything."""
-        return sum(t.numel() * t.element_size() for t in (self.packed, *self.params.values()))
+        return sum(t.nbytes for t in (self.packed, *self.params.values()))
 
     @property
     def bits_per_weight(self) -> float:

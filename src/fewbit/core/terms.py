@@ -298,6 +298,8 @@ class Terms(Term):
 
 def repack(weight: QTensor | Terms, layout_of: Callable[[Format], Layout]) -> QTensor | Terms:
     """``weight`` with every matrix in the layout that ``layout_of`` gives for its format; nothing is fitted again."""
+    if isinstance(weight, QTensor):
+        return weight.repack(layout_of(weight.format))
 
     def each(term: Term) -> Term:
         match term:
@@ -312,8 +314,6 @@ def repack(weight: QTensor | Terms, layout_of: Callable[[Format], Layout]) -> QT
                 return replace(term, terms=tuple(map(each, term.terms)))
         return term
 
-    if isinstance(weight, QTensor):
-        return weight.repack(layout_of(weight.format))
     return replace(weight, terms=tuple(map(each, weight.terms)))
 
 

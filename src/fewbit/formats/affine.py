@@ -12,6 +12,7 @@ stored on b bits (Jacob et al. 2018, arXiv:1712.05877).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -39,7 +40,7 @@ class Affine(Format):
 
     dim = 1
 
-    @property
+    @cached_property
     def name(self) -> str:  # type: ignore[override]
         kind, clip = "sym" if self.symmetric else "asym", "" if self.clip == 1 else f"/clip{self.clip:g}"
         return f"int{self.bits}/{spell_group(self.block)}/{kind}{clip}"
@@ -52,18 +53,18 @@ class Affine(Format):
     def fit_block(self) -> int:  # type: ignore[override]
         return self.block
 
-    @property
+    @cached_property
     def params(self) -> tuple[Param, ...]:  # type: ignore[override]
         scale = Param("scale", 16, torch.float16)
         return (scale,) if self.symmetric else (scale, Param("zero_point", self.bits, torch.uint8))
 
-    @property
+    @cached_property
     def grid(self) -> Literal["", "magnitude", "ends"]:  # type: ignore[override]
         if self.symmetric:
             return "magnitude" if self.bits > 1 else ""
         return "ends"
 
-    @property
+    @cached_property
     def even(self) -> bool:  # type: ignore[override]
         return self.clip == 1 and self.grid != ""
 

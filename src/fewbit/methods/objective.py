@@ -77,22 +77,38 @@ def check(method: str, weight: Tensor, format: Format, facts: Facts | None = Non
         InputError: the weight is no matrix, is empty, holds NaN or infinity, or the facts are of another width or not
             finite.
     """
-    asked = f"{method} of a weight of shape {tuple(weight.shape)} to {format.name}"
+    check_matrix(method, weight, format)
+    check_finite(method, weight, format)
+    if facts is None:
+        return
+    if facts.columns != weight.shape[1]:
+        found, works = f"the facts are of {facts.columns} inputs", "pass the facts of this layer's inputs"
+    elif not _finite(facts.total_square if facts.gram is None else facts.gram):
+        found = "the layer's calibration inputs hold NaN or infinity"
+        works = "check that the model runs in float on the calibration text"
+    else:
+        return
+    raise InputError(_asked(method, weight, format), found, works)
+
+
+def check_matrix(method: str, weight: Tensor, format: Format) -> None:
+    """Raises InputError: the weight is no matrix, or empty."""
     if weight.dim() != 2 or weight.numel() == 0:
-        raise InputError(asked, "it is not a matrix with at least one entry", "see the weight as (rows, columns)")
+        found = "it is not a matrix with at least one entry"
+        raise InputError(_asked(method, weight, format), found, "see the weight as (rows, columns)")
+
+
+def check_finite(method: str, weight: Tensor, format: Format) -> None:
+    """Raises InputError: the weight holds NaN or infinity."""
     if not _finite(weight):
         bad = ~weight.isfinite()
         row, column = (int(i) for i in bad.nonzero()[0])
         found = f"{int(bad.sum())} entries are NaN or infinite, first weight[{row}, {column}]"
-        raise InputError(asked, found, "repair the checkpoint, or leave this layer in float")
-    if facts is None:
-        return
-    if facts.columns != weight.shape[1]:
-        raise InputError(asked, f"the facts are of {facts.columns} inputs", "pass the facts of this layer's inputs")
-    seen = facts.total_square if facts.gram is None else facts.gram
-    if not _finite(seen):
-        found = "the layer's calibration inputs hold NaN or infinity"
-        raise InputError(asked, found, "check that the model runs in float on the calibration text")
+        raise InputError(_asked(method, weight, format), found, "repair the checkpoint, or leave this layer in float")
+
+
+def _asked(method: str, weight: Tensor, format: Format) -> str:
+    return f"{method} of a weight of shape {tuple(weight.shape)} to {format.name}"
 
 
 def _finite(values: Tensor) -> bool:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from fewbit.core.facts import Facts
@@ -17,6 +19,11 @@ def rtn(weight: Tensor, format: Format, facts: Facts | None = None) -> QTensor:
     Raises:
         InputError: the weight is no matrix or holds NaN or infinity.
     """
-    objective.check("rtn", weight, format)
+    objective.check_matrix("rtn", weight, format)
+    if not format.even:
+        objective.check_finite("rtn", weight, format)
     weight = weight.float()
-    return QTensor.rounded(format.bind(weight), weight)
+    made = QTensor.rounded(format.bind(weight), weight)
+    if format.even and (made.lost is None or not math.isfinite(made.lost[1])):  # one pass finds that as well
+        objective.check_finite("rtn", weight, format)
+    return made

@@ -34,12 +34,24 @@ class Store(nn.Module):
 
     def __init__(self, plain: T.Plain, weight: T.Weight | None = None) -> None:
         super().__init__()
-        self.plain, self.arrays = plain, T.sizes(plain)
-        rows, columns = plain["shape"]
-        self.shape: tuple[int, int] = (rows, columns)
-        found = {} if weight is None else T.arrays(weight, plain)
-        for array, (dtype, size) in self.arrays.items():
-            self.register_buffer(f"weight_{array}", found[array] if found else torch.empty(size, dtype=dtype))
+        self.plain = plain
+        if weight is None:
+            found = {array: torch.empty(size, dtype=dtype) for array, (dtype, size) in self.arrays.items()}
+        else:
+            found = T.arrays(weight, plain)
+        for array, tensor in found.items():
+            self.register_buffer(f"weight_{array}", tensor)
+
+    @property
+    def arrays(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of every array."""
+        return T.sizes(self.plain)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the weight."""
+        rows, columns = self.plain["shape"]
+        return rows, columns
 
     def weight_of(self) -> T.Weight:
         """The stored weight, sharing the buffers' memory.
@@ -90,14 +102,16 @@ class Multiplier(Store):
     """
 
     bias: nn.Parameter | None
+    activation: Format | None = None
+    _prepared: kernels.Prepared | None = None
 
     def __init__(
         self, plain: T.Plain, bias: nn.Parameter | None, activation: str | None, weight: T.Weight | None = None
     ) -> None:
         super().__init__(plain, weight)
         self.bias = bias
-        self.activation = formats.parse(activation) if activation else None
-        self._prepared: kernels.Prepared | None = None
+        if activation:
+            self.activation = formats.parse(activation)
 
     def prepare(self, kernel: str | None = None) -> None:
         """Repack for the fastest kernel here (or the one named), once, before the first call."""
@@ -129,6 +143,10 @@ class QuantLinear(Multiplier):
     ``input_{position}_{array}``.
     """
 
+    rewrites: tuple[str, ...] = ()
+    _rewrite: R.Chain | None = None
+    _rewriting: kernels.Rewriting | None = None
+
     def __init__(
         self,
         plain: T.Plain,
@@ -138,12 +156,18 @@ class QuantLinear(Multiplier):
         weight: T.Weight | None = None,
     ) -> None:
         super().__init__(plain, bias, activation, weight)
-        self.rewrites = tuple(rewrites)
-        self.out_features, self.in_features = self.shape
+        if rewrites:
+            self.rewrites = tuple(rewrites)
         for array, (dtype, size) in R.storage(self.rewrites, self.in_features).items():
             self.register_buffer(f"input_{array}", torch.empty(size, dtype=dtype))
-        self._rewrite: R.Chain | None = None
-        self._rewriting: kernels.Rewriting | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
 
     @classmethod
     def of(cls, linear: nn.Linear, weight: T.Weight, activation: str | None = None) -> QuantLinear:

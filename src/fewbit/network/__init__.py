@@ -110,14 +110,15 @@ def _refuse(recipe: Recipe) -> None:
 
 def _replace(network: nn.Module, solved: dict[str, Solved], grids: dict[str, Fixed]) -> list[dict[str, Any]]:
     """Put quantized layers where the float ones are; returns their records."""
-    layers = []
+    layers, modules = [], dict(network.named_modules())
     for name, item in solved.items():
-        layer, grid = network.get_submodule(name), grids.get(name)
+        layer, grid = modules[name], grids.get(name)
         record = item.record
         if grid is not None:
             record = {**record, "activation": grid.name}
         layers.append({**record, "bias": layer.bias is not None})
-        network.set_submodule(name, solving.quantized(layer, item, record["activation"]))
+        parent, _, leaf = name.rpartition(".")
+        setattr(modules[parent], leaf, solving.quantized(layer, item, record["activation"]))
     return layers
 
 
@@ -130,41 +131,37 @@ def _decide(
     products: dict[str, Rule] = {}
     skipped: list[dict[str, Any]] = []
     kinds = {**solving.SITES, Product: solving.PRODUCT}
-    named = [
-        (name, kinds[type(module)], type(module).__name__)
-        for name, module in network.named_modules()
-        if type(module) in kinds
-    ]
-    recipe.check(named)
-    for name, module in network.named_modules():
-        if type(module) is Product:
-            rule = recipe.rule_for(name, solving.PRODUCT, Product.__name__)
-            reason = solving.refuse_product(name, rule)
-            if rule is None or reason is not None:
-                skipped.append({"name": name, "reason": reason, "nbytes": 0, "parameters": 0})
-            else:
-                products[name] = rule
-            continue
-        if not list(module.parameters(recurse=False)):
-            continue
-        kind = solving.SITES.get(type(module))
-        rule = None if kind is None else recipe.rule_for(name, kind, type(module).__name__)
-        if kind is None:
-            reason = f"{type(module).__name__} is no {' or '.join(cls.__name__ for cls in solving.SITES)}"
-            if isinstance(module, NORMS) and not ran:
-                reason = "without inputs, nobody sees which layer it follows"
-        elif rule is None or rule.format == FLOAT:
-            reason = "the recipe keeps it in float" if rule else "no rule of the recipe matches it"
-        else:
-            _check(name, kind, module, rule)
-            rules[name] = rule
+    modules = list(network.named_modules())
+    known = {name: type(module) for name, module in modules if type(module) in kinds}
+    named = {name: (name, kinds[cls], cls.__name__) for name, cls in known.items()}
+    recipe.check(list(named.values()))
+    for name, module in modules:
+        rule = recipe.rule_for(*named[name]) if name in named else None
+        reason = _kept(name, module, rule, ran)
+        if reason is None and rule is not None:
+            (products if type(module) is Product else rules)[name] = rule
             continue
         own = list(module.parameters(recurse=False))
         count, nbytes = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
-        skipped.append({"name": name, "reason": reason, "nbytes": nbytes, "parameters": count})
+        if count or type(module) is Product:
+            skipped.append({"name": name, "reason": reason, "nbytes": nbytes, "parameters": count})
     if not rules:
         raise SpecError("quantizing a network", "every layer would stay in float", "give a rule with a format")
     return rules, products, skipped
+
+
+def _kept(name: str, module: nn.Module, rule: Rule | None, ran: bool) -> str | None:
+    """None, or why ``module`` stays as it is under ``rule``, which matches it or is None."""
+    if type(module) is Product:
+        return solving.refuse_product(name, rule)
+    if type(module) not in solving.SITES:
+        if isinstance(module, NORMS) and not ran:
+            return "without inputs, nobody sees which layer it follows"
+        return f"{type(module).__name__} is no {' or '.join(cls.__name__ for cls in solving.SITES)}"
+    if rule is None or rule.format == FLOAT:
+        return "the recipe keeps it in float" if rule else "no rule of the recipe matches it"
+    _check(name, solving.SITES[type(module)], module, rule)
+    return None
 
 
 def _check(name: str, kind: str, layer: nn.Module, rule: Rule) -> None:

@@ -79,9 +79,10 @@ class Wanted:
         """E[x], (groups, columns) float64; zero when nothing was seen."""
         return self.total / max(1, self.tokens)
 
-    def known(self) -> Facts:
-        """Of all groups' inputs together."""
-        return self.accumulator.facts()
+    def inputs(self) -> tuple[Facts, Tensor]:
+        """Facts of all groups' inputs together, and (tokens, columns) of those shown, none where groups differ."""
+        whole = self.window is None or self.window.groups == 1
+        return self.accumulator.facts(), torch.cat(self.shown) if self.shown and whole else torch.zeros(0, self.columns)
 
     def look(self, x: Tensor) -> None:
         """At one batch's inputs, as the module gets them."""

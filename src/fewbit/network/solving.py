@@ -15,6 +15,7 @@ of Nagel et al. 2019, arXiv:1906.04721)::
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 
 import torch
@@ -26,7 +27,6 @@ from fewbit.containers import terms as T
 from fewbit.core.correction import correction
 from fewbit.core.facts import Facts
 from fewbit.core.rewrite import Chain
-from fewbit.core.transform import seed_of
 from fewbit.errors import UnsupportedError
 from fewbit.formats.fixed import Fixed
 from fewbit.model.convolution import QuantConv2d, window_of
@@ -62,17 +62,23 @@ def independent(
 ) -> Solutions:
     """Solve the layers of ``network`` that ``rules`` names, and find the grids of ``products``, each on the inputs that
     it has in float. What is corrected are the biases of ``network``."""
+    layers = dict(network.named_modules())
     wanted: dict[str, Wanted] = {}
     if batches:
-        wanted = {name: wanted_of(network.get_submodule(name), rule, correct_bias) for name, rule in rules.items()}
+        wanted = {name: wanted_of(layers[name], rule, correct_bias) for name, rule in rules.items()}
         look(network, batches if any(want.facts for want in wanted.values()) else batches[:1], wanted)
-    solved = {name: solve(_task(network, name, rule, wanted.get(name), seed)) for name, rule in rules.items()}
+    unseen = functools.cache(_unseen)  # the same of all layers of a width
+    solved = {}
+    for name, rule in rules.items():
+        site = site_of(name, layers[name])
+        inputs = wanted[name].inputs() if batches else unseen(site.shape[1])
+        solved[name] = solve(_task(site, layers[name], rule, inputs, seed))
     asked = {name: (rule, solved[name].rewrite) for name, rule in rules.items()}
     asked |= {side: (rule, Chain()) for name, rule in products.items() for side in operands(name)}
     grids = _grids(network, asked, batches)
     if correct_bias:
         for name, item in solved.items():
-            _correct(network.get_submodule(name), item, wanted[name].mean, wanted[name].mean)
+            _correct(layers[name], item, wanted[name].mean, wanted[name].mean)
     return solved, grids
 
 
@@ -103,9 +109,9 @@ def sequential(
         rule, last = rules[name], [(name, count[name]) for count in counts]
         want = wanted_of(network.get_submodule(name), rule, correct_bias)
         look(running, batches if want.facts else batches[:1], {name: want}, last)
-        item = solved[name] = solve(_task(network, name, rule, want, seed))
-        grids |= _grids(running, {name: (rule, item.rewrite)}, batches, last)
         layer = network.get_submodule(name)
+        item = solved[name] = solve(_task(site_of(name, layer), layer, rule, want.inputs(), seed))
+        grids |= _grids(running, {name: (rule, item.rewrite)}, batches, last)
         if correct_bias:
             _correct(layer, item, floating[name].mean, want.mean)
         grid = grids.get(name)
@@ -129,18 +135,17 @@ def site_of(name: str, layer: nn.Module) -> Site:
     return Site(name, SITES[type(layer)], f"{name}.weight", shape, 1, None, None)  # type: ignore[arg-type]
 
 
-def _task(network: nn.Module, name: str, rule: Rule, want: Wanted | None, seed: int) -> Task:
-    """``want``: what was seen of its inputs, or None where there were none."""
-    layer = network.get_submodule(name)
-    site, weight = site_of(name, layer), layer.weight
+def _unseen(columns: int) -> tuple[Facts, Tensor]:
+    """As :meth:`Wanted.inputs`, of a layer that saw no data."""
+    return Facts.none(columns), torch.zeros(0, columns)
+
+
+def _task(site: Site, layer: nn.Module, rule: Rule, inputs: tuple[Facts, Tensor], seed: int) -> Task:
+    """``inputs``: facts of them, and those that the error is measured on."""
+    weight, (known, seen) = layer.weight, inputs
     assert isinstance(weight, Tensor)
-    known, seen = Facts.none(site.shape[1]), torch.zeros(0, site.shape[1])
-    if want is not None:
-        known = want.known()
-        whole = want.window is None or want.window.groups == 1
-        seen = torch.cat(want.shown) if want.shown and whole else seen
     matrix = weight.detach().float().reshape(site.shape)
-    return Task(site, rule, formats.parse(rule.format), matrix, [known], [seen], seed_of(seed, name))
+    return Task(site, rule, formats.parse(rule.format), matrix, [known], [seen], seed)
 
 
 def _grids(
@@ -178,7 +183,7 @@ def quantized(layer: nn.Module, item: Solved, activation: str | None) -> nn.Modu
     if isinstance(layer, nn.Conv2d):
         return QuantConv2d.of(layer, item.weight, activation)
     assert isinstance(layer, nn.Linear)
-    made = QuantLinear(T.describe(item.weight), layer.bias, activation, item.rewrite.kinds, item.weight)
+    made = QuantLinear(T.of_entry(item.record), layer.bias, activation, item.rewrite.kinds, item.weight)
     for name, array in item.rewrite.arrays.items():
         getattr(made, f"input_{name}").copy_(array)
     return made.eval()

@@ -21,6 +21,7 @@ from fewbit.core.layout import UNPACKED, Layout
 from fewbit.core.qtensor import QTensor, stack, sum_of_squares
 from fewbit.core.rewrite import Chain
 from fewbit.core.terms import Terms, has_sparse, matrices, repack
+from fewbit.core.transform import seed_of
 from fewbit.errors import UnsupportedError, VerificationError
 from fewbit.formats.fixed import Fixed
 from fewbit.model.sites import Site
@@ -31,7 +32,7 @@ from fewbit.run.spread import spread
 @dataclass(frozen=True, eq=False)
 class Task:
     """``weight`` float32 (experts * rows, columns); ``facts`` and ``seen`` (tokens, columns) one entry an expert.
-    ``seed`` is the layer's own."""
+    ``seed`` is that of the run."""
 
     site: Site
     rule: Rule
@@ -124,7 +125,7 @@ def solve(task: Task) -> Solved:
         )
     rewrite, rewritten, known = transformed(task)
     parts, starved = [], []
-    for expert, weight in enumerate(rewritten.split(site.shape[0])):
+    for expert, weight in enumerate(rewritten.split(site.shape[0]) if site.experts > 1 else [rewritten]):
         part, blind = fit(weight, task.format, known[expert], task.rule)
         parts.append(part)
         starved += [expert] if blind else []
@@ -193,11 +194,14 @@ def transformed(task: Task) -> tuple[Chain, Tensor, list[Facts]]:
     Facts of rewritten inputs are worked out only where something still asks for them. (Fused experts have no
     transforms: the plan refuses them.)
     """
+    if not task.rule.transforms:
+        return Chain(), task.weight, task.facts
     rows = [transforms.named(step.name) for step in task.rule.transforms]
     weight, known, steps = task.weight, task.facts, []
     asking = [row.needs for row in rows[1:]] + [methods.named(task.rule.method).needs]
     for i, row in enumerate(rows):
-        step = row(weight, known[0], task.seed ^ i, task.format, **task.rule.transforms[i].options)
+        seed = seed_of(task.seed, task.site.name) ^ i
+        step = row(weight, known[0], seed, task.format, **task.rule.transforms[i].options)
         steps.append(step)
         weight = step.weight(weight)
         if any(need != "nothing" for need in asking[i:]) and known[0].tokens:
@@ -216,7 +220,7 @@ def relative_error(task: Task, made: T.Weight, rewrite: Chain) -> float:
     W' is what ``made``, which works on inputs that went through ``rewrite``, is on inputs as they are before.
     """
     if isinstance(made, QTensor) and not rewrite.steps and not any(len(x) for x in task.seen):
-        lost, whole = made.squares(task.weight)
+        lost, whole = made.lost or made.squares(task.weight)
     else:
         lost, whole = _squares(task, rewrite.unweight(made.dequantize()))
     return (lost / whole) ** 0.5 if whole else 0.0

@@ -11,7 +11,6 @@ from torch import Tensor
 from fewbit import formats, methods
 from fewbit.core.correction import correction
 from fewbit.core.facts import Facts, Need, strongest
-from fewbit.core.transform import seed_of
 from fewbit.measure.memory import peak_rss_bytes
 from fewbit.model.sites import Site, in_block
 from fewbit.model.stream import StreamedModel
@@ -53,7 +52,7 @@ def make_task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[st
         weight.clone() if decision.rule.tunings() else weight,  # the model's own is overwritten once it is solved
         known_of(run, site, decision.rule, facts),
         seen.get(site.name, unseen),
-        seed_of(run.seed, site.name),
+        run.seed,
     )
 
 
