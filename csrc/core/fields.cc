@@ -35,6 +35,16 @@ bool sound(const void* one, const void* other, int64_t rows, int64_t columns, in
 template <int kBits>
 void pack_row(const uint8_t* codes, int64_t columns, uint8_t* packed) {
   int64_t i = 0;
+  if constexpr (kBits == 2 || kBits == 4) {  // whole codes in a byte, which compilers pack in vectors
+    constexpr int64_t kEach = 8 / kBits;
+    const int64_t bytes = columns / kEach;
+    for (int64_t b = 0; b < bytes; b++) {
+      int byte = 0;
+      for (int64_t k = 0; k < kEach; k++) byte |= codes[kEach * b + k] << (k * kBits);
+      packed[b] = static_cast<uint8_t>(byte);
+    }
+    i = kEach * bytes, packed += bytes;
+  }
   for (; i + 8 <= columns; i += 8, packed += kBits) {
     uint64_t eight;
     memcpy(&eight, codes + i, 8);
@@ -50,16 +60,21 @@ void pack_row(const uint8_t* codes, int64_t columns, uint8_t* packed) {
 template <int kBits>
 void unpack_row(const uint8_t* packed, int64_t columns, uint8_t* codes) {
   int64_t i = 0;
-  for (; i + 8 <= columns; i += 8, packed += kBits) {
-    uint64_t eight = 0;
-    memcpy(&eight, packed, kBits);
+  if constexpr (kBits == 4)
+    for (; i + 2 <= columns; i += 2, packed++) codes[i] = *packed & 15, codes[i + 1] = *packed >> 4;
+  const uint8_t* end = packed + ((columns - i) * kBits + 7) / 8;
+  for (; end - packed >= 8 && i + 8 <= columns; i += 8, packed += kBits) {
+    uint64_t eight;
+    memcpy(&eight, packed, 8);  // what follows is cut off
     eight = parted(eight, kBits);
     memcpy(codes + i, &eight, 8);
   }
-  uint64_t rest = 0;
-  memcpy(&rest, packed, static_cast<size_t>((columns - i) * kBits + 7) / 8);
-  rest = parted(rest, kBits);
-  memcpy(codes + i, &rest, static_cast<size_t>(columns - i));
+  for (; i < columns; i += 8, packed += kBits) {
+    uint64_t rest = 0;
+    memcpy(&rest, packed, static_cast<size_t>(end - packed < kBits ? end - packed : kBits));
+    rest = parted(rest, kBits);
+    memcpy(codes + i, &rest, static_cast<size_t>(columns - i < 8 ? columns - i : 8));
+  }
 }
 
 using Row = void (*)(const uint8_t* from, int64_t columns, uint8_t* to);

@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "core/dtypes.h"
 #include "fewbit.h"
 #include "fewbit_grids.h"
 
@@ -39,17 +40,19 @@ void check_fields(int64_t columns, int32_t bits) {
 // Every code is the nearest, under grids that span what is there; and the squares are those of what codes stand for.
 void check_rounding(int64_t columns, int64_t block, int32_t levels, int32_t ends, int32_t isa) {
   const int64_t rows = 5, blocks = (columns + block - 1) / block;
-  std::vector<float> weight(size(rows * columns)), scale(size(rows * blocks)), zero(scale.size()), offset(scale.size());
-  std::vector<uint8_t> codes(weight.size());
+  std::vector<float> weight(size(rows * columns)), scale(size(rows * blocks)), offset(scale.size());
+  std::vector<uint16_t> stored(scale.size());
+  std::vector<uint8_t> codes(weight.size()), zero(scale.size());
   for (float& w : weight) w = static_cast<float>(static_cast<int32_t>(drawn())) * 1e-10f;
   double sums[2], at_once[2];
-  fewbit_grid_round_call call = {weight.data(), rows,         columns,     block,        levels, ends, 0,
-                                 scale.data(),  zero.data(), codes.data(), at_once};
+  fewbit_grid_round_call call = {weight.data(), rows, columns, block, levels, 0, stored.data(), ends ? zero.data() : nullptr,
+                                 codes.data(), at_once};
   expect(fewbit_grid_round(&call, isa) == FEWBIT_OK, "grid_round", columns, isa);
   double lost = 0, whole = 0;
   for (int64_t i = 0; i < rows * columns; i++) {
     const size_t at = size(i / columns * blocks + i % columns / block);
-    const double s = scale[at], z = zero[at], w = weight[size(i)], code = codes[size(i)];
+    scale[at] = fewbit::from_float16(stored[at]);
+    const double s = scale[at], z = ends ? zero[at] : levels / 2, w = weight[size(i)], code = codes[size(i)];
     const double best = fmin(fmax(w / s + z, 0), levels - 1);
     expect(fabs(code - best) <= 0.5 + 1e-3, "nearest code", columns, i);
     expect(fabs(w) <= 1.01 * s * (levels - 1), "range of a grid", columns, i);

@@ -62,6 +62,11 @@ class Method:
     tuning: str = ""
     source: str = ""
 
+    @property
+    def sums(self) -> bool:
+        """Whether a result may be a sum of terms."""
+        return self.parts is not None or self.beside is not _nothing_beside
+
     def __call__(self, weight: Tensor, format: Format, facts: Facts, **options: Any) -> QTensor | Terms:
         return self.solve(weight, format, facts, **{**self.options, **options})
 

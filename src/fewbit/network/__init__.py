@@ -179,9 +179,10 @@ def _check(name: str, kind: str, layer: nn.Module, rule: Rule) -> None:
     if methods.named(rule.method).needs == "fisher":
         found = "the Fisher diagonal is collected of language models only"
         raise UnsupportedError(f"method {rule.method} for {name}", found, "clip or gptq, of the same formats")
-    site = solving.site_of(name, layer)
-    if methods.named(rule.method).made_of(formats.parse(rule.format), site.shape, rule.options).sum:
-        check_terms(site, rule)
+    if methods.named(rule.method).sums:
+        site = solving.site_of(name, layer)
+        if methods.named(rule.method).made_of(formats.parse(rule.format), site.shape, rule.options).sum:
+            check_terms(site, rule)
 
 
 def _need_data(rules: dict[str, Rule], products: dict[str, Rule], more: bool, batches: list[Batch]) -> None:
