@@ -144,7 +144,7 @@ def _task(site: Site, layer: nn.Module, rule: Rule, inputs: tuple[Facts, Tensor]
     """``inputs``: facts of them, and those that the error is measured on."""
     weight, (known, seen) = layer.weight, inputs
     assert isinstance(weight, Tensor)
-    matrix = weight.detach().float().reshape(site.shape)
+    matrix = weight.detach().float().flatten(1)
     return Task(site, rule, formats.parse(rule.format), matrix, [known], [seen], seed)
 
 
