@@ -17,7 +17,7 @@ import resource
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -98,12 +98,13 @@ def fewbit(job: Job) -> tuple[Timed, Read]:
     import fewbit.run
     from fewbit.containers import manifest as M
     from fewbit.containers.files import read_json
+    from fewbit.recipe import Recipe
     from fewbit.run.verify import read_back, read_rewrite
 
     format, _, row = job.what.partition(" ")
     keywords = accuracy.settings(row, {"iters": job.iters}, {})
-    if fewbit.methods.named(keywords["method"]).needs == "nothing":
-        return fewbit_in_memory(job, format, keywords["method"])
+    if not (rule := Recipe.simple(format, head="float", **keywords).rules[-1]).calibrated:
+        return fewbit_in_memory(job, rule)
     folder = TemporaryDirectory()
     out = Path(folder.name) / "out"
 
@@ -126,12 +127,12 @@ def fewbit(job: Job) -> tuple[Timed, Read]:
     return run, read
 
 
-def fewbit_in_memory(job: Job, format: str, method: str) -> tuple[Timed, Read]:
+def fewbit_in_memory(job: Job, rule: Any) -> tuple[Timed, Read]:
     """What needs no data, as other packages do it: layers of the loaded model replaced, and no file."""
     import fewbit.network
     from fewbit.recipe import Recipe, Rule
 
-    recipe = Recipe((Rule("lm_head", "float"), Rule("kind:linear", format, method)))
+    recipe = Recipe((Rule("lm_head", "float"), replace(rule, match="kind:linear")))
 
     def run() -> Any:
         return fewbit.network.quantize(network(job), recipe, inplace=True)
