@@ -60,19 +60,21 @@ struct BitRun {
       }
     }
     const int64_t segments = long_row ? 1 : (chunks + part - 1) / part;
-    for (int t = 0; t < kGroups; t++) {
-      const int tile = t / kGroupsPerTile;
-      const int64_t row = Group(task, (begin + (begin + tile < end ? tile : 0)) * kGroupsPerTile + t % kGroupsPerTile).parameters;
-      Segment here = segment;
-      for (int64_t s = 0; s < segments; s++, here.advance(task)) line[s][t] = Line(task, 1, row + here.weight);
-    }
+    int64_t parameters[kTiles];  // a tile that is not there takes those of one that is
+    for (int i = 0; i < kTiles; i++) parameters[i] = (begin + (begin + i < end ? i : 0)) * task.blocks * 16;
+    Segment here = segment;
+    for (int64_t s = 0; s < segments; s++, here.advance(task))
+#pragma GCC unroll 8
+      for (int t = 0; t < kGroups; t++)
+        line[s][t] = Line(task, 1, parameters[t / kGroupsPerTile] + here.weight + t % kGroupsPerTile * kLanes);
   }
 
   // Fetches a share of what the next tiles are read from.
   FEWBIT_INLINE void fetch(int64_t begin, int64_t share) const {
     const int64_t next = begin + kTiles, lines = task.blocks * kTiles * 16;
     const uint8_t* codes = task.codes + next * task.chunks * 64;
-    for (int64_t i = first * kTiles + share; i < (first + chunks) * kTiles; i += kFetching) __builtin_prefetch(codes + i * 64, 0, 2);
+    for (int64_t i = first * kTiles + share; i < (first + chunks) * kTiles; i += kFetching)
+      __builtin_prefetch(codes + i * 64, 0, 2);
     if (first > 0) return;
     const auto parameters = [&](const void* values, bool half) {
       const int64_t bytes = half ? 2 : 4;
