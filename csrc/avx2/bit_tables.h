@@ -21,19 +21,23 @@ constexpr int kTableBytes = 4 * 2 * 2 * 16;  // of a chunk
 constexpr int kRaised = 512;                 // >= 4 * 128
 constexpr int64_t kTableRun = 8;             // chunks whose sums, at most 8 * 1020 each, add up in 16 bits
 
+// A byte for each bit of four entries from `first` and, in the other half, from `first` + 8.
+inline U bits_of_entries(int first) {
+  const auto bits = [](int entry) { return (entry & 1) | (entry & 2) << 7 | (entry & 4) << 14 | (entry & 8) << 21; };
+  const int a = first, b = first + 8;
+  return _mm256_setr_epi32(bits(a), bits(a + 1), bits(a + 2), bits(a + 3), bits(b), bits(b + 1), bits(b + 2), bits(b + 3));
+}
+
 // The tables of 32 activations.
 inline void chunk_tables(const int8_t* x, uint8_t* out) {
-  const U index = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  U taken[4];  // entries that hold the activation of bit i
-  for (int i = 0; i < 4; i++) {
-    const U bit = _mm256_set1_epi16(static_cast<int16_t>(1 << i));
-    taken[i] = _mm256_cmpeq_epi16(mask(index, bit), bit);
-  }
+  alignas(32) int8_t sorted[2][4][4];  // half, j, i
+  store_lanes(reinterpret_cast<uint8_t*>(sorted), by_place(load_lanes(reinterpret_cast<const uint8_t*>(x))));
+  const U first = bits_of_entries(0), second = bits_of_entries(4);
   for (int j = 0; j < 4; j++)
     for (int half = 0; half < 2; half++, out += 32) {
-      U sum = _mm256_set1_epi16(kRaised);
-      for (int i = 0; i < 4; i++)
-        sum = _mm256_add_epi16(sum, _mm256_and_si256(taken[i], _mm256_set1_epi16(x[16 * half + 4 * i + j])));
+      const U few = four(sorted[half][j]);
+      U sum = _mm256_hadd_epi16(_mm256_maddubs_epi16(first, few), _mm256_maddubs_epi16(second, few));
+      sum = _mm256_add_epi16(sum, _mm256_set1_epi16(kRaised));
       const U low = _mm256_and_si256(sum, _mm256_set1_epi16(31)), high = _mm256_srli_epi16(sum, 5);
       store_lanes(out, _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8));
     }
@@ -80,6 +84,15 @@ struct TableSums {
     first = _mm256_add_epi16(first, _mm256_maddubs_epi16(_mm256_unpacklo_epi8(low, high), weight));
     second = _mm256_add_epi16(second, _mm256_maddubs_epi16(_mm256_unpackhi_epi8(low, high), weight));
     asm("" : "+x"(first), "+x"(second));
+  }
+
+  // As floats, less 2^23 less `raised`: what they are put behind makes floats of them.
+  FEWBIT_INLINE void values(F raised, F (&value)[4]) const {
+    const U above = _mm256_set1_epi16(0x4b00);
+    value[0] = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpacklo_epi16(first, above)), raised);
+    value[1] = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpackhi_epi16(first, above)), raised);
+    value[2] = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpacklo_epi16(second, above)), raised);
+    value[3] = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpackhi_epi16(second, above)), raised);
   }
 
   // Adds them to sums of 32 bits.

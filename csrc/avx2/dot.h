@@ -2,6 +2,7 @@
 #pragma once
 
 #include "avx2/narrow.h"
+#include "avx2/rounded_chunk.h"
 #include "avx2/shuffle.h"
 #include "avx2/simd.h"
 

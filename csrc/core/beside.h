@@ -77,6 +77,11 @@ struct Run {
   Segment segment;              // the first
   const uint8_t *codes, *next;  // of the tile; what follows them, as stored
   alignas(64) float totals[kMostBeside][kGroupsPerTile][kLanes];
+
+  // Totals are begun with each tile.
+  FEWBIT_INLINE Run(const SegmentTask& whole, Settling as, float of_scales, int64_t of_segment)
+      : task(whole), how(as), origin(0), sign(of_scales), first(0), all(0), chunks(of_segment), parameters(0), segment(whole),
+        codes(nullptr), next(nullptr) {}
 };
 
 template <Settling how, int T, int H>
@@ -179,8 +184,8 @@ void tiles_beside(const SegmentTask& task, int64_t begin, int64_t end, int64_t t
   const K kernel(task);
   const Q operand(task);
   const bool long_row = task.segment_chunks > room;
-  Run run{task, long_row ? kPartly : settling(task), 0, mirrored(kernel) ? -1.0f : 1.0f, 0, 0,
-          long_row ? room / kWholeSpans * kWholeSpans : task.segment_chunks, 0, Segment(task), nullptr, nullptr, {}};
+  Run run(task, long_row ? kPartly : settling(task), mirrored(kernel) ? -1.0f : 1.0f,
+          long_row ? room / kWholeSpans * kWholeSpans : task.segment_chunks);
   const int64_t most = room / run.chunks * run.chunks, bytes = task.chunks * K::kBits * 64;
   const int64_t padded = (tokens + kFewBeside - 1) / kFewBeside * kFewBeside;
   for (const uint8_t* codes = task.codes + begin * bytes; begin < end; begin++, codes += bytes) {

@@ -42,7 +42,7 @@ void round_columns(const Int8RowTask& task, const fewbit_input& x, int64_t token
       const int64_t count = left - begin < 32 ? left - begin : 32;
       memcpy(values, floats(x, token, first + begin, count, buffer), static_cast<size_t>(count) * sizeof(float));
       int8_t rounded[32];
-      sum += round_chunk(values, scale, 128.0f, rounded);
+      sum += round_chunks(values, scale, 128.0f, 1, rounded, 32);
       for (int half = 0; half < 2; half++) memcpy(here + (begin / 16 + half) * apart, rounded + half * 16, 16);
     }
   }

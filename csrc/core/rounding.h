@@ -45,7 +45,7 @@ inline float scale_of(const fewbit_input& source, int64_t token, int64_t first, 
 
 // 32 activations; returns the sum of what they became.
 template <class X>
-inline int32_t round_chunk(const float* x, float scale, float zero, X* out) {
+inline int32_t divide_chunk(const float* x, float scale, float zero, X* out) {
   int32_t q[32], sum = 0;
   for (int k = 0; k < 32; k++) {
     int32_t bits = static_cast<int32_t>(bits_of(x[k] / scale + zero + kRound));
@@ -55,6 +55,14 @@ inline int32_t round_chunk(const float* x, float scale, float zero, X* out) {
   }
   for (int k = 0; k < 32; k++) sum += q[k];
   for (int k = 0; k < 32; k++) out[k] = static_cast<X>(q[k]);
+  return sum;
+}
+
+// The same of many that follow one another, `apart` from one to the next once rounded. An instruction set may have its own.
+template <class X>
+inline int32_t round_chunks(const float* x, float scale, float zero, int64_t chunks, X* out, int64_t apart) {
+  int32_t sum = 0;
+  for (; chunks > 0; chunks--, x += 32, out += apart) sum += divide_chunk(x, scale, zero, out);
   return sum;
 }
 
@@ -74,35 +82,35 @@ template <class X>
 void round_token(const SegmentTask& task, const fewbit_input& x, int64_t token) {
   const int64_t apart = task.together * 32;
   X* out = row_of<X>(task, token);
-  float* scales = task.x_scale + token * task.x_blocks;
-  const bool exists = token < x.tokens;
+  float *scale = task.x_scale + token * task.x_blocks, *sums = sum_at(task, token, 0);
+  const bool exists = token < x.tokens, stands = exists && x.dtype == FEWBIT_FLOAT32 && x.step == 1;
   const float zero = x.scale != 0 ? static_cast<float>(x.zero) : 128.0f;
-  for (int64_t s = 0; s < task.segments; s++) {
-    const int64_t first = s * task.segment_chunks * 32, block = s / task.x_block_segments;
-    if (exists && s % task.x_block_segments == 0) {
+  int64_t first = 0, shared = 0;  // columns before the segment, segments before it that share its scale
+  for (int64_t s = 0; s < task.segments; s++, first += task.segment_chunks * 32, sums += task.together) {
+    if (shared == task.x_block_segments) scale++, shared = 0;
+    if (shared++ == 0) {
       const int64_t whole = task.x_block_segments * task.segment_chunks * 32, left = task.columns - first;
-      scales[block] = scale_of(x, token, first, left < whole ? left : whole);
+      *scale = exists ? scale_of(x, token, first, left < whole ? left : whole) : 0;
     }
-    if (!exists) scales[block] = 0;
-    const int64_t left = task.chunks - s * task.segment_chunks;
-    const int64_t chunks = left < task.segment_chunks ? left : task.segment_chunks;
-    int32_t sum = 0;
-    for (int64_t c = 0; c < chunks; c++, out += apart) {
-      const int64_t column = first + c * 32;
-      float buffer[32];
+    const int64_t left = task.chunks - s * task.segment_chunks, chunks = left < task.segment_chunks ? left : task.segment_chunks;
+    const int64_t full = (task.columns - first) / 32, ready = !stands ? 0 : full < chunks ? full : chunks;
+    float buffer[32];
+    int32_t sum = ready ? round_chunks(floats(x, token, first, 32, buffer), *scale, zero, ready, out, apart) : 0;
+    out += ready * apart;
+    for (int64_t c = ready; c < chunks; c++, out += apart) {
+      const int64_t column = first + c * 32, few = task.columns - column;
       if (!exists) {
         memset(out, 0, 32 * sizeof(X));
-      } else if (column + 32 <= task.columns) {
-        sum += round_chunk(floats(x, token, column, 32, buffer), scales[block], zero, out);
+      } else if (few >= 32) {
+        sum += round_chunks(floats(x, token, column, 32, buffer), *scale, zero, 1, out, apart);
       } else {
-        const int64_t few = task.columns - column;
         float rest[32] = {};
         memcpy(rest, floats(x, token, column, few, buffer), static_cast<size_t>(few) * sizeof(float));
-        for (int64_t k = few; k < 32; k++) rest[k] = (128.0f - zero) * scales[block];  // what becomes 0
-        sum += round_chunk(rest, scales[block], zero, out);
+        for (int64_t k = few; k < 32; k++) rest[k] = (128.0f - zero) * *scale;  // what becomes 0
+        sum += round_chunks(rest, *scale, zero, 1, out, apart);
       }
     }
-    *sum_at(task, token, s) = static_cast<float>(sum);
+    *sums = static_cast<float>(sum);
   }
 }
 

@@ -81,6 +81,7 @@ const SegmentKernel* find_few([[maybe_unused]] bool lut, [[maybe_unused]] int32_
   const bool three = most == 3 && tokens == 1 && rows >= kRows;
   const bool takes = most <= few.most && (lut || most == 1 || three);  // see avx2/bit_tables.h
   if (fewbit_caps() & isa & FEWBIT_AVX2 && tokens <= 2 && takes) return &few.kernel;
+  if (fewbit_caps() & isa & FEWBIT_AVX2 && tokens > 2 && !lut && most == 1) return &int8_bits_linear_avx2;
 #endif
   return nullptr;
 }

@@ -89,6 +89,18 @@ const uint8_t* first_head(const fewbit_decoder* d, const fewbit_block& block, in
   return run.blocks[at] + head * (run.closed[at] ? d->cache.closed() : d->cache.open()).bytes;
 }
 
+// Fetches where a unit will write its key and its value: a line for every other dimension.
+void fetch_place(fewbit_decoder* d, int64_t layer, const Unit& unit) {
+  const Run& run = *unit.run;
+  if (!run.places) return;
+  const HeadLayout& open = d->cache.open();
+  const int64_t position = run.position + unit.row - run.row, tile = position % kBlock / kTile;
+  const uint8_t* head = d->cache.place(run.sequence, position, layer, unit.kv_head);
+  for (int64_t at = 0; at < open.key_tile; at += 64) __builtin_prefetch(head + tile * open.key_tile + at, 1);
+  const uint8_t* value = head + open.values + tile * open.value_tile + position % kTile * (open.value_tile / kTile);
+  for (int64_t at = 0; at < open.value_tile / kTile; at += 64) __builtin_prefetch(value + at, 1);
+}
+
 // `next`: the unit that this thread is likely to take after it, or null.
 void attend_unit(fewbit_decoder* d, const fewbit_block& block, int64_t layer, const Unit& unit, const Unit* next) {
   const fewbit_model& m = d->model;
@@ -104,6 +116,7 @@ void attend_unit(fewbit_decoder* d, const fewbit_block& block, int64_t layer, co
   const int64_t head = layer * m.kv_heads + unit.kv_head;
   const HeadLayout &open = d->cache.open(), &closed = d->cache.closed();
   const uint8_t* ahead = next ? first_head(d, block, layer, *next) : nullptr;
+  if (next) fetch_place(d, layer, *next);
   d->steps.attend({open, closed, run.blocks.data(), run.closed.data(), head * open.bytes, head * closed.bytes, queries,
                    count, block.window, m.query_scale, m.attention_cap, ahead});
 }

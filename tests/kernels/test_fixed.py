@@ -94,6 +94,17 @@ def test_eight_bits_a_row_are_integers_here_and_equal_on_every_instruction_set()
     assert bool(((ys[0] - kernels.prepare(matrix, "reference", grid)(x)).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("scale", ["0.015625", "0.021", "1.99999988", "1e-30", "1e-37", "48"])
+def test_what_is_far_off_the_grid_or_between_its_points_is_rounded_alike(scale: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    matrix = methods.rtn(torch.randn(24, 96, generator=generator), formats.parse("int8/channel/sym"))
+    grid = fixed(f"int8/static/asym/s{scale}/z77")
+    points = torch.arange(5 * 96).reshape(5, 96) - 240.0
+    for x in (points * grid.scale, (points + 0.5) * grid.scale, points * 1e36, points * 1e-42):
+        ys = [kernels.prepare(matrix, name, grid)(x) for name in INTEGERS if name.startswith("int8_linear")]
+        assert all(torch.equal(y, ys[0]) for y in ys)
+
+
 @pytest.mark.parametrize("kernel", [*INTEGERS, "reference"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_token_that_is_not_finite_stays_so(kernel: str, bad: float) -> None:
