@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of bytes x one token, several codes beside one another: each entry fills registers of its own, so that nothing is
+// Vectors of bytes x one token or two, several codes beside one another: each entry fills registers of its own, so that nothing is
 // transposed. Entries of small books are kept as float32, which one instruction loads and multiplies: sums of a segment of at
 // most 256 columns are integers below 2^24, exact in any order. Those of large ones are widened to int32 as they are loaded.
 #pragma once
@@ -14,7 +14,7 @@
 namespace fewbit {
 namespace {
 
-constexpr int kSums = 8;  // registers that hold sums: codes times registers of an entry
+constexpr int kSums = 8;  // registers that hold sums: codes times tokens times registers of an entry
 
 // WIDTH floats of an entry: of a register, how many there are, and how far apart entries are, as a power of two.
 template <int WIDTH>
@@ -60,8 +60,8 @@ struct ByteEntry {
   }
 };
 
-template <class Entry>
-constexpr int kBeside = kSums / Entry::kParts;  // codes
+template <class Entry, int M = 1>
+constexpr int kBeside = kSums / Entry::kParts / M;  // codes
 
 // Adds the products of entry `at` of `book`, register `part`, to `sum`.
 template <class Entry>
@@ -120,11 +120,12 @@ struct Offsets {
   }
 };
 
-// Adds the products of groups of four columns of some codes to `total`, (codes, numbers of an entry). A call of its own:
-// what surrounds it would keep registers that its sums need.
-template <class Entry>
-__attribute__((noinline)) void add_quads(const void* book, const uint16_t* at, const typename Entry::Number* x, int64_t quads,
-                                         typename Entry::Number* total) {
+// Adds the products of groups of four columns of some codes with M tokens, `next` activations apart, to `total`, (codes,
+// tokens, numbers of an entry). A call of its own: what surrounds it would keep registers that its sums need.
+template <class Entry, int M>
+__attribute__((noinline)) void add_quads(const void* book, const uint16_t* at, const typename Entry::Number* x, int64_t next,
+                                         int64_t quads, typename Entry::Number* total) {
+  constexpr int P = Entry::kParts;
   const uint64_t second = in_register(16 | 16 << 8), third = in_register(32 | 16 << 8);
   typename Entry::Lanes sum[kSums];
 #pragma GCC unroll 8
@@ -132,36 +133,38 @@ __attribute__((noinline)) void add_quads(const void* book, const uint16_t* at, c
   for (const auto* end = x + quads * 4; x < end; x += 4, at += 64)
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) {
-      const auto each = Entry::each(x + k);
+      typename Entry::Lanes each[M];
+      for (int m = 0; m < M; m++) each[m] = Entry::each(x + m * next + k);
 #pragma GCC unroll 2
-      for (int u = 0; u < kBeside<Entry>; u += 4) {
+      for (int u = 0; u < kBeside<Entry, M>; u += 4) {
         const uint64_t word = in_register(word_at<uint64_t>(at + place_of(u / 4, k)));
         const uint64_t from[4] = {static_cast<uint16_t>(word), extract(word, second), extract(word, third), word >> 48};
 #pragma GCC unroll 8
-        for (int i = 0; i < 4 * Entry::kParts; i++)
-          grow<Entry>(sum[u * Entry::kParts + i], each, book, from[i / Entry::kParts], i % Entry::kParts);
+        for (int i = 0; i < 4 * M * P; i++)
+          grow<Entry>(sum[u * M * P + i], each[i / P % M], book, from[i / P / M], i % P);
       }
     }
 #pragma GCC unroll 8
   for (int i = 0; i < kSums; i++) Entry::store(total + i * Entry::kLanes, sum[i]);
 }
 
-// Likewise of chunks of some codes of a wide book, which lie `next` bytes apart, and whose chunks lie `apart`.
+// Likewise of chunks of some codes of a wide book, which lie `next` bytes apart, and whose chunks lie `apart`, with one token,
+// whose chunks lie `x_apart` activations apart.
 template <class Entry, int BITS>
 __attribute__((noinline)) void add_wide_chunks(const EightIndices<BITS>& indices, const uint8_t* codes, int64_t next,
-                                               int64_t apart, const uint8_t* book, const int16_t* x, int64_t chunks,
-                                               int32_t* total) {
+                                               int64_t apart, const uint8_t* book, const int16_t* x, int64_t x_apart,
+                                               int64_t chunks, int32_t* total) {
   typename Entry::Lanes sum[kSums], each[4];
 #pragma GCC unroll 8
   for (int i = 0; i < kSums; i++) sum[i] = Entry::load(total + i * Entry::kLanes);
-  for (; chunks > 0; chunks--, codes += apart) {
+  for (; chunks > 0; chunks--, codes += apart, x += x_apart) {
     for (int u = 0; u < kBeside<Entry>; u++) __builtin_prefetch(codes + (u + kBeside<Entry>) * next, 0, 2);  // what comes next
     const uint8_t* here = codes;
-    for (const int16_t* end = x + 32; x < end; x += 8, here += indices.size())
+    for (int column = 0; column < 32; column += 8, here += indices.size())
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) each[i] = Entry::each(x + half * 4 + i);
+        for (int i = 0; i < 4; i++) each[i] = Entry::each(x + column + half * 4 + i);
 #pragma GCC unroll 8
         for (int u = 0; u < kBeside<Entry>; u++) {
           uint64_t at[4];

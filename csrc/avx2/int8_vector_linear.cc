@@ -263,18 +263,19 @@ void tiles(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int
   }
 }
 
-// One token.
-void run_alone(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end) {
+// Few tokens times wide books: one, or where codes are long two.
+void wide_few(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int64_t end = tile_end * 16 < task.rows ? tile_end * 16 : task.rows;
-  if (!task.wide) return narrow_alone(task, tile_begin, tile_end);
   if (task.width == 8)
     for (int64_t code = tile_begin * 16; code < end; code += 2) wide_codes(task, code);
   else
-    for (int64_t code = tile_begin * 16; code < end; code += kBeside<ByteEntry<16>>) long_codes(task, code);
+    for (int64_t code = tile_begin * 16; code < end; code += kBeside<ByteEntry<16>>)
+      for (int64_t token = 0; token < tokens; token++) long_codes(task, code, token);
 }
 
 void run(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  if (task.together == 1) return run_alone(task, tile_begin, tile_end);
+  if (task.together <= 2 && !task.wide) return narrow(task, tile_begin, tile_end, tokens);
+  if (task.together == 1 || (task.together == 2 && task.width == 16)) return wide_few(task, tile_begin, tile_end, tokens);
   const auto of = task.width == 8 ? tiles<8> : tiles<16>;
   of(task, tile_begin, tile_end, tokens);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of vectors of bytes x one token: see entries.h.
+// Tiles of vectors of bytes x one token or two: see entries.h.
 #pragma once
 
 #include <string.h>
@@ -12,43 +12,55 @@ namespace {
 
 constexpr int32_t kJointBits = 12;  // of two indices that are read as one: their book of bytes fills the first-level cache
 
-template <int COUNT, int WIDTH>
-void begin_codes(const Int8VectorTask& task, float (&totals)[COUNT][WIDTH]) {
+template <int COUNT, int M, int WIDTH>
+void begin_codes(const Int8VectorTask& task, int64_t token, float (&totals)[COUNT][M][WIDTH]) {
   memset(totals, 0, sizeof totals);
-  for (auto& of : totals) memcpy(of, task.start, static_cast<size_t>(task.dim) * sizeof(float));
+  for (auto& of : totals)
+    for (int m = 0; m < M; m++)
+      memcpy(of[m], task.start + (token + m) * task.dim, static_cast<size_t>(task.dim) * sizeof(float));
 }
 
 // Scales the sums of a segment, and adds them to their totals.
-template <class Number, int COUNT, int WIDTH>
-void settle_codes(const Int8VectorTask& task, const VectorSegment& segment, const Number (&sums)[COUNT][WIDTH],
-                  float (&totals)[COUNT][WIDTH]) {
-  float factor[WIDTH] = {};
-  for (int64_t d = 0; d < task.dim; d++) factor[d] = segment.factor(0, d);
+template <class Number, int COUNT, int M, int WIDTH>
+void settle_codes(const Int8VectorTask& task, const VectorSegment& segment, int64_t token, const Number (&sums)[COUNT][M][WIDTH],
+                  float (&totals)[COUNT][M][WIDTH]) {
+  float factor[M][WIDTH] = {};
+  for (int m = 0; m < M; m++)
+    for (int64_t d = 0; d < task.dim; d++) factor[m][d] = segment.factor(token + m, d);
   for (int u = 0; u < COUNT; u++)
-    for (int d = 0; d < WIDTH; d++) totals[u][d] = __builtin_fmaf(factor[d], static_cast<float>(sums[u][d]), totals[u][d]);
+    for (int m = 0; m < M; m++)
+      for (int d = 0; d < WIDTH; d++)
+        totals[u][m][d] = __builtin_fmaf(factor[m][d], static_cast<float>(sums[u][m][d]), totals[u][m][d]);
 }
 
-// Some codes of wide books, of more than eight rows.
-void long_codes(const Int8VectorTask& task, int64_t code) {
+template <int COUNT, int M, int WIDTH>
+void put_totals(const Int8VectorTask& task, int64_t code, int64_t token, const float (&totals)[COUNT][M][WIDTH]) {
+  for (int u = 0; u < COUNT && code + u < task.rows; u++)
+    for (int m = 0; m < M; m++) put_code(task, code + u, token + m, totals[u][m]);
+}
+
+// Some codes of wide books, of more than eight rows, x one token.
+void long_codes(const Int8VectorTask& task, int64_t code, int64_t token) {
   using Entry = ByteEntry<16>;
   constexpr int B = kBeside<Entry>;
-  float totals[B][16];
-  begin_codes(task, totals);
-  const auto* x = activations_of<int16_t>(task, 0);
+  float totals[B][1][16];
+  begin_codes(task, token, totals);
+  const auto* x = activations_of<int16_t>(task, 0) + token * 32;
+  const int64_t apart = task.together * 32;
   const int64_t bytes = (task.bits + task.residual_bits) * 4, next = task.chunks * bytes;
   const uint8_t* codes = wide_codes_of(task, code);
   VectorSegment segment(task);
   for (int64_t s = 0; s < task.segments; s++, segment.next()) {
-    int32_t sums[B][16] = {};
+    int32_t sums[B][1][16] = {};
     const auto add = [&](int32_t bits, const uint8_t* from, const uint8_t* book) {
-      with_bits(bits, [&](auto at) { add_wide_chunks<Entry>(at, from, next, bytes, book, x, segment.chunks, sums[0]); });
+      with_bits(bits, [&](auto at) { add_wide_chunks<Entry>(at, from, next, bytes, book, x, apart, segment.chunks, sums[0][0]); });
     };
     add(task.bits, codes, segment.book);
     if (task.books == 2) add(task.residual_bits, codes + task.bits * 4, segment.book + (int64_t{16} << task.bits));
-    settle_codes(task, segment, sums, totals);
-    x += segment.chunks * 32, codes += segment.chunks * bytes;
+    settle_codes(task, segment, token, sums, totals);
+    x += segment.chunks * apart, codes += segment.chunks * bytes;
   }
-  for (int u = 0; u < B && code + u < task.rows; u++) put_code(task, code + u, 0, totals[u]);
+  put_totals(task, code, token, totals);
 }
 
 // Books that are not wide, an entry beside the next. JOINT: of both books one, whose entries are the sums of theirs.
@@ -82,46 +94,58 @@ struct Entries {
   }
 };
 
-template <class Entry, bool JOINT>
-void narrow_tiles(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end) {
+// Tokens [token, token + M).
+template <class Entry, bool JOINT, int M>
+void narrow_tiles(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t token) {
   Entries<Entry, JOINT> books;
   Offsets offsets;
-  typename Entry::Number x[kSegment], sums[16][Entry::kWidth];
+  typename Entry::Number x[M][kSegment], sums[16][M][Entry::kWidth];
   for (int64_t tile = tile_begin; tile < tile_end; tile++) {
-    float totals[16][Entry::kWidth];
-    begin_codes(task, totals);
+    float totals[16][M][Entry::kWidth];
+    begin_codes(task, token, totals);
     const uint8_t* codes = codes_of(task, tile);
-    const auto* rounded = activations_of<int16_t>(task, 0);
+    const auto* rounded = activations_of<int16_t>(task, 0) + token * 32;
     VectorSegment segment(task);
     for (int64_t s = 0; s < task.segments; s++, segment.next()) {
       if (segment.enters) books.enter(task, segment.book);
       offsets.enter(task, codes, segment.chunks, Entry::kShift, JOINT);
-      for (int64_t i = 0; i < segment.chunks * 32; i++) x[i] = rounded[i];
+      codes += segment.chunks * chunk_bytes(task);
+      for (int64_t c = 0; c < segment.chunks; c++, rounded += task.together * 32)
+        for (int m = 0; m < M; m++)
+          for (int64_t i = 0; i < 32; i++) x[m][c * 32 + i] = rounded[m * 32 + i];
       memset(sums, 0, sizeof sums);
-      for (int u = 0; u < 16; u += kBeside<Entry>)
+      for (int u = 0; u < 16; u += kBeside<Entry, M>)
         for (int64_t b = 0; b < (JOINT ? 1 : task.books); b++)
-          add_quads<Entry>(books.of[b], offsets.of[b][0] + place_of(u / 4, 0), x, segment.chunks * 8, sums[u]);
-      settle_codes(task, segment, sums, totals);
-      codes += segment.chunks * chunk_bytes(task), rounded += segment.chunks * 32;
+          add_quads<Entry, M>(books.of[b], offsets.of[b][0] + place_of(u / 4, 0), x[0], kSegment, segment.chunks * 8, sums[u][0]);
+      settle_codes(task, segment, token, sums, totals);
     }
-    for (int64_t u = 0; u < 16 && tile * 16 + u < task.rows; u++) put_code(task, tile * 16 + u, 0, totals[u]);
+    put_totals(task, tile * 16, token, totals);
   }
+}
+
+template <class Entry, bool JOINT>
+void narrow_tokens(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  if (kBeside<Entry, 2> >= 4 && tokens == 2)
+    narrow_tiles<Entry, JOINT, kBeside<Entry, 2> >= 4 ? 2 : 1>(task, tile_begin, tile_end, 0);
+  else
+    for (int64_t token = 0; token < tokens; token++) narrow_tiles<Entry, JOINT, 1>(task, tile_begin, tile_end, token);
 }
 
 // Two books are made one where that takes few additions beside the codes of a block.
 template <int WIDTH>
-void narrow_alone(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end) {
+void narrow(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int32_t bits = task.bits + task.residual_bits;
   const int64_t columns = task.block_segments * task.segment_chunks * 32;
   if (task.books == 1 || bits > kJointBits || columns * 4 < int64_t{1} << bits)
-    return narrow_tiles<FloatEntry<WIDTH>, false>(task, tile_begin, tile_end);
-  if (1 << bits <= FloatEntry<WIDTH>::kEntries) return narrow_tiles<FloatEntry<WIDTH>, true>(task, tile_begin, tile_end);
-  narrow_tiles<ByteEntry<WIDTH == 4 ? 8 : WIDTH>, true>(task, tile_begin, tile_end);
+    return narrow_tokens<FloatEntry<WIDTH>, false>(task, tile_begin, tile_end, tokens);
+  if (1 << bits <= FloatEntry<WIDTH>::kEntries)
+    return narrow_tokens<FloatEntry<WIDTH>, true>(task, tile_begin, tile_end, tokens);
+  narrow_tokens<ByteEntry<WIDTH == 4 ? 8 : WIDTH>, true>(task, tile_begin, tile_end, tokens);
 }
 
-void narrow_alone(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end) {
-  const auto of = task.dim <= 4 ? narrow_alone<4> : task.dim <= 8 ? narrow_alone<8> : narrow_alone<16>;
-  of(task, tile_begin, tile_end);
+void narrow(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  const auto of = task.dim <= 4 ? narrow<4> : task.dim <= 8 ? narrow<8> : narrow<16>;
+  of(task, tile_begin, tile_end, tokens);
 }
 
 }  // namespace
