@@ -23,6 +23,22 @@ FEWBIT_INLINE U order(int h) {
   return _mm256_broadcastsi128_si256(_mm_add_epi8(at, _mm_set1_epi16(static_cast<int16_t>(4 * h))));
 }
 
+// Calls `work` with `bits` as a constant: few registers are left for where indices begin.
+template <class Work>
+FEWBIT_INLINE void with_bits(int32_t bits, Work work) {
+  switch (bits) {
+    case 8: return work(EightIndices<8>(8));
+    case 9: return work(EightIndices<9>(9));
+    case 10: return work(EightIndices<10>(10));
+    case 11: return work(EightIndices<11>(11));
+    case 12: return work(EightIndices<12>(12));
+    case 13: return work(EightIndices<13>(13));
+    case 14: return work(EightIndices<14>(14));
+    case 15: return work(EightIndices<15>(15));
+    default: return work(EightIndices<16>(16));
+  }
+}
+
 // Two codes of a wide book.
 template <int WIDTH, int BITS>
 struct Wide {

@@ -2,7 +2,7 @@
 // Vectors of bytes from books of any size: an entry is one load. A register holds those of two neighbouring columns of a
 // code and of the next code; vpshufb interleaves and widens them, so that one vpmaddwd multiplies four rows of either code
 // by two activations that are repeated. Exactly: pairs of products of bytes are more than int16 holds. Entries of 16 bytes
-// are taken as two halves, one after the other.
+// are taken as two halves, one after the other. One token: vector_token.h, but for wide books of at most eight rows.
 #include <string.h>
 
 #include <type_traits>
@@ -10,6 +10,7 @@
 #include "avx2/simd.h"
 
 #include "avx2/gather.h"
+#include "avx2/vector_token.h"
 #include "core/inline.h"
 #include "core/int8_vector.h"
 #include "core/tile_indices.h"
@@ -19,7 +20,6 @@ namespace {
 
 constexpr int64_t kMost = 4;                    // tokens beside one another, whose sums registers hold
 constexpr int64_t kEntries = 256, kWidth = 16;  // of a book that is not wide, at most
-constexpr int64_t kQuads = kSegment / 4;        // of columns, of a segment where books are not wide
 
 using X = int16_t;
 
@@ -144,22 +144,6 @@ FEWBIT_INLINE void put_codes(const Int8VectorTask& task, int64_t code, int64_t t
     for (int m = 0; m < M && m < tokens; m++) put_code(task, code + i, token + m, totals[i][m]);
 }
 
-// Calls `work` with `bits` as a constant: few registers are left for where indices begin.
-template <class Work>
-FEWBIT_INLINE void with_bits(int32_t bits, Work work) {
-  switch (bits) {
-    case 8: return work(EightIndices<8>(8));
-    case 9: return work(EightIndices<9>(9));
-    case 10: return work(EightIndices<10>(10));
-    case 11: return work(EightIndices<11>(11));
-    case 12: return work(EightIndices<12>(12));
-    case 13: return work(EightIndices<13>(13));
-    case 14: return work(EightIndices<14>(14));
-    case 15: return work(EightIndices<15>(15));
-    default: return work(EightIndices<16>(16));
-  }
-}
-
 // Calls `work(first, book)` for each book of a wide code from chunk `chunk`, rows from `d`: whether it is the first, and what
 // reads it.
 template <int WIDTH, class Work>
@@ -181,8 +165,7 @@ FEWBIT_INLINE void each_rows(const Int8VectorTask& task, Work work) {
   }
 }
 
-// Two codes of wide books x one token. Each book is a pass of its own, as sums of integers may be split.
-template <int WIDTH>
+// Two codes of wide books, of at most eight rows, x one token. Each book is a pass of its own: sums of integers may be split.
 void wide_codes(const Int8VectorTask& task, int64_t code) {
   Totals<1> totals;
   begin<1>(task, 0, totals);
@@ -190,8 +173,8 @@ void wide_codes(const Int8VectorTask& task, int64_t code) {
   VectorSegment segment(task);
   for (int64_t s = 0, chunk = 0; s < task.segments; s++, chunk += segment.chunks, segment.next())
     each_rows<1>(task, [&](int64_t d, auto sums) {
-      each_book<WIDTH>(task, segment.book + d, code, chunk,
-                       [&](auto, const auto& book) { add_chunks(book, x + chunk * 32, segment.chunks, sums.of); });
+      each_book<8>(task, segment.book + d, code, chunk,
+                   [&](auto, const auto& book) { add_chunks(book, x + chunk * 32, segment.chunks, sums.of); });
       settle(task, segment, 0, d, sums.of, totals);
     });
   put_codes<1>(task, code, 0, 1, totals);
@@ -213,7 +196,7 @@ struct Books {
 
 // Indices of a tile's segment: (books, groups of four columns, 16 codes of these).
 struct Indices {
-  alignas(32) uint8_t bytes[2][kQuads][64];
+  alignas(32) uint8_t bytes[2][kSegment / 4][64];
 
   void enter(const Int8VectorTask& task, const uint8_t* codes, int64_t chunks) {
     const int32_t bits[2] = {task.bits, task.residual_bits};
@@ -227,32 +210,6 @@ struct Indices {
       }
   }
 };
-
-// A tile's codes, of books that are not wide, x one token.
-template <int WIDTH>
-void narrow_tile(const Int8VectorTask& task, Books& books, int64_t tile) {
-  Totals<1> totals[8];
-  for (auto& of : totals) begin<1>(task, 0, of);
-  const uint8_t* codes = codes_of(task, tile);
-  const X* x = activations_of<X>(task, 0);
-  Indices indices;
-  VectorSegment segment(task);
-  for (int64_t s = 0; s < task.segments; s++) {
-    if (segment.enters) books.enter(task, segment.book);
-    indices.enter(task, codes, segment.chunks);
-    for (int64_t u = 0; u < 16 && tile * 16 + u < task.rows; u += 2)
-      each_rows<1>(task, [&](int64_t d, auto sums) {
-        const Narrow<WIDTH> one{indices.bytes[0][0] + u * 4, books.bytes[0] + d};
-        const Narrow<WIDTH> two{indices.bytes[1][0] + u * 4, books.bytes[1] + d};
-        if (task.books == 1) add_chunks(one, x, segment.chunks, sums.of);
-        else add_chunks(Both<WIDTH>{one, two}, x, segment.chunks, sums.of);
-        settle(task, segment, 0, d, sums.of, totals[u / 2]);
-      });
-    codes += segment.chunks * chunk_bytes(task), x += segment.chunks * 32;
-    segment.next();
-  }
-  for (int64_t u = 0; u < 16; u += 2) put_codes<1>(task, tile * 16 + u, 0, 1, totals[u / 2]);
-}
 
 // Writes chunks [chunk, chunk + chunks) of rows from `d` of two codes as words.
 template <int WIDTH, int HALVES>
@@ -300,17 +257,25 @@ template <int WIDTH>
 void tiles(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   Books books;
   const int64_t end = tile_end * 16 < task.rows ? tile_end * 16 : task.rows;
-  if (task.together == 1 && !task.wide)
-    for (int64_t tile = tile_begin; tile < tile_end; tile++) narrow_tile<WIDTH>(task, books, tile);
+  for (int64_t code = tile_begin * 16; code < end; code += 2) {
+    if (task.together == 2) many_codes<WIDTH, 2>(task, books, code, tokens);
+    else many_codes<WIDTH, kMost>(task, books, code, tokens);
+  }
+}
+
+// Few tokens times wide books: one, or where codes are long two.
+void wide_few(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  const int64_t end = tile_end * 16 < task.rows ? tile_end * 16 : task.rows;
+  if (task.width == 8)
+    for (int64_t code = tile_begin * 16; code < end; code += 2) wide_codes(task, code);
   else
-    for (int64_t code = tile_begin * 16; code < end; code += 2) {
-      if (task.together == 1) wide_codes<WIDTH>(task, code);
-      else if (task.together == 2) many_codes<WIDTH, 2>(task, books, code, tokens);
-      else many_codes<WIDTH, kMost>(task, books, code, tokens);
-    }
+    for (int64_t code = tile_begin * 16; code < end; code += kBeside<ByteEntry<16>>)
+      for (int64_t token = 0; token < tokens; token++) long_codes(task, code, token);
 }
 
 void run(const Int8VectorTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  if (task.together <= 2 && !task.wide) return narrow(task, tile_begin, tile_end, tokens);
+  if (task.together == 1 || (task.together == 2 && task.width == 16)) return wide_few(task, tile_begin, tile_end, tokens);
   const auto of = task.width == 8 ? tiles<8> : tiles<16>;
   of(task, tile_begin, tile_end, tokens);
 }

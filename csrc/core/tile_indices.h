@@ -17,18 +17,24 @@ FEWBIT_INLINE U six_bits(const uint8_t* codes, int g) {
   return select(0x0f0f0f0fu, select(0x03030303u, low, shift_right(load_lanes(first + 64), 4)), high);
 }
 
-// Writes the indices of a chunk, which another lies kAhead behind: those of 6 bits with anything above them.
-template <int BITS>
-FEWBIT_INLINE void decode(const uint8_t* codes, uint8_t (*out)[64]) {
+// Calls `put(at, g, bytes)` with the indices of a chunk, which another lies kAhead behind: bytes [at, at + 4 kLanes) of group
+// g of columns, those of 6 bits with anything above them.
+template <int BITS, class Put>
+FEWBIT_INLINE void decode(const uint8_t* codes, Put put) {
   prefetch<BITS>(codes + kAhead);
   for (int at = 0; at < 64; at += 4 * kLanes) {
     Held<BITS> held;
 #pragma GCC unroll 8
     for (int g = 0; g < 8; g++) {
       if constexpr (BITS != 6) held.advance(codes + at, g);
-      store_lanes(out[g] + at, BITS == 6 ? six_bits(codes + at, g) : held.quad(g));
+      put(at, g, BITS == 6 ? six_bits(codes + at, g) : held.quad(g));
     }
   }
+}
+
+template <int BITS>
+FEWBIT_INLINE void decode(const uint8_t* codes, uint8_t (*out)[64]) {
+  decode<BITS>(codes, [&](int at, int g, U bytes) { store_lanes(out[g] + at, bytes); });
 }
 
 FEWBIT_INLINE void decode(int32_t bits, const uint8_t* codes, uint8_t (*out)[64]) {

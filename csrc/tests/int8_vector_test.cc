@@ -211,6 +211,12 @@ int int8_vector_failures() {
         check(Case(shape, dim, bits, turn % 2 ? 8 + turn / 2 % 3 : 0, false, random));
         if (turn % 7 == 0) check(Case(shape, dim, 8, 9, true, random));
       }
+  // Two books that one token reads as one, and, just below that, does not: of one block and of two.
+  const int32_t pairs[][2] = {{4, 4}, {6, 6}, {8, 4}, {5, 7}, {7, 4}, {8, 5}};
+  const Shape shapes[] = {{290, 1024, 1024, 256, 2}, {290, 1023, 1023, 1023, 1}, {290, 2080, 1024, 2080, 1}, {290, 96, 32, 96, 1}};
+  for (const auto& pair : pairs)
+    for (const Shape& shape : shapes)
+      for (int32_t dim : {4, 8, 12}) check(Case(shape, dim, pair[0], pair[1], turn++ % 5 == 0, random));
   check(Case({9, 65536, 65536, 65536, 2}, 8, 12, 8, true, random));  // the largest sum of a whole row
   check(Case({9, 65600, 65600, 65600, 1}, 8, 9, 0, true, random));
   check_refusals(random);

@@ -16,7 +16,7 @@ from fewbit.core import format as F
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.formats.vector import LENGTHS, Vector
-from fewbit.kernels import COLUMN8, native
+from fewbit.kernels import COLUMN8, column8, native
 from fewbit.kernels.prepared import DECODED
 
 ROWS = [row.name for row in HERE if row.family == "vector"]
@@ -109,6 +109,35 @@ def test_the_layout_as_drawn_and_back(name: str, shape: tuple[int, int]) -> None
                 code |= (whole >> row % 8 * bits & (2**bits - 1)) << base
                 base += bits
             assert code == int(matrix.packed[row, column])
+
+
+JOINT = [(4, 4, 0), (6, 6, 0), (5, 4, 32), (8, 4, 0), (1, 1, 0), (3, 9, 33)]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("kernel", ROWS)
+def test_two_books_read_as_one_give_the_same_bits(kernel: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for bits, residual, block in JOINT:
+        for shape, tokens in (((1, 33), 1), ((8 * length + 3, 70), 1), ((131, 97), 9), ((64, 40), DECODED)):
+            matrix = vectors(Vector(length, bits, residual, block), shape, generator(bits))
+            x = torch.randn(tokens, shape[1], generator=generator(2))
+            bias = torch.randn(shape[0], generator=generator(3))
+            monkeypatch.setattr(column8, "JOINT_CODES", 1 << 40)
+            apart = kernels.prepare(matrix, kernel)
+            expected, weight = apart(x, bias), torch.cat([part.clone() for _, part in apart.decoded()])
+            monkeypatch.setattr(column8, "JOINT_CODES", 0)
+            ready = kernels.prepare(matrix, kernel)
+            assert ready.qtensor().packed.shape[1] == shape[1] * max(4, bits + residual)
+            assert torch.equal(ready(x, bias), expected), (matrix.format.name, shape)
+            assert torch.equal(torch.cat([part.clone() for _, part in ready.decoded()]), weight)
+            assert torch.equal(weight, matrix.dequantize())
+            there_and_back(matrix, COLUMN8)
+
+
+def test_two_books_are_one_where_codes_outweigh_their_sums() -> None:
+    assert column8.joint(Vector(8, 6, 6), (4096, 1024)) and not column8.joint(Vector(8, 6, 6), (4088, 1024))
+    assert column8.joint(Vector(8, 6, 6, 512), (8192, 4096)) and not column8.joint(Vector(8, 6, 6, 512), (8192, 511))
+    assert not column8.joint(Vector(8, 7, 6), (1 << 16, 4096)) and not column8.joint(Vector(8, 12), (1 << 16, 4096))
 
 
 def test_a_layout_of_other_bytes_is_refused() -> None:

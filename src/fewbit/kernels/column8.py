@@ -8,6 +8,9 @@ bytes, tight but for rows of codes that are no multiple of eight, padded with co
 of a tile, its eight vectors of outputs stay in registers. Every index is below the entries of its book, whatever the
 bytes are. Indices of fewer than 4 bits take 4 here, and their books are read as 16 entries (:func:`lowered`): files
 hold what they need.
+
+Two indices of few bits are one, the whole code, into a book of all sums of an entry of either (:func:`joint`): a kernel
+then loads one entry and adds none.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewbit.core.blocks import width
 from fewbit.core.format import Format, Params, Vectors, code_dtype, code_shape
 from fewbit.core.layout import Layout, Shape
 from fewbit.errors import InputError
@@ -26,6 +30,10 @@ TILE = 8
 """Codes that lie together."""
 LEAST = 4
 """Bits of an index in memory: kernels read no fewer."""
+JOINT_BITS = 12
+"""Bits of two indices, at most, that are one: sums that the second-level cache holds."""
+JOINT_CODES = 128
+"""Codes for each sum of a block, at least: its book then takes a sixth of their memory, of vectors of 16 a third."""
 
 
 def tiles(format: Format, shape: Shape) -> int:
@@ -39,23 +47,35 @@ def checked(format: Format, shape: Shape, packed: Tensor) -> Tensor:
     Raises:
         InputError: it is not the bytes of a (rows, columns) matrix: a kernel would read beyond them.
     """
-    expect("column8 codes", packed, (tiles(format, shape), shape[1] * sum(fields(format))))
+    expect("column8 codes", packed, (tiles(format, shape), shape[1] * sum(fields(format, shape))))
     if packed.dtype != torch.uint8:
         raise InputError("column8 codes", f"found {packed.dtype}", "uint8 would work")
     return packed.contiguous()
 
 
-def fields(format: Format) -> list[int]:
+def joint(format: Format, shape: Shape) -> bool:
+    """Whether the indices into both books of a (rows, columns) matrix are one."""
+    assert isinstance(format, Vector)
+    codes = code_shape(format, shape)[0] * min(width(shape[1], format.block), shape[1])
+    return format.residual_bits > 0 and format.bits <= JOINT_BITS and codes >= JOINT_CODES << format.bits
+
+
+def fields(format: Format, shape: Shape) -> list[int]:
     """Bits of the indices of a code in memory, by book."""
     assert isinstance(format, Vector)
-    return [max(LEAST, bits) for bits in format.fields.values()]
+    return [max(LEAST, bits) for bits in ([format.bits] if joint(format, shape) else format.fields.values())]
 
 
-def lowered(physical: Vectors) -> Vectors:
-    """``physical`` with indices of at least ``LEAST`` bits, and zeros in books for those that no code holds."""
-    bits = tuple(max(LEAST, own) for own in physical.bits)
-    books = zip(physical.books, bits, strict=True)
-    return Vectors(tuple(torch.nn.functional.pad(b, (0, 0, 0, (1 << n) - b.shape[1])) for b, n in books), bits)
+def lowered(physical: Vectors, joint: bool) -> Vectors:
+    """``physical`` with indices of at least ``LEAST`` bits, and zeros in books for those that no code holds; with one
+    book of all sums where indices are ``joint``."""
+    books, own = physical.books, physical.bits
+    if joint:
+        first, second = books
+        books, own = ((first[:, None] + second[:, :, None]).flatten(1, 2),), (sum(own),)
+    bits = tuple(max(LEAST, n) for n in own)
+    padded = (torch.nn.functional.pad(b, (0, 0, 0, (1 << n) - b.shape[1])) for b, n in zip(books, bits, strict=True))
+    return Vectors(tuple(padded), bits)
 
 
 def split(format: Format, codes: Tensor) -> list[Tensor]:
@@ -83,22 +103,22 @@ def _refuse(format: Format, shape: Shape) -> str | None:
 
 
 def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[Tensor, dict[str, Tensor]]:
-    columns = codes.shape[1]
+    columns, widths = codes.shape[1], fields(format, shape)
     padded = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[0] % TILE))
     eights = padded.reshape(-1, TILE, columns).transpose(1, 2).reshape(-1, TILE)
     parts = [
         pack_rows(index.to(torch.uint8) if bits <= 8 else index, bits)
-        for index, bits in zip(split(format, eights), fields(format), strict=True)
+        for index, bits in zip([eights] if joint(format, shape) else split(format, eights), widths, strict=True)
     ]
-    return torch.cat(parts, 1).reshape(-1, columns * sum(fields(format))), store_params(format, params)
+    return torch.cat(parts, 1).reshape(-1, columns * sum(widths)), store_params(format, params)
 
 
 def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tuple[Tensor, dict[str, Tensor]]:
     rows, columns = code_shape(format, shape)
-    packed = checked(format, shape, packed)
-    strings = packed.reshape(-1, sum(fields(format))).split(fields(format), 1)
-    indices = [unpack_rows(s.contiguous(), b, TILE) for s, b in zip(strings, fields(format), strict=True)]
-    eights = joined(format, indices)
+    packed, widths = checked(format, shape, packed), fields(format, shape)
+    strings = packed.reshape(-1, sum(widths)).split(widths, 1)
+    indices = [unpack_rows(s.contiguous(), b, TILE) for s, b in zip(strings, widths, strict=True)]
+    eights = indices[0].to(code_dtype(format)) if joint(format, shape) else joined(format, indices)
     codes = eights.reshape(-1, columns, TILE).transpose(1, 2).reshape(-1, columns)
     return codes[:rows].contiguous(), load_params(format, shape, stored)
 

@@ -90,8 +90,6 @@ class Kernel:
             return "affine_linear_avx512 is faster at 1 bit, as it looks up sums of activations"
         if self.name == "int24_linear_avx2" and format.bits == 8:
             return "affine_linear_avx2 is faster at 8 bits, which this row multiplies as two codes of 4"
-        if self.name == "int8_vector_linear_avx2" and format.height <= 4:
-            return "vector_linear_avx2 is faster for few tokens, as vectors of 4 weights fill half a register here"
         return None
 
     def refuse(self, format: Format, shape: Shape, activation: Format | None = None) -> str | None:

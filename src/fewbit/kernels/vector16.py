@@ -28,8 +28,8 @@ from fewbit.core.format import Format, Params, code_shape
 from fewbit.core.layout import Layout, Shape
 from fewbit.errors import InputError
 from fewbit.formats.vector import Vector
-from fewbit.kernels import column8, pages
-from fewbit.kernels.column8 import joined, split
+from fewbit.kernels import pages
+from fewbit.kernels.column8 import LEAST, joined, split
 from fewbit.kernels.tile16 import COLUMNS, ROWS, pack_codes, size, unpack_rows
 from fewbit.layouts import dense
 from fewbit.layouts.dense import load_params, store_params
@@ -46,8 +46,8 @@ def wide(format: Format) -> bool:
 
 def fields(format: Format) -> list[int]:
     """Bits of the indices of a code in memory, by book."""
-    found = column8.fields(format)
-    return [max(LOOKED_UP, bits) for bits in found] if wide(format) else found
+    assert isinstance(format, Vector)
+    return [max(LOOKED_UP if wide(format) else LEAST, bits) for bits in format.fields.values()]
 
 
 def checked(format: Format, shape: Shape, packed: Tensor) -> Tensor:

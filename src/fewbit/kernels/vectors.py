@@ -14,13 +14,14 @@ from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native
 from fewbit.kernels.alone import AlonePrepared
-from fewbit.kernels.column8 import COLUMN8, TILE, checked, lowered, tiles
+from fewbit.kernels.column8 import COLUMN8, TILE, checked, joint, lowered, tiles
 from fewbit.kernels.prepared import rows_of_strip
 from fewbit.kernels.table import Kernel
 from fewbit.layouts.dense import load_params
 
 SINGLE = 1 << 15
-"""Bytes that the books of a block may take as float32: more leave the first-level cache, so float16 is read."""
+"""Bytes that the books of a block may take as float32: more leave the first-level cache, so float16 is read where it
+holds all entries, which are no sums."""
 
 
 def _width(height: int) -> int:
@@ -39,10 +40,12 @@ class VectorPrepared(AlonePrepared):
         self._packed = checked(format, self.shape, self._stored.packed)
         physical = format.physical(load_params(format, self.shape, self._stored.params))
         assert isinstance(physical, Vectors)
-        physical = lowered(physical)
+        summed = joint(format, self.shape)
+        physical = lowered(physical, summed)
         self._bits = (*physical.bits, 0)[:2]
         width = _width(format.height)
-        single = 4 * width * sum(1 << bits for bits in physical.bits) <= SINGLE or kernel.isa == "serial"
+        small = 4 * width * sum(1 << bits for bits in physical.bits) <= SINGLE
+        single = small or summed or kernel.isa == "serial"  # no float16 holds a sum
         dtype = torch.float32 if single else torch.float16  # what serial would convert by hand
         self._books = [torch.nn.functional.pad(book.to(dtype), (0, width - format.height)) for book in physical.books]
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])
