@@ -150,16 +150,16 @@ FEWBIT_INLINE void multiply_few(const K& kernel, const uint8_t* (&codes)[T], int
   }
 }
 
-// What an operand left out of the activations, as sums have no room for it: K::Rests<M>, if it does, whose
+// What an operand leaves out of the activations, as sums have no room for it: K::Rests<M>, if it does, whose
 // add(kernel, strip, first, end, values) adds its products to the values of segments [first, end), one batch after another.
 template <class K, int M, class = void>
 struct RestsBeside {
+  static constexpr bool kNone = true;
   explicit FEWBIT_INLINE RestsBeside(const SegmentTask&) {}
-  template <int T>
-  FEWBIT_INLINE void add(const K&, const SegmentStrip&, int64_t, int64_t, F (&)[kUnsettled][T][M]) {}
 };
 template <class K, int M>
 struct RestsBeside<K, M, std::void_t<typename K::template Rests<M>>> : K::template Rests<M> {
+  static constexpr bool kNone = false;
   using K::template Rests<M>::Rests;
 };
 
@@ -173,23 +173,21 @@ void few(const SegmentTask& task, const SegmentStrip& strip) {
   const auto* x = strip.activations<typename K::X>(task);
   const int64_t ahead = fetched_ahead(task, T / kGroupsPerTile);
   RestsBeside<K, M> rests(task);
-  int64_t chunk = 0;
-  for (int64_t first = 0, end; first < task.segments; first = end) {
-    end = first + kUnsettled < task.segments ? first + kUnsettled : task.segments;
-    for (int64_t segment = first; segment < end; segment++, chunk += task.segment_chunks) {
-      const int64_t left = task.chunks - chunk, chunks = left < task.segment_chunks ? left : task.segment_chunks;
-      Sum dot[T][M][K::kPlanes];
-      multiply_few<K, T, M>(kernel, codes, chunks, x + chunk * M * 32, ahead, dot);
-      F(&value)[T][M] = all.next(kernel.step);
-      for (int t = 0; t < T; t++)
-        for (int m = 0; m < M; m++) {
-          if constexpr (K::kBegins >= 0)
-            dot[t][m][K::kBegins].begin(
-                multiply(broadcast(task.sums[(strip.token / M * task.segments + segment) * M + m]), broadcast(kernel.origin)));
-          value[t][m] = kernel.value(dot[t][m]);
-        }
-    }
-    rests.add(kernel, strip, first, end, all.value);
+  for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++, chunk += task.segment_chunks) {
+    const int64_t left = task.chunks - chunk, chunks = left < task.segment_chunks ? left : task.segment_chunks;
+    Sum dot[T][M][K::kPlanes];
+    multiply_few<K, T, M>(kernel, codes, chunks, x + chunk * M * 32, ahead, dot);
+    F(&value)[T][M] = all.next(kernel.step);
+    for (int t = 0; t < T; t++)
+      for (int m = 0; m < M; m++) {
+        if constexpr (K::kBegins >= 0)
+          dot[t][m][K::kBegins].begin(
+              multiply(broadcast(task.sums[(strip.token / M * task.segments + segment) * M + m]), broadcast(kernel.origin)));
+        value[t][m] = kernel.value(dot[t][m]);
+      }
+    if constexpr (rests.kNone) continue;
+    else if (all.count == kUnsettled || segment + 1 == task.segments)
+      rests.add(kernel, strip, segment + 1 - all.count, segment + 1, all.value);
   }
   all.finish_all(kernel.step);
 }
