@@ -53,22 +53,6 @@ struct Dot {
   inline F value() const { return _mm256_cvtepi32_ps(wide); }
 };
 
-// Levels of -127 .. 127 as they are, times activations: the magnitudes of these, times the levels with their signs. Of an
-// activation, -128 is one that has a magnitude of 8 bits, of a level it would have none. Pairs of products take 16 bits.
-struct SignedBytes {
-  static constexpr int kMost = 127, kGroups = 8;
-  static constexpr int64_t kChunks = kEndless;
-  U wide = _mm256_setzero_si256();
-
-  inline void add(U u, const int8_t* x) {
-    const U pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(four(x)), _mm256_sign_epi8(u, four(x)));
-    wide = _mm256_add_epi32(wide, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    asm("" : "+x"(wide));
-  }
-  inline void flush() {}
-  inline F value() const { return _mm256_cvtepi32_ps(wide); }
-};
-
 // int16 levels times activations as int16, summed in pairs: each plane holds four columns of every other two
 // rows, whose halves are added up at the end. Nothing overflows: 32767 * 128 * 256 columns < 2^31.
 struct Words {

@@ -43,13 +43,9 @@ void split_row(const SegmentTask& task, int64_t row) {
   int8_t* x = row_of<int8_t>(task, row);
   int32_t* starts = task.starts + (x - static_cast<int8_t*>(task.activations)) / 32;
   const SplitSum::Rests rests(task, row);
-  const U zero = _mm256_setzero_si256(), one = _mm256_set1_epi8(1), most = _mm256_set1_epi16(128);
   for (int64_t c = 0; c < task.chunks; c++, x += task.together * 32) {
-    const U here = load_lanes(reinterpret_cast<const uint8_t*>(x)), below = _mm256_cmpgt_epi8(zero, here);
-    const U minus = _mm256_and_si256(_mm256_abs_epi8(here), below), plus = _mm256_andnot_si256(below, here);
-    const U large = _mm256_or_si256(_mm256_cmpgt_epi16(_mm256_maddubs_epi16(plus, one), most),
-                                    _mm256_cmpgt_epi16(_mm256_maddubs_epi16(minus, one), most));
-    const U none = _mm256_cmpeq_epi32(large, zero), rest = _mm256_and_si256(half_of(here), large);
+    const U here = load_lanes(reinterpret_cast<const uint8_t*>(x)), large = large_pairs(here);
+    const U none = _mm256_cmpeq_epi32(large, repeat(0)), rest = mask(half_of(here), large);
     store_lanes(reinterpret_cast<uint8_t*>(x), _mm256_sub_epi8(here, rest));
     rests.put(c, rest, none);
     starts[c * task.together] = 0;

@@ -64,6 +64,14 @@ class Rests {
   int8_t* some_;  // (chunks, rows): a bit for each group that there is
 };
 
+// Which pairs, of 16 bits, have activations of one sign that add up to more than 128.
+FEWBIT_INLINE U large_pairs(U x) {
+  const U one = _mm256_set1_epi8(1), most = _mm256_set1_epi16(128), below = _mm256_cmpgt_epi8(_mm256_setzero_si256(), x);
+  const U minus = _mm256_and_si256(_mm256_abs_epi8(x), below), plus = _mm256_andnot_si256(below, x);
+  return _mm256_or_si256(_mm256_cmpgt_epi16(_mm256_maddubs_epi16(plus, one), most),
+                         _mm256_cmpgt_epi16(_mm256_maddubs_epi16(minus, one), most));
+}
+
 // Half of each signed byte, rounded up.
 FEWBIT_INLINE U half_of(U x) {
   constexpr uint32_t kSigns = 0x80808080u;

@@ -16,9 +16,10 @@ constexpr int64_t kMostBeside = 32;                       // tokens
 constexpr int64_t kRunChunks = 64, kUnpackedChunks = 18;  // of a run, as stored, and written out: 9 KiB
 constexpr int64_t kWholeSpans = 8;                        // chunks, of which parts of a long segment are multiples
 
-// Codes that are decoded by so few instructions that they may be for every four tokens; whole chunks of them.
+// Codes that are decoded by so few instructions that they may be for every four tokens; whole chunks of them. Rests need bytes.
 template <class K>
-constexpr bool kDecodesFast = Narrow<K>::kSpan >= 8 && (K::kPlanes == 2 || part_count(K::kBits) == 1);
+constexpr bool kDecodesFast = Narrow<K>::kSpan >= 8 && (K::kPlanes == 2 || part_count(K::kBits) == 1) &&
+                              (K::kBits == 8 || std::is_same_v<RestsOf<K>, NoRests>);
 
 // Codes of K, of which sums begin with nothing but what starts hold.
 template <class K>

@@ -95,11 +95,24 @@ struct Unsettled {
   }
 };
 
-// Whether K itself finds what is multiplied of codes of one part, by at(part, g), as kAt says.
-template <class K, class = void>
-constexpr bool kTakesParts = false;
+// How planes of a row group's codes are met, by groups of four columns: one after the other. An operand that has a Reader of its
+// own may meet them in another order.
 template <class K>
-constexpr bool kTakesParts<K, std::void_t<decltype(K::kAt)>> = true;
+struct InTurn {
+  Held<K::kBits> held;
+
+  static constexpr int group(int n) { return n; }  // that is met as the n-th
+  FEWBIT_INLINE void advance(const uint8_t* codes, int n) { held.advance(codes, n); }
+  FEWBIT_INLINE void read(const K& kernel, int n, U (&plane)[K::kPlanes]) { kernel.split(held.quad(n), plane); }
+};
+template <class K, class = void>
+struct ReaderOf {
+  using type = InTurn<K>;
+};
+template <class K>
+struct ReaderOf<K, std::void_t<typename K::Reader>> {
+  using type = typename K::Reader;
+};
 
 template <class Sum, int T, int M, int P>
 FEWBIT_INLINE void flush(Sum (&dot)[T][M][P]) {
@@ -118,27 +131,37 @@ FEWBIT_INLINE void multiply_few(const K& kernel, const uint8_t* (&codes)[T], int
     const int64_t run = left < most ? left : most;
     for (int64_t c = 0; c < run; c++, x += M * 32) {
       for (int t = 0; t < T; t += kGroupsPerTile) prefetch<K::kBits>(codes[t] + ahead);
-      Held<K::kBits> held[T];
+      typename ReaderOf<K>::type reader[T];
 #pragma GCC unroll kUnroll
-      for (int g = 0; g < 8; g++) {
+      for (int n = 0; n < 8; n++) {
         U u[T][P];
         for (int t = 0; t < T; t++) {
-          held[t].advance(codes[t], g);
-          if constexpr (kTakesParts<K>)
-            u[t][0] = kernel.at(held[t].part[0], g);
-          else
-            kernel.split(held[t].quad(g), u[t]);
+          reader[t].advance(codes[t], n);
+          reader[t].read(kernel, n, u[t]);
         }
         for (int m = 0; m < M; m++)
           for (int t = 0; t < T; t++)
-            for (int p = 0; p < P; p++) dot[t][m][p].add(u[t][p], x + m * 32 + g * 4);
-        if (groups < 8 && (g + 1) % groups == 0) flush(dot);
+            for (int p = 0; p < P; p++) dot[t][m][p].add(u[t][p], x + m * 32 + reader[t].group(n) * 4);
+        if (groups < 8 && (n + 1) % groups == 0) flush(dot);
       }
       for (int t = 0; t < T; t++) codes[t] += K::kBits * 64;
     }
     if (groups == 8) flush(dot);
   }
 }
+
+// What an operand leaves out of the activations, as sums have no room for it: K::Rests<M>, if it does, whose
+// add(kernel, strip, first, end, values) adds its products to the values of segments [first, end), one batch after another.
+template <class K, int M, class = void>
+struct RestsBeside {
+  static constexpr bool kNone = true;
+  explicit FEWBIT_INLINE RestsBeside(const SegmentTask&) {}
+};
+template <class K, int M>
+struct RestsBeside<K, M, std::void_t<typename K::template Rests<M>>> : K::template Rests<M> {
+  static constexpr bool kNone = false;
+  using K::template Rests<M>::Rests;
+};
 
 template <class K, int T, int M>
 void few(const SegmentTask& task, const SegmentStrip& strip) {
@@ -149,6 +172,7 @@ void few(const SegmentTask& task, const SegmentStrip& strip) {
   for (int t = 0; t < T; t++) codes[t] = Group(task, strip.at(t)).codes;
   const auto* x = strip.activations<typename K::X>(task);
   const int64_t ahead = fetched_ahead(task, T / kGroupsPerTile);
+  RestsBeside<K, M> rests(task);
   for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++, chunk += task.segment_chunks) {
     const int64_t left = task.chunks - chunk, chunks = left < task.segment_chunks ? left : task.segment_chunks;
     Sum dot[T][M][K::kPlanes];
@@ -161,6 +185,9 @@ void few(const SegmentTask& task, const SegmentStrip& strip) {
               multiply(broadcast(task.sums[(strip.token / M * task.segments + segment) * M + m]), broadcast(kernel.origin)));
         value[t][m] = kernel.value(dot[t][m]);
       }
+    if constexpr (rests.kNone) continue;
+    else if (all.count == kUnsettled || segment + 1 == task.segments)
+      rests.add(kernel, strip, segment + 1 - all.count, segment + 1, all.value);
   }
   all.finish_all(kernel.step);
 }

@@ -269,6 +269,7 @@ struct Int8RowTask {
   void* activations;       // (padded tokens, padded) bytes
   float* x_scale;          // (padded tokens)
   int32_t* sums;           // (padded tokens): sum of the int8 activations
+  int32_t* rests;          // (padded tokens, padded / 32, kernel->rests)
   const float* bias;
   void* y;
   int64_t y_stride;
@@ -280,6 +281,7 @@ struct Int8RowKernel {
   // As those of SegmentKernel.
   void (*prepare)(const Int8RowTask& task, const fewbit_input& x, int64_t token);
   void (*run)(const Int8RowTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens);
+  int64_t rests = 0;  // int32s of Int8RowTask::rests
 };
 
 extern const Int8RowKernel int8_row_lut_linear_serial, int8_row_lut_linear_avx2, int8_row_lut_linear_avxvnni,

@@ -165,9 +165,11 @@ extern "C" int fewbit_row_linear_int8(const fewbit_row_levels* matrix, const few
     t.activations = scratch;
     t.x_scale = reinterpret_cast<float*>(scratch + tokens * t.padded);
     t.sums = reinterpret_cast<int32_t*>(t.x_scale + tokens);
+    t.rests = t.sums + tokens;
   };
   const fewbit_output output = {nullptr, bias, y, y_stride};
-  return run_rounded(call, &output, 1, *x, y_dtype, 1, task.padded, 2, kSmall, thread_count(threads), place);
+  const int64_t floats = 2 + task.padded / 32 * call.kernel->rests;
+  return run_rounded(call, &output, 1, *x, y_dtype, 1, task.padded, floats, kSmall, thread_count(threads), place);
 }
 
 extern "C" int fewbit_row_decode(const fewbit_row_tables* matrix, int64_t row_begin, int64_t row_end, float* out,

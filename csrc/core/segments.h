@@ -70,6 +70,18 @@ struct Held {
   }
 };
 
+// The same of a chunk at `codes`, g being what only a running kernel knows.
+template <int BITS>
+FEWBIT_INLINE U quad_at(const uint8_t* codes, int g) {
+  U code = repeat(0);
+  for (int p = 0; p < part_count(BITS); p++) {
+    const int width = part_width(BITS, p), base = part_base(BITS, p);
+    const U field = shift_right(load_lanes(codes + (base + g * width / 8) * 64), g * width % 8);
+    code = combine(code, shift_left(mask(field, 0x01010101u * ((1u << width) - 1)), base));
+  }
+  return code;
+}
+
 // Rows of activations from `token`, computed together, of which `tokens` exist.
 struct SegmentStrip {
   int64_t group, groups, token, tokens;
