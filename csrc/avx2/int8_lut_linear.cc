@@ -196,7 +196,8 @@ void few_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int6
   }
 }
 
-// Halves the large pairs of a rounded token and lists the other halves; unless those would take more than signs do.
+// Halves the large pairs of a rounded token and lists the other halves; unless those would take more than signs do, or codes
+// have 4 bits, which are read from memory as soon with signs.
 void list_halves(const SegmentTask& task, int64_t token) {
   int8_t* const row = row_of<int8_t>(task, token);
   RestList& list = RestList::of(task, token);
@@ -204,7 +205,7 @@ void list_halves(const SegmentTask& task, int64_t token) {
   const auto groups = [](U large) { return ~_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(large, repeat(0)))) & 255; };
   int64_t count = 0;
   for (int64_t c = 0; c < task.chunks; c++) count += __builtin_popcount(groups(large_pairs(load_lanes(chunk(c)))));
-  list.count = 0, list.whole = count * RestList::kMost > task.chunks * 8;
+  list.count = 0, list.whole = task.bits == 4 || count * RestList::kMost > task.chunks * 8;
   for (int64_t c = 0; c < task.chunks && !list.whole; c++) {
     const U here = load_lanes(chunk(c)), large = large_pairs(here), half = mask(half_of(here), large);
     int8_t halves[32];
