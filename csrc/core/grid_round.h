@@ -3,12 +3,23 @@
 // fewbit_squares say, compiled for the instruction set of the file that includes this. Columns lie side by side in vectors.
 #pragma once
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "core/dtypes.h"
 #include "core/grids.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+
+namespace fewbit {
+namespace {
+
+using F = Lanes;  // as core/quotient.h asks for
+inline F multiply(F a, F b) { return a * b; }
+inline F fused(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+
+}  // namespace
+}  // namespace fewbit
+
+#include "core/quotient.h"
+#endif
 
 namespace fewbit {
 namespace {
@@ -135,18 +146,16 @@ struct Blocks {
 
 // kSquares codes on the grid of block b, and what they lose.
 struct Rounder {
-  Lanes by, inverse, scale, zero, offset, top;
+  Lanes by, inverse, limit, scale, zero, offset, top;
 
   Rounder(const Blocks& blocks, int64_t b, float top)
-      : by(all(blocks.by[b])), inverse(all(blocks.inverse[b])), scale(all(blocks.grids.scale[b])),
+      : by(all(blocks.by[b])), inverse(all(blocks.inverse[b])), limit(magnitude(by * 1024.0f)), scale(all(blocks.grids.scale[b])),
         zero(all(blocks.grids.zero[b])), offset(all(blocks.offset[b])), top(all(top)) {}
 
-  // x / by, to the bit: `by` has the 11 bits of a float16, so that what x is more than by times a quotient that is off by few
-  // units is exact, and x / by is never near enough to the middle of two floats for the last rounding to go wrong.
+  // x / by, or what is as far beyond all codes.
   Lanes over(Lanes x) const {
 #if defined(__AVX2__)
-    const Lanes far = all(1099511627776.0f), near = most(-far, least(far, x * inverse));  // infinity less itself is NaN
-    return _mm256_fmadd_ps(_mm256_fnmadd_ps(near, by, x), inverse, near);
+    return quotient(most(-limit, least(limit, x)), by, inverse);
 #else
     return x / by;
 #endif
