@@ -41,7 +41,7 @@ VALUES: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "add_generati
 
 @pytest.fixture(scope="module")
 def templates() -> Iterator[Templates]:
-    made = Templates(seconds=0.3)
+    made = Templates(seconds=1.0)
     yield made
     made.close()
 
