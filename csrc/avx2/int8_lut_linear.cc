@@ -123,7 +123,7 @@ struct RestsOfTokens {
 // Levels plus those of Sum::kOrigin, beside one or two tokens.
 template <int BITS, class SUM>
 struct Lut {
-  static constexpr int kBits = BITS, kPlanes = 1, kFields = 1, kBegins = 0;
+  static constexpr int kBits = BITS, kPlanes = 1, kFields = 1, kBegins = SUM::kOrigin == 0 ? -1 : 0;
   static constexpr float origin = -SUM::kOrigin;
   using X = int8_t;
   using Sum = SUM;
