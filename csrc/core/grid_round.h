@@ -105,29 +105,22 @@ inline void add_squares(const float* x, const uint8_t* codes, const float* table
   }
 }
 
-// The squares of a row of weights, added to sums: lost, whole. grid_of(b): scale and offset of block b.
-template <bool kTable, class GridOf>
-void add_row(const float* x, const uint8_t* codes, const float* table, int64_t columns, int64_t block, GridOf grid_of, double* sums) {
-  Squares sum = {};
-  for (int64_t b = 0; b * block < columns; b++) {
-    const Grid grid = grid_of(b);
-    int64_t i = b * block;
-    const int64_t end = i + block < columns ? i + block : columns;
-    for (; i + kSquares <= end; i += kSquares) add_squares<kTable>(x + i, codes + i, table, grid, kSquares, &sum);
-    add_squares<kTable>(x + i, codes + i, table, grid, end - i, &sum);
-  }
-  sum.add_to(sums);
-}
-
 template <bool kTable>
 void squares_of(const fewbit_squares_call& call) {
   const int64_t blocks = (call.columns + call.block - 1) / call.block;
   call.sums[0] = call.sums[1] = 0;
   for (int64_t row = 0; row < call.rows; row++) {
-    const float *scale = call.scale + row * blocks, *offset = call.offset ? call.offset + row * blocks : nullptr;
-    const auto grid_of = [=](int64_t b) { return Grid{scale[b], offset ? offset[b] : 0.0f}; };
-    const int64_t at = row * call.columns;
-    add_row<kTable>(call.weight + at, call.codes + at, call.table, call.columns, call.block, grid_of, call.sums);
+    const float* x = call.weight + row * call.columns;
+    const uint8_t* codes = call.codes + row * call.columns;
+    Squares sum = {};
+    for (int64_t b = 0; b < blocks; b++) {
+      const Grid grid = {call.scale[row * blocks + b], call.offset ? call.offset[row * blocks + b] : 0.0f};
+      int64_t i = b * call.block;
+      const int64_t end = i + call.block < call.columns ? i + call.block : call.columns;
+      for (; i + kSquares <= end; i += kSquares) add_squares<kTable>(x + i, codes + i, call.table, grid, kSquares, &sum);
+      add_squares<kTable>(x + i, codes + i, call.table, grid, end - i, &sum);
+    }
+    sum.add_to(call.sums);
   }
 }
 

@@ -52,9 +52,8 @@ class QTensor:
     def nearest(format: Format, weight: Tensor, params: Mapping[str, Tensor]) -> QTensor:
         """``weight`` (rows, columns) by the nearest codes under ``params`` (rows / height, blocks, 1), unpacked."""
         found = passes.round_even(format, weight.float(), params)
-        if found is None:
-            return QTensor.of(format, encode(format, weight, params), params, len(weight))
-        return QTensor.of(format, found[0], params, weight.shape[0], found[2])
+        codes, _, lost = found or (encode(format, weight, params), params, None)
+        return QTensor.of(format, codes, params, weight.shape[0], lost)
 
     @staticmethod
     def rounded(format: Format, weight: Tensor) -> QTensor:
