@@ -25,7 +25,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from fewbit.recipe import Tune
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenFile, HiddenTensor, fits
 from fewbit.run.memory import give_back
+from fewbit.run.recorded import Part, Recorded
 from fewbit.run.rewriting import placed, straight_through
 from fewbit.run.solve import Solved, retuned
 from fewbit.run.state import Run
@@ -110,16 +111,19 @@ class _Phase:
         self._run, self._index, self._solved, self._members = run, index, solved, members
         self._row = methods.tuning(tune.name)
         options = {**self._row.options, **tune.options}
-        self._iters, self._batch, self._lr = int(options["iters"]), int(options["batch"]), float(options["lr"])
+        self._iters, self._lr = int(options["iters"]), float(options["lr"])
         self._relative, self._cosine, self._own = (float(options[key]) for key in ("relative", "cosine", "own"))
         self._windows = sum(len(ids) for ids in run.batches())
         self._device = torch.device(run.device)
+        self._together = 1 if self._device.type == "cpu" else run.batch
+        batch = min(int(options["batch"]), self._windows)
+        self._drawn = min(batch, max(self._together, batch // self._together * self._together))
         self._inputs = self._one_by_one(stage - 1, "calibration")
         self._wanted = self._one_by_one(stage, "reference")
         self._targets = [(1.0, self._wanted)]
         if self._own:
             self._targets.append((self._own, self._one_by_one(stage, "own")))
-        self._together = 1 if self._device.type == "cpu" else run.batch
+        self._map: Callable[..., Iterator[Any]] = run.workers.map if self._device.type == "cpu" else map
         self._calls = placed(run.inputs("window" if self._together == 1 else "calibration").calls[index], self._device)
         block = run.model.module.get_submodule(run.model.blocks[index])
         self._bare = block if self._device.type == "cpu" else copy.deepcopy(block).to(self._device)
@@ -130,7 +134,7 @@ class _Phase:
         """What was solved, ``members`` tuned."""
         began, run = time.monotonic(), self._run
         chosen = [self._solved[i] for i in self._members]
-        learners = list(run.workers.map(lambda item: self._row.learn(*placed(item.unpacked(), self._device)), chosen))
+        learners = list(self._map(lambda item: self._row.learn(*placed(item.unpacked(), self._device)), chosen))
         start, least, best = self._learn(learners)
         self._inputs.close()
         for _, file in self._targets:
@@ -163,18 +167,18 @@ class _Phase:
         start = least = self._loss(before)
         best: list[Values] | None = None
         looks = {self._iters * look // LOOKS for look in range(1, LOOKS + 1)}
+        slopes = Recorded(lambda parts: self._slopes(learners, values, parts), self._device)
         for step in range(1, self._iters + 1):
-            weights = self._weights(learners, values)
-            grads = self._gradients(weights)
+            drawn = torch.randperm(self._windows, generator=self._generator)[: self._drawn].tolist()
+            found = slopes(self._parts(drawn))
             share = 1 - (step - 1) / self._iters
 
-            def move(one: int, grads: Grads = grads, share: float = share) -> None:
-                found = learners[one].gradient(values[one], grads[one])
-                for name, grad in found.items():
+            def move(one: int, found: list[Values] = found, share: float = share) -> None:
+                for name, grad in found[one].items():
                     rules[one].step(name, values[one][name], grad, rates[one] * share)
                     values[one][name].clamp_(*learners[one].bounds[name])
 
-            for _ in self._run.workers.map(move, range(len(learners))):
+            for _ in self._map(move, range(len(learners))):
                 pass
             if step in looks:
                 loss = self._loss(self._weights(learners, values))
@@ -183,7 +187,13 @@ class _Phase:
         return (start / power) ** 0.5, (least / power) ** 0.5, best
 
     def _weights(self, learners: list[Learnable], values: Sequence[Values]) -> Grads:
-        return list(self._run.workers.map(lambda pair: pair[0].weight(pair[1]), zip(learners, values, strict=True)))
+        return list(self._map(lambda pair: pair[0].weight(pair[1]), zip(learners, values, strict=True)))
+
+    def _slopes(self, learners: list[Learnable], values: Sequence[Values], parts: Iterable[Part]) -> list[Values]:
+        """Of the loss of ``parts``, by ``values``."""
+        grads = self._gradients(self._weights(learners, values), parts)
+        work = zip(learners, values, grads, strict=True)
+        return list(self._map(lambda one: one[0].gradient(one[1], one[2]), work))
 
     def _multiplied(self, weights: Grads) -> Grads:
         """``weights`` of the members as products take them, rounded once and not again with every window; in layers
@@ -217,19 +227,16 @@ class _Phase:
 
         return run
 
-    def _gradients(self, weights: Grads) -> Grads:
-        """Of the loss of a batch, by each of ``weights``."""
+    def _gradients(self, weights: Grads, parts: Iterable[Part]) -> Grads:
+        """Of the loss of ``parts``, a batch, by each of ``weights``."""
         leaves = [weight.detach().requires_grad_() for weight in self._multiplied(weights)]
         block, total = self._block(leaves), [torch.zeros_like(weight) for weight in weights]
-        drawn = torch.randperm(self._windows, generator=self._generator)[: self._batch].tolist()
-        drawn = drawn[: max(self._together, len(drawn) // self._together * self._together)]
 
-        def one(windows: list[int]) -> tuple[Tensor, ...]:
+        def one(part: Part) -> tuple[Tensor, ...]:
             with torch.enable_grad():
-                lost = self._lost(block, windows) * (len(windows) / len(drawn))
-                return torch.autograd.grad(lost, leaves)
+                return torch.autograd.grad(self._lost(block, part) * (len(part[0]) / self._drawn), leaves)
 
-        for found in self._run.workers.map(one, self._parts(drawn)):
+        for found in self._map(one, parts):
             for sum_, grad in zip(total, found, strict=True):
                 sum_ += grad
         return total
@@ -238,20 +245,23 @@ class _Phase:
         """The loss of all windows."""
         block = self._block(self._multiplied(weights))
 
-        def one(windows: list[int]) -> float:
-            return float(self._lost(block, windows, torch.float64)) * len(windows)
+        def one(part: Part) -> float:
+            return float(self._lost(block, part, torch.float64)) * len(part[0])
 
-        return sum(self._run.workers.map(one, self._parts(list(range(self._windows))))) / self._windows
+        return float(sum(self._map(one, self._parts(range(self._windows))))) / self._windows
 
-    def _parts(self, windows: list[int]) -> list[list[int]]:
-        """What goes through the block at once: what it was called with fits so many windows."""
-        return [windows[i : i + self._together] for i in range(0, len(windows), self._together)]
+    def _parts(self, windows: Sequence[int]) -> Iterator[Part]:
+        """What goes through the block at once, as many windows as what it was called with fits: its inputs, and what is
+        wanted by each of the targets; (windows, tokens, columns)."""
+        files = [self._inputs, *(file for _, file in self._targets)]
+        for i in range(0, len(windows), self._together):
+            some = windows[i : i + self._together]
+            yield tuple(torch.cat([file.read(window) for window in some]).to(self._device) for file in files)
 
-    def _lost(self, block: Callable[[Tensor], Tensor], windows: list[int], sums: torch.dtype = torch.float32) -> Tensor:
-        """The loss of ``windows``, means being taken in ``sums``."""
-        made, total = block(self._read(self._inputs, windows)), torch.zeros((), dtype=sums, device=self._device)
-        for share, file in self._targets:
-            wanted = self._read(file, windows)
+    def _lost(self, block: Callable[[Tensor], Tensor], part: Part, sums: torch.dtype = torch.float32) -> Tensor:
+        """The loss of ``part``, means being taken in ``sums``."""
+        made, total = block(part[0]), torch.zeros((), dtype=sums, device=self._device)
+        for (share, _), wanted in zip(self._targets, part[1:], strict=True):
             total = total + share * ((made - wanted) * self._units(wanted)).square().mean(dtype=sums)
             if self._cosine:
                 alike = torch.cosine_similarity(made, wanted, dim=-1).clamp_min(LEAST_COSINE)
@@ -270,9 +280,6 @@ class _Phase:
         alone.close()
         return held
 
-    def _read(self, file: HiddenFile | HiddenTensor, windows: list[int]) -> Tensor:
-        return torch.cat([file.read(window) for window in windows]).to(self._device)
-
     def _units(self, wanted: Tensor) -> Tensor:
         """What errors of each token are multiplied by, (windows, tokens, 1)."""
         return wanted.square().mean(-1, keepdim=True).clamp_min(1e-20).pow(-self._relative / 2)
@@ -284,7 +291,7 @@ class _Phase:
             wanted = self._wanted.read(window)
             return float((wanted * self._units(wanted)).square_().mean(dtype=torch.float64))
 
-        return sum(self._run.workers.map(one, range(self._windows))) / self._windows or 1.0
+        return float(sum(self._map(one, range(self._windows)))) / self._windows or 1.0
 
 
 def _twin(module: nn.Module, item: Solved, device: torch.device) -> nn.Module:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +44,12 @@ from fewbit.core.transform import generator_of
 from fewbit.measure.memory import peak_rss_bytes
 from fewbit.methods.floats import RATE, FloatVector
 from fewbit.model.loading import place
+from fewbit.model.stream import Inputs
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenFile, HiddenTensor, fits
 from fewbit.run.members import Candidate, Member, Part, begin, fitting, joined
 from fewbit.run.memory import give_back
+from fewbit.run.recorded import Recorded
 from fewbit.run.rewriting import placed, straight_through
 from fewbit.run.solve import Solved
 from fewbit.run.state import Run
@@ -77,6 +79,16 @@ class Found:
     before: float
     after: float
     still: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class _Windows:
+    """Some windows on their way: what the first block is called with, ``ids`` (windows, tokens), and the last block's
+    outputs in the float model."""
+
+    inputs: Inputs
+    ids: Tensor
+    floating: Tensor
 
 
 def stored(run: Run) -> list[Solved]:
@@ -110,6 +122,7 @@ class Whole:
         self._wanted = self._model.logits_as_now()
         self._float = self._float_path()
         self.still: dict[str, str] = {}
+        self._calls: list[Any] = []
         self._hooks: list[RemovableHandle] = []
         self._members = self._quantized(stored(run))
         self._leaves = [[self._leaf(part) for part in member.parts] for member in self._members]
@@ -125,7 +138,8 @@ class Whole:
             file = HiddenFile(self._run.folder / "state" / "float", shape, "scratch")
 
         def one(windows: list[int]) -> None:
-            for window, hidden in zip(windows, self._through(windows).split(1), strict=True):
+            inputs = self._model.begin(self._ids[windows].to(self._device))
+            for window, hidden in zip(windows, self._through(inputs).split(1), strict=True):
                 file.write(window, hidden.float())
 
         for _ in self._map(one, self._parts(range(len(self._ids)))):
@@ -264,41 +278,63 @@ class Whole:
     def gradients(self) -> tuple[float, list[Tensor]]:
         """The loss of a batch, and its gradient by the weight of each member."""
         order = torch.randperm(len(self._learned_from), generator=self._generator)[: int(self.options["batch"])]
-        drawn = [self._learned_from[i] for i in order.tolist()]
-        leaves = [leaf for each in self._leaves for leaf in each]
-        total, loss = [torch.zeros_like(leaf) for leaf in leaves], 0.0
-
-        def one(windows: list[int]) -> tuple[float, Sequence[Tensor]]:
-            with torch.enable_grad():
-                with self._run.arithmetic(self._device.type):
-                    logits = self._model.logits(self._through(windows, self._again)).float()
-                lost = self._lost(logits, windows) * (len(windows) / len(drawn))
-                return lost.detach(), torch.autograd.grad(lost, leaves)  # type: ignore[return-value]
-
-        for part, found in self._map(one, self._parts(drawn)):
-            loss += float(part)
-            for sum_, grad in zip(total, found, strict=True):
-                sum_ += grad
+        some = map(self._begin, self._parts([self._learned_from[i] for i in order.tolist()]))
+        losses, total = self._slopes(some, len(order)) if self._alone else self._recorded(list(some), len(order))
         parts = zip((part for member in self._members for part in member.parts), total, strict=True)
         lying = iter([grad.T if part.transposed else grad for part, grad in parts])
-        return loss, [torch.cat([next(lying) for _ in member.parts]) for member in self._members]
+        return sum(map(float, losses)), [torch.cat([next(lying) for _ in member.parts]) for member in self._members]
+
+    def _slopes(self, some: Iterable[_Windows], number: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The losses of ``some`` of ``number`` windows, each by its share, and their gradient by every leaf."""
+        leaves = [leaf for each in self._leaves for leaf in each]
+        losses, total = [], [torch.zeros_like(leaf) for leaf in leaves]
+
+        def one(windows: _Windows) -> tuple[Tensor, Sequence[Tensor]]:
+            with torch.enable_grad():
+                with self._run.arithmetic(self._device.type):
+                    logits = self._model.logits(self._through(windows.inputs, self._again)).float()
+                lost = self._lost(logits, windows) * (len(windows.ids) / number)
+                return lost.detach(), torch.autograd.grad(lost, leaves)
+
+        for lost, found in self._map(one, some):
+            losses.append(lost)
+            for sum_, grad in zip(total, found, strict=True):
+                sum_ += grad
+        return losses, total
+
+    def _recorded(self, some: list[_Windows], number: int) -> tuple[list[Tensor], list[Tensor]]:
+        """As :meth:`_slopes`, recorded for what blocks are called with, which hardly ever depends on the windows."""
+        calls = [each.inputs.calls for each in some]
+        if [id(one) for one in calls] != [id(one) for one in self._calls]:
+            self._calls = calls
+
+            def function(parts: Iterable[tuple[Tensor, ...]]) -> tuple[list[Tensor], list[Tensor]]:
+                again = zip(parts, calls, strict=True)
+                return self._slopes((_Windows(Inputs(hidden, call), *rest) for (hidden, *rest), call in again), number)
+
+            self._step_of = Recorded(function, self._device)
+        return self._step_of([(each.inputs.hidden, each.ids, each.floating) for each in some])
 
     def held_out(self) -> float:
         """The mean loss of the windows that are held out, products in float32."""
 
-        def one(windows: list[int]) -> float:
-            logits = self._model.logits(self._through(windows)).float()
-            return float(self._lost(logits, windows, torch.float64)) * len(windows)
+        def one(windows: _Windows) -> float:
+            logits = self._model.logits(self._through(windows.inputs)).float()
+            return float(self._lost(logits, windows, torch.float64)) * len(windows.ids)
 
-        return float(sum(self._map(one, self._parts(self._held)))) / len(self._held)
+        return float(sum(self._map(one, map(self._begin, self._parts(self._held))))) / len(self._held)
 
     def _parts(self, windows: Sequence[int]) -> list[list[int]]:
         """What goes through the model at once."""
         return [list(windows[i : i + self._together]) for i in range(0, len(windows), self._together)]
 
-    def _through(self, windows: list[int], again: bool = False) -> Tensor:
-        """The last block's outputs for ``windows``; ``again``: blocks keep nothing and run again on the way back."""
-        inputs = self._model.begin(self._ids[windows].to(self._device))
+    def _begin(self, windows: list[int]) -> _Windows:
+        ids = self._ids[windows].to(self._device)
+        floating = torch.cat([self._float.read(window) for window in windows]).to(self._device)
+        return _Windows(self._model.begin(ids), ids, floating)
+
+    def _through(self, inputs: Inputs, again: bool = False) -> Tensor:
+        """The last block's outputs for ``inputs``; ``again``: blocks keep nothing and run again on the way back."""
         hidden, run = inputs.hidden, self._model.run_block
         for index in range(len(self._model.blocks)):
             if again:
@@ -308,15 +344,14 @@ class Whole:
                 hidden = run(index, hidden, inputs)
         return hidden
 
-    def _lost(self, logits: Tensor, windows: list[int], sums: torch.dtype = torch.float32) -> Tensor:
+    def _lost(self, logits: Tensor, windows: _Windows, sums: torch.dtype = torch.float32) -> Tensor:
         """The loss of ``windows`` whose ``logits`` (windows, tokens, vocabulary) are these, means being taken in
         ``sums``."""
         with torch.no_grad():
-            hidden = torch.cat([self._float.read(window) for window in windows]).to(self._device)
-            wanted = self._wanted(hidden)[:, :-1].float().log_softmax(-1)
+            wanted = self._wanted(windows.floating)[:, :-1].float().log_softmax(-1)
         made = logits[:, :-1].log_softmax(-1)
         lost = (wanted.exp() * (wanted - made)).sum(-1).mean(dtype=sums)
         if self.options["label"]:
-            ids = self._ids[windows][:, 1:].to(self._device)
+            ids = windows.ids[:, 1:]
             lost = lost + self.options["label"] * cross_entropy(logits[:, :-1].flatten(0, 1), ids.flatten())
         return lost
