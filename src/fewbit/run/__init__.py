@@ -81,7 +81,7 @@ def quantize(
         calibration, samples, context, seed: text (None: bundled), windows, tokens in each, what draws them.
         facts: a folder of :func:`fewbit.collect` to use instead: layers are solved on what the float model shows.
         calibration_dtype: of products in blocks that calibrate; "auto": bfloat16 where the processor multiplies it.
-        threads, device: how many (any number gives the same bytes, None takes torch's); where blocks are tuned.
+        threads, device: how many (any number gives the same bytes, None takes torch's); where tuned blocks run.
         correct_bias, head: take the mean error of outputs from biases; format of embedding and head, or "float".
         force: accept few bits without data, an old ``out``, bad results.
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from fewbit.core.facts import Facts
 from fewbit.model.sites import in_block
+from fewbit.run.hidden import HiddenFile
 from fewbit.run.observe import Observer
+from fewbit.run.rewriting import as_run, lying_on, placed
+from fewbit.run.solve import Solved
 from fewbit.run.state import SHOWN, TOGETHER, Run
 from fewbit.run.tasks import needs
 
@@ -26,6 +30,27 @@ def probe_started(run: Run, index: int, hidden: Tensor) -> Callable[[], Tensor]:
     inputs = run.inputs("probe")
     begun = [run.workers.start(partial(run.model.run_block, index, part, inputs)) for part in hidden.split(TOGETHER)]
     return lambda: torch.cat([part.result() for part in begun])
+
+
+def calibration_through(
+    run: Run, stage: int, index: int, before: str, after: str, solved: Sequence[Solved] = ()
+) -> HiddenFile:
+    """Take what ``before`` holds of the calibration through block ``index``, on the device of the run, inputs of the
+    ``solved`` layers as they see them: what it makes of it, as ``after``, to be committed."""
+    source, target = run.hidden(stage - 1, before), run.hidden(stage, after, create=True)
+    device, model = torch.device(run.device), run.model
+    inputs = run.inputs("calibration")
+    shared = replace(inputs, calls=placed(inputs.calls, device))
+
+    def one(batch: int) -> None:
+        with run.arithmetic(device.type):
+            target.write(batch, model.run_block(index, source.read(batch).to(device), shared))
+
+    with lying_on(device, model.module.get_submodule(model.blocks[index])), as_run(model, solved, device):
+        for _ in run.workers.map(one, range(len(run.batches()))):
+            pass
+    source.close()
+    return target
 
 
 def observe_probe(run: Run, index: int, hidden: Tensor) -> dict[str, list[Tensor]]:

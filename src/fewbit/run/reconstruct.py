@@ -16,8 +16,9 @@ least loss are kept, and where no step lowered it the block stays as it was solv
 gradients of a batch are worked out a window a worker and added up in order, so that any number of threads gives the
 same bytes. Both streams lie in files of which a window a worker is in memory; on a GPU, in its memory where they fit.
 
-On a GPU, where one is asked for, the block and what is learned lie there, and some windows are one batch. What comes
-out is checked like anything else, but its bytes are promised neither to equal a CPU's nor those of the next run.
+On a GPU, where one is asked for, the block and what is learned lie there, some windows are one batch, and a step is
+recorded (:mod:`fewbit.run.recorded`). What comes out is checked like anything else, but its bytes are promised neither
+to equal a CPU's nor those of the next run.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from fewbit.core.tuning import Learnable, Values
 from fewbit.measure.memory import peak_rss_bytes
 from fewbit.model.stream import with_replaced
 from fewbit.recipe import Tune
+from fewbit.run.collect import calibration_through
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenFile, HiddenTensor, fits
 from fewbit.run.memory import give_back
@@ -64,24 +66,10 @@ def tuned(run: Run) -> bool:
 def reference_on(run: Run, stage: int, index: int) -> None:
     """Take the float path of the calibration through block ``index``, still in float, and keep it; and the quantized
     path, where a loss asks for it."""
-    _through(run, stage, index, "reference", "reference")
+    calibration_through(run, stage, index, "reference", "reference").commit()
     asked = (tune for d in run.plan.decisions if d.site.block == index and d.rule for tune in d.rule.tunings())
     if any({**methods.tuning(tune.name).options, **tune.options}["own"] for tune in asked):
-        _through(run, stage, index, "calibration", "own")
-
-
-def _through(run: Run, stage: int, index: int, before: str, after: str) -> None:
-    source, target = run.hidden(stage - 1, before), run.hidden(stage, after, create=True)
-    shared = run.inputs("calibration")
-
-    def one(batch: int) -> None:
-        with run.arithmetic():
-            target.write(batch, run.model.run_block(index, source.read(batch), shared))
-
-    for _ in run.workers.map(one, range(len(run.batches()))):
-        pass
-    source.close()
-    target.commit()
+        calibration_through(run, stage, index, "calibration", "own").commit()
 
 
 def tune_block(run: Run, stage: int, index: int, solved: list[Solved]) -> list[Solved]:

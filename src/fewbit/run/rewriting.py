@@ -22,14 +22,16 @@ from fewbit.kernels.reference import round_activations
 from fewbit.model.stream import StreamedModel
 from fewbit.run.solve import Solved
 
+CPU = torch.device("cpu")
+
 
 @contextmanager
-def as_run(model: StreamedModel, solved: Iterable[Solved]) -> Iterator[None]:
-    """While open, layers that hold the decoded weights of ``solved`` see their inputs rewritten, then rounded, unless
-    their grid is yet to be fixed."""
+def as_run(model: StreamedModel, solved: Iterable[Solved], device: torch.device = CPU) -> Iterator[None]:
+    """While open, layers on ``device`` that hold the decoded weights of ``solved`` see their inputs rewritten, then
+    rounded, unless their grid is yet to be fixed."""
     handles = [
         model.module.get_submodule(item.record["name"]).register_forward_pre_hook(
-            _inputs(item.rewrite, item.activation)
+            _inputs(_rewrite(item, device), item.activation)
         )
         for item in solved
         if item.activation is not None or item.rewrite.steps
@@ -55,8 +57,7 @@ def _inputs(rewrite: Chain, activation: Format | None) -> Any:
 def straight_through(item: Solved, device: torch.device) -> Any:
     """A pre-hook that rewrites and rounds inputs on ``device`` as :func:`as_run` does, gradients going straight through
     the rounding."""
-    kinds, columns = [step.kind for step in item.rewrite.steps], item.record["shape"][1]
-    rewrite, activation = restore(kinds, columns, placed(item.rewrite.arrays, device)), item.activation
+    rewrite, activation = _rewrite(item, device), item.activation
 
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x = rewrite.apply(arguments[0]) if rewrite.steps else arguments[0]
@@ -65,6 +66,21 @@ def straight_through(item: Solved, device: torch.device) -> Any:
         return (x, *arguments[1:])
 
     return hook
+
+
+def _rewrite(item: Solved, device: torch.device) -> Chain:
+    kinds, columns = [step.kind for step in item.rewrite.steps], item.record["shape"][1]
+    return restore(kinds, columns, placed(item.rewrite.arrays, device))
+
+
+@contextmanager
+def lying_on(device: torch.device, module: nn.Module) -> Iterator[None]:
+    """While open, ``module`` is on ``device``."""
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(CPU)
 
 
 def placed(tree: Any, device: torch.device) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fewbit.core.facts import Accumulator, Facts
 from fewbit.model.order import Order
 from fewbit.model.replay import checked_order, output, replaying
-from fewbit.run.collect import collect
+from fewbit.run.collect import calibration_through, collect
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenBatches, HiddenFile, HiddenOnce
 from fewbit.run.ranges import fix_grids
@@ -70,8 +70,7 @@ def pass_on(run: Run, stage: int, index: int, solved: list[Solved]) -> HiddenFil
     """Take the calibration, where there is one, through the quantized block ``index``, if a block follows."""
     if run.calibration is None or _is_last(run, stage):
         return None
-    with Passes(run, stage, index, Order((), ())) as passes, as_run(run.model, solved):
-        return passes.finish()
+    return calibration_through(run, stage, index, "calibration", "calibration", solved)
 
 
 def _is_last(run: Run, stage: int) -> bool:

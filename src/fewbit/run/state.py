@@ -35,7 +35,7 @@ HELD = 256 << 20
 @dataclass
 class Run:
     """Everything a stage needs. ``probe`` (windows, tokens) is held-out text that the run checks itself on; ``seed``
-    is what anything random is drawn from; ``device`` where blocks are tuned; ``sensitivity`` is there where a method
+    is what anything random is drawn from; ``device`` where tuned blocks run; ``sensitivity`` is there where a method
     asks for the Fisher diagonal, ``kept`` where facts were collected beforehand, and ``end`` where the model learns as
     a whole once all blocks are done, from ``whole`` where that is more text than the ``calibration``; ``correct_bias``:
     see :mod:`fewbit.core.correction`."""

@@ -19,7 +19,8 @@ start, nothing changes. Gradients of windows are added up in order: any number o
 phase is not resumed halfway: a run that is stopped in it begins it again.
 
 A GPU wants few and large operations: there, layers of one format and width learn as one matrix, some windows are one
-batch, and outputs and activations stay in its memory where they fit.
+batch, outputs and activations stay in its memory where they fit, and the gradient of a batch is recorded
+(:mod:`fewbit.run.recorded`).
 """
 
 from __future__ import annotations
