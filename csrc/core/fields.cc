@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
 #include "fewbit.h"
 #include "fewbit_grids.h"
 
@@ -36,14 +38,13 @@ template <int kBits>
 void pack_row(const uint8_t* codes, int64_t columns, uint8_t* packed) {
   int64_t i = 0;
   if constexpr (kBits == 2 || kBits == 4) {  // whole codes in a byte, which compilers pack in vectors
-    constexpr int64_t kEach = 8 / kBits;
-    const int64_t bytes = columns / kEach;
-    for (int64_t b = 0; b < bytes; b++) {
-      int byte = 0;
-      for (int64_t k = 0; k < kEach; k++) byte |= codes[kEach * b + k] << (k * kBits);
-      packed[b] = static_cast<uint8_t>(byte);
+    using Codes = std::conditional_t<kBits == 4, uint16_t, uint32_t>;
+    constexpr int64_t kEach = sizeof(Codes);
+    for (; i + kEach <= columns; i += kEach, packed++) {
+      Codes some;
+      memcpy(&some, codes + i, sizeof some);
+      *packed = static_cast<uint8_t>(kBits == 4 ? some | some >> 4 : some | some >> 6 | some >> 12 | some >> 18);
     }
-    i = kEach * bytes, packed += bytes;
   }
   for (; i + 8 <= columns; i += 8, packed += kBits) {
     uint64_t eight;
@@ -52,9 +53,9 @@ void pack_row(const uint8_t* codes, int64_t columns, uint8_t* packed) {
     memcpy(packed, &eight, kBits);
   }
   uint64_t rest = 0;
-  memcpy(&rest, codes + i, static_cast<size_t>(columns - i));
-  rest = joined(rest, kBits);
-  memcpy(packed, &rest, static_cast<size_t>((columns - i) * kBits + 7) / 8);
+  int width = 0;
+  for (; i < columns; i++, width += kBits) rest |= uint64_t{codes[i]} << width;
+  for (; width > 0; width -= 8, rest >>= 8) *packed++ = static_cast<uint8_t>(rest);
 }
 
 template <int kBits>
@@ -77,23 +78,34 @@ void unpack_row(const uint8_t* packed, int64_t columns, uint8_t* codes) {
   }
 }
 
-using Row = void (*)(const uint8_t* from, int64_t columns, uint8_t* to);
-constexpr Row kPack[] = {pack_row<1>, pack_row<2>, pack_row<3>, pack_row<4>, pack_row<5>, pack_row<6>, pack_row<7>};
-constexpr Row kUnpack[] = {unpack_row<1>, unpack_row<2>, unpack_row<3>, unpack_row<4>,
-                           unpack_row<5>, unpack_row<6>, unpack_row<7>};
+// Rows of whole bytes are one row.
+template <int kBits, bool kPack>
+void all_rows(const uint8_t* from, int64_t rows, int64_t columns, uint8_t* to) {
+  if (columns * kBits % 8 == 0) columns *= rows, rows = 1;
+  const int64_t bytes = (columns * kBits + 7) / 8;
+  for (int64_t row = 0; row < rows; row++) {
+    if constexpr (kPack)
+      pack_row<kBits>(from + row * columns, columns, to + row * bytes);
+    else
+      unpack_row<kBits>(from + row * bytes, columns, to + row * columns);
+  }
+}
+
+using Rows = void (*)(const uint8_t* from, int64_t rows, int64_t columns, uint8_t* to);
+template <bool kPack>
+constexpr Rows kRows[] = {all_rows<1, kPack>, all_rows<2, kPack>, all_rows<3, kPack>, all_rows<4, kPack>,
+                          all_rows<5, kPack>, all_rows<6, kPack>, all_rows<7, kPack>};
 
 }  // namespace
 
 extern "C" int fewbit_pack_fields(const uint8_t* codes, int64_t rows, int64_t columns, int32_t bits, uint8_t* packed) {
   if (!sound(codes, packed, rows, columns, bits)) return FEWBIT_BAD_ARGUMENT;
-  const int64_t bytes = (columns * bits + 7) / 8;
-  for (int64_t row = 0; row < rows; row++) kPack[bits - 1](codes + row * columns, columns, packed + row * bytes);
+  kRows<true>[bits - 1](codes, rows, columns, packed);
   return FEWBIT_OK;
 }
 
 extern "C" int fewbit_unpack_fields(const uint8_t* packed, int64_t rows, int64_t columns, int32_t bits, uint8_t* codes) {
   if (!sound(packed, codes, rows, columns, bits)) return FEWBIT_BAD_ARGUMENT;
-  const int64_t bytes = (columns * bits + 7) / 8;
-  for (int64_t row = 0; row < rows; row++) kUnpack[bits - 1](packed + row * bytes, columns, codes + row * columns);
+  kRows<false>[bits - 1](packed, rows, columns, codes);
   return FEWBIT_OK;
 }
