@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from fewbit.commands import before
 from fewbit.commands.arguments import (
     Activation,
     Calibration,
@@ -115,31 +116,8 @@ def calibrate(
     command.run(model, out, merge or [], json, **text, gram=gram, fisher=fisher, threads=threads, force=force)
 
 
-@app.command()
-@guarded
-def tell(
-    model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="JSON lines to write.")],
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Texts.")] = 128,
-    context: Annotated[int, typer.Option("--context", min=2, help="Tokens in a text.")] = 512,
-    temperature: Annotated[float, typer.Option("--temperature", help="Below 1 keeps to what is likely.")] = 1.0,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", metavar="TEXT", help="A text or JSONL file that texts go on from.")
-    ] = None,
-    beginning: Annotated[int, typer.Option("--beginning", min=1, help="Tokens of it that a text begins with.")] = 32,
-    seed: Seed = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Texts at once; another number, other texts.")] = 64,
-    threads: Threads = None,
-    device: Annotated[str, typer.Option("--device", help="Where the model runs: cpu or cuda.")] = "cpu",
-    force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Let MODEL tell texts to calibrate it on, where what it was trained on is not at hand."""
-    from fewbit.commands import tell as command
-
-    what = {"samples": samples, "context": context, "temperature": temperature, "seed": seed, "batch": batch}
-    begun = {"prompts": prompts, "beginning": beginning}
-    command.run(model, out, **what, **begun, threads=threads, device=device, force=force)
+app.command()(before.tell)
+app.command()(before.restore)
 
 
 @app.command()

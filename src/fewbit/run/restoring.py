@@ -15,6 +15,8 @@ columns is found again from the inputs of the new weights.
 from __future__ import annotations
 
 import math
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +27,9 @@ from torch import Tensor, nn
 
 from fewbit import calibrate
 from fewbit.containers import manifest as M
+from fewbit.containers.files import refuse_existing
 from fewbit.errors import SpecError, UnsupportedError
-from fewbit.model.checkpoint import open_checkpoint
+from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.run.decoding import decode_into
 from fewbit.run.events import Event, Progress
@@ -47,12 +50,14 @@ def restore(
     samples: int = 128,
     context: int = 256,
     seed: int = 0,
+    out: str | Path | None = None,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Any:
     """A float model of transformers whose weights make up for what quantizing ``model`` to ``quantized`` lost.
 
-    ``fewbit.quantize`` takes it, with its tokenizer, in place of ``model``. It needs the memory of the float32 model
-    twice, and the activations of a batch.
+    ``fewbit.quantize`` takes it, with its tokenizer, or the folder ``out``, in place of ``model``. It needs the memory
+    of the float32 model twice, and the activations of a batch.
 
     Args:
         model: the float model: a folder, a GGUF file, or a hub id.
@@ -60,18 +65,36 @@ def restore(
         text: to learn on; the bundled text where it is None. ``samples`` windows of ``context`` tokens are drawn.
         rank, alpha, dropout: of the products.
         steps, batch, lr: of AdamW, on windows in turn; the rate falls to zero by half a cosine.
-        progress: hears of the mean loss now and then.
+        out: a folder to write the model and its tokenizer to; ``force`` replaces it.
+        progress: hears of every step, and of the mean loss now and then.
 
     Raises:
-        SpecError: a number is out of range. UnsupportedError: inputs of layers are rounded, or nothing is quantized.
+        SpecError: a number is out of range. InputError: ``out`` exists and ``force`` is off. UnsupportedError: inputs
+            of layers are rounded, or nothing is quantized.
     """
     if min(rank, steps, batch) < 1 or not 0 <= dropout < 1 or not 0 < lr <= 1:
         found = f"rank={rank}, steps={steps}, batch={batch}, dropout={dropout}, lr={lr}"
         raise SpecError("restoring a model", found, "64, 200, 4, 0.1 and 1e-4 are usual")
+    if out is not None:
+        refuse_existing(Path(out), force)
     checkpoint, folder = open_checkpoint(model), Path(quantized)
     words = calibrate.calibration(checkpoint.words(), text, samples, context, seed)
     streamed = StreamedModel.open(checkpoint)
     streamed.load("")
+    originals, names = _decoded(streamed, folder)
+    with _adapted(streamed, names, rank, alpha / rank, dropout, seed) as pairs:
+        _train(streamed.module, pairs, words.ids, steps, batch, lr, seed, progress or silent)
+    for name, weight in originals.items():
+        streamed.set_weight(name, weight)
+    for name, (down, up) in zip(names, pairs, strict=True):
+        streamed.set_weight(name, originals[name] + (alpha / rank) * (up @ down).detach())
+    if out is not None:
+        _write(streamed.module, checkpoint, Path(out))
+    return streamed.module.eval()
+
+
+def _decoded(streamed: StreamedModel, folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Put what ``folder`` holds into the loaded model; the float weights that were there, and the layers of blocks."""
     layers = [record for record in M.read(folder)["layers"] if record["experts"] == 1]
     originals = {record["name"]: streamed.weight(record["name"]).clone() for record in layers}
     for record in layers:
@@ -82,13 +105,18 @@ def restore(
     names = [record["name"] for record in layers if record["block"] is not None]
     if not names:
         raise UnsupportedError(f"restoring from {folder}", "no layer of a block is quantized in it", "another folder")
-    with _adapted(streamed, names, rank, alpha / rank, dropout, seed) as pairs:
-        _train(streamed.module, pairs, words.ids, steps, batch, lr, seed, progress or silent)
-    for name, weight in originals.items():
-        streamed.set_weight(name, weight)
-    for name, (down, up) in zip(names, pairs, strict=True):
-        streamed.set_weight(name, originals[name] + (alpha / rank) * (up @ down).detach())
-    return streamed.module.eval()
+    return originals, names
+
+
+def _write(module: Any, checkpoint: Checkpoint, out: Path) -> None:
+    """A folder of the name that it will have, once all of it is there."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    module.save_pretrained(partial)
+    checkpoint.save_sidecars(partial)
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
 
 
 @contextmanager
@@ -132,6 +160,7 @@ def _train(
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     recent: list[float] = []
+    began = time.monotonic()
     with torch.random.fork_rng([]), torch.enable_grad():
         torch.manual_seed(seed)  # of what is dropped
         for step in range(steps):
@@ -145,7 +174,9 @@ def _train(
             loss.backward()
             descent.step()
             recent.append(float(loss.detach()))
+            told = ""
             if (step + 1) % max(1, steps // 10) == 0:
-                mean = sum(recent) / len(recent)
-                progress(Event("note", message=f"restoring: step {step + 1} of {steps}, loss {mean:.4f}"))
+                told = f"step {step + 1} of {steps}, loss {sum(recent) / len(recent):.4f}"
                 recent = []
+            left = (time.monotonic() - began) / (step + 1) * (steps - step - 1)
+            progress(Event("step", block=step + 1, blocks=steps, eta_seconds=left, message=told))
