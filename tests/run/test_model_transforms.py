@@ -23,6 +23,7 @@ from fewbit.model.stream import StreamedModel
 from fewbit.model.surgery import Preparation
 from fewbit.recipe import ModelStep, Recipe, Step
 from fewbit.run import learning
+from fewbit.run.effort import Text
 from fewbit.run.learning import Learner
 from fewbit.run.planning import make_plan
 from fewbit.run.workers import workers
@@ -91,7 +92,7 @@ def learner(tiny: Path, format: str, **options: float) -> Learner:
     checkpoint = open_checkpoint(tiny)
     model = StreamedModel.open(checkpoint, preparation)
     recipe = Recipe.simple(format, transforms=[{"name": "spinquant", **options}])
-    plan = make_plan(checkpoint, model, recipe, 0, 1, force=True)
+    plan = make_plan(checkpoint, model, recipe, Text(), force=True)
     assert model.surgery is not None
     return Learner(model, model.surgery, preparation, plan.decisions)
 

@@ -50,6 +50,8 @@ class Method:
     ``beside(shape, **options)``: bytes that the result for a (rows, columns) weight takes beside one matrix in the
     format; where there are any, it is a sum of terms. ``parts(format, shape, **options)``: the same of results that are
     made of other matrices than one in the format.
+    ``work``: about how many operations of a matrix product choosing the codes of one weight takes as long as, for the
+    estimate before a run; measured.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Method:
     beside: Callable[..., int] = _nothing_beside
     parts: Callable[..., Parts] | None = None
     tuning: str = ""
+    work: float = 0.0
     source: str = ""
 
     @property

@@ -192,6 +192,7 @@ METHODS: tuple[Method, ...] = (
         needs="mean_square",
         options={"steps": 37, "rounds": 2},
         refuse=refuse_uneven,
+        work=1e5,
         source="k-quants under an importance matrix, github.com/ggml-org/llama.cpp (ggml-quants.c)",
     ),
     Method(
@@ -217,6 +218,7 @@ METHODS: tuple[Method, ...] = (
         needs="gram",
         options={"steps": 20, "floor": 0.5},
         refuse=refuse_awq,
+        work=1e5,
         source="clip search of Lin et al. 2023, arXiv:2306.00978 (github.com/mit-han-lab/llm-awq)",
     ),
     Method(
@@ -225,6 +227,7 @@ METHODS: tuple[Method, ...] = (
         needs="nothing",
         options={"p": 0.7, "beta": 10.0, "kappa": 1.01, "iterations": 20},
         refuse=refuse_hqq,
+        work=3e4,
         source="Badri, Shaji 2023, github.com/mobiusml/hqq",
     ),
     Method(
@@ -260,6 +263,7 @@ METHODS: tuple[Method, ...] = (
         },
         refuse=refuse_scalars,
         parts=vptq_parts,
+        work=1.5e6,
         source="Liu et al. 2024, arXiv:2409.17066",
     ),
     Method(
@@ -269,6 +273,7 @@ METHODS: tuple[Method, ...] = (
         options={"salient": 0.2, "salient_bits": 4},
         refuse=refuse_ptq161,
         parts=ptq161_parts,
+        work=7e4,
         source="Zhao et al. 2025, arXiv:2502.13179",
     ),
     Method(
@@ -278,6 +283,7 @@ METHODS: tuple[Method, ...] = (
         options={"salient": 0.1, "damp_percent": 0.01, "points": 9},
         refuse=refuse_no_signs,
         parts=billm_parts,
+        work=2e5,
         source="Huang et al. 2024, arXiv:2402.04291",
     ),
     Method(
@@ -287,6 +293,7 @@ METHODS: tuple[Method, ...] = (
         options={"iterations": 15},
         refuse=refuse_no_signs,
         parts=arb_parts,
+        work=7e4,
         source="Li et al. 2024, arXiv:2410.03129",
     ),
     Method(
@@ -296,6 +303,7 @@ METHODS: tuple[Method, ...] = (
         options={"bits": 1.0, "iterations": 100, "rounds": 10},
         refuse=refuse_groups,
         parts=nanoquant_parts,
+        work=2e6,
         source="Chong et al. 2026, arXiv:2602.06694; scales of Lee et al. 2025, arXiv:2506.13771",
     ),
     Method(

@@ -22,6 +22,7 @@ from fewbit.model.surgery import Preparation
 from fewbit.recipe import Recipe
 from fewbit.run import opening as O
 from fewbit.run.again import run_all
+from fewbit.run.effort import Text
 from fewbit.run.ending import STATE, describe, finish
 from fewbit.run.events import Event, Progress
 from fewbit.run.facts import KeptFacts
@@ -91,8 +92,8 @@ def quantize(
     chosen, target, tell = _recipe(recipe, method, head, options, transforms, tune), Path(out), progress or O.silent
     with O.source(model, tokenizer, target) as path, workers(threads) as pool:
         streamed = StreamedModel.open(checkpoint := open_checkpoint(path), _preparation(chosen, seed))
-        _check(planned := _planned(checkpoint, streamed, chosen, samples * context, force, tell), chosen, device, facts)
-        _check_biases(correct_bias, streamed, planned, chosen)
+        text = Text(samples, context, BATCH_TOKENS)
+        _check(planned := _planned(checkpoint, streamed, chosen, text, force, tell), chosen, device, facts)
         words, products = checkpoint.words(), O.products(calibration_dtype)
         data, whole = _calibration(checkpoint, words, chosen, correct_bias, calibration, samples, context, seed, tell)
         kept, data = _kept(facts, checkpoint, planned, data, calibration is not None)
@@ -128,14 +129,14 @@ def plan(
     checkpoint = open_checkpoint(model)
     chosen = _recipe(recipe, method, head, options, transforms, tune)
     streamed = StreamedModel.open(checkpoint, _preparation(chosen, 0))
-    return make_plan(checkpoint, streamed, chosen, samples * context, BATCH_TOKENS, force)
+    return make_plan(checkpoint, streamed, chosen, Text(samples, context, BATCH_TOKENS), force)
 
 
 def _planned(
-    checkpoint: Checkpoint, streamed: StreamedModel, recipe: Recipe, tokens: int, force: bool, tell: Progress
+    checkpoint: Checkpoint, streamed: StreamedModel, recipe: Recipe, text: Text, force: bool, tell: Progress
 ) -> Plan:
     """The plan, its warnings told."""
-    planned = make_plan(checkpoint, streamed, recipe, tokens, BATCH_TOKENS, force)
+    planned = make_plan(checkpoint, streamed, recipe, text, force)
     for message in planned.warnings:
         tell(Event("note", message=message))
     return planned

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,11 +18,10 @@ from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.sites import Site
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import FLOAT, ModelTune, Recipe, Rule, Step
+from fewbit.run.effort import Text, estimate
 from fewbit.run.solve import kernel_name, layout_for
 
 REFERENCE = "reference"
-WINDOW = 512
-"""Tokens of a window, as far as estimates of tunings go."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,8 @@ class Plan:
         }
 
 
-def make_plan(
-    checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, tokens: int, batch_tokens: int, force: bool
-) -> Plan:
-    """Decide every site of ``model``; ``tokens`` of calibration, ``batch_tokens`` at once, only serve the estimates.
+def make_plan(checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, text: Text, force: bool) -> Plan:
+    """Decide every site of ``model``; the calibration ``text`` only serves the estimates.
 
     Raises:
         SpecError: a rule matches nothing; or a data-free method below 3 bits without ``force``.
@@ -109,7 +105,7 @@ def make_plan(
     size = sum(d.nbytes for d in decisions) + sum(size for _, _, size in kept)
     bits = 8 * sum(d.nbytes for d in quantized) / sum(d.weights for d in quantized)
     calibrated = recipe.end is not None or any(d.rule and d.rule.calibrated for d in quantized)
-    seconds, memory = estimate(decisions, tokens if calibrated else 0, batch_tokens, model, recipe.end)
+    seconds, memory = estimate(decisions, text, calibrated, model, recipe)
     warnings = _warnings(quantized, size, checkpoint) + _of_surgery(model, decisions)
     return Plan(decisions, kept, dtype, size, checkpoint.nbytes, bits, memory, seconds, warnings)
 
@@ -281,51 +277,3 @@ def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> l
     if size >= checkpoint.nbytes:
         found.append(f"the result ({size} bytes) is not smaller than the source ({checkpoint.nbytes} bytes)")
     return found
-
-
-def estimate(
-    decisions: list[Decision], tokens: int, batch_tokens: int, model: StreamedModel, end: ModelTune | None = None
-) -> tuple[float, int]:
-    """Seconds and peak bytes, from a matrix product timed here and now and the work that each layer needs."""
-    side = 384
-    a = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
-    a @ a
-    began = time.perf_counter()
-    for _ in range(4):
-        a @ a
-    rate = 8 * side**3 / (time.perf_counter() - began)
-    flops, seconds, largest = 0.0, 3.0, 0
-    blocks: dict[int | None, int] = {}
-    gradients: dict[int | None, int] = {}
-    for decision in decisions:
-        rows, columns = decision.site.shape
-        # fp32 weights, their quantized form and the solver's copies live together
-        blocks[decision.site.block] = blocks.get(decision.site.block, 0) + 4 * decision.weights
-        # a pass is 2 a weight and token; attention, activations and files take about as long again
-        flops += 4 * tokens * rows * columns if decision.site.block is not None else 0
-        if decision.rule is None:
-            continue
-        for tune in decision.rule.tunings():
-            options = {**methods.tuning(tune.name).options, **tune.options}
-            # forward, backward for inputs and for the weight; attention and rounding take about as long again
-            flops += 12 * options["iters"] * options["batch"] * WINDOW * rows * columns
-        seconds += decision.weights * 6e-8
-        if tokens and methods.named(decision.rule.method).needs == "fisher":
-            flops += 8 * tokens * rows * columns  # forward, again, and two products backward
-            gradients[decision.site.block] = gradients.get(decision.site.block, 0) + 4 * decision.weights
-        if decision.rule.needs == "gram":
-            flops += decision.site.experts * (2 * tokens * columns**2 + 4 * columns**3 + rows * columns**2)
-            seconds += columns * 2.5e-4
-            largest = max(largest, decision.site.experts * 4 * columns**2)
-    every = sum(d.weights for d in decisions) if end is not None else 0
-    if end is not None:
-        options = {**end.row().options, **end.options}
-        # forward, again, and two products backward, in a step; attention and the float model's head as long again
-        flops += 16 * options["iters"] * options["batch"] * WINDOW * every
-    base = 700 * 2**20  # python, torch and transformers themselves
-    activations = 16 * batch_tokens * model.config.get_text_config().hidden_size * 8
-    memory = base + int(2.5 * max(blocks.values())) + 4 * largest + activations
-    # the sum of squares, and the gradients of a sequence a worker and one more
-    memory += (2 + torch.get_num_threads()) * max(gradients.values(), default=0)
-    memory += (3 + torch.get_num_threads()) * 4 * every  # the model, what is learned, and gradients a worker
-    return seconds + flops / rate, memory

@@ -16,6 +16,7 @@ from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.sites import Site
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Recipe, Rule
+from fewbit.run.effort import Text
 from fewbit.run.facts import KeptFacts
 from fewbit.run.planning import make_plan
 from fewbit.search import candidates as C
@@ -99,7 +100,7 @@ def make(
     units = tuple(Unit(name, of[0].block or 0, tuple(of)) for name, of in groups.items())
     costs = np.empty((len(units), len(rules)), dtype=np.int64)
     for at, rule in enumerate(rules):
-        planned = make_plan(checkpoint, model, Recipe((*ends(head), rule)), 0, 1, force)
+        planned = make_plan(checkpoint, model, Recipe((*ends(head), rule)), Text(), force)
         nbytes = {decision.site.name: decision.nbytes for decision in planned.decisions}
         costs[:, at] = [sum(nbytes[site.name] for site in each.sites) for each in units]
     return Table(units, tuple(rules), costs, head)
