@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Codes of 1 bit times one or two tokens, and the highest bit of those of 3 bits times one, by looking sums of activations
-// up. Half a byte of tile16 holds one bit each of four columns, and what these four activations can add up to are 16
+// Codes of 1 bit times one or two tokens by looking sums of activations up. Half a byte of tile16 holds one bit each of four columns, and what these four activations can add up to are 16
 // numbers: a table that one vpshufb looks up for 32 rows. Products would take four masks, four products and four additions
 // for as much.
 //
@@ -166,92 +165,11 @@ void one_bit(const SegmentTask& task, const SegmentStrip& strip) {
   all.finish_all(1);
 }
 
-// Sums of 16 bits of four row groups, of codes of 2 bits. Of two neighbouring fields one is multiplied where it stands, as
-// four times what it is, into sums of its own: one shift serves two fields.
-struct LowSums {
-  U once[4], fourfold[4];
-
-  FEWBIT_INLINE LowSums() {
-    for (int t = 0; t < 4; t++) once[t] = fourfold[t] = _mm256_setzero_si256();
-  }
-
-  // Adds a chunk of two tiles `apart`.
-  FEWBIT_INLINE void add(const uint8_t* codes, int64_t apart, const int8_t* x) {
-#pragma GCC unroll 4
-    for (int half = 0; half < 4; half++) {
-      U part[4];
-      for (int t = 0; t < 4; t++) {
-        part[t] = load_lanes(codes + t / 2 * apart + t % 2 * 32 + half / 2 * 64);
-        if (half % 2) part[t] = _mm256_srli_epi16(part[t], 4);
-      }
-      add_field(once, part, 0x03, x + half * 8);
-      add_field(fourfold, part, 0x0c, x + half * 8 + 4);
-    }
-  }
-
-  static FEWBIT_INLINE void add_field(U (&sum)[4], const U (&part)[4], char field, const int8_t* x) {
-    for (int t = 0; t < 4; t++) {
-      sum[t] = _mm256_add_epi16(sum[t], _mm256_maddubs_epi16(mask(part[t], _mm256_set1_epi8(field)), four(x)));
-      asm("" : "+x"(sum[t]));  // see Dot
-    }
-  }
-
-  // After two chunks at most, whose fourfold sums are at most 2 * 4 * 2 * 12 * 128.
-  FEWBIT_INLINE void fold() {
-    for (int t = 0; t < 4; t++) {
-      once[t] = _mm256_add_epi16(once[t], _mm256_srai_epi16(fourfold[t], 2));
-      fourfold[t] = _mm256_setzero_si256();
-    }
-  }
-};
-
-// Codes of 3 bits: four row groups, one token. Two tokens would need more registers than there are. Products and lookups
-// take different units of the processor, each more of one than it has to spare.
-inline void three_bits(const SegmentTask& task, const SegmentStrip& strip) {
-  constexpr int64_t kRun = 4;  // chunks whose sums add up in 16 bits
-  static_assert(kRun <= Dot<2>::kChunks && kRun <= kTableRun, "sums of 16 bits");
-  Unsettled<4, 1> all(task, strip);
-  const uint8_t* codes = Group(task, strip.at(0)).codes;
-  const int64_t apart = strip.groups > 2 ? task.chunks * 3 * 64 : 0;
-  const auto* tables = static_cast<const uint8_t*>(task.activations);
-  const auto* x = static_cast<const int8_t*>(behind_tables(task).activations);
-  const int64_t ahead = fetched_ahead(task, 2);
-  for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++) {
-    const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
-    WideSums<1> wide(end - chunk);
-    U low[4];
-    const U start = _mm256_cvtps_epi32(broadcast(task.sums[segment] * -task.whole));
-    for (int t = 0; t < 4; t++) low[t] = start;
-    while (chunk < end) {
-      TableSums sums[1];
-      LowSums pairs;
-      const int64_t run = end - chunk < kRun ? end - chunk : kRun;
-      for (int64_t c = 0; c < run; c++, codes += 3 * 64, tables += kTableBytes, x += 32) {
-        prefetch<3>(codes + ahead);
-        prefetch<3>(codes + apart + ahead);
-        pairs.add(codes, apart, x);
-        look_up(codes + 2 * 64, apart, tables, sums);
-        if (c % 2 || c + 1 == run) pairs.fold();
-      }
-      for (int t = 0; t < 4; t++) low[t] = _mm256_add_epi32(low[t], _mm256_madd_epi16(pairs.once[t], _mm256_set1_epi16(1)));
-      sums[0].flush(wide.sum[0]);
-      chunk += run;
-    }
-    F(&value)[4][1] = all.next(1);
-    for (int t = 0; t < 4; t++) value[t][0] = convert(_mm256_add_epi32(low[t], _mm256_slli_epi32(wide.sum[0][t], 2)));
-  }
-  all.finish_all(1);
-}
-
 inline void bit_tables_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  if (task.bits == 2) return int8_run(behind_tables(task), tile_begin, tile_end, tokens);
   const int64_t end = tile_end * kGroupsPerTile;
   for (int64_t group = tile_begin * kGroupsPerTile; group < end; group += 4) {
     const SegmentStrip strip = {group, end - group, 0, tokens};
-    if (task.bits == 3)
-      three_bits(task, strip);
-    else
-      task.together == 1 ? one_bit<1>(task, strip) : one_bit<2>(task, strip);
+    task.together == 1 ? one_bit<1>(task, strip) : one_bit<2>(task, strip);
   }
 }
 

@@ -71,14 +71,20 @@ void prepare(const Int8RowTask& task, const fewbit_input& x, int64_t token) {
   }
 }
 
+template <int BITS>
+FEWBIT_INLINE int32_t rest_product(const Rest& here, const uint8_t* codes, const uint8_t* level) {
+  uint32_t code = codes[here.code];
+  if constexpr (BITS == 3) code |= static_cast<uint32_t>(codes[here.code + here.next]) << 8;
+  return here.x * level[code >> here.shift & ((1u << BITS) - 1)];
+}
+
 // A row's levels, looked up by codes of two chunks, field by field: by half a byte, in which one of several may be meant.
 template <int BITS>
 struct RaisedLevels {
   static constexpr int kTables = BITS == 3 ? 1 : 4 / BITS;
   U table[kTables];
-  const uint8_t* level;
 
-  explicit FEWBIT_INLINE RaisedLevels(const uint8_t* bytes) : level(bytes) {
+  explicit FEWBIT_INLINE RaisedLevels(const uint8_t* bytes) {
     for (int i = 0; i < kTables; i++) {
       const U at = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,
                                     13, 14, 15);
@@ -91,12 +97,6 @@ struct RaisedLevels {
     if constexpr (BITS == 3) index = cells.field(n);
     else if (n % kTables == 0) index = mask(shift_right(cells.part[0], n / kTables * 4), 0x0f0f0f0fu);
     u = _mm256_shuffle_epi8(table[n % kTables], index);
-  }
-
-  FEWBIT_INLINE int32_t rest(const uint8_t* codes, const Rest& here) const {
-    uint32_t code = codes[here.code];
-    if constexpr (BITS == 3) code |= static_cast<uint32_t>(codes[here.code + here.next]) << 8;
-    return here.x * level[code >> here.shift & ((1u << BITS) - 1)];
   }
 };
 
@@ -117,14 +117,14 @@ FEWBIT_INLINE void add_four(const RaisedLevels<BITS>& levels, const uint8_t* cod
   }
 }
 
+// The products of a row, as a vector.
 template <int BITS>
-void raised_row(const Int8RowTask& task, int64_t row) {
+FEWBIT_INLINE U raised_row(const Int8RowTask& task, const uint8_t* codes, const uint8_t* table) {
   using Cells = ByteCells<BITS>;
   constexpr int64_t kFour = Cells::kUnit * kPart, kColumns = kRowChunks * Cells::kColumns;  // bytes of four chunks
   const int64_t apart = task.chunks * Cells::kUnit * 16, whole = apart / kFour, rest = apart % kFour;
   const auto* x = static_cast<const uint8_t*>(task.activations);
-  const uint8_t* codes = task.codes + row * apart;
-  const RaisedLevels<BITS> levels(task.levels + row / task.table_rows * 16);
+  const RaisedLevels<BITS> levels(table);
   U sum[2] = {repeat(0), repeat(0)};
   for (int64_t i = 0; i < whole; i++) {
 #pragma GCC unroll 4
@@ -132,18 +132,35 @@ void raised_row(const Int8RowTask& task, int64_t row) {
     add_four<BITS>(levels, codes + i * kFour, x + i * kColumns, sum);
   }
   if (rest) add_four<BITS>(levels, LastChunks<BITS, 1>(codes + whole * kFour, apart, rest).bytes, x + whole * kColumns, sum);
-  const U all[4] = {_mm256_add_epi32(sum[0], sum[1]), repeat(0), repeat(0), repeat(0)};
+  return _mm256_add_epi32(sum[0], sum[1]);
+}
+
+// One row after the other, as each is a stream, but ended together.
+template <int BITS, int R>
+void ended_rows(const Int8RowTask& task, int64_t row) {
+  const int64_t apart = task.chunks * ByteCells<BITS>::kUnit * 16;
+  const uint8_t *codes = task.codes + row * apart, *table[R];
+  U all[4] = {repeat(0), repeat(0), repeat(0), repeat(0)};
+  for (int r = 0; r < R; r++) {
+    table[r] = task.levels + (row + r) / task.table_rows * 16;
+    all[r] = raised_row<BITS>(task, codes + r * apart, table[r]);
+  }
   int32_t totals[4];
   totals_of(all, totals);
-  totals[0] -= kRaisedBy * task.sums[0];
+  for (int r = 0; r < R; r++) totals[r] -= kRaisedBy * task.sums[0];
   const RestList& list = RestList::of(task);
-  for (int32_t i = 0; i < list.count; i++) totals[0] += levels.rest(codes, list.rest[i]);
-  put_rows<1>(task, row, 0, totals);
+  for (int32_t i = 0; i < list.count; i++) {
+    const Rest here = list.rest[i];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) totals[r] += rest_product<BITS>(here, codes + r * apart, table[r]);
+  }
+  put_rows<R>(task, row, 0, totals);
 }
 
 template <int BITS>
 void raised_rows(const Int8RowTask& task, int64_t row, int64_t end) {
-  for (; row < end; row++) raised_row<BITS>(task, row);
+  for (; row + 4 <= end; row += 4) ended_rows<BITS, 4>(task, row);
+  for (; row < end; row++) ended_rows<BITS, 1>(task, row);
 }
 
 void run(const Int8RowTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {

@@ -18,6 +18,13 @@
  * a tile follow one another, then the next tile.
  * Bytes: ceil(rows/16) * ceil(columns/32) * b * 64.
  *
+ * Layout halves16
+ * ---------------
+ * The same tiles, chunks and lanes, of 3 bits, for instruction sets that shift wider words than bytes: a code stands in the
+ * low bits of each half of a byte, whose highest bits hold two more codes. Of group g = k/4 < 6, column k lies in vector
+ * g/2, in byte k%4 of the lane, at its bits [g%2 * 4, g%2 * 4 + 3); bit v of a code of group 6 + h in vector v, at bit
+ * 4h + 3 of byte k%4.
+ *
  * A matrix is w[row][column] = scale * (table[code] - zero) + offset, table[code] = code where there is no table.
  */
 #ifndef FEWBIT_H
@@ -64,6 +71,7 @@ typedef struct {
   const void* scale;  /* (tiles, blocks, 16) */
   const void* offset; /* (tiles, blocks, 16), or NULL when 0 everywhere */
   const float* table; /* (2^bits) for FEWBIT_LUT, else NULL */
+  int32_t halves;     /* 1: codes, of 3 bits, lie in halves16; times int8 on FEWBIT_AVX2 only. 0: in tile16 */
 } fewbit_matrix;
 
 int32_t fewbit_caps(void);
@@ -77,6 +85,9 @@ int fewbit_tile16_pack(const uint8_t* codes, int64_t stride, int64_t rows, int64
                        uint8_t* packed);
 int fewbit_tile16_unpack(const uint8_t* packed, int64_t rows, int64_t columns, int32_t bits, uint8_t* codes,
                          int64_t stride);
+
+/* Moves codes of 3 bits from tile16 to halves16, or back, in the same memory: (rows, columns) of them. */
+int fewbit_halves16(int64_t rows, int64_t columns, int32_t back, uint8_t* packed);
 
 /* Threads that every later call uses instead of its `threads` argument; 0 gives that back to the caller. */
 void fewbit_set_threads(int32_t threads);

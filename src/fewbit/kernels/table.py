@@ -12,7 +12,7 @@ import torch
 from fewbit.core import blocks as B
 from fewbit.core import format as F
 from fewbit.core.format import Format
-from fewbit.core.layout import Shape
+from fewbit.core.layout import Layout, Shape
 from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.formats.affine import Affine
 from fewbit.formats.fixed import Fixed
@@ -20,6 +20,7 @@ from fewbit.formats.outliers import Outliers
 from fewbit.formats.sign import Sign
 from fewbit.kernels import native
 from fewbit.kernels.column8 import COLUMN8
+from fewbit.kernels.halves16 import BITS, HALVES16
 from fewbit.kernels.native import Isa
 from fewbit.kernels.row16 import ROW16, chunk
 from fewbit.kernels.tile16 import COLUMNS, ROWS, TILE16
@@ -83,6 +84,12 @@ class Kernel:
     def weights(self) -> str | None:
         """The family of weights that it runs: "affine", "lut" or "vector"."""
         return WEIGHTS.get(str(self.family), self.family)
+
+    def arranged(self, format: Format) -> Layout:
+        """The layout that codes of ``format`` lie in: :attr:`layout`, or what is quicker to read at so many bits."""
+        if self.isa == "avx2" and self.family in ("int8", "int8_lut") and format.bits == BITS:
+            return HALVES16
+        return LAYOUTS[self.layout]
 
     def outdone(self, format: Format) -> str | None:
         """None, or why a later row is the better choice for ``format``, though this one runs it."""
