@@ -44,16 +44,21 @@ PyObject* tile16_unpack(PyObject*, PyObject* args) {
   return status(code);
 }
 
-PyObject* halves16(PyObject*, PyObject* args) {
+// halves16(rows, columns, back, packed), rowhalves16 likewise
+PyObject* rearrange(PyObject* args, int (*move)(int64_t, int64_t, int32_t, uint8_t*)) {
   unsigned long long packed;
   long long rows, columns;
   int back, code;
   if (!PyArg_ParseTuple(args, "LLiK", &rows, &columns, &back, &packed)) return nullptr;
   Py_BEGIN_ALLOW_THREADS
-  code = fewbit_halves16(rows, columns, back, pointer<uint8_t*>(packed));
+  code = move(rows, columns, back, pointer<uint8_t*>(packed));
   Py_END_ALLOW_THREADS
   return status(code);
 }
+
+PyObject* halves16(PyObject*, PyObject* args) { return rearrange(args, fewbit_halves16); }
+
+PyObject* rowhalves16(PyObject*, PyObject* args) { return rearrange(args, fewbit_rowhalves16); }
 
 // A matrix in Python: (rows, columns, block, bits, family, scale_half, offset_half, zero, codes, scale, offset, table,
 // halves).
@@ -221,12 +226,13 @@ PyObject* vector_decode(PyObject*, PyObject* args) {
   return status(code);
 }
 
-// A matrix of rows with tables in Python: (rows, columns, block, table_rows, bits, table_half, codes, table, scale).
+// A matrix of rows with tables in Python: (rows, columns, block, table_rows, bits, table_half, codes, table, scale,
+// halves).
 bool rows_of(PyObject* tuple, fewbit_row_tables* matrix) {
   unsigned long long codes, table, scale;
   long long rows, columns, block, table_rows;
-  if (!PyArg_ParseTuple(tuple, "LLLLiiKKK", &rows, &columns, &block, &table_rows, &matrix->bits, &matrix->table_half,
-                        &codes, &table, &scale))
+  if (!PyArg_ParseTuple(tuple, "LLLLiiKKKi", &rows, &columns, &block, &table_rows, &matrix->bits, &matrix->table_half,
+                        &codes, &table, &scale, &matrix->halves))
     return false;
   matrix->rows = rows, matrix->columns = columns, matrix->block = block, matrix->table_rows = table_rows;
   matrix->codes = pointer<const uint8_t*>(codes);
@@ -235,11 +241,12 @@ bool rows_of(PyObject* tuple, fewbit_row_tables* matrix) {
   return true;
 }
 
-// Its twin with levels of 16 bits: (rows, columns, table_rows, bits, codes, levels, factor).
+// Its twin with levels of 16 bits: (rows, columns, table_rows, bits, codes, levels, factor, halves).
 bool levels_of(PyObject* tuple, fewbit_row_levels* matrix) {
   unsigned long long codes, levels, factor;
   long long rows, columns, table_rows;
-  if (!PyArg_ParseTuple(tuple, "LLLiKKK", &rows, &columns, &table_rows, &matrix->bits, &codes, &levels, &factor))
+  if (!PyArg_ParseTuple(tuple, "LLLiKKKi", &rows, &columns, &table_rows, &matrix->bits, &codes, &levels, &factor,
+                        &matrix->halves))
     return false;
   matrix->rows = rows, matrix->columns = columns, matrix->table_rows = table_rows;
   matrix->codes = pointer<const uint8_t*>(codes);
@@ -340,6 +347,7 @@ PyMethodDef methods[] = {
     {"tile16_bytes", tile16_bytes, METH_VARARGS, "(rows, columns, bits) -> bytes, or -1."},
     {"tile16_pack", tile16_pack, METH_VARARGS, "(codes, stride, rows, columns, bits, packed)"},
     {"halves16", halves16, METH_VARARGS, "(rows, columns, back, packed)"},
+    {"rowhalves16", rowhalves16, METH_VARARGS, "(rows, columns, back, packed)"},
     {"tile16_unpack", tile16_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, stride)"},
     {"linear_many", linear_many, METH_VARARGS, "(outputs, x, x_block, y_dtype, isa, threads, scale, zero)"},
     {"sparse_add", sparse_add, METH_VARARGS, "(matrix, x, y, y_stride, isa, threads)"},

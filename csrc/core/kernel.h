@@ -267,6 +267,7 @@ struct Int8RowTask {
   const uint8_t* levels;   // (tables, 16)
   const float* factor;     // (rows)
   int64_t together;        // tokens that are computed together: 1 or kRowTokens
+  bool halves;             // whether codes lie in rowhalves16
   void* activations;       // (padded tokens, padded) bytes
   float* x_scale;          // (padded tokens)
   int32_t* sums;           // (padded tokens): sum of the int8 activations

@@ -291,7 +291,10 @@ int fewbit_vector_linear_int8(const fewbit_byte_vectors* matrix, int64_t x_block
  * lanes of one byte, or of three; column k of the chunk lies in lane k % 16, at its bits [k / 16 * bits, k / 16 * bits +
  * bits). Four chunks lie together, and the last one to three of a row: the bytes that hold bits 0 to 7 of all their lanes,
  * then those with 8 to 15, then 16 to 23. The last chunk is padded with code 0.
- * Bytes: rows * ceil(columns / chunk) * 16, or 48. */
+ * Bytes: rows * ceil(columns / chunk) * 16, or 48.
+ *
+ * Layout rowhalves16: the same of 3 bits, but for the bits of a lane. Code n = k / 16 < 6 is bits [n%2 * 4, n%2 * 4 + 3) of byte
+ * n/2; bit v of code 6 + h is bit 4h + 3 of byte v. */
 typedef struct {
   int64_t rows, columns;
   int64_t block;       /* columns that share a scale: whole chunks, or at least `columns` */
@@ -301,6 +304,7 @@ typedef struct {
   const uint8_t* codes;
   const void* table;   /* (ceil(rows / table_rows), 2^bits) */
   const float* scale;  /* (rows, ceil(columns / block)) */
+  int32_t halves;      /* 1: codes lie in rowhalves16, to be decoded only. 0: in row16 */
 } fewbit_row_tables;
 
 /* y[token][row] = sum over columns of x[token][column] * w[row][column] + bias[row]: products of levels and activations are
@@ -318,7 +322,11 @@ typedef struct {
   const uint8_t* codes;  /* in row16 */
   const uint8_t* levels; /* (tables, 16), 1 to 255; entry i is that of code i % 2^bits */
   const float* factor;   /* (rows) */
+  int32_t halves;        /* 1: codes, of 3 bits, lie in rowhalves16; on FEWBIT_AVX2 only */
 } fewbit_row_levels;
+
+/* Moves codes of 3 bits from row16 to rowhalves16, or back, in the same memory: (rows, columns) of them. */
+int fewbit_rowhalves16(int64_t rows, int64_t columns, int32_t back, uint8_t* packed);
 
 /* y = x W^T + bias with x rounded to int8, one scale a token, as by fewbit_linear_int8. Products of bytes and activations
  * are summed in int32 over the whole row: at most 2^16 columns, where 255 * 128 * 2^16 < 2^31 excludes overflow. isa:

@@ -9,7 +9,8 @@ from kernel_cases import SIZES
 
 from fewbit import formats, kernels, methods
 from fewbit.kernels import TILE16, native
-from fewbit.kernels.halves16 import HALVES16, unpack_rows_of_halves
+from fewbit.kernels.halves16 import HALVES16, ROWHALVES16, unpack_rows_of_halves
+from fewbit.kernels.row16 import ROW16
 from fewbit.kernels.tile16 import pack_codes, size
 from fewbit.layouts.dense import DENSE
 
@@ -36,6 +37,24 @@ def test_bits_lie_where_the_drawing_says() -> None:
     packed = pack_codes(codes, 3)
     native.core().halves16(*codes.shape, 0, packed.data_ptr())
     assert torch.equal(packed, halves(codes))
+
+
+def test_bits_of_rows_lie_where_the_drawing_says() -> None:
+    matrix = methods.rtn(torch.randn(3, 700, generator=torch.Generator().manual_seed(4)), formats.parse("palette3/row"))
+    codes, packed = matrix.logical()[0], matrix.repack(ROWHALVES16).packed
+    expected = torch.zeros_like(packed)
+    chunks = -(-700 // 128)
+    for row in range(3):
+        for column in range(700):
+            code, chunk, k = int(codes[row, column]), column // 128, column % 128
+            first, n = chunk // 4 * 4, k // 16
+            beside = min(4, chunks - first)
+            for bit in range(3):
+                byte, place = (n // 2, n % 2 * 4 + bit) if n < 6 else (bit, 4 * (n - 6) + 3)
+                at = first * 48 + (byte * beside + chunk - first) * 16 + k % 16
+                expected[row, at] |= (code >> bit & 1) << place
+    assert torch.equal(packed, expected)
+    assert torch.equal(matrix.repack(ROWHALVES16).repack(ROW16).packed, matrix.repack(ROW16).packed)
 
 
 def test_it_is_a_bijection_of_any_size() -> None:
@@ -73,4 +92,19 @@ def test_rows_that_multiply_by_int8_hold_it(spelling: str) -> None:
     serial = kernels.prepare(matrix, row.replace("avx2", "serial"), activation)
     for tokens in (1, 2, 5, 40):
         x = torch.randn(tokens, 192, generator=generator)
+        assert torch.equal(ready(x), serial(x))
+
+
+@pytest.mark.skipif("avx2" not in native.isas(), reason="rows of AVX2 take it")
+def test_tables_of_rows_hold_it() -> None:
+    generator = torch.Generator().manual_seed(5)
+    matrix = methods.rtn(torch.randn(41, 700, generator=generator), formats.parse("palette3/row"))
+    activation = formats.parse("int8/channel")
+    ready = kernels.prepare(matrix, "int8_row_lut_linear_avx2", activation)
+    assert ready.qtensor().layout is ROWHALVES16
+    assert torch.equal(torch.cat([part.clone() for _, part in ready.decoded()]), matrix.dequantize())
+    assert torch.equal(kernels.embedding(torch.arange(41), ready.qtensor()), matrix.dequantize())
+    serial = kernels.prepare(matrix, "int8_row_lut_linear_serial", activation)
+    for tokens in (1, 2, 5, 40):
+        x = torch.randn(tokens, 700, generator=generator)
         assert torch.equal(ready(x), serial(x))

@@ -61,10 +61,10 @@ VectorMatrix = tuple[int, ...]
 """(rows, columns, block, height, bits, bits of the residual, books are half, codes, book, residual)."""
 
 RowLevels = tuple[int, ...]
-"""(rows, columns, rows of a table, bits, codes, levels, factor)."""
+"""(rows, columns, rows of a table, bits, codes, levels, factor, in rowhalves16)."""
 
 RowTables = tuple[int, ...]
-"""(rows, columns, block, rows of a table, bits, table is half, codes, table, scale)."""
+"""(rows, columns, block, rows of a table, bits, table is half, codes, table, scale, in rowhalves16)."""
 
 ByteVectorMatrix = tuple[int, ...]
 """(rows, columns, block, height, bits, bits of the residual, codes, book, step, offset)."""
@@ -97,6 +97,7 @@ class Core(Protocol):
     def tile16_pack(self, codes: int, stride: int, rows: int, columns: int, bits: int, packed: int) -> None: ...
     def tile16_unpack(self, packed: int, rows: int, columns: int, bits: int, codes: int, stride: int) -> None: ...
     def halves16(self, rows: int, columns: int, back: int, packed: int) -> None: ...
+    def rowhalves16(self, rows: int, columns: int, back: int, packed: int) -> None: ...
     def decode(
         self, matrix: Matrix, tile_begin: int, tile_end: int, out: int, stride: int, isa: int, threads: int
     ) -> None: ...

@@ -258,7 +258,7 @@ class NativePrepared(Addressed, PreparedMatrix):
             self._scale[tile].data_ptr(),
             0 if offset is None else offset[tile].data_ptr(),
             0 if table is None else table.data_ptr(),
-            int(self._stored.layout is HALVES16),
+            int(self._stored.layout == HALVES16),  # of a copy too
         )
 
     def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

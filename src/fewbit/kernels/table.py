@@ -20,7 +20,7 @@ from fewbit.formats.outliers import Outliers
 from fewbit.formats.sign import Sign
 from fewbit.kernels import native
 from fewbit.kernels.column8 import COLUMN8
-from fewbit.kernels.halves16 import BITS, HALVES16
+from fewbit.kernels.halves16 import BITS, HALVES16, ROWHALVES16
 from fewbit.kernels.native import Isa
 from fewbit.kernels.row16 import ROW16, chunk
 from fewbit.kernels.tile16 import COLUMNS, ROWS, TILE16
@@ -87,9 +87,8 @@ class Kernel:
 
     def arranged(self, format: Format) -> Layout:
         """The layout that codes of ``format`` lie in: :attr:`layout`, or what is quicker to read at so many bits."""
-        if self.isa == "avx2" and self.family in ("int8", "int8_lut") and format.bits == BITS:
-            return HALVES16
-        return LAYOUTS[self.layout]
+        halves = self.isa == "avx2" and self.family in ("int8", "int8_lut", "int8_row_lut") and format.bits == BITS
+        return (HALVES16 if self.layout == "tile16" else ROWHALVES16) if halves else LAYOUTS[self.layout]
 
     def outdone(self, format: Format) -> str | None:
         """None, or why a later row is the better choice for ``format``, though this one runs it."""
