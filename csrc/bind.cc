@@ -44,30 +44,36 @@ PyObject* tile16_unpack(PyObject*, PyObject* args) {
   return status(code);
 }
 
-// halves16(rows, columns, back, packed), rowhalves16 likewise
-PyObject* rearrange(PyObject* args, int (*move)(int64_t, int64_t, int32_t, uint8_t*)) {
+PyObject* arrange(PyObject*, PyObject* args) {
+  unsigned long long packed;
+  long long rows, columns;
+  int bits, back, code;
+  if (!PyArg_ParseTuple(args, "LLiiK", &rows, &columns, &bits, &back, &packed)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_arrange(rows, columns, bits, back, pointer<uint8_t*>(packed));
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+PyObject* rowhalves16(PyObject*, PyObject* args) {
   unsigned long long packed;
   long long rows, columns;
   int back, code;
   if (!PyArg_ParseTuple(args, "LLiK", &rows, &columns, &back, &packed)) return nullptr;
   Py_BEGIN_ALLOW_THREADS
-  code = move(rows, columns, back, pointer<uint8_t*>(packed));
+  code = fewbit_rowhalves16(rows, columns, back, pointer<uint8_t*>(packed));
   Py_END_ALLOW_THREADS
   return status(code);
 }
 
-PyObject* halves16(PyObject*, PyObject* args) { return rearrange(args, fewbit_halves16); }
-
-PyObject* rowhalves16(PyObject*, PyObject* args) { return rearrange(args, fewbit_rowhalves16); }
-
 // A matrix in Python: (rows, columns, block, bits, family, scale_half, offset_half, zero, codes, scale, offset, table,
-// halves).
+// arranged).
 bool matrix_of(PyObject* tuple, fewbit_matrix* matrix) {
   unsigned long long codes, scale, offset, table;
   long long rows, columns, block;
   if (!PyArg_ParseTuple(tuple, "LLLiiiifKKKKi", &rows, &columns, &block, &matrix->bits, &matrix->family,
                         &matrix->scale_half, &matrix->offset_half, &matrix->zero, &codes, &scale, &offset, &table,
-                        &matrix->halves))
+                        &matrix->arranged))
     return false;
   matrix->rows = rows, matrix->columns = columns, matrix->block = block;
   matrix->codes = pointer<const uint8_t*>(codes);
@@ -346,7 +352,7 @@ PyMethodDef methods[] = {
     {"set_threads", set_threads, METH_VARARGS, "(threads): for every later call; 0 lets each call say."},
     {"tile16_bytes", tile16_bytes, METH_VARARGS, "(rows, columns, bits) -> bytes, or -1."},
     {"tile16_pack", tile16_pack, METH_VARARGS, "(codes, stride, rows, columns, bits, packed)"},
-    {"halves16", halves16, METH_VARARGS, "(rows, columns, back, packed)"},
+    {"arrange", arrange, METH_VARARGS, "(rows, columns, bits, back, packed)"},
     {"rowhalves16", rowhalves16, METH_VARARGS, "(rows, columns, back, packed)"},
     {"tile16_unpack", tile16_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, stride)"},
     {"linear_many", linear_many, METH_VARARGS, "(outputs, x, x_block, y_dtype, isa, threads, scale, zero)"},

@@ -27,18 +27,21 @@ inline U bits_of_entries(int first) {
   return _mm256_setr_epi32(bits(a), bits(a + 1), bits(a + 2), bits(a + 3), bits(b), bits(b + 1), bits(b + 2), bits(b + 3));
 }
 
-// The tables of 32 activations.
-inline void chunk_tables(const int8_t* x, uint8_t* out) {
+// The tables of 32 activations; in lanes: (byte / 2, half, plane, byte % 2, 16 bytes), as bytes16 is looked up.
+inline void chunk_tables(const int8_t* x, uint8_t* out, bool lanes = false) {
   alignas(32) int8_t sorted[2][4][4];  // half, j, i
   store_lanes(reinterpret_cast<uint8_t*>(sorted), by_place(load_lanes(reinterpret_cast<const uint8_t*>(x))));
   const U first = bits_of_entries(0), second = bits_of_entries(4);
   for (int j = 0; j < 4; j++)
-    for (int half = 0; half < 2; half++, out += 32) {
+    for (int half = 0; half < 2; half++) {
+      uint8_t* at = out + (lanes ? (j / 2 * 4 + half * 2) * 32 + j % 2 * 16 : (j * 2 + half) * 32);
       const U few = four(sorted[half][j]);
       U sum = _mm256_hadd_epi16(_mm256_maddubs_epi16(first, few), _mm256_maddubs_epi16(second, few));
       sum = _mm256_add_epi16(sum, _mm256_set1_epi16(kRaised));
       const U low = _mm256_and_si256(sum, _mm256_set1_epi16(31)), high = _mm256_srli_epi16(sum, 5);
-      store_lanes(out, _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8));
+      const U planes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm256_castsi256_si128(planes));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(at + (lanes ? 32 : 16)), _mm256_extracti128_si256(planes, 1));
     }
 }
 
@@ -56,11 +59,20 @@ inline void tables_token(const SegmentTask& task, const fewbit_input& x, int64_t
   round_token<int8_t>(behind, x, token);
   const int8_t* rounded = row_of<int8_t>(behind, token);
   for (int64_t c = 0; c < task.chunks; c++)
-    chunk_tables(rounded + c * task.together * 32, tables + (c * task.together + token) * kTableBytes);
+    chunk_tables(rounded + c * task.together * 32, tables + (c * task.together + token) * kTableBytes,
+                 task.arranged && task.together == 1);
 }
 
 // Two tiles, `apart`, as bytes of the same columns: vector j holds byte j of each lane, of four row groups.
-FEWBIT_INLINE void gather_bytes(const uint8_t* codes, int64_t apart, U (&byte)[4]) {
+FEWBIT_INLINE void gather_bytes(bool arranged, const uint8_t* codes, int64_t apart, U (&byte)[4]) {
+  if (arranged) {
+    for (int j = 0; j < 4; j += 2) {
+      const U first = load_lanes(codes + j * 16), second = load_lanes(codes + apart + j * 16);
+      const U low = _mm256_unpacklo_epi64(first, second), high = _mm256_unpackhi_epi64(first, second);
+      byte[j] = _mm256_permute2x128_si256(low, high, 0x20), byte[j + 1] = _mm256_permute2x128_si256(low, high, 0x31);
+    }
+    return;
+  }
   U lanes[4];
   for (int t = 0; t < 4; t++) lanes[t] = by_place(load_lanes(codes + t / 2 * apart + t % 2 * 32));
   const U a = _mm256_unpacklo_epi32(lanes[0], lanes[1]), b = _mm256_unpackhi_epi32(lanes[0], lanes[1]);
@@ -105,11 +117,11 @@ struct TableSums {
 };
 
 // Adds what a chunk of four row groups, two tiles `apart`, brings to the sums of M tokens.
-template <int M>
+template <int M, bool arranged>
 FEWBIT_INLINE void look_up(const uint8_t* codes, int64_t apart, const uint8_t* tables, TableSums (&sums)[M]) {
   const U half = _mm256_set1_epi8(15);
   U byte[4], low[M], high[M];
-  gather_bytes(codes, apart, byte);
+  gather_bytes(arranged, codes, apart, byte);
   for (int m = 0; m < M; m++) low[m] = high[m] = _mm256_setzero_si256();
 #pragma GCC unroll 4
   for (int j = 0; j < 4; j++) {
@@ -137,7 +149,7 @@ struct WideSums {
 };
 
 // Codes of 1 bit: four row groups x M tokens.
-template <int M>
+template <int M, bool arranged>
 void one_bit(const SegmentTask& task, const SegmentStrip& strip) {
   Unsettled<4, M> all(task, strip);
   const uint8_t* codes = Group(task, strip.at(0)).codes;
@@ -153,7 +165,7 @@ void one_bit(const SegmentTask& task, const SegmentStrip& strip) {
       for (int64_t c = 0; c < run; c++, codes += 64, tables += M * kTableBytes) {
         prefetch<1>(codes + ahead);
         prefetch<1>(codes + apart + ahead);
-        look_up(codes, apart, tables, sums);
+        look_up<M, arranged>(codes, apart, tables, sums);
       }
       for (int m = 0; m < M; m++) sums[m].flush(wide.sum[m]);
       chunk += run;
@@ -165,11 +177,99 @@ void one_bit(const SegmentTask& task, const SegmentStrip& strip) {
   all.finish_all(1);
 }
 
+// Sums of 16 bits of a tile in bytes16, of which each half of a vector has every other byte's columns.
+struct LaneSums : TableSums {
+  // Of 16 rows: four of each row group in either half.
+  FEWBIT_INLINE U joined() const {
+    return _mm256_add_epi16(_mm256_permute2x128_si256(first, second, 0x20), _mm256_permute2x128_si256(first, second, 0x31));
+  }
+};
+
+// Adds what N chunks, at most two, of two tiles `apart` bring, nothing being moved.
+template <int N>
+FEWBIT_INLINE void look_up_lanes(const uint8_t* codes, int64_t apart, const uint8_t* tables, LaneSums (&sums)[2]) {
+  const U half = _mm256_set1_epi8(15);
+  U low[2], high[2];
+  for (int t = 0; t < 2; t++) low[t] = high[t] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int v = 0; v < 2 * N; v++) {
+    U bytes[2];
+    for (int t = 0; t < 2; t++) bytes[t] = load_lanes(codes + t * apart + v * 32);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+      const uint8_t* here = tables + (v * 2 + h) * 64;
+      const U few = load_lanes(here), many = load_lanes(here + 32);
+      for (int t = 0; t < 2; t++) {
+        const U index = mask(h ? _mm256_srli_epi16(bytes[t], 4) : bytes[t], half);
+        low[t] = _mm256_add_epi8(low[t], _mm256_shuffle_epi8(few, index));
+        high[t] = _mm256_add_epi8(high[t], _mm256_shuffle_epi8(many, index));
+        asm("" : "+x"(low[t]), "+x"(high[t]));  // see look_up
+      }
+    }
+  }
+  for (int t = 0; t < 2; t++) sums[t].add(low[t], high[t]);
+}
+
+// Adds what `chunks` chunks bring, and goes on behind them.
+FEWBIT_INLINE void look_up_run(const uint8_t*& codes, int64_t apart, int64_t ahead, const uint8_t*& tables, int64_t chunks,
+                               LaneSums (&sums)[2]) {
+  for (; chunks > 1; chunks -= 2, codes += 2 * 64, tables += 2 * kTableBytes) {
+    prefetch<2>(codes + ahead);
+    prefetch<2>(codes + apart + ahead);
+    look_up_lanes<2>(codes, apart, tables, sums);
+  }
+  if (chunks == 0) return;
+  prefetch<1>(codes + ahead);
+  prefetch<1>(codes + apart + ahead);
+  look_up_lanes<1>(codes, apart, tables, sums);
+  codes += 64, tables += kTableBytes;
+}
+
+// Codes of 1 bit in bytes16: four row groups, one token.
+inline void one_bit_lanes(const SegmentTask& task, const SegmentStrip& strip) {
+  Unsettled<4, 1> all(task, strip);
+  const uint8_t* codes = Group(task, strip.at(0)).codes;
+  const int64_t apart = strip.groups > 2 ? task.chunks * 64 : 0, ahead = fetched_ahead(task, 2);
+  const auto* tables = static_cast<const uint8_t*>(task.activations);
+  const U zero = _mm256_setzero_si256(), above = _mm256_set1_epi16(0x4b00);
+  for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++) {
+    const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
+    if (task.segment_chunks <= kTableRun) {  // as floats at once: see TableSums::values
+      LaneSums sums[2];
+      const F raised = broadcast(static_cast<float>((1 << 23) + (end - chunk) * 8 * kRaised));
+      look_up_run(codes, apart, ahead, tables, end - chunk, sums);
+      chunk = end;
+      F(&value)[4][1] = all.next(1);
+      for (int t = 0; t < 2; t++) {
+        const U joined = sums[t].joined();
+        value[2 * t][0] = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpacklo_epi16(joined, above)), raised);
+        value[2 * t + 1][0] = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpackhi_epi16(joined, above)), raised);
+      }
+      continue;
+    }
+    WideSums<1> wide(end - chunk);
+    for (int64_t run; chunk < end; chunk += run) {
+      LaneSums sums[2];
+      run = end - chunk < kTableRun ? end - chunk : kTableRun;
+      look_up_run(codes, apart, ahead, tables, run, sums);
+      for (int t = 0; t < 2; t++) {
+        const U joined = sums[t].joined();
+        wide.sum[0][2 * t] = _mm256_add_epi32(wide.sum[0][2 * t], _mm256_unpacklo_epi16(joined, zero));
+        wide.sum[0][2 * t + 1] = _mm256_add_epi32(wide.sum[0][2 * t + 1], _mm256_unpackhi_epi16(joined, zero));
+      }
+    }
+    F(&value)[4][1] = all.next(1);
+    for (int t = 0; t < 4; t++) value[t][0] = convert(wide.sum[0][t]);
+  }
+  all.finish_all(1);
+}
+
 inline void bit_tables_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int64_t end = tile_end * kGroupsPerTile;
   for (int64_t group = tile_begin * kGroupsPerTile; group < end; group += 4) {
     const SegmentStrip strip = {group, end - group, 0, tokens};
-    task.together == 1 ? one_bit<1>(task, strip) : one_bit<2>(task, strip);
+    if (task.together == 1) task.arranged ? one_bit_lanes(task, strip) : one_bit<1, false>(task, strip);
+    else task.arranged ? one_bit<2, true>(task, strip) : one_bit<2, false>(task, strip);
   }
 }
 

@@ -122,7 +122,7 @@ void round_levels(const SegmentTask& task, const fewbit_input& x, int64_t token)
 
 template <class NARROW>
 void run_by(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens) {
-  if (task.halves) return strips_spans<InHalves<Levels<3, NARROW>>>(task, begin, end, tokens);
+  if (task.arranged) return strips_spans<InHalves<Levels<3, NARROW>>>(task, begin, end, tokens);
   switch (task.bits) {
     case 1: return strips_spans<Levels<1, NARROW>>(task, begin, end, tokens);
     case 2: return strips_spans<Levels<2, NARROW>>(task, begin, end, tokens);

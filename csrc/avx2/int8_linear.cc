@@ -9,7 +9,7 @@ template <>
 constexpr bool kFewElsewhere<Codes<1>> = true;  // by tables of bits
 
 void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  if (task.halves) return int8_strips<InHalves<Codes<3>>>(task, tile_begin, tile_end, tokens);
+  if (task.arranged) return int8_strips<InHalves<Codes<3>>>(task, tile_begin, tile_end, tokens);
   int8_run(task, tile_begin, tile_end, tokens);
 }
 

@@ -176,7 +176,7 @@ template <class SUM> using Lut6 = Lut<6, SUM>;
 
 void few_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
-  if (task.halves) return strips_of<LutHalves>(task, begin, end, tokens);
+  if (task.arranged) return strips_of<LutHalves>(task, begin, end, tokens);
   switch (task.bits) {
     case 1: return strips_of<Lut1>(task, begin, end, tokens);
     case 2: return strips_of<Lut2>(task, begin, end, tokens);
@@ -225,7 +225,7 @@ static_assert(kMostByte >= kMostLevel);
 
 template <template <int> class K>
 void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  if (task.halves) return int8_strips<InHalves<K<3>>>(task, tile_begin, tile_end, tokens);
+  if (task.arranged) return int8_strips<InHalves<K<3>>>(task, tile_begin, tile_end, tokens);
   int8_lut_run<K>(task, tile_begin, tile_end, tokens);
 }
 

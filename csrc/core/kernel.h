@@ -89,7 +89,7 @@ struct SegmentTask {
   int64_t digits;          // rows of activations that a token takes
   int64_t together;        // rows that are computed together: whole tokens
   bool alone;              // whether few tokens take row groups one by one, as they lie in memory
-  bool halves;             // whether codes lie in halves16
+  bool arranged;           // whether codes lie in halves16 or bytes16
   void* activations;       // (rows / together, chunks, together, 32), each kernel->bytes
   int32_t* starts;         // (rows / together, chunks, together, kernel->starts): see spans.h
   int32_t* rests;          // (rows, chunks, kernel->rests)

@@ -112,7 +112,7 @@ bool centred(const fewbit_matrix& w) {
 
 bool sensible(const fewbit_matrix& w, int64_t x_block) {
   const int32_t most = x_block > 0 ? kLookedUp : x_block == FEWBIT_INT24 ? kLookedUp24 : 0;
-  if (w.halves && x_block <= 0) return false;
+  if (w.arranged && (x_block <= 0 || (w.bits == 1 && w.table))) return false;
   const bool lut = w.family == FEWBIT_LUT && w.bits <= most && w.table && w.zero == 0.0f;
   return (lut || (w.family == FEWBIT_AFFINE && !w.table)) && segment_columns(w.columns, w.block, x_block) > 0;
 }
@@ -154,7 +154,7 @@ SegmentTask task_of(const fewbit_matrix& w, int64_t x_block) {
   task.x_block_segments = x_block < w.columns ? x_block / columns : task.segments;
   task.whole = bfloat16s ? 0 : whole_zero(w), task.centre = centre ? w.zero : 0;
   task.zero = w.zero - task.whole - task.centre, task.shifted = w.offset || task.zero != 0.0f;
-  task.codes = w.codes, task.scale = w.scale, task.offset = w.offset, task.halves = w.halves;
+  task.codes = w.codes, task.scale = w.scale, task.offset = w.offset, task.arranged = w.arranged;
   if (entries) task.entries = w.table, task.x_blocks = task.segments, task.x_block_segments = 1;
   return task;
 }
@@ -182,7 +182,7 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
   int32_t most = levels.most;  // or bits, of all matrices
   for (int32_t i = 0; i < count; i++) {
     if (!table && outputs[i].matrix->bits > most) most = outputs[i].matrix->bits;
-    if (outputs[i].matrix->halves && isa != FEWBIT_AVX2) return FEWBIT_NO_KERNEL;
+    if (outputs[i].matrix->arranged && isa != FEWBIT_AVX2) return FEWBIT_NO_KERNEL;
   }
   if (x_block > 0) {
     if (const SegmentKernel* few = find_few(table, most, x.tokens, isa)) call.kernel = few;
@@ -190,11 +190,14 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
     if (const SegmentKernel* split = find_split(table ? &levels : nullptr, most, whole, x, isa)) call.kernel = split;
   }
   if (!call.kernel) return FEWBIT_NO_KERNEL;
-  for (int32_t i = 1; i < count && call.kernel->starts + call.kernel->rests; i++)
-    if (outputs[i].matrix->bits != outputs[0].matrix->bits) {
+  for (int32_t i = 1; i < count; i++) {
+    const fewbit_matrix &first = *outputs[0].matrix, &here = *outputs[i].matrix;
+    const bool differ = call.kernel->starts + call.kernel->rests && here.bits != first.bits;
+    if (differ || here.arranged != first.arranged) {
       const int code = run(outputs, i, x, x_block, y_dtype, isa, threads);
       return code != FEWBIT_OK ? code : run(outputs + i, count - i, x, x_block, y_dtype, isa, threads);
     }
+  }
   for (int32_t i = 0; i < count; i++) {
     SegmentTask& task = call.task[i] = task_of(*outputs[i].matrix, x_block);
     task.table = table ? &levels : nullptr;

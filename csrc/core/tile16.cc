@@ -113,6 +113,20 @@ void exchange_chunk(uint8_t* chunk) {
   }
 }
 
+// The bytes of a chunk of 1 bit, from tile16 to bytes16 or back.
+template <bool back>
+void sort_bytes(uint8_t* chunk) {
+  uint8_t from[64];
+  memcpy(from, chunk, sizeof from);
+  for (int r = 0; r < 16; r++) {
+    const int place = r / 4 == 1 ? r + 4 : r / 4 == 2 ? r - 4 : r;
+    for (int j = 0; j < 4; j++) {
+      const int tile = r * 4 + j, sorted = j * 16 + place;
+      chunk[back ? tile : sorted] = from[back ? sorted : tile];
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" int64_t fewbit_tile16_bytes(int64_t rows, int64_t columns, int32_t bits) {
@@ -138,9 +152,12 @@ extern "C" int fewbit_tile16_unpack(const uint8_t* packed, int64_t rows, int64_t
   return FEWBIT_OK;
 }
 
-extern "C" int fewbit_halves16(int64_t rows, int64_t columns, int32_t back, uint8_t* packed) {
-  if (!sensible(rows, columns, 3) || !packed) return FEWBIT_BAD_ARGUMENT;
-  const uint8_t* end = packed + fewbit_tile16_bytes(rows, columns, 3);
-  for (; packed < end; packed += 3 * 64) back ? exchange_chunk<true>(packed) : exchange_chunk<false>(packed);
+extern "C" int fewbit_arrange(int64_t rows, int64_t columns, int32_t bits, int32_t back, uint8_t* packed) {
+  static void (*const kArrange[2][2])(uint8_t*) = {{sort_bytes<false>, sort_bytes<true>},
+                                                   {exchange_chunk<false>, exchange_chunk<true>}};
+  if (!sensible(rows, columns, bits) || (bits != 1 && bits != 3) || !packed) return FEWBIT_BAD_ARGUMENT;
+  const auto arrange = kArrange[bits / 2][back != 0];
+  const uint8_t* end = packed + fewbit_tile16_bytes(rows, columns, bits);
+  for (; packed < end; packed += bits * 64) arrange(packed);
   return FEWBIT_OK;
 }

@@ -25,6 +25,11 @@
  * g/2, in byte k%4 of the lane, at its bits [g%2 * 4, g%2 * 4 + 3); bit v of a code of group 6 + h in vector v, at bit
  * 4h + 3 of byte k%4.
  *
+ * Layout bytes16
+ * --------------
+ * The same tiles and chunks, of 1 bit, for lookups of four columns in 16 rows at once: bytes j of all lanes of a vector lie
+ * together, those of rows 0-3, 8-11, 4-7 and 12-15 in this order, for j = 0 .. 3.
+ *
  * A matrix is w[row][column] = scale * (table[code] - zero) + offset, table[code] = code where there is no table.
  */
 #ifndef FEWBIT_H
@@ -71,7 +76,8 @@ typedef struct {
   const void* scale;  /* (tiles, blocks, 16) */
   const void* offset; /* (tiles, blocks, 16), or NULL when 0 everywhere */
   const float* table; /* (2^bits) for FEWBIT_LUT, else NULL */
-  int32_t halves;     /* 1: codes, of 3 bits, lie in halves16; times int8 on FEWBIT_AVX2 only. 0: in tile16 */
+  int32_t arranged;   /* 1: codes of 3 bits lie in halves16, of 1 bit (FEWBIT_AFFINE) in bytes16; times int8 on FEWBIT_AVX2
+                         only. 0: in tile16 */
 } fewbit_matrix;
 
 int32_t fewbit_caps(void);
@@ -86,8 +92,8 @@ int fewbit_tile16_pack(const uint8_t* codes, int64_t stride, int64_t rows, int64
 int fewbit_tile16_unpack(const uint8_t* packed, int64_t rows, int64_t columns, int32_t bits, uint8_t* codes,
                          int64_t stride);
 
-/* Moves codes of 3 bits from tile16 to halves16, or back, in the same memory: (rows, columns) of them. */
-int fewbit_halves16(int64_t rows, int64_t columns, int32_t back, uint8_t* packed);
+/* Moves codes of 3 bits from tile16 to halves16, of 1 bit to bytes16, or back, in the same memory: (rows, columns) of them. */
+int fewbit_arrange(int64_t rows, int64_t columns, int32_t bits, int32_t back, uint8_t* packed);
 
 /* Threads that every later call uses instead of its `threads` argument; 0 gives that back to the caller. */
 void fewbit_set_threads(int32_t threads);

@@ -28,7 +28,7 @@ class Matrix(C.Structure):
         ("scale", C.c_void_p),
         ("offset", C.c_void_p),
         ("table", C.c_void_p),
-        ("halves", C.c_int32),
+        ("arranged", C.c_int32),
     )
 
 

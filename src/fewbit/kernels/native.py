@@ -54,8 +54,8 @@ INT24 = -3
 """``x_block`` of ``linear_many`` where activations become integers of 24 bits."""
 
 Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int, int]
-"""(rows, columns, block, bits, family, scale is half, offset is half, zero, codes, scale, offset, table, in
-halves16)."""
+"""(rows, columns, block, bits, family, scale is half, offset is half, zero, codes, scale, offset, table,
+arranged)."""
 
 VectorMatrix = tuple[int, ...]
 """(rows, columns, block, height, bits, bits of the residual, books are half, codes, book, residual)."""
@@ -96,7 +96,7 @@ class Core(Protocol):
     def tile16_bytes(self, rows: int, columns: int, bits: int) -> int: ...
     def tile16_pack(self, codes: int, stride: int, rows: int, columns: int, bits: int, packed: int) -> None: ...
     def tile16_unpack(self, packed: int, rows: int, columns: int, bits: int, codes: int, stride: int) -> None: ...
-    def halves16(self, rows: int, columns: int, back: int, packed: int) -> None: ...
+    def arrange(self, rows: int, columns: int, bits: int, back: int, packed: int) -> None: ...
     def rowhalves16(self, rows: int, columns: int, back: int, packed: int) -> None: ...
     def decode(
         self, matrix: Matrix, tile_begin: int, tile_end: int, out: int, stride: int, isa: int, threads: int

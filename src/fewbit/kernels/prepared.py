@@ -22,7 +22,7 @@ from fewbit.core.terms import Terms
 from fewbit.errors import InputError
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native, pages, reference
-from fewbit.kernels.halves16 import HALVES16
+from fewbit.kernels.arranged import BYTES16, HALVES16
 from fewbit.kernels.inputs import check_supported, given, wants_gradients
 from fewbit.kernels.levels import as_integers
 from fewbit.kernels.table import Kernel, refuse_blocks
@@ -258,7 +258,7 @@ class NativePrepared(Addressed, PreparedMatrix):
             self._scale[tile].data_ptr(),
             0 if offset is None else offset[tile].data_ptr(),
             0 if table is None else table.data_ptr(),
-            int(self._stored.layout == HALVES16),  # of a copy too
+            int(self._stored.layout in (HALVES16, BYTES16)),
         )
 
     def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

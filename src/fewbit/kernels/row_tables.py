@@ -14,7 +14,7 @@ from fewbit.core.format import Format, Physical
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, pages
 from fewbit.kernels.alone import AlonePrepared
-from fewbit.kernels.halves16 import ROWHALVES16
+from fewbit.kernels.arranged import ROWHALVES16
 from fewbit.kernels.levels import nearest_bytes
 from fewbit.kernels.prepared import CENTRE, rows_of_strip
 from fewbit.kernels.row16 import LANES

@@ -19,8 +19,8 @@ from fewbit.formats.fixed import Fixed
 from fewbit.formats.outliers import Outliers
 from fewbit.formats.sign import Sign
 from fewbit.kernels import native
+from fewbit.kernels.arranged import BYTES16, HALVES16, ROWHALVES16
 from fewbit.kernels.column8 import COLUMN8
-from fewbit.kernels.halves16 import BITS, HALVES16, ROWHALVES16
 from fewbit.kernels.native import Isa
 from fewbit.kernels.row16 import ROW16, chunk
 from fewbit.kernels.tile16 import COLUMNS, ROWS, TILE16
@@ -28,6 +28,14 @@ from fewbit.kernels.vector16 import VECTOR16
 
 LAYOUTS = {layout.name: layout for layout in (TILE16, COLUMN8, ROW16, VECTOR16)}
 """Those of native rows."""
+
+ARRANGED = {
+    ("int8_linear_avx2", 1): BYTES16,
+    ("int8_linear_avx2", 3): HALVES16,
+    ("int8_lut_linear_avx2", 3): HALVES16,
+    ("int8_row_lut_linear_avx2", 3): ROWHALVES16,
+}
+"""What rows rather take codes of so many bits in."""
 
 LOOKED_UP = 6
 """Bits of a code whose levels "int8_lut" keeps in registers."""
@@ -87,8 +95,7 @@ class Kernel:
 
     def arranged(self, format: Format) -> Layout:
         """The layout that codes of ``format`` lie in: :attr:`layout`, or what is quicker to read at so many bits."""
-        halves = self.isa == "avx2" and self.family in ("int8", "int8_lut", "int8_row_lut") and format.bits == BITS
-        return (HALVES16 if self.layout == "tile16" else ROWHALVES16) if halves else LAYOUTS[self.layout]
+        return ARRANGED.get((self.name, format.bits), LAYOUTS[self.layout])
 
     def outdone(self, format: Format) -> str | None:
         """None, or why a later row is the better choice for ``format``, though this one runs it."""

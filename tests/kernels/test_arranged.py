@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout halves16: hand-placed bits, a bijection, and the rows that take it."""
+"""Layouts arranged for AVX2: hand-placed bits, a bijection, and the rows that take them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from kernel_cases import SIZES
 
 from fewbit import formats, kernels, methods
+from fewbit.core.layout import Layout
 from fewbit.kernels import TILE16, native
-from fewbit.kernels.halves16 import HALVES16, ROWHALVES16, unpack_rows_of_halves
+from fewbit.kernels.arranged import BYTES16, HALVES16, ROWHALVES16, unpack_rows_of_arranged
 from fewbit.kernels.row16 import ROW16
 from fewbit.kernels.tile16 import pack_codes, size
 from fewbit.layouts.dense import DENSE
@@ -35,7 +36,7 @@ def halves(codes: torch.Tensor) -> torch.Tensor:
 def test_bits_lie_where_the_drawing_says() -> None:
     codes = torch.randint(0, 8, (18, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     packed = pack_codes(codes, 3)
-    native.core().halves16(*codes.shape, 0, packed.data_ptr())
+    native.core().arrange(*codes.shape, 3, 0, packed.data_ptr())
     assert torch.equal(packed, halves(codes))
 
 
@@ -57,16 +58,29 @@ def test_bits_of_rows_lie_where_the_drawing_says() -> None:
     assert torch.equal(matrix.repack(ROWHALVES16).repack(ROW16).packed, matrix.repack(ROW16).packed)
 
 
-def test_it_is_a_bijection_of_any_size() -> None:
+def test_bytes_lie_where_the_drawing_says() -> None:
+    codes = torch.randint(0, 2, (18, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(6))
+    packed = pack_codes(codes, 1)
+    lanes = packed.reshape(2, 3, 16, 4)
+    order = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]
+    expected = lanes[:, :, order].transpose(2, 3).reshape(2, -1)
+    native.core().arrange(*codes.shape, 1, 0, packed.data_ptr())
+    assert torch.equal(packed, expected)
+
+
+@pytest.mark.parametrize(("spelling", "layout"), [("int3/channel", HALVES16), ("int1/channel", BYTES16)])
+def test_it_is_a_bijection_of_any_size(spelling: str, layout: Layout) -> None:
     generator = torch.Generator().manual_seed(2)
     for rows in SIZES:
         for columns in SIZES:
-            matrix = methods.rtn(torch.randn(rows, columns, generator=generator), formats.parse("int3/channel"))
-            there = matrix.repack(HALVES16)
+            matrix = methods.rtn(torch.randn(rows, columns, generator=generator), formats.parse(spelling))
+            there = matrix.repack(layout)
             codes = matrix.logical()[0]
             assert torch.equal(there.repack(DENSE).logical()[0], codes)
             few = torch.randint(0, rows, (5,), generator=generator)
-            assert torch.equal(unpack_rows_of_halves(there.packed, (rows, columns), few), codes[few])
+            assert torch.equal(
+                unpack_rows_of_arranged(there.packed, (rows, columns), matrix.format.bits, few), codes[few]
+            )
 
 
 def test_other_bits_are_refused() -> None:
@@ -74,15 +88,15 @@ def test_other_bits_are_refused() -> None:
 
 
 @pytest.mark.skipif("avx2" not in native.isas(), reason="rows of AVX2 take it")
-@pytest.mark.parametrize("spelling", ["int3/g64", "palette3"])
+@pytest.mark.parametrize("spelling", ["int3/g64", "palette3", "int1/g64", "sign/channel"])
 def test_rows_that_multiply_by_int8_hold_it(spelling: str) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(40, 192, generator=generator)
     matrix, activation = methods.rtn(weight, formats.parse(spelling)), formats.parse("int8/channel")
-    row = "int8_linear_avx2" if spelling.startswith("int") else "int8_lut_linear_avx2"
+    row = "int8_lut_linear_avx2" if spelling == "palette3" else "int8_linear_avx2"
     ready = kernels.prepare(matrix, row, activation)
     floats = kernels.prepare(matrix, row.replace("int8", "affine").replace("affine_lut", "lut"))
-    assert ready.qtensor().layout is HALVES16
+    assert ready.qtensor().layout is (HALVES16 if "3" in spelling else BYTES16)
     assert floats.qtensor().layout is TILE16
     assert torch.equal(kernels.embedding(torch.arange(40), ready.qtensor()), matrix.dequantize())
     assert torch.equal(
