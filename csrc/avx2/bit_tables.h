@@ -177,12 +177,16 @@ void one_bit(const SegmentTask& task, const SegmentStrip& strip) {
   all.finish_all(1);
 }
 
+constexpr int64_t kLaneRun = 16;  // chunks of which 16 bits hold what half a vector sums up, at most 4 * 1020 of each
+
+// The lower halves of two vectors, and the upper ones.
+FEWBIT_INLINE U lower_halves(U a, U b) { return _mm256_permute2x128_si256(a, b, 0x20); }
+FEWBIT_INLINE U upper_halves(U a, U b) { return _mm256_permute2x128_si256(a, b, 0x31); }
+
 // Sums of 16 bits of a tile in bytes16, of which each half of a vector has every other byte's columns.
 struct LaneSums : TableSums {
   // Of 16 rows: four of each row group in either half.
-  FEWBIT_INLINE U joined() const {
-    return _mm256_add_epi16(_mm256_permute2x128_si256(first, second, 0x20), _mm256_permute2x128_si256(first, second, 0x31));
-  }
+  FEWBIT_INLINE U joined() const { return _mm256_add_epi16(lower_halves(first, second), upper_halves(first, second)); }
 };
 
 // Adds what N chunks, at most two, of two tiles `apart` bring, nothing being moved.
@@ -231,7 +235,7 @@ inline void one_bit_lanes(const SegmentTask& task, const SegmentStrip& strip) {
   const uint8_t* codes = Group(task, strip.at(0)).codes;
   const int64_t apart = strip.groups > 2 ? task.chunks * 64 : 0, ahead = fetched_ahead(task, 2);
   const auto* tables = static_cast<const uint8_t*>(task.activations);
-  const U zero = _mm256_setzero_si256(), above = _mm256_set1_epi16(0x4b00);
+  const U above = _mm256_set1_epi16(0x4b00);
   for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++) {
     const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
     if (task.segment_chunks <= kTableRun) {  // as floats at once: see TableSums::values
@@ -247,19 +251,19 @@ inline void one_bit_lanes(const SegmentTask& task, const SegmentStrip& strip) {
       }
       continue;
     }
-    WideSums<1> wide(end - chunk);
+    U wide[2][4] = {};  // rows 0-3, 8-11, 4-7 and 12-15 of a tile
+    const U raised = _mm256_set1_epi32(static_cast<int32_t>(end - chunk) * -8 * kRaised);
     for (int64_t run; chunk < end; chunk += run) {
       LaneSums sums[2];
-      run = end - chunk < kTableRun ? end - chunk : kTableRun;
+      run = end - chunk < kLaneRun ? end - chunk : kLaneRun;
       look_up_run(codes, apart, ahead, tables, run, sums);
-      for (int t = 0; t < 2; t++) {
-        const U joined = sums[t].joined();
-        wide.sum[0][2 * t] = _mm256_add_epi32(wide.sum[0][2 * t], _mm256_unpacklo_epi16(joined, zero));
-        wide.sum[0][2 * t + 1] = _mm256_add_epi32(wide.sum[0][2 * t + 1], _mm256_unpackhi_epi16(joined, zero));
-      }
+      for (int t = 0; t < 2; t++) sums[t].flush(wide[t]);
     }
     F(&value)[4][1] = all.next(1);
-    for (int t = 0; t < 4; t++) value[t][0] = convert(wide.sum[0][t]);
+    for (int t = 0; t < 4; t++) {
+      const U a = wide[t / 2][t % 2], b = wide[t / 2][t % 2 + 2];
+      value[t][0] = convert(_mm256_add_epi32(raised, _mm256_add_epi32(lower_halves(a, b), upper_halves(a, b))));
+    }
   }
   all.finish_all(1);
 }
