@@ -121,8 +121,23 @@ FEWBIT_INLINE void flush(Sum (&dot)[T][M][P]) {
       for (int p = 0; p < P; p++) dot[t][m][p].flush();
 }
 
-// Where row groups of up to two tiles find their codes: addresses of each would take registers.
+// Where row groups of a tile find their codes.
+template <int T, bool two = (T > kGroupsPerTile)>
 struct FewCodes {
+  const uint8_t* at[T];
+
+  FEWBIT_INLINE FewCodes(const SegmentTask& task, const SegmentStrip& strip) {
+    for (int t = 0; t < T; t++) at[t] = Group(task, strip.at(t)).codes;
+  }
+  FEWBIT_INLINE const uint8_t* group(int t) const { return at[t]; }
+  FEWBIT_INLINE void advance(int64_t bytes) {
+    for (int t = 0; t < T; t++) at[t] += bytes;
+  }
+};
+
+// The same of two tiles: GCC would make vectors of so many addresses.
+template <int T>
+struct FewCodes<T, true> {
   const uint8_t* at;
   int64_t apart;  // of the tiles; 0 where there is one
 
@@ -131,11 +146,12 @@ struct FewCodes {
   FEWBIT_INLINE const uint8_t* group(int t) const {
     return at + t / kGroupsPerTile * apart + t % kGroupsPerTile * kLanes * 4;
   }
+  FEWBIT_INLINE void advance(int64_t bytes) { at += bytes; }
 };
 
 // Multiplies chunks [0, chunks) of T row groups by M tokens, and goes on behind them.
 template <class K, int T, int M>
-FEWBIT_INLINE void multiply_few(const K& kernel, FewCodes& codes, int64_t chunks, const typename K::X* x, int64_t ahead,
+FEWBIT_INLINE void multiply_few(const K& kernel, FewCodes<T>& codes, int64_t chunks, const typename K::X* x, int64_t ahead,
                                 typename K::Sum (&dot)[T][M][K::kPlanes]) {
   static_assert(T % kGroupsPerTile == 0 && T <= 2 * kGroupsPerTile, "whole tiles, at most two");
   constexpr int P = K::kPlanes, groups = K::Sum::kGroups;
@@ -157,7 +173,7 @@ FEWBIT_INLINE void multiply_few(const K& kernel, FewCodes& codes, int64_t chunks
             for (int p = 0; p < P; p++) dot[t][m][p].add(u[t][p], x + m * 32 + reader[t].group(n) * 4);
         if (groups < 8 && (n + 1) % groups == 0) flush(dot);
       }
-      codes.at += K::kBits * 64;
+      codes.advance(K::kBits * 64);
     }
     if (groups == 8) flush(dot);
   }
@@ -181,7 +197,7 @@ void few(const SegmentTask& task, const SegmentStrip& strip) {
   using Sum = typename K::Sum;
   const K kernel(task);
   Unsettled<T, M> all(task, strip);
-  FewCodes codes(task, strip);
+  FewCodes<T> codes(task, strip);
   const auto* x = strip.activations<typename K::X>(task);
   const int64_t ahead = fetched_ahead(task, T / kGroupsPerTile);
   RestsBeside<K, M> rests(task);
