@@ -44,12 +44,36 @@ PyObject* tile16_unpack(PyObject*, PyObject* args) {
   return status(code);
 }
 
-// A matrix in Python: (rows, columns, block, bits, family, scale_half, offset_half, zero, codes, scale, offset, table).
+PyObject* arrange(PyObject*, PyObject* args) {
+  unsigned long long packed;
+  long long rows, columns;
+  int bits, back, code;
+  if (!PyArg_ParseTuple(args, "LLiiK", &rows, &columns, &bits, &back, &packed)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_arrange(rows, columns, bits, back, pointer<uint8_t*>(packed));
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+PyObject* rowhalves16(PyObject*, PyObject* args) {
+  unsigned long long packed;
+  long long rows, columns;
+  int back, code;
+  if (!PyArg_ParseTuple(args, "LLiK", &rows, &columns, &back, &packed)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_rowhalves16(rows, columns, back, pointer<uint8_t*>(packed));
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
+// A matrix in Python: (rows, columns, block, bits, family, scale_half, offset_half, zero, codes, scale, offset, table,
+// arranged).
 bool matrix_of(PyObject* tuple, fewbit_matrix* matrix) {
   unsigned long long codes, scale, offset, table;
   long long rows, columns, block;
-  if (!PyArg_ParseTuple(tuple, "LLLiiiifKKKK", &rows, &columns, &block, &matrix->bits, &matrix->family,
-                        &matrix->scale_half, &matrix->offset_half, &matrix->zero, &codes, &scale, &offset, &table))
+  if (!PyArg_ParseTuple(tuple, "LLLiiiifKKKKi", &rows, &columns, &block, &matrix->bits, &matrix->family,
+                        &matrix->scale_half, &matrix->offset_half, &matrix->zero, &codes, &scale, &offset, &table,
+                        &matrix->arranged))
     return false;
   matrix->rows = rows, matrix->columns = columns, matrix->block = block;
   matrix->codes = pointer<const uint8_t*>(codes);
@@ -208,12 +232,13 @@ PyObject* vector_decode(PyObject*, PyObject* args) {
   return status(code);
 }
 
-// A matrix of rows with tables in Python: (rows, columns, block, table_rows, bits, table_half, codes, table, scale).
+// A matrix of rows with tables in Python: (rows, columns, block, table_rows, bits, table_half, codes, table, scale,
+// halves).
 bool rows_of(PyObject* tuple, fewbit_row_tables* matrix) {
   unsigned long long codes, table, scale;
   long long rows, columns, block, table_rows;
-  if (!PyArg_ParseTuple(tuple, "LLLLiiKKK", &rows, &columns, &block, &table_rows, &matrix->bits, &matrix->table_half,
-                        &codes, &table, &scale))
+  if (!PyArg_ParseTuple(tuple, "LLLLiiKKKi", &rows, &columns, &block, &table_rows, &matrix->bits, &matrix->table_half,
+                        &codes, &table, &scale, &matrix->halves))
     return false;
   matrix->rows = rows, matrix->columns = columns, matrix->block = block, matrix->table_rows = table_rows;
   matrix->codes = pointer<const uint8_t*>(codes);
@@ -222,11 +247,12 @@ bool rows_of(PyObject* tuple, fewbit_row_tables* matrix) {
   return true;
 }
 
-// Its twin with levels of 16 bits: (rows, columns, table_rows, bits, codes, levels, factor).
+// Its twin with levels of 16 bits: (rows, columns, table_rows, bits, codes, levels, factor, halves).
 bool levels_of(PyObject* tuple, fewbit_row_levels* matrix) {
   unsigned long long codes, levels, factor;
   long long rows, columns, table_rows;
-  if (!PyArg_ParseTuple(tuple, "LLLiKKK", &rows, &columns, &table_rows, &matrix->bits, &codes, &levels, &factor))
+  if (!PyArg_ParseTuple(tuple, "LLLiKKKi", &rows, &columns, &table_rows, &matrix->bits, &codes, &levels, &factor,
+                        &matrix->halves))
     return false;
   matrix->rows = rows, matrix->columns = columns, matrix->table_rows = table_rows;
   matrix->codes = pointer<const uint8_t*>(codes);
@@ -326,6 +352,8 @@ PyMethodDef methods[] = {
     {"set_threads", set_threads, METH_VARARGS, "(threads): for every later call; 0 lets each call say."},
     {"tile16_bytes", tile16_bytes, METH_VARARGS, "(rows, columns, bits) -> bytes, or -1."},
     {"tile16_pack", tile16_pack, METH_VARARGS, "(codes, stride, rows, columns, bits, packed)"},
+    {"arrange", arrange, METH_VARARGS, "(rows, columns, bits, back, packed)"},
+    {"rowhalves16", rowhalves16, METH_VARARGS, "(rows, columns, back, packed)"},
     {"tile16_unpack", tile16_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, stride)"},
     {"linear_many", linear_many, METH_VARARGS, "(outputs, x, x_block, y_dtype, isa, threads, scale, zero)"},
     {"sparse_add", sparse_add, METH_VARARGS, "(matrix, x, y, y_stride, isa, threads)"},
@@ -346,7 +374,7 @@ PyMethodDef methods[] = {
 };
 
 // ABI of fewbit/core/compiled.py: both rise when a function's arguments, or what they mean, change.
-constexpr long kAbi = 2;
+constexpr long kAbi = 3;
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "fewbit._native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

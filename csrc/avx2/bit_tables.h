@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Codes of 1 bit times one or two tokens, and the highest bit of those of 3 bits times one, by looking sums of activations
-// up. Half a byte of tile16 holds one bit each of four columns, and what these four activations can add up to are 16
+// Codes of 1 bit times one or two tokens by looking sums of activations up. Half a byte of tile16 holds one bit each of four columns, and what these four activations can add up to are 16
 // numbers: a table that one vpshufb looks up for 32 rows. Products would take four masks, four products and four additions
 // for as much.
 //
@@ -28,18 +27,21 @@ inline U bits_of_entries(int first) {
   return _mm256_setr_epi32(bits(a), bits(a + 1), bits(a + 2), bits(a + 3), bits(b), bits(b + 1), bits(b + 2), bits(b + 3));
 }
 
-// The tables of 32 activations.
-inline void chunk_tables(const int8_t* x, uint8_t* out) {
+// The tables of 32 activations; in lanes: (byte / 2, half, plane, byte % 2, 16 bytes), as bytes16 is looked up.
+inline void chunk_tables(const int8_t* x, uint8_t* out, bool lanes = false) {
   alignas(32) int8_t sorted[2][4][4];  // half, j, i
   store_lanes(reinterpret_cast<uint8_t*>(sorted), by_place(load_lanes(reinterpret_cast<const uint8_t*>(x))));
   const U first = bits_of_entries(0), second = bits_of_entries(4);
   for (int j = 0; j < 4; j++)
-    for (int half = 0; half < 2; half++, out += 32) {
+    for (int half = 0; half < 2; half++) {
+      uint8_t* at = out + (lanes ? (j / 2 * 4 + half * 2) * 32 + j % 2 * 16 : (j * 2 + half) * 32);
       const U few = four(sorted[half][j]);
       U sum = _mm256_hadd_epi16(_mm256_maddubs_epi16(first, few), _mm256_maddubs_epi16(second, few));
       sum = _mm256_add_epi16(sum, _mm256_set1_epi16(kRaised));
       const U low = _mm256_and_si256(sum, _mm256_set1_epi16(31)), high = _mm256_srli_epi16(sum, 5);
-      store_lanes(out, _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8));
+      const U planes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm256_castsi256_si128(planes));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(at + (lanes ? 32 : 16)), _mm256_extracti128_si256(planes, 1));
     }
 }
 
@@ -57,11 +59,20 @@ inline void tables_token(const SegmentTask& task, const fewbit_input& x, int64_t
   round_token<int8_t>(behind, x, token);
   const int8_t* rounded = row_of<int8_t>(behind, token);
   for (int64_t c = 0; c < task.chunks; c++)
-    chunk_tables(rounded + c * task.together * 32, tables + (c * task.together + token) * kTableBytes);
+    chunk_tables(rounded + c * task.together * 32, tables + (c * task.together + token) * kTableBytes,
+                 task.arranged && task.together == 1);
 }
 
 // Two tiles, `apart`, as bytes of the same columns: vector j holds byte j of each lane, of four row groups.
-FEWBIT_INLINE void gather_bytes(const uint8_t* codes, int64_t apart, U (&byte)[4]) {
+FEWBIT_INLINE void gather_bytes(bool arranged, const uint8_t* codes, int64_t apart, U (&byte)[4]) {
+  if (arranged) {
+    for (int j = 0; j < 4; j += 2) {
+      const U first = load_lanes(codes + j * 16), second = load_lanes(codes + apart + j * 16);
+      const U low = _mm256_unpacklo_epi64(first, second), high = _mm256_unpackhi_epi64(first, second);
+      byte[j] = _mm256_permute2x128_si256(low, high, 0x20), byte[j + 1] = _mm256_permute2x128_si256(low, high, 0x31);
+    }
+    return;
+  }
   U lanes[4];
   for (int t = 0; t < 4; t++) lanes[t] = by_place(load_lanes(codes + t / 2 * apart + t % 2 * 32));
   const U a = _mm256_unpacklo_epi32(lanes[0], lanes[1]), b = _mm256_unpackhi_epi32(lanes[0], lanes[1]);
@@ -106,11 +117,11 @@ struct TableSums {
 };
 
 // Adds what a chunk of four row groups, two tiles `apart`, brings to the sums of M tokens.
-template <int M>
+template <int M, bool arranged>
 FEWBIT_INLINE void look_up(const uint8_t* codes, int64_t apart, const uint8_t* tables, TableSums (&sums)[M]) {
   const U half = _mm256_set1_epi8(15);
   U byte[4], low[M], high[M];
-  gather_bytes(codes, apart, byte);
+  gather_bytes(arranged, codes, apart, byte);
   for (int m = 0; m < M; m++) low[m] = high[m] = _mm256_setzero_si256();
 #pragma GCC unroll 4
   for (int j = 0; j < 4; j++) {
@@ -138,7 +149,7 @@ struct WideSums {
 };
 
 // Codes of 1 bit: four row groups x M tokens.
-template <int M>
+template <int M, bool arranged>
 void one_bit(const SegmentTask& task, const SegmentStrip& strip) {
   Unsettled<4, M> all(task, strip);
   const uint8_t* codes = Group(task, strip.at(0)).codes;
@@ -154,7 +165,7 @@ void one_bit(const SegmentTask& task, const SegmentStrip& strip) {
       for (int64_t c = 0; c < run; c++, codes += 64, tables += M * kTableBytes) {
         prefetch<1>(codes + ahead);
         prefetch<1>(codes + apart + ahead);
-        look_up(codes, apart, tables, sums);
+        look_up<M, arranged>(codes, apart, tables, sums);
       }
       for (int m = 0; m < M; m++) sums[m].flush(wide.sum[m]);
       chunk += run;
@@ -166,92 +177,103 @@ void one_bit(const SegmentTask& task, const SegmentStrip& strip) {
   all.finish_all(1);
 }
 
-// Sums of 16 bits of four row groups, of codes of 2 bits. Of two neighbouring fields one is multiplied where it stands, as
-// four times what it is, into sums of its own: one shift serves two fields.
-struct LowSums {
-  U once[4], fourfold[4];
+constexpr int64_t kLaneRun = 16;  // chunks of which 16 bits hold what half a vector sums up, at most 4 * 1020 of each
 
-  FEWBIT_INLINE LowSums() {
-    for (int t = 0; t < 4; t++) once[t] = fourfold[t] = _mm256_setzero_si256();
-  }
+// The lower halves of two vectors, and the upper ones.
+FEWBIT_INLINE U lower_halves(U a, U b) { return _mm256_permute2x128_si256(a, b, 0x20); }
+FEWBIT_INLINE U upper_halves(U a, U b) { return _mm256_permute2x128_si256(a, b, 0x31); }
 
-  // Adds a chunk of two tiles `apart`.
-  FEWBIT_INLINE void add(const uint8_t* codes, int64_t apart, const int8_t* x) {
-#pragma GCC unroll 4
-    for (int half = 0; half < 4; half++) {
-      U part[4];
-      for (int t = 0; t < 4; t++) {
-        part[t] = load_lanes(codes + t / 2 * apart + t % 2 * 32 + half / 2 * 64);
-        if (half % 2) part[t] = _mm256_srli_epi16(part[t], 4);
-      }
-      add_field(once, part, 0x03, x + half * 8);
-      add_field(fourfold, part, 0x0c, x + half * 8 + 4);
-    }
-  }
-
-  static FEWBIT_INLINE void add_field(U (&sum)[4], const U (&part)[4], char field, const int8_t* x) {
-    for (int t = 0; t < 4; t++) {
-      sum[t] = _mm256_add_epi16(sum[t], _mm256_maddubs_epi16(mask(part[t], _mm256_set1_epi8(field)), four(x)));
-      asm("" : "+x"(sum[t]));  // see Dot
-    }
-  }
-
-  // After two chunks at most, whose fourfold sums are at most 2 * 4 * 2 * 12 * 128.
-  FEWBIT_INLINE void fold() {
-    for (int t = 0; t < 4; t++) {
-      once[t] = _mm256_add_epi16(once[t], _mm256_srai_epi16(fourfold[t], 2));
-      fourfold[t] = _mm256_setzero_si256();
-    }
-  }
+// Sums of 16 bits of a tile in bytes16, of which each half of a vector has every other byte's columns.
+struct LaneSums : TableSums {
+  // Of 16 rows: four of each row group in either half.
+  FEWBIT_INLINE U joined() const { return _mm256_add_epi16(lower_halves(first, second), upper_halves(first, second)); }
 };
 
-// Codes of 3 bits: four row groups, one token. Two tokens would need more registers than there are. Products and lookups
-// take different units of the processor, each more of one than it has to spare.
-inline void three_bits(const SegmentTask& task, const SegmentStrip& strip) {
-  constexpr int64_t kRun = 4;  // chunks whose sums add up in 16 bits
-  static_assert(kRun <= Dot<2>::kChunks && kRun <= kTableRun, "sums of 16 bits");
+// Adds what N chunks, at most two, of two tiles `apart` bring, nothing being moved.
+template <int N>
+FEWBIT_INLINE void look_up_lanes(const uint8_t* codes, int64_t apart, const uint8_t* tables, LaneSums (&sums)[2]) {
+  const U half = _mm256_set1_epi8(15);
+  U low[2], high[2];
+  for (int t = 0; t < 2; t++) low[t] = high[t] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int v = 0; v < 2 * N; v++) {
+    U bytes[2];
+    for (int t = 0; t < 2; t++) bytes[t] = load_lanes(codes + t * apart + v * 32);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+      const uint8_t* here = tables + (v * 2 + h) * 64;
+      const U few = load_lanes(here), many = load_lanes(here + 32);
+      for (int t = 0; t < 2; t++) {
+        const U index = mask(h ? _mm256_srli_epi16(bytes[t], 4) : bytes[t], half);
+        low[t] = _mm256_add_epi8(low[t], _mm256_shuffle_epi8(few, index));
+        high[t] = _mm256_add_epi8(high[t], _mm256_shuffle_epi8(many, index));
+        asm("" : "+x"(low[t]), "+x"(high[t]));  // see look_up
+      }
+    }
+  }
+  for (int t = 0; t < 2; t++) sums[t].add(low[t], high[t]);
+}
+
+// Adds what `chunks` chunks bring, and goes on behind them.
+FEWBIT_INLINE void look_up_run(const uint8_t*& codes, int64_t apart, int64_t ahead, const uint8_t*& tables, int64_t chunks,
+                               LaneSums (&sums)[2]) {
+  for (; chunks > 1; chunks -= 2, codes += 2 * 64, tables += 2 * kTableBytes) {
+    prefetch<2>(codes + ahead);
+    prefetch<2>(codes + apart + ahead);
+    look_up_lanes<2>(codes, apart, tables, sums);
+  }
+  if (chunks == 0) return;
+  prefetch<1>(codes + ahead);
+  prefetch<1>(codes + apart + ahead);
+  look_up_lanes<1>(codes, apart, tables, sums);
+  codes += 64, tables += kTableBytes;
+}
+
+// Codes of 1 bit in bytes16: four row groups, one token.
+inline void one_bit_lanes(const SegmentTask& task, const SegmentStrip& strip) {
   Unsettled<4, 1> all(task, strip);
   const uint8_t* codes = Group(task, strip.at(0)).codes;
-  const int64_t apart = strip.groups > 2 ? task.chunks * 3 * 64 : 0;
+  const int64_t apart = strip.groups > 2 ? task.chunks * 64 : 0, ahead = fetched_ahead(task, 2);
   const auto* tables = static_cast<const uint8_t*>(task.activations);
-  const auto* x = static_cast<const int8_t*>(behind_tables(task).activations);
-  const int64_t ahead = fetched_ahead(task, 2);
+  const U above = _mm256_set1_epi16(0x4b00);
   for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++) {
     const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
-    WideSums<1> wide(end - chunk);
-    U low[4];
-    const U start = _mm256_cvtps_epi32(broadcast(task.sums[segment] * -task.whole));
-    for (int t = 0; t < 4; t++) low[t] = start;
-    while (chunk < end) {
-      TableSums sums[1];
-      LowSums pairs;
-      const int64_t run = end - chunk < kRun ? end - chunk : kRun;
-      for (int64_t c = 0; c < run; c++, codes += 3 * 64, tables += kTableBytes, x += 32) {
-        prefetch<3>(codes + ahead);
-        prefetch<3>(codes + apart + ahead);
-        pairs.add(codes, apart, x);
-        look_up(codes + 2 * 64, apart, tables, sums);
-        if (c % 2 || c + 1 == run) pairs.fold();
+    if (task.segment_chunks <= kTableRun) {  // as floats at once: see TableSums::values
+      LaneSums sums[2];
+      const F raised = broadcast(static_cast<float>((1 << 23) + (end - chunk) * 8 * kRaised));
+      look_up_run(codes, apart, ahead, tables, end - chunk, sums);
+      chunk = end;
+      F(&value)[4][1] = all.next(1);
+      for (int t = 0; t < 2; t++) {
+        const U joined = sums[t].joined();
+        value[2 * t][0] = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpacklo_epi16(joined, above)), raised);
+        value[2 * t + 1][0] = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpackhi_epi16(joined, above)), raised);
       }
-      for (int t = 0; t < 4; t++) low[t] = _mm256_add_epi32(low[t], _mm256_madd_epi16(pairs.once[t], _mm256_set1_epi16(1)));
-      sums[0].flush(wide.sum[0]);
-      chunk += run;
+      continue;
+    }
+    U wide[2][4] = {};  // rows 0-3, 8-11, 4-7 and 12-15 of a tile
+    const U raised = _mm256_set1_epi32(static_cast<int32_t>(end - chunk) * -8 * kRaised);
+    for (int64_t run; chunk < end; chunk += run) {
+      LaneSums sums[2];
+      run = end - chunk < kLaneRun ? end - chunk : kLaneRun;
+      look_up_run(codes, apart, ahead, tables, run, sums);
+      for (int t = 0; t < 2; t++) sums[t].flush(wide[t]);
     }
     F(&value)[4][1] = all.next(1);
-    for (int t = 0; t < 4; t++) value[t][0] = convert(_mm256_add_epi32(low[t], _mm256_slli_epi32(wide.sum[0][t], 2)));
+    for (int t = 0; t < 4; t++) {
+      const U a = wide[t / 2][t % 2], b = wide[t / 2][t % 2 + 2];
+      value[t][0] = convert(_mm256_add_epi32(raised, _mm256_add_epi32(lower_halves(a, b), upper_halves(a, b))));
+    }
   }
   all.finish_all(1);
 }
 
 inline void bit_tables_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  if (task.bits == 2) return int8_run(behind_tables(task), tile_begin, tile_end, tokens);
   const int64_t end = tile_end * kGroupsPerTile;
   for (int64_t group = tile_begin * kGroupsPerTile; group < end; group += 4) {
     const SegmentStrip strip = {group, end - group, 0, tokens};
-    if (task.bits == 3)
-      three_bits(task, strip);
-    else
-      task.together == 1 ? one_bit<1>(task, strip) : one_bit<2>(task, strip);
+    if (task.together == 1) task.arranged ? one_bit_lanes(task, strip) : one_bit<1, false>(task, strip);
+    else task.arranged ? one_bit<2, true>(task, strip) : one_bit<2, false>(task, strip);
   }
 }
 

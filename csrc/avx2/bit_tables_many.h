@@ -52,7 +52,7 @@ struct BitRun {
       const uint8_t* codes = task.codes + pair * tile + first * 64;
       for (int64_t c = 0; c < chunks; c++) {
         U byte[4];
-        gather_bytes(codes + c * 64, apart, byte);
+        gather_bytes(task.arranged, codes + c * 64, apart, byte);
         for (int j = 0; j < 4; j++) {
           store_lanes(index[c][2 * j][r], mask(byte[j], half));
           store_lanes(index[c][2 * j + 1][r], mask(_mm256_srli_epi16(byte[j], 4), half));

@@ -4,6 +4,7 @@
 // are left out, and multiplied by themselves. All others take two and a half instructions for 32 products, where products of
 // int16 take four.
 #include "avx2/dot.h"
+#include "avx2/halves.h"
 #include "avx2/rests.h"
 
 #include "core/int8_lut.h"
@@ -121,6 +122,7 @@ void round_levels(const SegmentTask& task, const fewbit_input& x, int64_t token)
 
 template <class NARROW>
 void run_by(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens) {
+  if (task.arranged) return strips_spans<InHalves<Levels<3, NARROW>>>(task, begin, end, tokens);
   switch (task.bits) {
     case 1: return strips_spans<Levels<1, NARROW>>(task, begin, end, tokens);
     case 2: return strips_spans<Levels<2, NARROW>>(task, begin, end, tokens);

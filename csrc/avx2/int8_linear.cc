@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "avx2/bit_tables_many.h"
+#include "avx2/halves.h"
 
 namespace fewbit {
 namespace {
@@ -7,11 +8,16 @@ namespace {
 template <>
 constexpr bool kFewElsewhere<Codes<1>> = true;  // by tables of bits
 
+void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  if (task.arranged) return int8_strips<InHalves<Codes<3>>>(task, tile_begin, tile_end, tokens);
+  int8_run(task, tile_begin, tile_end, tokens);
+}
+
 }  // namespace
 
-const SegmentKernel int8_linear_avx2 = {kManyTokens, 1, 1, round_begun, int8_run, kMostStarts};
+const SegmentKernel int8_linear_avx2 = {kManyTokens, 1, 1, round_begun, run, kMostStarts};
 
-const FewKernel int8_few_linear_avx2 = {3, {kManyTokens, kTableBytes / 32 + 1, 1, tables_token, bit_tables_run}};
+const FewKernel int8_few_linear_avx2 = {1, {kManyTokens, kTableBytes / 32 + 1, 1, tables_token, bit_tables_run}};
 
 const SegmentKernel int8_bits_linear_avx2 = {1, kTableBytes / 32 + 1, 1, tables_beside, bits_beside_run};
 

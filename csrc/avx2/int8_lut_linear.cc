@@ -2,6 +2,7 @@
 // Of one or two tokens, levels of a byte are multiplied by activations as bytes above the least level; pairs of activations that
 // int16 has no room for then are halved, and the other halves multiplied by themselves. Where many are, levels keep their signs.
 #include "avx2/dot.h"
+#include "avx2/halves.h"
 #include "avx2/rests.h"
 
 #include "core/int8_lut.h"
@@ -52,21 +53,15 @@ struct Halves {
   }
 };
 
-// Codes of 2 + 1 bits: of four upper ones, half a byte, those of two groups are looked up, to stand above the lower bits of
-// both. Bits 4 to 6 of what a level is looked up by do not count.
+// Codes of 3 bits in halves16: what stands beside a code does not count.
 struct Thirds {
-  U low, upper, index;
+  Held<3, true> held;
 
-  static constexpr int group(int n) { return n / 4 * 4 + n % 2 * 2 + n / 2 % 2; }
-  FEWBIT_INLINE void advance(const uint8_t* codes, int n) {
-    if (n % 4) return;
-    low = load_lanes(codes + n / 4 * 64);
-    upper = mask(shifted(load_lanes(codes + 2 * 64), n), 0x0f0f0f0fu);
-  }
+  static constexpr int group(int n) { return n; }
+  FEWBIT_INLINE void advance(const uint8_t* codes, int n) { held.advance(codes, n); }
   template <class K>
   FEWBIT_INLINE void read(const K& kernel, int n, U (&plane)[1]) {
-    if (n % 2 == 0) index = combine(mask(shifted(low, n % 4), 0x33333333u), kernel.above[n / 2 % 2](upper));
-    plane[0] = kernel.level[0](shifted(index, n % 2 * 4));
+    plane[0] = kernel.table(held.index(n));
   }
 };
 
@@ -154,18 +149,12 @@ struct Lut2 : Lut<2, SUM> {
 };
 
 template <class SUM>
-struct Lut3 : Lut<3, SUM> {
+struct LutHalves : Lut<3, SUM> {
+  static constexpr bool kHalves = true;
   using Reader = Thirds;
-  Shuffle level[1], above[2];
+  using Lut<3, SUM>::Lut;
 
-  explicit FEWBIT_INLINE Lut3(const SegmentTask& task) : Lut<3, SUM>(task) {
-    level[0] = this->table.part[0];
-    for (int i = 0; i < 2; i++) {
-      uint8_t bytes[16];
-      for (int j = 0; j < 16; j++) bytes[j] = static_cast<uint8_t>((j >> i & 1) << 2 | (j >> i & 4) << 4);
-      above[i] = Shuffle(bytes);
-    }
-  }
+  FEWBIT_INLINE U at(const uint8_t* codes, int g) const { return this->table(quad_at<3, true>(codes, g)); }
 };
 
 template <template <class> class K>
@@ -180,12 +169,14 @@ void strips_of(const SegmentTask& task, int64_t begin, int64_t end, int64_t toke
 }
 
 template <class SUM> using Lut1 = Lut<1, SUM>;
+template <class SUM> using Lut3 = Lut<3, SUM>;
 template <class SUM> using Lut4 = Lut<4, SUM>;
 template <class SUM> using Lut5 = Lut<5, SUM>;
 template <class SUM> using Lut6 = Lut<6, SUM>;
 
 void few_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
+  if (task.arranged) return strips_of<LutHalves>(task, begin, end, tokens);
   switch (task.bits) {
     case 1: return strips_of<Lut1>(task, begin, end, tokens);
     case 2: return strips_of<Lut2>(task, begin, end, tokens);
@@ -228,14 +219,22 @@ void round_halved(const SegmentTask& task, const fewbit_input& x, int64_t token)
 // By the above, which takes all levels that these take.
 template <int BITS>
 constexpr bool kFewElsewhere<LutBytes<BITS>> = true;
+template <>
+constexpr bool kFewElsewhere<InHalves<LutBytes<3>>> = true;
 static_assert(kMostByte >= kMostLevel);
+
+template <template <int> class K>
+void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  if (task.arranged) return int8_strips<InHalves<K<3>>>(task, tile_begin, tile_end, tokens);
+  int8_lut_run<K>(task, tile_begin, tile_end, tokens);
+}
 
 }  // namespace
 
 const LutKernels int8_lut_linear_avx2 = {
     kMostLevel,
-    {kManyTokens, 1, 1, round_begun, int8_lut_run<LutBytes>, kMostStarts},
-    {kManyTokens, sizeof(Words::X), 1, round_token<Words::X>, int8_lut_run<LutWords>}};
+    {kManyTokens, 1, 1, round_begun, run<LutBytes>, kMostStarts},
+    {kManyTokens, sizeof(Words::X), 1, round_token<Words::X>, run<LutWords>}};
 
 const FewKernel int8_few_lut_linear_avx2 = {kMostByte, {kManyTokens, 1, 1, round_halved, few_run, 0, RestList::kWords}};
 

@@ -23,7 +23,7 @@ FEWBIT_INLINE void decode_segment(const SegmentTask& task, const K& kernel, cons
   for (int t = 0; t < T; t++) {
     const uint8_t* codes = Group(task, strip.at(t)).codes + first * K::kBits * 64;
     const int64_t ahead = (task.segment_chunks < kPart ? task.segment_chunks : kPart) * K::kBits * 64;
-    Held<K::kBits> held;
+    Held<K::kBits, kInHalves<K>> held;
     for (int64_t c = 0; c < chunks; c++, codes += K::kBits * 64) {
       // What comes next, which is decoded when this one has been multiplied by all tokens.
       prefetch<K::kBits>(codes + ahead);

@@ -90,9 +90,11 @@ void decode_unit(void* context, int64_t unit) {
   call.kernel->decode(call.task, call.first + unit, call.out + unit * 16, call.stride);
 }
 
-bool sensible(const fewbit_matrix& w, int64_t) {
+bool decodes(const fewbit_matrix& w) {
   return w.family == FEWBIT_AFFINE ? !w.table : w.family == FEWBIT_LUT && w.table && w.zero == 0.0f;
 }
+
+bool sensible(const fewbit_matrix& w, int64_t) { return !w.arranged && decodes(w); }
 
 // Whether the panel and the sums are the same. The kernel decides which of these they depend on; all of them may.
 bool shared(const fewbit_matrix& a, const fewbit_matrix& b, int64_t) {
@@ -158,6 +160,24 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
   return FEWBIT_OK;
 }
 
+// Tiles [begin, end) of an arranged matrix, decoded from a copy in tile16.
+int decode_arranged(fewbit_matrix w, int64_t begin, int64_t end, float* out, int64_t stride, int32_t isa, int32_t threads) {
+  const int64_t rows = (end - begin) * 16, bytes = fewbit_tile16_bytes(16, w.columns, w.bits), size = (end - begin) * bytes;
+  const int64_t parameters = begin * ceil_div(w.columns, w.block) * 16;
+  auto* codes = static_cast<uint8_t*>(operator new(static_cast<std::size_t>(size), std::nothrow));
+  if (!codes) return FEWBIT_NO_MEMORY;
+  memcpy(codes, w.codes + begin * bytes, static_cast<std::size_t>(size));
+  fewbit_arrange(rows, w.columns, w.bits, 1, codes);
+  const auto from = [&](const void* values, int32_t half) -> const void* {
+    return values ? static_cast<const char*>(values) + parameters * (half ? 2 : 4) : nullptr;
+  };
+  w.rows -= begin * 16, w.codes = codes, w.arranged = 0;
+  w.scale = from(w.scale, w.scale_half), w.offset = from(w.offset, w.offset_half);
+  const int code = fewbit_decode(&w, 0, end - begin, out, stride, isa, threads);
+  operator delete(codes);
+  return code;
+}
+
 }  // namespace
 
 const Products float_products = {sensible, shared, run};
@@ -167,10 +187,11 @@ const Products float_products = {sensible, shared, run};
 extern "C" int fewbit_decode(const fewbit_matrix* matrix, int64_t tile_begin, int64_t tile_end, float* out,
                              int64_t stride, int32_t isa, int32_t threads) {
   using namespace fewbit;
-  if (!matrix || !well_formed(*matrix) || !sensible(*matrix, 0) || threads < 1) return FEWBIT_BAD_ARGUMENT;
+  if (!matrix || !well_formed(*matrix) || !decodes(*matrix) || threads < 1) return FEWBIT_BAD_ARGUMENT;
   if (tile_begin < 0 || tile_end > ceil_div(matrix->rows, 16) || tile_begin > tile_end || !out ||
       stride < (tile_end - tile_begin) * 16)
     return FEWBIT_BAD_ARGUMENT;
+  if (matrix->arranged && tile_begin < tile_end) return decode_arranged(*matrix, tile_begin, tile_end, out, stride, isa, threads);
   Decoding call = {task_of(*matrix), find(matrix->family, float_isa(isa)), tile_begin, stride, out};
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   parallel(tile_end - tile_begin, thread_count(threads), decode_unit, &call);

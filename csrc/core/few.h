@@ -99,7 +99,7 @@ struct Unsettled {
 // own may meet them in another order.
 template <class K>
 struct InTurn {
-  Held<K::kBits> held;
+  Held<K::kBits, kInHalves<K>> held;
 
   static constexpr int group(int n) { return n; }  // that is met as the n-th
   FEWBIT_INLINE void advance(const uint8_t* codes, int n) { held.advance(codes, n); }
@@ -121,22 +121,51 @@ FEWBIT_INLINE void flush(Sum (&dot)[T][M][P]) {
       for (int p = 0; p < P; p++) dot[t][m][p].flush();
 }
 
-// Multiplies chunks [0, chunks) of T row groups, at `codes`, by M tokens.
+// Where row groups of a tile find their codes.
+template <int T, bool two = (T > kGroupsPerTile)>
+struct FewCodes {
+  const uint8_t* at[T];
+
+  FEWBIT_INLINE FewCodes(const SegmentTask& task, const SegmentStrip& strip) {
+    for (int t = 0; t < T; t++) at[t] = Group(task, strip.at(t)).codes;
+  }
+  FEWBIT_INLINE const uint8_t* group(int t) const { return at[t]; }
+  FEWBIT_INLINE void advance(int64_t bytes) {
+    for (int t = 0; t < T; t++) at[t] += bytes;
+  }
+};
+
+// The same of two tiles: GCC would make vectors of so many addresses.
+template <int T>
+struct FewCodes<T, true> {
+  const uint8_t* at;
+  int64_t apart;  // of the tiles; 0 where there is one
+
+  FEWBIT_INLINE FewCodes(const SegmentTask& task, const SegmentStrip& strip)
+      : at(Group(task, strip.group).codes), apart(strip.groups > kGroupsPerTile ? task.chunks * task.bits * 64 : 0) {}
+  FEWBIT_INLINE const uint8_t* group(int t) const {
+    return at + t / kGroupsPerTile * apart + t % kGroupsPerTile * kLanes * 4;
+  }
+  FEWBIT_INLINE void advance(int64_t bytes) { at += bytes; }
+};
+
+// Multiplies chunks [0, chunks) of T row groups by M tokens, and goes on behind them.
 template <class K, int T, int M>
-FEWBIT_INLINE void multiply_few(const K& kernel, const uint8_t* (&codes)[T], int64_t chunks, const typename K::X* x,
-                                int64_t ahead, typename K::Sum (&dot)[T][M][K::kPlanes]) {
+FEWBIT_INLINE void multiply_few(const K& kernel, FewCodes<T>& codes, int64_t chunks, const typename K::X* x, int64_t ahead,
+                                typename K::Sum (&dot)[T][M][K::kPlanes]) {
+  static_assert(T % kGroupsPerTile == 0 && T <= 2 * kGroupsPerTile, "whole tiles, at most two");
   constexpr int P = K::kPlanes, groups = K::Sum::kGroups;
   constexpr int64_t most = K::Sum::kChunks;
   for (int64_t left = chunks; left > 0; left -= most) {
     const int64_t run = left < most ? left : most;
     for (int64_t c = 0; c < run; c++, x += M * 32) {
-      for (int t = 0; t < T; t += kGroupsPerTile) prefetch<K::kBits>(codes[t] + ahead);
+      for (int t = 0; t < T; t += kGroupsPerTile) prefetch<K::kBits>(codes.group(t) + ahead);
       typename ReaderOf<K>::type reader[T];
 #pragma GCC unroll kUnroll
       for (int n = 0; n < 8; n++) {
         U u[T][P];
         for (int t = 0; t < T; t++) {
-          reader[t].advance(codes[t], n);
+          reader[t].advance(codes.group(t), n);
           reader[t].read(kernel, n, u[t]);
         }
         for (int m = 0; m < M; m++)
@@ -144,7 +173,7 @@ FEWBIT_INLINE void multiply_few(const K& kernel, const uint8_t* (&codes)[T], int
             for (int p = 0; p < P; p++) dot[t][m][p].add(u[t][p], x + m * 32 + reader[t].group(n) * 4);
         if (groups < 8 && (n + 1) % groups == 0) flush(dot);
       }
-      for (int t = 0; t < T; t++) codes[t] += K::kBits * 64;
+      codes.advance(K::kBits * 64);
     }
     if (groups == 8) flush(dot);
   }
@@ -168,8 +197,7 @@ void few(const SegmentTask& task, const SegmentStrip& strip) {
   using Sum = typename K::Sum;
   const K kernel(task);
   Unsettled<T, M> all(task, strip);
-  const uint8_t* codes[T];
-  for (int t = 0; t < T; t++) codes[t] = Group(task, strip.at(t)).codes;
+  FewCodes<T> codes(task, strip);
   const auto* x = strip.activations<typename K::X>(task);
   const int64_t ahead = fetched_ahead(task, T / kGroupsPerTile);
   RestsBeside<K, M> rests(task);

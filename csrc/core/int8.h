@@ -99,6 +99,10 @@ FEWBIT_INLINE void strips_few(const SegmentTask& task, int64_t group, int64_t en
 template <class K>
 constexpr bool kFewElsewhere = false;
 
+// Row groups beside one token.
+template <class K>
+constexpr int kDirect1 = kInHalves<K> ? 4 : direct1(K::kBits);
+
 template <class K>
 void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
@@ -107,7 +111,7 @@ void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, 
       // Sums of a long row are merged once: as many as hide the latency of a product.
       if constexpr (K::kBits == 1 && K::kFields > 1 && kAlone > 0)
         if (task.alone && task.segment_chunks > kPart) return strips_direct<Codes<1, 8>, 1, 1, 8>(task, begin, end, tokens);
-      return strips_few<K, direct1(K::kBits), 1, kAlone>(task, begin, end, tokens);
+      return strips_few<K, kDirect1<K>, 1, kAlone>(task, begin, end, tokens);
     }
     if (task.together == 2) return strips_few<K, kDirect2, 2, kAlone2>(task, begin, end, tokens);
   }

@@ -34,9 +34,9 @@ struct ByteTable {
   // The byte of each level + origin that begins at bit `shift`.
   FEWBIT_INLINE ByteTable(const FixedPoint& table, int origin, int shift) {
     for (int i = 0; i < kParts; i++) {
-      uint8_t bytes[16] = {};
-      for (int j = 0; j < 16 && j < 1 << BITS; j++)
-        bytes[j] = static_cast<uint8_t>((table.level[i * 16 + j] + origin) >> shift);
+      uint8_t bytes[16];
+      for (int j = 0; j < 16; j++)
+        bytes[j] = static_cast<uint8_t>((table.level[i * 16 + (j & ((1 << BITS) - 1))] + origin) >> shift);
       part[i] = Shuffle(bytes);
     }
   }

@@ -204,7 +204,7 @@ void int8_row_decoded(const Int8RowTask& task, int64_t row, int64_t tokens) {
 
 template <int BITS>
 void int8_rows(const Int8RowTask& task, int64_t row, int64_t end, int64_t tokens) {
-  constexpr int kBySide = BITS <= 2 ? 4 : 1;  // rows of one token: longer ones wait for memory, a stream by itself
+  constexpr int kBySide = BITS == 1 || BITS == 2 ? 4 : 1;  // rows of one token: longer ones wait for memory, a stream by itself
   if (task.together == 1) {
     for (; row + kBySide <= end; row += kBySide) int8_row<BITS, kBySide>(task, row);
     for (; row < end; row++) int8_row<BITS, 1>(task, row);

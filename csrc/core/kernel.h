@@ -89,6 +89,7 @@ struct SegmentTask {
   int64_t digits;          // rows of activations that a token takes
   int64_t together;        // rows that are computed together: whole tokens
   bool alone;              // whether few tokens take row groups one by one, as they lie in memory
+  bool arranged;           // whether codes lie in halves16 or bytes16
   void* activations;       // (rows / together, chunks, together, 32), each kernel->bytes
   int32_t* starts;         // (rows / together, chunks, together, kernel->starts): see spans.h
   int32_t* rests;          // (rows, chunks, kernel->rests)
@@ -266,6 +267,7 @@ struct Int8RowTask {
   const uint8_t* levels;   // (tables, 16)
   const float* factor;     // (rows)
   int64_t together;        // tokens that are computed together: 1 or kRowTokens
+  bool halves;             // whether codes lie in rowhalves16
   void* activations;       // (padded tokens, padded) bytes
   float* x_scale;          // (padded tokens)
   int32_t* sums;           // (padded tokens): sum of the int8 activations

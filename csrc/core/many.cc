@@ -21,7 +21,8 @@ bool sensible(const fewbit_output& output, const fewbit_matrix* first, const few
 }  // namespace
 
 bool well_formed(const fewbit_matrix& w) {
-  return fewbit_tile16_bytes(w.rows, w.columns, w.bits) > 0 && w.block > 0 && w.block <= w.columns && w.codes && w.scale;
+  return fewbit_tile16_bytes(w.rows, w.columns, w.bits) > 0 && w.block > 0 && w.block <= w.columns && w.codes && w.scale &&
+         (w.arranged == 0 || (w.arranged == 1 && (w.bits == 1 || w.bits == 3)));
 }
 
 bool known_dtype(int32_t dtype) { return dtype >= FEWBIT_FLOAT32 && dtype <= FEWBIT_FLOAT16; }

@@ -46,7 +46,8 @@ int64_t chunk_columns(int32_t bits) {
 bool sensible(const fewbit_row_tables& w) {
   const int64_t chunk = chunk_columns(w.bits);
   return chunk && w.rows > 0 && w.columns > 0 && w.rows < (int64_t{1} << 40) / w.columns && w.block > 0 &&
-         (w.block >= w.columns || w.block % chunk == 0) && w.table_rows > 0 && w.codes && w.table && w.scale;
+         (w.block >= w.columns || w.block % chunk == 0) && w.table_rows > 0 && w.codes && w.table && w.scale &&
+         (w.halves == 0 || (w.halves == 1 && w.bits == 3));
 }
 
 RowTask task_of(const fewbit_row_tables& w) {
@@ -76,7 +77,7 @@ const Int8RowKernel* find_int8(int32_t isa) {
 
 bool sensible(const fewbit_row_levels& w) {
   return w.bits >= 1 && w.bits <= 4 && w.rows > 0 && w.columns > 0 && w.columns <= kMostColumns && w.table_rows > 0 &&
-         w.codes && w.levels && w.factor;
+         w.codes && w.levels && w.factor && (w.halves == 0 || (w.halves == 1 && w.bits == 3));
 }
 
 Int8RowTask task_of(const fewbit_row_levels& w) {
@@ -84,7 +85,7 @@ Int8RowTask task_of(const fewbit_row_levels& w) {
   const int64_t chunk = chunk_columns(w.bits);
   task.bits = w.bits, task.rows = w.rows, task.columns = w.columns, task.table_rows = w.table_rows;
   task.chunks = ceil_div(w.columns, chunk), task.padded = round_up(task.chunks, 4) * chunk;
-  task.codes = w.codes, task.levels = w.levels, task.factor = w.factor;
+  task.codes = w.codes, task.levels = w.levels, task.factor = w.factor, task.halves = w.halves;
   return task;
 }
 
@@ -107,6 +108,39 @@ void decode_rows(void* context, int64_t unit) {
     call.kernel->decode(call.task, row, call.out + (row - call.first) * call.stride);
 }
 
+// Bits of lanes of three bytes, `apart` from byte to byte, eight lanes at a time: from codes one behind the other to halves, or
+// back.
+template <bool back>
+void exchange_lanes(uint8_t* lanes, int64_t apart) {
+  for (int64_t at = 0; at < apart; at += 8) {
+    uint64_t from[3], to[3] = {};
+    for (int v = 0; v < 3; v++) memcpy(&from[v], lanes + v * apart + at, 8);
+#pragma GCC unroll 32
+    for (int i = 0; i < 24; i++) {
+      const int n = i / 3, bit = i % 3, byte = n < 6 ? n / 2 : bit, place = n < 6 ? n % 2 * 4 + bit : n % 2 * 4 + 3;
+      const uint64_t one = 0x0101010101010101u;
+      if constexpr (back) to[i / 8] |= (from[byte] >> place & one) << i % 8;
+      else to[byte] |= (from[i / 8] >> i % 8 & one) << place;
+    }
+    for (int v = 0; v < 3; v++) memcpy(lanes + v * apart + at, &to[v], 8);
+  }
+}
+
+// Rows from `begin` of a matrix in rowhalves16, decoded from a copy in row16, which begins with rows that share a table.
+int decode_halves(fewbit_row_tables w, int64_t begin, int64_t end, float* out, int64_t stride, int32_t isa, int32_t threads) {
+  const int64_t first = begin / w.table_rows * w.table_rows, bytes = ceil_div(w.columns, chunk_columns(w.bits)) * 48;
+  const auto size = static_cast<std::size_t>((end - first) * bytes);
+  auto* codes = static_cast<uint8_t*>(operator new(size, std::nothrow));
+  if (!codes) return FEWBIT_NO_MEMORY;
+  memcpy(codes, w.codes + first * bytes, size);
+  fewbit_rowhalves16(end - first, w.columns, 1, codes);
+  w.rows -= first, w.codes = codes, w.halves = 0, w.scale += first * ceil_div(w.columns, w.block);
+  w.table = static_cast<const char*>(w.table) + (first / w.table_rows << w.bits) * (w.table_half ? 2 : 4);
+  const int code = fewbit_row_decode(&w, begin - first, end - first, out, stride, isa, threads);
+  operator delete(codes);
+  return code;
+}
+
 // x as float32, rows of whole chunks; zeros for columns and tokens that do not exist.
 void lay_out(const fewbit_input& x, int64_t tokens, int64_t columns, int64_t padded, float* out) {
   for (int64_t token = 0; token < tokens; token++, out += padded) {
@@ -125,7 +159,7 @@ void lay_out(const fewbit_input& x, int64_t tokens, int64_t columns, int64_t pad
 extern "C" int fewbit_row_linear(const fewbit_row_tables* matrix, const fewbit_input* x, const float* bias, void* y,
                                  int64_t y_stride, int32_t y_dtype, int32_t isa, int32_t threads) {
   using namespace fewbit;
-  if (!matrix || !sensible(*matrix) || !x || !well_formed(*x) || threads < 1 || !known_dtype(y_dtype) ||
+  if (!matrix || !sensible(*matrix) || matrix->halves || !x || !well_formed(*x) || threads < 1 || !known_dtype(y_dtype) ||
       (x->tokens > 0 && !y) || (x->tokens > 1 && y_stride < matrix->rows))
     return FEWBIT_BAD_ARGUMENT;
   Call call{task_of(*matrix), find(isa), 0, 0, 0, nullptr};
@@ -158,7 +192,7 @@ extern "C" int fewbit_row_linear_int8(const fewbit_row_levels* matrix, const few
     return FEWBIT_BAD_ARGUMENT;
   RoundedCall<Int8RowTask, Int8RowKernel> call{};
   call.kernel = find_int8(isa);
-  if (!call.kernel) return FEWBIT_NO_KERNEL;
+  if (!call.kernel || (matrix->halves && isa != FEWBIT_AVX2)) return FEWBIT_NO_KERNEL;
   Int8RowTask& task = call.task[0] = task_of(*matrix);
   task.together = x->tokens == 1 ? int64_t{1} : kRowTokens;
   const auto place = [](Int8RowTask& t, char* scratch, int64_t tokens) {
@@ -178,8 +212,22 @@ extern "C" int fewbit_row_decode(const fewbit_row_tables* matrix, int64_t row_be
   if (!matrix || !sensible(*matrix) || threads < 1 || row_begin < 0 || row_begin > row_end || !out ||
       row_end > matrix->rows || stride < matrix->columns)
     return FEWBIT_BAD_ARGUMENT;
+  if (matrix->halves) return decode_halves(*matrix, row_begin, row_end, out, stride, isa, threads);
   Call call{task_of(*matrix), find(float_isa(isa)), row_begin, row_end, stride, out};
   if (!call.kernel) return FEWBIT_NO_KERNEL;
   parallel(ceil_div(row_end - row_begin, kRows), thread_count(threads), decode_rows, &call);
+  return FEWBIT_OK;
+}
+
+extern "C" int fewbit_rowhalves16(int64_t rows, int64_t columns, int32_t back, uint8_t* packed) {
+  using namespace fewbit;
+  if (rows < 0 || columns <= 0 || !packed) return FEWBIT_BAD_ARGUMENT;
+  const int64_t chunks = ceil_div(columns, chunk_columns(3));
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t chunk = 0; chunk < chunks; chunk += kRowChunks) {
+      const int64_t apart = least(chunks - chunk, kRowChunks) * 16;
+      back ? exchange_lanes<true>(packed, apart) : exchange_lanes<false>(packed, apart);
+      packed += 3 * apart;
+    }
   return FEWBIT_OK;
 }

@@ -22,6 +22,8 @@
 
 #include <string.h>
 
+#include <type_traits>
+
 #include "core/linear.h"
 
 namespace fewbit {
@@ -30,9 +32,15 @@ namespace {
 constexpr int64_t kShortRun = 24 * 1024;     // bytes of a tile
 constexpr int64_t kPart = kSegment / 32;     // chunks that are multiplied by many tokens at a time
 
+// Whether codes of an operand lie in halves16, not in tile16.
+template <class K, class = void>
+constexpr bool kInHalves = false;
+template <class K>
+constexpr bool kInHalves<K, std::void_t<decltype(K::kHalves)>> = K::kHalves;
+
 // The vectors of a chunk that hold its columns 4g .. 4g+3, one for each part of a code. Going through g in order, each
-// is loaded once and stays in a register.
-template <int BITS>
+// is loaded once and stays in a register. An instruction set that has HALVES brings them itself.
+template <int BITS, bool HALVES = false>
 struct Held {
   U part[part_count(BITS)];
 
@@ -71,7 +79,7 @@ struct Held {
 };
 
 // The same of a chunk at `codes`, g being what only a running kernel knows.
-template <int BITS>
+template <int BITS, bool HALVES = false>
 FEWBIT_INLINE U quad_at(const uint8_t* codes, int g) {
   U code = repeat(0);
   for (int p = 0; p < part_count(BITS); p++) {
@@ -221,7 +229,7 @@ void direct(const SegmentTask& task, const SegmentStrip& strip) {
   for (Segment segment(task); segment.index < task.segments; segment.advance(task)) {
     const Tokens<M> tokens(task, segment, strip.token);
     Sum dot[C][T][M][P];
-    Held<K::kBits> held[T];
+    Held<K::kBits, kInHalves<K>> held[T];
     if constexpr (K::kBegins >= 0)
       for (int m = 0; m < M; m++)
         for (int t = 0; t < T; t++)

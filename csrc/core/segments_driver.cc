@@ -74,13 +74,10 @@ const SegmentKernel* find(const FixedPoint* table, int32_t isa) {
 
 // That of one or two tokens alone, where there is one; `most`: bits of a code, or the largest level.
 const SegmentKernel* find_few([[maybe_unused]] bool lut, [[maybe_unused]] int32_t most, [[maybe_unused]] int64_t tokens,
-                              [[maybe_unused]] int64_t rows, [[maybe_unused]] int32_t isa) {
+                              [[maybe_unused]] int32_t isa) {
 #if defined(__x86_64__)
-  constexpr int64_t kRows = 384;  // for which tables are worth making at 3 bits
   const FewKernel& few = lut ? int8_few_lut_linear_avx2 : int8_few_linear_avx2;
-  const bool three = most == 3 && tokens == 1 && rows >= kRows;
-  const bool takes = most <= few.most && (lut || most == 1 || three);  // see avx2/bit_tables.h
-  if (fewbit_caps() & isa & FEWBIT_AVX2 && tokens <= 2 && takes) return &few.kernel;
+  if (fewbit_caps() & isa & FEWBIT_AVX2 && tokens <= 2 && most <= few.most) return &few.kernel;
   if (fewbit_caps() & isa & FEWBIT_AVX2 && tokens > 2 && !lut && most == 1) return &int8_bits_linear_avx2;
 #endif
   return nullptr;
@@ -115,6 +112,7 @@ bool centred(const fewbit_matrix& w) {
 
 bool sensible(const fewbit_matrix& w, int64_t x_block) {
   const int32_t most = x_block > 0 ? kLookedUp : x_block == FEWBIT_INT24 ? kLookedUp24 : 0;
+  if (w.arranged && (x_block <= 0 || (w.bits == 1 && w.table))) return false;
   const bool lut = w.family == FEWBIT_LUT && w.bits <= most && w.table && w.zero == 0.0f;
   return (lut || (w.family == FEWBIT_AFFINE && !w.table)) && segment_columns(w.columns, w.block, x_block) > 0;
 }
@@ -156,7 +154,7 @@ SegmentTask task_of(const fewbit_matrix& w, int64_t x_block) {
   task.x_block_segments = x_block < w.columns ? x_block / columns : task.segments;
   task.whole = bfloat16s ? 0 : whole_zero(w), task.centre = centre ? w.zero : 0;
   task.zero = w.zero - task.whole - task.centre, task.shifted = w.offset || task.zero != 0.0f;
-  task.codes = w.codes, task.scale = w.scale, task.offset = w.offset;
+  task.codes = w.codes, task.scale = w.scale, task.offset = w.offset, task.arranged = w.arranged;
   if (entries) task.entries = w.table, task.x_blocks = task.segments, task.x_block_segments = 1;
   return task;
 }
@@ -182,22 +180,24 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
                 : x_block == FEWBIT_INT24 ? find_int24(isa)
                                           : find(table ? &levels : nullptr, isa);
   int32_t most = levels.most;  // or bits, of all matrices
-  int64_t rows = 0;
   for (int32_t i = 0; i < count; i++) {
     if (!table && outputs[i].matrix->bits > most) most = outputs[i].matrix->bits;
-    rows += outputs[i].matrix->rows;
+    if (outputs[i].matrix->arranged && isa != FEWBIT_AVX2) return FEWBIT_NO_KERNEL;
   }
   if (x_block > 0) {
-    if (const SegmentKernel* few = find_few(table, most, x.tokens, rows, isa)) call.kernel = few;
+    if (const SegmentKernel* few = find_few(table, most, x.tokens, isa)) call.kernel = few;
     const bool whole = x_block >= outputs[0].matrix->columns;
     if (const SegmentKernel* split = find_split(table ? &levels : nullptr, most, whole, x, isa)) call.kernel = split;
   }
   if (!call.kernel) return FEWBIT_NO_KERNEL;
-  for (int32_t i = 1; i < count && call.kernel->starts + call.kernel->rests; i++)
-    if (outputs[i].matrix->bits != outputs[0].matrix->bits) {
+  for (int32_t i = 1; i < count; i++) {
+    const fewbit_matrix &first = *outputs[0].matrix, &here = *outputs[i].matrix;
+    const bool differ = call.kernel->starts + call.kernel->rests && here.bits != first.bits;
+    if (differ || here.arranged != first.arranged) {
       const int code = run(outputs, i, x, x_block, y_dtype, isa, threads);
       return code != FEWBIT_OK ? code : run(outputs + i, count - i, x, x_block, y_dtype, isa, threads);
     }
+  }
   for (int32_t i = 0; i < count; i++) {
     SegmentTask& task = call.task[i] = task_of(*outputs[i].matrix, x_block);
     task.table = table ? &levels : nullptr;

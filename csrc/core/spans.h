@@ -87,7 +87,7 @@ constexpr bool kOwnLevels<K, std::void_t<decltype(K::kOwn)>> = true;
 template <class K>
 FEWBIT_INLINE void write_codes(const K& kernel, const uint8_t* codes, int64_t chunks, uint8_t* out, int64_t apart) {
   const uint32_t stored = kOwnLevels<K> && mirrored(kernel) ? ~0u : 0, found = !kOwnLevels<K> && mirrored(kernel) ? kFlip<K> : 0;
-  Held<K::kBits> held;
+  Held<K::kBits, kInHalves<K>> held;
   for (int64_t c = 0; c < chunks; c++, codes += K::kBits * 64)
 #pragma GCC unroll 8
     for (int g = 0; g < 8; g++, out += apart) {
@@ -149,7 +149,7 @@ FEWBIT_INLINE void multiply(const K&, const Place<K>& at, U (&narrow)[T][kBeside
 template <class K, int groups, int T>
 FEWBIT_INLINE void multiply(const K& kernel, const Place<K>& at, U (&narrow)[T][kFewBeside]) {
   constexpr int P = K::kPlanes;
-  Held<K::kBits> held[T / P];
+  Held<K::kBits, kInHalves<K>> held[T / P];
 #pragma GCC unroll 8
   for (int g = 0; g < groups; g++) {
     U u[T / P][P];

@@ -86,6 +86,47 @@ void unpack(const uint8_t* packed, int64_t rows, int64_t columns, uint8_t* codes
          });
 }
 
+// Eight bytes at the same place of a chunk's three vectors, from tile16 to halves16 or back.
+template <bool back>
+void exchange(const uint64_t (&from)[3], uint64_t (&to)[3]) {
+  // `width` bits of each byte, from bit `tile` of vector `t` to bit `half` of vector `h`.
+  const auto move = [&](int t, int tile, int h, int half, int width) {
+    const uint64_t field = (back ? from[h] >> half : from[t] >> tile) & 0x0101010101010101u * ((1u << width) - 1);
+    (back ? to[t] : to[h]) |= field << (back ? tile : half);
+  };
+#pragma GCC unroll 8
+  for (int g = 0; g < 6; g++) {
+    const int v = g / 2, h = g % 2;
+    move(g / 4, g % 4 * 2, v, h * 4, 2);
+    move(2, g, v, h * 4 + 2, 1);
+    v < 2 ? move(1, 4 + h * 2 + v, v, h * 4 + 3, 1) : move(2, 6 + h, v, h * 4 + 3, 1);
+  }
+}
+
+template <bool back>
+void exchange_chunk(uint8_t* chunk) {
+  for (int at = 0; at < 64; at += 8) {
+    uint64_t from[3], to[3] = {};
+    for (int v = 0; v < 3; v++) memcpy(&from[v], chunk + v * 64 + at, 8);
+    exchange<back>(from, to);
+    for (int v = 0; v < 3; v++) memcpy(chunk + v * 64 + at, &to[v], 8);
+  }
+}
+
+// The bytes of a chunk of 1 bit, from tile16 to bytes16 or back.
+template <bool back>
+void sort_bytes(uint8_t* chunk) {
+  uint8_t from[64];
+  memcpy(from, chunk, sizeof from);
+  for (int r = 0; r < 16; r++) {
+    const int place = r / 4 == 1 ? r + 4 : r / 4 == 2 ? r - 4 : r;
+    for (int j = 0; j < 4; j++) {
+      const int tile = r * 4 + j, sorted = j * 16 + place;
+      chunk[back ? tile : sorted] = from[back ? sorted : tile];
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" int64_t fewbit_tile16_bytes(int64_t rows, int64_t columns, int32_t bits) {
@@ -108,5 +149,15 @@ extern "C" int fewbit_tile16_unpack(const uint8_t* packed, int64_t rows, int64_t
       unpack<1>, unpack<2>, unpack<3>, unpack<4>, unpack<5>, unpack<6>, unpack<7>, unpack<8>};
   if (!sensible(rows, columns, bits) || !codes || !packed) return FEWBIT_BAD_ARGUMENT;
   kUnpack[bits - 1](packed, rows, columns, codes, stride);
+  return FEWBIT_OK;
+}
+
+extern "C" int fewbit_arrange(int64_t rows, int64_t columns, int32_t bits, int32_t back, uint8_t* packed) {
+  static void (*const kArrange[2][2])(uint8_t*) = {{sort_bytes<false>, sort_bytes<true>},
+                                                   {exchange_chunk<false>, exchange_chunk<true>}};
+  if (!sensible(rows, columns, bits) || (bits != 1 && bits != 3) || !packed) return FEWBIT_BAD_ARGUMENT;
+  const auto arrange = kArrange[bits / 2][back != 0];
+  const uint8_t* end = packed + fewbit_tile16_bytes(rows, columns, bits);
+  for (; packed < end; packed += bits * 64) arrange(packed);
   return FEWBIT_OK;
 }

@@ -23,7 +23,7 @@ const XnorKernel* find(int32_t isa) {
 }
 
 bool sensible(const fewbit_matrix& w, int64_t) {
-  return w.bits == 1 && w.columns <= kMostColumns && w.block == w.columns && w.family == FEWBIT_AFFINE &&
+  return !w.arranged && w.bits == 1 && w.columns <= kMostColumns && w.block == w.columns && w.family == FEWBIT_AFFINE &&
          w.zero == 0.5f && !w.offset && !w.table;
 }
 

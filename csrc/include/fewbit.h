@@ -18,6 +18,18 @@
  * a tile follow one another, then the next tile.
  * Bytes: ceil(rows/16) * ceil(columns/32) * b * 64.
  *
+ * Layout halves16
+ * ---------------
+ * The same tiles, chunks and lanes, of 3 bits, for instruction sets that shift wider words than bytes: a code stands in the
+ * low bits of each half of a byte, whose highest bits hold two more codes. Of group g = k/4 < 6, column k lies in vector
+ * g/2, in byte k%4 of the lane, at its bits [g%2 * 4, g%2 * 4 + 3); bit v of a code of group 6 + h in vector v, at bit
+ * 4h + 3 of byte k%4.
+ *
+ * Layout bytes16
+ * --------------
+ * The same tiles and chunks, of 1 bit, for lookups of four columns in 16 rows at once: bytes j of all lanes of a vector lie
+ * together, those of rows 0-3, 8-11, 4-7 and 12-15 in this order, for j = 0 .. 3.
+ *
  * A matrix is w[row][column] = scale * (table[code] - zero) + offset, table[code] = code where there is no table.
  */
 #ifndef FEWBIT_H
@@ -64,6 +76,8 @@ typedef struct {
   const void* scale;  /* (tiles, blocks, 16) */
   const void* offset; /* (tiles, blocks, 16), or NULL when 0 everywhere */
   const float* table; /* (2^bits) for FEWBIT_LUT, else NULL */
+  int32_t arranged;   /* 1: codes of 3 bits lie in halves16, of 1 bit (FEWBIT_AFFINE) in bytes16; times int8 on FEWBIT_AVX2
+                         only. 0: in tile16 */
 } fewbit_matrix;
 
 int32_t fewbit_caps(void);
@@ -77,6 +91,9 @@ int fewbit_tile16_pack(const uint8_t* codes, int64_t stride, int64_t rows, int64
                        uint8_t* packed);
 int fewbit_tile16_unpack(const uint8_t* packed, int64_t rows, int64_t columns, int32_t bits, uint8_t* codes,
                          int64_t stride);
+
+/* Moves codes of 3 bits from tile16 to halves16, of 1 bit to bytes16, or back, in the same memory: (rows, columns) of them. */
+int fewbit_arrange(int64_t rows, int64_t columns, int32_t bits, int32_t back, uint8_t* packed);
 
 /* Threads that every later call uses instead of its `threads` argument; 0 gives that back to the caller. */
 void fewbit_set_threads(int32_t threads);
@@ -280,7 +297,10 @@ int fewbit_vector_linear_int8(const fewbit_byte_vectors* matrix, int64_t x_block
  * lanes of one byte, or of three; column k of the chunk lies in lane k % 16, at its bits [k / 16 * bits, k / 16 * bits +
  * bits). Four chunks lie together, and the last one to three of a row: the bytes that hold bits 0 to 7 of all their lanes,
  * then those with 8 to 15, then 16 to 23. The last chunk is padded with code 0.
- * Bytes: rows * ceil(columns / chunk) * 16, or 48. */
+ * Bytes: rows * ceil(columns / chunk) * 16, or 48.
+ *
+ * Layout rowhalves16: the same of 3 bits, but for the bits of a lane. Code n = k / 16 < 6 is bits [n%2 * 4, n%2 * 4 + 3) of byte
+ * n/2; bit v of code 6 + h is bit 4h + 3 of byte v. */
 typedef struct {
   int64_t rows, columns;
   int64_t block;       /* columns that share a scale: whole chunks, or at least `columns` */
@@ -290,6 +310,7 @@ typedef struct {
   const uint8_t* codes;
   const void* table;   /* (ceil(rows / table_rows), 2^bits) */
   const float* scale;  /* (rows, ceil(columns / block)) */
+  int32_t halves;      /* 1: codes lie in rowhalves16, to be decoded only. 0: in row16 */
 } fewbit_row_tables;
 
 /* y[token][row] = sum over columns of x[token][column] * w[row][column] + bias[row]: products of levels and activations are
@@ -307,7 +328,11 @@ typedef struct {
   const uint8_t* codes;  /* in row16 */
   const uint8_t* levels; /* (tables, 16), 1 to 255; entry i is that of code i % 2^bits */
   const float* factor;   /* (rows) */
+  int32_t halves;        /* 1: codes, of 3 bits, lie in rowhalves16; on FEWBIT_AVX2 only */
 } fewbit_row_levels;
+
+/* Moves codes of 3 bits from row16 to rowhalves16, or back, in the same memory: (rows, columns) of them. */
+int fewbit_rowhalves16(int64_t rows, int64_t columns, int32_t back, uint8_t* packed);
 
 /* y = x W^T + bias with x rounded to int8, one scale a token, as by fewbit_linear_int8. Products of bytes and activations
  * are summed in int32 over the whole row: at most 2^16 columns, where 255 * 128 * 2^16 < 2^31 excludes overflow. isa:

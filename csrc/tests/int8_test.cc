@@ -114,6 +114,31 @@ int multiply(const fewbit_matrix& matrix, int64_t x_block, const float* x, int64
   return fewbit_linear_many(&output, 1, &input, x_block, FEWBIT_FLOAT32, isa, threads);
 }
 
+// The same codes in halves16 or bytes16 give the same bits, on the instruction set that takes them.
+void check_arranged(const Shape& s, const fewbit_matrix& matrix, const float* x, const float* bias, const std::vector<float>& y) {
+  const int32_t bits = matrix.bits;
+  const int64_t bytes = fewbit_tile16_bytes(s.rows, s.columns, bits), tiles = (s.rows + 15) / 16;
+  std::vector<uint8_t> packed(matrix.codes, matrix.codes + bytes);
+  fewbit_arrange(s.rows, s.columns, bits, 0, packed.data());
+  fewbit_matrix arranged = matrix;
+  arranged.codes = packed.data(), arranged.arranged = 1;
+  std::vector<float> found(y.size(), NAN), weights(s.columns * tiles * 16), decoded(weights);
+  if (multiply(arranged, s.x_block, x, s.tokens, bias, found.data(), FEWBIT_SERIAL, 1) != FEWBIT_NO_KERNEL) failures++;
+  multiply(arranged, s.x_block, x, s.tokens, bias, found.data(), FEWBIT_AVX2, 1);
+  if (memcmp(found.data(), y.data(), y.size() * sizeof(float))) fail(s, bits, FEWBIT_AVX2, "halves differ", 1, 0);
+  for (int64_t t = 0; t < s.tokens; t += 3) {
+    multiply(arranged, s.x_block, x + t * s.columns, 1, bias, found.data(), FEWBIT_AVX2, 1);
+    if (memcmp(found.data(), y.data() + t * s.rows, s.rows * sizeof(float))) fail(s, bits, FEWBIT_AVX2, "a token's halves differ", 1, 0);
+  }
+  for (const int64_t first : {int64_t{0}, tiles - 1}) {
+    fewbit_decode(&matrix, first, tiles, weights.data(), tiles * 16, FEWBIT_AVX2, 1);
+    if (fewbit_decode(&arranged, first, tiles, decoded.data(), tiles * 16, FEWBIT_AVX2, 1) != FEWBIT_OK) failures++;
+    if (memcmp(weights.data(), decoded.data(), weights.size() * sizeof(float))) fail(s, bits, FEWBIT_AVX2, "halves decode", 1, 0);
+  }
+  fewbit_arrange(s.rows, s.columns, bits, 1, packed.data());
+  if (memcmp(packed.data(), matrix.codes, bytes)) fail(s, bits, FEWBIT_AVX2, "halves and back", 1, 0);
+}
+
 double check(const Shape& s, int32_t bits, Table kind, bool has_offset, bool extreme, std::mt19937& random) {
   std::normal_distribution<float> normal;
   const int64_t tiles = (s.rows + 15) / 16, blocks = (s.columns + s.block - 1) / s.block;
@@ -173,6 +198,7 @@ double check(const Shape& s, int32_t bits, Table kind, bool has_offset, bool ext
         }
     }
     if (memcmp(first.data(), y.data(), y.size() * sizeof(float))) fail(s, bits, isa, "differs from serial", 1, 0);
+    if (isa == FEWBIT_AVX2 && (bits == 3 || (bits == 1 && kind == kNone)) && s.x_block > 0) check_arranged(s, matrix, x.data(), added, y);
     multiply(matrix, s.x_block, x.data(), s.tokens, added, twin.data(), isa, 2);
     if (memcmp(y.data(), twin.data(), y.size() * sizeof(float))) fail(s, bits, isa, "two threads differ", 1, 0);
     for (int64_t t = 0; t < s.tokens; t += 7) {
@@ -194,6 +220,11 @@ void check_refusals() {
   if (call(48) != FEWBIT_BAD_ARGUMENT) failures++;  // blocks of half a chunk
   odd.block = 48;
   if (call(0) != FEWBIT_BAD_ARGUMENT || call(16) != FEWBIT_BAD_ARGUMENT || call(32) != FEWBIT_OK) failures++;
+  odd.arranged = 1;
+  if (call(48) != FEWBIT_NO_KERNEL) failures++;
+  odd.bits = 2;
+  if (call(48) != FEWBIT_BAD_ARGUMENT) failures++;
+  odd.arranged = 0, odd.bits = 1;
   odd.family = FEWBIT_LUT;
   if (call(48) != FEWBIT_BAD_ARGUMENT) failures++;  // no table
   float levels[128] = {};

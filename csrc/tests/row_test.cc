@@ -31,6 +31,27 @@ void fail(const Shape& s, int32_t bits, int32_t isa, const char* what) {
 
 // Levels of 8 bits, and activations that int8 holds exactly, the least of them too: whole numbers, and -127.5, which becomes
 // -128. One is 127, so that a scale of half a step less than 1 is float16's 1.
+// The same codes in rowhalves16 give the same bits, on the instruction set that takes them, and the same weights.
+void check_halves(const Shape& s, const fewbit_row_levels& matrix, const fewbit_input& x, const fewbit_input& last,
+                  const std::vector<uint8_t>& packed, const float* bias, const std::vector<float>& y) {
+  std::vector<uint8_t> moved = packed;
+  fewbit_rowhalves16(s.rows, s.columns, 0, moved.data());
+  fewbit_row_levels halves = matrix;
+  halves.codes = moved.data(), halves.halves = 1;
+  std::vector<float> found(y.size(), NAN);
+  const auto call = [&](const fewbit_input& input, int32_t isa) {
+    return fewbit_row_linear_int8(&halves, &input, bias, found.data(), s.rows, FEWBIT_FLOAT32, isa, 1);
+  };
+  if (call(x, FEWBIT_SERIAL) != FEWBIT_NO_KERNEL) fail(s, 3, FEWBIT_SERIAL, "takes halves");
+  if (call(x, FEWBIT_AVX2) != FEWBIT_OK || memcmp(y.data(), found.data(), y.size() * sizeof(float)))
+    fail(s, 3, FEWBIT_AVX2, "halves differ");
+  call(last, FEWBIT_AVX2);
+  if (memcmp(y.data() + (s.tokens - 1) * s.rows, found.data(), s.rows * sizeof(float)))
+    fail(s, 3, FEWBIT_AVX2, "halves of a token alone differ");
+  fewbit_rowhalves16(s.rows, s.columns, 1, moved.data());
+  if (moved != packed) fail(s, 3, FEWBIT_AVX2, "halves and back");
+}
+
 void check_int8(const Shape& s, int32_t bits, const std::vector<uint8_t>& packed, const std::vector<uint8_t>& codes,
                 std::vector<float> x, const std::vector<float>& bias, std::mt19937& random) {
   const int64_t tables = (s.rows + s.table_rows - 1) / s.table_rows;
@@ -69,6 +90,7 @@ void check_int8(const Shape& s, int32_t bits, const std::vector<uint8_t>& packed
       }
     if (first.empty()) first = y;
     if (memcmp(first.data(), y.data(), y.size() * sizeof(float))) fail(s, bits, isa, "integers differ from serial");
+    if (isa == FEWBIT_AVX2 && bits == 3) check_halves(s, matrix, input, last, packed, bias.data(), y);
     fewbit_row_linear_int8(&matrix, &last, bias.data(), twin.data(), s.rows, FEWBIT_FLOAT32, isa, 2);
     if (memcmp(y.data() + (s.tokens - 1) * s.rows, twin.data(), s.rows * sizeof(float)))
       fail(s, bits, isa, "integers of a token alone differ");

@@ -159,9 +159,9 @@ void check_refusals() {
   const auto call = [&](fewbit_matrix matrix, int32_t isa = FEWBIT_SERIAL) {
     return fewbit_linear_xnor(&matrix, values.data(), 48, 1, nullptr, y.data(), 1, isa, 1);
   };
-  fewbit_matrix bad[6] = {good, good, good, good, good, good};
+  fewbit_matrix bad[7] = {good, good, good, good, good, good, good};
   bad[0].bits = 2, bad[1].block = 32, bad[2].zero = 0, bad[3].offset = values.data(), bad[4].scale = nullptr;
-  bad[5].family = FEWBIT_LUT, bad[5].table = values.data();
+  bad[5].family = FEWBIT_LUT, bad[5].table = values.data(), bad[6].arranged = 1;
   if (call(good) != FEWBIT_OK || call(good, FEWBIT_NEONDOT) != FEWBIT_NO_KERNEL) failures++;
   for (const auto& matrix : bad)
     if (call(matrix) != FEWBIT_BAD_ARGUMENT) failures++;

@@ -120,7 +120,7 @@ def test_wrong_inputs_are_refused() -> None:
 @needs_native
 def test_the_core_refuses_what_contradicts_itself() -> None:
     x = torch.zeros(8)
-    good = (8, 8, 8, 4, 0, 0, 0, 0.0, x.data_ptr(), x.data_ptr(), 0, 0)
+    good = (8, 8, 8, 4, 0, 0, 0, 0.0, x.data_ptr(), x.data_ptr(), 0, 0, 0)
     given = (x.data_ptr(), 1, 8, 1, 0)
 
     def call(*matrices: Any, x: Any = given, x_block: int = 0, dtype: int = 0, isa: int = 1, threads: int = 1) -> None:
@@ -128,7 +128,20 @@ def test_the_core_refuses_what_contradicts_itself() -> None:
         native.core().linear_many(outputs, x, x_block, dtype, isa, threads)
 
     wider = (8, 9, 8, 4, *good[4:])
-    for at, value in [(0, 0), (1, -1), (2, 9), (2, 0), (3, 9), (3, 0), (4, 1), (4, 7), (8, 0), (9, 0), (11, 1)]:
+    for at, value in [
+        (0, 0),
+        (1, -1),
+        (2, 9),
+        (2, 0),
+        (3, 9),
+        (3, 0),
+        (4, 1),
+        (4, 7),
+        (8, 0),
+        (9, 0),
+        (11, 1),
+        (12, 1),
+    ]:
         bad = (*good[:at], value, *good[at + 1 :])
         for matrices in ((bad,), (good, bad)):
             with pytest.raises(ValueError, match="contradict"):

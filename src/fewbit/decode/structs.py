@@ -28,6 +28,7 @@ class Matrix(C.Structure):
         ("scale", C.c_void_p),
         ("offset", C.c_void_p),
         ("table", C.c_void_p),
+        ("arranged", C.c_int32),
     )
 
 
@@ -78,6 +79,7 @@ class RowTables(C.Structure):
         ("codes", C.c_void_p),
         ("table", C.c_void_p),
         ("scale", C.c_void_p),
+        ("halves", C.c_int32),
     )
 
 
@@ -92,6 +94,7 @@ class RowLevels(C.Structure):
         ("codes", C.c_void_p),
         ("levels", C.c_void_p),
         ("factor", C.c_void_p),
+        ("halves", C.c_int32),
     )
 
 

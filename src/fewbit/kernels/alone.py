@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fewbit.core.format import Format
-from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, reference
 from fewbit.kernels.inputs import given
@@ -19,17 +18,16 @@ from fewbit.kernels.table import Kernel
 
 
 class AlonePrepared(Addressed, PreparedMatrix):
-    """Abstract: codes in ``layout``, multiplied by a call of their own; many tokens through decoded weights, unless the
-    kernel rounds its inputs itself (``rounds_inputs``)."""
+    """Abstract: codes in a layout of their own, multiplied by a call of their own; many tokens through decoded
+    weights, unless the kernel rounds its inputs itself (``rounds_inputs``)."""
 
-    layout: ClassVar[Layout]
     rounds_inputs: ClassVar[bool] = False
 
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
         assert kernel.isa is not None
         self.kernel, self.shape, self.activation = kernel.name, qtensor.shape, activation
         self._isa = native.FLAGS[kernel.isa]
-        self._stored = qtensor if qtensor.layout is self.layout else qtensor.repack(self.layout)
+        self._stored = qtensor.repack(kernel.arranged(qtensor.format))
 
     @abstractmethod
     def _multiply(self, x: native.Input, bias: int, y: int, dtype: int) -> None:

@@ -16,7 +16,7 @@ from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, pages, reference
 from fewbit.kernels.alone import AlonePrepared
 from fewbit.kernels.table import Kernel
-from fewbit.kernels.vector16 import LOOKED_UP, VECTOR16, checked, fields
+from fewbit.kernels.vector16 import LOOKED_UP, checked, fields
 from fewbit.layouts.dense import load_params
 
 
@@ -58,7 +58,7 @@ def _arranged(books: list[Tensor], most: int) -> Tensor:
 class ByteVectorPrepared(AlonePrepared):
     """Codes in vector16; ``w`` is what :func:`to_bytes` makes of an entry of a book, or of the sum of two."""
 
-    layout, rounds_inputs = VECTOR16, True
+    rounds_inputs = True
 
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
         super().__init__(qtensor, kernel, activation)

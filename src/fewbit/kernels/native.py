@@ -53,17 +53,18 @@ BFLOAT16S = -2
 INT24 = -3
 """``x_block`` of ``linear_many`` where activations become integers of 24 bits."""
 
-Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int]
-"""(rows, columns, block, bits, family, scale is half, offset is half, zero, codes, scale, offset, table)."""
+Matrix = tuple[int, int, int, int, int, int, int, float, int, int, int, int, int]
+"""(rows, columns, block, bits, family, scale is half, offset is half, zero, codes, scale, offset, table,
+arranged)."""
 
 VectorMatrix = tuple[int, ...]
 """(rows, columns, block, height, bits, bits of the residual, books are half, codes, book, residual)."""
 
 RowLevels = tuple[int, ...]
-"""(rows, columns, rows of a table, bits, codes, levels, factor)."""
+"""(rows, columns, rows of a table, bits, codes, levels, factor, in rowhalves16)."""
 
 RowTables = tuple[int, ...]
-"""(rows, columns, block, rows of a table, bits, table is half, codes, table, scale)."""
+"""(rows, columns, block, rows of a table, bits, table is half, codes, table, scale, in rowhalves16)."""
 
 ByteVectorMatrix = tuple[int, ...]
 """(rows, columns, block, height, bits, bits of the residual, codes, book, step, offset)."""
@@ -95,6 +96,8 @@ class Core(Protocol):
     def tile16_bytes(self, rows: int, columns: int, bits: int) -> int: ...
     def tile16_pack(self, codes: int, stride: int, rows: int, columns: int, bits: int, packed: int) -> None: ...
     def tile16_unpack(self, packed: int, rows: int, columns: int, bits: int, codes: int, stride: int) -> None: ...
+    def arrange(self, rows: int, columns: int, bits: int, back: int, packed: int) -> None: ...
+    def rowhalves16(self, rows: int, columns: int, back: int, packed: int) -> None: ...
     def decode(
         self, matrix: Matrix, tile_begin: int, tile_end: int, out: int, stride: int, isa: int, threads: int
     ) -> None: ...

@@ -17,6 +17,7 @@ from fewbit.core.terms import Terms
 from fewbit.formats.fixed import Fixed
 from fewbit.formats.outliers import Outliers
 from fewbit.kernels import native
+from fewbit.kernels.arranged import BYTES16, HALVES16, unpack_rows_of_arranged
 from fewbit.kernels.byte_vectors import ByteVectorPrepared
 from fewbit.kernels.outliers import OutlierPrepared
 from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix
@@ -101,7 +102,8 @@ def linear(
 def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows ``ids`` (any shape, integers) of the matrix: (*ids.shape, columns) in ``dtype``.
 
-    Layouts that keep rows apart (dense, unpacked, tile16) decode only the rows asked for; any other is unpacked whole.
+    Layouts that keep rows apart (dense, unpacked, tile16 however arranged) decode only the rows asked for; any other is
+    unpacked whole.
 
     Raises:
         IndexError: an id is not a row.
@@ -111,8 +113,9 @@ def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32)
         raise IndexError(f"ids go from {int(rows.min())} to {int(rows.max())}; the matrix has {qtensor.shape[0]} rows")
     format, shape = qtensor.format, qtensor.shape
     units, within = rows // format.height, rows % format.height
-    if qtensor.layout is TILE16:
-        codes = unpack_rows(qtensor.packed, shape, format.bits, units)
+    if qtensor.layout in (TILE16, HALVES16, BYTES16):
+        unpack = unpack_rows if qtensor.layout == TILE16 else unpack_rows_of_arranged
+        codes = unpack(qtensor.packed, shape, format.bits, units)
         params = F.params_of_rows(format, load_params(format, shape, qtensor.params), units)
     elif qtensor.layout is DENSE and not any(param.per in ("rows", "chunk") for param in format.params):
         stored = dict(qtensor.params)

@@ -22,10 +22,11 @@ from fewbit.core.terms import Terms
 from fewbit.errors import InputError
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native, pages, reference
+from fewbit.kernels.arranged import BYTES16, HALVES16
 from fewbit.kernels.inputs import check_supported, given, wants_gradients
 from fewbit.kernels.levels import as_integers
 from fewbit.kernels.table import Kernel, refuse_blocks
-from fewbit.kernels.tile16 import ROWS, TILE16
+from fewbit.kernels.tile16 import ROWS
 
 DECODED = 48
 """Tokens from which on float products go through decoded weights: each is decoded once, and torch multiplies. So do
@@ -180,7 +181,7 @@ def _shared_zero(scale: Tensor, offset: Tensor) -> float | None:
 
 
 class NativePrepared(Addressed, PreparedMatrix):
-    """Codes in tile16; ``w = scale * (table[code] - zero) + offset`` with scale and offset (tiles, blocks, 16).
+    """Tiles of codes; ``w = scale * (table[code] - zero) + offset`` with scale and offset (tiles, blocks, 16).
 
     Where groups of rows have a table each, they are whole tiles, and each group is a matrix to the core.
     """
@@ -195,10 +196,9 @@ class NativePrepared(Addressed, PreparedMatrix):
             self._x_block = native.SIGNS
         elif kernel.family in ("int24", "int24_lut"):
             self._x_block = native.INT24
-        elif kernel.integers:
-            assert activation is not None
+        elif kernel.integers and activation is not None:
             self._x_block = B.width(self.shape[1], activation.block)
-        self._stored = qtensor if qtensor.layout is TILE16 else qtensor.repack(TILE16)
+        self._stored = qtensor.repack(kernel.arranged(qtensor.format))
         format = self._stored.format
         physical = format.physical(qtensor.logical()[1])
         assert isinstance(physical, Physical)
@@ -258,6 +258,7 @@ class NativePrepared(Addressed, PreparedMatrix):
             self._scale[tile].data_ptr(),
             0 if offset is None else offset[tile].data_ptr(),
             0 if table is None else table.data_ptr(),
+            int(self._stored.layout in (HALVES16, BYTES16)),
         )
 
     def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,22 +14,22 @@ from fewbit.core.format import Format, Physical
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, pages
 from fewbit.kernels.alone import AlonePrepared
+from fewbit.kernels.arranged import ROWHALVES16
 from fewbit.kernels.levels import nearest_bytes
 from fewbit.kernels.prepared import CENTRE, rows_of_strip
-from fewbit.kernels.row16 import LANES, ROW16
+from fewbit.kernels.row16 import LANES
 from fewbit.kernels.table import Kernel
 
 
 class RowTablesPrepared(AlonePrepared):
     """``w = scale * table[code]``, a table for each ``group_rows`` rows, a scale for each block of a row."""
 
-    layout = ROW16
-
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
         super().__init__(qtensor, kernel, activation)
         format, (rows, columns) = self._stored.format, self.shape
         physical = format.physical(self._stored.logical()[1])
         assert isinstance(physical, Physical) and physical.table is not None
+        self._halves = int(self._stored.layout == ROWHALVES16)
         self._block = min(B.width(columns, format.block), columns)
         self._scale = pages.held(physical.scale.float().expand(rows, B.count(columns, format.block)).contiguous())
         tables = physical.table.float().expand(rows, -1)[:: format.group_rows].contiguous()
@@ -40,7 +40,7 @@ class RowTablesPrepared(AlonePrepared):
     def _matrix(self) -> native.RowTables:
         format, half = self._stored.format, int(self._table.dtype == torch.float16)
         arrays = (t.data_ptr() for t in (self._stored.packed, self._table, self._scale))
-        return (*self.shape, self._block, format.group_rows, format.bits, half, *arrays)
+        return (*self.shape, self._block, format.group_rows, format.bits, half, *arrays, self._halves)
 
     def _multiply(self, x: native.Input, bias: int, y: int, dtype: int) -> None:
         rows, threads = self.shape[0], torch.get_num_threads()
@@ -79,7 +79,7 @@ class RowLevelsPrepared(RowTablesPrepared):
     def _integers(self) -> native.RowLevels:
         format = self._stored.format
         arrays = (t.data_ptr() for t in (self._stored.packed, self._levels, self._factor))
-        return (*self.shape, format.group_rows, format.bits, *arrays)
+        return (*self.shape, format.group_rows, format.bits, *arrays, self._halves)
 
     def _multiply(self, x: native.Input, bias: int, y: int, dtype: int) -> None:
         rows, threads = self.shape[0], torch.get_num_threads()

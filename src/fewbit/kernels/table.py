@@ -12,13 +12,14 @@ import torch
 from fewbit.core import blocks as B
 from fewbit.core import format as F
 from fewbit.core.format import Format
-from fewbit.core.layout import Shape
+from fewbit.core.layout import Layout, Shape
 from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.formats.affine import Affine
 from fewbit.formats.fixed import Fixed
 from fewbit.formats.outliers import Outliers
 from fewbit.formats.sign import Sign
 from fewbit.kernels import native
+from fewbit.kernels.arranged import BYTES16, HALVES16, ROWHALVES16
 from fewbit.kernels.column8 import COLUMN8
 from fewbit.kernels.native import Isa
 from fewbit.kernels.row16 import ROW16, chunk
@@ -27,6 +28,14 @@ from fewbit.kernels.vector16 import VECTOR16
 
 LAYOUTS = {layout.name: layout for layout in (TILE16, COLUMN8, ROW16, VECTOR16)}
 """Those of native rows."""
+
+ARRANGED = {
+    ("int8_linear_avx2", 1): BYTES16,
+    ("int8_linear_avx2", 3): HALVES16,
+    ("int8_lut_linear_avx2", 3): HALVES16,
+    ("int8_row_lut_linear_avx2", 3): ROWHALVES16,
+}
+"""What rows rather take codes of so many bits in."""
 
 LOOKED_UP = 6
 """Bits of a code whose levels "int8_lut" keeps in registers."""
@@ -83,6 +92,10 @@ class Kernel:
     def weights(self) -> str | None:
         """The family of weights that it runs: "affine", "lut" or "vector"."""
         return WEIGHTS.get(str(self.family), self.family)
+
+    def arranged(self, format: Format) -> Layout:
+        """The layout that codes of ``format`` lie in: :attr:`layout`, or what is quicker to read at so many bits."""
+        return ARRANGED.get((self.name, format.bits), LAYOUTS[self.layout])
 
     def outdone(self, format: Format) -> str | None:
         """None, or why a later row is the better choice for ``format``, though this one runs it."""

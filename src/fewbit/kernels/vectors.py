@@ -14,7 +14,7 @@ from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native
 from fewbit.kernels.alone import AlonePrepared
-from fewbit.kernels.column8 import COLUMN8, TILE, checked, joint, lowered, tiles
+from fewbit.kernels.column8 import TILE, checked, joint, lowered, tiles
 from fewbit.kernels.prepared import rows_of_strip
 from fewbit.kernels.table import Kernel
 from fewbit.layouts.dense import load_params
@@ -31,8 +31,6 @@ def _width(height: int) -> int:
 
 class VectorPrepared(AlonePrepared):
     """Codes in column8; ``w`` is an entry of a book, or the sum of two, of ``height`` rows of a column."""
-
-    layout = COLUMN8
 
     def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
         super().__init__(qtensor, kernel, activation)
