@@ -37,6 +37,17 @@ struct LevelSum : NarrowSum<6> {
       }
     }
   }
+
+  template <int T, int H>
+  static FEWBIT_INLINE void add_listed(U (&sum)[T][H], int h, const LeftOut& rest, const uint8_t* codes) {
+    const U half = _mm256_set1_epi32(rest.half), other = _mm256_set1_epi32(rest.other), less = _mm256_set1_epi32(rest.less);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      const U u = load_lanes(codes + t * kLanes * 4);
+      const U both = _mm256_add_epi16(_mm256_maddubs_epi16(u, half), _mm256_maddubs_epi16(u, other));
+      sum[t][h] = add(sum[t][h], widened(_mm256_sub_epi16(both, less)));
+    }
+  }
 };
 
 // Sums of u * x of which no pair's magnitudes, of one sign, exceed 128. HALVED: nor those of a pair that is left out.
@@ -47,6 +58,18 @@ struct LevelPairs : PairSum {
   template <int T, int H>
   static FEWBIT_INLINE void add_rest(U (&sum)[T][H], int h, const X* x, const uint8_t* codes) {
     const U here = four(x), half = HALVED ? here : half_of(here), other = _mm256_sub_epi8(here, half), one = _mm256_set1_epi16(1);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      const U u = load_lanes(codes + t * kLanes * 4);
+      sum[t][h] = add(sum[t][h], _mm256_madd_epi16(_mm256_maddubs_epi16(u, half), one));
+      if constexpr (!HALVED) sum[t][h] = add(sum[t][h], _mm256_madd_epi16(_mm256_maddubs_epi16(u, other), one));
+    }
+  }
+
+  template <int T, int H>
+  static FEWBIT_INLINE void add_listed(U (&sum)[T][H], int h, const LeftOut& rest, const uint8_t* codes) {
+    const U other = _mm256_set1_epi32(rest.other), one = _mm256_set1_epi16(1);
+    const U half = HALVED ? _mm256_add_epi8(_mm256_set1_epi32(rest.half), other) : _mm256_set1_epi32(rest.half);
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
       const U u = load_lanes(codes + t * kLanes * 4);
@@ -73,13 +96,13 @@ FEWBIT_INLINE U kept_groups(U here) {
 // pairs, where those groups would be too many, and marks the row.
 template <int CENTRE>
 FEWBIT_INLINE void leave_out(const SegmentTask& task, int64_t row) {
-  constexpr int64_t kMost = 12;  // one of as many groups
+  constexpr int64_t kMost = 5;  // one of as many groups: a row of many costs less than pairs of all that are beside it
   using Sum = LevelSum<CENTRE>;
   const int64_t apart = task.together * 32;
   int8_t* const x = row_of<int8_t>(task, row);
   int32_t* starts = task.starts + (x - static_cast<int8_t*>(task.activations)) / 32 * Sum::kStarts;
   const typename Sum::Rests rests(task, row);
-  typename Sum::Rests::Writer writer(rests);
+  typename Sum::Rests::template Writer<CENTRE> writer(rests);
   int64_t kept = 0;
   const auto at = [&](int64_t c) { return reinterpret_cast<uint8_t*>(x + c * apart); };
   for (int64_t c = 0; c < task.chunks; c++)

@@ -157,8 +157,8 @@ FEWBIT_INLINE void add_groups(Run& run, const K& kernel, int64_t group, int64_t 
   if constexpr (!std::is_same_v<RestsOf<K>, NoRests>) {
     const uint8_t* const codes = run.codes + group * kLanes * 4;
     const int64_t inverse = (int64_t{1} << 32) / (chunks * 8) + 1;  // of groups a segment, of which a run has few
-    RestsOf<K>(task, token).template each_listed<M>(run.first, run.all, [&](int h, int64_t g, const auto* x) {
-      Sum::add_rest(sums[g * inverse >> 32], h, x, codes + g * kGroupsPerTile * kLanes * 4);
+    RestsOf<K>(task, token).template each_listed<M>(run.first, run.all, [&](int h, int64_t g, const auto& rest) {
+      Sum::add_listed(sums[g * inverse >> 32], h, rest, codes + g * kGroupsPerTile * kLanes * 4);
     });
   }
   const Lines lines(task, kernel.step, run.sign);

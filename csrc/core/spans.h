@@ -13,9 +13,9 @@
 //   widened(narrow)        the narrow sums of all planes as one of 32 bits
 //   add(wide, other)       sums of those
 //   integer(float)         a float that is one
-//   Rests(task, row)       what steps leave out of activations of the tokens from `row`, in groups of four columns: visit<H> and
+//   Rests(task, row)       what steps leave out of activations of the tokens from `row`, in groups of four columns: visit<H>,
 //                          each_listed<H> find what H tokens have
-//   add_rest(sum, h, x, codes)    adds the products of one; or none of these
+//   add_rest(sum, h, x, codes), add_listed(sum, h, rest, codes)    add the products of one; or none of these
 #pragma once
 
 #include <stdint.h>
