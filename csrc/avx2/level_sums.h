@@ -57,7 +57,8 @@ struct LevelPairs : PairSum {
 
   template <int T, int H>
   static FEWBIT_INLINE void add_rest(U (&sum)[T][H], int h, const X* x, const uint8_t* codes) {
-    const U here = four(x), half = HALVED ? here : half_of(here), other = _mm256_sub_epi8(here, half), one = _mm256_set1_epi16(1);
+    const U here = four(x), half = HALVED ? here : half_of(here), other = _mm256_sub_epi8(here, half);
+    const U one = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
       const U u = load_lanes(codes + t * kLanes * 4);
@@ -96,7 +97,7 @@ FEWBIT_INLINE U kept_groups(U here) {
 // pairs, where those groups would be too many, and marks the row.
 template <int CENTRE>
 FEWBIT_INLINE void leave_out(const SegmentTask& task, int64_t row) {
-  constexpr int64_t kMost = 5;  // one of as many groups: a row of many costs less than pairs of all that are beside it
+  constexpr int64_t kMost = 8;  // one of as many groups
   using Sum = LevelSum<CENTRE>;
   const int64_t apart = task.together * 32;
   int8_t* const x = row_of<int8_t>(task, row);
@@ -110,7 +111,8 @@ FEWBIT_INLINE void leave_out(const SegmentTask& task, int64_t row) {
   const bool pairs = (task.chunks * 8 - kept) * kMost > task.chunks * 8;
   for (int64_t c = 0; c < task.chunks; c++, starts += task.together * Sum::kStarts) {
     const U here = load_lanes(at(c)), large = large_pairs(here), kept_here = kept_groups(here);
-    const U rest = pairs ? mask(half_of(here), large) : _mm256_andnot_si256(kept_here, here), stays = _mm256_sub_epi8(here, rest);
+    const U rest = pairs ? mask(half_of(here), large) : _mm256_andnot_si256(kept_here, here);
+    const U stays = _mm256_sub_epi8(here, rest);
     store_lanes(at(c), stays);
     writer.put(c, rest, pairs ? _mm256_cmpeq_epi32(large, repeat(0)) : kept_here);
     U sum = _mm256_maddubs_epi16(_mm256_set1_epi8(1), stays);

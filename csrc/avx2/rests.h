@@ -16,8 +16,8 @@ FEWBIT_INLINE U half_of(U x) {
   return flip(_mm256_avg_epu8(flip(x, kSigns), repeat(kSigns)), kSigns);
 }
 
-// One of a row: its place, in groups of four columns; its halves; and what a byte u is less by, times both: pairs of 16 bits. Two
-// products of u, less that, fit those.
+// One of a row: its place, in groups of four columns; its halves; and what a byte u is less by, times both: pairs of 16 bits.
+// Two products of u, less that, fit those.
 struct LeftOut {
   int32_t group, half, other, less;
 };
@@ -38,8 +38,8 @@ class Rests {
     list_ = reinterpret_cast<LeftOut*>(first + kTogether * task.chunks * 9) + here * listed_;
   }
 
-  // Those of a row, chunk after chunk: a chunk's, none where `none` is set; and what is to be known of the row. CENTRE: what bytes
-  // are less by.
+  // Those of a row, chunk after chunk: a chunk's, none where `none` is set; and what is to be known of the row. CENTRE: what
+  // bytes are less by.
   template <int CENTRE>
   class Writer {
    public:
@@ -98,8 +98,8 @@ class Rests {
         }
   }
 
-  // Calls each(h, at, rest) for each that one of H rows has in `chunks` chunks from `first`, `at` counted from there: by what was
-  // listed, so that no branch depends on where they are.
+  // Calls each(h, at, rest) for each that one of H rows has in `chunks` chunks from `first`, `at` counted from there: by what
+  // was listed, so that no branch depends on where they are.
   template <int H, class Each>
   FEWBIT_INLINE void each_listed(int64_t first, int64_t chunks, const Each& each) const {
     const int64_t begin = first * 8, end = begin + chunks * 8;

@@ -75,7 +75,7 @@ struct Run {
   Settling how;
   float origin, sign;           // what of each activation sums begin with, beside what starts hold; of scales
   int64_t first, all, chunks;   // chunks: of the row, of the run, of each segment but the last one
-  int64_t segments;
+  int64_t segments;             // of the run
   int64_t parameters;           // of the tile
   Segment segment;              // the first
   const uint8_t *codes, *next;  // of the tile; what follows them, as stored
@@ -84,8 +84,8 @@ struct Run {
   alignas(64) float totals[kMostBeside][kGroupsPerTile][kLanes];
 
   FEWBIT_INLINE Run(const SegmentTask& whole, Settling as, float of_scales, int64_t of_segment, int64_t of_tokens)
-      : task(whole), how(as), origin(0), sign(of_scales), first(0), all(0), chunks(of_segment), segments(0), parameters(0), segment(whole),
-        codes(nullptr), next(nullptr), tokens(of_tokens), y(nullptr) {}
+      : task(whole), how(as), origin(0), sign(of_scales), first(0), all(0), chunks(of_segment), segments(0), parameters(0),
+        segment(whole), codes(nullptr), next(nullptr), tokens(of_tokens), y(nullptr) {}
 };
 
 // Adds the sums of a run's segments to what T row groups and four tokens had before, in registers.
@@ -130,8 +130,8 @@ FEWBIT_INLINE void settle_run(Run& run, const Lines& lines, const U (*sums)[T][M
   }
 }
 
-// Multiplies row groups from `group` by four tokens from `token`, and adds to their totals. Sums of all segments are kept first:
-// the registers are those of products. `how`: kPartly where `run` says it.
+// Multiplies row groups from `group` by four tokens from `token`, and adds to their totals. Sums of all segments are kept
+// first: the registers are those of products. `how`: kPartly where `run` says it.
 template <Settling how, class K, int T>
 FEWBIT_INLINE void add_groups(Run& run, const K& kernel, int64_t group, int64_t token) {
   using Sum = Narrow<K>;

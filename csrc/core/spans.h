@@ -223,8 +223,8 @@ FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks,
   }
 }
 
-// Sets `sum` to that of a segment of `chunks` chunks, times H of M tokens; `sums`: of their activations, `origin`: what of these
-// sums begin with beside what starts hold.
+// Sets `sum` to that of a segment of `chunks` chunks, times H of M tokens; `sums`: of their activations, `origin`: what of
+// these sums begin with beside what starts hold.
 template <int M, int lines, class K, int H, int T>
 FEWBIT_INLINE void sum_segment(const K& kernel, Place<K>& at, int64_t chunks, float origin, const float* sums, U (&sum)[T][H]) {
   using Sum = Narrow<K>;

@@ -114,8 +114,8 @@ int multiply(const fewbit_matrix& matrix, int64_t x_block, const float* x, int64
   return fewbit_linear_many(&output, 1, &input, x_block, FEWBIT_FLOAT32, isa, threads);
 }
 
-// Of each token but every `usual`-th activations that are small but for a few, of which two as large as any are neighbours, beside
-// codes 0: those are left out of sums that have no room for them.
+// Of each token but every `usual`-th activations that are small but for a few, of which two as large as any are neighbours,
+// beside codes 0: those are left out of sums that have no room for them.
 void make_tails(const Shape& s, int64_t usual, std::vector<float>& x, std::vector<uint8_t>& codes, std::mt19937& random) {
   for (int64_t t = 0; t < s.tokens; t++) {
     if (usual && t % usual == 2) continue;
@@ -123,9 +123,9 @@ void make_tails(const Shape& s, int64_t usual, std::vector<float>& x, std::vecto
       const float any = static_cast<float>(random() % 2001) / 1000 - 1;
       x[t * s.columns + c] = 3 * any * powf(any, 12);
     }
-    const int64_t pair = t * 4 % s.columns, last = s.columns - 1;
-    x[t * s.columns + pair] = x[t * s.columns + (pair < last ? pair + 1 : last)] = -3;  // -128
-    for (int64_t r = 0; r < s.rows; r += 2) codes[r * s.columns + pair] = codes[r * s.columns + (pair < last ? pair + 1 : last)] = 0;
+    const int64_t pair = t * 4 % s.columns, other = pair + 1 < s.columns ? pair + 1 : pair;
+    x[t * s.columns + pair] = x[t * s.columns + other] = -3;  // -128
+    for (int64_t r = 0; r < s.rows; r += 2) codes[r * s.columns + pair] = codes[r * s.columns + other] = 0;
   }
 }
 
@@ -272,7 +272,8 @@ int int8_failures() {
   for (const Shape& shape : kShapes)
     for (const int64_t tails : {1, 3})
       for (int32_t bits = 3; bits <= 8 && shape.tokens > 2; bits++)
-        if (bits == 8 || bits <= 6) worst = fmax(worst, check(shape, bits, bits == 8 ? kNone : kIntegers, false, false, random, tails));
+        if (bits != 7)
+          worst = fmax(worst, check(shape, bits, bits == 8 ? kNone : kIntegers, false, false, random, tails));
   for (Shape shape : kShapes)
     for (int32_t bits = 1; bits <= 8; bits++)
       for (int variant = 0; variant < 3 && (shape.x_block = FEWBIT_INT24); variant++)
