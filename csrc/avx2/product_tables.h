@@ -134,7 +134,7 @@ struct Chunk24 {
     const U half = _mm256_set1_epi8(15);
     for (int v = 0; v < BITS; v++, codes += 64, entries += 8 * kEntries) {
       U byte[4], index[8];
-      gather_bytes(codes, apart, byte);
+      gather_bytes(false, codes, apart, byte);
       for (int j = 0; j < 4; j++) {
         index[2 * j] = mask(byte[j], half);
         index[2 * j + 1] = mask(_mm256_srli_epi16(byte[j], 4), half);
@@ -155,7 +155,7 @@ struct Chunk24<3> {
     const U odd = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 0, 4, 4, 0, 0, 4, 4, 64, 64, 68, 68, 64, 64, 68, 68));
     U part[3][4];
-    for (int v = 0; v < 3; v++) gather_bytes(codes + v * 64, apart, part[v]);
+    for (int v = 0; v < 3; v++) gather_bytes(false, codes + v * 64, apart, part[v]);
     for (int j = 0; j < 4; j++, entries += 8 * kEntries) {
       U index[8];
       for (int v = 0; v < 2; v++) {

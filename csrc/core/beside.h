@@ -14,12 +14,13 @@ namespace {
 
 constexpr int64_t kMostBeside = 32;                       // tokens
 constexpr int64_t kRunChunks = 64, kUnpackedChunks = 18;  // of a run, as stored, and written out: 9 KiB
+constexpr int64_t kRunSegments = 24;                      // at most
 constexpr int64_t kWholeSpans = 8;                        // chunks, of which parts of a long segment are multiples
 
 // Codes that are decoded by so few instructions that they may be for every four tokens; whole chunks of them. Rests need bytes.
 template <class K>
-constexpr bool kDecodesFast = Narrow<K>::kSpan >= 8 && (K::kPlanes == 2 || part_count(K::kBits) == 1) &&
-                              (K::kBits == 8 || std::is_same_v<RestsOf<K>, NoRests>);
+constexpr bool kDecodesFast = K::kBits == 8 || (Narrow<K>::kSpan >= 8 && part_count(K::kBits) == 1 &&
+                                                std::is_same_v<RestsOf<K>, NoRests>);
 
 // Codes of K, of which sums begin with nothing but what starts hold.
 template <class K>
@@ -74,30 +75,63 @@ struct Run {
   Settling how;
   float origin, sign;           // what of each activation sums begin with, beside what starts hold; of scales
   int64_t first, all, chunks;   // chunks: of the row, of the run, of each segment but the last one
+  int64_t segments;             // of the run
   int64_t parameters;           // of the tile
   Segment segment;              // the first
   const uint8_t *codes, *next;  // of the tile; what follows them, as stored
+  int64_t tokens;
+  float* y;                     // where totals of the first row go at the end of the tile, if they need no more than scales
   alignas(64) float totals[kMostBeside][kGroupsPerTile][kLanes];
 
-  // Totals are begun with each tile.
-  FEWBIT_INLINE Run(const SegmentTask& whole, Settling as, float of_scales, int64_t of_segment)
-      : task(whole), how(as), origin(0), sign(of_scales), first(0), all(0), chunks(of_segment), parameters(0), segment(whole),
-        codes(nullptr), next(nullptr) {}
+  FEWBIT_INLINE Run(const SegmentTask& whole, Settling as, float of_scales, int64_t of_segment, int64_t of_tokens)
+      : task(whole), how(as), origin(0), sign(of_scales), first(0), all(0), chunks(of_segment), segments(0), parameters(0),
+        segment(whole), codes(nullptr), next(nullptr), tokens(of_tokens), y(nullptr) {}
 };
 
-template <Settling how, int T, int H>
-FEWBIT_INLINE void settle_groups(const U (&sum)[T][H], const Tokens<1>& tokens, const Lines& lines, int64_t parameters,
-                                 float (*totals)[kGroupsPerTile][kLanes]) {
+// Adds the sums of a run's segments to what T row groups and four tokens had before, in registers.
+template <Settling how, int T, int M>
+FEWBIT_INLINE void settle_run(Run& run, const Lines& lines, const U (*sums)[T][M], int64_t group, int64_t token) {
+  const SegmentTask& task = run.task;
+  Segment segment = run.segment;
+  Tokens<1> tokens(task, segment, token);
+  tokens.sum = task.sums + token * task.segments + segment.index * M;
+  const float* scale = task.x_scale + token * task.x_blocks;
+  const int64_t parameters = run.parameters + group * kLanes;
+  auto* totals = run.totals[token] + group;
+  F total[T][M];
 #pragma GCC unroll 2
-  for (int t = 0; t < T; t++) {
-    const Line line = lines.at<how>(parameters + t * kLanes);
+  for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
-    for (int h = 0; h < H; h++)
-      store(totals[h][t], settle<how>(tokens, h, convert(sum[t][h]), line, load(totals[h][t])));
+    for (int h = 0; h < M; h++) total[t][h] = run.first == 0 ? broadcast(0.0f) : load(totals[h * kGroupsPerTile + t]);
+#pragma GCC unroll 1
+  for (const U(*end)[T][M] = sums + run.segments; sums < end; sums++, tokens.sum += M, segment.advance(task)) {
+    tokens.scale = scale + segment.activation;
+#pragma GCC unroll 2
+    for (int t = 0; t < T; t++) {
+      const Line line = lines.at<how>(parameters + segment.weight + t * kLanes);
+#pragma GCC unroll 4
+      for (int h = 0; h < M; h++) total[t][h] = settle<how>(tokens, h, convert((*sums)[t][h]), line, total[t][h]);
+    }
+  }
+  if (!run.y) {
+#pragma GCC unroll 2
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+      for (int h = 0; h < M; h++) store(totals[h * kGroupsPerTile + t], total[t][h]);
+    return;
+  }
+  float* y = run.y + token * task.y_stride + group * kLanes;
+  scale = task.x_scale + token;
+#pragma GCC unroll 4
+  for (int h = 0; h < M; h++, y += task.y_stride) {
+    if (token + h >= run.tokens) break;
+#pragma GCC unroll 2
+    for (int t = 0; t < T; t++) store(y + t * kLanes, multiply(total[t][h], broadcast(scale[h])));
   }
 }
 
-// Multiplies row groups from `group` by four tokens from `token`, and adds to their totals. `how`: kPartly where `run` says it.
+// Multiplies row groups from `group` by four tokens from `token`, and adds to their totals. Sums of all segments are kept
+// first: the registers are those of products. `how`: kPartly where `run` says it.
 template <Settling how, class K, int T>
 FEWBIT_INLINE void add_groups(Run& run, const K& kernel, int64_t group, int64_t token) {
   using Sum = Narrow<K>;
@@ -107,31 +141,31 @@ FEWBIT_INLINE void add_groups(Run& run, const K& kernel, int64_t group, int64_t 
   const int64_t chunk = token * task.chunks + run.first * M, pass = token / M * (kGroupsPerTile / T) + group / T;
   Place<K> at = {run.codes + group * kLanes * 4, static_cast<const typename Sum::X*>(task.activations) + chunk * 32,
                  task.starts + chunk * Sum::kStarts, token < kFetching ? run.next + pass * kLines * 64 : nullptr};
-  const RestsOf<K> rests(task, token);
-  Segment segment = run.segment;
-  Tokens<1> tokens(task, segment, token);
-  tokens.sum = task.sums + token * task.segments + segment.index * M;
-  const float *scale = task.x_scale + token * task.x_blocks, origin = run.origin;
-  const Lines lines(task, kernel.step, run.sign);
-  const Settling other = run.how;
-  const int64_t chunks = run.chunks, parameters = run.parameters + group * kLanes;
-  auto* totals = reinterpret_cast<float(*)[kGroupsPerTile][kLanes]>(run.totals[token][group]);
-  int64_t first = run.first;
+  const float *sum_of_x = task.sums + token * task.segments + run.segment.index * M, origin = run.origin;
+  const int64_t chunks = run.chunks;
+  U sums[kRunSegments][T][M];
+  U(*sum)[T][M] = sums;
 #pragma GCC unroll 1
-  for (int64_t left = run.all; left > 0; left -= chunks, first += chunks, tokens.sum += M) {
-    U sum[T][M];
-    sum_segment<M, kLines>(kernel, at, first, left < chunks ? left : chunks, origin, rests, tokens.sum, sum);
-    const int64_t here = parameters + segment.weight;
-    tokens.scale = scale + segment.activation;
-    if constexpr (how == kPartly) {
-      if (other == kScaled) settle_groups<kScaled>(sum, tokens, lines, here, totals);
-      else if (other == kScaledShifted) settle_groups<kScaledShifted>(sum, tokens, lines, here, totals);
-      else settle_groups<kPartly>(sum, tokens, lines, here, totals);
-    } else {
-      settle_groups<how>(sum, tokens, lines, here, totals);
-    }
-    segment.advance(task);
+  for (int64_t left = run.all; left > 0; left -= chunks, sum_of_x += M, sum++) {
+    U here[T][M];
+    sum_segment<M, kLines>(kernel, at, left < chunks ? left : chunks, origin, sum_of_x, here);
+#pragma GCC unroll 2
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+      for (int h = 0; h < M; h++) (*sum)[t][h] = here[t][h];
   }
+  if constexpr (!std::is_same_v<RestsOf<K>, NoRests>) {
+    const uint8_t* const codes = run.codes + group * kLanes * 4;
+    const int64_t inverse = (int64_t{1} << 32) / (chunks * 8) + 1;  // of groups a segment, of which a run has few
+    RestsOf<K>(task, token).template each_listed<M>(run.first, run.all, [&](int h, int64_t g, const auto& rest) {
+      Sum::add_listed(sums[g * inverse >> 32], h, rest, codes + g * kGroupsPerTile * kLanes * 4);
+    });
+  }
+  const Lines lines(task, kernel.step, run.sign);
+  if (how != kPartly) return settle_run<how, T, M>(run, lines, sums, group, token);
+  if (run.how == kScaled) return settle_run<kScaled, T, M>(run, lines, sums, group, token);
+  if (run.how == kScaledShifted) return settle_run<kScaledShifted, T, M>(run, lines, sums, group, token);
+  settle_run<kPartly, T, M>(run, lines, sums, group, token);
 }
 
 // The same for all tokens. A call of its own: what surrounds it would keep registers.
@@ -156,15 +190,6 @@ template <class K>
 FEWBIT_INLINE void finish_run(const Run& run, const K& kernel, int64_t row, int64_t tokens) {
   constexpr int M = kFewBeside;
   const SegmentTask& task = run.task;
-  if (run.how != kPartly && row + 16 <= task.rows && task.x_blocks == 1 && task.y_dtype == FEWBIT_FLOAT32 && !task.bias) {
-    float* y = static_cast<float*>(task.y) + row;
-    const float* scale = task.x_scale;
-    const int64_t apart = task.y_stride;
-    for (int64_t m = 0; m < tokens; m++, y += apart)
-#pragma GCC unroll 2
-      for (int t = 0; t < kGroupsPerTile; t++) store(y + t * kLanes, multiply(load(run.totals[m][t]), broadcast(scale[m])));
-    return;
-  }
   for (int64_t m = 0; m < tokens; m += M) {
     const Tokens<M> all(task, Segment(task), m);
     for (int t = 0; t < kGroupsPerTile; t++)
@@ -186,19 +211,18 @@ void tiles_beside(const SegmentTask& task, int64_t begin, int64_t end, int64_t t
   const Q operand(task);
   const bool long_row = task.segment_chunks > room;
   Run run(task, long_row ? kPartly : settling(task), mirrored(kernel) ? -1.0f : 1.0f,
-          long_row ? room / kWholeSpans * kWholeSpans : task.segment_chunks);
-  const int64_t most = room / run.chunks * run.chunks, bytes = task.chunks * K::kBits * 64;
-  const int64_t padded = (tokens + kFewBeside - 1) / kFewBeside * kFewBeside;
+          long_row ? room / kWholeSpans * kWholeSpans : task.segment_chunks, tokens);
+  const bool plain = !long_row && task.x_blocks == 1 && task.y_dtype == FEWBIT_FLOAT32 && !task.bias;
+  const int64_t fit = room / run.chunks, most = (fit < kRunSegments ? fit : kRunSegments) * run.chunks;
+  const int64_t bytes = task.chunks * K::kBits * 64;
   for (const uint8_t* codes = task.codes + begin * bytes; begin < end; begin++, codes += bytes) {
     const SegmentStrip rows = {begin * kGroupsPerTile, kGroupsPerTile, 0, tokens};
-    for (int64_t m = 0; m < padded; m++)
-#pragma GCC unroll 2
-      for (int t = 0; t < kGroupsPerTile; t++) store(run.totals[m][t], broadcast(0.0f));
     run.parameters = begin * task.blocks * 16;
     run.segment = Segment(task);
     for (run.first = 0; run.first < task.chunks; run.first += run.all) {
       run.origin = !mirrored(kernel) && (!long_row || run.first == 0) ? kernel.origin + left_out<K> : 0;
       run.all = task.chunks - run.first < most ? task.chunks - run.first : most;
+      run.segments = (run.all + run.chunks - 1) / run.chunks;
       run.codes = codes + run.first * K::kBits * 64, run.next = run.codes + run.all * K::kBits * 64;
       if constexpr (kWritten) {
         for (int t = 0; t < kGroupsPerTile; t++)
@@ -207,10 +231,11 @@ void tiles_beside(const SegmentTask& task, int64_t begin, int64_t end, int64_t t
       }
       const bool last = run.first + run.all == task.chunks;
       if (last) prefetch_outputs(task, rows, kGroupsPerTile, 0, tokens);
+      run.y = last && plain && begin * 16 + 16 <= task.rows ? static_cast<float*>(task.y) + begin * 16 : nullptr;
       add_run(run, operand, tokens);
       for (int64_t left = run.all; !last && !long_row && left > 0; left -= run.chunks) run.segment.advance(task);
     }
-    finish_run(run, kernel, begin * 16, tokens);
+    if (!run.y) finish_run(run, kernel, begin * 16, tokens);
   }
 }
 

@@ -72,8 +72,12 @@ FEWBIT_INLINE void add_some(Block<K>& block, int64_t token, int64_t m) {
   for (int64_t s = 0; s < block.segments; s++, tokens.sum += M) {
     U sum[Block<K>::T][kBeside];
     const int64_t chunks = s + 1 < block.segments ? block.chunks : block.all - s * block.chunks;
-    sum_segment<M, Block<K>::kLines>(block.kernel, at, block.first + s * block.chunks, chunks, block.origin, rests, tokens.sum,
-                                     sum);
+    const int64_t first = block.first + s * block.chunks;
+    const uint8_t* const codes = at.codes;
+    sum_segment<M, Block<K>::kLines>(block.kernel, at, chunks, block.origin, tokens.sum, sum);
+    if constexpr (!std::is_same_v<RestsOf<K>, NoRests>)
+      rests.template visit<kBeside>(first, chunks, codes, Block<K>::T * kLanes * 4,
+                                    [&](int h, const auto* x, const uint8_t* u) { Sum::add_rest(sum, h, x, u); });
     tokens.scale = scale + block.activation[s];
     switch (block.how) {
       case kPlain: settle_block<kPlain>(sum, tokens, block.line[s], totals); break;

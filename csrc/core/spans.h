@@ -13,10 +13,9 @@
 //   widened(narrow)        the narrow sums of all planes as one of 32 bits
 //   add(wide, other)       sums of those
 //   integer(float)         a float that is one
-//   Rests(task, row)       what steps leave out of activations of the tokens from `row`, in groups of four columns: visit<H, B>
-//                          calls each(h, x, codes) for what of H tokens B beside one another have, from h
-//   rests_beside(H)        B
-//   add_rest(sum, h, x, codes)    adds the products of one, whose tokens are 32 apart; or none of these
+//   Rests(task, row)       what steps leave out of activations of the tokens from `row`, in groups of four columns: visit<H>,
+//                          each_listed<H> find what H tokens have
+//   add_rest(sum, h, x, codes), add_listed(sum, h, rest, codes)    add the products of one; or none of these
 #pragma once
 
 #include <stdint.h>
@@ -224,11 +223,10 @@ FEWBIT_INLINE bool multiply_spans(const K& kernel, Place<K>& at, int64_t chunks,
   }
 }
 
-// Sets `sum` to that of a segment of `chunks` chunks from `first`, times H of M tokens; `sums`: of their activations, `origin`:
-// what of these sums begin with beside what starts hold.
+// Sets `sum` to that of a segment of `chunks` chunks, times H of M tokens; `sums`: of their activations, `origin`: what of
+// these sums begin with beside what starts hold.
 template <int M, int lines, class K, int H, int T>
-FEWBIT_INLINE void sum_segment(const K& kernel, Place<K>& at, int64_t first, int64_t chunks, float origin,
-                               const RestsOf<K>& rests, const float* sums, U (&sum)[T][H]) {
+FEWBIT_INLINE void sum_segment(const K& kernel, Place<K>& at, int64_t chunks, float origin, const float* sums, U (&sum)[T][H]) {
   using Sum = Narrow<K>;
   U narrow[T * K::kPlanes][H], wide[T][H], begins[H];
   const auto begin = [&](int h) {
@@ -238,7 +236,6 @@ FEWBIT_INLINE void sum_segment(const K& kernel, Place<K>& at, int64_t first, int
   if constexpr (Sum::kStarts == 0)
 #pragma GCC unroll 4
     for (int h = 0; h < H; h++) begins[h] = begin(h);
-  const uint8_t* const codes = at.codes;
   const bool flushed = multiply_spans<M, lines>(kernel, at, chunks, begins, narrow, wide);
 #pragma GCC unroll 4
   for (int h = 0; h < H; h++)
@@ -253,9 +250,6 @@ FEWBIT_INLINE void sum_segment(const K& kernel, Place<K>& at, int64_t first, int
         for (int t = 0; t < T; t++) sum[t][h] = Sum::add(sum[t][h], here);
       }
   if (flushed) add_all<K>(sum, wide);
-  if constexpr (!std::is_same_v<RestsOf<K>, NoRests>)
-    rests.template visit<H, Sum::rests_beside(H)>(
-        first, chunks, codes, T * kLanes * 4, [&](int h, const auto* x, const uint8_t* u) { Sum::add_rest(sum, h, x, u); });
 }
 
 }  // namespace
