@@ -26,6 +26,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ptq161": ("int1/channel/min", "ptq161", {"tune": [LOSS]}),
     "billm": ("sign/g32", "billm", {}),
     "arb": ("sign/channel", "arb", {}),
+    "laq": (
+        "int3/g8/asym",
+        "laq",
+        {"options": {"mean_bits": 5.9, "widths": "2,3,4"}, "tune": [{"name": "scales", "iters": 4, "batch": 4}]},
+    ),
     "vptq": (
         "vector4x4+3",
         "vptq",

@@ -164,11 +164,12 @@ class Tiles:
                 whole[min(low + 1, last)] += above
                 splits.append(Split(tuple(whole), low))
         tried = [Tiles(formats, columns, size, split) for split in splits]
-        room = mean_bits * rows * columns / 8 - _order_bytes(columns)
+        # Rounded: bits that someone worked out from bytes lead back to these.
+        room = round(mean_bits * rows * columns / 8, 3) - _order_bytes(columns)
         fitting = [tiles for tiles in tried if rows * tiles.row_bytes() <= room]
         if not fitting:
             least = 8 * (min(tiles.row_bytes() for tiles in tried) * rows + _order_bytes(columns)) / (rows * columns)
-            works = f"mean_bits={math.ceil(1000 * least) / 1000:g} or more, or narrower widths"
+            works = f"mean_bits={math.ceil(1000 * least) / 1000:g} or more, or larger groups"
             raise SpecError(f"laq of {shape} with mean_bits={mean_bits:g}", "even the narrowest takes more", works)
         return max(fitting, key=Tiles.row_bytes)
 
