@@ -41,7 +41,7 @@ METHODS: dict[str, tuple[tuple[str | dict[str, Any], ...], str, dict[str, Any]]]
     "rtn": ((), "rtn", {}),
     "clip": ((), "clip", {}),
     "laq percentile": ((), "laq", {"statistic": "percentile"}),
-    **{f"laq {bits}": ((), "laq", {"mean_bits": bits}) for bits in (2.39, 3.33, 3.39, 4.42)},
+    **{f"laq {bits}": ((), "laq", {"mean_bits": bits}) for bits in (2.5, 2.56, 3.5, 3.56, 4.5, 4.56)},
     "imatrix": ((), "imatrix", {}),
     "gptq": ((), "gptq", {"desc_act": False}),
     "gptq act-order": ((), "gptq", {"desc_act": True}),
