@@ -295,4 +295,4 @@ def _side(made: QTensor, columns: Tensor) -> QTensor:
 
 def _shifted(values: Tensor, by: int) -> Tensor:
     """``values`` (..., n) moved to the right by so many, infinity from the left."""
-    return torch.nn.functional.pad(values, (by, 0), value=math.inf)[..., : values.shape[-1]]
+    return torch.constant_pad_nd(values, (by, 0), math.inf)[..., : values.shape[-1]]
