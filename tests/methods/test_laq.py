@@ -140,7 +140,7 @@ def test_many_tiles_lose_less_than_one_width_of_the_same_bits(name: str) -> None
     result = solved(weight, format, facts, plain.bits_per_weight + 16 / shape[0])
     assert result.nbytes == plain.nbytes + 2 * shape[1]
     lost = [((weight - each.dequantize()).double().square() * facts.mean_square).sum() for each in (result, plain)]
-    assert lost[0] < 0.9 * lost[1]
+    assert lost[0] < 0.3 * lost[1]
     wider = solved(weight, format, facts, result.bits_per_weight, tile=3)
     assert len(set(widths_of(wider, 3 * max(format.block, format.fit_block)))) > 1
 
