@@ -40,6 +40,8 @@ from fewbit.run.rewriting import as_run
 METHODS: dict[str, tuple[tuple[str | dict[str, Any], ...], str, dict[str, Any]]] = {
     "rtn": ((), "rtn", {}),
     "clip": ((), "clip", {}),
+    "laq percentile": ((), "laq", {"statistic": "percentile"}),
+    **{f"laq {bits}": ((), "laq", {"mean_bits": bits}) for bits in (2.5, 2.56, 3.5, 3.56, 4.5, 4.56)},
     "imatrix": ((), "imatrix", {}),
     "gptq": ((), "gptq", {"desc_act": False}),
     "gptq act-order": ((), "gptq", {"desc_act": True}),

@@ -76,6 +76,7 @@ SUMS = {
     "billm": ("sign/g32", {}),
     "arb": ("sign/g32", {}),
     "ptq161": ("int1/channel/min", {}),
+    "laq": ("int3/g8/asym", {"mean_bits": 6.0}),
     "squeezellm": ("palette3/rows16", {}),
     "vptq": ("vector4x4", {"outliers": 0.1, "outlier_bits": 4}),
 }

@@ -22,6 +22,8 @@ from fewbit.methods.hqq import hqq
 from fewbit.methods.hqq import refuse as refuse_hqq
 from fewbit.methods.imatrix import imatrix
 from fewbit.methods.imatrix import refuse as refuse_uneven
+from fewbit.methods.laq import laq
+from fewbit.methods.laq import parts as laq_parts
 from fewbit.methods.nanoquant import nanoquant
 from fewbit.methods.nanoquant import parts as nanoquant_parts
 from fewbit.methods.objective import refuse_vectors, relative_error
@@ -52,6 +54,7 @@ __all__ = [
     "gptq",
     "hqq",
     "imatrix",
+    "laq",
     "model_tuning",
     "named",
     "nanoquant",
@@ -185,6 +188,23 @@ METHODS: tuple[Method, ...] = (
         options={"steps": 24, "floor": 0.4},
         refuse=refuse_vectors,
         source="range search weighted by E[x^2], as in github.com/IST-DASLab/gptq (quant.py)",
+    ),
+    Method(
+        "laq",
+        laq,
+        needs="mean_square",
+        options={
+            "statistic": "mse",
+            "percentile": 99.0,
+            "steps": 24,
+            "floor": 0.4,
+            "mean_bits": 0.0,
+            "widths": "2,3,4,8",
+            "tile": 1,
+        },
+        refuse=refuse_vectors,
+        parts=laq_parts,
+        source="a policy without a paper; its rule for bits is of Shoham, Gersho 1988",
     ),
     Method(
         "imatrix",
