@@ -22,7 +22,7 @@ from fewbit.core.qtensor import QTensor, stack, sum_of_squares
 from fewbit.core.rewrite import Chain
 from fewbit.core.terms import Terms, has_sparse, matrices, repack
 from fewbit.core.transform import seed_of
-from fewbit.errors import UnsupportedError, VerificationError
+from fewbit.errors import UnsupportedError, VerificationError, of_layer
 from fewbit.formats.fixed import Fixed
 from fewbit.model.sites import Site
 from fewbit.recipe import Rule, Tune
@@ -114,8 +114,14 @@ def solve(task: Task) -> Solved:
     """Do the rule's transforms, choose codes with its method, pack, and measure the error of the outputs on ``seen``.
 
     Raises:
-        UnsupportedError: a per-tensor format on fused experts.
+        FewbitError: what a transform or method refuses, or a per-tensor format on fused experts; the message names the
+            layer.
     """
+    with of_layer(task.site.name):
+        return _solved(task)
+
+
+def _solved(task: Task) -> Solved:
     began, site = time.monotonic(), task.site
     if site.experts > 1 and not F.stackable(task.format, site.shape[0]):
         raise UnsupportedError(
