@@ -160,7 +160,7 @@ def _solved(task: Task) -> Solved:
         "bits_per_weight": 8 * nbytes / task.weight.numel(),
         "relative_error": relative_error(task, made, rewrite),
         "tokens": min(facts.tokens for facts in task.facts),
-        "note": _note(starved, task),
+        "note": _note(starved, task, parts),
         "seconds": round(time.monotonic() - began, 3),
     }
     if isinstance(packed, Terms):
@@ -264,7 +264,26 @@ def check_outputs(weight: T.Weight, reference: Tensor, x: Tensor, name: str, act
         )
 
 
-def _note(starved: list[int], task: Task) -> str:
+def _note(starved: list[int], task: Task, parts: list[T.Weight]) -> str:
+    """What a report should say of the layer: what few tokens or none, or its method, could not do."""
+    told = [_of_none(starved, task), *_of_few(task)]
+    told += [matrix.note for part in parts for matrix in matrices(part)]
+    return "; ".join(dict.fromkeys(filter(None, told)))
+
+
+def _of_few(task: Task) -> list[str]:
+    """Where fewer tokens were seen than there are columns in a second moment, or codes in a grid to be fixed."""
+    seen = [facts.tokens for facts in task.facts if facts.tokens]
+    fewest, columns, grid = min(seen, default=0), task.site.shape[1], task.activation
+    told = []
+    if seen and task.rule.needs == "gram" and fewest < columns:
+        told.append(f"second moment of {fewest} tokens for {columns} columns")
+    if seen and isinstance(grid, Fixed) and not grid.bound and fewest < grid.levels:
+        told.append(f"range of {fewest} tokens for {grid.levels} codes")
+    return told
+
+
+def _of_none(starved: list[int], task: Task) -> str:
     site, method = task.site, task.rule.method
     if site.experts == 1 and not task.facts[0].tokens:
         idle = [row.name for step in task.rule.transforms if (row := transforms.named(step.name)).needs != "nothing"]
