@@ -15,6 +15,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FewbitError(Exception):
     """Base of every error that fewbit raises on purpose.
@@ -58,3 +61,14 @@ class VerificationError(FewbitError):
 
 class QualityError(FewbitError):
     exit_code = 7
+
+
+@contextmanager
+def of_layer(name: str) -> Iterator[None]:
+    """What fewbit raises while open says that it is about the layer ``name``, if it does not yet."""
+    try:
+        yield
+    except FewbitError as error:
+        if name in error.asked:
+            raise
+        raise type(error)(f"layer {name}: {error.asked}", error.found, error.works) from None

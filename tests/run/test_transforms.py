@@ -207,6 +207,33 @@ def test_a_head_of_its_own_can_be_rotated(tiny_family: Callable[[str], Path], tm
     assert result.manifest["check"]["kl_mean"] < 1e-3
 
 
+@pytest.mark.parametrize(("format", "method"), [("int4/g32", "gptq"), ("vector4x4+3", "vptq")])
+def test_a_second_moment_of_few_tokens_is_told_and_what_it_took(format: str, method: str) -> None:
+    site = Site("up", "linear", "up.weight", (64, 32), 1, 0, None)
+    draw = torch.Generator().manual_seed(0)
+    weight, few, many = (torch.randn(count, 32, generator=draw) for count in (64, 16, 64))
+    twice = many[:, torch.arange(32) // 2]  # every input is another's copy: enough tokens, and no full rank
+    damped, counted = "damping raised from 0 to 0.001", "second moment of 16 tokens for 32 columns"
+    for x, damping, expected in (
+        (many, 0.0, ""),
+        (many, 0.01, ""),
+        (twice, 0.0, damped),
+        (few, 0.01, counted),
+        (few, 0.0, f"{counted}; {damped}"),
+    ):
+        rule = Rule("*", format, method, {"damp_percent": damping})
+        task = Task(site, rule, fewbit.formats.parse(format), weight, [Facts.of(x, gram=True)], [x], 5)
+        assert solve(task).record["note"] == expected
+
+
+def test_a_grid_of_few_tokens_is_told() -> None:
+    site = Site("up", "linear", "up.weight", (4, 32), 1, 0, None)
+    rule, format = Rule("*", "int8/channel", activation="int8/static"), fewbit.formats.parse("int8/channel")
+    for tokens, expected in ((2, "range of 2 tokens for 256 codes"), (256, "")):
+        x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(0))
+        assert solve(Task(site, rule, format, x[:1].expand(4, 32), [Facts.of(x)], [x], 5)).record["note"] == expected
+
+
 def test_a_layer_that_no_token_reached_is_named() -> None:
     site = Site("up", "linear", "up.weight", (4, 32), 1, 0, None)
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))

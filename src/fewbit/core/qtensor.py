@@ -25,7 +25,8 @@ class QTensor:
     """A (rows, columns) matrix in few bits.
 
     ``packed`` and ``params`` are the very arrays that a file holds, so their bytes are the true size. ``lost``: what
-    :meth:`squares` says of the weight that was rounded to this, where one pass found both.
+    :meth:`squares` says of the weight that was rounded to this, where one pass found both. ``note``: what the method
+    that chose the codes has to say, such as that it could not do as it was asked.
     """
 
     format: Format
@@ -34,6 +35,7 @@ class QTensor:
     packed: Tensor
     params: Mapping[str, Tensor]
     lost: passes.Squares | None = None
+    note: str = ""
 
     @staticmethod
     def of(
@@ -90,7 +92,7 @@ class QTensor:
         if reason is not None:
             raise UnsupportedError(f"{self.format.name} of shape {self.shape} in layout {layout.name}", reason)
         packed, stored = layout.pack(self.format, self.shape, *self.logical())
-        return QTensor(self.format, layout, self.shape, packed, stored, self.lost)
+        return QTensor(self.format, layout, self.shape, packed, stored, self.lost, self.note)
 
     @property
     def nbytes(self) -> int:

@@ -51,6 +51,10 @@ class Feedback:
     damping: float
     dead: Tensor
 
+    def raised(self, asked: float) -> str:
+        """In words, that the damping is not the one ``asked`` for; empty where it is."""
+        return f"damping raised from {asked:g} to {self.damping:g}" if self.damping != asked else ""
+
 
 Within = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 """``(first, current, before, upper, lost)``: round columns from ``first`` on, in order, as :func:`sweep`

@@ -13,7 +13,7 @@ Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, with act-order and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -107,8 +107,8 @@ def solve(
         feedback.sweep(weight, passing, columns.round, block_size, refit, _span(format, weight.shape[1]))
         result, most = columns.qtensor(), _unknown(weight)
     result, kept = _better_rows(weight, facts, result, start, most) if never_worse else (result, 0)
-    dead = int(passing.dead.sum())
-    return Solution(result, passing.damping, dead, kept, _note(passing.damping, damp_percent, dead, kept))
+    dead, raised = int(passing.dead.sum()), passing.raised(damp_percent)
+    return Solution(replace(result, note=raised), passing.damping, dead, kept, _note(raised, dead, kept))
 
 
 def _passing(facts: Facts, damping: float, by_activity: bool) -> feedback.Feedback:
@@ -214,8 +214,8 @@ def _better_rows(weight: Tensor, facts: Facts, solved: QTensor, params: Params, 
     return QTensor.of(solved.format, codes, params), int(worse.sum())
 
 
-def _note(damping: float, asked: float, dead: int, kept: int) -> str:
-    parts = [f"damping raised from {asked:g} to {damping:g}"] if damping != asked else []
+def _note(raised: str, dead: int, kept: int) -> str:
+    parts = [raised] if raised else []
     parts += [f"{dead} inputs always zero"] if dead else []
     parts += [f"{kept} rows better rounded to nearest"] if kept else []
     return ", ".join(parts)

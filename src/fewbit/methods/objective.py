@@ -84,7 +84,7 @@ def check(method: str, weight: Tensor, format: Format, facts: Facts | None = Non
     if facts.columns != weight.shape[1]:
         found, works = f"the facts are of {facts.columns} inputs", "pass the facts of this layer's inputs"
     elif not _finite(facts.total_square if facts.gram is None else facts.gram):
-        found = "the layer's calibration inputs hold NaN or infinity"
+        found = "the layer's calibration inputs hold NaN or infinity, or their squares do"
         works = "check that the model runs in float on the calibration text"
     else:
         return

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ def vptq(
     task = _Task(_padded(shown, sides), rows, sides, passing, block_size, beam)
     start = _swept(task, facts.mean_square[now], restarts)
     found = _improved(task, start, feedback.damped(second, passing), rounds)
-    solved = _whole(task.stored(found), order)
+    solved = _whole([replace(one, note=passing.raised(damp_percent)) for one in task.stored(found)], order)
     if not never_worse:
         return solved
     pairs = zip(task.points(), start, strict=True)

@@ -23,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.families import FAMILIES, TUPLE_BLOCKS, Family
+from fewbit.model.finite import finite
 from fewbit.model.loading import Loader, under
 from fewbit.model.sites import Site, find, in_block
 from fewbit.model.skeleton import build
@@ -126,6 +127,19 @@ class StreamedModel:
             out = self.module.get_submodule(self.blocks[index])(hidden, *arguments, **named)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
+
+    def run_finite(self, index: int, hidden: Tensor, inputs: Inputs) -> Tensor:
+        """:meth:`run_block`.
+
+        Raises:
+            InputError: what it makes holds NaN or infinity; the message names the layer where that begins.
+        """
+        return self.finite(index, hidden, inputs, self.run_block(index, hidden, inputs))
+
+    def finite(self, index: int, hidden: Tensor, inputs: Inputs, made: Tensor) -> Tensor:
+        """``made``, which is what block ``index`` makes of ``hidden``; refused as :meth:`run_finite` does."""
+        (arguments, named), path = inputs.calls[index], self.blocks[index]
+        return finite(made, path, self.module.get_submodule(path), lambda block: block(hidden, *arguments, **named))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary) of the last block's output; ``after`` must be loaded."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewbit.core.facts import Accumulator, Facts
 from fewbit.core.observers import Seen
 from fewbit.core.rewrite import Chain
-from fewbit.errors import InputError
+from fewbit.errors import of_layer
 from fewbit.kernels.conv import unfold
 from fewbit.kernels.window import Window
 
@@ -129,10 +129,8 @@ def look(network: nn.Module, batches: Iterable[Batch], wanted: Mapping[str, Want
     left = Counter[str]()
 
     def seen(name: str, x: Tensor) -> None:
-        try:
+        with of_layer(name):
             wanted[name].look(x)
-        except InputError as error:
-            raise InputError(f"layer {name}: {error.asked}", error.found, error.works) from None
         left[name] -= 1
         if left[name] == 0:
             raise _Enough

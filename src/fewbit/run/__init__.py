@@ -159,7 +159,7 @@ def _kept(
 
 
 def _check(planned: Plan, recipe: Recipe, device: str, facts: str | Path | None) -> None:
-    """Refuse a device that is not there, and tunings without text.
+    """Refuse a device that is not there, and what needs the text itself where there are facts alone.
 
     Raises:
         SpecError: what cannot be.
@@ -171,6 +171,12 @@ def _check(planned: Plan, recipe: Recipe, device: str, facts: str | Path | None)
     if facts is not None and tuned is not None:
         found = "tuning runs the text through every block, and facts hold none"
         raise SpecError(f"tuning {tuned} from facts", found, "leave out the facts, or the tuning")
+    opened = next((d for d in planned.decisions if d.rule is not None and d.rule.open_grid), None)
+    if facts is not None and opened is not None:
+        asked = f"the grid of {opened.rule.activation} for {opened.site.name} from facts"  # type: ignore[union-attr]
+        found = "facts hold sums of inputs, and no ranges of what quantized layers make of the text"
+        works = "the text instead (--calibration), int8/channel, found as inputs arrive, or a grid that is spelt out"
+        raise SpecError(asked, found, works)
 
 
 def _check_biases(asked: bool, model: StreamedModel, planned: Plan, recipe: Recipe) -> None:

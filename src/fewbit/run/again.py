@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewbit import formats
 from fewbit.measure.memory import peak_rss_bytes
-from fewbit.run.collect import observe_probe, probe_through
+from fewbit.run.collect import drift, observe_probe, probe_through
 from fewbit.run.events import Event
 from fewbit.run.rewriting import as_run
 from fewbit.run.solve import Solved, Task, relative_error, repacked
@@ -117,7 +117,7 @@ def _block(
         quantized = probe_through(run, index, quantized)
         record = write_stage(run, stage, sites, items, seen, run.folder / "state" / PLACE)
     model.free(name)
-    record["drift"] = float((quantized - floating).norm() / floating.norm())
+    record["drift"] = drift(quantized, floating)
     return {**before, **record}, quantized, floating
 
 

@@ -28,8 +28,13 @@ def probe_through(run: Run, index: int, hidden: Tensor) -> Tensor:
 def probe_started(run: Run, index: int, hidden: Tensor) -> Callable[[], Tensor]:
     """:func:`probe_through`, begun while the caller does something else; what is returned waits for the result."""
     inputs = run.inputs("probe")
-    begun = [run.workers.start(partial(run.model.run_block, index, part, inputs)) for part in hidden.split(TOGETHER)]
+    begun = [run.workers.start(partial(run.model.run_finite, index, part, inputs)) for part in hidden.split(TOGETHER)]
     return lambda: torch.cat([part.result() for part in begun])
+
+
+def drift(quantized: Tensor, floating: Tensor) -> float:
+    """What the ``quantized`` path's activations lie from the ``floating`` ones, relative to these."""
+    return float((quantized.double() - floating).norm() / floating.double().norm())
 
 
 def calibration_through(
@@ -44,7 +49,7 @@ def calibration_through(
 
     def one(batch: int) -> None:
         with run.arithmetic(device.type):
-            target.write(batch, model.run_block(index, source.read(batch).to(device), shared))
+            target.write(batch, model.run_finite(index, source.read(batch).to(device), shared))
 
     with lying_on(device, model.module.get_submodule(model.blocks[index])), as_run(model, solved, device):
         for _ in run.workers.map(one, range(len(run.batches()))):

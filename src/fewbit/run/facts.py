@@ -44,7 +44,11 @@ def fisher_file(folder: Path, block: int) -> Path:
 
 
 def write_inputs(path: Path, found: Mapping[str, list[Facts]]) -> str:
-    """Write the facts of a block's sites, one entry an expert, and return the file's sha256."""
+    """Write the facts of a block's sites, one entry an expert, and return the file's sha256.
+
+    Raises:
+        InputError: sums of squares hold NaN or infinity, which serves no method; the message names the site.
+    """
     tensors: dict[str, Tensor] = {}
     owners: dict[tuple[int, ...], str] = {}
     of: dict[str, str] = {}
@@ -52,6 +56,9 @@ def write_inputs(path: Path, found: Mapping[str, list[Facts]]) -> str:
         owner = of[site] = owners.setdefault(tuple(map(id, parts)), site)
         if owner != site:
             continue
+        if not all(bool(part.total_square.isfinite().all()) for part in parts):
+            works = "check that the model runs in float on the calibration text"
+            raise InputError(f"facts of {site}", "squares of its inputs add up to NaN or infinity", works)
         for array in (*SUMS, "gram"):
             values = [value for part in parts if isinstance(value := getattr(part, array), Tensor)]
             if len(values) == len(parts):

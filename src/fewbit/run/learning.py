@@ -25,6 +25,7 @@ from fewbit.core.format import Format
 from fewbit.core.rewrite import Chain
 from fewbit.core.transform import seed_of
 from fewbit.kernels.reference import round_activations
+from fewbit.model.finite import finite
 from fewbit.model.loading import place
 from fewbit.model.skeleton import build
 from fewbit.model.stream import StreamedModel
@@ -144,6 +145,8 @@ class Learner:
                 loss = kl_div(logits.log_softmax(-1)[0], target[0], reduction="batchmean", log_target=True)
             else:
                 loss = cross_entropy(logits[0, :-1], ids[0, 1:])
+            if not bool(loss.isfinite()):
+                finite(loss, "", self.original, lambda module: self._logits(module, ids))
             return float(loss.detach()), torch.autograd.grad(loss, values, allow_unused=True)
 
     @staticmethod

@@ -13,7 +13,7 @@ from fewbit.core import rewrite as R
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
 from fewbit.core.qtensor import storage, storage_bytes
-from fewbit.errors import FewbitError, SpecError, UnsupportedError
+from fewbit.errors import SpecError, UnsupportedError, of_layer
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.sites import Site
 from fewbit.model.stream import StreamedModel
@@ -171,15 +171,13 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
         able = ", ".join(method.name for method in methods.METHODS if method.refuse(format) is None)
         raise UnsupportedError(f"{rule.format} by {rule.method} for {site.name}", refused, f"methods {able} take it")
     made = _made(site, rule, format)
-    try:
+    with of_layer(site.name):
         nbytes = made.beside
         for part, (rows, columns) in made.matrices:
             nbytes += storage_bytes(storage(part, layout_for(part), (rows * site.experts, columns)))
         kinds = [transforms.named(step.name).makes for step in rule.transforms]
         nbytes += storage_bytes(R.storage(kinds, site.shape[1]))
         nbytes += grid.nbytes if isinstance(grid, formats.Fixed) else 0
-    except FewbitError as error:
-        raise type(error)(f"layer {site.name}: {error.asked}", error.found, error.works) from None
     sparse = made.sum and methods.named(rule.method).parts is None
     return Decision(site, rule, kernel_name(rule, made.matrices, sparse), nbytes)
 
@@ -188,10 +186,8 @@ def _made(site: Site, rule: Rule, format: Format) -> Parts:
     """What the method of ``rule`` makes of ``site``; outside blocks, where no token is seen, one matrix."""
     if site.block is None:
         return Parts(((format, site.shape),), 0)
-    try:
+    with of_layer(site.name):
         made = methods.named(rule.method).made_of(format, site.shape, rule.options)
-    except FewbitError as error:
-        raise type(error)(f"layer {site.name}: {error.asked}", error.found, error.works) from None
     if made.sum:
         check_terms(site, rule)
     return made

@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fewbit.core.observers import Seen
-from fewbit.errors import InputError
+from fewbit.errors import of_layer
 from fewbit.formats.fixed import Fixed
 from fewbit.run.observe import Shared
 from fewbit.run.rewriting import as_run
@@ -66,10 +66,8 @@ class _Looked:
         del self._local.seen
 
     def __call__(self, site: str, x: Tensor, expert: int | None) -> None:
-        try:
+        with of_layer(site):
             self._local.found[site] = self._local.seen.of(x)
-        except InputError as error:
-            raise InputError(f"layer {site}: {error.asked}", error.found, error.works) from None
 
 
 def _bound(item: Solved, waiting: dict[str, Fixed], total: dict[str, Seen]) -> Solved:

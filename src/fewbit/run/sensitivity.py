@@ -146,7 +146,7 @@ class Sensitivity:
 
         def step(sequence: int) -> tuple[Tensor, dict[tuple[str, int], Facts]]:
             with observer.batch() as found, self._arithmetic():
-                return model.run_block(block, source.read(sequence), call).float(), found
+                return model.run_finite(block, source.read(sequence), call).float(), found
 
         def merged() -> Iterator[Tensor]:
             for hidden, found in self.workers.map(step, range(len(self.ids))):

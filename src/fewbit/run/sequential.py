@@ -151,8 +151,10 @@ class Passes:
         target = run.hidden(self._stage, "calibration", create=True)
 
         def one(batch: int) -> None:
+            hidden = self._source.read(batch)
             with run.arithmetic():
-                target.write(batch, step(self._source.read(batch), shared, self._made(last, batch)))
+                made = step(hidden, shared, self._made(last, batch))
+                target.write(batch, run.model.finite(self._index, hidden, shared, made))
 
         with replaying(run.model, self._index, self._order, last) as step:
             for _ in run.workers.map(one, range(len(run.batches()))):

@@ -22,7 +22,7 @@ from fewbit.core.qtensor import QTensor, stack, sum_of_squares
 from fewbit.core.rewrite import Chain
 from fewbit.core.terms import Terms, has_sparse, matrices, repack
 from fewbit.core.transform import seed_of
-from fewbit.errors import UnsupportedError, VerificationError
+from fewbit.errors import UnsupportedError, VerificationError, of_layer
 from fewbit.formats.fixed import Fixed
 from fewbit.model.sites import Site
 from fewbit.recipe import Rule, Tune
@@ -114,8 +114,14 @@ def solve(task: Task) -> Solved:
     """Do the rule's transforms, choose codes with its method, pack, and measure the error of the outputs on ``seen``.
 
     Raises:
-        UnsupportedError: a per-tensor format on fused experts.
+        FewbitError: what a transform or method refuses, or a per-tensor format on fused experts; the message names the
+            layer.
     """
+    with of_layer(task.site.name):
+        return _solved(task)
+
+
+def _solved(task: Task) -> Solved:
     began, site = time.monotonic(), task.site
     if site.experts > 1 and not F.stackable(task.format, site.shape[0]):
         raise UnsupportedError(
@@ -154,7 +160,7 @@ def solve(task: Task) -> Solved:
         "bits_per_weight": 8 * nbytes / task.weight.numel(),
         "relative_error": relative_error(task, made, rewrite),
         "tokens": min(facts.tokens for facts in task.facts),
-        "note": _note(starved, task),
+        "note": _note(starved, task, parts),
         "seconds": round(time.monotonic() - began, 3),
     }
     if isinstance(packed, Terms):
@@ -258,7 +264,26 @@ def check_outputs(weight: T.Weight, reference: Tensor, x: Tensor, name: str, act
         )
 
 
-def _note(starved: list[int], task: Task) -> str:
+def _note(starved: list[int], task: Task, parts: list[T.Weight]) -> str:
+    """What a report should say of the layer: what few tokens or none, or its method, could not do."""
+    told = [_of_none(starved, task), *_of_few(task)]
+    told += [matrix.note for part in parts for matrix in matrices(part)]
+    return "; ".join(dict.fromkeys(filter(None, told)))
+
+
+def _of_few(task: Task) -> list[str]:
+    """Where fewer tokens were seen than there are columns in a second moment, or codes in a grid to be fixed."""
+    seen = [facts.tokens for facts in task.facts if facts.tokens]
+    fewest, columns, grid = min(seen, default=0), task.site.shape[1], task.activation
+    told = []
+    if seen and task.rule.needs == "gram" and fewest < columns:
+        told.append(f"second moment of {fewest} tokens for {columns} columns")
+    if seen and isinstance(grid, Fixed) and not grid.bound and fewest < grid.levels:
+        told.append(f"range of {fewest} tokens for {grid.levels} codes")
+    return told
+
+
+def _of_none(starved: list[int], task: Task) -> str:
     site, method = task.site, task.rule.method
     if site.experts == 1 and not task.facts[0].tokens:
         idle = [row.name for step in task.rule.transforms if (row := transforms.named(step.name)).needs != "nothing"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewbit.containers.safetensors import write_safetensors
 from fewbit.measure.memory import peak_rss_bytes
 from fewbit.model.sites import Site
-from fewbit.run.collect import observe_probe, probe_started, probe_through
+from fewbit.run.collect import drift, observe_probe, probe_started, probe_through
 from fewbit.run.compare import compare_logits, summary
 from fewbit.run.events import Event
 from fewbit.run.memory import give_back
@@ -99,7 +99,7 @@ def block_stage(run: Run, stage: int) -> dict[str, Any]:
     model.free(name)
     flushed.result()
     record["order"] = order
-    record["drift"] = float((quantized - floating).norm() / floating.norm())
+    record["drift"] = drift(quantized, floating)
     return record
 
 
