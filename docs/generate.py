@@ -138,7 +138,9 @@ def methods_page() -> str:
             NOTICE,
             "# Methods",
             "A method chooses the codes. An option is `--option NAME=VALUE` on the command line, in a recipe "
-            "`options = { NAME = VALUE }`, in Python as a keyword.",
+            "`options = { NAME = VALUE }`, in Python as a keyword. Where the default is True or False, the command "
+            "line takes true, yes, on, false, no and off, a recipe true and false. The plan refuses what is out of "
+            "range.",
             table(("method", "what it does", "needs", "options and defaults", "source"), rows),
         )
     )
@@ -158,8 +160,9 @@ def transforms_page() -> str:
             NOTICE,
             "# Transforms",
             "A transform rewrites the inputs of a layer and undoes that in its weight before the method chooses codes: "
-            "without quantizing, the output would stay what it was. `--transform NAME` on the command line, more than "
-            'once to do several in order; in a recipe `transforms = ["smooth"]`, or with options '
+            "without quantizing, the output would stay what it was. `--transform NAME` on the command line, or with "
+            'options `--transform "smooth alpha=0.7"`, more than once to do several in order; in a recipe '
+            '`transforms = ["smooth"]`, or with options '
             '`transforms = [{ name = "smooth", alpha = 0.7 }]`; in Python `transforms=[...]`.',
             "Linear layers and a head that is not tied to the embedding can have them; experts and embeddings cannot, "
             "because nothing rewrites their inputs when the model runs: the plan refuses a rule that asks for it.",
