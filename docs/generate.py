@@ -16,6 +16,7 @@ from fewbit import formats, layouts, methods, transforms
 from fewbit.core import rewrite
 from fewbit.core.format import Format, Param
 from fewbit.core.qtensor import storage, storage_bytes
+from fewbit.formats import grammar
 from fewbit.run.solve import layout_for
 from fewbit.transforms import quarot, spinquant
 
@@ -68,13 +69,16 @@ def formats_page() -> str:
             for name, s in formats.SCHEMES.items()
         ],
     )
-    grammar = inspect.getdoc(sys.modules["fewbit.formats.spelling"]) or ""
+    spellings = [(f"`{spelling}`", means) for spelling, means in grammar.GRAMMAR]
     return "\n\n".join(
         (
             NOTICE,
             "# Formats",
             "A format says which values exist. `fewbit.formats.parse(text)` reads a spelling:",
-            grammar.partition("::\n\n")[2].rstrip().join(("```\n", "\n```")),
+            table(
+                ("spelling", "what it means"),
+                [*spellings, ("`W4A16`, `Q4_K`, ...", "a scheme that leaves activations alone")],
+            ),
             about,
             "True bits per weight: 8 x stored bytes of a 4096 x 4096 matrix, codes and parameters, over its weights.",
             table(("format", "levels", "block", "stored beside the codes", "true bits"), rows),
