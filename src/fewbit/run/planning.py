@@ -18,7 +18,7 @@ from fewbit.errors import FewbitError, SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.sites import Site
 from fewbit.model.stream import StreamedModel
-from fewbit.recipe import FLOAT, ModelTune, Recipe, Rule, Step
+from fewbit.recipe import FLOAT, ModelStep, ModelTune, Recipe, Rule, Step
 from fewbit.run.solve import kernel_name, layout_for
 
 REFERENCE = "reference"
@@ -98,7 +98,7 @@ def make_plan(
     recipe.check(named)
     dtype = model.config.dtype or torch.float32
     decisions = [
-        _decide(site, _rule(model, site, recipe.rule_for(*entry)), dtype, force)
+        _decide(site, _rule(model, site, recipe.rule_for(*entry), recipe.model), dtype, force)
         for site, entry in zip(model.sites, named, strict=True)
     ]
     kept = [(name, reason, model.module.get_parameter(name).numel() * dtype.itemsize) for name, reason in model.kept]
@@ -114,14 +114,20 @@ def make_plan(
     return Plan(decisions, kept, dtype, size, checkpoint.nbytes, bits, memory, seconds, warnings)
 
 
-def _rule(model: StreamedModel, site: Site, rule: Rule | None) -> Rule | None:
-    """``rule``, and after its own transforms the one that the rotation of the model needs at this site."""
+def _rule(model: StreamedModel, site: Site, rule: Rule | None, whole: ModelStep | None) -> Rule | None:
+    """``rule``, and after its own transforms the one that the rotation of the model, ``whole``, needs at this site."""
     online = model.surgery.online.get(site.name) if model.surgery else None
     if rule is None or rule.format == FLOAT or online is None:
         return rule
     if any(transforms.named(step.name).mixes for step in rule.transforms):
         return rule
-    return replace(rule, transforms=(*rule.transforms, Step(online)))
+    try:
+        return replace(rule, transforms=(*rule.transforms, Step(online)))
+    except SpecError as error:
+        named = whole.name if whole else online
+        asked = f"method {rule.method} of {site.name} after transform {named}, which is a {online} of its inputs"
+        works = f"{named} with down=0 and output=0, which leaves these inputs alone"
+        raise SpecError(asked, error.found, works) from None
 
 
 def _of_surgery(model: StreamedModel, decisions: list[Decision]) -> list[str]:
