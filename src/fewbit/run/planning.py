@@ -96,7 +96,7 @@ def make_plan(
     """
     named = [(site.name, site.kind, _module_class(model, site)) for site in model.sites]
     recipe.check(named)
-    dtype = model.config.dtype or torch.float32
+    dtype = _kept_dtype(checkpoint, model)
     decisions = [
         _decide(site, _rule(model, site, recipe.rule_for(*entry), recipe.model), dtype, force)
         for site, entry in zip(model.sites, named, strict=True)
@@ -112,6 +112,13 @@ def make_plan(
     seconds, memory = estimate(decisions, tokens if calibrated else 0, batch_tokens, model, recipe.end)
     warnings = _warnings(quantized, size, checkpoint) + _of_surgery(model, decisions)
     return Plan(decisions, kept, dtype, size, checkpoint.nbytes, bits, memory, seconds, warnings)
+
+
+def _kept_dtype(checkpoint: Checkpoint, model: StreamedModel) -> torch.dtype:
+    """What stays in float is stored in: what the config names, or the files hold where that is narrower."""
+    named: torch.dtype = model.config.dtype or torch.float32
+    stored = checkpoint.dtype
+    return stored if stored is not None and stored.itemsize < named.itemsize else named
 
 
 def _rule(model: StreamedModel, site: Site, rule: Rule | None, whole: ModelStep | None) -> Rule | None:
