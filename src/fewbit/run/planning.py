@@ -291,9 +291,21 @@ def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> l
             f"{len(slow)} of {len(quantized)} layers have no fast kernel here and will NOT be faster than float, "
             f"e.g. {slow[0].site.name} ({why})"
         )
+    if odd := [d for d in quantized if not _rounds_natively(d)]:
+        found.append(
+            f"inputs of {len(odd)} layers are rounded to {odd[0].rule.activation}, "  # type: ignore[union-attr]
+            "which the native runtime does not do: transformers will run the model, more slowly; int8/channel is fast"
+        )
     if size >= checkpoint.nbytes:
         found.append(f"the result ({size} bytes) is not smaller than the source ({checkpoint.nbytes} bytes)")
     return found
+
+
+def _rounds_natively(decision: Decision) -> bool:
+    """Whether the native runtime can round the layer's inputs: to integers, or, counting signs, in the kernel."""
+    grid = formats.parse(decision.rule.activation) if decision.rule and decision.rule.activation else None
+    integers = isinstance(grid, formats.Affine) and grid.bits > 1
+    return grid is None or integers or isinstance(grid, formats.Fixed | formats.Outliers) or "xnor" in decision.kernel
 
 
 def estimate(
