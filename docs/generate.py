@@ -16,6 +16,7 @@ from fewbit import formats, layouts, methods, transforms
 from fewbit.core import rewrite
 from fewbit.core.format import Format, Param
 from fewbit.core.qtensor import storage, storage_bytes
+from fewbit.formats import grammar
 from fewbit.run.solve import layout_for
 from fewbit.transforms import quarot, spinquant
 
@@ -68,13 +69,16 @@ def formats_page() -> str:
             for name, s in formats.SCHEMES.items()
         ],
     )
-    grammar = inspect.getdoc(sys.modules["fewbit.formats.spelling"]) or ""
+    spellings = [(f"`{spelling}`", means) for spelling, means in grammar.GRAMMAR]
     return "\n\n".join(
         (
             NOTICE,
             "# Formats",
             "A format says which values exist. `fewbit.formats.parse(text)` reads a spelling:",
-            grammar.partition("::\n\n")[2].rstrip().join(("```\n", "\n```")),
+            table(
+                ("spelling", "what it means"),
+                [*spellings, ("`W4A16`, `Q4_K`, ...", "a scheme that leaves activations alone")],
+            ),
             about,
             "True bits per weight: 8 x stored bytes of a 4096 x 4096 matrix, codes and parameters, over its weights.",
             table(("format", "levels", "block", "stored beside the codes", "true bits"), rows),
@@ -138,7 +142,9 @@ def methods_page() -> str:
             NOTICE,
             "# Methods",
             "A method chooses the codes. An option is `--option NAME=VALUE` on the command line, in a recipe "
-            "`options = { NAME = VALUE }`, in Python as a keyword.",
+            "`options = { NAME = VALUE }`, in Python as a keyword. Where the default is True or False, the command "
+            "line takes true, yes, on, false, no and off, a recipe true and false. The plan refuses what is out of "
+            "range.",
             table(("method", "what it does", "needs", "options and defaults", "source"), rows),
         )
     )
@@ -158,8 +164,9 @@ def transforms_page() -> str:
             NOTICE,
             "# Transforms",
             "A transform rewrites the inputs of a layer and undoes that in its weight before the method chooses codes: "
-            "without quantizing, the output would stay what it was. `--transform NAME` on the command line, more than "
-            'once to do several in order; in a recipe `transforms = ["smooth"]`, or with options '
+            "without quantizing, the output would stay what it was. `--transform NAME` on the command line, or with "
+            'options `--transform "smooth alpha=0.7"`, more than once to do several in order; in a recipe '
+            '`transforms = ["smooth"]`, or with options '
             '`transforms = [{ name = "smooth", alpha = 0.7 }]`; in Python `transforms=[...]`.',
             "Linear layers and a head that is not tied to the embedding can have them; experts and embeddings cannot, "
             "because nothing rewrites their inputs when the model runs: the plan refuses a rule that asks for it.",

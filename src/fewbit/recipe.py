@@ -159,12 +159,7 @@ class Rule:
             raise SpecError(f"weights in {self.format}", "it is a format of activations", works)
         if self.activation is not None:
             formats.parse(self.activation)
-        known = methods.named(self.method).options
-        for name in self.options:
-            if name not in known:
-                works = f"its options are {', '.join(known)}" if known else "it has no options"
-                raise SpecError(f"option {name!r} of method {self.method}", "no such option", works)
-        self.tunings()
+        methods.named(self.method).check(self.options)
         mixing = ""
         by_gradient = methods.named(self.method).needs == "fisher"
         for row in map(transforms.named, (step.name for step in self.transforms)):

@@ -130,6 +130,8 @@ def test_transforms_are_named_in_plan_result_and_inspection(tiny: Path, command:
     assert json.loads(compared.stdout)["rows"][0]["method"] == "smooth + rotate + rtn"
     assert "smooth + rotate + rtn" in (tmp_path / "out" / "report.html").read_text()
     assert inspected.exit_code == 0
+    shown = " ".join(inspected.stdout.split())
+    assert layer["activation"] == "int8/channel/sym" and layer["kernel"] in shown and "inputs" in shown
 
 
 def test_a_recipe_names_its_own_transforms(tiny: Path, command: Command, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 
 from fewbit import formats
+from fewbit.core import observers
 from fewbit.errors import SpecError
 from fewbit.formats.schemes import SCHEMES
 
@@ -58,6 +59,33 @@ def test_nonsense_is_refused_with_a_remedy(text: str) -> None:
     with pytest.raises(SpecError) as caught:
         formats.parse(text)
     assert caught.value.works
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "works"),
+    [
+        ("palette5", "'palette5' was not understood", "palette{1,2,3,4,6,8}["),
+        ("palette4/scale", "'scale' after palette4 was not understood", "[/rows{N} | /row][/lut8]"),
+        ("int8/static/asym/median", "'median' after int8/static/asym was not", " | /".join(observers.NAMES)),
+        ("W8A8_STATIC/foo", "'foo' after W8A8_STATIC was not", "W8A8_STATIC is int8/channel/sym with activations in"),
+        ("W4A16/g64", "'g64' after W4A16 was not", "stands alone: W4A16 is int4/g128/sym"),
+        ("W9A16", "no such scheme", "W8A16"),
+        ("int9", "'int9' was not", "int{1-8}[/g{N}"),
+        ("int4/g128/sym/sym", "'sym' after int4/g128/sym was not", "[/sym | /asym | /min]"),
+        ("int8/outliers/x", "'x' after int8/outliers was not", "int{2-8}[/g{N} | /channel]/outliers"),
+        ("nf5", "'nf5' was not", "nf4 | fp4"),
+        ("fp8/g64", "'fp8/g64' was not", "nf4 | fp4"),
+        ("mxfp4/g16", "'g16' after mxfp4 was not", "mxfp4[/g32]"),
+        ("vector3", "'vector3' was not", "vector{2,4,6,8,12,16}x"),
+        ("magic/g64", "'magic/g64' was not", "for example int4/g128/asym"),
+        ("", "'' was not", "for example int4/g128/asym"),
+    ],
+)
+def test_what_was_not_understood_and_what_there_is(text: str, found: str, works: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        formats.parse(text)
+    assert found in caught.value.found and works in caught.value.works
+    assert text not in ("int9", "int4/g128/sym/sym") or "static" not in str(caught.value)
 
 
 def test_scheme_with_activations() -> None:

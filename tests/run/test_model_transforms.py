@@ -173,3 +173,12 @@ def test_models_that_cannot_absorb_a_rotation_are_refused_by_the_plan(
 ) -> None:
     with pytest.raises(UnsupportedError, match=match):
         fewbit.plan(tiny_family(family), "int4/g32", transforms=[name])
+
+
+def test_refusals_name_the_rotation_that_was_asked_for(tiny: Path) -> None:
+    with pytest.raises(
+        SpecError, match=r"squeezellm of \S+down_proj after transform quarot.*quarot with down=0"
+    ) as caught:
+        fewbit.plan(tiny, "palette4", method="squeezellm", transforms=["quarot"])
+    assert "rotate" not in caught.value.works
+    fewbit.plan(tiny, "palette4", method="squeezellm", transforms=[{"name": "quarot", "down": 0}])

@@ -13,6 +13,8 @@ import torch
 
 import fewbit
 from fewbit.errors import InputError, QualityError, ResumeError, SpecError
+from fewbit.recipe import Recipe
+from fewbit.run import ending
 
 Short = Callable[..., Any]
 Hashes = Callable[[Path], dict[str, str]]
@@ -69,8 +71,6 @@ def test_below_three_bits_without_data_is_refused(short: Short, tmp_path: Path) 
 
 
 def test_a_broken_result_is_kept_but_not_named(short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewbit.run import ending
-
     monkeypatch.setattr(ending, "MOST_KL", -1.0)
     with pytest.raises(QualityError, match="--force"):
         short(tmp_path / "out")
@@ -85,8 +85,6 @@ def test_a_broken_result_is_kept_but_not_named(short: Short, tmp_path: Path, mon
 def test_a_changed_setting_is_refused_by_name(
     short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], field: str
 ) -> None:
-    from fewbit.run import ending
-
     monkeypatch.setattr(ending, "MOST_KL", -1.0)  # leaves a finished journal behind
     with pytest.raises(QualityError):
         short(tmp_path / "out")
@@ -94,10 +92,24 @@ def test_a_changed_setting_is_refused_by_name(
         short(tmp_path / "out", **changed)
 
 
+@pytest.mark.parametrize(
+    ("method", "tune", "advice"),
+    [
+        ("rtn", [], "smaller groups, a calibrated method; or"),
+        ("gptq", [], "smaller groups, a tuning such as --tune scales; or"),
+        ("gptq", ["scales"], "smaller groups; or"),
+    ],
+)
+def test_the_gate_advises_what_was_not_tried(method: str, tune: list[str], advice: str) -> None:
+    recipe = Recipe.simple("int4/g32/asym", method, tune=tune)
+    check = {"perplexity": 100.0, "reference_perplexity": 2.0, "kl_mean": 9.0}
+    with pytest.raises(QualityError, match=advice):
+        ending._judge(check, False, Path("out"), recipe)
+    ending._judge(check, True, Path("out"), recipe)
+
+
 def test_changed_weights_are_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
-
-    from fewbit.run import ending
 
     model = tmp_path / "model"
     shutil.copytree(tiny, model)

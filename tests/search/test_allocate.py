@@ -161,7 +161,7 @@ def test_what_cannot_be_is_refused_before_any_work(tiny: Path, kept: KeptFacts, 
 
     refused(r"budget of 2.1 bits.*take 2\.\d+ to 8\.\d+ true bits", 2.1)
     refused(r"budget of 9 bits.*take 2\.\d+ to 8\.\d+ true bits", 9)
-    refused("not a format", candidates=["int9/g64"])
+    refused("was not understood", candidates=["int9/g64"])
     refused("method 'gtpq'", candidates=["int4/g32:gtpq"])
     refused("not known from the weight alone", candidates=["W8A8"])
     refused("named twice", candidates=["int4/g32/asym", "INT4/g32/asym"])

@@ -15,26 +15,36 @@ Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that fewbi
 Format = Annotated[
     str | None, typer.Option("--format", "-f", help="int4/g128/asym, nf4/g64, int3/g64, ternary/g128, W4A16, ...")
 ]
-Method = Annotated[str, typer.Option("--method", "-m", help="rtn, clip or gptq; `fewbit doctor` lists them.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        "-m",
+        help="How codes are chosen. Without data: rtn, hqq; from calibration: clip, imatrix, gptq, awq, skm, "
+        "squeezellm, vptq, ptq161, billm, arb, nanoquant, autoround.",
+    ),
+]
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="TOML rules instead of --format: which layer gets what.")]
 Options = Annotated[
     list[str] | None,
-    typer.Option(
-        "--option", metavar="NAME=VALUE", help="An option of the method, e.g. desc_act=true; may be repeated."
-    ),
+    typer.Option("--option", metavar="NAME=VALUE", help="An option of the method, e.g. desc_act=no; may be repeated."),
 ]
 Transform = Annotated[
     list[str] | None,
     typer.Option(
-        "--transform", metavar="NAME", help="smooth, rotate, quarot, ...: done before the method; may be repeated."
+        "--transform",
+        metavar="'NAME [NAME=VALUE ...]'",
+        help="Done before the method, e.g. 'smooth alpha=0.7'; may be repeated: smooth, rotate, awq, hadamard; "
+        "of the whole model: quarot, spinquant.",
     ),
 ]
 Tuning = Annotated[
     list[str] | None,
     typer.Option(
         "--tune",
-        metavar="NAME",
-        help="scales or rounding: learned by blocks after the method; distill, last: by the model; may be repeated.",
+        metavar="'NAME [NAME=VALUE ...]'",
+        help="Learned after the method, e.g. 'scales iters=100 lr=0.01'; may be repeated. By blocks: rounding, "
+        "weights, scales, books, vectors, bounds; last, by the whole model: distill, distill-codes, distill-weights.",
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="Where blocks are tuned: cpu or cuda; all else runs on the CPU.")]

@@ -39,7 +39,10 @@ def tables(found: dict[str, Any]) -> list[Any]:
         ("GPU", ", ".join(gpu["name"] for gpu in found["gpus"]) or found["gpu_reason"]),
         ("energy counters", found["energy"]),
         ("transforms", ", ".join(found["transforms"])),
+        ("transforms of the model", ", ".join(found["model_transforms"])),
         ("methods", ", ".join(found["methods"])),
+        ("tunings of blocks", ", ".join(found["tunings"])),
+        ("tunings of the model", ", ".join(found["model_tunings"])),
         ("layouts", ", ".join(found["layouts"])),
     ]
     return [

@@ -163,14 +163,17 @@ def tables(found: dict[str, Any]) -> Iterable[Any]:
         (
             x["name"],
             x["format"],
+            x.get("activation"),
             procedure(x),
             x.get("layout"),
+            x.get("kernel"),
             N.significant(x["bits"], 4),
             N.percent(x.get("relative_error"), 2),
         )
         for x in layers
     ]
-    yield table(("layer", "format", "method", "layout", "bits", "error"), rows, f"{len(rows)} quantized layers")
+    told = f"{len(rows)} quantized layers; kernels of the machine that made them"
+    yield table(("layer", "format", "inputs", "method", "layout", "kernel", "bits", "error"), rows, told)
     if found["products"]:
         pairs = [(x["name"], x["left"], x["right"]) for x in found["products"]]
         yield table(("product", "left", "right"), pairs, f"{len(pairs)} products of activations in integers")

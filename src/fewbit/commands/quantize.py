@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fewbit
+from fewbit import methods, transforms
 from fewbit.commands.console import err, results, table, write_json
+from fewbit.commands.options import choice, settings
 from fewbit.commands.progress import Renderer
 from fewbit.containers import files, manifest
 from fewbit.errors import SpecError
@@ -52,8 +53,7 @@ class Request:
         given = Recipe(()) if self.recipe_file is None else Recipe.read(self.recipe_file)
         rules, model, end = given.rules, given.model, given.end
         if self.format is not None:
-            options, transforms = settings(self.settings or []), self.transforms or []
-            rest = Recipe.simple(self.format, self.method, self.head, options, transforms, self.tune or [])
+            rest = self._simple(self.format)
             if model is not None and rest.model is not None:
                 found = f"the recipe has {model.name} for the whole model"
                 raise SpecError(f"--transform {rest.model.name}", found, "one of them")
@@ -69,6 +69,16 @@ class Request:
             raise SpecError(f"quantizing {self.model}", "neither --format nor --recipe was given", works)
         return Recipe(rules, model, end)
 
+    def _simple(self, format: str) -> Recipe:
+        """What --format and the options beside it ask for."""
+        known = methods.named(self.method).options
+        options = settings(self.settings or [], known, "--option", "--option desc_act=false")
+        steps = (*transforms.TRANSFORMS, *transforms.MODEL_TRANSFORMS)
+        tunings = (*methods.TUNINGS, *methods.MODEL_TUNINGS)
+        before = [choice(text, steps, "--transform", '"smooth alpha=0.7"') for text in self.transforms or []]
+        after = [choice(text, tunings, "--tune", '"scales iters=100 lr=0.01"') for text in self.tune or []]
+        return Recipe.simple(format, self.method, self.head, options, before, after)
+
     def planning(self) -> dict[str, Any]:
         """Keywords of :func:`fewbit.plan`."""
         return {"samples": self.samples, "context": self.context, "force": self.force}
@@ -78,24 +88,6 @@ class Request:
         data = {"calibration": self.calibration, "facts": self.facts, "seed": self.seed}
         more = {"threads": self.threads, "device": self.device, "correct_bias": self.correct_bias}
         return {**self.planning(), **data, **more}
-
-
-def settings(given: list[str]) -> dict[str, Any]:
-    """``["desc_act=true", "damp_percent=0.02"]`` as a dict; values are JSON, or text when they are not.
-
-    Raises:
-        SpecError: one holds no ``=``.
-    """
-    found: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise SpecError(f"--option {text}", "it is not NAME=VALUE", "e.g. --option desc_act=false")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
 
 
 def run(request: Request, out: Path, json_target: str | None, report: Path | None) -> None:

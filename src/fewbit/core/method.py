@@ -12,6 +12,7 @@ from torch import Tensor
 from fewbit.core.facts import Facts, Need
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
+from fewbit.core.rows import check_options
 from fewbit.core.terms import Terms
 
 
@@ -44,7 +45,8 @@ class Method:
     ``solve(weight, format, facts, **options)`` takes a float32 (rows, columns) weight and returns an unpacked QTensor,
     or a sum of terms whose matrices are unpacked. Where the QTensor says what was ``lost``, it is of that weight.
     ``needs``: "nothing" (data-free), "mean_square" (E[x^2]), "fisher" (Fisher diagonal) or "gram" (E[x x^T]).
-    ``options``: names and defaults, so that a recipe can be checked before work starts.
+    ``options``: names and defaults; ``limits``: smallest and largest value of each number, so that a recipe can be
+    checked before work starts.
     ``tuning``: name of the tuning that follows it and takes its options, "" for none.
     ``refuse(format)``: None, or the reason why it cannot choose codes of that format; the plan asks it.
     ``beside(shape, **options)``: bytes that the result for a (rows, columns) weight takes beside one matrix in the
@@ -58,6 +60,7 @@ class Method:
     solve: Callable[..., QTensor | Terms]
     needs: Need
     options: dict[str, Any] = field(default_factory=dict)
+    limits: dict[str, tuple[float, float]] = field(default_factory=dict)
     refuse: Callable[[Format], str | None] = _takes_all
     beside: Callable[..., int] = _nothing_beside
     parts: Callable[..., Parts] | None = None
@@ -69,6 +72,14 @@ class Method:
     def sums(self) -> bool:
         """Whether a result may be a sum of terms."""
         return self.parts is not None or self.beside is not _nothing_beside
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that do not exist or are out of range.
+
+        Raises:
+            SpecError: with what would work.
+        """
+        check_options(f"method {self.name}", self.options, self.limits, options)
 
     def __call__(self, weight: Tensor, format: Format, facts: Facts, **options: Any) -> QTensor | Terms:
         return self.solve(weight, format, facts, **{**self.options, **options})

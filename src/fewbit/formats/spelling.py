@@ -1,23 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Format names to formats: the only place where a spelling is taken apart.
-
-::
-
-    int{1-8}[/g{N} | /channel][/sym | /asym | /min]     group 128 and sym unless said; after sym and asym /clip0.9 cuts
-                                                        the range off there: for activations
-    int{1-8}/g{N}x{M}[/sym | /asym][/s{4-8}]            M blocks of N under super scales; 6-bit scales unless said
-    nf4 | fp4 | pot{2-8}  [/g{N} | /channel][/dq]       group 64 unless said; dq codes the scales (double quantization)
-    sign | ternary  [/g{N} | /channel]                  group 128 unless said
-    mxfp4[/g32]   nvfp4[/g16]
-    palette{1,2,3,4,6,8}[/rows{N} | /row][/lut8][/g{N} | /channel]   one table a tensor, unless said a group of rows or
-                                                        a row, of float16 unless said of int8; no scales unless said
-    vector{2,4,6,8,12,16}x{1-16}[+{1-16}][/g{N}]        length x bits of an index, + bits of a residual's; one codebook
-                                                        a tensor unless said, else one a group of columns
-    int{2-8}/static[/sym | /asym][/OBSERVER]            activations on one grid: asym and mse unless said; or, bound,
-    int{2-8}/static/{sym | asym}/s{scale}[/z{zero}]
-    int{2-8}[/g{N} | /channel]/outliers[{T}]            activations; from T on, 6 unless said, they stay float
-    W4A16, Q4_K, ...                                    a scheme that leaves activations alone
-"""
+"""Format names to formats: the only place where a spelling is taken apart. ``GRAMMAR`` says it for people."""
 
 from __future__ import annotations
 
@@ -33,6 +15,7 @@ from fewbit.core.format import Format
 from fewbit.errors import SpecError
 from fewbit.formats.affine import Affine
 from fewbit.formats.fixed import DEFAULT, Fixed
+from fewbit.formats.grammar import unread
 from fewbit.formats.minimum import Minimum
 from fewbit.formats.mxfp4 import MXFP4
 from fewbit.formats.nvfp4 import NVFP4
@@ -160,7 +143,7 @@ def parse(text: str) -> Format:
     for pattern, build in _GRAMMAR:
         if match := pattern.fullmatch(spelling):
             return build(*match.groups())
-    raise SpecError(f"format {text!r}", "not a format", "for example int4/g128/asym, int3/g64, nf4/g64 or ternary/g128")
+    raise unread(text, lambda part: any(pattern.fullmatch(part) for pattern, _ in _GRAMMAR))
 
 
 def _block(group: str | None, channel: str | None, default: int) -> int:

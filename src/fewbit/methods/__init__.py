@@ -179,6 +179,12 @@ MODEL_TUNINGS: tuple[ModelTuning, ...] = (
     ),
 )
 
+_TRIES = (2, 10_000)
+_FLOOR = (0.01, 0.99)
+_SHARE = (0.0, 1.0)
+_ROUNDS = (0, 10_000)
+_COLUMNS = (1, 1 << 20)
+
 METHODS: tuple[Method, ...] = (
     Method("rtn", rtn, needs="nothing", source="Jacob et al. 2018, arXiv:1712.05877"),
     Method(
@@ -186,6 +192,7 @@ METHODS: tuple[Method, ...] = (
         clip,
         needs="mean_square",
         options={"steps": 24, "floor": 0.4},
+        limits={"steps": _TRIES, "floor": _FLOOR},
         refuse=refuse_vectors,
         source="range search weighted by E[x^2], as in github.com/IST-DASLab/gptq (quant.py)",
     ),
@@ -202,6 +209,13 @@ METHODS: tuple[Method, ...] = (
             "widths": "2,3,4,8",
             "tile": 1,
         },
+        limits={
+            "percentile": (50.0, 100.0),
+            "steps": _TRIES,
+            "floor": _FLOOR,
+            "mean_bits": (0.0, 16.0),
+            "tile": _COLUMNS,
+        },
         refuse=refuse_vectors,
         parts=laq_parts,
         source="a policy without a paper; its rule for bits is of Shoham, Gersho 1988",
@@ -211,6 +225,7 @@ METHODS: tuple[Method, ...] = (
         imatrix,
         needs="mean_square",
         options={"steps": 37, "rounds": 2},
+        limits={"steps": _TRIES, "rounds": _ROUNDS},
         refuse=refuse_uneven,
         work=1e5,
         source="k-quants under an importance matrix, github.com/ggml-org/llama.cpp (ggml-quants.c)",
@@ -229,6 +244,7 @@ METHODS: tuple[Method, ...] = (
             "floor": 0.4,
             "never_worse": True,
         },
+        limits={"damp_percent": _SHARE, "block_size": _COLUMNS, "steps": _TRIES, "floor": _FLOOR},
         refuse=refuse_vectors,
         source="Frantar et al. 2022, arXiv:2210.17323",
     ),
@@ -237,6 +253,7 @@ METHODS: tuple[Method, ...] = (
         awq,
         needs="gram",
         options={"steps": 20, "floor": 0.5},
+        limits={"steps": _TRIES, "floor": _FLOOR},
         refuse=refuse_awq,
         work=1e5,
         source="clip search of Lin et al. 2023, arXiv:2306.00978 (github.com/mit-han-lab/llm-awq)",
@@ -246,6 +263,7 @@ METHODS: tuple[Method, ...] = (
         hqq,
         needs="nothing",
         options={"p": 0.7, "beta": 10.0, "kappa": 1.01, "iterations": 20},
+        limits={"p": (0.01, 1.0), "beta": (1e-6, 1e6), "kappa": (1.0, 100.0), "iterations": _ROUNDS},
         refuse=refuse_hqq,
         work=3e4,
         source="Badri, Shaji 2023, github.com/mobiusml/hqq",
@@ -262,6 +280,7 @@ METHODS: tuple[Method, ...] = (
         squeezellm,
         needs="fisher",
         options={"outliers": 0.004, "sensitive": 0.0005},
+        limits={"outliers": (0.0, 0.1), "sensitive": (0.0, 0.1)},
         refuse=refuse_unclustered,
         beside=sparse_beside,
         source="Kim et al. 2023, arXiv:2306.07629",
@@ -281,6 +300,16 @@ METHODS: tuple[Method, ...] = (
             "outlier_length": 2,
             "outlier_bits": 6,
         },
+        limits={
+            "damp_percent": _SHARE,
+            "block_size": _COLUMNS,
+            "restarts": (1, 1000),
+            "rounds": _ROUNDS,
+            "beam": (1, 4096),
+            "outliers": (0.0, 0.99),
+            "outlier_length": (1, 16),
+            "outlier_bits": (1, 16),
+        },
         refuse=refuse_scalars,
         parts=vptq_parts,
         work=1.5e6,
@@ -291,6 +320,7 @@ METHODS: tuple[Method, ...] = (
         ptq161,
         needs="largest",
         options={"salient": 0.2, "salient_bits": 4},
+        limits={"salient": _SHARE, "salient_bits": (2, 8)},
         refuse=refuse_ptq161,
         parts=ptq161_parts,
         work=7e4,
@@ -301,6 +331,7 @@ METHODS: tuple[Method, ...] = (
         billm,
         needs="gram",
         options={"salient": 0.1, "damp_percent": 0.01, "points": 9},
+        limits={"salient": _SHARE, "damp_percent": _SHARE, "points": (1, 10_000)},
         refuse=refuse_no_signs,
         parts=billm_parts,
         work=2e5,
@@ -311,6 +342,7 @@ METHODS: tuple[Method, ...] = (
         arb,
         needs="mean_square",
         options={"iterations": 15},
+        limits={"iterations": (1, 10_000)},
         refuse=refuse_no_signs,
         parts=arb_parts,
         work=7e4,
@@ -321,6 +353,7 @@ METHODS: tuple[Method, ...] = (
         nanoquant,
         needs="fisher",
         options={"bits": 1.0, "iterations": 100, "rounds": 10},
+        limits={"bits": (0.01, 8.0), "iterations": (1, 100_000), "rounds": _ROUNDS},
         refuse=refuse_groups,
         parts=nanoquant_parts,
         work=2e6,
@@ -331,6 +364,7 @@ METHODS: tuple[Method, ...] = (
         autoround,
         needs="nothing",
         options=_STEPS,
+        limits=_LIMITS,
         refuse=rounding.refuse,
         tuning="rounding",
         source="Cheng et al. 2023, arXiv:2309.05516",
@@ -353,7 +387,7 @@ def tuning(name: str) -> Tuning:
     Raises:
         SpecError: there is none; the message lists those that exist.
     """
-    return find(TUNINGS, name, "tuning")
+    return find(TUNINGS, name, "tuning", MODEL_TUNINGS, f'end = "{name}"')
 
 
 def model_tuning(name: str) -> ModelTuning:

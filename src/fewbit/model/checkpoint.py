@@ -53,6 +53,11 @@ class Checkpoint(ABC):
 
     @property
     @abstractmethod
+    def dtype(self) -> torch.dtype | None:
+        """What holds every tensor without loss, as they lie on disk; None where that is no float of 16 or 32 bits."""
+
+    @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of all tensors as they lie on disk."""
 

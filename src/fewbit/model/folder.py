@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
@@ -16,6 +18,7 @@ from fewbit.errors import CorruptFileError, InputError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint, check_layers
 from fewbit.model.tokenizer import open_tokenizer
 
+FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -93,6 +96,13 @@ class FolderCheckpoint(Checkpoint):
 
     def get(self, key: str) -> Tensor:
         return self._shard(key).get(key)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        found = {
+            entry.dtype for shard in self._shards for entry in shard.entries.values() if entry.dtype.is_floating_point
+        }
+        return reduce(torch.promote_types, found) if found and found <= FLOATS else None
 
     @property
     def nbytes(self) -> int:

@@ -110,6 +110,10 @@ class GgufCheckpoint(Checkpoint):
         return value
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        return None
+
+    @property
     def nbytes(self) -> int:
         return sum(block.nbytes for block in self._file.tensors.values())
 

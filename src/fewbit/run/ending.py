@@ -14,7 +14,7 @@ from fewbit.containers import manifest as M
 from fewbit.containers.files import digest, read_json, write_json
 from fewbit.errors import QualityError
 from fewbit.model.checkpoint import Checkpoint
-from fewbit.recipe import Recipe
+from fewbit.recipe import FLOAT, Recipe
 from fewbit.run.state import Run
 from fewbit.run.verify import INDEX, verify_folder
 
@@ -44,7 +44,7 @@ def finish(run: Run, checkpoint: Checkpoint, recipe: Recipe, seed: int, out: Pat
     _config(run, folder, layers)
     manifest = _manifest(run, checkpoint, recipe, seed, layers)
     verify_folder(folder, manifest)
-    _judge(manifest["check"], force, folder)
+    _judge(manifest["check"], force, folder, recipe)
     write_json(folder / M.NAME, manifest)
     write_json(out.with_name(f"{out.name}.log.json"), _log(run))
     if out.exists():
@@ -148,7 +148,7 @@ def _calibration(run: Run) -> dict[str, Any] | None:
     return {**run.calibration.describe(), **more}
 
 
-def _judge(check: dict[str, Any], force: bool, folder: Path) -> None:
+def _judge(check: dict[str, Any], force: bool, folder: Path, recipe: Recipe) -> None:
     ratio = check["perplexity"] / check["reference_perplexity"]
     if force or (check["kl_mean"] <= MOST_KL and ratio <= MOST_PERPLEXITY_RATIO):
         return
@@ -156,9 +156,18 @@ def _judge(check: dict[str, Any], force: bool, folder: Path) -> None:
         "accepting the quantized model",
         f"on held-out text its perplexity is {check['perplexity']:.4g} against {check['reference_perplexity']:.4g} and "
         f"its KL divergence {check['kl_mean']:.3g} nats (limits: {MOST_PERPLEXITY_RATIO:g} times, {MOST_KL:g})",
-        "use more bits, smaller groups or a calibrated method; or --force to accept it as it is "
+        f"use more bits, smaller groups{_more(recipe)}; or --force to accept it as it is "
         f"(the work in {folder} is kept)",
     )
+
+
+def _more(recipe: Recipe) -> str:
+    """What ``recipe`` leaves untried, beside bits and groups."""
+    ends = ("kind:embedding", "kind:head")
+    inner = [rule for rule in recipe.rules if rule.format != FLOAT and rule.match not in ends]
+    if not all(rule.calibrated for rule in inner):
+        return ", a calibrated method"
+    return "" if recipe.end or all(rule.tunings() for rule in inner) else ", a tuning such as --tune scales"
 
 
 def describe(recipe: Recipe) -> str:

@@ -17,7 +17,7 @@ from fewbit.errors import SpecError, UnsupportedError, of_layer
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.sites import Site
 from fewbit.model.stream import StreamedModel
-from fewbit.recipe import FLOAT, ModelTune, Recipe, Rule, Step
+from fewbit.recipe import FLOAT, ModelStep, ModelTune, Recipe, Rule, Step
 from fewbit.run.effort import Text, estimate
 from fewbit.run.solve import kernel_name, layout_for
 
@@ -92,9 +92,9 @@ def make_plan(checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, text
     """
     named = [(site.name, site.kind, _module_class(model, site)) for site in model.sites]
     recipe.check(named)
-    dtype = model.config.dtype or torch.float32
+    dtype = _kept_dtype(checkpoint, model)
     decisions = [
-        _decide(site, _rule(model, site, recipe.rule_for(*entry)), dtype, force)
+        _decide(site, _rule(model, site, recipe.rule_for(*entry), recipe.model), dtype, force)
         for site, entry in zip(model.sites, named, strict=True)
     ]
     kept = [(name, reason, model.module.get_parameter(name).numel() * dtype.itemsize) for name, reason in model.kept]
@@ -110,14 +110,27 @@ def make_plan(checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, text
     return Plan(decisions, kept, dtype, size, checkpoint.nbytes, bits, memory, seconds, warnings)
 
 
-def _rule(model: StreamedModel, site: Site, rule: Rule | None) -> Rule | None:
-    """``rule``, and after its own transforms the one that the rotation of the model needs at this site."""
+def _kept_dtype(checkpoint: Checkpoint, model: StreamedModel) -> torch.dtype:
+    """What stays in float is stored in: what the config names, or the files hold where that is narrower."""
+    named: torch.dtype = model.config.dtype or torch.float32
+    stored = checkpoint.dtype
+    return stored if stored is not None and stored.itemsize < named.itemsize else named
+
+
+def _rule(model: StreamedModel, site: Site, rule: Rule | None, whole: ModelStep | None) -> Rule | None:
+    """``rule``, and after its own transforms the one that the rotation of the model, ``whole``, needs at this site."""
     online = model.surgery.online.get(site.name) if model.surgery else None
     if rule is None or rule.format == FLOAT or online is None:
         return rule
     if any(transforms.named(step.name).mixes for step in rule.transforms):
         return rule
-    return replace(rule, transforms=(*rule.transforms, Step(online)))
+    try:
+        return replace(rule, transforms=(*rule.transforms, Step(online)))
+    except SpecError as error:
+        named = whole.name if whole else online
+        asked = f"method {rule.method} of {site.name} after transform {named}, which is a {online} of its inputs"
+        works = f"{named} with down=0 and output=0, which leaves these inputs alone"
+        raise SpecError(asked, error.found, works) from None
 
 
 def _of_surgery(model: StreamedModel, decisions: list[Decision]) -> list[str]:
@@ -271,6 +284,18 @@ def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> l
             f"{len(slow)} of {len(quantized)} layers have no fast kernel here and will NOT be faster than float, "
             f"e.g. {slow[0].site.name} ({why})"
         )
+    if odd := [d for d in quantized if not _rounds_natively(d)]:
+        found.append(
+            f"inputs of {len(odd)} layers are rounded to {odd[0].rule.activation}, "  # type: ignore[union-attr]
+            "which the native runtime does not do: transformers will run the model, more slowly; int8/channel is fast"
+        )
     if size >= checkpoint.nbytes:
         found.append(f"the result ({size} bytes) is not smaller than the source ({checkpoint.nbytes} bytes)")
     return found
+
+
+def _rounds_natively(decision: Decision) -> bool:
+    """Whether the native runtime can round the layer's inputs: to integers, or, counting signs, in the kernel."""
+    grid = formats.parse(decision.rule.activation) if decision.rule and decision.rule.activation else None
+    integers = isinstance(grid, formats.Affine) and grid.bits > 1
+    return grid is None or integers or isinstance(grid, formats.Fixed | formats.Outliers) or "xnor" in decision.kernel

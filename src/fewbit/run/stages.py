@@ -197,7 +197,7 @@ def write_stage(
 
 
 def _kept(run: Run, stage: int, sites: list[Site]) -> dict[str, Tensor]:
-    """Parameters of this stage that stay in float, in the dtype that the checkpoint's config names."""
+    """Parameters of this stage that stay in float, in the plan's dtype for them."""
     model, floating = run.model, {}
     if 0 < stage < run.stages - 1:
         prefix = model.blocks[stage - 1] + "."

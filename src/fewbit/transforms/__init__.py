@@ -72,7 +72,7 @@ def named(name: str) -> Transform:
     Raises:
         SpecError: there is none; the message lists those that exist.
     """
-    return find(TRANSFORMS, name, "transform")
+    return find(TRANSFORMS, name, "transform", MODEL_TRANSFORMS, f'model = "{name}"')
 
 
 def named_model(name: str) -> ModelTransform:
