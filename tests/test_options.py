@@ -36,6 +36,9 @@ def test_every_option_has_limits_and_is_refused_out_of_them(row: Any, name: str)
         assert name not in row.limits
         row.check({name: not default})
         wrong: tuple[Any, ...] = (0, 1, "no", "true", None)
+    elif isinstance(default, str):
+        assert name not in row.limits
+        wrong = (0.5, True, None)
     else:
         low, high = row.limits[name]
         assert low <= default <= high and low < high
@@ -50,7 +53,7 @@ def test_every_option_has_limits_and_is_refused_out_of_them(row: Any, name: str)
 
 @pytest.mark.parametrize("row", ROWS, ids=named)
 def test_limits_are_of_options_that_there_are(row: Any) -> None:
-    assert set(row.limits) == {name for name, default in row.options.items() if not isinstance(default, bool)}
+    assert set(row.limits) == {name for name, default in row.options.items() if not isinstance(default, bool | str)}
     with pytest.raises(SpecError, match="no such option"):
         row.check({"colour": 1})
 

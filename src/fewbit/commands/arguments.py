@@ -20,8 +20,8 @@ Method = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="How codes are chosen. Without data: rtn, hqq; from calibration: clip, imatrix, gptq, awq, skm, "
-        "squeezellm, vptq, ptq161, billm, arb, nanoquant, autoround.",
+        help="How codes are chosen. Without data: rtn, hqq; from calibration: clip, laq, imatrix, gptq, awq, "
+        "skm, squeezellm, vptq, ptq161, billm, arb, nanoquant, autoround.",
     ),
 ]
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="TOML rules instead of --format: which layer gets what.")]

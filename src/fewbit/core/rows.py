@@ -66,7 +66,9 @@ def _unfit(value: Any, default: Any, limits: tuple[float, float]) -> tuple[str, 
     if isinstance(default, bool):
         return "" if isinstance(value, bool) else "neither true nor false", f"e.g. {str(default).lower()}"
     if isinstance(default, str):  # which the row itself reads; one number is written without quotation marks
-        return "" if isinstance(value, str | int) and not isinstance(value, bool) else "it is no text", f"e.g. {default}"
+        return "" if isinstance(value, str | int) and not isinstance(
+            value, bool
+        ) else "it is no text", f"e.g. {default}"
     (low, high), whole = limits, isinstance(default, int)
     kind = "whole number" if whole else "number"
     works = f"a {kind} from {low:g} to {high:g}, e.g. {default:g}"
