@@ -32,6 +32,8 @@ class Transform:
     * ``rounds``: whether ``fit`` tries what rounding costs, and takes the layer's ``format`` after the seed.
     * ``options``: names and defaults; ``limits``: smallest and largest value of each.
     * ``refuse(columns)``: None, or the reason why inputs of that width cannot be rewritten.
+    * ``powers(**options)``: what a run tries that can look at the output of the module around a layer: ``fit`` then
+      takes the best as ``power``. Its option ``samples`` is the number of windows for that.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Transform:
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
     refuse: Callable[[int], str | None] = _takes_all
     rounds: bool = False
+    powers: Callable[..., tuple[float, ...]] | None = None
     source: str = ""
 
     def __call__(self, weight: Tensor, facts: Facts, seed: int, format: Format, **options: Any) -> Step:
