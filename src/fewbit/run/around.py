@@ -14,7 +14,6 @@ the rounded weights of the group, and all of them what the module takes and give
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -46,7 +45,8 @@ def choose(run: Run, tasks: list[Task], same: str | None, around: Found) -> list
             best = Around(same)
         else:
             module, calls = around(windows)
-            best = Around(module, _best(run, [tasks[place] for place in members], powers, module, calls))
+            lost = costs(run, [tasks[place] for place in members], powers, module, calls)
+            best = Around(module, powers[lost.index(min(lost))])
         for place in members:
             chosen[place] = replace(tasks[place], around=best)
     return chosen
@@ -60,8 +60,8 @@ def _asked(task: Task) -> tuple[tuple[float, ...], int] | None:
     return None
 
 
-def _best(run: Run, tasks: Sequence[Task], powers: Sequence[float], path: str, calls: Sequence[Call]) -> float:
-    """The one of ``powers`` that costs least at the output of the module at ``path``."""
+def costs(run: Run, tasks: Sequence[Task], powers: Sequence[float], path: str, calls: Sequence[Call]) -> list[float]:
+    """Sum of the squared errors at the output of the module at ``path`` over ``calls``, for each of ``powers``."""
     module = run.model.module.get_submodule(path)
 
     def made(module: nn.Module, call: Call) -> Tensor:
@@ -79,11 +79,7 @@ def _best(run: Run, tasks: Sequence[Task], powers: Sequence[float], path: str, c
         pairs = zip(calls, wanted, strict=True)
         return sum(float((made(twin, call) - want).square_().sum(dtype=torch.float64)) for call, want in pairs)
 
-    best, least = powers[0], math.inf
-    for power, lost in zip(powers, run.workers.map(cost, powers), strict=True):
-        if lost < least:
-            best, least = power, lost
-    return best
+    return list(run.workers.map(cost, powers))
 
 
 def _rounded(run: Run, task: Task) -> nn.Module:
