@@ -97,11 +97,6 @@ class Step(_Choice):
     def row(self) -> Any:
         return transforms.named(self.name)
 
-    def powers(self) -> tuple[float, ...]:
-        """What is to be tried at the output of the module around a layer."""
-        row = transforms.named(self.name)
-        return () if row.powers is None else row.powers(**{**row.options, **self.options})
-
 
 class Tune(_Choice):
     """One tuning of a rule, with its options."""

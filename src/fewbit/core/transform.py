@@ -56,6 +56,10 @@ class Transform:
         """Whether columns are mixed: then E[x^2] after it needs E[x x^T] before it, and max|x| is lost."""
         return STEPS[self.makes].mixes
 
+    def tried(self, options: Mapping[str, Any]) -> tuple[float, ...]:
+        """The powers to try at the output of the module around a layer; none where it has none, or none are wanted."""
+        return () if self.powers is None else self.powers(**{**self.options, **options})
+
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuse options that do not exist or are out of range.
 

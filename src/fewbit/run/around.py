@@ -55,7 +55,7 @@ def choose(run: Run, tasks: list[Task], same: str | None, around: Found) -> list
 def _asked(task: Task) -> tuple[tuple[float, ...], int] | None:
     """The powers to try for ``task``, and on how many windows."""
     for step in task.rule.transforms:
-        if powers := step.powers():
+        if powers := step.row().tried(step.options):
             return powers, int({**step.row().options, **step.options}["samples"])
     return None
 

@@ -309,6 +309,10 @@ def estimate(
             options = {**methods.tuning(tune.name).options, **tune.options}
             # forward, backward for inputs and for the weight; attention and rounding take about as long again
             flops += 12 * options["iters"] * options["batch"] * WINDOW * rows * columns
+        for step in decision.rule.transforms:
+            windows = {**step.row().options, **step.options}.get("samples", 0)
+            # every power runs the module around the layer on them
+            flops += 2 * len(step.row().tried(step.options)) * min(tokens, windows * WINDOW) * rows * columns
         seconds += decision.weights * 6e-8
         if tokens and methods.named(decision.rule.method).needs == "fisher":
             flops += 8 * tokens * rows * columns  # forward, again, and two products backward

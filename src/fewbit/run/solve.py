@@ -281,7 +281,7 @@ def _note(starved: list[int], task: Task) -> str:
         parts += [f"rounded to nearest instead of {method}"] if starved else []
         return f"no calibration token reached it: {', '.join(parts)}" if parts else ""
     if not starved:
-        alone = [step.name for step in task.rule.transforms if task.around is None and step.powers()]
+        alone = [step.name for step in task.rule.transforms if task.around is None and step.row().tried(step.options)]
         return f"{', '.join(alone)} by the layer's own output: no module around it was at hand" if alone else ""
     shown = ", ".join(str(expert) for expert in starved[:8]) + (", ..." if len(starved) > 8 else "")
     who = f"{len(starved)} of {site.experts} experts saw no calibration token ({shown})"
