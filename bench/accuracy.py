@@ -49,6 +49,8 @@ METHODS: dict[str, tuple[tuple[str | dict[str, Any], ...], str, dict[str, Any]]]
     "awq scale": (("awq",), "rtn", {}),
     "awq clip": ((), "awq", {}),
     "awq": (("awq",), "awq", {}),
+    "awq each layer": (({"name": "awq", "samples": 0},), "awq", {}),
+    "awq scale, each layer": (({"name": "awq", "samples": 0},), "rtn", {}),
     "awq + clip": (("awq",), "clip", {}),
     "awq + gptq": (("awq",), "gptq", {}),
     "skm": ((), "skm", {}),

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short runs on the tiny model."""
+"""Short runs on the tiny model; ``tests/oracle`` is importable as ``oracle``."""
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fewbit
 from fewbit import calibrate
 from fewbit.run import PROBE
+
+TESTS = str(Path(__file__).resolve().parents[1])
+if TESTS not in sys.path:
+    sys.path.insert(0, TESTS)
 
 SHORT: dict[str, Any] = {"samples": 8, "context": 64}
 

@@ -32,6 +32,8 @@ class Transform:
     * ``rounds``: whether ``fit`` tries what rounding costs, and takes the layer's ``format`` after the seed.
     * ``options``: names and defaults; ``limits``: smallest and largest value of each.
     * ``refuse(columns)``: None, or the reason why inputs of that width cannot be rewritten.
+    * ``powers(**options)``: what a run tries that can look at the output of the module around a layer: ``fit`` then
+      takes the best as ``power``. Its option ``samples`` is the number of windows for that.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Transform:
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
     refuse: Callable[[int], str | None] = _takes_all
     rounds: bool = False
+    powers: Callable[..., tuple[float, ...]] | None = None
     source: str = ""
 
     def __call__(self, weight: Tensor, facts: Facts, seed: int, format: Format, **options: Any) -> Step:
@@ -52,6 +55,10 @@ class Transform:
     def mixes(self) -> bool:
         """Whether columns are mixed: then E[x^2] after it needs E[x x^T] before it, and max|x| is lost."""
         return STEPS[self.makes].mixes
+
+    def tried(self, options: Mapping[str, Any]) -> tuple[float, ...]:
+        """The powers to try at the output of the module around a layer; none where it has none, or none are wanted."""
+        return () if self.powers is None else self.powers(**{**self.options, **options})
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuse options that do not exist or are out of range.

@@ -74,6 +74,13 @@ class Order:
         known = [closing for closing in self.closings if closing.group < group]
         return [one for one in known if not any(other is not one and inside(one, other) for other in known)]
 
+    def same_output(self, group: int) -> str | None:
+        """A module around the only layer of ``group`` whose output is that of this layer."""
+        for one in self.closings:
+            if self.groups[group] == (one.site,) and one.group == group and one.module != one.site:
+                return one.module
+        return None
+
     def idle(self, group: int) -> list[str]:
         """Modules whose output nobody needs while the inputs of ``group`` are made."""
         closed = self.closed(group)

@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewbit.model.loading import under
 from fewbit.model.order import Closing, Order, find_order
 from fewbit.model.stream import Inputs, StreamedModel, with_replaced
 
 Step = Callable[[Tensor, Inputs, Mapping[str, Tensor]], Tensor]
 """``step(hidden, inputs, outputs)``: ``outputs`` are the closed modules' by path, as :func:`output` gives them."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of a module."""
 
 
 class Reached(Exception):
@@ -78,6 +83,46 @@ def replaying(model: StreamedModel, index: int, order: Order, group: int) -> Ite
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def calls_around(
+    model: StreamedModel, index: int, order: Order, group: int
+) -> Iterator[Callable[[Tensor, Inputs, Mapping[str, Tensor]], tuple[str, Call]]]:
+    """As :func:`replaying`, for the smallest module that is called and holds all of ``group``: its path, and its call.
+    The block itself where no module in it does. For one thread."""
+    name = model.blocks[index]
+    noted: dict[str, Call] = {}
+    handles = []
+    for path in _holding(name, order.groups[group]):
+        hook = partial(_note, noted, path)
+        handles.append(model.module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+
+    try:
+        with replaying(model, index, order, group) as step:
+
+            def called(hidden: Tensor, inputs: Inputs, outputs: Mapping[str, Tensor]) -> tuple[str, Call]:
+                noted.clear()
+                step(hidden, inputs, outputs)
+                return max(noted.items(), key=lambda item: len(item[0]))
+
+            yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _holding(block: str, names: Sequence[str]) -> list[str]:
+    """Paths of ``block`` and of what in it holds all of ``names``."""
+    parts = names[0].split(".")
+    paths = [".".join(parts[:count]) for count in range(block.count(".") + 1, len(parts))]
+    return [path for path in paths if all(under(name, path) for name in names)]
+
+
+def _note(
+    noted: dict[str, Call], path: str, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    noted[path] = (arguments, named)
 
 
 def _reached(module: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -61,6 +61,10 @@ def estimate(
             options = {**methods.tuning(tune.name).options, **tune.options}
             # forward, backward for inputs and for the weight; attention and rounding take about as long again
             flops += 12 * options["iters"] * min(options["batch"], text.windows) * text.context * rows * columns
+        for step in decision.rule.transforms:
+            windows = min({**step.row().options, **step.options}.get("samples", 0), text.windows)
+            # every power runs the module around the layer on them
+            flops += 2 * len(step.row().tried(step.options)) * windows * text.context * rows * columns
         seconds += decision.weights * 6e-8
         if tokens and methods.named(decision.rule.method).needs == "fisher":
             flops += 8 * tokens * rows * columns  # forward, again, and two products backward

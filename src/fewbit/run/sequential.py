@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
 from fewbit.core.facts import Accumulator, Facts
 from fewbit.model.order import Order
-from fewbit.model.replay import checked_order, output, replaying
+from fewbit.model.replay import Call, calls_around, checked_order, output, replaying
+from fewbit.run.around import choose
 from fewbit.run.collect import calibration_through, collect
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenBatches, HiddenFile, HiddenOnce
@@ -25,7 +27,7 @@ from fewbit.run.reconstruct import reference_on, tune_block, tuned
 from fewbit.run.rewriting import as_run
 from fewbit.run.solve import Solved
 from fewbit.run.state import HELD, Run
-from fewbit.run.tasks import block_sites, needs, solve_sites
+from fewbit.run.tasks import block_sites, make_tasks, needs, solve_sites, solve_tasks
 
 BY_GROUP = "group by group"
 
@@ -94,7 +96,11 @@ def by_group(
             if total is not None:
                 bare = replace(total, gram=None)
                 facts = {name: [total if asked.get(name) == "gram" else bare] for name in names}
-            solved += solve_sites(run, [by_name[name] for name in names], facts, seen)
+            tasks = make_tasks(run, [by_name[name] for name in names], facts, seen)
+            if total is not None:
+                with as_run(run.model, solved):
+                    tasks = choose(run, tasks, order.same_output(group), partial(passes.around, group))
+            solved += solve_tasks(run, tasks)
         solved = fix_grids(run, stage, index, solved)
         if _is_last(run, stage) or any(item.tunings for item in solved):
             return solved, None
@@ -144,6 +150,18 @@ class Passes:
         if closing is not None and keep is not None:
             self._inputs[closing.module] = keep
         return None if total is None else total.facts()
+
+    def around(self, group: int, windows: int) -> tuple[str, list[Call]]:
+        """The smallest module that is called with the layers of ``group`` in it, by its path, and what it is called
+        with for the first ``windows`` windows of the calibration, in whole batches; after :meth:`collect` of it."""
+        run, shared, calls = self._run, self._run.inputs("calibration"), list[Call]()
+        batches = min(-(-windows // run.batch), len(run.batches()))
+        with calls_around(run.model, self._index, self._order, group) as called:
+            for batch in range(batches):
+                with run.arithmetic():
+                    module, call = called(self._source.read(batch), shared, self._made(group, batch))
+                calls.append(call)
+        return module, calls
 
     def finish(self) -> HiddenFile:
         """What the block makes of the calibration, all its groups being solved; to be committed."""

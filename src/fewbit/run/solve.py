@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -29,10 +29,19 @@ from fewbit.recipe import Rule, Tune
 from fewbit.run.spread import spread
 
 
+@dataclass(frozen=True)
+class Around:
+    """``module`` (a path), by whose output the ``power`` of a layer's transforms was chosen; None where that output is
+    the layer's own, so that they choose it themselves."""
+
+    module: str
+    power: float | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """``weight`` float32 (experts * rows, columns); ``facts`` and ``seen`` (tokens, columns) one entry an expert.
-    ``seed`` is that of the run."""
+    ``seed`` is that of the run; ``around`` None where no module around the layer was at hand, or was asked for."""
 
     site: Site
     rule: Rule
@@ -41,6 +50,7 @@ class Task:
     facts: list[Facts]
     seen: list[Tensor]
     seed: int
+    around: Around | None = None
 
     @property
     def activation(self) -> Format | None:
@@ -163,6 +173,8 @@ def _solved(task: Task) -> Solved:
         "note": _note(starved, task, parts),
         "seconds": round(time.monotonic() - began, 3),
     }
+    if task.around is not None:
+        record["around"] = asdict(task.around)
     if isinstance(packed, Terms):
         shapes = [(matrix.format, matrix.shape) for matrix in matrices(packed)]
         record |= {"terms": plain, "kernel": kernel_name(task.rule, shapes, has_sparse(packed))}
@@ -207,7 +219,10 @@ def transformed(task: Task) -> tuple[Chain, Tensor, list[Facts]]:
     asking = [row.needs for row in rows[1:]] + [methods.named(task.rule.method).needs]
     for i, row in enumerate(rows):
         seed = seed_of(task.seed, task.site.name) ^ i
-        step = row(weight, known[0], seed, task.format, **task.rule.transforms[i].options)
+        options = dict(task.rule.transforms[i].options)
+        if row.powers is not None and task.around is not None and task.around.power is not None:
+            options["power"] = task.around.power
+        step = row(weight, known[0], seed, task.format, **options)
         steps.append(step)
         weight = step.weight(weight)
         if any(need != "nothing" for need in asking[i:]) and known[0].tokens:
@@ -291,7 +306,8 @@ def _of_none(starved: list[int], task: Task) -> str:
         parts += [f"rounded to nearest instead of {method}"] if starved else []
         return f"no calibration token reached it: {', '.join(parts)}" if parts else ""
     if not starved:
-        return ""
+        alone = [step.name for step in task.rule.transforms if task.around is None and step.row().tried(step.options)]
+        return f"{', '.join(alone)} by the layer's own output: no module around it was at hand" if alone else ""
     shown = ", ".join(str(expert) for expert in starved[:8]) + (", ..." if len(starved) > 8 else "")
     who = f"{len(starved)} of {site.experts} experts saw no calibration token ({shown})"
     return f"{who}: rounded to nearest instead of {method}"

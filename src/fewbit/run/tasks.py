@@ -90,8 +90,17 @@ def solve_all(run: Run, tasks: list[Task]) -> list[Solved]:
 def solve_sites(
     run: Run, sites: list[Site], facts: dict[str, list[Facts]], seen: dict[str, list[Tensor]]
 ) -> list[Solved]:
-    """Solve ``sites`` and put the decoded weights into the loaded model, and corrected biases where that is asked."""
-    tasks = [task for site in sites if (task := make_task(run, site, facts, seen))]
+    """:func:`solve_tasks` of what the plan has for ``sites``."""
+    return solve_tasks(run, make_tasks(run, sites, facts, seen))
+
+
+def make_tasks(run: Run, sites: list[Site], facts: dict[str, list[Facts]], seen: dict[str, list[Tensor]]) -> list[Task]:
+    """What to solve for ``sites``, less those that the plan leaves alone."""
+    return [task for site in sites if (task := make_task(run, site, facts, seen))]
+
+
+def solve_tasks(run: Run, tasks: list[Task]) -> list[Solved]:
+    """Solve ``tasks`` and put the decoded weights into the loaded model, and corrected biases where that is asked."""
     solved = solve_all(run, tasks)
     if run.correct_bias:  # while the model still holds the float weights
         solved = [_corrected(run.model, task, item) for task, item in zip(tasks, solved, strict=True)]

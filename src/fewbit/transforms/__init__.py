@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fewbit.core.rows import find
 from fewbit.core.transform import ModelTransform, Transform, seed_of
-from fewbit.transforms.awq import awq
+from fewbit.transforms.awq import awq, powers
 from fewbit.transforms.hadamard import hadamard
 from fewbit.transforms.hadamard import refuse as refuse_hadamard
 from fewbit.transforms.rotate import refuse, rotate
@@ -36,9 +36,10 @@ TRANSFORMS: tuple[Transform, ...] = (
         awq,
         makes="scale",
         needs="gram",
-        options={"steps": 20},
-        limits={"steps": (1, 1000)},
+        options={"steps": 20, "samples": 16},
+        limits={"steps": (1, 1000), "samples": (0, 1_000_000)},
         rounds=True,
+        powers=powers,
         source="Lin et al. 2023, arXiv:2306.00978",
     ),
     Transform(
