@@ -144,7 +144,7 @@ def test_an_expert_without_tokens_is_rounded_and_reported(tiny_family: Callable[
     assert len(experts) == 4
     for layer in experts:
         assert layer["note"].startswith("2 of 4 experts saw no calibration token")
-        assert layer["note"].endswith("rounded to nearest instead of gptq")
+        assert "rounded to nearest instead of gptq" in layer["note"]
     assert math.isfinite(result.manifest["check"]["kl_mean"])
 
 

@@ -144,7 +144,7 @@ def test_what_it_cannot_use_is_refused() -> None:
 
 
 def test_the_plan_refuses_what_the_method_refuses(tiny: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"int4/g32/asym by hqq for .*offset.*methods rtn, clip, imatrix, gptq"):
+    with pytest.raises(UnsupportedError, match=r"int4/g32/asym by hqq for .*offset.*methods rtn, clip, laq, imatrix"):
         fewbit.plan(tiny, "int4/g32/asym", method="hqq")
     with pytest.raises(UnsupportedError, match=r"vector8x8 by gptq for .*8 weights.*rtn"):
         fewbit.plan(tiny, "vector8x8", method="gptq")

@@ -92,8 +92,9 @@ def quantize(
     chosen, target, tell = _recipe(recipe, method, head, options, transforms, tune), Path(out), progress or O.silent
     with O.source(model, tokenizer, target) as path, workers(threads) as pool:
         streamed = StreamedModel.open(checkpoint := open_checkpoint(path), _preparation(chosen, seed))
-        text = Text(samples, context, BATCH_TOKENS)
-        _check(planned := _planned(checkpoint, streamed, chosen, text, force, tell), chosen, device, facts)
+        planned = _planned(checkpoint, streamed, chosen, Text(samples, context, BATCH_TOKENS), force, tell)
+        _check(planned, chosen, device, facts)
+        _check_biases(correct_bias, streamed, planned, chosen)
         words, products = checkpoint.words(), O.products(calibration_dtype)
         data, whole = _calibration(checkpoint, words, chosen, correct_bias, calibration, samples, context, seed, tell)
         kept, data = _kept(facts, checkpoint, planned, data, calibration is not None)
@@ -107,9 +108,7 @@ def quantize(
         run.kept, run.sensitivity, run.correct_bias = kept, _sensitivity(run), correct_bias
         run.end, run.whole = chosen.end, whole
         run_all(run)
-        manifest = finish(run, checkpoint, chosen, seed, target, force)
-    tell(Event("done", message=str(target)))
-    return Result(target, manifest)
+        return Result(target, finish(run, checkpoint, chosen, seed, target, force))
 
 
 def plan(

@@ -15,6 +15,7 @@ from fewbit.containers.files import digest, read_json, write_json
 from fewbit.errors import QualityError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.recipe import FLOAT, Recipe
+from fewbit.run.events import Event
 from fewbit.run.state import Run
 from fewbit.run.verify import INDEX, verify_folder
 
@@ -51,6 +52,7 @@ def finish(run: Run, checkpoint: Checkpoint, recipe: Recipe, seed: int, out: Pat
         shutil.rmtree(out)
     os.replace(folder, out)
     shutil.rmtree(out / STATE)
+    run.progress(Event("done", message=str(out)))
     return manifest
 
 
