@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import fewbit
 from fewbit import calibrate
@@ -61,3 +62,34 @@ def hashes() -> Callable[[Path], dict[str, str]]:
         return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     return of
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, byte_tokenizer: Callable[[Path], int]) -> Callable[..., Any]:
+    """``recorded(golden, **shape)``: the Llama of one block, 64 wide, that a script of ``tests/golden`` recorded, its
+    windows as ``tmp_path / "text.txt"``, and itself in ``tmp_path / "model"``; with all that was recorded, and what
+    loading its weights says of keys."""
+
+    def load(golden: Path, **shape: int) -> Any:
+        with np.load(golden, allow_pickle=False) as data:
+            saved = {name: torch.from_numpy(data[name]) for name in data.files}
+        folder = tmp_path / "model"
+        config = LlamaConfig(
+            vocab_size=byte_tokenizer(folder),
+            hidden_size=64,
+            num_hidden_layers=1,
+            max_position_embeddings=512,
+            bos_token_id=0,
+            eos_token_id=1,
+            tie_word_embeddings=True,
+            **shape,
+        )
+        model = LlamaForCausalLM(config).float().eval()
+        weights = {name[7:]: values.float() for name, values in saved.items() if name.startswith("weight.")}
+        keys = model.load_state_dict(weights, strict=False)
+        model.save_pretrained(folder)
+        letters = (chr(token - 2 + ord("!")) for token in saved["ids"].long().flatten().tolist())
+        (tmp_path / "text.txt").write_text("".join(letters))
+        return model, saved, keys
+
+    return load

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import fewbit
 from fewbit.model.checkpoint import open_checkpoint
@@ -140,31 +140,15 @@ def test_equals_the_definition(
 @pytest.mark.parametrize("kind", list(GROUPS))
 def test_chooses_what_llmcompressor_chooses(
     tmp_path: Path,
-    byte_tokenizer: Callable[[Path], int],
+    recorded: Callable[..., Any],
     searched: dict[str, tuple[list[float], int]],
     kind: str,
 ) -> None:
     """Everything else in float, as it is there. It keeps s and the scales of groups in float32, we in float16."""
-    with np.load(GOLDEN, allow_pickle=False) as data:
-        saved = {name: torch.from_numpy(data[name]) for name in data.files}
+    shape = {"intermediate_size": 128, "num_attention_heads": HEADS, "num_key_value_heads": SHARED}
+    _, saved, keys = recorded(GOLDEN, **shape)
+    assert keys.missing_keys in ([], ["lm_head.weight"])
     ids, folder = saved["ids"].long(), tmp_path / "model"
-    config = LlamaConfig(
-        vocab_size=byte_tokenizer(folder),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=HEADS,
-        num_key_value_heads=SHARED,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).float().eval()
-    weights = {name[7:]: values.float() for name, values in saved.items() if name.startswith("weight.")}
-    assert model.load_state_dict(weights, strict=False).missing_keys in ([], ["lm_head.weight"])
-    model.save_pretrained(folder)
-    (tmp_path / "text.txt").write_text("".join(chr(token - 2 + ord("!")) for token in ids.flatten().tolist()))
     rules = [Rule(f"re:.*{kind}.*", "int3/g32/asym", transforms=(Step("awq"),)), Rule("*", "float")]
     recipe = Recipe((Rule("kind:embedding", "float"), Rule("kind:head", "float"), *rules))
     data_ = {"calibration": tmp_path / "text.txt", "samples": 12, "context": 64, "calibration_dtype": "float32"}

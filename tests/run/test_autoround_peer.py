@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import fewbit
 
@@ -29,28 +29,12 @@ def block(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     return seen[0].double()
 
 
-def test_tuning_loses_no_more_than_auto_rounds(tmp_path: Path, byte_tokenizer: Callable[[Path], int]) -> None:
+def test_tuning_loses_no_more_than_auto_rounds(tmp_path: Path, recorded: Callable[..., Any]) -> None:
     """Mean square error at the output of the block on the windows it was tuned on, 60 iterations of 8 windows."""
-    with np.load(GOLDEN, allow_pickle=False) as data:
-        saved = {name: torch.from_numpy(data[name]) for name in data.files}
+    shape = {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model, saved, keys = recorded(GOLDEN, **shape)
+    assert not keys.unexpected_keys
     ids, folder = saved["ids"].long(), tmp_path / "model"
-    config = LlamaConfig(
-        vocab_size=byte_tokenizer(folder),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).float().eval()
-    weights = {name[7:]: values.float() for name, values in saved.items() if name.startswith("weight.")}
-    assert not model.load_state_dict(weights, strict=False).unexpected_keys
-    model.save_pretrained(folder)
-    (tmp_path / "text.txt").write_text("".join(chr(token - 2 + ord("!")) for token in ids.flatten().tolist()))
     options = {
         "method": "autoround",
         "options": {"iters": 60, "batch": 8, "relative": 0.0},

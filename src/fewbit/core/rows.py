@@ -65,13 +65,12 @@ def _unfit(value: Any, default: Any, limits: tuple[float, float]) -> tuple[str, 
     """Why ``value`` cannot stand for ``default``, "" where it can; and what would."""
     if isinstance(default, bool):
         return "" if isinstance(value, bool) else "neither true nor false", f"e.g. {str(default).lower()}"
+    truth = isinstance(value, bool)
     if isinstance(default, str):  # which the row itself reads; one number is written without quotation marks
-        return "" if isinstance(value, str | int) and not isinstance(
-            value, bool
-        ) else "it is no text", f"e.g. {default}"
+        return "" if isinstance(value, str | int) and not truth else "it is no text", f"e.g. {default}"
     (low, high), whole = limits, isinstance(default, int)
     kind = "whole number" if whole else "number"
     works = f"a {kind} from {low:g} to {high:g}, e.g. {default:g}"
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+    if truth or not isinstance(value, int if whole else int | float):
         return f"it is no {kind}", works
     return "" if low <= value <= high else "out of range", works

@@ -384,3 +384,12 @@ def with_replaced(module: nn.Module, replaced: Mapping[str, nn.Module], path: st
         elif child is not None and any(under(other, own) for other in replaced):
             twin._modules[name] = with_replaced(child, replaced, own)
     return twin
+
+
+def with_weight(module: nn.Module, site: Site, values: Tensor) -> nn.Module:
+    """A twin of the layer ``module`` at ``site`` that multiplies by ``values`` (rows, columns), and shares the rest."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    lying = values.T if site.transposed else values
+    twin._parameters[site.parameter.rpartition(".")[2]] = lying  # type: ignore[assignment]
+    return twin

@@ -13,7 +13,6 @@ the rounded weights of the group, and all of them what the module takes and give
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from fewbit.core import format as F
 from fewbit.model.replay import Call
-from fewbit.model.stream import with_replaced
+from fewbit.model.stream import with_replaced, with_weight
 from fewbit.run.solve import Around, Task, transformed
 from fewbit.run.state import Run
 
@@ -87,8 +86,4 @@ def _rounded(run: Run, task: Task) -> nn.Module:
     site = task.site
     rewrite, weight, _ = transformed(task)
     values = rewrite.unweight(F.rounded(task.format, weight)).reshape(run.model.weight(site.name).shape)
-    twin: nn.Module = copy.copy(run.model.module.get_submodule(site.name))
-    twin._parameters = dict(twin._parameters)
-    lying = values.T if site.transposed else values
-    twin._parameters[site.parameter.rpartition(".")[2]] = lying  # type: ignore[assignment]
-    return twin
+    return with_weight(run.model.module.get_submodule(site.name), site, values)

@@ -37,7 +37,7 @@ from fewbit.core.terms import matrices
 from fewbit.core.transform import generator_of
 from fewbit.core.tuning import Learnable, Values
 from fewbit.measure.memory import peak_rss_bytes
-from fewbit.model.stream import with_replaced
+from fewbit.model.stream import with_replaced, with_weight
 from fewbit.recipe import Tune
 from fewbit.run.collect import calibration_through
 from fewbit.run.events import Event
@@ -200,11 +200,9 @@ class _Phase:
             path = item.record["name"]
             if i in given or item.rewrite.steps or item.activation is not None:
                 site = model.site(path)
-                parts[path[start:]] = twin = _twin(self._bare.get_submodule(path[start:]), item, self._device)
-                if i in given:
-                    with torch.enable_grad():
-                        lying = given[i].T if site.transposed else given[i]
-                    twin._parameters[site.parameter.rpartition(".")[2]] = lying  # type: ignore[assignment]
+                twin = _twin(self._bare.get_submodule(path[start:]), item, self._device)
+                with torch.enable_grad():
+                    parts[path[start:]] = with_weight(twin, site, given[i]) if i in given else twin
         block = with_replaced(self._bare, parts)
         arguments, named = self._calls
 
@@ -283,9 +281,8 @@ class _Phase:
 
 
 def _twin(module: nn.Module, item: Solved, device: torch.device) -> nn.Module:
-    """``module`` with parameters and input hooks of its own: inputs are rewritten and rounded as when the model runs,
-    and gradients go straight through that rounding."""
+    """``module`` with input hooks of its own: inputs are rewritten and rounded as when the model runs, and gradients go
+    straight through that rounding."""
     twin = copy.copy(module)
-    twin._parameters = dict(module._parameters)
     twin._forward_pre_hooks = OrderedDict({0: straight_through(item, device)})
     return twin
