@@ -111,7 +111,7 @@ class _Phase:
         self._targets = [(1.0, self._wanted)]
         if self._own:
             self._targets.append((self._own, self._one_by_one(stage, "own")))
-        self._map: Callable[..., Iterator[Any]] = run.workers.map if self._device.type == "cpu" else map
+        self._map = run.map
         self._calls = placed(run.inputs("window" if self._together == 1 else "calibration").calls[index], self._device)
         block = run.model.module.get_submodule(run.model.blocks[index])
         self._bare = block if self._device.type == "cpu" else copy.deepcopy(block).to(self._device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,6 +60,11 @@ class Run:
     whole: Calibration | None = None
     began: float = field(default_factory=time.monotonic)
     calls: dict[str, Inputs] = field(default_factory=dict)
+
+    @property
+    def map(self) -> Callable[..., Iterator[Any]]:
+        """Calls a function of every item, in their order: on the workers, or one by one where a GPU does the work."""
+        return self.workers.map if torch.device(self.device).type == "cpu" else map
 
     def arithmetic(self, device: str = "cpu") -> AbstractContextManager[Any]:
         """What calibration computes in: matrix products in ``calibration_dtype``, sums and facts in float32."""

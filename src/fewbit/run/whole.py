@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,7 @@ class Whole:
         self._device, self._model = torch.device(run.device), run.model
         self._alone = self._device.type == "cpu"
         self._together = 1 if self._alone else max(1, TOGETHER // run.calibration.ids.shape[1])
-        self._map: Callable[..., Iterator[Any]] = run.workers.map if self._alone else map
+        self._map = run.map
         self._ids = (run.whole or run.calibration).ids
         number = len(self._ids)
         held = min(MOST_HELD, max(1, number // HELD))
