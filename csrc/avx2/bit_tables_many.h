@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Codes of 1 bit times three tokens and more, by the tables of four_tables.h: what they are looked up by is made once for all tokens,
-// and a table that is loaded serves 64 rows.
+// Codes of 1 bit times three tokens and more, by the tables of four_tables.h: what they are looked up by is made once for all
+// tokens, and a table that is loaded serves 64 rows.
 #pragma once
 
 #include "avx2/four_tables.h"
@@ -23,8 +23,8 @@ struct RowSums {
   FEWBIT_INLINE U even() const { return _mm256_sub_epi16(both, _mm256_slli_epi16(odd, 8)); }
 };
 
-// Two tiles, `apart`, as bytes of the same columns: vector j holds byte j of each lane, rows of the first tile in the lower bytes of
-// words, rows of the second in the upper ones.
+// Two tiles, `apart`, as bytes of the same columns: vector j holds byte j of each lane, rows of the first tile in the lower
+// bytes of words, rows of the second in the upper ones.
 FEWBIT_INLINE void gather_words(bool arranged, const uint8_t* codes, int64_t apart, U (&byte)[4]) {
   if (arranged) {
     for (int j = 0; j < 4; j += 2) {

@@ -75,8 +75,8 @@ const SegmentKernel* find(const FixedPoint* table, int32_t isa) {
 // Whether activations lie around 0, as static ones need not.
 [[maybe_unused]] bool around(const fewbit_input& x) { return x.scale == 0 || (x.zero >= 96 && x.zero <= 160); }
 
-// That of one or two tokens alone, where there is one; `most`: bits of a code, or the largest level. Or of more and 1 bit, if most of
-// what four of them add up to is small.
+// That of one or two tokens alone, where there is one; `most`: bits of a code, or the largest level. Or of more beside 1 bit,
+// where sums of a few activations may be small.
 const SegmentKernel* find_few([[maybe_unused]] bool lut, [[maybe_unused]] int32_t most, [[maybe_unused]] const fewbit_input& x,
                               [[maybe_unused]] int32_t isa) {
 #if defined(__x86_64__)
