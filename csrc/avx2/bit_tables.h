@@ -97,15 +97,6 @@ struct TableSums {
     asm("" : "+x"(first), "+x"(second));
   }
 
-  // As floats, less 2^23 less `raised`: what they are put behind makes floats of them.
-  FEWBIT_INLINE void values(F raised, F (&value)[4]) const {
-    const U above = _mm256_set1_epi16(0x4b00);
-    value[0] = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpacklo_epi16(first, above)), raised);
-    value[1] = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpackhi_epi16(first, above)), raised);
-    value[2] = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpacklo_epi16(second, above)), raised);
-    value[3] = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpackhi_epi16(second, above)), raised);
-  }
-
   // Adds them to sums of 32 bits.
   FEWBIT_INLINE void flush(U (&wide)[4]) const {
     const U zero = _mm256_setzero_si256();
@@ -238,7 +229,7 @@ inline void one_bit_lanes(const SegmentTask& task, const SegmentStrip& strip) {
   const U above = _mm256_set1_epi16(0x4b00);
   for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++) {
     const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
-    if (task.segment_chunks <= kTableRun) {  // as floats at once: see TableSums::values
+    if (task.segment_chunks <= kTableRun) {  // as floats at once: words below 0x4b00 are floats from 2^23 on
       LaneSums sums[2];
       const F raised = broadcast(static_cast<float>((1 << 23) + (end - chunk) * 8 * kRaised));
       look_up_run(codes, apart, ahead, tables, end - chunk, sums);

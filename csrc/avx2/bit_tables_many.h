@@ -1,30 +1,48 @@
 // SPDX-License-Identifier: Apache-2.0
-// Codes of 1 bit times three tokens and more, by the tables of bit_tables.h: what they are looked up by is made once for all
+// Codes of 1 bit times three tokens and more, by the tables of four_tables.h: what they are looked up by is made once for all
 // tokens, and a table that is loaded serves 64 rows.
 #pragma once
 
-#include "avx2/bit_tables.h"
+#include "avx2/four_tables.h"
 
 namespace fewbit {
 namespace {
 
 constexpr int64_t kIndexChunks = 18;  // whose indices are kept: 9 KiB
 constexpr int kPairs = 2;             // of tiles that a table serves
-constexpr int kLookups = 8;           // of a chunk
-static_assert(kSegment / 32 <= kTableRun, "sums of 16 bits");
 
-// Of a token: tables of all chunks, then what it was rounded to.
-inline uint8_t* tables_of(const SegmentTask& task, int64_t token) {
-  return static_cast<uint8_t*>(task.activations) + token * task.chunks * (kTableBytes + 32);
-}
+// What the sums of parts of a row hold modulo 2^16: words of two rows, the even one plus 2^8 of the odd one, and odd rows alone.
+struct RowSums {
+  U both = _mm256_setzero_si256(), odd = _mm256_setzero_si256();
 
-inline void tables_beside(const SegmentTask& task, const fewbit_input& x, int64_t token) {
-  SegmentTask rounded = task;
-  uint8_t* tables = tables_of(task, token);
-  rounded.activations = tables + task.chunks * kTableBytes - token * task.chunks * 32;
-  round_token<int8_t>(rounded, x, token);
-  const int8_t* row = row_of<int8_t>(rounded, token);
-  for (int64_t c = 0; c < task.chunks; c++) chunk_tables(row + c * 32, tables + c * kTableBytes);
+  FEWBIT_INLINE void add(U bytes) {
+    both = _mm256_add_epi16(both, bytes);
+    odd = _mm256_add_epi16(odd, _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x100)));
+    asm("" : "+x"(both), "+x"(odd));  // GCC would delay the additions, and keep what it looked up in memory
+  }
+  FEWBIT_INLINE U even() const { return _mm256_sub_epi16(both, _mm256_slli_epi16(odd, 8)); }
+};
+
+// Two tiles, `apart`, as bytes of the same columns: vector j holds byte j of each lane, rows of the first tile in the lower
+// bytes of words, rows of the second in the upper ones.
+FEWBIT_INLINE void gather_words(bool arranged, const uint8_t* codes, int64_t apart, U (&byte)[4]) {
+  if (arranged) {
+    for (int j = 0; j < 4; j += 2) {
+      const U first = load_lanes(codes + j * 16), second = load_lanes(codes + apart + j * 16);
+      const U low = _mm256_unpacklo_epi8(first, second), high = _mm256_unpackhi_epi8(first, second);
+      byte[j] = lower_halves(low, high), byte[j + 1] = upper_halves(low, high);
+    }
+    return;
+  }
+  U words[2][2];  // of each row group: bytes 0 and 1, bytes 2 and 3
+  for (int t = 0; t < 2; t++) {
+    const U first = by_place(load_lanes(codes + t * 32)), second = by_place(load_lanes(codes + apart + t * 32));
+    words[t][0] = _mm256_unpacklo_epi8(first, second), words[t][1] = _mm256_unpackhi_epi8(first, second);
+  }
+  for (int i = 0; i < 2; i++) {
+    byte[2 * i] = _mm256_unpacklo_epi64(words[0][i], words[1][i]);
+    byte[2 * i + 1] = _mm256_unpackhi_epi64(words[0][i], words[1][i]);
+  }
 }
 
 // Four tiles beside all tokens, a run of chunks at a time: whole segments, or a part of the only one.
@@ -32,16 +50,17 @@ struct BitRun {
   static constexpr int kTiles = kPairs * 2, kGroups = kTiles * kGroupsPerTile;
 
   const SegmentTask& task;
-  bool long_row;
-  int64_t part;                  // chunks that are summed in 16 bits
-  int64_t first, chunks;         // of the row; of the run
-  Segment segment;               // the first
-  alignas(64) uint8_t index[kIndexChunks][kLookups][kPairs][32];
+  int64_t part;           // chunks that are summed in 16 bits
+  int64_t first, chunks;  // of the row; of the run
+  int64_t before, parts;  // of the row before the run; of the run
+  float* y;               // where totals of the first row go at the end of the tiles, if they need no more than scales
+  Segment segment;        // the first
+  alignas(64) uint8_t index[kIndexChunks][kFours][kPairs][32];
   Line line[kIndexChunks][kGroups];  // by which segments of the run are settled
+  U sums[kIndexChunks][kPairs][2];   // of a token: of even rows of each pair of tiles, and of odd ones
   alignas(64) float totals[kRoundedTokens][kGroups][kLanes];
 
-  explicit BitRun(const SegmentTask& all)
-      : task(all), long_row(all.segment_chunks > kTableRun), part(long_row ? kTableRun : all.segment_chunks), segment(all) {}
+  explicit BitRun(const SegmentTask& all) : task(all), part(part_of(all)), segment(all) {}
 
   // Reads the run's codes, of tiles [begin, end), and what its segments are settled by.
   void read(int64_t begin, int64_t end) {
@@ -52,14 +71,14 @@ struct BitRun {
       const uint8_t* codes = task.codes + pair * tile + first * 64;
       for (int64_t c = 0; c < chunks; c++) {
         U byte[4];
-        gather_bytes(task.arranged, codes + c * 64, apart, byte);
+        gather_words(task.arranged, codes + c * 64, apart, byte);
         for (int j = 0; j < 4; j++) {
-          store_lanes(index[c][2 * j][r], mask(byte[j], half));
-          store_lanes(index[c][2 * j + 1][r], mask(_mm256_srli_epi16(byte[j], 4), half));
+          store_lanes(index[c][j][r], mask(byte[j], half));
+          store_lanes(index[c][j + 4][r], mask(_mm256_srli_epi16(byte[j], 4), half));
         }
       }
     }
-    const int64_t segments = long_row ? 1 : (chunks + part - 1) / part;
+    const int64_t segments = long_row(task) ? 1 : parts;
     int64_t parameters[kTiles];  // a tile that is not there takes those of one that is
     for (int i = 0; i < kTiles; i++) parameters[i] = (begin + (begin + i < end ? i : 0)) * task.blocks * 16;
     Segment here = segment;
@@ -85,53 +104,103 @@ struct BitRun {
     if (task.offset) parameters(task.offset, task.offset_half);
   }
 
-  // Adds what the tables of a chunk bring.
-  FEWBIT_INLINE void look_up(int64_t chunk, const uint8_t* tables, TableSums (&sums)[kPairs]) const {
-    U low[kPairs], high[kPairs];
-    for (int r = 0; r < kPairs; r++) low[r] = high[r] = _mm256_setzero_si256();
-#pragma GCC unroll 8
-    for (int n = 0; n < kLookups; n++) {
-      const U few = table_at(tables + n * 32), many = table_at(tables + n * 32 + 16);
-      for (int r = 0; r < kPairs; r++) {
-        U at = load_lanes(index[chunk][n][r]);
-        asm("" : "+x"(at));  // GCC would load it twice
-        low[r] = _mm256_add_epi8(low[r], _mm256_shuffle_epi8(few, at));
-        high[r] = _mm256_add_epi8(high[r], _mm256_shuffle_epi8(many, at));
-        asm("" : "+x"(low[r]), "+x"(high[r]));
-      }
-    }
-    for (int r = 0; r < kPairs; r++) sums[r].add(low[r], high[r]);
-  }
-
-  template <Settling how>
-  __attribute__((noinline)) void add_token(int64_t token) {
-    const uint8_t* tables = tables_of(task, token) + first * kTableBytes;
-    Segment here = segment;
-    float(&total)[kGroups][kLanes] = totals[token];
-    for (int64_t c = 0, s = 0; c < chunks; s++, here.advance(task)) {
-      const int64_t end = c + part < chunks ? c + part : chunks;
-      TableSums sums[kPairs];
-      const F raised = broadcast(static_cast<float>((1 << 23) + (end - c) * kLookups * kRaised));
-      for (; c < end; c++, tables += kTableBytes) look_up(c, tables, sums);
-      const Tokens<1> tokens(task, here, token);
-      for (int r = 0; r < kPairs; r++) {
-        F value[4];
-        sums[r].values(raised, value);
-        for (int t = 0; t < 4; t++) {
-          float* at = total[r * 4 + t];
-          store(at, settle<how>(tokens, 0, value[t], line[s][r * 4 + t], load(at)));
+  // Sums of chunks [chunk, end), which are a part.
+  template <bool PAIRED>
+  FEWBIT_INLINE void add_part(const uint8_t* tables, int64_t chunk, int64_t end, U (&to)[kPairs][2]) const {
+    RowSums rows[kPairs];
+    const uint8_t* at = index[chunk][0][0];
+    for (; chunk < end; chunk++, at += sizeof index[0], tables += FourTables::kTables)
+#pragma GCC unroll 4
+      for (int n = 0; n < kFours; n += 2) {
+        const U four = table_at(tables + n * 16), next = table_at(tables + n * 16 + 16);
+#pragma GCC unroll 2
+        for (int r = 0; r < kPairs; r++) {
+          const uint8_t* by = at + (n * kPairs + r) * 32;
+          const U one = _mm256_shuffle_epi8(four, load_lanes(by)), other = _mm256_shuffle_epi8(next, load_lanes(by + kPairs * 32));
+          if constexpr (PAIRED) {
+            rows[r].add(_mm256_add_epi8(one, other));
+          } else {
+            rows[r].add(one);
+            rows[r].add(other);
+          }
         }
       }
+    for (int r = 0; r < kPairs; r++) to[r][0] = rows[r].even(), to[r][1] = rows[r].odd;
+  }
+
+  // Sums of the run's parts, of fours that are not left out.
+  template <bool PAIRED>
+  FEWBIT_INLINE void add_parts(const uint8_t* tables) {
+    for (int64_t c = 0, p = 0; c < chunks; c += part, p++)
+      add_part<PAIRED>(tables + c * FourTables::kTables, c, c + part < chunks ? c + part : chunks, sums[p]);
+  }
+
+  // Adds what is left out of them.
+  FEWBIT_INLINE void add_left(const LeftFour* left) {
+    const int64_t begin = first * kFours, end = begin + chunks * kFours;
+    const int64_t inverse = (int64_t{1} << 32) / (part * kFours) + 1;  // of fours a part, of which a run has few
+    while (left->four < begin) left++;
+    for (; left->four < end; left++) {
+      const int64_t at = left->four - begin;
+      U(&to)[kPairs][2] = sums[at * inverse >> 32];
+      add_four(table_at(left->low), 0, at, to);
+      if (__builtin_expect(left->high != 0, 0)) add_four(left->table_of_high(), 8, at, to);
     }
   }
 
-  void add(Settling how, int64_t token) {
+  // Adds 2^shift times what a table has for four `at` of the run.
+  FEWBIT_INLINE void add_four(U table, int shift, int64_t at, U (&to)[kPairs][2]) const {
+#pragma GCC unroll 2
+    for (int r = 0; r < kPairs; r++) {
+      const U found = _mm256_shuffle_epi8(table, load_lanes(index[at / kFours][at % kFours][r]));
+      const U even = mask(found, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(found, 8);
+      to[r][0] = _mm256_add_epi16(to[r][0], _mm256_slli_epi16(even, shift));
+      to[r][1] = _mm256_add_epi16(to[r][1], _mm256_slli_epi16(odd, shift));
+    }
+  }
+
+  // Adds the sums of a token's parts to its totals, as floats: 2^23 above what they are put behind.
+  template <Settling how>
+  __attribute__((noinline)) void settle_token(int64_t token) {
+    const U above = _mm256_set1_epi16(0x4b00);
+    const FourTables from(task, token);
+    Segment here = segment;
+    float(&totals_of)[kGroups][kLanes] = totals[token];
+    F total[kGroups];
+#pragma GCC unroll 8
+    for (int t = 0; t < kGroups; t++) total[t] = first == 0 ? broadcast(0.0f) : load(totals_of[t]);
+    const float* raised = &from.raised(before);
+#pragma GCC unroll 1
+    for (int64_t p = 0; p < parts; p++, here.advance(task)) {
+      const Tokens<1> tokens(task, here, token);
+      const F less = broadcast(static_cast<float>(1 << 23) + raised[p]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kGroups; i += 2) {
+        const U words = sums[p][i / 4][i / 2 % 2];
+        const F value[2] = {_mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpacklo_epi16(words, above)), less),
+                            _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpackhi_epi16(words, above)), less)};
+#pragma GCC unroll 2
+        for (int t = 0; t < 2; t++)
+          total[i + t] = settle<how>(tokens, 0, value[t], line[how == kPartly ? 0 : p][i + t], total[i + t]);
+      }
+    }
+    const F scale = broadcast(y ? task.x_scale[token] : 1.0f);
+    float* to = y ? y + token * task.y_stride : totals_of[0];
+#pragma GCC unroll 8
+    for (int t = 0; t < kGroups; t++) store(to + t * kLanes, y ? multiply(total[t], scale) : total[t]);
+  }
+
+  __attribute__((noinline)) void add(Settling how, int64_t token) {
+    const FourTables from(task, token);
+    if (from.paired() != 0) add_parts<true>(from.chunk(first));
+    else add_parts<false>(from.chunk(first));
+    add_left(from.left());
     switch (how) {
-      case kPlain: return add_token<kPlain>(token);
-      case kShifted: return add_token<kShifted>(token);
-      case kScaled: return add_token<kScaled>(token);
-      case kScaledShifted: return add_token<kScaledShifted>(token);
-      case kPartly: return add_token<kPartly>(token);
+      case kPlain: return settle_token<kPlain>(token);
+      case kShifted: return settle_token<kShifted>(token);
+      case kScaled: return settle_token<kScaled>(token);
+      case kScaledShifted: return settle_token<kScaledShifted>(token);
+      case kPartly: return settle_token<kPartly>(token);
     }
   }
 };
@@ -140,20 +209,12 @@ struct BitRun {
 inline void finish_bits(const BitRun& run, int64_t begin, int64_t end, int64_t tokens) {
   const SegmentTask& task = run.task;
   const int groups = static_cast<int>(end - begin) * kGroupsPerTile;
-  if (!run.long_row && end * 16 <= task.rows && task.x_blocks == 1 && task.y_dtype == FEWBIT_FLOAT32 && !task.bias) {
-    float* y = static_cast<float*>(task.y) + begin * 16;
-    for (int64_t m = 0; m < tokens; m++, y += task.y_stride) {
-      const F scale = broadcast(task.x_scale[m]);
-      for (int t = 0; t < groups; t++) store(y + t * kLanes, multiply(load(run.totals[m][t]), scale));
-    }
-    return;
-  }
   for (int64_t token = 0; token < tokens; token++) {
     const Tokens<1> all(task, Segment(task), token);
     for (int t = 0; t < groups; t++)
       finish<1>(task, begin * 16 + t * kLanes, token, 1, [&](int) {
         const F total = load(run.totals[token][t]);
-        return run.long_row ? settle(settling(task), all, 0, total, run.line[0][t], broadcast(0.0f)) : total;
+        return long_row(task) ? settle(settling(task), all, 0, total, run.line[0][t], broadcast(0.0f)) : total;
       });
   }
 }
@@ -162,19 +223,24 @@ inline void finish_bits(const BitRun& run, int64_t begin, int64_t end, int64_t t
 inline void bits_beside(BitRun& run, int64_t begin, int64_t end, int64_t tokens) {
   const SegmentTask& task = run.task;
   const Settling how = settling(task);
-  memset(run.totals, 0, static_cast<size_t>(tokens) * sizeof run.totals[0]);
+  const bool plain = !long_row(task) && task.x_blocks == 1 && task.y_dtype == FEWBIT_FLOAT32 && !task.bias;
+  const bool whole = end - begin == BitRun::kTiles && end * 16 <= task.rows;
   run.segment = Segment(task);
+  run.before = 0;
   const int64_t most = kIndexChunks / run.part * run.part;
-  for (run.first = 0; run.first < task.chunks; run.first += run.chunks) {
+  for (run.first = 0; run.first < task.chunks; run.first += run.chunks, run.before += run.parts) {
     run.chunks = task.chunks - run.first < most ? task.chunks - run.first : most;
+    run.parts = (run.chunks + run.part - 1) / run.part;
+    const bool last = run.first + run.chunks == task.chunks;
+    run.y = last && plain && whole ? static_cast<float*>(task.y) + begin * 16 : nullptr;
     run.read(begin, end);
     for (int64_t token = 0; token < tokens; token++) {
       if (token < kFetching) run.fetch(begin, token);
-      run.add(run.long_row ? kPartly : how, token);
+      run.add(long_row(task) ? kPartly : how, token);
     }
-    for (int64_t c = 0; !run.long_row && c < run.chunks; c += run.part) run.segment.advance(task);
+    for (int64_t c = 0; !long_row(task) && c < run.chunks; c += run.part) run.segment.advance(task);
   }
-  finish_bits(run, begin, end, tokens);
+  if (!run.y) finish_bits(run, begin, end, tokens);
 }
 
 inline void bits_beside_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {

@@ -19,6 +19,6 @@ const SegmentKernel int8_linear_avx2 = {kManyTokens, 1, 1, round_begun, run, kMo
 
 const FewKernel int8_few_linear_avx2 = {1, {kManyTokens, kTableBytes / 32 + 1, 1, tables_token, bit_tables_run}};
 
-const SegmentKernel int8_bits_linear_avx2 = {1, kTableBytes / 32 + 1, 1, tables_beside, bits_beside_run};
+const SegmentKernel int8_bits_linear_avx2 = {1, FourTables::kBytes / 32, 1, tables_beside, bits_beside_run};
 
 }  // namespace fewbit
