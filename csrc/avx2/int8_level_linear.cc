@@ -28,7 +28,7 @@ struct Levels {
 
 void round_levels(const SegmentTask& task, const fewbit_input& x, int64_t token) {
   round_token<int8_t>(task, x, token);
-  leave_out<kMostByte>(task, token);
+  split_row<kMostByte>(task, token);
 }
 
 template <class NARROW>
@@ -46,13 +46,13 @@ void run_by(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens)
 
 void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
-  if (marked_rows(task, tokens)) run_by<LevelPairs<false>>(task, begin, end, tokens);
-  else run_by<LevelSum<kMostByte>>(task, begin, end, tokens);
+  if (by_spans(task, tokens)) run_by<LevelSum<kMostByte>>(task, begin, end, tokens);
+  else run_by<LevelPairs>(task, begin, end, tokens);
 }
 
 }  // namespace
 
 const FewKernel int8_level_linear_avx2 = {
-    kMostByte, {kManyTokens, 1, 1, round_levels, run, LevelSum<kMostByte>::kStarts, Rests<kManyTokens>::kWords}};
+    kMostByte, {kManyTokens, 1, 1, round_levels, run, LevelSum<kMostByte>::kStarts, Split::kWords}};
 
 }  // namespace fewbit

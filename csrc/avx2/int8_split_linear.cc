@@ -28,20 +28,18 @@ struct Bytes {
 
 void round_split(const SegmentTask& task, const fewbit_input& x, int64_t token) {
   round_token<int8_t>(task, x, token);
-  leave_out<kMiddle>(task, token);
+  split_row<kMiddle>(task, token);
 }
 
 void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
   const int64_t begin = tile_begin * kGroupsPerTile, end = tile_end * kGroupsPerTile;
-  const int64_t marked = marked_rows(task, tokens);
-  if (marked == 0) strips_spans<Bytes<LevelSum<kMiddle>>>(task, begin, end, tokens);
-  else if (marked == tokens) strips_spans<Bytes<LevelPairs<true>>>(task, begin, end, tokens);
-  else strips_spans<Bytes<LevelPairs<false>>>(task, begin, end, tokens);
+  if (by_spans(task, tokens)) strips_spans<Bytes<LevelSum<kMiddle>>>(task, begin, end, tokens);
+  else strips_spans<Bytes<LevelPairs>>(task, begin, end, tokens);
 }
 
 }  // namespace
 
 const SegmentKernel int8_split_linear_avx2 = {
-    kManyTokens, 1, 1, round_split, run, LevelSum<kMiddle>::kStarts, Rests<kManyTokens>::kWords};
+    kManyTokens, 1, 1, round_split, run, LevelSum<kMiddle>::kStarts, Split::kWords};
 
 }  // namespace fewbit

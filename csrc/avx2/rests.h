@@ -16,105 +16,48 @@ FEWBIT_INLINE U half_of(U x) {
   return flip(_mm256_avg_epu8(flip(x, kSigns), repeat(kSigns)), kSigns);
 }
 
-// One of a row: its place, in groups of four columns; its halves; and what a byte u is less by, times both: pairs of 16 bits.
-// Two products of u, less that, fit those.
+// A group of four columns that is left out of a row: its halves; and what a byte u is less by, times both: pairs of 16 bits. Two
+// products of u, less that, fit those.
 struct LeftOut {
   int32_t group, half, other, less;
 };
 
-// Those of a row of activations and of the rows behind it, of kTogether in all that are computed together, in groups of four
-// columns. They lie as activations do; where nothing is left out, nothing is written.
+// A group of which pairs are halved: the other halves.
+struct Halved {
+  int32_t group, half;
+};
+
+// What is kept of a row of activations, beside those of others of kTogether in all that are computed together. As sums of spans
+// take it, it stands among the activations, and the groups that are left out there, unless they are too many, are listed here.
+// As sums of pairs take it, it stands here, with the halves that it lacks.
 template <int kTogether>
-class Rests {
- public:
-  static constexpr int64_t kListed = 17;                                                 // of a chunk
-  static constexpr int64_t kWords = 9 + kListed * static_cast<int64_t>(sizeof(LeftOut) / 4);  // int32s of one
+struct SplitRow {
+  static constexpr int64_t kMost = 8;                                      // one of as many groups is left out
+  static constexpr int64_t kListed = 2 * 8 / kMost, kHalved = 8;           // of a chunk, at most
+  static constexpr int64_t kWords = 8 + 2 * 2 + kListed * 4 + kHalved * 2;  // int32s of a chunk: what is below
 
-  FEWBIT_INLINE Rests(const SegmentTask& task, int64_t row) : listed_(task.chunks * kListed) {
-    const int64_t here = row % kTogether;
-    int32_t* first = task.rests + (row - here) * task.chunks * kWords;
-    x_ = reinterpret_cast<int8_t*>(first) + here * 32;
-    some_ = reinterpret_cast<int8_t*>(first + kTogether * task.chunks * 8) + here;
-    list_ = reinterpret_cast<LeftOut*>(first + kTogether * task.chunks * 9) + here * listed_;
+  int8_t* pairs;                           // (chunks, rows, 32)
+  int32_t *groups_before, *halves_before;  // (chunks + 1, rows): of those listed; of all groups -1 where they are too many
+  LeftOut* groups;                         // (rows, chunks * kListed): of two entries where both of a pair are -128
+  Halved* halves;                          // (rows, chunks * kHalved)
+
+  FEWBIT_INLINE SplitRow(const SegmentTask& task, int64_t row) {
+    const int64_t here = row % kTogether, chunks = task.chunks;
+    int32_t* next = task.rests + (row - here) * chunks * kWords;
+    const auto take = [&](int64_t words) { return next += words, next - words; };
+    pairs = reinterpret_cast<int8_t*>(take(chunks * kTogether * 8)) + here * 32;
+    groups_before = take((chunks + 1) * kTogether) + here, halves_before = take((chunks + 1) * kTogether) + here;
+    groups = reinterpret_cast<LeftOut*>(take(chunks * kTogether * kListed * 4)) + here * chunks * kListed;
+    halves = reinterpret_cast<Halved*>(next) + here * chunks * kHalved;
   }
 
-  // Those of a row, chunk after chunk: a chunk's, none where `none` is set; and what is to be known of the row. CENTRE: what
-  // bytes are less by.
-  template <int CENTRE>
-  class Writer {
-   public:
-    explicit FEWBIT_INLINE Writer(const Rests& rests) : rests_(rests), next_(rests.list_) {}
-
-    FEWBIT_INLINE void put(int64_t chunk, U x, U none) {
-      uint32_t some = ~static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(none))) & 255;
-      rests_.some_[chunk * kTogether] = static_cast<int8_t>(some);
-      if (some == 0) return;
-      store_lanes(reinterpret_cast<uint8_t*>(rests_.x_ + chunk * kTogether * 32), x);
-      const U half = half_of(x), other = _mm256_sub_epi8(x, half), lowest = _mm256_set1_epi16(static_cast<int16_t>(0x8080));
-      const U centre = _mm256_set1_epi8(static_cast<int8_t>(CENTRE));
-      U both[5] = {half, other, _mm256_maddubs_epi16(centre, half), _mm256_maddubs_epi16(centre, other)};
-      both[4] = _mm256_add_epi16(both[2], both[3]);
-      int32_t words[5][8];
-      for (int i = 0; i < 5; i++) store_lanes(reinterpret_cast<uint8_t*>(words[i]), both[i]);
-      const uint32_t pairs = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi16(x, lowest)));
-      for (; some; some &= some - 1) {
-        const int g = __builtin_ctz(some), at = static_cast<int>(chunk * 8) + g;
-        if (pairs >> g * 4 & 15) {  // two of -128
-          *next_++ = {at, words[0][g], 0, words[2][g]};
-          *next_++ = {at, words[1][g], 0, words[3][g]};
-        } else {
-          *next_++ = {at, words[0][g], words[1][g], words[4][g]};
-        }
-      }
-    }
-
-    FEWBIT_INLINE void finish(bool mark) { *next_ = {INT32_MAX, 0, 0, 0}, rests_.list_[rests_.listed_ - 1].half = mark; }
-
-   private:
-    const Rests& rests_;
-    LeftOut* next_;
-  };
-
-  FEWBIT_INLINE bool mark() const { return list_[listed_ - 1].half != 0; }
-
-  // Calls each(h, x, codes) for each group that one of H rows has in `chunks` chunks from `first`, whose codes lie `apart`
-  // bytes apart. Most of the time there is none.
-  template <int H, class Each>
-  FEWBIT_INLINE void visit(int64_t first, int64_t chunks, const uint8_t* codes, int64_t apart, const Each& each) const {
-    uint32_t any = 0;
-    for (int64_t c = 0; c < chunks; c++) {
-      uint32_t bits = 0;
-      __builtin_memcpy(&bits, some_ + (first + c) * kTogether, H);
-      any |= bits;
-      asm("" : "+r"(any));  // GCC would make vectors of so few
-    }
-    if (__builtin_expect(any == 0, 1)) return;
-#pragma GCC unroll 4
-    for (int h = 0; h < H; h++)
-      for (int64_t c = 0; c < chunks; c++)
-        for (uint32_t left = static_cast<uint8_t>(some_[(first + c) * kTogether + h]); left; left &= left - 1) {
-          const int g = __builtin_ctz(left);
-          each(h, x_ + ((first + c) * kTogether + h) * 32 + g * 4, codes + (c * 8 + g) * apart);
-        }
+  // Activations of a row that is the first of kTogether, and of the rows behind it.
+  static FEWBIT_INLINE int8_t* of_pairs(const SegmentTask& task, int64_t row) {
+    return reinterpret_cast<int8_t*>(task.rests + row * task.chunks * kWords);
   }
 
-  // Calls each(h, at, rest) for each that one of H rows has in `chunks` chunks from `first`, `at` counted from there: by what
-  // was listed, so that no branch depends on where they are.
-  template <int H, class Each>
-  FEWBIT_INLINE void each_listed(int64_t first, int64_t chunks, const Each& each) const {
-    const int64_t begin = first * 8, end = begin + chunks * 8;
-    for (int h = 0; h < H; h++) {
-      const LeftOut* next = list_ + h * listed_;
-      while (next->group < begin) next++;
-      for (; next->group < end; next++) each(h, next->group - begin, *next);
-    }
-  }
-
- private:
-  int8_t* x_;     // (chunks, rows, 32)
-  int8_t* some_;  // (chunks, rows): a bit for each group that there is
-  LeftOut* list_;    // (rows, listed_): each, one beyond all groups, and at the very end the mark
-  int64_t listed_;
+  FEWBIT_INLINE int64_t groups_at(int64_t chunk) const { return groups_before[chunk * kTogether]; }
+  FEWBIT_INLINE int64_t halves_at(int64_t chunk) const { return halves_before[chunk * kTogether]; }
 };
 
 // Which pairs, of 16 bits, have activations of one sign that add up to more than 128.

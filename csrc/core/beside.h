@@ -19,8 +19,7 @@ constexpr int64_t kWholeSpans = 8;                        // chunks, of which pa
 
 // Codes that are decoded by so few instructions that they may be for every four tokens; whole chunks of them. Rests need bytes.
 template <class K>
-constexpr bool kDecodesFast = K::kBits == 8 || (Narrow<K>::kSpan >= 8 && part_count(K::kBits) == 1 &&
-                                                std::is_same_v<RestsOf<K>, NoRests>);
+constexpr bool kDecodesFast = K::kBits == 8 || (Narrow<K>::kSpan >= 8 && part_count(K::kBits) == 1 && !kHasRests<Narrow<K>>);
 
 // Codes of K, of which sums begin with nothing but what starts hold.
 template <class K>
@@ -75,7 +74,7 @@ struct Run {
   Settling how;
   float origin, sign;           // what of each activation sums begin with, beside what starts hold; of scales
   int64_t first, all, chunks;   // chunks: of the row, of the run, of each segment but the last one
-  int64_t segments;             // of the run
+  int64_t segments, inverse;    // of the run; see segment_inverse
   int64_t parameters;           // of the tile
   Segment segment;              // the first
   const uint8_t *codes, *next;  // of the tile; what follows them, as stored
@@ -84,8 +83,9 @@ struct Run {
   alignas(64) float totals[kMostBeside][kGroupsPerTile][kLanes];
 
   FEWBIT_INLINE Run(const SegmentTask& whole, Settling as, float of_scales, int64_t of_segment, int64_t of_tokens)
-      : task(whole), how(as), origin(0), sign(of_scales), first(0), all(0), chunks(of_segment), segments(0), parameters(0),
-        segment(whole), codes(nullptr), next(nullptr), tokens(of_tokens), y(nullptr) {}
+      : task(whole), how(as), origin(0), sign(of_scales), first(0), all(0), chunks(of_segment), segments(0),
+        inverse(segment_inverse(of_segment)), parameters(0), segment(whole), codes(nullptr), next(nullptr), tokens(of_tokens),
+        y(nullptr) {}
 };
 
 // Adds the sums of a run's segments to what T row groups and four tokens had before, in registers.
@@ -139,7 +139,7 @@ FEWBIT_INLINE void add_groups(Run& run, const K& kernel, int64_t group, int64_t 
   constexpr int kLines = packed_bits<K> > 1 ? (packed_bits<K> + kPasses - 1) / kPasses : 0;
   const SegmentTask& task = run.task;
   const int64_t chunk = token * task.chunks + run.first * M, pass = token / M * (kGroupsPerTile / T) + group / T;
-  Place<K> at = {run.codes + group * kLanes * 4, static_cast<const typename Sum::X*>(task.activations) + chunk * 32,
+  Place<K> at = {run.codes + group * kLanes * 4, ActivationsOf<Sum>::at(task, token) + run.first * M * 32,
                  task.starts + chunk * Sum::kStarts, token < kFetching ? run.next + pass * kLines * 64 : nullptr};
   const float *sum_of_x = task.sums + token * task.segments + run.segment.index * M, origin = run.origin;
   const int64_t chunks = run.chunks;
@@ -154,13 +154,8 @@ FEWBIT_INLINE void add_groups(Run& run, const K& kernel, int64_t group, int64_t 
 #pragma GCC unroll 4
       for (int h = 0; h < M; h++) (*sum)[t][h] = here[t][h];
   }
-  if constexpr (!std::is_same_v<RestsOf<K>, NoRests>) {
-    const uint8_t* const codes = run.codes + group * kLanes * 4;
-    const int64_t inverse = (int64_t{1} << 32) / (chunks * 8) + 1;  // of groups a segment, of which a run has few
-    RestsOf<K>(task, token).template each_listed<M>(run.first, run.all, [&](int h, int64_t g, const auto& rest) {
-      Sum::add_listed(sums[g * inverse >> 32], h, rest, codes + g * kGroupsPerTile * kLanes * 4);
-    });
-  }
+  add_rests<Sum>(task, token, run.first, run.all, run.inverse, sums, run.codes + group * kLanes * 4,
+                 kGroupsPerTile * kLanes * 4);
   const Lines lines(task, kernel.step, run.sign);
   if (how != kPartly) return settle_run<how, T, M>(run, lines, sums, group, token);
   if (run.how == kScaled) return settle_run<kScaled, T, M>(run, lines, sums, group, token);

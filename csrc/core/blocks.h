@@ -26,6 +26,7 @@ struct Block {
   float origin;            // what of each activation sums begin with
   int64_t first, chunks;   // of the row; of each segment but the last one
   int64_t all, segments;   // chunks and segments of the block
+  int64_t inverse;         // see segment_inverse
   int64_t index, activation[kBlockChunks];  // of the first segment; of each one's scales of activations
   const uint8_t* codes_at;  // codes of the first row group
   alignas(64) uint8_t codes[kBlockChunks * 8][T][P][kLanes * 4];
@@ -55,36 +56,72 @@ FEWBIT_INLINE void settle_block(const U (&sum)[T][H], const Tokens<1>& tokens, c
   }
 }
 
-// Multiplies the block by two of M tokens from `token`, and adds to their totals.
+// The same of all segments of a block, whose sums were kept.
+template <Settling how, int M, class K, int T, int H>
+FEWBIT_INLINE void settle_kept(const Block<K>& block, const U (*sums)[T][H], Tokens<1> tokens, float (*totals)[T][kLanes]) {
+  const float* const scale = tokens.scale;
+  F total[T][H];
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++) total[t][h] = load(totals[h][t]);
+#pragma GCC unroll 1
+  for (int64_t s = 0; s < block.segments; s++, tokens.sum += M) {
+    tokens.scale = scale + block.activation[s];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      const Line here = block.line[s][t];
+#pragma GCC unroll 4
+      for (int h = 0; h < H; h++) total[t][h] = settle<how>(tokens, h, convert(sums[s][t][h]), here, total[t][h]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++) store(totals[h][t], total[t][h]);
+}
+
+// Multiplies the block by two of M tokens from `token`, and adds to their totals. Where sums leave anything out, all of them
+// are kept until that was added.
 template <int M, class K>
 FEWBIT_INLINE void add_some(Block<K>& block, int64_t token, int64_t m) {
   using Sum = Narrow<K>;
+  constexpr int T = Block<K>::T;
   const SegmentTask& task = block.task;
   const int64_t chunk = token * task.chunks + block.first * M + m;
-  Place<K> at = {block.codes[0][0][0], static_cast<const typename Sum::X*>(task.activations) + chunk * 32,
+  Place<K> at = {block.codes[0][0][0], ActivationsOf<Sum>::at(task, token) + (block.first * M + m) * 32,
                  task.starts + chunk * Sum::kStarts, block.next(token + m)};
   Tokens<1> tokens(task, Segment(task), token + m);
   const float* scale = tokens.scale;
-  tokens.sum = task.sums + token * task.segments + block.index * M + m;
-  const RestsOf<K> rests(task, token + m);
+  const float* sum_of_x = tokens.sum = task.sums + token * task.segments + block.index * M + m;
   auto* totals = block.totals + token + m;
+  U kept[kHasRests<Sum> ? kBlockChunks : 1][T][kBeside];
 #pragma GCC unroll 1
-  for (int64_t s = 0; s < block.segments; s++, tokens.sum += M) {
-    U sum[Block<K>::T][kBeside];
+  for (int64_t s = 0; s < block.segments; s++, sum_of_x += M) {
+    U sum[T][kBeside];
     const int64_t chunks = s + 1 < block.segments ? block.chunks : block.all - s * block.chunks;
-    const int64_t first = block.first + s * block.chunks;
-    const uint8_t* const codes = at.codes;
-    sum_segment<M, Block<K>::kLines>(block.kernel, at, chunks, block.origin, tokens.sum, sum);
-    if constexpr (!std::is_same_v<RestsOf<K>, NoRests>)
-      rests.template visit<kBeside>(first, chunks, codes, Block<K>::T * kLanes * 4,
-                                    [&](int h, const auto* x, const uint8_t* u) { Sum::add_rest(sum, h, x, u); });
-    tokens.scale = scale + block.activation[s];
+    sum_segment<M, Block<K>::kLines>(block.kernel, at, chunks, block.origin, sum_of_x, sum);
+    if constexpr (kHasRests<Sum>) {
+      memcpy(kept[s], sum, sizeof sum);
+      continue;
+    }
+    tokens.sum = sum_of_x, tokens.scale = scale + block.activation[s];
     switch (block.how) {
       case kPlain: settle_block<kPlain>(sum, tokens, block.line[s], totals); break;
       case kShifted: settle_block<kShifted>(sum, tokens, block.line[s], totals); break;
       case kScaled: settle_block<kScaled>(sum, tokens, block.line[s], totals); break;
       case kScaledShifted: settle_block<kScaledShifted>(sum, tokens, block.line[s], totals); break;
       case kPartly: settle_block<kPartly>(sum, tokens, block.line[s], totals); break;
+    }
+  }
+  if constexpr (kHasRests<Sum>) {
+    add_rests<Sum>(task, token + m, block.first, block.all, block.inverse, kept, block.codes[0][0][0], T * kLanes * 4);
+    switch (block.how) {
+      case kPlain: return settle_kept<kPlain, M>(block, kept, tokens, totals);
+      case kShifted: return settle_kept<kShifted, M>(block, kept, tokens, totals);
+      case kScaled: return settle_kept<kScaled, M>(block, kept, tokens, totals);
+      case kScaledShifted: return settle_kept<kScaledShifted, M>(block, kept, tokens, totals);
+      case kPartly: return settle_kept<kPartly, M>(block, kept, tokens, totals);
     }
   }
 }
@@ -125,6 +162,7 @@ void blocks(const SegmentTask& task, const SegmentStrip& rows) {
   for (int64_t m = 0; m < padded; m++)
     for (int t = 0; t < T; t++) store(block.totals[m][t], broadcast(0.0f));
   block.chunks = long_row ? kBlockChunks : task.segment_chunks;
+  block.inverse = segment_inverse(block.chunks);
   const int64_t most = room / block.chunks * block.chunks;
   Segment segment(task);
   for (block.first = 0; block.first < task.chunks; block.first += block.all) {

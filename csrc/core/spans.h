@@ -13,12 +13,14 @@
 //   widened(narrow)        the narrow sums of all planes as one of 32 bits
 //   add(wide, other)       sums of those
 //   integer(float)         a float that is one
-//   Rests(task, row)       what steps leave out of activations of the tokens from `row`, in groups of four columns: visit<H>,
-//                          each_listed<H> find what H tokens have
-//   add_rest(sum, h, x, codes), add_listed(sum, h, rest, codes)    add the products of one; or none of these
+//   activations(task, row)    where those of a row are that is the first of kTogether, if elsewhere than the task's
+//   Rest                   what steps leave out of a row's group of four columns, number `group`; or none of these
+//   rests(task, row)       their lists, from that of a row
+//   add_rest(sum, h, rest, codes)    adds the products of one
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
 #include <type_traits>
 
@@ -35,20 +37,52 @@ constexpr bool kHasSpans<Sum, std::void_t<typename Sum::Narrow>> = true;
 template <class K>
 using Narrow = typename K::Sum::Narrow;
 
-// Those of sums that leave nothing out.
-struct NoRests {
-  FEWBIT_INLINE NoRests(const SegmentTask&, int64_t) {}
-};
+// Whether sums leave anything out.
 template <class Sum, class = void>
-struct RestsOfSum {
-  using type = NoRests;
+constexpr bool kHasRests = false;
+template <class Sum>
+constexpr bool kHasRests<Sum, std::void_t<typename Sum::Rest>> = true;
+
+// Where activations of a row are that is the first of kTogether.
+template <class Sum, class = void>
+struct ActivationsOf {
+  static FEWBIT_INLINE auto at(const SegmentTask& task, int64_t row) {
+    return static_cast<const typename Sum::X*>(task.activations) + row * task.chunks * 32;
+  }
 };
 template <class Sum>
-struct RestsOfSum<Sum, std::void_t<typename Sum::Rests>> {
-  using type = typename Sum::Rests;
+struct ActivationsOf<Sum, std::void_t<decltype(&Sum::activations)>> {
+  static FEWBIT_INLINE auto at(const SegmentTask& task, int64_t row) { return Sum::activations(task, row); }
 };
-template <class K>
-using RestsOf = typename RestsOfSum<Narrow<K>>::type;
+
+// Of which segment a group of four columns is where each has `chunks` chunks: times this, in units of 2^-32. There are few.
+inline int64_t segment_inverse(int64_t chunks) { return (int64_t{1} << 32) / (chunks * 8) + 1; }
+
+// What rows leave out, each in order, and how many come before each chunk.
+template <class Rest>
+struct RestLists {
+  const Rest* rests;      // of rows, `apart`
+  const int32_t* before;  // (chunks + 1, together): of rows
+  int64_t apart, together;
+};
+
+// Adds to sums of segments what H rows left out of `chunks` chunks from `first`; groups of four columns of codes lie `apart`
+// bytes apart. No branch depends on where rests are.
+template <class Sum, int T, int H>
+FEWBIT_INLINE void add_rests(const SegmentTask& task, int64_t row, int64_t first, int64_t chunks, int64_t inverse,
+                             U (*sums)[T][H], const uint8_t* codes, int64_t apart) {
+  if constexpr (kHasRests<Sum>) {
+    const RestLists<typename Sum::Rest> lists = Sum::rests(task, row);
+    const int32_t *begin = lists.before + first * lists.together, *end = begin + chunks * lists.together;
+    if (memcmp(begin, end, H * sizeof *begin) == 0) return;
+    const auto* list = lists.rests;
+    for (int h = 0; h < H; h++, list += lists.apart)
+      for (const auto* rest = list + begin[h]; rest < list + end[h]; rest++) {
+        const int64_t group = rest->group - first * 8;
+        Sum::add_rest(sums[group * inverse >> 32], h, *rest, codes + group * apart);
+      }
+  }
+}
 
 constexpr int kSumsBeside = 8;              // that registers hold
 constexpr int kBeside = 2, kFewBeside = 4;  // tokens of a step: where there are many, and few
