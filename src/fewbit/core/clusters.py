@@ -30,16 +30,26 @@ def sample(points: Tensor, weights: Tensor, count: int, generator: torch.Generat
     return points.double(), weights.double()
 
 
-def nearest(points: Tensor, centroids: Tensor) -> Tensor:
+def nearest(points: Tensor, centroids: Tensor, worth: Tensor | None = None) -> Tensor:
     """Index (n,) int64 of the centroid (count, dim) nearest to each of ``points`` (n, dim), the lowest of equal ones.
 
     By ``|c|^2 / 2 - x c`` in float64: which is nearest is exact where distances differ by more than about 2^-50 |c|^2.
+    ``worth``: (n, dim), what each square in a distance counts; None for 1.
     """
+    step = max(1, (CHUNK if points.device.type == "cpu" else CHUNK << 8) // len(centroids))
+    if worth is not None:
+        pairs = zip(points.split(step), worth.split(step), strict=True)
+        return torch.cat([weighed(part, centroids, own).argmin(1) for part, own in pairs])
     centroids = centroids.double()
     half, across = centroids.square().sum(1) / 2, centroids.T.contiguous()
-    step = max(1, (CHUNK if points.device.type == "cpu" else CHUNK << 8) // len(centroids))
     parts = [torch.addmm(half, part.double(), across, alpha=-1).argmin(1) for part in points.split(step)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=points.device)
+
+
+def weighed(points: Tensor, centroids: Tensor, worth: Tensor) -> Tensor:
+    """``sum_d worth_d (c_d^2 / 2 - x_d c_d)`` of every point and centroid, (n, count): see :func:`nearest`."""
+    wide, own = centroids.double(), worth.double()
+    return torch.cat([own, own * points.double()], 1) @ torch.cat([wide.square() / 2, -wide], 1).T
 
 
 def means(points: Tensor, weights: Tensor, count: int, generator: torch.Generator, rounds: int = ROUNDS) -> Tensor:
