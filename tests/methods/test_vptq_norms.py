@@ -174,7 +174,7 @@ def test_rows_and_columns_of_uneven_size_lose_less(norm: str) -> None:
 def test_everything_is_counted(norm: str, rows: int) -> None:
     weight, facts = uneven(rows, 40, seed=2)
     scales = 2 * (rows * (norm != "columns") + 40 * (norm != "rows"))
-    for options, order in (({}, 0), (OUTLIERS, 2 * 40)):
+    for options, order in (({}, 0), (OUTLIERS, 2 * 40), ({**OUTLIERS, "outlier_residual_bits": 3}, 2 * 40)):
         made = repack(solved("vector4x4", weight, facts, norm=norm, rounds=1, **options), lambda format: DENSE)
         assert isinstance(made, Terms)
         assert made.nbytes == scales + order + sum(q.nbytes for q in matrices(made))
