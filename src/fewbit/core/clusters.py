@@ -15,7 +15,7 @@ POINTS = 32
 """Points a centroid that a fit looks at, at least."""
 DISTANCES = 1 << 23
 """A fit looks at more points as long as it measures no more distances a round: with 8 bits 128 points a centroid, of
-which 32 leave up to a tenth more error; with 12 bits 32, as more would take minutes."""
+which 32 lose up to a tenth more; with 12 bits 32, as more would take minutes."""
 ROUNDS = 25
 
 
