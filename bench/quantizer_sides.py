@@ -171,12 +171,20 @@ def llmcompressor(job: Job) -> tuple[Timed, Read]:
     return run, lambda found: found
 
 
+VPTQ: dict[str, dict[str, Any]] = {
+    "vptq": {"num_centroids": [-1, 256], "num_res_centroids": [-1, -1]},
+    "vptq rows": {"num_centroids": [-1, 256], "num_res_centroids": [-1, -1], "enable_norm": True, "norm_dim": 1},
+    "vptq two books": {"num_centroids": [-1, 32], "num_res_centroids": [-1, 16]},
+}
+"""What gptqmodel's is given, by setting."""
+
+
 def gptqmodel(job: Job) -> tuple[Timed, Read]:
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.quantization.config import VPTQConfig
 
-    if job.what == "vptq":
-        config = VPTQConfig(vector_lens=[-1, 4], num_centroids=[-1, 256], num_res_centroids=[-1, -1])
+    if job.what in VPTQ:
+        config = VPTQConfig(vector_lens=[-1, 4], **VPTQ[job.what])
     else:
         act = {"desc_act": True, "static_groups": True, "act_group_aware": False} if job.what == "desc_act" else {}
         config = QuantizeConfig(

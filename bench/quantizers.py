@@ -51,6 +51,10 @@ ROWS: tuple[tuple[str, str, tuple[int, ...], str], ...] = (
     ("bitsandbytes", "nf4", (4,), "nf4"),
     ("fewbit", "vptq", (2,), "vector4x8 vptq"),
     ("gptqmodel", "vptq", (2,), "vptq"),
+    ("fewbit", "vptq rows", (2,), "vector4x8 vptq rows"),
+    ("gptqmodel", "vptq rows", (2,), "vptq rows"),
+    ("fewbit", "vptq two books", (2,), "vector4x5+4 vptq"),
+    ("gptqmodel", "vptq two books", (2,), "vptq two books"),
 )
 """Package, what the table calls it, bits, and the setting that its side in ``quantizer_sides.py`` is given."""
 FOLDERS = {"autoround": "auto-round", "quanto": "optimum-quanto"}

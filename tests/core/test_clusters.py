@@ -92,8 +92,12 @@ def test_a_sample_leaves_out_what_weighs_nothing() -> None:
     assert every.tolist() == points.tolist() and shares.tolist() == [1.0] * 10
 
 
-def test_a_large_sample_is_drawn_without_replacement_and_by_the_seed() -> None:
+def test_a_large_sample_is_drawn_without_replacement_and_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     points, weights = torch.arange(1000.0)[:, None], torch.ones(1000)
+    assert len(clusters.sample(points, weights, 4, generator())[0]) == len(points), "so few distances"
+    monkeypatch.setattr(clusters, "DISTANCES", 4 * 5 * clusters.POINTS * 4)
+    assert len(clusters.sample(points, weights, 4, generator())[0]) == 5 * clusters.POINTS * 4
+    monkeypatch.setattr(clusters, "DISTANCES", 1)
     few = clusters.sample(points, weights, 4, generator())[0].squeeze(1)
     assert len(few) == 4 * clusters.POINTS == len(set(few.tolist()))
     assert torch.equal(few, clusters.sample(points, weights, 4, generator())[0].squeeze(1))

@@ -5,7 +5,9 @@ CPU: ``python tests/golden/make_solvers.py PEER`` writes PEER.npz, PEER being on
 * ``llmcompressor`` (0.14.0.1, compressed-tensors 0.19.0): ``quantize_weight`` of its GPTQ, groups of 32, damping 0.01,
   act-order being ``weight`` (each group keeps its scale);
 * ``gptqmodel`` (7.7.0): ``GPTQ.quantize``, the same, act-order being ``desc_act`` with ``static_groups``;
-* ``gptqmodel_vptq`` (7.7.0): ``VPTQ.quantize``, one book of 64 vectors of 4 weights down a column, damping 0.01;
+* ``gptqmodel_vptq`` (7.7.0): ``VPTQ.quantize``, damping 0.01: one book of 64 vectors of 4 weights down a column, as it
+  is and with a scale and a bias of each row or column; two books of 16; and such two beside a tenth of the columns,
+  those of the largest inputs, in vectors of 2 by a book of 8;
 * ``quanto`` (optimum-quanto 0.2.7): ``quantize_weight`` to qint8 in rows of 512, to qint4 and qint2 in groups of 32,
   by the scale and shift of its default optimizers, rounded to float16;
 * ``torchao`` (0.18.0): ``IntxWeightOnlyConfig``, scales of float16: 8 bits a row and 4 in groups of 32, symmetric,
@@ -78,13 +80,25 @@ def gptqmodel_vptq(layer: Arrays) -> Arrays:
     from gptqmodel.quantization.config import VPTQConfig
     from gptqmodel.quantization.vptq import VPTQ
 
-    config = VPTQConfig(vector_lens=[-1, 4], num_centroids=[-1, 64], num_res_centroids=[-1, -1], fallback=None)
-    linear = torch.nn.Linear(*reversed(layer["sym4"].shape), bias=False)
-    linear.weight.data = layer["sym4"].clone()
-    solver = VPTQ(linear, config)
-    solver.add_batch(layer["inputs"])
-    result, *_ = solver.quantize()
-    return {"vector4x6.values": result.quantized_weight}
+    one = {"vector_lens": [-1, 4], "num_centroids": [-1, 64], "num_res_centroids": [-1, -1]}
+    two = {"vector_lens": [-1, 4], "num_centroids": [-1, 16], "num_res_centroids": [-1, 16]}
+    both = {"vector_lens": [2, 4], "num_centroids": [8, 16], "num_res_centroids": [-1, 16], "npercent": 10}
+    cases = {
+        "vector4x6": one,
+        "vector4x6.rows": {**one, "enable_norm": True, "norm_dim": 1},
+        "vector4x6.columns": {**one, "enable_norm": True, "norm_dim": 0},
+        "vector4x4+4": two,
+        "vector4x4+4.outliers": {**both, "enable_perm": True},
+    }
+    found: Arrays = {}
+    for name, options in cases.items():
+        linear = torch.nn.Linear(*reversed(layer["sym4"].shape), bias=False)
+        linear.weight.data = layer["sym4"].clone()
+        solver = VPTQ(linear, VPTQConfig(fallback=None, **options))
+        solver.add_batch(layer["inputs"])
+        result, *_ = solver.quantize()
+        found[f"{name}.values"] = result.quantized_weight
+    return found
 
 
 def quanto(layer: Arrays) -> Arrays:

@@ -7,6 +7,7 @@ Equal codes where the algorithm is deterministic; else an objective that is no w
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,11 +63,22 @@ def test_gptq_has_the_codes_of(peer: str, grid: str, order: str) -> None:
     assert torch.equal(ours.packed, theirs["codes"])
 
 
-def test_vptq_loses_less_than_gptqmodels() -> None:
-    """One book of 64 vectors for all columns, as k-means and one sweep leave it; ours goes on from there."""
-    layer, theirs = golden("layer"), golden("gptqmodel_vptq", "vector4x6.")["values"]
+@pytest.mark.parametrize(
+    ("name", "case", "options"),
+    [
+        ("vector4x6", "", {}),
+        ("vector4x6", ".rows", {"norm": "rows"}),
+        ("vector4x6", ".columns", {"norm": "columns"}),
+        ("vector4x4+4", "", {}),
+        ("vector4x4+4", ".outliers", {"outliers": 0.1, "outlier_bits": 3}),
+    ],
+)
+def test_vptq_loses_less_than_gptqmodels(name: str, case: str, options: dict[str, Any]) -> None:
+    """As k-means and sweeps leave it; ours goes on from there. Its scales are ranges, with a minimum each."""
+    layer, theirs = golden("layer"), golden("gptqmodel_vptq", f"{name}{case}.")["values"]
     weight, inputs = layer["sym4"].float(), layer["inputs"].float()
-    found = [vptq(weight, formats.parse("vector4x6"), facts_of(inputs), rounds=rounds) for rounds in (0, 6)]
+    facts, format = facts_of(inputs), formats.parse(name)
+    found = [vptq(weight, format, facts, rounds=rounds, **options) for rounds in (0, 6)]
     lost = [objective(weight, one.dequantize(), inputs) for one in found]
     assert lost[1] < lost[0] < objective(weight, theirs, inputs)
 

@@ -5,6 +5,7 @@ of vectors move as they would alone."""
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,26 @@ def test_books_side_by_side_learn_as_each_does_alone(name: str) -> None:
         assert torch.equal(after.packed, before.packed) == (name == "books")
         for key, expected in alone.gradient(mine, grad[:, own].contiguous()).items():
             assert torch.equal(found[f"0.{i}.{key}"], expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"outliers": 0.25, "outlier_bits": 4}])
+def test_vectors_under_scales_start_on_the_side_of_the_float_weight(options: dict[str, float]) -> None:
+    """And stay the codes that they are; of scales that hold a zero nothing is known, and all starts where it is."""
+    weight = normal(16, COLUMNS) * scale(16).float()[:, None] ** 3
+    x = normal(200, COLUMNS, seed=1) @ normal(COLUMNS, COLUMNS, seed=2)
+    made = methods.vptq(weight, formats.parse("vector4x4"), Facts.of(x, gram=True), norm="both", **options)
+    assert isinstance(made, Terms) and made.row_scale is not None and made.column_scale is not None
+    learner = chosen(weight, made)
+    assert isinstance(learner, Sum) and torch.equal(learner.weight(learner.start), made.dequantize())
+    sides = [one._weight.flatten(1).T for one in learner._matrices.values() if isinstance(one, Vectors)]
+    beside = torch.cat(sides, 1)
+    if isinstance(made.terms[0], Columns):
+        beside = beside[:, torch.argsort(made.terms[0].permutation.long())]
+    started = beside * made.row_scale.float()[:, None] * made.column_scale.float()
+    assert (started - weight).abs().sum() < 0.8 * (made.dequantize() - weight).abs().sum()
+    dead = replace(made, row_scale=made.row_scale.index_fill(0, torch.tensor([3]), 0))
+    still = chosen(weight, dead)
+    assert torch.equal(still.weight(still.start), dead.dequantize())
 
 
 def test_where_vectors_are_chosen_again_everything_else_stands_still() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,19 +132,29 @@ def test_what_runs_is_what_was_chosen_and_what_is_saved_loads(
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == manifest["size_bytes"]
 
 
-@pytest.mark.parametrize(("recipe", "method"), [("sign/channel", "arb"), ("int1/channel/min", "ptq161")])
+@pytest.mark.parametrize(
+    ("recipe", "method", "options"),
+    [
+        ("sign/channel", "arb", {}),
+        ("int1/channel/min", "ptq161", {}),
+        ("vector2x3", "vptq", {"norm": "rows"}),
+        ("vector2x3", "vptq", {"norm": "both", "outliers": 0.2, "outlier_bits": 1, "outlier_residual_bits": 1}),
+    ],
+)
 @torch.no_grad()
-def test_sums_of_terms_run_in_both_kinds_of_layers(recipe: str, method: str, tmp_path: Path) -> None:
+def test_sums_of_terms_run_in_both_kinds_of_layers(
+    recipe: str, method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     made, batches = small()
     steps = [{"name": "scales", "iters": 4, "batch": 2}]
-    found = network.quantize(made, recipe, batches, method=method, correct_bias=True, tune=steps)
+    found = network.quantize(made, recipe, batches, method=method, options=options, correct_bias=True, tune=steps)
     assert all("terms" in record and "by scales" in record["tuned"][0] for record in found.layers)
     x = torch.randn(4, 3, 7, 5)
     y = found.network(x)
     assert distance(y, stand_in(found, made, batches)(x)) < 2e-5
     network.save(found, tmp_path / "out")
     assert torch.equal(network.load(tmp_path / "out", Small())(x), y)
-    asked = [{"match": "*", "format": recipe, "method": method, "activation": "int8/static"}]
+    asked = [{"match": "*", "format": recipe, "method": method, "options": options, "activation": "int8/static"}]
     for refused in (asked, [{**asked[0], "tune": ["rounding"]}]):
         with pytest.raises(UnsupportedError, match="first"):
             network.quantize(made, Recipe.from_dict({"rule": refused}), batches)

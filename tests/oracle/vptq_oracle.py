@@ -22,11 +22,11 @@ def damped(moment: Array, fraction: float) -> Array:
     return moment + fraction * moment.diagonal().mean() * np.eye(len(moment))
 
 
-def nearest(vector: Array, books: list[Array]) -> list[int]:
-    """Greedy: index in each of ``books`` (entries, length), the lowest of equals."""
+def nearest(vector: Array, books: list[Array], worth: Array | float = 1.0) -> list[int]:
+    """Greedy: index in each of ``books`` (entries, length), the lowest of equals; ``worth``: of each square."""
     found = []
     for book in books:
-        index = int(((book - vector) ** 2).sum(1).argmin())
+        index = int((worth * (book - vector) ** 2).sum(1).argmin())
         found.append(index)
         vector = vector - book[index]
     return found
@@ -127,8 +127,12 @@ def decoded_sides(sides: list[Side]) -> Array:
     return weight
 
 
-def sweep_sides(weight: Array, moment: Array, sides: list[Side], damping: float) -> list[NDArray[np.int64]]:
-    """As :func:`sweep`, each column by the books of the side that it is on: indices of each side."""
+def sweep_sides(
+    weight: Array, moment: Array, sides: list[Side], damping: float, worth: Array | None = None
+) -> list[NDArray[np.int64]]:
+    """As :func:`sweep`, each column by the books of the side that it is on: indices of each side. ``worth``: (rows,),
+    what the square of an error counts in each row."""
+    worth = np.ones(len(weight)) if worth is None else worth
     hessian, current = damped(moment, damping), weight.copy()
     found = [np.zeros_like(side.indices) for side in sides]
     order = sorted(range(weight.shape[1]), key=lambda i: -moment[i, i])
@@ -137,7 +141,7 @@ def sweep_sides(weight: Array, moment: Array, sides: list[Side], damping: float)
         own = sides[one].columns.index(k)
         books, chosen = [book[own // sides[one].width] for book in sides[one].books], []
         for u, vector in enumerate(current[:, k].reshape(-1, books[0].shape[1])):
-            found[one][:, u, own] = nearest(vector, books)
+            found[one][:, u, own] = nearest(vector, books, worth.reshape(-1, len(vector))[u])
             chosen.append(sum(book[i] for book, i in zip(books, found[one][:, u, own], strict=True)))
         left = order[step:]
         inverse = np.linalg.inv(hessian[np.ix_(left, left)])
@@ -145,8 +149,11 @@ def sweep_sides(weight: Array, moment: Array, sides: list[Side], damping: float)
     return found
 
 
-def descent_sides(weight: Array, hessian: Array, sides: list[Side]) -> list[NDArray[np.int64]]:
-    """As :func:`descent`, of all sides: indices of each."""
+def descent_sides(
+    weight: Array, hessian: Array, sides: list[Side], worth: Array | None = None
+) -> list[NDArray[np.int64]]:
+    """As :func:`descent`, of all sides: indices of each; ``worth`` as of :func:`sweep_sides`."""
+    root = np.ones((len(weight), 1)) if worth is None else np.sqrt(worth)[:, None]
     sides = [side._replace(indices=side.indices.copy()) for side in sides]
     for k in sorted(range(weight.shape[1]), key=lambda i: -hessian[i, i]):
         side = next(side for side in sides if k in side.columns)
@@ -157,12 +164,12 @@ def descent_sides(weight: Array, hessian: Array, sides: list[Side]) -> list[NDAr
             error = (weight - decoded_sides(sides))[part]
             for pick in np.ndindex(*map(len, books)):
                 error[:, k] = weight[part, k] - sum(book[i] for book, i in zip(books, pick, strict=True))
-                losses[pick] = loss(error, hessian)
+                losses[pick] = loss(root[part] * error, hessian)
             side.indices[:, u, own] = min(losses, key=losses.__getitem__)
     return [side.indices for side in sides]
 
 
-def least_squares_sides(weight: Array, hessian: Array, sides: list[Side]) -> float:
+def least_squares_sides(weight: Array, hessian: Array, sides: list[Side], worth: Array | None = None) -> float:
     """The least ``tr(E H E^T)`` under the indices of all ``sides``, by a dense solve over all numbers of all books."""
     (rows, columns), numbers = weight.shape, [book.size for side in sides for book in side.books]
     design, first = np.zeros((rows, columns, sum(numbers))), 0
@@ -174,6 +181,8 @@ def least_squares_sides(weight: Array, hessian: Array, sides: list[Side]) -> flo
                     vector, at = divmod(row, book.shape[2])
                     design[row, k, places[own // side.width, index[vector, own], at]] += 1
             first += book.size
+    if worth is not None:
+        weight, design = weight * np.sqrt(worth)[:, None], design * np.sqrt(worth)[:, None, None]
     root = np.linalg.cholesky(hessian)
     tall, wanted = np.concatenate([root.T @ one for one in design]), np.concatenate([root.T @ row for row in weight])
     return float(((wanted - tall @ np.linalg.lstsq(tall, wanted, rcond=None)[0]) ** 2).sum())

@@ -34,7 +34,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vptq": (
         "vector4x4+3",
         "vptq",
-        {"options": {"outliers": 0.1, "outlier_bits": 4}, "tune": [{"name": "vectors", "iters": 4, "batch": 4}]},
+        {
+            "options": {"outliers": 0.1, "outlier_bits": 4, "outlier_residual_bits": 2, "norm": "both"},
+            "tune": [{"name": "vectors", "iters": 4, "batch": 4}, {"name": "books", "iters": 4, "batch": 4}],
+        },
     ),
     "nanoquant": ("sign/channel", "nanoquant", {"options": {"bits": 1.4, "iterations": 4, "rounds": 2}}),
 }

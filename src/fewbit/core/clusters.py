@@ -12,34 +12,49 @@ from torch import Tensor
 CHUNK = 1 << 18
 """Distances that are held at a time: 2 MiB of float64."""
 POINTS = 32
-"""Points a centroid that a fit looks at: more move the centroids little and cost in proportion."""
+"""Points a centroid that a fit looks at, at least."""
+DISTANCES = 1 << 23
+"""A fit looks at more points as long as it measures no more distances a round: with 8 bits 128 points a centroid, of
+which 32 lose up to a tenth more; with 12 bits 32, as more would take minutes."""
 ROUNDS = 25
 
 
 def sample(points: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """At most ``POINTS * count`` of ``points`` (n, dim) that weigh something, drawn without replacement, and their
-    ``weights`` (n,); both float64. Where nothing weighs anything, all count alike."""
+    """At most ``POINTS * count``, or ``DISTANCES / count`` where that is more, of ``points`` (n, dim) that weigh
+    something, drawn without replacement, and their ``weights`` (n,); both float64. Where nothing weighs anything, all
+    count alike."""
     present = weights > 0
     if not bool(present.any()):
         weights = torch.ones_like(weights)
     elif not bool(present.all()):
         points, weights = points[present], weights[present]
-    if len(points) > POINTS * count:
-        drawn = torch.randperm(len(points), generator=generator)[: POINTS * count].sort().values
+    most = max(POINTS * count, DISTANCES // count)
+    if len(points) > most:
+        drawn = torch.randperm(len(points), generator=generator)[:most].sort().values
         points, weights = points[drawn], weights[drawn]
     return points.double(), weights.double()
 
 
-def nearest(points: Tensor, centroids: Tensor) -> Tensor:
+def nearest(points: Tensor, centroids: Tensor, worth: Tensor | None = None) -> Tensor:
     """Index (n,) int64 of the centroid (count, dim) nearest to each of ``points`` (n, dim), the lowest of equal ones.
 
     By ``|c|^2 / 2 - x c`` in float64: which is nearest is exact where distances differ by more than about 2^-50 |c|^2.
+    ``worth``: (n, dim), what each square in a distance counts; None for 1.
     """
+    step = max(1, (CHUNK if points.device.type == "cpu" else CHUNK << 8) // len(centroids))
+    if worth is not None:
+        pairs = zip(points.split(step), worth.split(step), strict=True)
+        return torch.cat([weighed(part, centroids, own).argmin(1) for part, own in pairs])
     centroids = centroids.double()
     half, across = centroids.square().sum(1) / 2, centroids.T.contiguous()
-    step = max(1, (CHUNK if points.device.type == "cpu" else CHUNK << 8) // len(centroids))
     parts = [torch.addmm(half, part.double(), across, alpha=-1).argmin(1) for part in points.split(step)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=points.device)
+
+
+def weighed(points: Tensor, centroids: Tensor, worth: Tensor) -> Tensor:
+    """``sum_d worth_d (c_d^2 / 2 - x_d c_d)`` of every point and centroid, (n, count): see :func:`nearest`."""
+    wide, own = centroids.double(), worth.double()
+    return torch.cat([own, own * points.double()], 1) @ torch.cat([wide.square() / 2, -wide], 1).T
 
 
 def means(points: Tensor, weights: Tensor, count: int, generator: torch.Generator, rounds: int = ROUNDS) -> Tensor:

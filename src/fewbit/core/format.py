@@ -223,8 +223,9 @@ class Format(ABC):
         """
         raise UnsupportedError(f"{self.name} from parameters of each block", "it has these itself")
 
-    def vectors_of(self, length: int, bits: int) -> Format:
-        """Such a format of vectors of ``length`` weights, by indices of ``bits`` into one book for all columns.
+    def vectors_of(self, length: int, bits: int, residual: int = 0) -> Format:
+        """Such a format of vectors of ``length`` weights, by indices of ``bits`` into one book for all columns, and of
+        ``residual`` bits into a residual one; 0 for none.
 
         Raises:
             SpecError: there are no such vectors.

@@ -9,7 +9,7 @@ count; the residual book is the k-means of what the first leaves. Encoding is gr
 vector, then the nearest residual. So without a residual every value comes back as its code (the lowest, of equal
 vectors); with one, a sum of two vectors may come back as the sum of two others.
 
-VPTQ's scale and bias of a column are not part of the format: a scale is a diagonal rewrite of the layer's inputs. AQLM
+VPTQ's scale and bias of a column are not part of the format: scales are of the sum of terms around it. AQLM
 (Egiazarian et al. 2024, arXiv:2401.06118) cuts along rows instead: the same format with ``dim`` and ``height`` swapped.
 """
 
@@ -116,8 +116,8 @@ class Vector(Format):
             rest = rest >> bits
         return values.reshape(*codes.shape[:2], -1)
 
-    def vectors_of(self, length: int, bits: int) -> Vector:
-        return sized(length, bits)
+    def vectors_of(self, length: int, bits: int, residual: int = 0) -> Vector:
+        return sized(length, bits, residual)
 
     def physical(self, params: Params) -> Vectors:
         books = tuple(params[name][0, :, 0].float() for name in self.fields)

@@ -146,9 +146,7 @@ TUNINGS: tuple[Tuning, ...] = (
 
 _WHOLE: dict[str, float] = {"iters": 200, "batch": 8, "lr": 0.0, "vectors": 1, "label": 0.0, "windows": 0, "warmup": 0}
 _WHOLE_LIMITS: dict[str, tuple[float, float]] = {
-    "iters": (0, 100_000),
-    "batch": (1, 1024),
-    "lr": (0.0, 1.0),
+    **{name: _LIMITS[name] for name in ("iters", "batch", "lr")},
     "vectors": (0, 1),
     "label": (0.0, 100.0),
     "windows": (0, 1_000_000),
@@ -299,6 +297,8 @@ METHODS: tuple[Method, ...] = (
             "outliers": 0.0,
             "outlier_length": 2,
             "outlier_bits": 6,
+            "outlier_residual_bits": 0,
+            "norm": "none",
         },
         limits={
             "damp_percent": _SHARE,
@@ -309,6 +309,7 @@ METHODS: tuple[Method, ...] = (
             "outliers": (0.0, 0.99),
             "outlier_length": (1, 16),
             "outlier_bits": (1, 16),
+            "outlier_residual_bits": (0, 16),
         },
         refuse=refuse_scalars,
         parts=vptq_parts,

@@ -3,7 +3,8 @@ r"""A matrix in vectors of codebooks, on the way to its codes and books: choosin
 
 Vector u of column k is ``w[length u + d, k] = sum over books b of b[k // width, index_b[k, u], d]``. Columns are the
 first axis of everything here: they are what is worked on one after the other. A weight is one such matrix or several
-side by side (``Sides``), the columns of each after those of the one before.
+side by side (``Sides``), the columns of each after those of the one before. ``worth``, (rows,), is what the square of
+an error counts in each row; None for 1.
 """
 
 from __future__ import annotations
@@ -82,15 +83,22 @@ Sides = tuple[Coded, ...]
 class Choice:
     """Vectors of one column after another, each to the nearest sum of one entry a book.
 
-    ``beam``: see :func:`nearest`; ``present``: what was chosen before. ``seen``: (columns, vectors, length), what each
-    column was to be when it had its turn.
+    ``beam``: see :func:`nearest`; ``present``: what was chosen before; ``worth``: see the module. ``seen``: (columns,
+    vectors, length), what each column was to be when it had its turn.
     """
 
     def __init__(
-        self, books: tuple[Tensor, ...], shape: tuple[int, int], width: int, beam: int, present: Coded | None = None
+        self,
+        books: tuple[Tensor, ...],
+        shape: tuple[int, int],
+        width: int,
+        beam: int,
+        present: Coded | None = None,
+        worth: Tensor | None = None,
     ) -> None:
         columns, self._length = shape[0], books[0].shape[2]
         self._books, self._width, self._beam, self._present = books, width, beam, present
+        self._worth = None if worth is None else worth.view(-1, self._length)
         self.seen = torch.empty(columns, shape[1] // self._length, self._length)
         self._indices = tuple(torch.empty(self.seen.shape[:2], dtype=torch.int64) for _ in books)
 
@@ -100,7 +108,7 @@ class Choice:
         points = values.view(-1, self._length)
         self.seen[column] = points
         present = None if self._present is None else [index[column] for index in self._present.indices]
-        picked = nearest(points, books, self._beam, present)
+        picked = nearest(points, books, self._beam, present, self._worth)
         for index, chosen in zip(self._indices, picked, strict=True):
             index[column] = chosen
         parts = [book[index] for book, index in zip(books, picked, strict=True)]
@@ -126,37 +134,57 @@ class Beside:
         return tuple(choice.coded() for choice in self.choices)
 
 
-def nearest(points: Tensor, books: list[Tensor], beam: int, present: list[Tensor] | None = None) -> list[Tensor]:
+def nearest(
+    points: Tensor,
+    books: list[Tensor],
+    beam: int,
+    present: list[Tensor] | None = None,
+    worth: Tensor | None = None,
+) -> list[Tensor]:
     """Indices, by book, of the sum nearest to each of ``points`` (n, length): at most two books (entries, length).
 
     Of two books the ``beam`` nearest entries of the first are tried, each with the nearest of the second to what it
     leaves; and the sums of the indices ``present``, which win ties.
+    ``worth``: (n, length), what each square in a distance counts; None for 1.
     """
     if len(books) == 1:
-        return [clusters.nearest(points, books[0])]
+        return [clusters.nearest(points, books[0], worth)]
     first, second = books
     wide = first.double()
-    far = torch.addmm(wide.square().sum(1) / 2, points.double(), wide.T, alpha=-1)
+    if worth is None:
+        far, share = torch.addmm(wide.square().sum(1) / 2, points.double(), wide.T, alpha=-1), None
+    else:
+        far, share = clusters.weighed(points, first, worth), worth.repeat_interleave(min(beam, len(first)), 0)
     tried = far.topk(min(beam, len(first)), 1, largest=False).indices if beam > 1 else far.argmin(1, keepdim=True)
     left = (points[:, None] - first[tried]).flatten(0, 1)
-    beside = clusters.nearest(left, second)
-    lost = (left - second[beside]).square().sum(1).view(tried.shape)
+    beside = clusters.nearest(left, second, share)
+    lost = _squares(left - second[beside], share).view(tried.shape)
     least, best = lost.min(1, keepdim=True)
     picked = [tried.gather(1, best).squeeze(1), beside.view(tried.shape).gather(1, best).squeeze(1)]
     if present is None:
         return picked
-    stays = (points - first[present[0]] - second[present[1]]).square().sum(1) <= least.squeeze(1)
+    stays = _squares(points - first[present[0]] - second[present[1]], worth) <= least.squeeze(1)
     return [torch.where(stays, now, then) for now, then in zip(present, picked, strict=True)]
 
 
+def _squares(error: Tensor, worth: Tensor | None) -> Tensor:
+    return (error.square() if worth is None else error.square() * worth).sum(1)
+
+
 def all_nearest(
-    points: Tensor, books: tuple[Tensor, ...], width: int, beam: int, present: Coded | None = None
+    points: Tensor,
+    books: tuple[Tensor, ...],
+    width: int,
+    beam: int,
+    present: Coded | None = None,
+    worth: Tensor | None = None,
 ) -> Coded:
     """``points`` (columns, vectors, length) to the nearest sums of ``books``; see :func:`nearest`."""
     found = []
     for group, part in enumerate(points.split(width)):
         own = None if present is None else [index.split(width)[group].flatten() for index in present.indices]
-        found.append(nearest(part.flatten(0, 1), [book[group] for book in books], beam, own))
+        share = None if worth is None else worth.view(1, *part.shape[1:]).expand(part.shape).flatten(0, 1)
+        found.append(nearest(part.flatten(0, 1), [book[group] for book in books], beam, own, share))
     indices = (torch.cat(parts).view(points.shape[:2]) for parts in zip(*found, strict=True))
     return Coded(books, tuple(indices), width)
 
@@ -189,14 +217,15 @@ def decoded(sides: Sides) -> Tensor:
     return torch.cat([side.decode() for side in sides])
 
 
-def loss(weight: Tensor, sides: Sides, moment: Tensor) -> float:
+def loss(weight: Tensor, sides: Sides, moment: Tensor, worth: Tensor | None = None) -> float:
     """``tr(E H E^T)`` of what ``sides`` make of ``weight`` (columns, rows), H = ``moment``, without the rows that fill
     up vectors."""
     error = weight - decoded(sides)[:, : weight.shape[1]]
-    return float(((moment @ error) * error).sum(dtype=torch.float64))
+    lost = (moment @ error) * error
+    return float((lost if worth is None else lost * worth).sum(dtype=torch.float64))
 
 
-def refitted(weight: Tensor, sides: Sides, moment: Tensor, steps: int) -> Sides:
+def refitted(weight: Tensor, sides: Sides, moment: Tensor, steps: int, worth: Tensor | None = None) -> Sides:
     """``sides`` with books nearer to those of least ``tr(E H E^T)`` under their indices, all books at once.
 
     With D the linear map from books to weights, the normal equations ``D^T (D(b) H) = D^T (W H)`` are solved by
@@ -209,7 +238,7 @@ def refitted(weight: Tensor, sides: Sides, moment: Tensor, steps: int) -> Sides:
 
     def gathered(pulled: Tensor) -> list[Tensor]:
         """D^T of (columns, rows): float64 (entries of all groups, length) a book."""
-        filled = torch.constant_pad_nd(pulled, (0, whole - rows))
+        filled = torch.constant_pad_nd(pulled if worth is None else pulled * worth, (0, whole - rows))
         parts = zip(sides, filled.split([columns for columns, _ in shapes]), shapes, strict=True)
         return [sums for side, part, shape in parts for sums in side.taken(part.view(*shape, -1))]
 
@@ -217,11 +246,13 @@ def refitted(weight: Tensor, sides: Sides, moment: Tensor, steps: int) -> Sides:
         own = iter(books)
         return tuple(replace(one, books=tuple(next(own).view(book.shape) for book in one.books)) for one in sides)
 
+    counts = torch.ones(whole) if worth is None else torch.constant_pad_nd(worth, (0, whole - rows))
+    most = 1 if worth is None else whole
     diagonal = moment.diagonal().split([columns for columns, _ in shapes])
     share = [
         mass
         for side, part, shape in zip(sides, diagonal, shapes, strict=True)
-        for mass in side.taken(part[:, None, None].expand(*shape, 1))
+        for mass in side.taken(part[:, None, None] * counts.view(1, shape[1], -1)[..., :most])
     ]
     books = [book.double().flatten(0, 1) for side in sides for book in side.books]
     rest = gathered(moment @ (weight - decoded(sides)[:, :rows]))

@@ -134,7 +134,7 @@ def _at(path: Path, *more: str) -> Path:
 
 def _leaves(term: Term, path: Path, wanted: Tensor | None) -> Iterator[tuple[Path, QTensor | Tensor, Tensor | None]]:
     """Every matrix and every scale in ``term``, and what of the float weight ``wanted`` it alone stands for: None where
-    it is a factor, or one of several terms."""
+    it is a factor, or one of several terms. Under scales that is what the weight is without them."""
     match term:
         case Dense():
             yield path, term.qtensor, wanted
@@ -150,12 +150,20 @@ def _leaves(term: Term, path: Path, wanted: Tensor | None) -> Iterator[tuple[Pat
                 yield from _leaves(part, (*path, str(i)), None if own is None else own[i])
         case Terms():
             scales = (("row_scale", term.row_scale), ("column_scale", term.column_scale))
-            alone = len(term.terms) == 1 and all(scale is None for _, scale in scales)
+            own = None if wanted is None or len(term.terms) > 1 else _without(wanted, term)
             for i, part in enumerate(term.terms):
-                yield from _leaves(part, (*path, str(i)), wanted if alone else None)
+                yield from _leaves(part, (*path, str(i)), own)
             for name, scale in scales:
                 if scale is not None:
                     yield (*path, name), scale, None
+
+
+def _without(wanted: Tensor, term: Terms) -> Tensor | None:
+    """What stands for ``wanted`` under the scales of ``term``; None where one of them is zero."""
+    for scale, axis in ((term.row_scale, 1), (term.column_scale, 0)):
+        if scale is not None:
+            wanted = wanted / scale.float().unsqueeze(axis)
+    return wanted if bool(wanted.isfinite().all()) else None
 
 
 def _assembled(term: Term, path: Path, leaves: Mapping[Path, Tensor]) -> Tensor:

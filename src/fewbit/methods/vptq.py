@@ -38,7 +38,8 @@ from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Columns, Dense, Terms, foremost, index_dtype
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.methods import codebooks as K
-from fewbit.methods import feedback, objective
+from fewbit.methods import feedback, norms, objective
+from fewbit.methods.norms import Norms, lost
 
 STEPS = 8
 """Of conjugate gradients, from the books there are."""
@@ -65,6 +66,8 @@ def vptq(
     outliers: float = 0.0,
     outlier_length: int = 2,
     outlier_bits: int = 6,
+    outlier_residual_bits: int = 0,
+    norm: str = "none",
 ) -> QTensor | Terms:
     """Quantize ``weight`` (rows, columns) to vectors of codebooks fitted to it.
 
@@ -78,66 +81,84 @@ def vptq(
         rounds: most rounds of books and codes; 0 leaves what the sweeps chose.
         beam: first vectors tried for a sum of two; 1 is the paper's greedy choice.
         never_worse: round all to nearest, with the books that the sweeps began with, where that loses less.
-        outliers: share of the columns, those of largest E[x^2], that have a book of their own; at least one column
-            where it is above 0. Without any token the first columns are these.
-        outlier_length, outlier_bits: weights of their vectors, and bits of an index into that book.
+        outliers: share of the columns, those of largest E[x^2] (the first, without any token), that have a book of
+            their own; at least one column where it is above 0.
+        outlier_length, outlier_bits, outlier_residual_bits: weights of their vectors, and bits of an index into that
+            book and into a residual one; 0 for no such.
+        norm: scales stored beside, of "rows", "columns", "both" or "none"; E[x^2] is then of inputs times the columns'.
 
     Returns:
-        One matrix; or with outliers, columns in an order, these first.
+        One matrix; or with outliers, columns in an order, these first; with a norm, either of them under scales.
 
     Raises:
         InputError: the weight or the facts cannot be used (NaN, wrong width, no second moment).
-        SpecError: an option is out of range.
-        UnsupportedError: codes of ``format`` are no vectors down a column.
+        SpecError: an option is out of range. UnsupportedError: codes of ``format`` are no vectors down a column.
     """
     _check(weight, format, facts, block_size=block_size, restarts=restarts, rounds=rounds, beam=beam)
-    rows, columns = weight.shape
-    made = parts(format, (rows, columns), outliers=outliers, outlier_length=outlier_length, outlier_bits=outlier_bits)
-    sides = tuple((side, shape[1]) for side, shape in made.matrices)
-    order = _order(facts, sides[0][1]) if made.sum else None
+    sides = _sides(format, weight.shape, outliers, outlier_length, outlier_bits, outlier_residual_bits)
+    scales = Norms.of(weight, norm)
+    shown, seen = scales.without(weight), scales.facts(facts)
+    order = _order(seen, sides[0][1]) if len(sides) > 1 else None
     now = slice(None) if order is None else order
-    shown = weight[:, now].float()
     if not facts.tokens:
-        return _whole([QTensor.rounded(side, part) for part, side in _split(shown, sides)], order)
-    second = facts.second_moment[now][:, now]
+        return scales.over(_whole([QTensor.rounded(side, part) for part, side in _split(shown[:, now], sides)], order))
+    second = seen.second_moment[now][:, now]
     passing = feedback.factorize(second, damp_percent, by_activity=True)
-    task = _Task(_padded(shown, sides), rows, sides, passing, block_size, beam)
-    start = _swept(task, facts.mean_square[now], restarts)
+    task = _Task(_padded(shown[:, now], sides), weight.shape[0], sides, passing, block_size, beam, scales.worth)
+    start = _swept(task, seen.mean_square[now], restarts)
     found = _improved(task, start, feedback.damped(second, passing), rounds)
-    solved = _whole([replace(one, note=passing.raised(damp_percent)) for one in task.stored(found)], order)
+    solved = scales.refitted(weight, _whole(task.stored(found, passing.raised(damp_percent)), order), facts)
     if not never_worse:
         return solved
-    pairs = zip(task.points(), start, strict=True)
-    nearest = tuple(K.all_nearest(points, one.books, one.width, beam) for points, one in pairs)
-    plain = _whole(task.stored(nearest), order)
-    return plain if _lost(weight, plain, facts) < _lost(weight, solved, facts) else solved
+    plain = scales.over(_whole(task.stored(task.nearest(start)), order))
+    return plain if lost(weight, plain, facts) < lost(weight, solved, facts) else solved
 
 
 def parts(
-    format: Format, shape: tuple[int, int], *, outliers: float, outlier_length: int, outlier_bits: int, **other: Any
+    format: Format,
+    shape: tuple[int, int],
+    *,
+    outliers: float,
+    outlier_length: int,
+    outlier_bits: int,
+    outlier_residual_bits: int,
+    norm: str,
+    **other: Any,
 ) -> Parts:
     """The columns with a book of their own, the others, and the order of all; or one matrix, where there are no such.
+    Scales in either case.
 
     Raises:
-        SpecError: no share of columns, no such vectors, or a book larger than what it is for.
+        SpecError: no share of columns, no such vectors or scales, or a book larger than what it is for.
     """
+    sides = _sides(format, shape, outliers, outlier_length, outlier_bits, outlier_residual_bits)
+    order = index_dtype(shape[1]).itemsize * shape[1] if len(sides) > 1 else 0
+    return Parts(tuple((side, (shape[0], columns)) for side, columns in sides), order + norms.nbytes(norm, shape))
+
+
+Formats = tuple[tuple[Format, int], ...]
+"""Of matrices side by side, each with how many columns are its own."""
+
+
+def _sides(format: Format, shape: Sequence[int], outliers: float, length: int, bits: int, residual: int) -> Formats:
+    """Of the outliers, where there are any, and of the others."""
     (rows, columns), asked = shape, f"vptq with outliers={outliers!r}"
     if isinstance(outliers, bool) or not isinstance(outliers, int | float) or not 0 <= outliers < 1:
         raise SpecError(asked, "out of range", "a share of the columns below 1, e.g. 0.02, or 0 for none")
     count = min(columns - 1, max(1, round(outliers * columns))) if outliers else 0
     if not count:
-        return Parts(((format, shape),), 0)
-    for name, value in (("outlier_length", outlier_length), ("outlier_bits", outlier_bits)):
+        return ((format, columns),)
+    named = (("outlier_length", length, 2), ("outlier_bits", bits, 6), ("outlier_residual_bits", residual, 0))
+    for name, value, usual in named:
         if type(value) is not int:
-            raise SpecError(f"{asked} and {name}={value!r}", "no whole number", "2 and 6 would work")
-    own = format.vectors_of(outlier_length, outlier_bits)
-    vectors = count * -(-rows // own.height)
-    if vectors < own.levels:
-        found = f"the book of {own.name} has {own.levels} entries for the {vectors} vectors of {count} columns"
+            raise SpecError(f"{asked} and {name}={value!r}", "no whole number", f"{usual} would work")
+    own = format.vectors_of(length, bits, residual)
+    vectors, entries = count * -(-rows // own.height), max(param.entry[0] for param in own.params)
+    if vectors < entries:
+        found = f"a book of {own.name} has {entries} entries for the {vectors} vectors of {count} columns"
         works = f"outlier_bits={max(1, vectors.bit_length() - 1)} or less, more outliers, or outliers=0 for this layer"
-        raise SpecError(f"{asked} of a weight of shape {shape}", found, works)
-    nbytes = index_dtype(columns).itemsize * columns
-    return Parts(((own, (rows, count)), (format, (rows, columns - count))), nbytes)
+        raise SpecError(f"{asked} of a weight of shape {tuple(shape)}", found, works)
+    return ((own, count), (format, columns - count))
 
 
 def _check(weight: Tensor, format: Format, facts: Facts, **least: int) -> None:
@@ -153,14 +174,10 @@ def _check(weight: Tensor, format: Format, facts: Facts, **least: int) -> None:
             raise SpecError(f"{asked} with {name}={value}", "it is too small", "1 is the least, 0 for rounds")
 
 
-Formats = tuple[tuple[Format, int], ...]
-"""Of matrices side by side, each with how many columns are its own."""
-
-
 @dataclass(frozen=True, eq=False)
 class _Task:
     """``weight``: (rows, columns) in the order in which columns are stored, rows filled up to whole vectors with zeros;
-    ``rows``: those that are not filled up."""
+    ``rows``: those that are not filled up; ``worth``: what these count, see :mod:`fewbit.methods.codebooks`."""
 
     weight: Tensor
     rows: int
@@ -168,6 +185,12 @@ class _Task:
     passing: feedback.Feedback
     block_size: int
     beam: int
+    worth: Tensor | None
+
+    @property
+    def filled(self) -> Tensor | None:
+        """``worth`` of all rows: those that fill up count nothing."""
+        return None if self.worth is None else torch.constant_pad_nd(self.worth, (0, len(self.weight) - self.rows))
 
     def points(self) -> list[Tensor]:
         """Vectors of each side, (columns, vectors, length)."""
@@ -177,11 +200,18 @@ class _Task:
         choices = []
         for i, (side, columns) in enumerate(self.sides):
             shape, width = (columns, len(self.weight)), B.width(columns, side.block)
-            choices.append(K.Choice(books[i], shape, width, self.beam, present[i] if present else None))
+            before = present[i] if present else None
+            choices.append(K.Choice(books[i], shape, width, self.beam, before, self.filled))
         return K.Beside(choices)
 
-    def stored(self, found: K.Sides) -> list[QTensor]:
-        return [one.qtensor(side, self.rows) for one, (side, _) in zip(found, self.sides, strict=True)]
+    def nearest(self, start: K.Sides) -> K.Sides:
+        """All vectors to the nearest, with the books of ``start``."""
+        pairs = zip(self.points(), start, strict=True)
+        return tuple(K.all_nearest(points, one.books, one.width, self.beam, None, self.filled) for points, one in pairs)
+
+    def stored(self, found: K.Sides, note: str = "") -> list[QTensor]:
+        pairs = zip(found, self.sides, strict=True)
+        return [replace(one.qtensor(side, self.rows), note=note) for one, (side, _) in pairs]
 
 
 def _swept(task: _Task, square: Tensor, restarts: int) -> K.Sides:
@@ -194,6 +224,7 @@ def _swept(task: _Task, square: Tensor, restarts: int) -> K.Sides:
         for i, (side, columns) in enumerate(task.sides):
             if stage < len(side.params):
                 share = worth[i][:, None].repeat(1, points[i].shape[1])
+                share *= 1 if task.filled is None else task.filled.view(-1, side.height).mean(1)
                 share[:, max(1, task.rows // side.height) :] = 0
                 entries, width = side.params[stage].entry[0], B.width(columns, side.block)
                 books[i] = (*books[i], K.cluster(points[i], share, entries, width, restarts))
@@ -208,20 +239,19 @@ def _swept(task: _Task, square: Tensor, restarts: int) -> K.Sides:
 def _improved(task: _Task, coded: K.Sides, moment: Tensor, rounds: int) -> K.Sides:
     """Rounds of better books under the codes and better codes under the books, as long as they help."""
     wanted = task.weight[: task.rows].T.contiguous()
-    least = K.loss(wanted, coded, moment)
+    least = K.loss(wanted, coded, moment, task.worth)
     for _ in range(rounds):
         before = least
         for again in (False, True):
             if again:
                 choice = task.choice([one.books for one in coded], coded)
-                now = K.decoded(coded).T
-                feedback.descend(task.weight, now, moment, task.passing, choice, task.block_size)
+                feedback.descend(task.weight, K.decoded(coded).T, moment, task.passing, choice, task.block_size)
                 found = choice.coded()
             else:
-                found = K.refitted(wanted, coded, moment, STEPS)
-            lost = K.loss(wanted, found, moment)
-            if lost < least:
-                coded, least = found, lost
+                found = K.refitted(wanted, coded, moment, STEPS, task.worth)
+            now = K.loss(wanted, found, moment, task.worth)
+            if now < least:
+                coded, least = found, now
         if not least < (1 - LEAST_GAIN) * before:
             break
     return coded
@@ -250,7 +280,3 @@ def _whole(found: Sequence[QTensor], order: Tensor | None) -> QTensor | Terms:
         return found[0]
     columns = Columns.of(order, tuple(map(Dense, found)))
     return Terms(columns.shape, (columns,))
-
-
-def _lost(weight: Tensor, values: QTensor | Terms, facts: Facts) -> float:
-    return float(objective.row_errors(weight.float() - values.dequantize(), facts).sum())

@@ -209,8 +209,8 @@ def _made(site: Site, rule: Rule, format: Format) -> Parts:
 def check_terms(site: Site, rule: Rule) -> None:
     """Refuse layers whose weight cannot be a sum of terms."""
     asked = f"{rule.format} by {rule.method} for {site.name}, which makes a sum of terms of it"
-    works = "give this layer a rule that makes one matrix: squeezellm and vptq do with outliers=0 (and sensitive=0)"
-    works += ", laq with mean_bits=0"
+    works = "give this layer a rule that makes one matrix: squeezellm and vptq do with outliers=0 (and sensitive=0, "
+    works += 'norm="none"), laq with mean_bits=0'
     if site.experts > 1:
         raise UnsupportedError(asked, "fused experts are one matrix each", works)
     for tune in rule.tunings():
