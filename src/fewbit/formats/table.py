@@ -105,7 +105,7 @@ class Table(Format):
 
     @property
     def params(self) -> tuple[Param, ...]:  # type: ignore[override]
-        return PARAMS if self.coded else (Param("scale", 16, torch.float16),)
+        return PARAMS if self.coded else (Param("scale", 16, torch.float16, least=self._smallest),)
 
     @property
     def chunk(self) -> int:  # type: ignore[override]
