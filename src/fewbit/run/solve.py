@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fewbit import formats, kernels, layouts, methods, transforms
 from fewbit.containers import terms as T
-from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.layout import UNPACKED, Layout
@@ -23,7 +22,7 @@ from fewbit.core.reach import told_of
 from fewbit.core.rewrite import Chain
 from fewbit.core.terms import Terms, has_sparse, matrices, repack
 from fewbit.core.transform import seed_of
-from fewbit.errors import UnsupportedError, VerificationError, of_layer
+from fewbit.errors import VerificationError, of_layer
 from fewbit.formats.fixed import Fixed
 from fewbit.model.sites import Site
 from fewbit.recipe import Rule, Tune
@@ -125,8 +124,7 @@ def solve(task: Task) -> Solved:
     """Do the rule's transforms, choose codes with its method, pack, and measure the error of the outputs on ``seen``.
 
     Raises:
-        FewbitError: what a transform or method refuses, or a per-tensor format on fused experts; the message names the
-            layer.
+        FewbitError: what a transform or method refuses; the message names the layer.
     """
     with of_layer(task.site.name):
         return _solved(task)
@@ -134,12 +132,6 @@ def solve(task: Task) -> Solved:
 
 def _solved(task: Task) -> Solved:
     began, site = time.monotonic(), task.site
-    if site.experts > 1 and not F.stackable(task.format, site.shape[0]):
-        raise UnsupportedError(
-            f"{task.format.name} for the fused experts {site.name}",
-            "what all its rows, or groups of them, share would have to differ between experts",
-            "use a format whose scales are per block, such as mxfp4 or int4/g64",
-        )
     rewrite, rewritten, known = transformed(task)
     parts, starved, reach = [], [], []
     for expert, weight in enumerate(rewritten.split(site.shape[0]) if site.experts > 1 else [rewritten]):
