@@ -7,7 +7,8 @@ Clusters of numbers are intervals of the sorted values, and the cost of one come
 
 The best l never falls as r grows: it is found for r far apart first, then for those in their middles, where only what
 lies between the neighbours' best is tried. That is n a halving and n log n a cluster; all tables, and all middles of a
-halving, are computed together. Sums are float64, in an order that depends on no thread.
+halving, are computed together; the compiled module does one after the other, with the same bits. Sums are float64, in
+an order that depends on no thread.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from fewbit.core import compiled
 
 POINTS = 1 << 14
 """Numbers of a table that are told apart as they are; of more, those that one float16 stands for count as one."""
@@ -109,7 +112,7 @@ def _cells(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def _centers(points: Tensor, mass: Tensor, count: int) -> Tensor:
     """:func:`centers` of ascending float64 ``points`` (tables, n) that weigh ``mass``."""
-    tables, n = points.shape
+    n = points.shape[1]
     if n <= count:
         return torch.cat([points, points[:, -1:].expand(-1, count - n)], 1)
     pivot = points[:, n // 2, None]
@@ -117,6 +120,25 @@ def _centers(points: Tensor, mass: Tensor, count: int) -> Tensor:
     unit = x.abs().amax(1, keepdim=True).clamp_min(_TINY)
     x = x / unit
     s0, s1, s2 = (torch.nn.functional.pad(s.cumsum(1), (1, 0)) for s in (mass, mass * x, mass * x * x))
+    begins = _begins(s0, s1, s2, count) if compiled.grids() is None else _compiled(s0, s1, s2, count)
+    return _means(x, mass, begins) * unit + pivot
+
+
+def _compiled(s0: Tensor, s1: Tensor, s2: Tensor, count: int) -> Tensor:
+    """:func:`_begins`, the same to the bit, by the compiled module."""
+    native = compiled.grids()
+    assert native is not None
+    (tables, size), sums = s0.shape, [s.contiguous() for s in (s0, s1, s2)]
+    begins, best = torch.zeros(tables, count, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
+    scratch = torch.empty(count + 2, size, dtype=torch.float64)
+    one, two, three = (s.data_ptr() for s in sums)
+    native.clusters((tables, size, count), (one, two, three), begins.data_ptr(), best.data_ptr(), scratch.data_ptr())
+    return begins
+
+
+def _begins(s0: Tensor, s1: Tensor, s2: Tensor, count: int) -> Tensor:
+    """Where the best clusters begin, (tables, count), of prefix sums (tables, n + 1)."""
+    tables, n = s0.shape[0], s0.shape[1] - 1
     costs = [s2 - s1.square() / s0.clamp_min(_FLOOR)]
     for _ in range(2, count):
         costs.append(_layer(costs[-1] - s2, s0, s1) + s2)
@@ -127,7 +149,7 @@ def _centers(points: Tensor, mass: Tensor, count: int) -> Tensor:
         total = costs[k - 1] - s2 - moment.square() / apart.clamp_min(_FLOOR)
         right = torch.where(place > right, torch.inf, total).argmin(1, keepdim=True)
         begins[:, k, None] = right
-    return _means(x, mass, begins) * unit + pivot
+    return begins
 
 
 def _means(points: Tensor, mass: Tensor, begins: Tensor) -> Tensor:
