@@ -25,6 +25,8 @@ POINTS = 1 << 14
 """Numbers of a table that are told apart as they are; of more, those that one float16 stands for count as one."""
 CHUNK = 1 << 17
 """Numbers clustered at a time: a megabyte of float64 each array."""
+PART = 1 << 18
+"""Numbers of a table that are put into cells at a time."""
 _TINY = torch.finfo(torch.float64).tiny
 _FLOOR = 2.0**-48
 """What weighs less than that, next to the heaviest number of its table, is lost in the sums."""
@@ -78,9 +80,9 @@ def of_cells(cells: Tensor) -> Tensor:
     return bits.to(torch.int16).view(torch.float16)
 
 
-def _live(weights: Tensor) -> Tensor:
-    """Float64, at most 1 in each table; ones where a table weighs nothing."""
-    top = weights.amax(1, keepdim=True).double()
+def _live(weights: Tensor, top: Tensor) -> Tensor:
+    """Float64, at most 1 in each table, whose largest is ``top``; ones where a table weighs nothing."""
+    top = top.double()
     return torch.where(top > 0, weights.double() / top.clamp_min(_TINY), 1.0)
 
 
@@ -90,7 +92,7 @@ def _merged(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     ordered, order = values.double().sort(1)
     at = torch.nn.functional.pad((ordered[:, 1:] != ordered[:, :-1]).cumsum(1), (1, 0))
     points = ordered[:, -1:].repeat(1, int(at.max()) + 1).scatter_(1, at, ordered)
-    mass = torch.zeros_like(points).scatter_add_(1, at, _live(weights).gather(1, order))
+    mass = torch.zeros_like(points).scatter_add_(1, at, _live(weights, weights.amax(1, keepdim=True)).gather(1, order))
     return points, mass
 
 
@@ -98,9 +100,12 @@ def _cells(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`_merged`, but of float16 cells: their weighted means."""
     points, masses = [], []
     for v, w in zip(values, weights, strict=True):
-        live, at = _live(w[None])[0], (cells(v.half()) + CELLS).long()
-        mass = torch.bincount(at, live, 2 * CELLS + 1)
-        total = torch.bincount(at, live * v.double(), 2 * CELLS + 1)
+        mass, total = torch.zeros(2, 2 * CELLS + 1, dtype=torch.float64)
+        top = w.amax()
+        for numbers, weights_of in zip(v.split(PART), w.split(PART), strict=True):
+            live, at = _live(weights_of, top), (cells(numbers.half()) + CELLS).long()
+            mass.index_add_(0, at, live)
+            total.index_add_(0, at, live.mul_(numbers))
         present = mass > 0
         points.append(total[present] / mass[present])
         masses.append(mass[present])
