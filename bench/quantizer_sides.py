@@ -73,7 +73,7 @@ def weights(model: Any) -> dict[str, Tensor]:
 
 
 def count(found: dict[str, Tensor]) -> int:
-    return sum(weight.numel() for weight in found.values())
+    return sum(weight.numel() for weight in found.values() if weight.ndim == 2)
 
 
 def asymmetric(model: Any, bits: int) -> Found:
@@ -121,7 +121,12 @@ def fewbit(job: Job) -> tuple[Timed, Read]:
         for record in records:
             path = out / next(file for key, file in where.items() if key.startswith(f"{record['name']}.weight_"))
             values = read_back(path, record).dequantize()
-            found[record["name"]] = read_rewrite(path, record).unweight(values).reshape(record["shape"])
+            name, rewrite = record["name"], read_rewrite(path, record)
+            if record["activation"] is not None:  # rounded behind the rewrite
+                found[f"{name}.input"] = rewrite.apply(torch.ones(1, record["shape"][1])).flatten()
+            else:
+                values = rewrite.unweight(values)
+            found[name] = values.reshape(record["shape"])
         return found, 8.0 * sum(record["nbytes"] for record in records)
 
     return run, read
@@ -148,27 +153,77 @@ def fewbit_in_memory(job: Job, rule: Any) -> tuple[Timed, Read]:
 def llmcompressor(job: Job) -> tuple[Timed, Read]:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from torch.utils.data import DataLoader
 
     grid = {"num_bits": job.bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP}
-    grid["actorder"] = job.what or None
+    groups = {"group_0": {"targets": ["Linear"], "weights": grid}}
+    if job.what == "awq":
+        recipe = [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
+    elif job.what == "smooth":
+        before = SmoothQuantModifier(smoothing_strength=0.5)
+        recipe = [before, QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
+    else:
+        grid["actorder"] = job.what or None
+        recipe = [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
+    IntermediatesCache.pin_memory = lambda *arguments: None  # it needs a GPU
 
     def run() -> Any:
         model = network(job)
-        groups = {"group_0": {"targets": ["Linear"], "weights": grid}}
         oneshot(
             model=model,
             dataset=DataLoader([{n: torch.tensor(v) for n, v in row.items()} for row in rows_of(job)]),
-            recipe=GPTQModifier(config_groups=groups, ignore=["lm_head"]),
+            recipe=recipe,
             max_seq_length=job.tokens.shape[1],
             num_calibration_samples=len(job.tokens),
         )
-        found = asymmetric(model, job.bits)  # what saving leaves of the layers is packed
+        found = scaled(model, job) if job.what in ("awq", "smooth") else asymmetric(model, job.bits)
+        # what saving leaves of the layers is packed
         with TemporaryDirectory() as out:
             model.save_pretrained(out, save_compressed=True)
         return found
 
     return run, lambda found: found
+
+
+def scaled(model: Any, job: Job) -> Found:
+    """What llm-compressor's ``model`` computes with, whose layers are rounded when they run; norms took scales up."""
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+    layers = linears(model).items()
+    parameters = {n: (m.weight, m.weight_scale, m.weight_zero_point, m.quantization_scheme.weights) for n, m in layers}
+    found = {name: fake_quantize(*each).detach().float() for name, each in parameters.items()}
+    norms = {n: m.weight.detach().float() for n, m in model.named_modules() if "norm" in n and hasattr(m, "weight")}
+    if job.what == "awq":
+        return found | norms, (job.bits + (16 + job.bits) / GROUP) * count(found)
+    inputs = {f"{name}.input": torch.ones(weight.shape[1]) for name, weight in found.items()}
+    return found | norms | inputs, 8 * count(found) + 16 * sum(len(weight) for weight in found.values())
+
+
+def coremltools(job: Job) -> tuple[Timed, Read]:
+    """``what``: how many rows share a table; all of them where it is empty."""
+    from coremltools.optimize.torch.palettization import PostTrainingPalettizer, PostTrainingPalettizerConfig
+
+    table = {"n_bits": job.bits, "granularity": "per_tensor"}
+    if job.what:
+        table |= {"granularity": "per_grouped_channel", "group_size": int(job.what)}
+    config = {"module_type_configs": {nn.Linear: table}, "module_name_configs": {"lm_head": None}}
+
+    def run() -> Any:
+        made = PostTrainingPalettizer(network(job), PostTrainingPalettizerConfig.from_dict(config))
+        return made.compress(inplace=True)
+
+    def read(model: Any) -> Found:
+        found = weights(model)
+        if any(len(weight[:16].unique()) > 2**job.bits for weight in found.values()):
+            raise ValueError("some layers are as they were")
+        tables = sum(len(weight) // int(job.what or len(weight)) for weight in found.values())
+        return found, job.bits * count(found) + 16 * 2**job.bits * tables
+
+    return run, read
 
 
 VPTQ: dict[str, dict[str, Any]] = {
@@ -296,7 +351,8 @@ def bitsandbytes(job: Job) -> tuple[Timed, Read]:
 
 
 SIDES: dict[str, Callable[[Job], tuple[Timed, Read]]] = {
-    one.__name__: one for one in (fewbit, llmcompressor, gptqmodel, autoround, hqq, quanto, torchao, bitsandbytes)
+    one.__name__: one
+    for one in (fewbit, llmcompressor, gptqmodel, autoround, hqq, quanto, torchao, bitsandbytes, coremltools)
 }
 
 

@@ -5,10 +5,11 @@
 
 PEERS/NAME is what ``pip install --no-deps --target PEERS/NAME NAME`` leaves, for the packages of :data:`ROWS`, and
 PEERS/deps what they share. Linear layers but the head are quantized, on one thread and in one process a package, and
-what they decode to is put into the float model and scored: activations are float everywhere. Seconds go from the
-model's folder and the text to quantized layers in memory, imports left out; ``of it loading`` are those until the
-float model is there. Where data is used, fewbit's and llm-compressor's also write the file, and fewbit's check it. Rows
-that are in the file ``--json`` already are not run again; of those that fail, why is listed.
+what they decode to is put into the float model and scored, and norms that a package changes. Activations are float but
+in rows of W8A8, where the inputs of a layer, once it has scaled them, are rounded to 8 bits token by token. Seconds go
+from the model's folder and the text to quantized layers in memory, imports left out; ``of it loading`` are those until
+the float model is there. Where data is used, fewbit's and llm-compressor's also write the file, and fewbit's check it.
+Rows that are in the file ``--json`` already are not run again; of those that fail, why is listed.
 """
 
 from __future__ import annotations
@@ -49,6 +50,14 @@ ROWS: tuple[tuple[str, str, tuple[int, ...], str], ...] = (
     ("fewbit", "nf4 clip", (4,), "nf4/g64/dq clip"),
     ("fewbit", "nf4 rtn", (4,), "nf4/g64/dq rtn"),
     ("bitsandbytes", "nf4", (4,), "nf4"),
+    ("fewbit", "awq", (4, 3), "int{bits}/g32/asym awq"),
+    ("llmcompressor", "awq", (4, 3), "awq"),
+    ("fewbit", "palette", (4, 3, 2), "palette{bits} rtn"),
+    ("coremltools", "palette", (4, 3, 2), ""),
+    ("fewbit", "palette rows16", (4, 3, 2), "palette{bits}/rows16 rtn"),
+    ("coremltools", "palette rows16", (4, 3, 2), "16"),
+    ("fewbit", "W8A8 smooth", (8,), "W8A8 smooth 0.5"),
+    ("llmcompressor", "W8A8 smooth", (8,), "smooth"),
     ("fewbit", "vptq", (2,), "vector4x8 vptq"),
     ("gptqmodel", "vptq", (2,), "vptq"),
     ("fewbit", "vptq rows", (2,), "vector4x8 vptq rows"),
@@ -120,8 +129,9 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             found = quantized(arguments, Path(scratch), peer, jobs) if jobs else []
         for (name, bits, _), row in zip(asked, found, strict=True):
             if (made := row.pop("weights", None)) is not None:
-                if len(made) != layers:
-                    raise SystemExit(f"{peer} {name} quantized {len(made)} of {layers} layers")
+                if (there_are := sum(weight.ndim == 2 for weight in made.values())) != layers:
+                    raise SystemExit(f"{peer} {name} quantized {there_are} of {layers} layers")
+                twin.load_state_dict(reference.state_dict())
                 row |= scored(twin, made, windows, wanted)
             rows.append({"package": peer, "method": name, "asked": bits, **row})
             print(json.dumps({key: value for key, value in rows[-1].items() if "kl_q" not in key}), flush=True)
@@ -133,10 +143,26 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def scored(twin: Any, made: dict[str, Tensor], windows: Tensor, wanted: list[Tensor]) -> dict[str, Any]:
-    """Figures of ``twin`` with the weights ``made``, beside the logits ``wanted``."""
-    for layer, weight in made.items():
-        twin.get_submodule(layer).weight.copy_(weight)
-    return summarize([score(logits(twin, ids), ids, other) for ids, other in zip(windows, wanted, strict=True)])
+    """Figures of ``twin`` with the weights ``made``, beside the logits ``wanted``. What ``made`` has as "LAYER.input"
+    scales the inputs of a layer, which are rounded then."""
+    handles = []
+    for path, values in made.items():
+        layer, _, what = path.rpartition(".")
+        if what == "input":
+            hook = lambda _, arguments, by=values: (rounded(arguments[0] * by),)  # noqa: E731
+            handles.append(twin.get_submodule(layer).register_forward_pre_hook(hook))
+        else:
+            twin.get_submodule(path).weight.copy_(values)
+    found = summarize([score(logits(twin, ids), ids, other) for ids, other in zip(windows, wanted, strict=True)])
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def rounded(x: Tensor) -> Tensor:
+    """``x`` on 8 bits, a scale a token, zero in the middle: -128 .. 127."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) * (2 / 255)
+    return (x / scale).round().clamp(-128, 127) * scale
 
 
 def show(rows: list[dict[str, Any]]) -> None:

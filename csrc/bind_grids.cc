@@ -133,6 +133,22 @@ PyObject* table_codes(PyObject*, PyObject* args) {
   return status(code);
 }
 
+// clusters((tables, size, count), (s0, s1, s2), begins, best, scratch)
+PyObject* clusters(PyObject*, PyObject* args) {
+  fewbit_clusters_call call = {};
+  unsigned long long s0, s1, s2, begins, best, scratch;
+  long long tables, size, count;
+  int code;
+  if (!PyArg_ParseTuple(args, "(LLL)(KKK)KKK", &tables, &size, &count, &s0, &s1, &s2, &begins, &best, &scratch)) return nullptr;
+  call.tables = tables, call.size = size, call.count = count;
+  call.s0 = pointer<const double*>(s0), call.s1 = pointer<const double*>(s1), call.s2 = pointer<const double*>(s2);
+  call.begins = pointer<int64_t*>(begins), call.best = pointer<int64_t*>(best), call.scratch = pointer<double*>(scratch);
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_clusters(&call);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
 }  // namespace
 
 PyMethodDef grids_methods[] = {
@@ -147,5 +163,6 @@ PyMethodDef grids_methods[] = {
     {"table_search", table_search, METH_VARARGS,
      "((rows, blocks, block, count, levels), weight, worth, scales, table, bounds, chosen, isa)"},
     {"table_codes", table_codes, METH_VARARGS, "(values, count, bounds, bound_count, codes, isa)"},
+    {"clusters", clusters, METH_VARARGS, "((tables, size, count), (s0, s1, s2), begins, best, scratch)"},
     {nullptr, nullptr, 0, nullptr},
 };

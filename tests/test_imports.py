@@ -153,3 +153,9 @@ def test_newer_python_is_seen() -> None:
     assert newer_than_310("import tomllib\nfrom typing import Self, Any") == ["tomllib", "typing.Self"]
     with pytest.raises(SyntaxError):
         newer_than_310("try:\n    pass\nexcept* ValueError:\n    pass")
+
+
+def test_the_package_runs_as_a_module() -> None:
+    """``python -m fewbit`` is the console script, by the same name."""
+    done = subprocess.run([sys.executable, "-m", "fewbit", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.lstrip().startswith("Usage: fewbit ")

@@ -95,6 +95,18 @@ int fewbit_table_search(const fewbit_table_search_call* call, int32_t isa);
 /* codes (count): how many of the ascending bounds (at most 255) are below each of values (count); all, for NaN. isa: as above. */
 int fewbit_table_codes(const float* values, int64_t count, const float* bounds, int32_t bound_count, uint8_t* codes, int32_t isa);
 
+/* begins (tables, count), a result: where each of `count` clusters of ascending numbers begins, so that the sum over clusters of
+ * S2 - S1^2 / S0 is least, the first of equals. s0, s1, s2 (tables, size): weights, and these times the numbers and their
+ * squares, added up to each number, of 0 numbers at first: size - 1 numbers a table, more than count. S0 counts as 2^-48 at
+ * least. best (size) and scratch ((count + 2) * size) are room to work in. */
+typedef struct {
+  const double *s0, *s1, *s2;
+  int64_t tables, size, count;
+  int64_t *begins, *best;
+  double* scratch;
+} fewbit_clusters_call;
+int fewbit_clusters(const fewbit_clusters_call* call);
+
 #ifdef __cplusplus
 }
 #endif

@@ -66,9 +66,39 @@ void check_rounding(int64_t columns, int64_t block, int32_t levels, int32_t ends
   expect(fabs(sums[1] - whole) <= 1e-5 * whole, "squares of the weight", columns, isa);
 }
 
+// What clusters of the numbers first .. last - 1 cost.
+double cost(const std::vector<double>* s, size_t first, size_t last) {
+  const double m = s[0][last] - s[0][first], x = s[1][last] - s[1][first];
+  return s[2][last] - s[2][first] - x * x / m;
+}
+
+// Of all ways to cut numbers into three, none costs less.
+void check_clusters(int64_t numbers) {
+  const size_t n = size(numbers), room = n + 1;
+  std::vector<double> s[3] = {std::vector<double>(room), std::vector<double>(room), std::vector<double>(room)};
+  double x = -1;
+  for (size_t i = 0; i < n; i++) {
+    const double weight = 1 + drawn() * 1e-9;
+    x += drawn() * 1e-10;
+    s[0][i + 1] = s[0][i] + weight, s[1][i + 1] = s[1][i] + weight * x, s[2][i + 1] = s[2][i] + weight * x * x;
+  }
+  std::vector<int64_t> begins(3), best(room);
+  std::vector<double> scratch(5 * room);
+  fewbit_clusters_call call = {s[0].data(), s[1].data(), s[2].data(), 1, numbers + 1, 3, begins.data(), best.data(), scratch.data()};
+  expect(fewbit_clusters(&call) == FEWBIT_OK && begins[0] == 0, "clusters", numbers, 0);
+  const size_t one = size(begins[1]), two = size(begins[2]);
+  const double found = cost(s, 0, one) + cost(s, one, two) + cost(s, two, n);
+  for (size_t i = 1; i < n - 1; i++)
+    for (size_t j = i + 1; j < n; j++)
+      expect(found <= cost(s, 0, i) + cost(s, i, j) + cost(s, j, n) + 1e-9, "cuts", numbers, static_cast<int64_t>(i));
+  call.size = 3;
+  expect(fewbit_clusters(&call) == FEWBIT_BAD_ARGUMENT, "as many clusters as numbers", numbers, 0);
+}
+
 }  // namespace
 
 int grids_failures() {
+  for (const int64_t numbers : {4, 7, 31, 64}) check_clusters(numbers);
   for (const int64_t columns : {1, 7, 8, 9, 31, 32, 63, 97, 256}) {
     for (int32_t bits = 1; bits <= 7; bits++) check_fields(columns, bits);
     for (const int32_t isa : {0, -1})

@@ -365,7 +365,3 @@ def demo(
 def main() -> None:
     """The console script."""
     app(prog_name="fewbit")
-
-
-if __name__ == "__main__":
-    main()

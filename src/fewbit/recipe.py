@@ -170,6 +170,9 @@ class Rule:
         if mixing and by_gradient:
             found = "the squared gradients of mixed weights do not follow from those of the weights"
             raise SpecError(f"method {self.method} after transform {mixing}", found, "smooth or awq, which only scale")
+        if mixing and methods.named(self.method).needs == "largest":
+            found = "max |x| of mixed inputs does not follow from what calibration sees"
+            raise SpecError(f"method {self.method} after transform {mixing}", found, "smooth or awq, which only scale")
 
     @cached_property
     def needs(self) -> Need:

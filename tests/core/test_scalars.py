@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewbit.core import scalars
+from fewbit.core import compiled, scalars
 
 LLOYD_MAX = {2: 0.3634, 3: 0.1902, 4: 0.1175, 5: 0.0799, 8: 0.03455, 16: 0.00950, 32: 0.00251}
 """Mean square error of the best quantizers of a unit Gaussian, by number of levels (Max 1960, table I)."""
@@ -110,3 +110,18 @@ def test_the_bits_depend_on_no_thread_and_no_neighbour(monkeypatch: pytest.Monke
     monkeypatch.setattr(scalars, "CHUNK", 1000)
     found.append(scalars.centers(values, weights, 8))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.skipif(compiled.grids() is None, reason="the compiled module is absent")
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 16, 63])
+@pytest.mark.parametrize("n", [64, 97, 1000])
+def test_the_compiled_module_has_the_same_bits(n: int, count: int, even: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of numbers of which many are equal, and that weigh nothing."""
+    generator = torch.Generator().manual_seed(n + count)
+    values, weights = torch.randn(5, n, generator=generator), torch.rand(5, n, generator=generator)
+    if even:
+        values, weights = (values * 32).round() / 32, (weights > 0.5).float()
+    made = scalars.centers(values, weights, count)
+    monkeypatch.setattr(compiled, "grids", lambda: None)
+    assert torch.equal(scalars.centers(values, weights, count), made)

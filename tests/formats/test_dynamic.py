@@ -25,9 +25,9 @@ def normal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def golden() -> dict[str, torch.Tensor]:
+def golden(kind: str = "nf4") -> dict[str, torch.Tensor]:
     with np.load(GOLDEN, allow_pickle=False) as data:
-        return {key[4:]: torch.from_numpy(data[key]) for key in data.files if key.startswith("nf4.")}
+        return {key[4:]: torch.from_numpy(data[key]) for key in data.files if key.startswith(f"{kind}.")}
 
 
 def test_the_map_is_that_of_its_paper_and_of_bitsandbytes() -> None:
@@ -43,15 +43,25 @@ def test_the_map_is_that_of_its_paper_and_of_bitsandbytes() -> None:
     np.testing.assert_allclose(DYNAMIC, golden()["map"].double().numpy(), rtol=2.0**-22)
 
 
-def test_what_bitsandbytes_stores() -> None:
-    saved = golden()
-    weight = saved["weight"].float()
-    largest = weight.reshape(36, 8, 64).abs().amax(-1, keepdim=True)
+@pytest.mark.parametrize(("kind", "family"), [("nf4", "nf4"), ("fp4", "fp4bnb")])
+def test_what_bitsandbytes_stores(kind: str, family: str) -> None:
+    """The same codes, of which FP4 has two for zero, but in the middle between two values; and the same scales,
+    coded."""
+    saved = golden(kind)
+    weight, table = saved["weight"].float(), torch.tensor(TABLES[family])
+    blocks = weight.reshape(36, 8, 64)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    codes = (saved["table"][saved["codes"].int()].unsqueeze(-1) - table).abs().argmin(-1).to(torch.uint8)
+    assert np.allclose(saved["table"].unique().numpy(), TABLES[family], rtol=2**-23, atol=0)
+    other = formats.parse(f"{family}/g64").encode(blocks, {"scale": largest}).reshape(36, 512) != codes
+    middles = (table[1:] + table[:-1]) / 2
+    tied = ((blocks / largest).reshape(36, 512, 1) - middles).abs().amin(-1) <= 2.0**-23
+    assert int(other.sum()) <= 1 and not bool((other & ~tied).any())
     found = code_scales(largest)
     assert torch.equal(found["scale_code"].squeeze(-1), saved["scale_code"])
     assert found["super_scale"].unique_consecutive().numpy() == pytest.approx(saved["super_scale"].numpy(), rel=2**-22)
     assert float(found["scale_mean"][0, 0, 0]) == pytest.approx(float(saved["scale_mean"]), rel=2**-22)
-    own = QTensor.of(formats.parse("nf4/g64/dq"), saved["codes"], found).dequantize()
+    own = QTensor.of(formats.parse(f"{family}/g64/dq"), codes, found).dequantize()
     # a scale far below the mean is a difference of float32, each rounded to 2^-24 of itself
     assert bool(((own - saved["values"]).abs() <= 2.0**-22 * largest.max()).all())
     assert float((own - weight).square().mean()) < 1.01 * float((saved["values"] - weight).square().mean())

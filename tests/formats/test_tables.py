@@ -74,6 +74,7 @@ def test_e2m1_ties_go_to_the_even_mantissa() -> None:
     [
         # normalised by the largest of 64, or by the range of 64 with the minimum kept as it is
         ("nf4/g64", 0.00847),
+        ("fp4bnb/g64", 0.0149),
         ("int4/g64/min", 0.00804),
         # whole rows are long enough for the optimal constants of a normal distribution: 1 - 2 / pi, and Lloyd-Max
         ("sign/channel", 1 - 2 / math.pi),

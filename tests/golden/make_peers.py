@@ -2,9 +2,9 @@
 """Writes peers.npz with bitsandbytes 0.50.2, hqq 0.2.8, kmeans1d 0.5.0, coremltools 9.0 and torch 2.13.0, in an
 environment of their own, on the CPU: ``python tests/golden/make_peers.py``.
 
-* ``nf4.*``: ``bitsandbytes.functional.quantize_4bit`` of a (36, 512) weight in blocks of 64, scales quantized too:
-  ``codes`` (a byte each), ``scale_code``, ``super_scale``, ``scale_mean``; ``values``, what ``dequantize_4bit`` says;
-  ``map``: its dynamic map.
+* ``nf4.*``, ``fp4.*``: ``bitsandbytes.functional.quantize_4bit`` of a (36, 512) weight in blocks of 64, scales
+  quantized too: ``codes`` (a byte each), ``scale_code``, ``super_scale``, ``scale_mean``; ``values``, what
+  ``dequantize_4bit`` says; ``map``: its dynamic map; ``table``: what its codes stand for.
 * ``hqq{bits}.*``: ``hqq.core.quantize.Quantizer.quantize`` of an (8, 256) weight in groups of 64 along the inputs:
   ``values``, what ``dequantize`` says.
 * ``kmeans{count}.*``: ``kmeans1d.cluster`` of 600 numbers: ``centers``.
@@ -21,8 +21,8 @@ from hqq.core.quantize import Quantizer
 from kmeans1d import cluster
 
 
-def nf4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+def bitsandbytes(weight: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
+    packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type=kind)
     packed = packed.flatten()
     return {
         "weight": weight.half(),
@@ -31,6 +31,7 @@ def nf4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         "super_scale": state.state2.absmax,
         "scale_mean": state.offset,
         "map": state.state2.code,
+        "table": state.code,
         "values": functional.dequantize_4bit(packed.reshape(-1, 1), state),
     }
 
@@ -46,7 +47,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(20)
     normal = lambda *shape: torch.randn(*shape, generator=generator).half().float()  # noqa: E731
     weight = normal(36, 512) * torch.logspace(-2, 0, 36)[:, None].half().float()
-    groups: dict[str, dict[str, torch.Tensor]] = {"nf4": nf4(weight.half().float())}
+    groups = {kind: bitsandbytes(weight.half().float(), kind) for kind in ("nf4", "fp4")}
     for bits in (4, 2):
         groups[f"hqq{bits}"] = hqq((normal(8, 256) ** 3).half().float(), bits)
     points = normal(600)

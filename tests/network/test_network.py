@@ -274,8 +274,9 @@ def test_wrong_requests_say_what_would_work(tmp_path: Path) -> None:
         network.quantize(made, Recipe.from_dict({"rule": [{"match": "*", "format": "float"}]}))
     bad = batches[0].clone()
     bad[0, 0, 0, 0] = torch.nan
-    with pytest.raises(InputError, match=r"layer first.*NaN"):
-        network.quantize(made, "W8A8_STATIC", [bad], fold=False)
+    for asked, options in (("W8A8_STATIC", {}), ("int8/channel", {}), ("int8/channel", {"method": "gptq"})):
+        with pytest.raises(InputError, match=r"activations of first; 1 of 630 of its inputs are NaN"):
+            network.quantize(made, asked, [bad], **options)
     found = network.quantize(made, "int8/channel", batches)
     network.save(found, tmp_path / "out")
     with pytest.raises(InputError, match="exists already"):

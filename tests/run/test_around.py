@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import fewbit
 from fewbit.model.checkpoint import open_checkpoint
@@ -171,7 +171,8 @@ def test_same_bytes_at_any_thread_count(short: Short, hashes: Callable[[Path], A
     [
         ("phi", {"q_proj": "layers.0", "fc1": "layers.0", "dense": "self_attn"}),
         ("gpt2", {"c_attn": "attn", "c_fc": "mlp"}),
-        ("mixtral", {"q_proj": None, "o_proj": None}),
+        ("mixtral", {"q_proj": "self_attn", "o_proj": "self_attn"}),
+        ("deepseek-v3", {"q_a_proj": "self_attn", "q_b_proj": "self_attn", "o_proj": "self_attn"}),
     ],
 )
 def test_the_smallest_module_that_is_called(
@@ -189,6 +190,75 @@ def test_the_smallest_module_that_is_called(
             assert "around" not in first[name] and "by the layer's own output" in first[name]["note"]
         else:
             assert first[name]["around"]["module"].endswith(module) and first[name]["note"] == ""
+
+
+def test_a_mixture_of_experts_equals_the_definition(
+    tiny_family: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    searched: dict[str, tuple[list[float], int]],
+) -> None:
+    """The attention and the shared expert of a routed block, in float64: a whole model runs for every power, whose
+    module gives its output with the layers in question rounded and all else, the router too, in float."""
+    monkeypatch.setattr(fewbit.run, "BATCH_TOKENS", 64)
+    folder = _made_uneven(tiny_family("qwen2-moe"))
+    rules = [Rule("re:.*(attn|shared_expert)[.].*", "int3/g32/asym", transforms=(Step("awq", {"samples": 3}),))]
+    recipe = Recipe((*rules, Rule("*", "float"), Rule("kind:embedding", "float"), Rule("kind:head", "float")))
+    data = {"samples": 8, "context": 32, "calibration_dtype": "float32"}
+    manifest = fewbit.quantize(folder, recipe, out=tmp_path / "out", force=True, **data).manifest
+    records = {record["name"]: record for record in manifest["layers"]}
+    ids = fewbit.run.calibrate.calibration(open_checkpoint(folder).tokenizer(), None, 8, 32, 0).ids
+    for kind, names in {"self_attn": GROUPS["self_attn"], "mlp.shared_expert": GROUPS["mlp"]}.items():
+        path = f"model.layers.0.{kind}"
+        wanted, x = _given(folder, ids, path, names[0], {})
+        s_of = {power: scales(x.reshape(-1, 32), power) for power in np.arange(20) / 20}
+        lost = []
+        for s in s_of.values():
+            s = 1 / (1 / s).astype(np.float16).astype(np.float64)
+            made, _ = _given(
+                folder, ids[:4], path, names[0], {name: lambda w, s=s: rounded(w * s, 32, 8) / s for name in names}
+            )
+            lost.append(float(((made - wanted[: len(made)]) ** 2).sum()))
+        best = int(np.argmin(lost))
+        np.testing.assert_allclose(searched[path][0], lost, rtol=0.02)
+        assert sorted(lost)[1] > 1.003 * lost[best] and 0 < best < 19 and searched[path][1] == 4
+        last = {"self_attn": "o_proj"}.get(kind, "down_proj")
+        assert all(records[f"{path}.{name}"]["around"] == {"module": path, "power": best / 20} for name in names)
+        assert records[f"{path}.{last}"]["around"] == {"module": path, "power": None}
+    assert {record["note"] for record in records.values()} == {""}
+
+
+def _made_uneven(folder: Path) -> Path:
+    """The model in ``folder``, in place, with norms that make some channels large."""
+    model, generator = AutoModelForCausalLM.from_pretrained(folder), torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).exp()
+        elif "layers" in name and parameter.ndim > 1:
+            parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def _given(
+    folder: Path, ids: Tensor, path: str, first: str, changes: dict[str, Callable[[np.ndarray], np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the module at ``path`` gives in the float64 model, weights of the layers in it changed, and what its layer
+    ``first`` sees, (windows * tokens, columns) each."""
+    model, seen = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager"),
+        list[Tensor](),
+    )
+    module = model.get_submodule(path)
+    for name, change in changes.items():
+        weight = module.get_submodule(name).weight
+        weight.copy_(torch.from_numpy(change(weight.numpy())))
+    module.register_forward_hook(lambda _, arguments, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    module.get_submodule(first).register_forward_pre_hook(lambda _, arguments: seen.insert(0, arguments[0]))
+    model(input_ids=ids, use_cache=False)
+    x, out = (each.reshape(-1, each.shape[-1]).numpy() for each in seen)
+    return out, x
 
 
 def test_without_samples_every_layer_looks_for_itself(

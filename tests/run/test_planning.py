@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import fewbit
+import fewbit.network
 from fewbit.decode.weights import rounding
+from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.recipe import Recipe, Rule
 
@@ -18,3 +23,48 @@ def test_inputs_that_the_native_runtime_does_not_round_are_told(tiny: Path, acti
     planned = fewbit.plan(tiny, Recipe((Rule("*", "int8/channel", activation=activation),)))
     told = [warning for warning in planned.warnings if f"rounded to {activation}" in warning]
     assert bool(told) == (rounding(parse(activation)) is None)
+
+
+IN_TURN = {"desc_act": True, "static_groups": False}
+
+
+@pytest.mark.parametrize(
+    ("format", "method", "options", "transforms", "why"),
+    [
+        ("int4/g32/asym", "gptq", IN_TURN, (), r"columns that lie apart.*or desc_act=False"),
+        ("nf4/g32", "gptq", IN_TURN, (), "columns that lie apart"),
+        ("int3/g32/asym", "laq", {"statistic": "median"}, (), "no such statistic"),
+        ("int3/g32/asym", "laq", {"percentile": 50.0, "statistic": "percentile"}, (), "above 50"),
+        ("int3/g32/asym", "laq", {"mean_bits": 1.0}, (), "even the narrowest takes more"),
+        ("int4/channel", "hqq", {}, (), "methods .* take it"),
+        ("int1/channel/min", "ptq161", {}, ("rotate",), r"max \|x\| of mixed inputs"),
+        ("int1/channel/min", "ptq161", {}, ("hadamard",), r"max \|x\| of mixed inputs"),
+    ],
+)
+def test_what_no_run_could_do_is_refused_by_the_plan(
+    tiny: Path, format: str, method: str, options: dict[str, Any], transforms: tuple[str, ...], why: str
+) -> None:
+    """Of language models and of networks, before anything is loaded or run."""
+    asked: dict[str, Any] = {"method": method, "options": options, "transforms": transforms}
+    with pytest.raises(FewbitError, match=why):
+        fewbit.plan(tiny, format, **asked, force=True)
+    with pytest.raises(FewbitError, match=why):
+        fewbit.network.quantize(_Still(torch.nn.Linear(64, 64)), format, [torch.zeros(1, 64)], **asked)
+
+
+class _Still(torch.nn.Sequential):
+    """A network that is never to run."""
+
+    def forward(self, *inputs: object) -> torch.Tensor:
+        raise AssertionError("it ran before it was refused")
+
+
+def test_refitted_groups_of_whole_rows_may_follow_activity(tiny: Path) -> None:
+    fewbit.plan(tiny, "int4/channel/asym", method="gptq", options=IN_TURN)
+
+
+def test_what_fused_experts_cannot_share_is_refused_by_the_plan(tiny_family: Callable[[str], Path]) -> None:
+    folder = tiny_family("mixtral")
+    fewbit.plan(folder, "palette4/row")
+    with pytest.raises(FewbitError, match=r"fused experts.*share would have to differ"):
+        fewbit.plan(folder, "palette4")

@@ -29,7 +29,7 @@ def invoke(*words: object, **options: object) -> Result:
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_from_start_to_ctrl_c(tiny: Path) -> None:
-    command = [sys.executable, "-m", "fewbit.cli", "serve", str(tiny), "--port", "0", "--threads", "1"]
+    command = [sys.executable, "-m", "fewbit", "serve", str(tiny), "--port", "0", "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stderr is not None

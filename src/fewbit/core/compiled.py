@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 from fewbit.errors import UnsupportedError
 
-ABI = 3
+ABI = 4
 """``kAbi`` of ``csrc/bind.cc``: both rise when a function's arguments, or what they mean, change."""
 BEST = -1
 """For ``isa``: the best that the processor has."""
@@ -65,6 +65,9 @@ class Grids(Protocol):
         bounds: int,
         chosen: int,
         isa: int,
+    ) -> None: ...
+    def clusters(
+        self, sizes: tuple[int, int, int], sums: tuple[int, int, int], begins: int, best: int, scratch: int
     ) -> None: ...
     def table_codes(self, values: int, count: int, bounds: int, bound_count: int, codes: int, isa: int) -> None: ...
 

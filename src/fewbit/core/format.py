@@ -37,7 +37,8 @@ class Param:
     one a block of columns for all rows ("columns"), one a group of ``group_rows`` rows for all columns ("rows"), or one
     for the whole tensor. ``entry``:
     the shape of an entry that is more than a number; such a parameter is ``(rows, blocks, 1, *entry)``. What all rows
-    share is a view that repeats one row.
+    share is a view that repeats one row. ``least``: what a scale is that would be less, 0 where nothing is kept apart
+    from zero.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Param:
     dtype: torch.dtype
     per: Literal["block", "span", "chunk", "columns", "rows", "tensor"] = "block"
     entry: tuple[int, ...] = ()
+    least: float = 0.0
 
     @property
     def shared(self) -> bool:

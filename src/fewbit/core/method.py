@@ -24,6 +24,10 @@ def _nothing_beside(shape: tuple[int, int], **options: Any) -> int:
     return 0
 
 
+def _agrees(format: Format, columns: int, **options: Any) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Parts:
     """What the result for a weight is made of: ``matrices``, each a format and (rows, columns); and ``beside``, the
@@ -49,6 +53,8 @@ class Method:
     checked before work starts.
     ``tuning``: name of the tuning that follows it and takes its options, "" for none.
     ``refuse(format)``: None, or the reason why it cannot choose codes of that format; the plan asks it.
+    ``agrees(format, columns, **options)``: raises SpecError where the options contradict one another for rows of so
+    many columns in that format; the plan asks it.
     ``beside(shape, **options)``: bytes that the result for a (rows, columns) weight takes beside one matrix in the
     format; where there are any, it is a sum of terms. ``parts(format, shape, **options)``: the same of results that are
     made of other matrices than one in the format.
@@ -62,16 +68,12 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
     refuse: Callable[[Format], str | None] = _takes_all
+    agrees: Callable[..., None] = _agrees
     beside: Callable[..., int] = _nothing_beside
     parts: Callable[..., Parts] | None = None
     tuning: str = ""
     work: float = 0.0
     source: str = ""
-
-    @property
-    def sums(self) -> bool:
-        """Whether a result may be a sum of terms."""
-        return self.parts is not None or self.beside is not _nothing_beside
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuse options that do not exist or are out of range.
@@ -85,8 +87,13 @@ class Method:
         return self.solve(weight, format, facts, **{**self.options, **options})
 
     def made_of(self, format: Format, shape: tuple[int, int], options: Mapping[str, Any]) -> Parts:
-        """What the result for a weight of ``shape`` (rows, columns) will be made of."""
+        """What the result for a weight of ``shape`` (rows, columns) will be made of.
+
+        Raises:
+            SpecError: the options contradict one another, or the shape. UnsupportedError: or the format.
+        """
         options = {**self.options, **options}
+        self.agrees(format, shape[1], **options)
         if self.parts is not None:
             return self.parts(format, shape, **options)
         return Parts(((format, shape),), self.beside(shape, **options))

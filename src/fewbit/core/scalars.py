@@ -7,7 +7,8 @@ Clusters of numbers are intervals of the sorted values, and the cost of one come
 
 The best l never falls as r grows: it is found for r far apart first, then for those in their middles, where only what
 lies between the neighbours' best is tried. That is n a halving and n log n a cluster; all tables, and all middles of a
-halving, are computed together. Sums are float64, in an order that depends on no thread.
+halving, are computed together; the compiled module does one after the other, with the same bits. Sums are float64, in
+an order that depends on no thread.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fewbit.core import compiled
+
 POINTS = 1 << 14
 """Numbers of a table that are told apart as they are; of more, those that one float16 stands for count as one."""
 CHUNK = 1 << 17
 """Numbers clustered at a time: a megabyte of float64 each array."""
+PART = 1 << 18
+"""Numbers of a table that are put into cells at a time."""
 _TINY = torch.finfo(torch.float64).tiny
 _FLOOR = 2.0**-48
 """What weighs less than that, next to the heaviest number of its table, is lost in the sums."""
@@ -75,9 +80,9 @@ def of_cells(cells: Tensor) -> Tensor:
     return bits.to(torch.int16).view(torch.float16)
 
 
-def _live(weights: Tensor) -> Tensor:
-    """Float64, at most 1 in each table; ones where a table weighs nothing."""
-    top = weights.amax(1, keepdim=True).double()
+def _live(weights: Tensor, top: Tensor) -> Tensor:
+    """Float64, at most 1 in each table, whose largest is ``top``; ones where a table weighs nothing."""
+    top = top.double()
     return torch.where(top > 0, weights.double() / top.clamp_min(_TINY), 1.0)
 
 
@@ -87,7 +92,7 @@ def _merged(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     ordered, order = values.double().sort(1)
     at = torch.nn.functional.pad((ordered[:, 1:] != ordered[:, :-1]).cumsum(1), (1, 0))
     points = ordered[:, -1:].repeat(1, int(at.max()) + 1).scatter_(1, at, ordered)
-    mass = torch.zeros_like(points).scatter_add_(1, at, _live(weights).gather(1, order))
+    mass = torch.zeros_like(points).scatter_add_(1, at, _live(weights, weights.amax(1, keepdim=True)).gather(1, order))
     return points, mass
 
 
@@ -95,9 +100,12 @@ def _cells(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`_merged`, but of float16 cells: their weighted means."""
     points, masses = [], []
     for v, w in zip(values, weights, strict=True):
-        live, at = _live(w[None])[0], (cells(v.half()) + CELLS).long()
-        mass = torch.bincount(at, live, 2 * CELLS + 1)
-        total = torch.bincount(at, live * v.double(), 2 * CELLS + 1)
+        mass, total = torch.zeros(2, 2 * CELLS + 1, dtype=torch.float64)
+        top = w.amax()
+        for numbers, weights_of in zip(v.split(PART), w.split(PART), strict=True):
+            live, at = _live(weights_of, top), (cells(numbers.half()) + CELLS).long()
+            mass.index_add_(0, at, live)
+            total.index_add_(0, at, live.mul_(numbers))
         present = mass > 0
         points.append(total[present] / mass[present])
         masses.append(mass[present])
@@ -109,7 +117,7 @@ def _cells(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def _centers(points: Tensor, mass: Tensor, count: int) -> Tensor:
     """:func:`centers` of ascending float64 ``points`` (tables, n) that weigh ``mass``."""
-    tables, n = points.shape
+    n = points.shape[1]
     if n <= count:
         return torch.cat([points, points[:, -1:].expand(-1, count - n)], 1)
     pivot = points[:, n // 2, None]
@@ -117,6 +125,25 @@ def _centers(points: Tensor, mass: Tensor, count: int) -> Tensor:
     unit = x.abs().amax(1, keepdim=True).clamp_min(_TINY)
     x = x / unit
     s0, s1, s2 = (torch.nn.functional.pad(s.cumsum(1), (1, 0)) for s in (mass, mass * x, mass * x * x))
+    begins = _begins(s0, s1, s2, count) if compiled.grids() is None else _compiled(s0, s1, s2, count)
+    return _means(x, mass, begins) * unit + pivot
+
+
+def _compiled(s0: Tensor, s1: Tensor, s2: Tensor, count: int) -> Tensor:
+    """:func:`_begins`, the same to the bit, by the compiled module."""
+    native = compiled.grids()
+    assert native is not None
+    (tables, size), sums = s0.shape, [s.contiguous() for s in (s0, s1, s2)]
+    begins, best = torch.zeros(tables, count, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
+    scratch = torch.empty(count + 2, size, dtype=torch.float64)
+    one, two, three = (s.data_ptr() for s in sums)
+    native.clusters((tables, size, count), (one, two, three), begins.data_ptr(), best.data_ptr(), scratch.data_ptr())
+    return begins
+
+
+def _begins(s0: Tensor, s1: Tensor, s2: Tensor, count: int) -> Tensor:
+    """Where the best clusters begin, (tables, count), of prefix sums (tables, n + 1)."""
+    tables, n = s0.shape[0], s0.shape[1] - 1
     costs = [s2 - s1.square() / s0.clamp_min(_FLOOR)]
     for _ in range(2, count):
         costs.append(_layer(costs[-1] - s2, s0, s1) + s2)
@@ -127,7 +154,7 @@ def _centers(points: Tensor, mass: Tensor, count: int) -> Tensor:
         total = costs[k - 1] - s2 - moment.square() / apart.clamp_min(_FLOOR)
         right = torch.where(place > right, torch.inf, total).argmin(1, keepdim=True)
         begins[:, k, None] = right
-    return _means(x, mass, begins) * unit + pivot
+    return begins
 
 
 def _means(points: Tensor, mass: Tensor, begins: Tensor) -> Tensor:

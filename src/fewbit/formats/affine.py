@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core.format import Format, Param, Params, Physical
-from fewbit.formats.scales import divisor, spell_group, storable
+from fewbit.formats.scales import SMALLEST_SCALE, divisor, spell_group, storable
 from fewbit.formats.sign import mean_magnitude
 
 
@@ -55,7 +55,7 @@ class Affine(Format):
 
     @cached_property
     def params(self) -> tuple[Param, ...]:  # type: ignore[override]
-        scale = Param("scale", 16, torch.float16)
+        scale = Param("scale", 16, torch.float16, least=SMALLEST_SCALE)
         return (scale,) if self.symmetric else (scale, Param("zero_point", self.bits, torch.uint8))
 
     @cached_property

@@ -16,7 +16,7 @@ GRAMMAR: tuple[tuple[str, str], ...] = (
     ("int{1-8}[/g{N} | /channel][/sym | /asym]/clip0.9", "cuts the range off there: for activations"),
     ("int{1-8}/g{N}x{M}[/sym | /asym][/s{4-8}]", "M blocks of N under super scales; 6-bit scales unless said"),
     (
-        "nf4 | fp4 | pot{2-8} [/g{N} | /channel][/dq]",
+        "nf4 | fp4 | fp4bnb | pot{2-8} [/g{N} | /channel][/dq]",
         "group 64 unless said; dq codes the scales (double quantization)",
     ),
     ("sign | ternary [/g{N} | /channel]", "group 128 unless said"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core.format import Format, Param, Params, Physical
-from fewbit.formats.scales import LARGEST_SCALE, divisor, spell_group, storable
+from fewbit.formats.scales import LARGEST_SCALE, SMALLEST_SCALE, divisor, spell_group, storable
 
 _FINEST = 2.0**-14
 """Least scale as a part of ``|minimum|``. The minimum itself is off by up to 2^-12 of it, so a finer scale buys little,
@@ -30,7 +30,7 @@ class Minimum(Format):
     dim = 1
     free_offset = True
     grid = "ends"
-    params = (Param("scale", 16, torch.float16), Param("minimum", 16, torch.float16))
+    params = (Param("scale", 16, torch.float16, least=SMALLEST_SCALE), Param("minimum", 16, torch.float16))
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewbit.core import lookup, scalars
 from fewbit.core.format import Format, Param, Params, Physical
-from fewbit.formats.scales import LARGEST_SCALE, divisor, spell_group, storable, weights
+from fewbit.formats.scales import LARGEST_SCALE, SMALLEST_SCALE, divisor, spell_group, storable, weights
 
 WIDTHS = (1, 2, 3, 4, 6, 8)
 """Bits of a code."""
@@ -67,8 +67,8 @@ class Palette(Format):
     def params(self) -> tuple[Param, ...]:  # type: ignore[override]
         bits, dtype, per = 8 if self.lut8 else 16, torch.int8 if self.lut8 else torch.float16, self._per
         found = [Param("table", bits, dtype, per, (self.levels,))]
-        found += [Param("table_scale", 16, torch.float16, per)] if self.lut8 else []
-        return (*found, Param("scale", 16, torch.float16)) if self.scaled else tuple(found)
+        found += [Param("table_scale", 16, torch.float16, per, least=SMALLEST_SCALE)] if self.lut8 else []
+        return (*found, Param("scale", 16, torch.float16, least=SMALLEST_SCALE)) if self.scaled else tuple(found)
 
     @property
     def _per(self) -> Literal["rows", "tensor"]:

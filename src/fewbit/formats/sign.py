@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core.format import Format, Param, Params, Physical
-from fewbit.formats.scales import by_rows, divisor, spell_group, storable, weights
+from fewbit.formats.scales import SMALLEST_SCALE, by_rows, divisor, spell_group, storable, weights
 
 
 def mean_magnitude(blocks: Tensor, importance: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Sign(Format):
     bits = 1
     levels = 2
     dim = 1
-    params = (Param("scale", 16, torch.float16),)
+    params = (Param("scale", 16, torch.float16, least=SMALLEST_SCALE),)
 
     @property
     def name(self) -> str:  # type: ignore[override]

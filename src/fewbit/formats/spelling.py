@@ -94,6 +94,7 @@ EXAMPLES: tuple[str, ...] = (
     "nf4/g64",
     "nf4/channel",
     "fp4/g64",
+    "fp4bnb/g64",
     "nf4/g64/dq",
     "fp4/channel/dq",
     *(f"pot{bits}/g64" for bits in range(2, 9)),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fewbit.core import blocks as B
 from fewbit.core.format import Format, Param, Params, Physical
-from fewbit.formats.scales import LARGEST_SCALE, divisor, storable
+from fewbit.formats.scales import LARGEST_SCALE, SMALLEST_SCALE, divisor, storable
 
 _FINEST = 2.0**-14
 """Least scale as a part of the minimum: finer steps would drown in the float32 sum, and codes could not come back."""
@@ -66,7 +66,7 @@ class Superblock(Format):
     def params(self) -> tuple[Param, ...]:  # type: ignore[override]
         scales = (
             Param("scale_code", self.scale_bits, torch.uint8),
-            Param("super_scale", 16, torch.float16, per="span"),
+            Param("super_scale", 16, torch.float16, per="span", least=SMALLEST_SCALE),
         )
         if self.symmetric:
             return scales

@@ -7,10 +7,12 @@ The scale puts the largest magnitude of the table on the largest magnitude of th
 =========  ======  ================================================================================================
 ``nf4``    16      quantiles of a normal distribution, exact 0 (Dettmers et al. 2023, arXiv:2305.14314, appendix E)
 ``fp4``    15      E2M1: 0, 1/2, 1, 3/2, 2, 3, 4, 6 and their negatives (OCP Microscaling Formats v1.0)
+``fp4bnb``  15      bitsandbytes' FP4: that by 6, but 1/192 in place of its least value
 ``pot{b}`` 2^b-1   0 and +-2^-k, k = 0 .. 2^(b-1) - 2 (powers of two: a product is a shift)
 =========  ======  ================================================================================================
 
-E2M1 and powers of two have one zero, not two: a second code for the same value could not come back from ``encode``.
+Tables of floats and powers of two have one zero, not two: a second code for the same value could not come back from
+``encode``.
 With ``/dq`` scales are coded in 8 bits, as :mod:`fewbit.formats.dynamic` says: NF4's double quantization.
 """
 
@@ -38,6 +40,8 @@ NF4 = (
 
 E2M1 = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
+_FP4_BNB = tuple(magnitude / 12 for magnitude in (0.0625, 2, 3, 4, 6, 8, 12))
+
 
 def powers_of_two(bits: int) -> tuple[float, ...]:
     """0 and +-2^-k, ascending: 2^bits - 1 values."""
@@ -48,6 +52,7 @@ def powers_of_two(bits: int) -> tuple[float, ...]:
 TABLES: dict[str, tuple[float, ...]] = {
     "nf4": NF4,
     "fp4": E2M1,
+    "fp4bnb": (*(-m for m in reversed(_FP4_BNB)), 0.0, *_FP4_BNB),
     **{f"pot{bits}": powers_of_two(bits) for bits in range(2, 9)},
 }
 
@@ -105,7 +110,7 @@ class Table(Format):
 
     @property
     def params(self) -> tuple[Param, ...]:  # type: ignore[override]
-        return PARAMS if self.coded else (Param("scale", 16, torch.float16),)
+        return PARAMS if self.coded else (Param("scale", 16, torch.float16, least=self._smallest),)
 
     @property
     def chunk(self) -> int:  # type: ignore[override]

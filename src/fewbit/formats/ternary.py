@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core.format import Format, Param, Params, Physical
-from fewbit.formats.scales import by_rows, divisor, spell_group, storable, weights
+from fewbit.formats.scales import SMALLEST_SCALE, by_rows, divisor, spell_group, storable, weights
 
 
 def best_scale(blocks: Tensor, importance: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Ternary(Format):
     bits = 2
     levels = 3
     dim = 1
-    params = (Param("scale", 16, torch.float16),)
+    params = (Param("scale", 16, torch.float16, least=SMALLEST_SCALE),)
 
     @property
     def name(self) -> str:  # type: ignore[override]

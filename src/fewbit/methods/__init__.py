@@ -17,7 +17,7 @@ from fewbit.methods.awq import refuse as refuse_awq
 from fewbit.methods.billm import billm
 from fewbit.methods.billm import parts as billm_parts
 from fewbit.methods.clip import clip
-from fewbit.methods.gptq import gptq
+from fewbit.methods.gptq import agrees, gptq
 from fewbit.methods.hqq import hqq
 from fewbit.methods.hqq import refuse as refuse_hqq
 from fewbit.methods.imatrix import imatrix
@@ -244,6 +244,7 @@ METHODS: tuple[Method, ...] = (
         },
         limits={"damp_percent": _SHARE, "block_size": _COLUMNS, "steps": _TRIES, "floor": _FLOOR},
         refuse=refuse_vectors,
+        agrees=agrees,
         source="Frantar et al. 2022, arXiv:2210.17323",
     ),
     Method(

@@ -87,7 +87,8 @@ def solve(
     ratios = ranges.grid(steps, floor) if clip else ()
     objective.check("gptq", weight, format, facts)
     objective.check_scalar("gptq", format)
-    _check_options(weight, format, facts, desc_act, static_groups, block_size)
+    _check_options(weight, format, facts, block_size)
+    agrees(format, weight.shape[1], desc_act=desc_act, static_groups=static_groups)
     weight = weight.float()
     bound = format.bind(weight)
     if not facts.tokens:
@@ -135,18 +136,24 @@ def _unknown(weight: Tensor) -> Tensor:
     return torch.full((len(weight),), torch.inf)
 
 
-def _check_options(
-    weight: Tensor, format: Format, facts: Facts, desc_act: bool, static_groups: bool, block_size: int
-) -> None:
-    """Refuse contradictory options and facts without a second moment."""
+def _check_options(weight: Tensor, format: Format, facts: Facts, block_size: int) -> None:
+    """Refuse facts without a second moment."""
     asked = f"gptq of a weight of shape {tuple(weight.shape)} to {format.name}"
     if facts.tokens and facts.gram is None:
         raise InputError(asked, "the facts hold no second moment", "collect them with gram=True, or use method clip")
     if block_size < 1:
         raise SpecError(f"{asked} with block_size={block_size}", "it must be positive", "128 is usual")
-    if desc_act and not static_groups and _span(format, weight.shape[1]) < weight.shape[1]:
+
+
+def agrees(format: Format, columns: int, *, desc_act: bool, static_groups: bool, **others: float | bool) -> None:
+    """Refuse groups that are fitted when their turn comes where their columns have no turn in common.
+
+    Raises:
+        SpecError: ``desc_act`` without ``static_groups`` where spans are narrower than a row.
+    """
+    if desc_act and not static_groups and _span(format, columns) < columns:
         raise SpecError(
-            f"{asked} with desc_act and without static_groups",
+            f"gptq of rows of {columns} columns to {format.name} with desc_act and without static_groups",
             "parameters fitted in the order of activity belong to columns that lie apart, which no layout here stores",
             "static_groups=True, or desc_act=False, or a format with one scale a row",
         )

@@ -31,13 +31,28 @@ def finite(values: Tensor, path: str, module: nn.Module, run: Callable[[nn.Modul
     """
     if bool(values.isfinite().all()):
         return values
+    check_layers(module, path, run)
+    raise _refused(_Begins(path or "the model", "outputs", values))  # two finite numbers whose sum is none
+
+
+def check_layers(module: nn.Module, path: str, run: Callable[[nn.Module], Any]) -> None:
+    """Raises InputError, of the first layer that sees or makes NaN or infinity in ``run(module)``; see
+    :func:`finite`."""
     try:
         run(_watched(module, path))
-        begins = _Begins(path or "the model", "outputs", values)  # two finite numbers whose sum is none
-    except _Begins as found:
-        begins = found
-    works = "check that the model runs in float on such text: a layer before may make numbers too large for float32"
-    raise InputError(f"activations of {begins.path}", begins.found, works)
+    except _Begins as begins:
+        raise _refused(begins) from None
+
+
+def check_inputs(values: Tensor, path: str) -> None:
+    """Raises InputError: ``values``, the inputs of the layer at ``path``, hold NaN or infinity."""
+    if not bool(values.isfinite().all()):
+        raise _refused(_Begins(path, "inputs", values))
+
+
+def _refused(begins: _Begins) -> InputError:
+    works = "check that the model runs in float on such inputs: a layer before may make numbers too large for float32"
+    return InputError(f"activations of {begins.path}", begins.found, works)
 
 
 def _watched(module: nn.Module, path: str) -> nn.Module:

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fewbit.model.loading import under
 from fewbit.model.order import Closing, Order, find_order
+from fewbit.model.sites import in_block
 from fewbit.model.stream import Inputs, StreamedModel, with_replaced
 
 Step = Callable[[Tensor, Inputs, Mapping[str, Tensor]], Tensor]
@@ -110,6 +111,72 @@ def calls_around(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Layers of a block that share an input: their ``names``, and the smallest module around them that is called, a
+    path; ``same``: the only layer's output is that of this module, the largest such."""
+
+    names: tuple[str, ...]
+    module: str
+    same: bool
+
+
+def shared_inputs(model: StreamedModel, index: int, hidden: Tensor, inputs: Inputs) -> list[Shared]:
+    """Of block ``index``, as a sample ``hidden`` (batch, tokens, width) shows; of one that need have no order. Without
+    fused experts, and layers that the sample does not reach, or more than once."""
+    name, taken, made = model.blocks[index], dict[str, list[Any]](), dict[str, Any]()
+    sites = [site.name for site in in_block(model.sites, index) if site.kind != "experts"]
+
+    def enter(path: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        taken.setdefault(path, []).append(arguments[0] if arguments else None)
+
+    def leave(path: str, module: nn.Module, arguments: tuple[Any, ...], out: Any) -> None:
+        made[path] = out[0] if isinstance(out, tuple) and out else out
+
+    handles = [model.module.get_submodule(path).register_forward_pre_hook(partial(enter, path)) for path in sites]
+    for path in dict.fromkeys([*sites, *(around for site in sites for around in _holding(name, [site]))]):
+        handles.append(model.module.get_submodule(path).register_forward_hook(partial(leave, path)))
+    try:
+        model.run_block(index, hidden, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[Any, list[str]] = {}
+    for path, seen in taken.items():
+        if len(seen) == 1 and isinstance(x := seen[0], Tensor):
+            groups.setdefault((x.data_ptr(), x.shape, x.stride(), x.dtype), []).append(path)
+    found = []
+    for names in groups.values():
+        around = [path for path in _holding(name, names) if path in made]
+        same = [path for path in around if made[path] is made[names[0]]] if len(names) == 1 else []
+        found.append(Shared(tuple(names), same[0] if same else around[-1], bool(same)))
+    return found
+
+
+@contextmanager
+def noting_calls(model: StreamedModel, paths: Iterable[str]) -> Iterator[dict[str, list[Call]]]:
+    """While open, what each of the modules ``paths`` is called with, copied. For one thread."""
+    noted: dict[str, list[Call]] = {path: [] for path in paths}
+
+    def note(path: str, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        noted[path].append((tuple(map(_copied, arguments)), {key: _copied(value) for key, value in named.items()}))
+
+    handles = [
+        model.module.get_submodule(path).register_forward_pre_hook(partial(note, path), with_kwargs=True)
+        for path in noted
+    ]
+    try:
+        yield noted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copied(value: Any) -> Any:
+    """Blocks may add to what they have called a module with."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _holding(block: str, names: Sequence[str]) -> list[str]:

@@ -32,7 +32,7 @@ from fewbit.network.fold import NORMS, fold_norms
 from fewbit.network.folder import load, save
 from fewbit.network.quantized import Quantized
 from fewbit.recipe import FLOAT, Recipe, Rule
-from fewbit.run.planning import check_terms
+from fewbit.run.planning import check_transforms, made_of
 from fewbit.run.solve import Solved
 
 __all__ = ["Product", "Quantized", "fold_norms", "load", "quantize", "save"]
@@ -80,10 +80,12 @@ def quantize(
     """
     chosen = Recipe.simple(recipe, method, FLOAT, options, transforms, tune) if isinstance(recipe, str) else recipe
     _refuse(chosen)
-    made, batches = (network if inplace else copy.deepcopy(network)).eval(), list(inputs)
-    folded = fold_norms(made, batches[0]) if fold and batches else {}
-    rules, products, skipped = _decide(made, chosen, bool(batches))
+    batches = list(inputs)
+    rules, products, skipped = _decide(network, chosen, bool(batches))
     _need_data(rules, products, correct_bias or sequential, batches)
+    made = (network if inplace else copy.deepcopy(network)).eval()
+    folded = fold_norms(made, batches[0]) if fold and batches else {}
+    skipped = [left for left in skipped if left["name"] not in folded]
     tuned = any(rule.tunings() for rule in [*rules.values(), *products.values()])
     teacher = copy.deepcopy(made) if tuned else made
     mode = solving.sequential if sequential else solving.independent
@@ -179,10 +181,9 @@ def _check(name: str, kind: str, layer: nn.Module, rule: Rule) -> None:
     if methods.named(rule.method).needs == "fisher":
         found = "the Fisher diagonal is collected of language models only"
         raise UnsupportedError(f"method {rule.method} for {name}", found, "clip or gptq, of the same formats")
-    if methods.named(rule.method).sums:
-        site = solving.site_of(name, layer)
-        if methods.named(rule.method).made_of(formats.parse(rule.format), site.shape, rule.options).sum:
-            check_terms(site, rule)
+    site = solving.site_of(name, layer)
+    check_transforms(site, rule)
+    made_of(site, rule)
 
 
 def _need_data(rules: dict[str, Rule], products: dict[str, Rule], more: bool, batches: list[Batch]) -> None:

@@ -18,6 +18,7 @@ from fewbit.core.rewrite import Chain
 from fewbit.errors import of_layer
 from fewbit.kernels.conv import unfold
 from fewbit.kernels.window import Window
+from fewbit.model.finite import check_inputs
 
 Batch = Any
 """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -124,11 +125,12 @@ def look(network: nn.Module, batches: Iterable[Batch], wanted: Mapping[str, Want
     """Run ``network`` on ``batches`` and look at the inputs of the layers named, each batch until its ``last``.
 
     Raises:
-        InputError: a layer's inputs hold NaN or infinity; the message names it.
+        InputError: a layer's inputs hold NaN or infinity; the message names the first that has them.
     """
     left = Counter[str]()
 
     def seen(name: str, x: Tensor) -> None:
+        check_inputs(x, name)
         with of_layer(name):
             wanted[name].look(x)
         left[name] -= 1

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import UnsupportedError
+from fewbit.model.finite import check_layers
 from fewbit.network.feeding import Batch, feed
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -35,6 +36,7 @@ def fold_norms(network: nn.Module, batch: Batch) -> dict[str, str]:
         norm -> layer, by name. A folded norm is an identity, and the layer has a bias.
 
     Raises:
+        InputError: activations hold NaN or infinity; the message names the first layer that has them.
         UnsupportedError: the output moved: something besides the norm uses the output of a layer before one. The
             network is then as it was.
     """
@@ -47,6 +49,7 @@ def fold_norms(network: nn.Module, batch: Batch) -> dict[str, str]:
         _fold(exact, norm, layer)
     moved = distance(feed(exact, batch), before)
     if not moved <= MOVED:
+        check_layers(exact, "", lambda network: feed(network, batch))
         found = f"the output moved by {moved:.3g} of its largest value: a layer's output is used beside its norm"
         raise UnsupportedError(f"folding {len(pairs)} batch norms", found, "fold=False")
     for norm, layer in pairs.items():

@@ -5,7 +5,8 @@ AWQ's search (Lin et al. 2023, arXiv:2306.00978): layers that share an input sha
 they are rounded to nearest, each in its own format, put into the smallest module that is called with all of them in it
 (the attention, the MLP), and that module runs on windows of the calibration as the quantized layers before it make
 them. The power is kept whose outputs have the least mean squared error to those of the module as it is: what was
-solved in it before is quantized, all else is in float. The first wins ties.
+solved in it before is quantized, all else is in float. The first wins ties. A block that runs as a whole (a mixture of
+experts) runs in float for that; its router is float always, so that tokens go where they ever do.
 
 A power is tried from start to end by one worker, so that any number of threads gives the same bytes; a worker holds
 the rounded weights of the group, and all of them what the module takes and gives for the windows, in float32.
@@ -15,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from fewbit.core import format as F
-from fewbit.model.replay import Call
+from fewbit.model.replay import Call, Shared, noting_calls, shared_inputs
 from fewbit.model.stream import with_replaced, with_weight
 from fewbit.run.solve import Around, Task, transformed
 from fewbit.run.state import Run
@@ -44,11 +45,43 @@ def choose(run: Run, tasks: list[Task], same: str | None, around: Found) -> list
             best = Around(same)
         else:
             module, calls = around(windows)
+            if not calls:  # an expert that no token came to
+                continue
             lost = costs(run, [tasks[place] for place in members], powers, module, calls)
             best = Around(module, powers[lost.index(min(lost))])
         for place in members:
             chosen[place] = replace(tasks[place], around=best)
     return chosen
+
+
+def choose_in_whole(run: Run, stage: int, index: int, tasks: list[Task], sample: Tensor) -> list[Task]:
+    """As :func:`choose`, of a block that runs as a whole, all its ``tasks`` at once: every module is called with what
+    the float block, which routes tokens as it ever does, makes of the calibration. ``sample`` is the probe before it.
+    """
+    if not any(map(_asked, tasks)):
+        return tasks
+    with run.arithmetic():
+        groups = shared_inputs(run.model, index, sample[:1], run.inputs("sample"))
+    by_name = {task.site.name: task for task in tasks}
+
+    @cache
+    def calls(windows: int) -> dict[str, list[Call]]:
+        source, shared = run.hidden(stage - 1, "calibration"), run.inputs("calibration")
+        with noting_calls(run.model, {group.module for group in groups if not group.same}) as noted:
+            for batch in range(min(-(-windows // run.batch), len(run.batches()))):
+                with run.arithmetic():
+                    run.model.run_block(index, source.read(batch), shared)
+        source.close()
+        return noted
+
+    def around(group: Shared, windows: int) -> tuple[str, list[Call]]:
+        return group.module, calls(windows)[group.module]
+
+    for group in groups:
+        members = [by_name[name] for name in group.names if name in by_name]
+        chosen = choose(run, members, group.module if group.same else None, partial(around, group))
+        by_name |= {task.site.name: task for task in chosen}
+    return list(by_name.values())
 
 
 def _asked(task: Task) -> tuple[tuple[float, ...], int] | None:

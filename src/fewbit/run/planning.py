@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fewbit import formats, kernels, methods, transforms
+from fewbit.core import format as F
 from fewbit.core import rewrite as R
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -154,7 +155,7 @@ def _module_class(model: StreamedModel, site: Site) -> str:
 def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> Decision:
     weights = site.shape[0] * site.shape[1] * site.experts
     if rule is not None:
-        _check_transforms(site, rule)
+        check_transforms(site, rule)
     if site.tied_to is not None:
         return Decision(site, None, "", 0, f"tied to {site.tied_to}: one matrix is stored for both")
     if rule is None or rule.format == FLOAT:
@@ -179,15 +180,8 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
             "use --method gptq, or --force to do it anyway",
         )
     _check_tunings(site, rule, format)
-    refused = methods.named(rule.method).refuse(format)
-    if refused is not None:
-        able = ", ".join(method.name for method in methods.METHODS if method.refuse(format) is None)
-        raise UnsupportedError(f"{rule.format} by {rule.method} for {site.name}", refused, f"methods {able} take it")
-    made = _made(site, rule, format)
+    made, nbytes = made_of(site, rule, site.block is not None)
     with of_layer(site.name):
-        nbytes = made.beside
-        for part, (rows, columns) in made.matrices:
-            nbytes += storage_bytes(storage(part, layout_for(part), (rows * site.experts, columns)))
         kinds = [transforms.named(step.name).makes for step in rule.transforms]
         nbytes += storage_bytes(R.storage(kinds, site.shape[1]))
         nbytes += grid.nbytes if isinstance(grid, formats.Fixed) else 0
@@ -195,18 +189,32 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
     return Decision(site, rule, kernel_name(rule, made.matrices, sparse), nbytes)
 
 
-def _made(site: Site, rule: Rule, format: Format) -> Parts:
-    """What the method of ``rule`` makes of ``site``; outside blocks, where no token is seen, one matrix."""
-    if site.block is None:
-        return Parts(((format, site.shape),), 0)
+def made_of(site: Site, rule: Rule, seen: bool = True) -> tuple[Parts, int]:
+    """What the method of ``rule`` makes of ``site``, and its bytes; one matrix where no token is ``seen``, as outside
+    of blocks.
+
+    Raises:
+        SpecError, UnsupportedError: the method cannot, or no layout holds it; the message names the site.
+    """
+    format, method = formats.parse(rule.format), methods.named(rule.method)
+    if (refused := method.refuse(format)) is not None:
+        able = ", ".join(row.name for row in methods.METHODS if row.refuse(format) is None)
+        raise UnsupportedError(f"{rule.format} by {rule.method} for {site.name}", refused, f"methods {able} take it")
+    if site.experts > 1 and not F.stackable(format, site.shape[0]):
+        found = "what all its rows, or groups of them, share would have to differ between experts"
+        works = "a format whose scales are per block, such as mxfp4 or int4/g64"
+        raise UnsupportedError(f"{rule.format} for the fused experts {site.name}", found, works)
     with of_layer(site.name):
-        made = methods.named(rule.method).made_of(format, site.shape, rule.options)
+        made = method.made_of(format, site.shape, rule.options) if seen else Parts(((format, site.shape),), 0)
+        nbytes = made.beside
+        for part, (rows, columns) in made.matrices:
+            nbytes += storage_bytes(storage(part, layout_for(part), (rows * site.experts, columns)))
     if made.sum:
-        check_terms(site, rule)
-    return made
+        _check_terms(site, rule)
+    return made, nbytes
 
 
-def check_terms(site: Site, rule: Rule) -> None:
+def _check_terms(site: Site, rule: Rule) -> None:
     """Refuse layers whose weight cannot be a sum of terms."""
     asked = f"{rule.format} by {rule.method} for {site.name}, which makes a sum of terms of it"
     works = "give this layer a rule that makes one matrix: squeezellm and vptq do with outliers=0 (and sensitive=0, "
@@ -231,7 +239,7 @@ def _choice(rule: Rule, site: Site) -> kernels.Choice:
     return kernels.choose(formats.parse(rule.format), site.shape, activation=activation)
 
 
-def _check_transforms(site: Site, rule: Rule) -> None:
+def check_transforms(site: Site, rule: Rule) -> None:
     """Refuse transforms of inputs that nothing can rewrite when the model runs, or that nothing is known about."""
     for row in (transforms.named(step.name) for step in rule.transforms):
         works = "give this layer a rule without transforms, before the one that matches it now"

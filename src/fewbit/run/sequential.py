@@ -18,7 +18,7 @@ from torch import Tensor
 from fewbit.core.facts import Accumulator, Facts
 from fewbit.model.order import Order
 from fewbit.model.replay import Call, calls_around, checked_order, output, replaying
-from fewbit.run.around import choose
+from fewbit.run.around import choose, choose_in_whole
 from fewbit.run.collect import calibration_through, collect
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenBatches, HiddenFile, HiddenOnce
@@ -59,7 +59,8 @@ def quantize_block(
     before = run.journal.stages[-1].get("order", BY_GROUP)
     if before == BY_GROUP:
         run.progress(Event("note", message=f"{run.model.blocks[index]} runs as a whole, twice: {order}"))
-    solved = fix_grids(run, stage, index, solve_sites(run, sites, collect(run, stage, index), seen))
+    tasks = choose_in_whole(run, stage, index, make_tasks(run, sites, collect(run, stage, index), seen), sample)
+    solved = fix_grids(run, stage, index, solve_tasks(run, tasks))
     solved = _tuned(run, stage, index, solved)
     return solved, f"as a whole, twice: {order}", pass_on(run, stage, index, solved)
 

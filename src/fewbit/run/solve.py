@@ -14,15 +14,15 @@ from torch import Tensor
 
 from fewbit import formats, kernels, layouts, methods, transforms
 from fewbit.containers import terms as T
-from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.layout import UNPACKED, Layout
 from fewbit.core.qtensor import QTensor, stack, sum_of_squares
+from fewbit.core.reach import told_of
 from fewbit.core.rewrite import Chain
 from fewbit.core.terms import Terms, has_sparse, matrices, repack
 from fewbit.core.transform import seed_of
-from fewbit.errors import UnsupportedError, VerificationError, of_layer
+from fewbit.errors import VerificationError, of_layer
 from fewbit.formats.fixed import Fixed
 from fewbit.model.sites import Site
 from fewbit.recipe import Rule, Tune
@@ -124,8 +124,7 @@ def solve(task: Task) -> Solved:
     """Do the rule's transforms, choose codes with its method, pack, and measure the error of the outputs on ``seen``.
 
     Raises:
-        FewbitError: what a transform or method refuses, or a per-tensor format on fused experts; the message names the
-            layer.
+        FewbitError: what a transform or method refuses; the message names the layer.
     """
     with of_layer(task.site.name):
         return _solved(task)
@@ -133,17 +132,12 @@ def solve(task: Task) -> Solved:
 
 def _solved(task: Task) -> Solved:
     began, site = time.monotonic(), task.site
-    if site.experts > 1 and not F.stackable(task.format, site.shape[0]):
-        raise UnsupportedError(
-            f"{task.format.name} for the fused experts {site.name}",
-            "what all its rows, or groups of them, share would have to differ between experts",
-            "use a format whose scales are per block, such as mxfp4 or int4/g64",
-        )
     rewrite, rewritten, known = transformed(task)
-    parts, starved = [], []
+    parts, starved, reach = [], [], []
     for expert, weight in enumerate(rewritten.split(site.shape[0]) if site.experts > 1 else [rewritten]):
         part, blind = fit(weight, task.format, known[expert], task.rule)
         parts.append(part)
+        reach += [told_of(matrix, weight if matrix is part else None) for matrix in matrices(part)]
         starved += [expert] if blind else []
     made = _whole(parts)
     packed = repack(made, layout_for)
@@ -170,7 +164,7 @@ def _solved(task: Task) -> Solved:
         "bits_per_weight": 8 * nbytes / task.weight.numel(),
         "relative_error": relative_error(task, made, rewrite),
         "tokens": min(facts.tokens for facts in task.facts),
-        "note": _note(starved, task, parts),
+        "note": _note(starved, task, parts, reach),
         "seconds": round(time.monotonic() - began, 3),
     }
     if task.around is not None:
@@ -279,10 +273,10 @@ def check_outputs(weight: T.Weight, reference: Tensor, x: Tensor, name: str, act
         )
 
 
-def _note(starved: list[int], task: Task, parts: list[T.Weight]) -> str:
-    """What a report should say of the layer: what few tokens or none, or its method, could not do."""
+def _note(starved: list[int], task: Task, parts: list[T.Weight], reach: list[str]) -> str:
+    """What a report should say of the layer: what few tokens or none, its method, or its scales could not do."""
     told = [_of_none(starved, task), *_of_few(task)]
-    told += [matrix.note for part in parts for matrix in matrices(part)]
+    told += [matrix.note for part in parts for matrix in matrices(part)] + reach
     return "; ".join(dict.fromkeys(filter(None, told)))
 
 
