@@ -98,6 +98,7 @@ def calibrate(
     calibration: Calibration = None,
     gram: Annotated[bool, typer.Option(help="Second moments of inputs: what gptq and awq need.")] = True,
     fisher: Annotated[bool, typer.Option(help="Fisher diagonal of weights: what skm and squeezellm need.")] = True,
+    ranges: Annotated[bool, typer.Option(help="Histograms of inputs: what static grids need.")] = True,
     merge: Annotated[
         list[Path] | None, typer.Option("--merge", metavar="FACTS", help="Add up such folders instead; repeat it.")
     ] = None,
@@ -113,7 +114,8 @@ def calibrate(
     from fewbit.commands import calibrate as command
 
     text = {"calibration": calibration, "samples": samples, "context": context, "seed": seed}
-    command.run(model, out, merge or [], json, **text, gram=gram, fisher=fisher, threads=threads, force=force)
+    what = {"gram": gram, "fisher": fisher, "ranges": ranges}
+    command.run(model, out, merge or [], json, **text, **what, threads=threads, force=force)
 
 
 app.command()(before.tell)

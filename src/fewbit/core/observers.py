@@ -76,6 +76,29 @@ class Seen:
         at = torch.ldexp(flat.double(), torch.tensor(-exponent)).floor_().long().sub_(first)
         return Seen(exponent, first, torch.bincount(at), ((low, high),))
 
+    @staticmethod
+    def kept(counts: Tensor, ends: Tensor) -> Seen:
+        """Whose ``counts`` and ``ends``, float32 (batches, 2), these are: all else follows from them.
+
+        Raises:
+            InputError: they are of no stream.
+        """
+        batches = tuple((float(low), float(high)) for low, high in ends.reshape(-1, 2))
+        seen = Seen(_LEAST, 0, counts, batches)
+        if not bool(ends.isfinite().all()) or any(low > high for low, high in batches):
+            raise InputError("a histogram of inputs", "the ends of its batches are no ranges")
+        exponent = _exponent(seen.low, seen.high)
+        first, last = _bin(seen.low, exponent), _bin(seen.high, exponent)
+        bins = last - first + 1 if batches else 0
+        if len(counts) != bins or bool((counts < 0).any()):
+            raise InputError("a histogram of inputs", f"its {len(counts)} counts are not those of {bins} bins")
+        return Seen(exponent, first, counts, batches) if batches else seen
+
+    @property
+    def ends(self) -> Tensor:
+        """Least and largest of each batch, float32 (batches, 2)."""
+        return torch.tensor(self.batches, dtype=torch.float32).reshape(-1, 2)
+
     def merge(self, other: Seen) -> Seen:
         """Both streams, ``other`` after this one."""
         if not self.batches or not other.batches:

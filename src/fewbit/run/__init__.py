@@ -20,6 +20,7 @@ from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.model.surgery import Preparation
 from fewbit.recipe import Recipe
+from fewbit.run import from_facts
 from fewbit.run import opening as O
 from fewbit.run.again import run_all
 from fewbit.run.effort import Text
@@ -93,11 +94,12 @@ def quantize(
     with O.source(model, tokenizer, target) as path, workers(threads) as pool:
         streamed = StreamedModel.open(checkpoint := open_checkpoint(path), _preparation(chosen, seed))
         planned = _planned(checkpoint, streamed, chosen, Text(samples, context, BATCH_TOKENS), force, tell)
-        _check(planned, chosen, device, facts)
+        _check_device(device)
+        from_facts.check_plan(facts, planned, chosen)
         _check_biases(correct_bias, streamed, planned, chosen)
         words, products = checkpoint.words(), O.products(calibration_dtype)
         data, whole = _calibration(checkpoint, words, chosen, correct_bias, calibration, samples, context, seed, tell)
-        kept, data = _kept(facts, checkpoint, planned, data, calibration is not None)
+        kept, data = from_facts.read(facts, checkpoint, planned, data, calibration is not None)
         fingerprint = _fingerprint(checkpoint, chosen, data, whole, seed, products, kept, device, correct_bias)
         if (finished := _finished(target, fingerprint, tell)) is not None:
             return finished
@@ -141,41 +143,10 @@ def _planned(
     return planned
 
 
-def _kept(
-    facts: str | Path | None, checkpoint: Checkpoint, planned: Plan, data: Calibration | None, named: bool
-) -> tuple[KeptFacts | None, Calibration | None]:
-    """The facts in the folder ``facts``, checked: of this model, of ``data`` where that was ``named``, and all that the
-    plan needs; or, where there is no such folder, ``data``."""
-    if facts is None:
-        return None, data
-    kept = KeptFacts.read(facts)
-    kept.check(O.model_hashes(checkpoint), data.sha256 if data and named else None)
-    for decision in planned.decisions:
-        if decision.rule is not None and decision.site.block is not None:
-            kept.require(decision.site.name, decision.rule.needs)
-            kept.require(decision.site.name, methods.named(decision.rule.method).needs)
-    return kept, None
-
-
-def _check(planned: Plan, recipe: Recipe, device: str, facts: str | Path | None) -> None:
-    """Refuse a device that is not there, and what needs the text itself where there are facts alone.
-
-    Raises:
-        SpecError: what cannot be.
-    """
+def _check_device(device: str) -> None:
+    """Raises SpecError where the device is not there."""
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise SpecError(f"tuning on device {device!r}", "torch finds no such device here", "cpu, or cuda with a GPU")
-    tuned = next((d.site.name for d in planned.decisions if d.rule is not None and d.rule.tunings()), None)
-    tuned = "the whole model" if recipe.end is not None else tuned
-    if facts is not None and tuned is not None:
-        found = "tuning runs the text through every block, and facts hold none"
-        raise SpecError(f"tuning {tuned} from facts", found, "leave out the facts, or the tuning")
-    opened = next((d for d in planned.decisions if d.rule is not None and d.rule.open_grid), None)
-    if facts is not None and opened is not None:
-        asked = f"the grid of {opened.rule.activation} for {opened.site.name} from facts"  # type: ignore[union-attr]
-        found = "facts hold sums of inputs, and no ranges of what quantized layers make of the text"
-        works = "the text instead (--calibration), int8/channel, found as inputs arrive, or a grid that is spelt out"
-        raise SpecError(asked, found, works)
 
 
 def _check_biases(asked: bool, model: StreamedModel, planned: Plan, recipe: Recipe) -> None:
