@@ -66,6 +66,28 @@ def test_the_first_group_has_the_grid_that_a_run_on_the_text_gives_it(
     assert {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"} <= alike and len(alike) < len(own)
 
 
+def test_options_of_observers_reach_grids_and_the_manifest(tiny: Path, kept: KeptFacts, tmp_path: Path) -> None:
+    grids, found = {}, formats.parse("int8/static/sym/percentile95")
+    for name in ("int8/static/sym/percentile95", "int8/static/sym/percentile"):
+        out, few = tmp_path / name.rpartition("/")[2], {**FEW, "facts": kept.path, "head": "float"}
+        result = fewbit.quantize(tiny, "int8/channel", activation=name, out=out, **few)
+        assert result.manifest["recipe"]["rule"][-1]["activation"] == name
+        grids[name] = {layer["name"]: layer["activation"] for layer in result.manifest["layers"]}
+    model = StreamedModel.open(open_checkpoint(tiny))
+    for name, grid in grids["int8/static/sym/percentile95"].items():
+        assert isinstance(found, Fixed) and grid == found.observed(kept.ranges(model.site(name))).name
+    assert grids["int8/static/sym/percentile95"] != grids["int8/static/sym/percentile"]
+
+
+def test_a_scheme_and_an_activation_are_one_too_many(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"scheme rounds activations to int8/channel/sym; format int8/channel/sym with"):
+        fewbit.quantize(tiny, "W8A8", activation="int8/g64", out=tmp_path / "out")
+    with pytest.raises(SpecError, match=r"'percent' .*out of range|percent = 3.0 of observer percentile; out of range"):
+        fewbit.quantize(tiny, "int8/channel", activation="int8/static/percentile3", out=tmp_path / "out")
+    with pytest.raises(SpecError, match="activation beside a Recipe"):
+        fewbit.quantize(tiny, static("int8/channel"), activation="int8/g64", out=tmp_path / "out")
+
+
 def test_merged_facts_fix_the_grids_of_both_texts(tiny: Path, kept: KeptFacts, tmp_path: Path) -> None:
     more = fewbit.collect(tiny, out=tmp_path / "more", **FEW, seed=7, gram=False, fisher=False)
     both = merge([kept.path, more.path], out=tmp_path / "both")

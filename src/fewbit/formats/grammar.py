@@ -11,6 +11,13 @@ from fewbit.errors import SpecError
 from fewbit.formats.palette import WIDTHS
 from fewbit.formats.schemes import SCHEMES
 
+
+def _spelt(observer: observers.Observer) -> str:
+    """``observer`` and its options, the first one's number behind its name."""
+    first, *others = (*observer.options, "")
+    return observer.name + (f"[{{{first}}}]" if first else "") + "".join(f"[/{name}{{N}}]" for name in others if name)
+
+
 GRAMMAR: tuple[tuple[str, str], ...] = (
     ("int{1-8}[/g{N} | /channel][/sym | /asym | /min]", "group 128 and sym unless said"),
     ("int{1-8}[/g{N} | /channel][/sym | /asym]/clip0.9", "cuts the range off there: for activations"),
@@ -33,8 +40,9 @@ GRAMMAR: tuple[tuple[str, str], ...] = (
         "columns",
     ),
     (
-        f"int{{2-8}}/static[/sym | /asym][/{' | /'.join(observers.NAMES)}]",
-        "activations on one grid, which that observer finds: asym and mse unless said",
+        f"int{{2-8}}/static[/sym | /asym][/{' | /'.join(map(_spelt, observers.OBSERVERS))}]",
+        "activations on one grid, which that observer finds: asym and mse unless said; options of observers as in "
+        "percentile99.9 or mse2.4/steps50",
     ),
     ("int{2-8}/static/{sym | asym}/s{scale}[/z{zero}]", "the same, bound; a zero after asym"),
     ("int{2-8}[/g{N} | /channel]/outliers[{T}]", "activations; from T on, 6 unless said, they stay float"),
