@@ -21,6 +21,7 @@ def _spelt(observer: observers.Observer) -> str:
 GRAMMAR: tuple[tuple[str, str], ...] = (
     ("int{1-8}[/g{N} | /channel][/sym | /asym | /min]", "group 128 and sym unless said"),
     ("int{1-8}[/g{N} | /channel][/sym | /asym]/clip0.9", "cuts the range off there: for activations"),
+    ("int{1-8}/tensor[/sym | /asym]", "one scale for the whole matrix, or for all activations of a call"),
     ("int{1-8}/g{N}x{M}[/sym | /asym][/s{4-8}]", "M blocks of N under super scales; 6-bit scales unless said"),
     (
         "nf4 | fp4 | pot{2-8} [/g{N} | /channel][/dq]",

@@ -42,6 +42,10 @@ _GRAMMAR: tuple[tuple[re.Pattern[str], Callable[..., Format]], ...] = (
         ),
     ),
     (
+        re.compile(r"int([1-8])/tensor(?:/(sym|asym))?(?:/clip(0\.[1-9]\d?))?"),
+        lambda bits, kind, clip: Affine(int(bits), 0, kind != "asym", float(clip or 1), whole=True),
+    ),
+    (
         re.compile(rf"int([1-8]){_GROUP}/min"),
         lambda bits, group, channel: Minimum(int(bits), _block(group, channel, 128)),
     ),
@@ -87,6 +91,8 @@ EXAMPLES: tuple[str, ...] = (
     *(f"int{bits}/g128/{kind}" for bits in range(1, 9) for kind in ("sym", "asym")),
     "int4/channel/sym",
     "int8/channel/asym",
+    "int8/tensor/sym",
+    "int4/tensor/asym",
     "int4/g32/min",
     "int5/g32/min",
     "int4/g32x8/asym/s6",
