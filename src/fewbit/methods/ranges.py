@@ -84,7 +84,8 @@ def strips(rows: int, columns: int, device: str = "cpu") -> list[slice]:
 
 def by_strips(format: Format, weight: Tensor, choose: Callable[[Tensor], Params]) -> dict[str, Tensor]:
     """What ``choose`` finds for the float32 blocks (rows, blocks, block) of a strip of ``weight``, for all strips."""
-    parts = [choose(B.split(weight[rows].float(), format.block)) for rows in strips(*weight.shape)]
+    cuts = [slice(0, len(weight))] if format.whole else strips(*weight.shape)
+    parts = [choose(B.split(weight[rows].float(), format.block)) for rows in cuts]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
