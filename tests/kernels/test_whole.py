@@ -9,6 +9,7 @@ import torch
 from kernel_cases import HERE, raw_matrix, table_error
 from raw_format import exact
 
+import fewbit
 from fewbit import formats, kernels, methods
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import UnsupportedError
@@ -108,3 +109,9 @@ def test_rows_that_round_token_by_token_and_convolutions_refuse_it() -> None:
     window = Window((3, 3), (1, 1), (0, 0), (1, 1), 1)
     with pytest.raises(UnsupportedError, match=r"windows are rounded as they are met.*int8/static"):
         kernels.conv2d(torch.randn(1, 3, 8, 8), prepared, window)
+
+
+def test_convolutions_of_a_network_are_refused_before_any_work() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3))
+    with pytest.raises(UnsupportedError, match=r"int8/tensor/sym for 0; .*window by window; int8/static"):
+        fewbit.network.quantize(network, "W8A8_TENSOR", inputs=[torch.randn(1, 3, 8, 8)])
