@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fewbit import methods, transforms
+from fewbit.core import observers
 from fewbit.core.method import Method
 from fewbit.errors import SpecError
 from fewbit.methods.gptq import solve as gptq
@@ -20,6 +21,7 @@ ROWS: list[Any] = [
     *methods.MODEL_TUNINGS,
     *transforms.TRANSFORMS,
     *transforms.MODEL_TRANSFORMS,
+    *observers.OBSERVERS,
 ]
 OPTIONS = [(row, name) for row in ROWS for name in row.options]
 

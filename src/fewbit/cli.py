@@ -25,6 +25,7 @@ from fewbit.commands.arguments import (
     Options,
     Recipe,
     Report,
+    Rounded,
     Samples,
     Seed,
     Threads,
@@ -66,6 +67,7 @@ def quantize(
     option: Options = None,
     transform: Transform = None,
     tune: Tuning = None,
+    activation: Rounded = None,
     calibration: Calibration = None,
     facts: Annotated[
         Path | None, typer.Option("--facts", help="A folder of `fewbit calibrate`, instead of calibrating.")
@@ -87,7 +89,8 @@ def quantize(
 
     what = (model, format, method, recipe, option, transform, tune)
     data = (calibration, head, samples, context, seed)
-    command.run(command.Request(*what, *data, threads, force, device, facts, correct_bias), out, json, report)
+    request = command.Request(*what, *data, threads, force, device, facts, correct_bias, activation)
+    command.run(request, out, json, report)
 
 
 @app.command()
@@ -98,6 +101,7 @@ def calibrate(
     calibration: Calibration = None,
     gram: Annotated[bool, typer.Option(help="Second moments of inputs: what gptq and awq need.")] = True,
     fisher: Annotated[bool, typer.Option(help="Fisher diagonal of weights: what skm and squeezellm need.")] = True,
+    ranges: Annotated[bool, typer.Option(help="Histograms of inputs: what static grids need.")] = True,
     merge: Annotated[
         list[Path] | None, typer.Option("--merge", metavar="FACTS", help="Add up such folders instead; repeat it.")
     ] = None,
@@ -113,7 +117,8 @@ def calibrate(
     from fewbit.commands import calibrate as command
 
     text = {"calibration": calibration, "samples": samples, "context": context, "seed": seed}
-    command.run(model, out, merge or [], json, **text, gram=gram, fisher=fisher, threads=threads, force=force)
+    what = {"gram": gram, "fisher": fisher, "ranges": ranges}
+    command.run(model, out, merge or [], json, **text, **what, threads=threads, force=force)
 
 
 app.command()(before.tell)
@@ -130,6 +135,7 @@ def plan(
     option: Options = None,
     transform: Transform = None,
     tune: Tuning = None,
+    activation: Rounded = None,
     calibration: Calibration = None,
     head: Head = "int8/g64",
     samples: Samples = 128,
@@ -145,7 +151,7 @@ def plan(
     from fewbit.commands.quantize import Request
 
     what = (model, format, method, recipe, option, transform, tune)
-    request = Request(*what, calibration, head, samples, context, seed, threads, force)
+    request = Request(*what, calibration, head, samples, context, seed, threads, force, activation=activation)
     command.run(request, json)
 
 

@@ -19,7 +19,8 @@
 ``kind:`` and one of linear, experts, embedding, head. A glob never reaches the embedding or the head: name them or
 their kind. ``format = "float"`` keeps a layer as it is. A scheme that names activations (``W8A8``) sets ``activation``
 too: the format that a layer's inputs are rounded to, token by token, while it runs; or, as ``W8A8_STATIC`` does, one
-grid for all tokens that an observer finds in calibration (``int8/static/asym/mse``). ``transforms`` are done first, in
+grid for all tokens that an observer finds in calibration (``int8/static/asym/mse``, or with options of the observer
+``.../percentile99.9``). ``transforms`` are done first, in
 order: names, or tables of a name and options, ``{ name = "smooth", alpha = 0.7 }``. ``tune``, written alike, is what
 the block learns once its layers are solved: ``["scales"]``. A rule that matches no layer is an error. Above the rules,
 ``model = "quarot"``, or such a table, says what is done to the model as a whole before, and ``end = "distill"`` what it
@@ -234,14 +235,20 @@ class Recipe:
         options: dict[str, Any] | None = None,
         transforms: Sequence[str | dict[str, Any]] = (),
         tune: Sequence[str | dict[str, Any]] = (),
+        activation: str | None = None,
     ) -> Recipe:
         """``transforms``, then one format and method for every layer, then ``tune``; embedding and head in ``head`` (or
-        "float"). One of the transforms may be of the whole model, and the last of ``tune``.
+        "float"). One of the transforms may be of the whole model, and the last of ``tune``. ``activation``: what inputs
+        are rounded to, where ``format`` is no scheme that says it.
 
         Raises:
-            SpecError: two of them are, or what the whole model learns is not the last.
+            SpecError: two of them are, or what the whole model learns is not the last; or inputs would be rounded to
+                two formats.
         """
-        weight, activation = split_scheme(format)
+        weight, own_activation = split_scheme(format)
+        if activation is not None and own_activation is not None:
+            found = f"the scheme rounds activations to {own_activation}"
+            raise SpecError(f"activation {activation} of {format}", found, f"format {weight} with that activation")
         whole = [entry for entry in transforms if _of_model(entry)]
         if len(whole) > 1:
             raise SpecError(f"transforms {whole}", "each rotates the whole model", "one of them")
@@ -251,7 +258,7 @@ class Recipe:
         if any(_is_row(methods.MODEL_TUNINGS, entry) for entry in blocks):
             raise SpecError(f"tune {list(tune)}", "the whole model learns once, after all blocks", "put it last")
         tunes = tuple(map(Tune.of, blocks if ends else tune))
-        every = Rule("*", weight, method, dict(options or {}), activation, own, tunes)
+        every = Rule("*", weight, method, dict(options or {}), activation or own_activation, own, tunes)
         rules = (Rule("kind:embedding", head), Rule("kind:head", head), every)
         return Recipe(rules, ModelStep.of(whole[0]) if whole else None, ModelTune.of(last) if ends else None)
 

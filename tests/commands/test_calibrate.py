@@ -17,7 +17,7 @@ def test_collect_merge_quantize_inspect(tiny: Path, command: Command, tmp_path: 
     one, two, both, out = (tmp_path / name for name in ("one", "two", "both", "out"))
     result = command("calibrate", tiny, "-o", one, "--no-gram", *TEXT, "--json", "-")
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["collected"] == ["mean_square", "fisher"]
+    assert json.loads(result.stdout)["collected"] == ["mean_square", "fisher", "ranges"]
     result = command("calibrate", tiny, "-o", two, "--no-gram", *TEXT, "--seed", "1")
     assert result.exit_code == 0 and "4 windows, 256 tokens" in result.stdout
     result = command("calibrate", tiny, "-o", both, "--merge", one, "--merge", two)

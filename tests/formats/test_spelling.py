@@ -4,7 +4,6 @@ from __future__ import annotations
 import pytest
 
 from fewbit import formats
-from fewbit.core import observers
 from fewbit.errors import SpecError
 from fewbit.formats.schemes import SCHEMES
 
@@ -66,7 +65,12 @@ def test_nonsense_is_refused_with_a_remedy(text: str) -> None:
     [
         ("palette5", "'palette5' was not understood", "palette{1,2,3,4,6,8}["),
         ("palette4/scale", "'scale' after palette4 was not understood", "[/rows{N} | /row][/lut8]"),
-        ("int8/static/asym/median", "'median' after int8/static/asym was not", " | /".join(observers.NAMES)),
+        (
+            "int8/static/asym/median",
+            "'median' after int8/static/asym was not",
+            "/minmax | /average[{share}] | /percentile[{perc",
+        ),
+        ("int8/static/mse/steps", "'steps' after int8/static/mse was not", "/mse[{power}][/steps{N}][/floor{N}]"),
         ("W8A8_STATIC/foo", "'foo' after W8A8_STATIC was not", "W8A8_STATIC is int8/channel/sym with activations in"),
         ("W4A16/g64", "'g64' after W4A16 was not", "stands alone: W4A16 is int4/g128/sym"),
         ("W9A16", "no such scheme", "W8A16"),

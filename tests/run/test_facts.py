@@ -15,6 +15,7 @@ import fewbit
 from fewbit import calibrate
 from fewbit.containers.safetensors import open_safetensors
 from fewbit.core.facts import Facts
+from fewbit.core.observers import Seen
 from fewbit.errors import CorruptFileError, InputError
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
@@ -36,6 +37,11 @@ def same(one: Facts, other: Facts) -> bool:
     return one.tokens == other.tokens and all(torch.equal(a, b) for a, b in pairs)
 
 
+def alike(one: Seen, other: Seen) -> bool:
+    places = (one.exponent, one.first, one.batches) == (other.exponent, other.first, other.batches)
+    return places and torch.equal(one.counts, other.counts)
+
+
 def test_sums_are_of_what_every_layer_sees_in_the_float_model(tiny: Path, kept: KeptFacts) -> None:
     model = StreamedModel.open(open_checkpoint(tiny))
     model.load("")
@@ -51,7 +57,7 @@ def test_sums_are_of_what_every_layer_sees_in_the_float_model(tiny: Path, kept: 
             for block in range(len(model.blocks)):
 
                 def note(site: str, x: torch.Tensor, expert: int | None) -> None:
-                    found = Facts.of(x, gram=True)
+                    found = Facts.of(x, gram=True, ranges=True)
                     expected[site] = expected[site].merge(found) if site in expected else found
 
                 with model.observe(block, note):
@@ -64,8 +70,11 @@ def test_sums_are_of_what_every_layer_sees_in_the_float_model(tiny: Path, kept: 
             assert found is None and kept.fisher(site) is None
         else:
             assert found is not None and same(found[0], expected[site.name])
+            seen = expected[site.name].ranges
+            assert seen is not None and alike(kept.ranges(site), seen)
     names = open_safetensors(kept.path / "inputs-00000.safetensors").entries
-    assert len([name for name in names if name.endswith(".gram")]) == 4  # q, k, v share theirs, and gate, up
+    for array in (".gram", ".range_counts", ".range_ends"):
+        assert len([name for name in names if name.endswith(array)]) == 4  # q, k, v share theirs, and gate, up
 
 
 def test_a_run_with_facts_gives_the_bytes_of_one_that_collects_them_itself(
@@ -114,7 +123,7 @@ def test_facts_of_another_model_or_text_or_too_few_are_refused(tiny: Path, kept:
     refused("their model's weights is", other, kept.path)
     refused("their text's tokens hash to", tiny, kept.path, calibration=text)
     refused("holds no facts.json", tiny, tiny)
-    some = fewbit.collect(tiny, out=tmp_path / "some", **FEW, gram=False, fisher=False)
+    some = fewbit.collect(tiny, out=tmp_path / "some", **FEW, gram=False, fisher=False, ranges=False)
     assert some.described["collected"] == ["mean_square"]
     assert sorted(path.name for path in some.path.iterdir()) == [
         "facts.json",
@@ -135,7 +144,7 @@ def test_facts_of_another_model_or_text_or_too_few_are_refused(tiny: Path, kept:
 def test_facts_of_two_texts_add_up(tiny: Path, kept: KeptFacts, tmp_path: Path) -> None:
     more = fewbit.collect(tiny, out=tmp_path / "more", **FEW, seed=7, fisher=False)
     both = merge([kept.path, more.path], out=tmp_path / "both")
-    assert both.described["collected"] == ["mean_square", "gram"]
+    assert both.described["collected"] == ["mean_square", "gram", "ranges"]
     assert both.described["calibration"]["tokens"] == 2 * 6 * 32
     twice = merge([kept.path, kept.path], out=tmp_path / "twice")
     for site in StreamedModel.open(open_checkpoint(tiny)).sites:
@@ -149,6 +158,8 @@ def test_facts_of_two_texts_add_up(tiny: Path, kept: KeptFacts, tmp_path: Path) 
         outputs, once = twice.output_square(site), kept.output_square(site)
         assert outputs is not None and once is not None and torch.equal(outputs[0], 2 * once[0])
         assert both.output_square(site) is None
+        assert alike(both.ranges(site), kept.ranges(site).merge(more.ranges(site)))
+        assert not alike(kept.ranges(site), more.ranges(site))
     with pytest.raises(InputError, match="two or more"):
         merge([kept.path], out=tmp_path / "one")
 

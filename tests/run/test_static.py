@@ -108,12 +108,6 @@ def test_a_grid_may_be_spelt_and_then_needs_no_data(short: Short, tmp_path: Path
     assert {grid.scale for grid in grids(manifest).values()} == {float(torch.tensor(0.05))}
 
 
-def test_facts_hold_no_ranges_and_are_refused_before_any_work(short: Short, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"grid of int8/static.* for model\.layers\.0\..* from facts.*--calibration"):
-        short(tmp_path / "out", "W8A8_STATIC", method="rtn", facts=tmp_path / "facts")
-    assert not list(tmp_path.iterdir())
-
-
 def test_what_cannot_be_static_is_refused_before_any_work(tiny: Path) -> None:
     with pytest.raises(SpecError, match="format of activations"):
         Rule("*", "int8/static/sym/s0.1")

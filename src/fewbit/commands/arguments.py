@@ -67,6 +67,14 @@ Activation = Annotated[
         help="Round inputs of linear layers to this format, e.g. int8/g64, and multiply integers; default: float.",
     ),
 ]
+Rounded = Annotated[
+    str | None,
+    typer.Option(
+        "--activation",
+        help="Round inputs of layers to this format where --format names weights alone: int8/channel, int8/g64, or "
+        "int8/static/asym/percentile99.9, fixed by calibration; default: float.",
+    ),
+]
 Image = Annotated[bool, typer.Option(help="Keep the model as kernels read it, in OUT/.fewbit, for faster starts.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; `-` is stdout.")]
 Report = Annotated[

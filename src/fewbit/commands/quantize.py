@@ -43,6 +43,7 @@ class Request:
     device: str = "cpu"
     facts: Path | None = None
     correct_bias: bool = False
+    activation: str | None = None
 
     def recipe(self) -> Recipe:
         """What to do with which layer: the recipe's rules first, then --format for what they leave.
@@ -60,9 +61,10 @@ class Request:
             if end is not None and rest.end is not None:
                 raise SpecError(f"--tune {rest.end.name}", f"the recipe ends with {end.name}", "one of them")
             rules, model, end = rules + rest.rules, model or rest.model, end or rest.end
-        options_given = {"--option": self.settings, "--transform": self.transforms, "--tune": self.tune}
+        options_given: dict[str, Any] = {"--option": self.settings, "--transform": self.transforms, "--tune": self.tune}
+        options_given["--activation"] = self.activation
         if self.format is None and (asked := next((name for name, value in options_given.items() if value), None)):
-            what = {"--option": "options", "--transform": "transforms", "--tune": "tunings"}[asked]
+            what = {"--option": "options", "--transform": "transforms", "--tune": "tunings"}.get(asked, "activations")
             raise SpecError(f"{asked} without --format", f"a recipe names its own {what}", "write them into its rules")
         if not rules:
             works = "--format int4/g128/asym, or --recipe FILE, or both"
@@ -77,7 +79,7 @@ class Request:
         tunings = (*methods.TUNINGS, *methods.MODEL_TUNINGS)
         before = [choice(text, steps, "--transform", '"smooth alpha=0.7"') for text in self.transforms or []]
         after = [choice(text, tunings, "--tune", '"scales iters=100 lr=0.01"') for text in self.tune or []]
-        return Recipe.simple(format, self.method, self.head, options, before, after)
+        return Recipe.simple(format, self.method, self.head, options, before, after, self.activation)
 
     def planning(self) -> dict[str, Any]:
         """Keywords of :func:`fewbit.plan`."""

@@ -7,12 +7,13 @@ Sums, not means, so that merging is exact in the order it is done; every mean is
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from fewbit.core.observers import Seen
 from fewbit.errors import InputError
 
 R = TypeVar("R")
@@ -46,6 +47,7 @@ class Facts:
     sequence's loss, or None when no method asked for it.
     ``output_square``: (rows,) float32, of the layer's outputs: the sum over tokens of the squared gradient of their
     sequence's loss; None where ``fisher`` is, or where it was not collected.
+    ``ranges``: what observers fix a grid by; None where nobody asked, and of inputs that were rewritten since.
     """
 
     columns: int
@@ -57,6 +59,7 @@ class Facts:
     total_magnitude: Tensor | None = None
     fisher: Tensor | None = None
     output_square: Tensor | None = None
+    ranges: Seen | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
@@ -66,9 +69,10 @@ class Facts:
         return Facts(columns, 0, total, square, largest, torch.zeros(columns, columns) if gram else None, magnitude)
 
     @staticmethod
-    def of(x: Tensor, gram: bool = False) -> Facts:
-        """From inputs of shape (..., columns)."""
-        return Accumulator.of(x, gram).facts()
+    def of(x: Tensor, gram: bool = False, ranges: bool = False) -> Facts:
+        """From inputs of shape (..., columns): one batch."""
+        found = Accumulator.of(x, gram).facts()
+        return replace(found, ranges=Seen.of(x)) if ranges else found
 
     def merge(self, other: Facts) -> Facts:
         """Facts of both streams together.
@@ -95,6 +99,7 @@ class Facts:
             _sum(self.total_magnitude, other.total_magnitude),
             _sum(self.fisher, other.fisher),
             _sum(self.output_square, other.output_square),
+            None if self.ranges is None or other.ranges is None else self.ranges.merge(other.ranges),
         )
 
     def once(self, key: Hashable, make: Callable[[], R]) -> R:

@@ -113,6 +113,7 @@ class Format(ABC):
     * ``group_rows``: rows that share an entry of those params that are one a group of rows; 1 where rows have nothing
       in common, 0 where all rows share something that is fitted to them. ``chunk``: blocks that share an entry of
       those params that are one a chunk; the last chunk of a tensor may be short.
+    * ``whole``: whether all parameters are one a tensor, so that no row can be rounded without the others.
     * ``plain``: the same format with parameters of each block by itself, where this one stores those of many together:
       a search goes block by block, and :meth:`of_plain` follows it.
     * ``grid``: what decides the evenly spaced grid of a block and nothing else: its two "ends", between which the grid
@@ -138,6 +139,7 @@ class Format(ABC):
     free_offset: bool = False
     group_rows: int = 1
     chunk: int = 0
+    whole: bool = False
     plain: Format | None = None
     grid: Literal["", "magnitude", "ends"] = ""
     even: bool = False

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.core.rows import find
+from fewbit.core.rows import check_options, find
 from fewbit.errors import InputError
 
 BINS = 4096
@@ -75,6 +75,29 @@ class Seen:
         first = _bin(low, exponent)
         at = torch.ldexp(flat.double(), torch.tensor(-exponent)).floor_().long().sub_(first)
         return Seen(exponent, first, torch.bincount(at), ((low, high),))
+
+    @staticmethod
+    def kept(counts: Tensor, ends: Tensor) -> Seen:
+        """Whose ``counts`` and ``ends``, float32 (batches, 2), these are: all else follows from them.
+
+        Raises:
+            InputError: they are of no stream.
+        """
+        batches = tuple((float(low), float(high)) for low, high in ends.reshape(-1, 2))
+        seen = Seen(_LEAST, 0, counts, batches)
+        if not bool(ends.isfinite().all()) or any(low > high for low, high in batches):
+            raise InputError("a histogram of inputs", "the ends of its batches are no ranges")
+        exponent = _exponent(seen.low, seen.high)
+        first, last = _bin(seen.low, exponent), _bin(seen.high, exponent)
+        bins = last - first + 1 if batches else 0
+        if len(counts) != bins or bool((counts < 0).any()):
+            raise InputError("a histogram of inputs", f"its {len(counts)} counts are not those of {bins} bins")
+        return Seen(exponent, first, counts, batches) if batches else seen
+
+    @property
+    def ends(self) -> Tensor:
+        """Least and largest of each batch, float32 (batches, 2)."""
+        return torch.tensor(self.batches, dtype=torch.float32).reshape(-1, 2)
 
     def merge(self, other: Seen) -> Seen:
         """Both streams, ``other`` after this one."""
@@ -276,20 +299,35 @@ def _within(seen: Seen, most: float) -> Range:
 
 @dataclass(frozen=True)
 class Observer:
-    """A row of the table. ``range(seen, bits, symmetric, **options)`` is (low, high); ``options``: names, defaults."""
+    """A row of the table. ``range(seen, bits, symmetric, **options)`` is (low, high). ``options``: names and defaults,
+    the one first that a number behind the name is; ``limits``: least and greatest value of each."""
 
     name: str
     range: Callable[..., Range]
     options: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that do not exist or are out of range.
+
+        Raises:
+            SpecError: with what would work.
+        """
+        check_options(f"observer {self.name}", self.options, self.limits, options)
 
 
 OBSERVERS: tuple[Observer, ...] = (
     Observer("minmax", minmax),
-    Observer("average", average, {"share": 0.01}),
-    Observer("percentile", percentile, {"percent": 99.99}),
-    Observer("mse", mse, {"power": 2.0, "steps": 100, "floor": 0.2}),
+    Observer("average", average, {"share": 0.01}, {"share": (1e-6, 1.0)}),
+    Observer("percentile", percentile, {"percent": 99.99}, {"percent": (50.0, 100.0)}),
+    Observer(
+        "mse",
+        mse,
+        {"power": 2.0, "steps": 100, "floor": 0.2},
+        {"power": (0.5, 8.0), "steps": (2, 10_000), "floor": (0.01, 0.99)},
+    ),
     Observer("entropy", entropy),
-    Observer("dobi", dobi, {"steps": 100}),
+    Observer("dobi", dobi, {"steps": 100}, {"steps": (1, 10_000)}),
 )
 
 NAMES = tuple(observer.name for observer in OBSERVERS)

@@ -113,6 +113,10 @@ class Builder:
     def _prepared(self, prepared: PreparedMatrix, bias: Tensor | None = None) -> S.Weight:
         self.kept.append(prepared)
         rows, columns = prepared.shape
+        if prepared.activation is not None and prepared.activation.whole:
+            found = f"{prepared.activation.name} is one scale for all tokens of a call, whose company here changes"
+            works = "int8/channel, a scale a token, or int8/static, one that calibration fixes"
+            raise UnsupportedError(f"the native runtime for {self.name}", found, works)
         if isinstance(prepared, OutlierPrepared):
             both = self._array([self._prepared(prepared._small, bias), self._prepared(prepared._large)])
             threshold = prepared._outliers.threshold

@@ -5,13 +5,16 @@ Symmetric (the convention of GPTQ and compressed-tensors): ``scale = 2 max|w| / 
 ``levels / 2``, so codes span the full range -2^(b-1) .. 2^(b-1) - 1. With 1 bit that range would be {-s, 0}; there the
 zero is 1/2 and the scale 2 E|w|, which makes the two values +-E|w|.
 
+With ``tensor`` the whole matrix is one block: one scale, and one zero, for all its rows. As a format of activations,
+that makes what a token becomes depend on its company.
+
 Asymmetric: the range is widened to contain 0, ``scale = (hi - lo) / (levels - 1)``, ``zero = round(-lo / scale)``
 stored on b bits (Jacob et al. 2018, arXiv:1712.05877).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -25,25 +28,27 @@ from fewbit.formats.sign import mean_magnitude
 
 @dataclass(frozen=True)
 class Affine(Format):
-    """``int{bits}/g{block}/{sym|asym}[/clip{clip}]``; ``block == 0`` is spelt ``channel``.
+    """``int{bits}/g{block}/{sym|asym}[/clip{clip}]``; ``block == 0`` is spelt ``channel``, or ``tensor`` if ``whole``.
 
     ``clip``: the part of the range that the grid spans; what lies beyond is cut off. Below 1 it serves activations,
     whose range nobody searches.
 
-    True bits per weight: ``bits + 16 / block`` symmetric, ``bits + (16 + bits) / block`` asymmetric.
+    True bits per weight: ``bits + 16 / block`` symmetric, ``bits + (16 + bits) / block`` asymmetric, of
+    a whole tensor ``bits`` and 16 or ``16 + bits`` bits a tensor.
     """
 
     bits: int
     block: int
     symmetric: bool
     clip: float = 1.0
+    whole: bool = False
 
     dim = 1
 
     @cached_property
     def name(self) -> str:  # type: ignore[override]
         kind, clip = "sym" if self.symmetric else "asym", "" if self.clip == 1 else f"/clip{self.clip:g}"
-        return f"int{self.bits}/{spell_group(self.block)}/{kind}{clip}"
+        return f"int{self.bits}/{'tensor' if self.whole else spell_group(self.block)}/{kind}{clip}"
 
     @property
     def levels(self) -> int:  # type: ignore[override]
@@ -55,11 +60,18 @@ class Affine(Format):
 
     @cached_property
     def params(self) -> tuple[Param, ...]:  # type: ignore[override]
-        scale = Param("scale", 16, torch.float16, least=SMALLEST_SCALE)
-        return (scale,) if self.symmetric else (scale, Param("zero_point", self.bits, torch.uint8))
+        per: Literal["tensor", "block"] = "tensor" if self.whole else "block"
+        scale = Param("scale", 16, torch.float16, per, least=SMALLEST_SCALE)
+        return (scale,) if self.symmetric else (scale, Param("zero_point", self.bits, torch.uint8, per))
+
+    @property
+    def group_rows(self) -> int:  # type: ignore[override]
+        return 0 if self.whole else 1
 
     @cached_property
     def grid(self) -> Literal["", "magnitude", "ends"]:  # type: ignore[override]
+        if self.whole:
+            return ""  # of a block
         if self.symmetric:
             return "magnitude" if self.bits > 1 else ""
         return "ends"
@@ -74,6 +86,10 @@ class Affine(Format):
         return self.levels / 2 if self.bits > 1 else 0.5
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
+        if self.whole and blocks.numel():
+            flat = (each.expand_as(blocks).reshape(1, 1, -1) for each in (blocks, importance))
+            found = replace(self, whole=False).fit(*flat)
+            return {name: values.expand(*blocks.shape[:2], 1) for name, values in found.items()}
         top = self.levels - 1
         if self.symmetric and self.bits == 1:
             return {"scale": storable(2 * mean_magnitude(blocks, importance))}

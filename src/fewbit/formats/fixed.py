@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activations on one grid for all tokens, ``x = scale * (code - zero)``, fixed before the model runs.
 
-Known as static quantization. A recipe names how the range is to be found: ``int8/static/asym/mse`` is no grid yet.
+Known as static quantization. A recipe names how the range is to be found: ``int8/static/asym/mse`` is no grid yet, nor
+is ``int8/static/asym/percentile99.9``, where the observer is given an option, or ``.../mse2.4/steps50``, where two.
 Calibration binds it (see :mod:`fewbit.core.observers`), and what is then spelt, stored and run is
 ``int8/static/asym/s0.023529412/z131``: the scale a float32, the zero the code of 0. A range that is known beforehand,
 such as that of images, may be spelt at once.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ DEFAULT = "mse"
 class Fixed(Format):
     """``int{bits}/static/{sym|asym}/{observer}``, or bound: ``.../sym/s{scale}``, ``.../asym/s{scale}/z{zero}``.
 
+    ``options``: those of the observer that are not its defaults, (name, value) each, in the order of its table row.
     Of activations only: a weight has no calibration to wait for. A token that holds NaN or infinity becomes NaN.
     """
 
@@ -38,6 +40,7 @@ class Fixed(Format):
     observer: str = DEFAULT
     scale: float = 0.0
     zero: int = 0
+    options: tuple[tuple[str, float], ...] = ()
 
     block = fit_block = 0
     dim = 1
@@ -45,13 +48,16 @@ class Fixed(Format):
     def __post_init__(self) -> None:
         if self.scale and not 0 <= self.zero < self.levels:
             raise SpecError(f"zero {self.zero} of int{self.bits}/static", "it is no code", f"0 to {self.levels - 1}")
-        observers.named(self.observer)
+        observers.named(self.observer).check(dict(self.options))
 
     @property
     def name(self) -> str:  # type: ignore[override]
         stem = f"int{self.bits}/static/{'sym' if self.symmetric else 'asym'}"
         if not self.bound:
-            return f"{stem}/{self.observer}"
+            own = next(iter(observers.named(self.observer).options), "")  # its number follows the observer's name
+            more = ("" if name == own else f"/{name}" for name, _ in self.options)
+            numbers = (f"{value!r}".removesuffix(".0") for _, value in self.options)
+            return f"{stem}/{self.observer}" + "".join(map("".join, zip(more, numbers, strict=True)))
         return f"{stem}/s{_shortest(self.scale)}" + ("" if self.symmetric else f"/z{self.zero}")
 
     @property
@@ -72,16 +78,16 @@ class Fixed(Format):
         """Bytes that a layer's grid takes: a scale and, where it is not symmetric, a zero."""
         return 4 if self.symmetric else 5
 
-    def observed(self, seen: Seen, **options: Any) -> Fixed:
-        """Bound to what the observer makes of ``seen``, with ``options`` of it."""
+    def observed(self, seen: Seen) -> Fixed:
+        """Bound to what the observer makes of ``seen``."""
         row = observers.named(self.observer)
-        low, high = row.range(seen, self.bits, self.symmetric, **{**row.options, **options})
+        low, high = row.range(seen, self.bits, self.symmetric, **{**row.options, **dict(self.options)})
         return self.at(low, high)
 
     def at(self, low: float, high: float) -> Fixed:
         """Bound to cover ``[low, high]``."""
         scale, zero = observers.grid(low, high, self.bits, self.symmetric)
-        return replace(self, observer=DEFAULT, scale=scale, zero=zero)
+        return replace(self, observer=DEFAULT, options=(), scale=scale, zero=zero)
 
     def check(self) -> None:
         """Raises UnsupportedError where the grid is not known yet."""

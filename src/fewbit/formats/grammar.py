@@ -11,9 +11,17 @@ from fewbit.errors import SpecError
 from fewbit.formats.palette import WIDTHS
 from fewbit.formats.schemes import SCHEMES
 
+
+def _spelt(observer: observers.Observer) -> str:
+    """``observer`` and its options, the first one's number behind its name."""
+    first, *others = (*observer.options, "")
+    return observer.name + (f"[{{{first}}}]" if first else "") + "".join(f"[/{name}{{N}}]" for name in others if name)
+
+
 GRAMMAR: tuple[tuple[str, str], ...] = (
     ("int{1-8}[/g{N} | /channel][/sym | /asym | /min]", "group 128 and sym unless said"),
     ("int{1-8}[/g{N} | /channel][/sym | /asym]/clip0.9", "cuts the range off there: for activations"),
+    ("int{1-8}/tensor[/sym | /asym]", "one scale for the whole matrix, or for all activations of a call"),
     ("int{1-8}/g{N}x{M}[/sym | /asym][/s{4-8}]", "M blocks of N under super scales; 6-bit scales unless said"),
     (
         "nf4 | fp4 | fp4bnb | pot{2-8} [/g{N} | /channel][/dq]",
@@ -33,8 +41,9 @@ GRAMMAR: tuple[tuple[str, str], ...] = (
         "columns",
     ),
     (
-        f"int{{2-8}}/static[/sym | /asym][/{' | /'.join(observers.NAMES)}]",
-        "activations on one grid, which that observer finds: asym and mse unless said",
+        f"int{{2-8}}/static[/sym | /asym][/{' | /'.join(map(_spelt, observers.OBSERVERS))}]",
+        "activations on one grid, which that observer finds: asym and mse unless said; options of observers as in "
+        "percentile99.9 or mse2.4/steps50",
     ),
     ("int{2-8}/static/{sym | asym}/s{scale}[/z{zero}]", "the same, bound; a zero after asym"),
     ("int{2-8}[/g{N} | /channel]/outliers[{T}]", "activations; from T on, 6 unless said, they stay float"),

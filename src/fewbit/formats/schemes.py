@@ -4,7 +4,8 @@
 ``WxAy`` is x bits a weight and y bits an activation, 16 meaning float. Groups follow the presets of compressed-tensors:
 128 columns, but a whole row for W8A8, and for W1A1 (signs times signs, XNOR-Net). Activations have one scale a token,
 found as they arrive: the format of a (tokens, features) matrix with whole rows. ``_G64``: one for 64 of its columns.
-``_STATIC``: all tokens of a layer share one grid, found by calibration. ``LLM_INT8``: activations of 6 and more stay
+``_STATIC``: all tokens of a layer share one grid, found by calibration. ``_TENSOR``: one scale for the matrix, and one
+for all activations of a call. ``LLM_INT8``: activations of 6 and more stay
 float. ggml's type names stand for the formats that those types store.
 """
 
@@ -35,6 +36,7 @@ SCHEMES: dict[str, Scheme] = {
     "W8A8": Scheme("int8/channel/sym", _TOKEN),
     "W8A8_G64": Scheme("int8/channel/sym", "int8/g64/sym"),
     "W8A8_STATIC": Scheme("int8/channel/sym", _STATIC),
+    "W8A8_TENSOR": Scheme("int8/tensor/sym", "int8/tensor/sym"),
     "LLM_INT8": Scheme("int8/channel/sym", "int8/channel/outliers6"),
     "INT8": Scheme("int8/channel/sym", _TOKEN),
     "W1A1": Scheme("sign/channel", "sign/channel"),

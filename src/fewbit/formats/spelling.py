@@ -42,6 +42,10 @@ _GRAMMAR: tuple[tuple[re.Pattern[str], Callable[..., Format]], ...] = (
         ),
     ),
     (
+        re.compile(r"int([1-8])/tensor(?:/(sym|asym))?(?:/clip(0\.[1-9]\d?))?"),
+        lambda bits, kind, clip: Affine(int(bits), 0, kind != "asym", float(clip or 1), whole=True),
+    ),
+    (
         re.compile(rf"int([1-8]){_GROUP}/min"),
         lambda bits, group, channel: Minimum(int(bits), _block(group, channel, 128)),
     ),
@@ -50,8 +54,10 @@ _GRAMMAR: tuple[tuple[re.Pattern[str], Callable[..., Format]], ...] = (
         lambda bits, group, repeat, kind, scale: _superblock(int(bits), int(group), int(repeat), kind, scale),
     ),
     (
-        re.compile(rf"int([2-8])/static(?:/(sym|asym))?(?:/({'|'.join(observers.NAMES)}))?"),
-        lambda bits, kind, observer: Fixed(int(bits), kind == "sym", observer or DEFAULT),
+        re.compile(
+            rf"int([2-8])/static(?:/(sym|asym))?(?:/({'|'.join(observers.NAMES)})({_FLOAT})?((?:/[a-z]+{_FLOAT})*))?"
+        ),
+        lambda bits, kind, observer, own, more: _observed(int(bits), kind == "sym", observer or DEFAULT, own, more),
     ),
     (
         re.compile(rf"int([2-8])/static/(?:(sym)/s({_FLOAT})|asym/s({_FLOAT})/z(\d{{1,3}}))"),
@@ -85,6 +91,8 @@ EXAMPLES: tuple[str, ...] = (
     *(f"int{bits}/g128/{kind}" for bits in range(1, 9) for kind in ("sym", "asym")),
     "int4/channel/sym",
     "int8/channel/asym",
+    "int8/tensor/sym",
+    "int4/tensor/asym",
     "int4/g32/min",
     "int5/g32/min",
     "int4/g32x8/asym/s6",
@@ -155,6 +163,22 @@ def _block(group: str | None, channel: str | None, default: int) -> int:
             f"group g{block}", f"groups have at most {LARGEST_GROUP} columns", "spell a whole row 'channel'"
         )
     return block
+
+
+def _observed(bits: int, symmetric: bool, observer: str, own: str | None, more: str | None) -> Fixed:
+    """``own``: the number behind the observer's name; ``more``: its other options, each ``/{name}{number}``."""
+    known, found = observers.named(observer).options, dict[str, float]()
+    if own is not None and not known:
+        raise SpecError(f"{observer}{own} of int{bits}/static", f"{observer} has no options", f"{observer} alone")
+    given = [(next(iter(known)), own)] if own is not None else []
+    given += re.findall(rf"/([a-z]+)({_FLOAT})", more or "")
+    for name, number in given:
+        if name in found:
+            raise SpecError(f"{name}{number} of {observer}", f"{name} was given before", "give it once")
+        found[name] = int(number) if number.isdigit() and isinstance(known.get(name), int) else float(number)
+    observers.named(observer).check(found)
+    apart = tuple((name, found[name]) for name, default in known.items() if found.get(name, default) != default)
+    return Fixed(bits, symmetric, observer, options=apart)
 
 
 def _fixed(bits: int, symmetric: bool, scale: str, zero: str | None) -> Fixed:

@@ -99,6 +99,9 @@ def _check(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -
         raise InputError(asked, matrix, f"x of (images, {channels}, height, width) would work")
     if bias is not None and bias.shape != (rows,):
         raise InputError(f"bias of shape {tuple(bias.shape)}", matrix, f"({rows},) would work")
+    if prepared.activation is not None and prepared.activation.whole:
+        found = f"windows are rounded as they are met; {prepared.activation.name} is known once all have been seen"
+        raise UnsupportedError(asked, found, "int8/static, one grid that calibration fixes, or int8/channel, works")
     if window.groups > 1 and prepared.activation is not None and isinstance(prepared, PreparedTerms):
         found = f"each part of a sum of terms rounds inputs of its own to {prepared.activation.name}"
         raise UnsupportedError(asked, found, "float inputs, one group, or one quantized matrix would work")

@@ -6,8 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewbit.core import format as F
+from fewbit.core.format import Format
 from fewbit.errors import UnsupportedError
 from fewbit.kernels import native
+
+CENTRE = 128
+"""Of the codes of int8 activations, which kernels multiply less it. A grid whose zero is another code is corrected by
+what its distance from the centre makes of the sum of each row, which joins the bias."""
 
 
 def check_supported(x: Tensor) -> None:
@@ -29,3 +35,13 @@ def given(x: Tensor) -> tuple[Tensor, native.Input]:
         x = x.reshape(-1, columns)
     stride, step = (columns, 1) if x.is_contiguous() else x.stride()
     return x, (x.data_ptr(), x.numel() // columns, stride, step, native.DTYPES[x.dtype])
+
+
+def grid_of_call(x: Tensor, activation: Format) -> tuple[float, int]:
+    """Scale and zero of the one symmetric grid that all of x (..., columns) is rounded to, as ``activation`` fits it.
+    The scale is NaN where x holds NaN or infinity, which leaves no scale to any token."""
+    flat = x.reshape(-1, x.shape[-1]).float()
+    if not flat.numel():
+        return 1.0, CENTRE
+    scale = F.fit(activation, flat)["scale"].flatten()[0]
+    return float(torch.where(flat.abs().amax().isfinite(), scale.float(), torch.nan)), CENTRE

@@ -23,7 +23,7 @@ from fewbit.errors import InputError
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native, pages, reference
 from fewbit.kernels.arranged import BYTES16, HALVES16
-from fewbit.kernels.inputs import check_supported, given, wants_gradients
+from fewbit.kernels.inputs import CENTRE, check_supported, given, grid_of_call, wants_gradients
 from fewbit.kernels.levels import as_integers
 from fewbit.kernels.table import Kernel, refuse_blocks
 from fewbit.kernels.tile16 import ROWS
@@ -34,9 +34,6 @@ those of 24 bits on several threads, where torch's own threads, which spin for a
 on AVX2, where torch is faster."""
 AS_BFLOAT16 = 8
 """Tokens from which on bfloat16 activations are multiplied as such, where the processor can; for fewer it is slower."""
-CENTRE = 128
-"""Of the codes of int8 activations, which kernels multiply less it. A grid whose zero is another code is corrected by
-what its distance from the centre makes of the sum of each row, which joins the bias."""
 STRIP = 1 << 19
 """Weights decoded at a time: 2 MiB of float32."""
 
@@ -222,6 +219,7 @@ class NativePrepared(Addressed, PreparedMatrix):
         self._as_bfloat16 = exact and "avx512bf16" in native.isas()
         self._grid = (0.0, 0)  # scale and zero that all activations have; none
         self._addend: Tensor | None = None
+        self._whole = activation if self.rounds_inputs and activation is not None and activation.whole else None
         if isinstance(activation, Fixed) and self.rounds_inputs:
             self._grid = (activation.scale, activation.zero)
             if activation.zero != CENTRE:
@@ -359,13 +357,15 @@ def _run_native(
     leading, dtype, columns = x.shape[:-1], dtype or x.dtype, first.shape[1]
     if first.activation is not None and not first.rounds_inputs:
         x = reference.round_activations(x.float(), first.activation)
-    ys: list[Tensor] = []
-    tokens = x.numel() // columns
+    ys, tokens = list[Tensor](), x.numel() // columns
     x_block, isa = first._route(x.dtype, tokens)
     if tokens >= DECODED and not x_block and not first._by_sums:
         for matrix, bias in pairs:
             ys.append(multiply_decoded(matrix, x, bias).to(dtype).reshape(*leading, matrix.shape[0]))
         return ys
+    grid = first._grid if first._whole is None else grid_of_call(x, first._whole)
+    if math.isnan(grid[0]):
+        return [torch.full((*leading, matrix.shape[0]), torch.nan, dtype=dtype) for matrix, _ in pairs]
     x, address = given(x)
     outputs, kept = [], []
     for matrix, bias in pairs:
@@ -380,7 +380,7 @@ def _run_native(
         for row, part in matrix._matrices:
             addend = 0 if bias is None else bias.data_ptr() + row * bias.element_size()
             outputs.append((part, addend, y.data_ptr() + row * y.element_size(), rows))
-    call = (tuple(outputs), address, x_block, native.DTYPES[dtype], isa, torch.get_num_threads(), *first._grid)
+    call = (tuple(outputs), address, x_block, native.DTYPES[dtype], isa, torch.get_num_threads(), *grid)
     native.core().linear_many(*call)
     return ys
 

@@ -29,13 +29,16 @@ def oracle(x: Tensor, qtensor: QTensor, bias: Tensor | None = None) -> Tensor:
 
 
 def round_activations(x: Tensor, format: Format | None) -> Tensor:
-    """``x`` (..., columns) rounded to ``format`` token by token, as it arrives; itself when ``format`` is None."""
+    """``x`` (..., columns) rounded to ``format`` as it arrives, token by token, or as one where there is one scale for
+    all of it; itself when ``format`` is None."""
     if format is None:
         return x
     if isinstance(format, Outliers):
         small, large = format.split(x)
         return round_activations(small, format.inner) + large
     flat = x.reshape(-1, x.shape[-1]).float()
+    if format.whole and not bool(flat.isfinite().all()):
+        return torch.full_like(x, torch.nan)  # no scale is left to any token
     params = F.fit(format, flat)
     return F.decode(format, F.encode(format, flat, params), params).reshape(x.shape).to(x.dtype)
 

@@ -126,6 +126,8 @@ class Kernel:
         if found != self.weights:
             return f"runs the {self.weights} family; {format.name} is {found}"
         tables = any(param.per == "rows" for param in format.params)
+        if self.family in ("int8_vector", "int8_row_lut") and one_grid(activation):
+            return f"rounds each token by a scale of its own; activations are {activation.name}"  # type: ignore[union-attr]
         if self.family == "row_lut":
             return _refuse_tables(format, shape, tables)
         if self.family == "int8_row_lut":
@@ -139,9 +141,12 @@ class Kernel:
             return f"looks up products of at most {PRODUCTS} bits a code; {format.name} has {format.bits}"
         if self.family in ("int24", "int24_lut"):
             return refuse_blocks(shape, format)
-        if self.family in ("int8_vector", "int8_row_lut") and isinstance(activation, Fixed):
-            return f"rounds activations by scales found as they arrive; these are {activation.name}"
         return _refuse_integers(format, shape, activation) if self.integers else None
+
+
+def one_grid(activation: Format | None) -> bool:
+    """Whether all tokens of a call lie on one grid."""
+    return isinstance(activation, Fixed) or (activation is not None and activation.whole)
 
 
 def _refuse_tables(format: Format, shape: Shape, tables: bool) -> str | None:

@@ -41,6 +41,8 @@ def refuse_affine(format: Format, widths: tuple[int, ...]) -> str | None:
     """The reason why ``format`` is not an integer format of one of ``widths`` bits with an integer zero."""
     if not isinstance(format, Affine):
         return f"holds integers under one scale a group; {format.name} is something else"
+    if format.whole:
+        return f"holds a scale for each row or group; {format.name} has one for all rows"
     if format.bits not in widths:
         return f"holds codes of {', '.join(map(str, widths))} bits; {format.name} has {format.bits}"
     if format.middle != int(format.middle) and format.symmetric:

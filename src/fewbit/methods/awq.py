@@ -30,7 +30,7 @@ from fewbit.methods import objective, ranges
 
 def refuse(format: Format) -> str | None:
     """None, or why codes of ``format`` cannot be chosen by cutting groups off."""
-    if format.best_fit or format.plain is not None:
+    if format.best_fit or format.plain is not None or format.whole:
         what = "tables" if format.best_fit else "scales"
         return f"its {what} are fitted to many groups at once, of which none has a range of its own"
     return objective.refuse_vectors(format)

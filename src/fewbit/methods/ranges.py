@@ -60,6 +60,8 @@ def search(format: Format, weight: Tensor, importance: Tensor | None, ratios: tu
         found = format.of_plain(search(format.plain, weight, importance, ratios))
         worth = torch.ones(weight.shape[1]) if importance is None else importance
         return _better(format, weight, worth, F.fit(format, weight), found)
+    if format.whole:
+        return _of_whole(format, weight, importance, ratios)
     columns = weight.shape[1]
     even = torch.ones(columns) if importance is None else importance
     if (compiled := grids.search(format, weight.float(), even, ratios)) is not None:
@@ -82,7 +84,8 @@ def strips(rows: int, columns: int, device: str = "cpu") -> list[slice]:
 
 def by_strips(format: Format, weight: Tensor, choose: Callable[[Tensor], Params]) -> dict[str, Tensor]:
     """What ``choose`` finds for the float32 blocks (rows, blocks, block) of a strip of ``weight``, for all strips."""
-    parts = [choose(B.split(weight[rows].float(), format.block)) for rows in strips(*weight.shape)]
+    cuts = [slice(0, len(weight))] if format.whole else strips(*weight.shape)
+    parts = [choose(B.split(weight[rows].float(), format.block)) for rows in cuts]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -92,6 +95,17 @@ def _weighted(format: Format, weight: Tensor, importance: Tensor | None) -> dict
     return (
         plain if importance is None else _better(format, weight, importance, plain, F.fit(format, weight, importance))
     )
+
+
+def _of_whole(
+    format: Format, weight: Tensor, importance: Tensor | None, ratios: tuple[float, ...]
+) -> dict[str, Tensor]:
+    """One grid for all rows, fitted to all of ``weight`` times the best of ``ratios``."""
+    worth = torch.ones(weight.shape[1]) if importance is None else importance
+    best = F.fit(format, weight)
+    for ratio in ratios:
+        best = _better(format, weight, worth, best, F.fit(format, weight * ratio))
+    return best
 
 
 def _better(

@@ -32,6 +32,7 @@ from fewbit.network.fold import NORMS, fold_norms
 from fewbit.network.folder import load, save
 from fewbit.network.quantized import Quantized
 from fewbit.recipe import FLOAT, Recipe, Rule
+from fewbit.run.opening import chosen as recipe_chosen
 from fewbit.run.planning import check_transforms, made_of
 from fewbit.run.solve import Solved
 
@@ -47,6 +48,7 @@ def quantize(
     options: dict[str, Any] | None = None,
     transforms: Sequence[str | dict[str, Any]] = (),
     tune: Sequence[str | dict[str, Any]] = (),
+    activation: str | None = None,
     fold: bool = True,
     correct_bias: bool = False,
     sequential: bool = False,
@@ -63,8 +65,8 @@ def quantize(
             and tunings that learn such grids.
         inputs: calibration batches, each a tensor, a tuple of arguments or a mapping of keywords. What looks at no data
             needs none.
-        method, options, transforms, tune: as for :func:`fewbit.quantize`. Transforms are for linear layers; a tuning
-            compares the whole network with the float one (:mod:`fewbit.network.distill`).
+        method, options, transforms, tune, activation: as for :func:`fewbit.quantize`. Transforms are for linear layers;
+            a tuning compares the whole network with the float one (:mod:`fewbit.network.distill`).
         fold: fold batch norms into the layers before them; seen on the first batch.
         correct_bias: take the mean error of each layer's output from its bias (:mod:`fewbit.core.correction`).
         sequential: solve layers in the order in which they run, each on what those before it, quantized already, make
@@ -78,7 +80,7 @@ def quantize(
         InputError: data is needed and there is none, or a layer's inputs hold NaN; the message names it.
         UnsupportedError: a layer cannot be done as asked.
     """
-    chosen = Recipe.simple(recipe, method, FLOAT, options, transforms, tune) if isinstance(recipe, str) else recipe
+    chosen = recipe_chosen(recipe, method, FLOAT, options, transforms, tune, activation)
     _refuse(chosen)
     batches = list(inputs)
     rules, products, skipped = _decide(network, chosen, bool(batches))
@@ -172,6 +174,9 @@ def _check(name: str, kind: str, layer: nn.Module, rule: Rule) -> None:
         found = "inputs of convolutions are not rewritten at run time"
         raise UnsupportedError(f"transforms for {name}", found, "give convolutions a rule without transforms")
     activation = formats.parse(rule.activation) if rule.activation else None
+    if kind == "conv2d" and activation is not None and activation.whole:
+        found = "inputs of convolutions are rounded window by window"
+        raise UnsupportedError(f"activations in {activation.name} for {name}", found, "int8/static or int8/channel")
     for tune in rule.tunings():
         reason, works = methods.tuning(tune.name).refuse(formats.parse(rule.format)), "leave the tuning out"
         if kind == "conv2d" and activation is not None and not isinstance(activation, Fixed):

@@ -20,6 +20,7 @@ from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.model.surgery import Preparation
 from fewbit.recipe import Recipe
+from fewbit.run import from_facts
 from fewbit.run import opening as O
 from fewbit.run.again import run_all
 from fewbit.run.effort import Text
@@ -67,6 +68,7 @@ def quantize(
     options: dict[str, Any] | None = None,
     transforms: Sequence[str | dict[str, Any]] = (),
     tune: Sequence[str | dict[str, Any]] = (),
+    activation: str | None = None,
     calibration_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: str = "cpu",
     correct_bias: bool = False,
@@ -78,7 +80,7 @@ def quantize(
     Args:
         model: a Hugging Face folder, a ``.gguf`` file, a hub id, or a transformers model (with ``tokenizer``).
         recipe: a format such as ``"int4/g128/asym"``, a scheme such as ``"W4A16"``, or a :class:`Recipe`.
-        method: for a format: ``rtn``, ``gptq``, ... with ``options``, after ``transforms``, before ``tune`` (names).
+        method, activation: for a format: ``rtn``, ... with ``options``, ``transforms`` and ``tune``; that of inputs.
         calibration, samples, context, seed: text (None: bundled), windows, tokens in each, what draws them.
         facts: a folder of :func:`fewbit.collect` to use instead: layers are solved on what the float model shows.
         calibration_dtype: of products in blocks that calibrate; "auto": bfloat16 where the processor multiplies it.
@@ -89,15 +91,15 @@ def quantize(
     Raises:
         FewbitError: see :mod:`fewbit.errors`. A stopped run's work is in ``OUT.partial``; the same call goes on.
     """
-    chosen, target, tell = _recipe(recipe, method, head, options, transforms, tune), Path(out), progress or O.silent
+    chosen = O.chosen(recipe, method, head, options, transforms, tune, activation)
+    target, tell = Path(out), progress or O.silent
     with O.source(model, tokenizer, target) as path, workers(threads) as pool:
         streamed = StreamedModel.open(checkpoint := open_checkpoint(path), _preparation(chosen, seed))
         planned = _planned(checkpoint, streamed, chosen, Text(samples, context, BATCH_TOKENS), force, tell)
-        _check(planned, chosen, device, facts)
-        _check_biases(correct_bias, streamed, planned, chosen)
+        _check(streamed, planned, chosen, device, facts, correct_bias)
         words, products = checkpoint.words(), O.products(calibration_dtype)
         data, whole = _calibration(checkpoint, words, chosen, correct_bias, calibration, samples, context, seed, tell)
-        kept, data = _kept(facts, checkpoint, planned, data, calibration is not None)
+        kept, data = from_facts.read(facts, checkpoint, planned, data, calibration is not None)
         fingerprint = _fingerprint(checkpoint, chosen, data, whole, seed, products, kept, device, correct_bias)
         if (finished := _finished(target, fingerprint, tell)) is not None:
             return finished
@@ -122,11 +124,12 @@ def plan(
     options: dict[str, Any] | None = None,
     transforms: Sequence[str | dict[str, Any]] = (),
     tune: Sequence[str | dict[str, Any]] = (),
+    activation: str | None = None,
     force: bool = False,
 ) -> Plan:
     """What :func:`quantize` would do with the same arguments; reads no weight. See :mod:`fewbit.run.planning`."""
     checkpoint = open_checkpoint(model)
-    chosen = _recipe(recipe, method, head, options, transforms, tune)
+    chosen = O.chosen(recipe, method, head, options, transforms, tune, activation)
     streamed = StreamedModel.open(checkpoint, _preparation(chosen, 0))
     return make_plan(checkpoint, streamed, chosen, Text(samples, context, BATCH_TOKENS), force)
 
@@ -141,41 +144,18 @@ def _planned(
     return planned
 
 
-def _kept(
-    facts: str | Path | None, checkpoint: Checkpoint, planned: Plan, data: Calibration | None, named: bool
-) -> tuple[KeptFacts | None, Calibration | None]:
-    """The facts in the folder ``facts``, checked: of this model, of ``data`` where that was ``named``, and all that the
-    plan needs; or, where there is no such folder, ``data``."""
-    if facts is None:
-        return None, data
-    kept = KeptFacts.read(facts)
-    kept.check(O.model_hashes(checkpoint), data.sha256 if data and named else None)
-    for decision in planned.decisions:
-        if decision.rule is not None and decision.site.block is not None:
-            kept.require(decision.site.name, decision.rule.needs)
-            kept.require(decision.site.name, methods.named(decision.rule.method).needs)
-    return kept, None
-
-
-def _check(planned: Plan, recipe: Recipe, device: str, facts: str | Path | None) -> None:
-    """Refuse a device that is not there, and what needs the text itself where there are facts alone.
+def _check(
+    model: StreamedModel, planned: Plan, recipe: Recipe, device: str, facts: str | Path | None, correct_bias: bool
+) -> None:
+    """Refuse a device that is not there, what facts alone cannot tell, and biases that cannot be corrected.
 
     Raises:
-        SpecError: what cannot be.
+        SpecError, UnsupportedError: what cannot be.
     """
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise SpecError(f"tuning on device {device!r}", "torch finds no such device here", "cpu, or cuda with a GPU")
-    tuned = next((d.site.name for d in planned.decisions if d.rule is not None and d.rule.tunings()), None)
-    tuned = "the whole model" if recipe.end is not None else tuned
-    if facts is not None and tuned is not None:
-        found = "tuning runs the text through every block, and facts hold none"
-        raise SpecError(f"tuning {tuned} from facts", found, "leave out the facts, or the tuning")
-    opened = next((d for d in planned.decisions if d.rule is not None and d.rule.open_grid), None)
-    if facts is not None and opened is not None:
-        asked = f"the grid of {opened.rule.activation} for {opened.site.name} from facts"  # type: ignore[union-attr]
-        found = "facts hold sums of inputs, and no ranges of what quantized layers make of the text"
-        works = "the text instead (--calibration), int8/channel, found as inputs arrive, or a grid that is spelt out"
-        raise SpecError(asked, found, works)
+    from_facts.check_plan(facts, planned, recipe)
+    _check_biases(correct_bias, model, planned, recipe)
 
 
 def _check_biases(asked: bool, model: StreamedModel, planned: Plan, recipe: Recipe) -> None:
@@ -191,22 +171,6 @@ def _check_biases(asked: bool, model: StreamedModel, planned: Plan, recipe: Reci
     if asked and recipe.end is not None:
         found = f"{recipe.end.name} begins with the float model's biases"
         raise UnsupportedError("correcting biases", found, f"leave out one of them; {recipe.end.name} sees mean errors")
-
-
-def _recipe(
-    recipe: str | Recipe,
-    method: str,
-    head: str,
-    options: dict[str, Any] | None,
-    transforms: Sequence[str | dict[str, Any]],
-    tune: Sequence[str | dict[str, Any]],
-) -> Recipe:
-    if isinstance(recipe, str):
-        return Recipe.simple(recipe, method, head, options, transforms, tune)
-    if transforms or tune:
-        what = "transforms" if transforms else "tune"
-        raise SpecError(f"{what} beside a Recipe", "a recipe names its own", "write them into its rules")
-    return recipe
 
 
 def _preparation(recipe: Recipe, seed: int) -> Preparation | None:

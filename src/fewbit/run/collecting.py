@@ -37,6 +37,7 @@ def collect(
     seed: int = 0,
     gram: bool = True,
     fisher: bool = True,
+    ranges: bool = True,
     threads: int | None = None,
     force: bool = False,
     calibration_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
@@ -47,7 +48,8 @@ def collect(
 
     Sums, squares and largest magnitudes of the inputs of every layer of the blocks; with ``gram`` their second moments
     E[x x^T] (4 columns^2 bytes a group of layers), with ``fisher`` the Fisher diagonal of the weights (4 bytes a
-    weight, and on disk, while at it, what enters every block) and the squared gradients at the outputs of layers. Other
+    weight, and on disk, while at it, what enters every block) and the squared gradients at the outputs of layers, with
+    ``ranges`` histograms of the inputs (at most 32 KiB a group of layers), from which any observer fixes a grid. Other
     arguments are those of :func:`fewbit.quantize`, which takes the folder as ``facts``.
 
     Raises:
@@ -59,7 +61,8 @@ def collect(
         checkpoint = open_checkpoint(path)
         streamed = StreamedModel.open(checkpoint)
         data = O.draw(checkpoint, checkpoint.words(), calibration, samples, context, seed, tell)
-        described = _described(checkpoint, data, gram, fisher, len(streamed.blocks), str(products))
+        wishes = {"gram": gram, "fisher": fisher, "ranges": ranges}
+        described = _described(checkpoint, data, wishes, len(streamed.blocks), str(products))
         if (found := _finished(target, described)) is not None:
             tell(Event("done", message=f"{target} is finished already"))
             return found
@@ -69,7 +72,7 @@ def collect(
         wanted = frozenset(site.name for site in streamed.sites if fisher and site.block is not None)
         watched: Literal["gram", "mean_square"] = "gram" if gram else "mean_square"
         with workers(threads) as pool:
-            Sensitivity(streamed, data.ids, folder, wanted, pool, tell, products, watched).collect()
+            Sensitivity(streamed, data.ids, folder, wanted, pool, tell, products, watched, ranges).collect()
     kept = _finish(folder, target, described)
     tell(Event("done", message=str(target)))
     return kept
@@ -130,7 +133,7 @@ def _merge_gradients(kept: list[K.KeptFacts], folder: Path, block: int) -> None:
 
 
 def _described(
-    checkpoint: Checkpoint, data: Calibration, gram: bool, fisher: bool, blocks: int, products: str
+    checkpoint: Checkpoint, data: Calibration, wishes: dict[str, bool], blocks: int, products: str
 ) -> dict[str, Any]:
     """``facts.json`` without its files."""
     return {
@@ -139,7 +142,7 @@ def _described(
         "model": O.model_hashes(checkpoint),
         "calibration": data.describe(),
         "calibration_dtype": products,
-        "collected": ["mean_square", *(["gram"] if gram else []), *(["fisher"] if fisher else [])],
+        "collected": ["mean_square", *(what for what, wished in wishes.items() if wished)],
         "blocks": blocks,
     }
 

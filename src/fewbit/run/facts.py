@@ -4,7 +4,8 @@
 ::
 
     facts.json                  what model and text they are of (hashes), what was collected, hash of every file
-    inputs-00000.safetensors    of block 0: sums over the inputs of every site, {site}.{array}, (experts, ...)
+    inputs-00000.safetensors    of block 0: sums over the inputs of every site, {site}.{array}, (experts, ...); and what
+                                observers look at, {site}.range_counts, (bins,), and {site}.range_ends, (batches, 2)
     fisher-00000.safetensors    of block 0: the Fisher diagonal of every weight, {site}, (experts * rows, columns), and
                                 the squared gradients at the outputs, {site}.output, (experts, rows)
 
@@ -26,11 +27,13 @@ from fewbit.containers import manifest as M
 from fewbit.containers.files import digest, read_json
 from fewbit.containers.safetensors import SafetensorsFile, open_safetensors, write_safetensors
 from fewbit.core.facts import Facts
+from fewbit.core.observers import Seen
 from fewbit.errors import CorruptFileError, InputError
 from fewbit.model.sites import Site
 
 NAME = "facts.json"
 VERSION = 2
+RANGES = ("range_counts", "range_ends")
 SUMS = ("total", "total_square", "total_magnitude", "largest")
 _REQUIRED = {"facts": int, "model": dict, "calibration": dict, "collected": list, "blocks": int, "files": dict}
 
@@ -63,6 +66,8 @@ def write_inputs(path: Path, found: Mapping[str, list[Facts]]) -> str:
             values = [value for part in parts if isinstance(value := getattr(part, array), Tensor)]
             if len(values) == len(parts):
                 tensors[f"{site}.{array}"] = torch.stack(values)
+        if len(parts) == 1 and (seen := parts[0].ranges) is not None:
+            tensors |= dict(zip((f"{site}.{array}" for array in RANGES), (seen.counts, seen.ends), strict=True))
         tensors[f"{site}.tokens"] = torch.tensor([part.tokens for part in parts])
     return write_safetensors(path, tensors, {"format": "pt", **of})
 
@@ -103,11 +108,27 @@ def stored(file: SafetensorsFile, site: str) -> list[Facts]:
         if tuple(values.shape) != expected or len(tokens) != experts:
             shape = tuple(values.shape)
             raise CorruptFileError(f"{owner}.{array} of {file.path}", f"its shape is {shape}, not {expected}")
-    sums = {"largest": None, **found}
+    sums, ranges = {"largest": None, **found}, _ranges(file, owner)
     return [
-        Facts(columns, tokens[i], **{array: values if values is None else values[i] for array, values in sums.items()})  # type: ignore[arg-type]
+        Facts(
+            columns,
+            tokens[i],
+            **{array: values if values is None else values[i] for array, values in sums.items()},  # type: ignore[arg-type]
+            ranges=ranges,
+        )
         for i in range(experts)
     ]
+
+
+def _ranges(file: SafetensorsFile, owner: str) -> Seen | None:
+    """The histogram of the inputs of ``owner``; None where none was collected."""
+    counts, ends = (f"{owner}.{array}" for array in RANGES)
+    if counts not in file.entries:
+        return None
+    try:
+        return Seen.kept(file.get(counts), file.get(ends))
+    except (InputError, RuntimeError) as error:
+        raise CorruptFileError(f"{counts} of {file.path}", str(error), "collect them again") from None
 
 
 def read_fisher(path: Path, site: Site) -> list[Tensor]:
@@ -195,13 +216,25 @@ class KeptFacts:
 
     def require(self, site: str, need: str) -> None:
         """Raises InputError unless what ``site`` needs was collected."""
-        if need in ("gram", "fisher") and need not in self.described["collected"]:
+        if need in ("gram", "fisher", "ranges") and need not in self.described["collected"]:
             found = f"without --no-{need}"
             raise InputError(f"{need} of {site}, from {self.path}", "it was not collected", f"collect again {found}")
 
     def of(self, site: Site) -> list[Facts] | None:
         """The facts of ``site``, one entry an expert, without its Fisher diagonal; None outside of blocks."""
         return None if site.block is None else read_inputs(inputs_file(self.path, site.block), site)
+
+    def ranges(self, site: Site) -> Seen:
+        """The histogram of the inputs of ``site``.
+
+        Raises:
+            InputError: none was collected, as of what lies outside of blocks.
+        """
+        file = None if site.block is None else open_safetensors(inputs_file(self.path, site.block))
+        seen = None if file is None else _ranges(file, owners(file).get(site.name, site.name))
+        if seen is None:
+            raise InputError(f"ranges of {site.name}, from {self.path}", "there are none", "collect them again")
+        return seen
 
     def fisher(self, site: Site) -> list[Tensor] | None:
         """The Fisher diagonal of ``site``, one entry an expert; None outside of blocks, or where there is none."""

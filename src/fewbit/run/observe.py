@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from fewbit.core.facts import Facts
+from fewbit.errors import of_layer
 
 Key = tuple[str, int]
 T = TypeVar("T")
@@ -38,13 +39,14 @@ class Shared(Generic[T]):
 class Observer:
     """A callback for ``StreamedModel.observe``. Layers that share an input share its facts.
 
-    ``grams``: names of the sites whose method needs E[x x^T]. ``complete``: raise :class:`Enough` when a batch has
+    ``grams``: names of the sites whose method needs E[x x^T]; ``ranges``: of those whose histograms are kept.
+    ``complete``: raise :class:`Enough` when a batch has
     brought facts of this many sites; 0 where that cannot be known (experts see what is routed to them). Each thread
     fills the batch it opened.
     """
 
-    def __init__(self, grams: set[str], complete: int) -> None:
-        self._grams, self._complete = grams, complete
+    def __init__(self, grams: set[str], complete: int, ranges: frozenset[str] = frozenset()) -> None:
+        self._grams, self._complete, self._ranges = grams, complete, ranges
         self._local = threading.local()
         self._total: dict[Key, Facts] = {}
 
@@ -56,7 +58,8 @@ class Observer:
         del self._local.facts
 
     def __call__(self, site: str, x: Tensor, expert: int | None) -> None:
-        self._local.found[site, expert or 0] = self._local.facts.of(x, site in self._grams)
+        with of_layer(site):
+            self._local.found[site, expert or 0] = self._local.facts.of(x, site in self._grams, site in self._ranges)
         if len(self._local.found) == self._complete:
             raise Enough
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fewbit.calibrate import Calibration
 from fewbit.containers.files import refuse_existing, remove_begun
 from fewbit.errors import InputError, SpecError
 from fewbit.model.checkpoint import Checkpoint
+from fewbit.recipe import Recipe
 from fewbit.run.ending import STATE
 from fewbit.run.events import Event, Progress
 
@@ -28,6 +29,28 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 def silent(event: Event) -> None:
     """For callers that want no progress."""
+
+
+def chosen(
+    given: str | Recipe,
+    method: str,
+    head: str,
+    options: dict[str, Any] | None,
+    transforms: Sequence[str | dict[str, Any]],
+    tune: Sequence[str | dict[str, Any]],
+    activation: str | None,
+) -> Recipe:
+    """``given``, or where it is a format, :meth:`Recipe.simple` of it.
+
+    Raises:
+        SpecError: a recipe is given and something beside it that it names itself.
+    """
+    if isinstance(given, str):
+        return Recipe.simple(given, method, head, options, transforms, tune, activation)
+    beside = {"transforms": transforms, "tune": tune, "activation": activation}
+    if what := next((name for name, value in beside.items() if value), None):
+        raise SpecError(f"{what} beside a Recipe", "a recipe names its own", "write them into its rules")
+    return given
 
 
 @contextmanager

@@ -305,5 +305,5 @@ def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> l
 def _rounds_natively(decision: Decision) -> bool:
     """Whether the native runtime can round the layer's inputs: to integers, or, counting signs, in the kernel."""
     grid = formats.parse(decision.rule.activation) if decision.rule and decision.rule.activation else None
-    integers = isinstance(grid, formats.Affine) and grid.bits > 1
+    integers = isinstance(grid, formats.Affine) and grid.bits > 1 and not grid.whole
     return grid is None or integers or isinstance(grid, formats.Fixed | formats.Outliers) or "xnor" in decision.kernel

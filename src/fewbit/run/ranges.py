@@ -2,7 +2,8 @@
 """Static activations: the grid of each layer's inputs, fixed by what calibration shows of them.
 
 Once all layers of a block are solved, the calibration runs through it with their decoded weights and rewritten, but not
-rounded, inputs; blocks before it are quantized already and round theirs.
+rounded, inputs; blocks before it are quantized already and round theirs. Where facts were collected beforehand, grids
+are of what layers see in the float model.
 """
 
 from __future__ import annotations
@@ -36,6 +37,15 @@ def fix_grids(run: Run, stage: int, index: int, solved: list[Solved]) -> list[So
             waiting[item.record["name"]] = grid
     if not waiting:
         return solved
+    if run.kept is not None:
+        total = {name: run.kept.ranges(run.model.site(name)) for name in waiting}
+    else:
+        total = _watched(run, stage, index, solved, set(waiting))
+    return [_bound(item, waiting, total) for item in solved]
+
+
+def _watched(run: Run, stage: int, index: int, solved: list[Solved], waiting: set[str]) -> dict[str, Seen]:
+    """What the layers ``waiting`` see of the calibration."""
     total = {name: Seen.none() for name in waiting}
     source, shared, looked = run.hidden(stage - 1, "calibration"), run.inputs("calibration"), _Looked()
 
@@ -45,12 +55,12 @@ def fix_grids(run: Run, stage: int, index: int, solved: list[Solved]) -> list[So
         return found
 
     # Hooks run in the order in which they were added: what is looked at was rewritten.
-    with as_run(run.model, solved), run.model.observe(index, looked, set(waiting)):
+    with as_run(run.model, solved), run.model.observe(index, looked, waiting):
         for found in run.workers.map(step, range(len(run.batches()))):
             for name, seen in found.items():
                 total[name] = total[name].merge(seen)
     source.close()
-    return [_bound(item, waiting, total) for item in solved]
+    return total
 
 
 class _Looked:

@@ -55,6 +55,7 @@ class Sensitivity:
     * ``wanted``: names of the sites whose Fisher diagonal is kept; those outside of blocks have none. With no name
       nothing is run backwards.
     * ``watched``: what to collect at the inputs of all sites of the blocks.
+    * ``ranges``: whether to keep histograms of those inputs as well, of sites that may round them.
     * ``products``: dtype of matrix products; sums and squares are float32.
     """
 
@@ -66,6 +67,7 @@ class Sensitivity:
     tell: Progress
     products: torch.dtype = torch.float32
     watched: Literal["nothing", "mean_square", "gram"] = "nothing"
+    ranges: bool = False
     _call: list[Inputs] = field(default_factory=list)
 
     def collect(self) -> None:
@@ -142,7 +144,8 @@ class Sensitivity:
         """The loaded ``block`` on what enters it, and facts of its sites' inputs where they are ``watched``."""
         model, call, source = self.model, self._inputs(), self._file("hidden", block)
         sites = list(in_block(model.sites, block))
-        observer = Observer({site.name for site in sites if self.watched == "gram"}, 0)
+        rounded = frozenset(site.name for site in sites if self.ranges and site.kind != "experts")
+        observer = Observer({site.name for site in sites if self.watched == "gram"}, 0, rounded)
 
         def step(sequence: int) -> tuple[Tensor, dict[tuple[str, int], Facts]]:
             with observer.batch() as found, self._arithmetic():

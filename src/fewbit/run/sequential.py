@@ -45,7 +45,8 @@ def quantize_block(
     if tunes:
         reference_on(run, stage, index)
     if run.calibration is None or not set(needs(run, index).values()) - {"nothing"}:
-        solved = _tuned(run, stage, index, solve_sites(run, sites, {}, seen))
+        solved = fix_grids(run, stage, index, solve_sites(run, sites, {}, seen))
+        solved = _tuned(run, stage, index, solved)
         return solved, "no data", pass_on(run, stage, index, solved)
     with run.arithmetic():
         order = checked_order(run.model, index, sample[:1], run.inputs("sample"))

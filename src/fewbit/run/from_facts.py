@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which runs facts that were collected beforehand can serve, decided before any work.
+
+Facts are of the float model as it is stored. What a quantized layer before makes of the text is not in them, so every
+layer is solved, and its grid fixed, on what the float model shows: independent mode. What depends on inputs that were
+rewritten since, or on the text itself, is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewbit import methods
+from fewbit.calibrate import Calibration
+from fewbit.errors import SpecError
+from fewbit.model.checkpoint import Checkpoint
+from fewbit.recipe import Recipe
+from fewbit.run import opening as O
+from fewbit.run.facts import KeptFacts
+from fewbit.run.planning import Decision, Plan
+
+
+def check_plan(facts: str | Path | None, planned: Plan, recipe: Recipe) -> None:
+    """Refuse what facts, where a run is to have any, cannot tell, whatever was collected.
+
+    Raises:
+        SpecError: tuning, a rotation of the whole model under something that looks at data, or a static grid behind a
+            transform.
+    """
+    if facts is None:
+        return
+    quantized = [decision for decision in planned.decisions if decision.rule is not None]
+    tuned = next((d.site.name for d in quantized if d.rule is not None and d.rule.tunings()), None)
+    tuned = "the whole model" if recipe.end is not None else tuned
+    if tuned is not None:
+        found = "tuning runs the text through every block, and facts hold none"
+        raise SpecError(f"tuning {tuned} from facts", found, "leave out the facts, or the tuning")
+    for decision in quantized:
+        _check_rewrites(decision, recipe)
+
+
+def _check_rewrites(decision: Decision, recipe: Recipe) -> None:
+    rule, site = decision.rule, decision.site
+    if rule is None or site.block is None:
+        return
+    whole = recipe.model
+    if whole is not None and (whole.learns or rule.needs != "nothing"):
+        what = f"the grid of {rule.activation}" if rule.open_grid else f"method {rule.method}"
+        asked = f"{whole.name} from facts" if whole.learns else f"{what} for {site.name} from facts"
+        found = "facts are of the model as it is stored, " + (
+            "and hold no text to learn from" if whole.learns else f"and {whole.name} changes what its layers see"
+        )
+        raise SpecError(asked, found, f"the text instead (--calibration), or leave out {whole.name}")
+    if rule.open_grid and rule.transforms:
+        names = " and ".join(step.name for step in rule.transforms)
+        asked = f"the grid of {rule.activation} for {site.name} from facts"
+        found = f"{names} rewrites its inputs, and facts hold ranges of what they were before"
+        works = "the text instead (--calibration), or a rule without transforms"
+        raise SpecError(asked, found, f"{works}; int8/channel needs no ranges")
+
+
+def read(
+    facts: str | Path | None, checkpoint: Checkpoint, planned: Plan, data: Calibration | None, named: bool
+) -> tuple[KeptFacts | None, Calibration | None]:
+    """The facts in the folder ``facts``, checked: of this model, of ``data`` where that was ``named``, and all that the
+    plan needs; or, where there is no such folder, ``data``.
+
+    Raises:
+        InputError: they are not.
+    """
+    if facts is None:
+        return None, data
+    kept = KeptFacts.read(facts)
+    kept.check(O.model_hashes(checkpoint), data.sha256 if data and named else None)
+    for decision in planned.decisions:
+        if decision.rule is not None and decision.site.block is not None:
+            kept.require(decision.site.name, decision.rule.needs)
+            kept.require(decision.site.name, methods.named(decision.rule.method).needs)
+            kept.require(decision.site.name, "ranges" if decision.rule.open_grid else "nothing")
+    return kept, None

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Static grids from facts: of what layers see in the float model, by any observer, and refused where unknown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewbit
+from fewbit import formats
+from fewbit.containers.files import digest, read_json, write_json
+from fewbit.containers.safetensors import open_safetensors, write_safetensors
+from fewbit.core.observers import NAMES
+from fewbit.errors import CorruptFileError, InputError, SpecError
+from fewbit.formats.fixed import Fixed
+from fewbit.model.checkpoint import open_checkpoint
+from fewbit.model.stream import StreamedModel
+from fewbit.recipe import ModelStep, Recipe, Rule, Step
+from fewbit.run.collecting import merge
+from fewbit.run.facts import KeptFacts, inputs_file
+
+FEW: dict[str, Any] = {"samples": 6, "context": 32, "calibration_dtype": "float32"}
+FLOATS = (Rule("kind:embedding", "float"), Rule("kind:head", "float"))
+
+
+@pytest.fixture(scope="module")
+def kept(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> KeptFacts:
+    """Ranges of a few windows, and nothing that takes long."""
+    return fewbit.collect(tiny, out=tmp_path_factory.mktemp("ranges") / "facts", **FEW, gram=False, fisher=False)
+
+
+def static(activation: str, *steps: str, **more: Any) -> Recipe:
+    return Recipe(
+        (*FLOATS, Rule("*", "int8/channel", activation=activation, transforms=tuple(map(Step, steps)))), **more
+    )
+
+
+@pytest.mark.parametrize("observer", NAMES)
+def test_every_observer_fixes_grids_from_one_calibration(
+    tiny: Path, kept: KeptFacts, tmp_path: Path, observer: str
+) -> None:
+    asked = formats.parse(f"int8/static/asym/{observer}")
+    assert isinstance(asked, Fixed)
+    result = fewbit.quantize(tiny, static(asked.name), out=tmp_path / "out", facts=kept.path, **FEW)
+    model, found = StreamedModel.open(open_checkpoint(tiny)), 0
+    for layer in result.manifest["layers"]:
+        if layer["block"] is not None:
+            assert layer["activation"] == asked.observed(kept.ranges(model.site(layer["name"]))).name
+            found += 1
+    assert found == 14 and result.manifest["check"]["kl_mean"] < 0.05
+
+
+def test_the_first_group_has_the_grid_that_a_run_on_the_text_gives_it(
+    tiny: Path, kept: KeptFacts, tmp_path: Path
+) -> None:
+    """Nothing before it is quantized but the embedding, which stays in float here."""
+    made = [
+        fewbit.quantize(tiny, static("int8/static/asym/mse"), out=tmp_path / name, **FEW, **more).manifest["layers"]
+        for name, more in (("text", {}), ("facts", {"facts": kept.path}))
+    ]
+    own, of_facts = ({layer["name"]: layer["activation"] for layer in layers} for layers in made)
+    alike = {name for name, grid in own.items() if of_facts[name] == grid}
+    assert {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"} <= alike and len(alike) < len(own)
+
+
+def test_options_of_observers_reach_grids_and_the_manifest(tiny: Path, kept: KeptFacts, tmp_path: Path) -> None:
+    grids, found = {}, formats.parse("int8/static/sym/percentile95")
+    for name in ("int8/static/sym/percentile95", "int8/static/sym/percentile"):
+        out, few = tmp_path / name.rpartition("/")[2], {**FEW, "facts": kept.path, "head": "float"}
+        result = fewbit.quantize(tiny, "int8/channel", activation=name, out=out, **few)
+        assert result.manifest["recipe"]["rule"][-1]["activation"] == name
+        grids[name] = {layer["name"]: layer["activation"] for layer in result.manifest["layers"]}
+    model = StreamedModel.open(open_checkpoint(tiny))
+    for name, grid in grids["int8/static/sym/percentile95"].items():
+        assert isinstance(found, Fixed) and grid == found.observed(kept.ranges(model.site(name))).name
+    assert grids["int8/static/sym/percentile95"] != grids["int8/static/sym/percentile"]
+
+
+def test_a_scheme_and_an_activation_are_one_too_many(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"scheme rounds activations to int8/channel/sym; format int8/channel/sym with"):
+        fewbit.quantize(tiny, "W8A8", activation="int8/g64", out=tmp_path / "out")
+    with pytest.raises(SpecError, match=r"'percent' .*out of range|percent = 3.0 of observer percentile; out of range"):
+        fewbit.quantize(tiny, "int8/channel", activation="int8/static/percentile3", out=tmp_path / "out")
+    with pytest.raises(SpecError, match="activation beside a Recipe"):
+        fewbit.quantize(tiny, static("int8/channel"), activation="int8/g64", out=tmp_path / "out")
+
+
+def test_merged_facts_fix_the_grids_of_both_texts(tiny: Path, kept: KeptFacts, tmp_path: Path) -> None:
+    more = fewbit.collect(tiny, out=tmp_path / "more", **FEW, seed=7, gram=False, fisher=False)
+    both = merge([kept.path, more.path], out=tmp_path / "both")
+    site = next(site for site in StreamedModel.open(open_checkpoint(tiny)).sites if site.block == 1)
+    asked = formats.parse("int8/static/asym/percentile")
+    assert isinstance(asked, Fixed)
+    result = fewbit.quantize(tiny, static(asked.name), out=tmp_path / "out", facts=both.path, **FEW)
+    layer = next(layer for layer in result.manifest["layers"] if layer["name"] == site.name)
+    assert layer["activation"] == asked.observed(kept.ranges(site).merge(more.ranges(site))).name
+    blind = fewbit.collect(tiny, out=tmp_path / "blind", **FEW, seed=3, gram=False, fisher=False, ranges=False)
+    assert merge([kept.path, blind.path], out=tmp_path / "half").described["collected"] == ["mean_square"]
+
+
+@pytest.mark.parametrize(
+    "recipe, match",
+    [
+        (static("int8/static", "smooth"), "grid of int8/static for .*q_proj.* smooth rewrites its inputs"),
+        (static("int8/static", "rotate"), "rotate rewrites its inputs.*without transforms.*int8/channel needs no"),
+        (static("int8/static", model=ModelStep("quarot")), "quarot changes what its layers see.*leave out quarot"),
+        (static("int8/channel", model=ModelStep("spinquant")), "spinquant from facts.*no text to learn from"),
+        (Recipe((*FLOATS, Rule("*", "int4/g32", "gptq")), ModelStep("quarot")), "method gptq .*quarot changes"),
+    ],
+)
+def test_what_facts_cannot_tell_is_refused_before_any_work(
+    tiny: Path, kept: KeptFacts, tmp_path: Path, recipe: Recipe, match: str
+) -> None:
+    with pytest.raises(SpecError, match=match):
+        fewbit.quantize(tiny, recipe, out=tmp_path / "out", facts=kept.path, **FEW)
+    assert not list(tmp_path.iterdir())
+
+
+def test_facts_without_ranges_are_refused_and_serve_all_else(tiny: Path, tmp_path: Path) -> None:
+    """So are facts of versions that kept none."""
+    some = fewbit.collect(tiny, out=tmp_path / "some", **FEW, gram=False, fisher=False, ranges=False)
+    with pytest.raises(
+        InputError, match=r"ranges of .*q_proj.* it was not collected; collect again without --no-ranges"
+    ):
+        fewbit.quantize(tiny, "W8A8_STATIC", out=tmp_path / "out", facts=some.path, **FEW)
+    assert not (tmp_path / "out").exists()
+    fewbit.quantize(tiny, "int4/g32", method="clip", out=tmp_path / "out", facts=some.path, **FEW)
+
+
+@pytest.mark.parametrize("damage", ["counts", "ends", "negative", "missing"])
+def test_damaged_histograms_are_found(tiny: Path, kept: KeptFacts, tmp_path: Path, damage: str) -> None:
+    path = inputs_file(kept.path, 0)
+    file = open_safetensors(path)
+    tensors = {name: file.get(name) for name in file.entries}
+    counts, ends = (next(n for n in tensors if n.endswith(what)) for what in (".range_counts", ".range_ends"))
+    if damage == "counts":
+        tensors[counts] = tensors[counts][1:].clone()
+    elif damage == "negative":
+        tensors[counts][3] = -1
+    elif damage == "ends":
+        tensors[ends][0, 1] = torch.nan
+    else:
+        del tensors[ends]
+    folder = tmp_path / "facts"
+    folder.mkdir()
+    for other in kept.path.iterdir():
+        (folder / other.name).write_bytes(other.read_bytes())
+    write_safetensors(inputs_file(folder, 0), tensors, file.metadata)
+    described = read_json(folder / "facts.json")
+    described["files"][path.name] = digest(inputs_file(folder, 0))
+    write_json(folder / "facts.json", described)
+    site = StreamedModel.open(open_checkpoint(tiny)).site(counts.removesuffix(".range_counts"))
+    with pytest.raises(CorruptFileError, match=r"range_counts|range_ends"):
+        KeptFacts.read(folder).ranges(site)
