@@ -4,6 +4,7 @@
     python bench/networks.py --resnet 20                         top-1 of the CIFAR-10 test images
     python bench/networks.py --encoder FOLDER                    Spearman correlation on the STS-B test pairs
     python bench/networks.py --superres mobilesr                 PSNR of Set5, enlarged four times
+    python bench/networks.py --superres swinir --weights FILE    the same, of what bench/train_swinir.py trained
 
 Networks run on fewbit's kernels after ``fewbit.network.quantize``. Calibration is 1,000 training images, or 256
 sentences of the bundled text, which is not STS-B, or parts of photos of the package scikit-image, which are not Set5.
@@ -34,6 +35,8 @@ from fewbit.containers.files import write_json
 from fewbit.recipe import FLOAT, Recipe, Rule, Tune
 
 STATIC = ("minmax", "average", "percentile", "mse", "entropy")
+STARTS = {"minmax": "rtn", "percentile": "rtn", "mse": "clip", "dobi": "clip"}
+"""Observers of activations, and the method that ranges of weights are found with beside them."""
 SENTENCE = 128
 """Tokens of a sentence, at most."""
 CROPS, CROP, CROPS_AT_ONCE = 64, 32, 4
@@ -83,7 +86,7 @@ def enlarging(kind: superres.Kind, steps: int) -> list[tuple[str, str | Recipe, 
     """Rows for a network whose first and last layer stay in float; "linear": as 2DQuant has it, all convolutions do.
     The products of attention stay in float but in rows that say "products"."""
 
-    learning, attends = {"iters": steps, "batch": 1}, kind.build is superres.MobileSR
+    learning, attends = {"iters": steps, "batch": 1}, kind.attends
 
     def few(
         format: str,
@@ -112,17 +115,12 @@ def enlarging(kind: superres.Kind, steps: int) -> list[tuple[str, str | Recipe, 
     ]
     matches = {"all": "*", "linear": "kind:linear"} if attends else {"all": "*"}
     for (name, match), bits in itertools.product(matches.items(), (8, 4, 3, 2)):
-        for observer in ("minmax", "percentile", "mse", "dobi"):
-            method = "clip" if observer in ("mse", "dobi") else "rtn"
-            recipe = few(f"int{bits}/channel/asym", f"int{bits}/static/{observer}", match, method)
-            rows.append((f"{name} W{bits}A{bits}, {method}, {observer}", recipe, {}))
-        of, activation = f"{name} W{bits}A{bits}, clip, dobi", f"int{bits}/static/dobi"
-        for products, tune in itertools.product(
-            (False, True) if attends else (False,), ((), (Tune("bounds", learning),))
-        ):
-            if products or tune:
-                recipe = few(f"int{bits}/channel/asym", activation, match, "clip", products, tune=tune)
-                rows.append((f"{of}{', products' if products else ''}{' > bounds' if tune else ''}", recipe, {}))
+        for (observer, method), products in itertools.product(STARTS.items(), (False, True) if attends else (False,)):
+            for tune in ((), (Tune("bounds", learning),)) if observer == "dobi" else ((),):
+                activation = f"int{bits}/static/{observer}"
+                recipe = few(f"int{bits}/channel/asym", activation, match, method, products, tune=tune)
+                row = f"{name} W{bits}A{bits}, {method}, {observer}{', products' * products}{' > bounds' * len(tune)}"
+                rows.append((row, recipe, {}))
     return rows
 
 
@@ -207,11 +205,11 @@ def encoder(folder: Path, pairs: Path, chosen: list[str]) -> list[dict[str, Any]
     return measured(made, batches(text), ENCODER, score, "Spearman", chosen)
 
 
-def enlarged(name: str, steps: int, chosen: list[str]) -> list[dict[str, Any]]:
+def enlarged(name: str, weights: Path | None, steps: int, chosen: list[str]) -> list[dict[str, Any]]:
     kind = superres.NETWORKS[name]
     calibration = list((superres.crops(CROPS, CROP) * kind.white).split(CROPS_AT_ONCE))
     rows = enlarging(kind, steps)
-    made = superres.network(name)
+    made = superres.network(name, weights)
     return measured(made, calibration, rows, lambda made: superres.score(made, kind.white), "PSNR dB", chosen)
 
 
@@ -234,6 +232,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--encoder", type=Path, help="a Hugging Face folder")
     parser.add_argument("--superres", choices=superres.NETWORKS)
+    parser.add_argument("--weights", type=Path, help="of --superres; those of the assets by default")
     parser.add_argument("--steps", type=int, default=200, help="of what is learned")
     parser.add_argument("--pairs", type=Path, default=cifar_resnets.ASSETS / "tasks" / "stsb_test.tsv")
     parser.add_argument("--rows", nargs="+", default=[], help="names of rows; all by default")
@@ -249,7 +248,7 @@ def main() -> None:
         rows = encoder(arguments.encoder, arguments.pairs, arguments.rows)
         found.append({"network": str(arguments.encoder), "rows": rows})
     if arguments.superres is not None:
-        rows = enlarged(arguments.superres, arguments.steps, arguments.rows)
+        rows = enlarged(arguments.superres, arguments.weights, arguments.steps, arguments.rows)
         found.append({"network": arguments.superres, "rows": rows})
     for part in found:
         show(part["rows"])

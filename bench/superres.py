@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Four networks that enlarge images four times, Set5 to score them on, and photos to calibrate with.
+"""Five networks that enlarge images four times, Set5 to score them on, and photos to calibrate with.
 
 IMDN (Hui et al. 2019, arXiv:1909.11856, simplified), RFDN (Liu et al. 2020, arXiv:2009.11551) and RLFN (Kong et al.
 2022, arXiv:2205.07514) are convolutions; MobileSR alternates attention in windows of 8 x 8 with convolutions. Weights
-are those of the challenge NTIRE 2022 on efficient super-resolution (arXiv:2205.05675), read from a folder of assets.
+are those of the challenge NTIRE 2022 on efficient super-resolution (arXiv:2205.05675), read from a folder of assets;
+those of SwinIR-light (``bench/swinir.py``) are what ``bench/train_swinir.py`` makes.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from torch.nn import functional as F
 
 from cifar_resnets import ASSETS
 from fewbit.network import Product
+from swinir import SCALE, SwinIR
 
-SCALE = 4
 SET5 = ("baby", "bird", "butterfly", "head", "woman")
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 """In color, from the data of the package scikit-image."""
@@ -264,25 +265,27 @@ class MobileSR(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """Of network: what builds it, the white that it works with, and its first and last layer."""
+    """Of network: what builds it, the white that it works with, its first and last layer, and whether it attends."""
 
     build: Callable[[], nn.Module]
     white: float
     ends: tuple[str, str]
+    attends: bool = False
 
 
 NETWORKS = {
     "imdn": Kind(IMDN, 1.0, ("model.0", "model.2")),
     "rfdn": Kind(RFDN, 255.0, ("fea_conv", "upsampler.0")),
     "rlfn": Kind(RLFN, 255.0, ("fea_conv", "upsampler.0")),
-    "mobilesr": Kind(MobileSR, 1.0, ("head", "tail")),
+    "mobilesr": Kind(MobileSR, 1.0, ("head", "tail"), attends=True),
+    "swinir": Kind(SwinIR, 1.0, ("conv_first", "upsample.0"), attends=True),
 }
 
 
-def network(name: str, assets: Path = ASSETS) -> nn.Module:
-    """With its trained weights, for evaluation."""
+def network(name: str, weights: Path | None = None) -> nn.Module:
+    """With its trained weights, those of the assets by default, for evaluation."""
     made = NETWORKS[name].build()
-    made.load_state_dict(load_file(assets / "super-resolution" / f"{name}.safetensors"))
+    made.load_state_dict(load_file(weights or ASSETS / "super-resolution" / f"{name}.safetensors"))
     return made.eval()
 
 

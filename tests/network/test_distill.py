@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fewbit.errors import InputError, UnsupportedError
 from fewbit.formats import parse
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels.reference import round_activations
-from fewbit.network.distill import FEATURES, blocks
+from fewbit.network.distill import FEATURES, KEPT, LOOKS, blocks
 from fewbit.network.ends import Ends
 from fewbit.network.quantized import Quantized
 
@@ -130,6 +131,29 @@ def test_no_step_and_steps_that_lose_leave_what_was_solved() -> None:
         for ours, theirs in zip(found.layers, solved.layers, strict=True):
             assert torch.equal(decoded(found, ours["name"]), decoded(solved, theirs["name"]))
             assert ours["activation"] == theirs["activation"]
+
+
+@pytest.mark.parametrize("kept", [0, KEPT])
+def test_the_float_network_runs_once_a_batch_where_there_is_room(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[bool] = []
+
+    class Counting(Toy):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            runs.append(torch.is_grad_enabled())
+            return super().forward(images)
+
+    torch.manual_seed(0)
+    made, batches = Counting().eval(), toy()[1]
+    expected = network.quantize(made, recipe(iters=4), batches)
+    monkeypatch.setattr(sys.modules[blocks.__module__], "KEPT", kept)
+    runs.clear()
+    found = network.quantize(made, recipe(iters=4), batches)
+    looks, steps = (1 + LOOKS) * 3, 4 * 2  # batches, of which there are 3, a step of 2
+    calibration = 1 + 1 + 3  # folding asks for two, ranges for all
+    assert len(runs) == calibration + looks + steps + (3 if kept else looks + steps)
+    assert told(found) == told(expected)
+    x = batches[0]
+    assert torch.equal(found.network(x)["found"], expected.network(x)["found"])
 
 
 @pytest.mark.parametrize("spelling", ["int3/static/asym", "int2/static/sym"])

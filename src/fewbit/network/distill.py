@@ -42,6 +42,8 @@ FEATURES = 5.0
 """Weight of the blocks' outputs beside that of the network."""
 LOOKS = 2
 """How often the loss of all batches is taken on the way."""
+KEPT = 1 << 28
+"""Bytes of what is wanted that are kept from step to step; what is beyond is computed again."""
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 Grids = dict[str, Fixed]
@@ -127,6 +129,8 @@ class _Phase:
         }
         self._ends = {name: Ends(grids[name]) for name in members if self._row.inputs and name in grids}
         self._given: dict[str, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[int, list[list[Tensor]]] = {}
+        self._room = KEPT
         for name, item in solved.items():
             self._place(name, item.weight.dequantize())
             self._round(name, item.rewrite, grids.get(name, item.activation))
@@ -158,7 +162,7 @@ class _Phase:
         for step in range(1, self._iters + 1):
             drawn = torch.randperm(len(batches), generator=order)[: self._batch].tolist()
             share = 1 - (step - 1) / self._iters
-            for name, found in self._gradients(state, [batches[i] for i in drawn]).items():
+            for name, found in self._gradients(state, {i: batches[i] for i in drawn}).items():
                 for key, grad in found.items():
                     rules[name].step(key, state[name][key], grad, rates[name] * share)
                     state[name][key].clamp_(*bounds[name][key])
@@ -190,8 +194,8 @@ class _Phase:
         own = {key: value for key, value in values.items() if not key.startswith("input.")}
         return own, tuple(values[f"input.{end}"] for end in ("low", "high") if f"input.{end}" in values)
 
-    def _gradients(self, state: State, batches: list[Batch]) -> State:
-        """Of the mean loss of ``batches``, by every value."""
+    def _gradients(self, state: State, batches: dict[int, Batch]) -> State:
+        """Of the mean loss of ``batches``, by their numbers, by every value."""
         weights = self._weights(state)
         with torch.enable_grad():
             leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
@@ -199,8 +203,8 @@ class _Phase:
             self._set(leaves, ends)
             inputs = [*leaves.values(), *(end for pair in ends.values() for end in pair)]
             total = [torch.zeros_like(leaf) for leaf in inputs]
-            for batch in batches:
-                found = torch.autograd.grad(self._loss(batch) / len(batches), inputs, allow_unused=True)
+            for number, batch in batches.items():
+                found = torch.autograd.grad(self._loss(number, batch) / len(batches), inputs, allow_unused=True)
                 for sum_, grad in zip(total, found, strict=True):
                     if grad is not None:
                         sum_ += grad
@@ -219,11 +223,22 @@ class _Phase:
     def _total(self, state: State, batches: list[Batch]) -> float:
         """The mean loss of all ``batches``."""
         self._set(self._weights(state), {name: self._split(own)[1] for name, own in state.items()})
-        return sum(float(self._loss(batch)) for batch in batches) / len(batches)
+        return sum(float(self._loss(number, batch)) for number, batch in enumerate(batches)) / len(batches)
 
-    def _loss(self, batch: Batch) -> Tensor:
-        with torch.no_grad(), _outputs(self._teacher, self._blocks) as wanted:
+    @torch.no_grad()
+    def _wanted(self, number: int, batch: Batch) -> list[list[Tensor]]:
+        """What the blocks of the float network make of a batch, and what it makes of it itself."""
+        if number in self._kept:
+            return self._kept[number]
+        with _outputs(self._teacher, self._blocks) as wanted:
             wanted.append(tensors(call(self._teacher, batch)))
+        size = sum(part.nbytes for parts in wanted for part in parts)
+        if size <= self._room:
+            self._kept[number], self._room = wanted, self._room - size
+        return wanted
+
+    def _loss(self, number: int, batch: Batch) -> Tensor:
+        wanted = self._wanted(number, batch)
         with _outputs(self._student, self._blocks) as found:
             found.append(tensors(call(self._student, batch)))
         *features, last = (
