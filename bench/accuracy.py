@@ -45,6 +45,7 @@ METHODS: dict[str, tuple[tuple[str | dict[str, Any], ...], str, dict[str, Any]]]
     "imatrix": ((), "imatrix", {}),
     "gptq": ((), "gptq", {"desc_act": False}),
     "gptq act-order": ((), "gptq", {"desc_act": True}),
+    "gptq act-order, plain ranges": ((), "gptq", {"desc_act": True, "clip": False}),
     "hqq": ((), "hqq", {}),
     "awq scale": (("awq",), "rtn", {}),
     "awq clip": ((), "awq", {}),

@@ -49,7 +49,6 @@ Found = tuple[dict[str, Tensor], float]
 Timed = Callable[[], Any]
 Read = Callable[[Any], Found]
 
-
 LOADED: list[float] = []
 """Processor seconds of each loading since the job began."""
 
@@ -172,14 +171,9 @@ def llmcompressor(job: Job) -> tuple[Timed, Read]:
     IntermediatesCache.pin_memory = lambda *arguments: None  # it needs a GPU
 
     def run() -> Any:
-        model = network(job)
-        oneshot(
-            model=model,
-            dataset=DataLoader([{n: torch.tensor(v) for n, v in row.items()} for row in rows_of(job)]),
-            recipe=recipe,
-            max_seq_length=job.tokens.shape[1],
-            num_calibration_samples=len(job.tokens),
-        )
+        model, data = network(job), DataLoader([{n: torch.tensor(v) for n, v in row.items()} for row in rows_of(job)])
+        windows = {"max_seq_length": job.tokens.shape[1], "num_calibration_samples": len(job.tokens)}
+        oneshot(model=model, dataset=data, recipe=recipe, **windows)
         found = scaled(model, job) if job.what in ("awq", "smooth") else asymmetric(model, job.bits)
         # what saving leaves of the layers is packed
         with TemporaryDirectory() as out:
@@ -265,7 +259,6 @@ def autoround(job: Job) -> tuple[Timed, Read]:
 
     rows = [{name: torch.tensor([values]) for name, values in row.items()} for row in rows_of(job)]
     options = {"iters": job.iters, "nsamples": len(rows), "seqlen": job.tokens.shape[1], "batch_size": 8}
-
     symmetric = job.bits == 8  # it refuses zero points there
 
     def run() -> Any:
@@ -300,11 +293,9 @@ def hqq(job: Job) -> tuple[Timed, Read]:
 def quanto(job: Job) -> tuple[Timed, Read]:
     import optimum.quanto as Q
 
-    kind = getattr(Q, f"qint{job.bits}")
-
     def run() -> Any:
         model = network(job)
-        Q.quantize(model, weights=kind, exclude="lm_head")
+        Q.quantize(model, weights=getattr(Q, f"qint{job.bits}"), exclude="lm_head")
         Q.freeze(model)
         return model
 
@@ -350,10 +341,8 @@ def bitsandbytes(job: Job) -> tuple[Timed, Read]:
     return run, read
 
 
-SIDES: dict[str, Callable[[Job], tuple[Timed, Read]]] = {
-    one.__name__: one
-    for one in (fewbit, llmcompressor, gptqmodel, autoround, hqq, quanto, torchao, bitsandbytes, coremltools)
-}
+ALL = (fewbit, llmcompressor, gptqmodel, autoround, hqq, quanto, torchao, bitsandbytes, coremltools)
+SIDES: dict[str, Callable[[Job], tuple[Timed, Read]]] = {one.__name__: one for one in ALL}
 
 
 def peak() -> int:

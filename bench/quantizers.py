@@ -36,6 +36,7 @@ from fewbit.measure.accuracy import score, summarize
 
 ROWS: tuple[tuple[str, str, tuple[int, ...], str], ...] = (
     ("fewbit", "gptq act-order", (8, 4, 3, 2), "int{bits}/g32/asym gptq act-order"),
+    ("fewbit", "gptq act-order, plain ranges", (8,), "int{bits}/g32/asym gptq act-order, plain ranges"),
     ("gptqmodel", "gptq desc_act", (8, 4, 3, 2), "desc_act"),
     ("gptqmodel", "gptq", (8, 4, 3, 2), ""),
     ("llmcompressor", "gptq act-order", (8, 4, 3, 2), "weight"),

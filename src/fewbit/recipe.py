@@ -19,12 +19,11 @@
 ``kind:`` and one of linear, experts, embedding, head. A glob never reaches the embedding or the head: name them or
 their kind. ``format = "float"`` keeps a layer as it is. A scheme that names activations (``W8A8``) sets ``activation``
 too: the format that a layer's inputs are rounded to, token by token, while it runs; or, as ``W8A8_STATIC`` does, one
-grid for all tokens that an observer finds in calibration (``int8/static/asym/mse``, or with options of the observer
-``.../percentile99.9``). ``transforms`` are done first, in
-order: names, or tables of a name and options, ``{ name = "smooth", alpha = 0.7 }``. ``tune``, written alike, is what
-the block learns once its layers are solved: ``["scales"]``. A rule that matches no layer is an error. Above the rules,
-``model = "quarot"``, or such a table, says what is done to the model as a whole before, and ``end = "distill"`` what it
-learns as a whole in the end.
+grid for all tokens that an observer finds in calibration (``int8/static/asym/mse``, or ``.../percentile99.9``).
+``transforms`` are done first, in order: names, or tables of a name and options, ``{ name = "smooth", alpha = 0.7 }``.
+``tune``, written alike, is what the block learns once its layers are solved: ``["scales"]``. A rule that matches no
+layer is an error. Above the rules, ``model = "quarot"``, or such a table, says what is done to the model as a whole
+before, and ``end = "distill"`` what it learns as a whole in the end.
 """
 
 from __future__ import annotations
@@ -162,18 +161,19 @@ class Rule:
             formats.parse(self.activation)
         methods.named(self.method).check(self.options)
         mixing = ""
-        by_gradient = methods.named(self.method).needs == "fisher"
         for row in map(transforms.named, (step.name for step in self.transforms)):
             if mixing and row.needs != "nothing":
                 found = f"after {mixing} the inputs are others than those that calibration sees"
                 raise SpecError(f"transform {row.name} after {mixing}", found, f"put {row.name} first")
             mixing = row.name if row.mixes else mixing
-        if mixing and by_gradient:
-            found = "the squared gradients of mixed weights do not follow from those of the weights"
-            raise SpecError(f"method {self.method} after transform {mixing}", found, "smooth or awq, which only scale")
-        if mixing and methods.named(self.method).needs == "largest":
-            found = "max |x| of mixed inputs does not follow from what calibration sees"
-            raise SpecError(f"method {self.method} after transform {mixing}", found, "smooth or awq, which only scale")
+        unknown = {
+            "fisher": "the squared gradients of mixed weights do not follow from those of the weights",
+            "largest": "max |x| of mixed inputs does not follow from what calibration sees",
+        }.get(methods.named(self.method).needs)
+        if mixing and unknown is not None:
+            raise SpecError(
+                f"method {self.method} after transform {mixing}", unknown, "smooth or awq, which only scale"
+            )
 
     @cached_property
     def needs(self) -> Need:

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods: which codes to choose; tunings: what a block learns after that, or the whole model. Three literal tables."""
+"""Methods: which codes to choose, a literal table; and tunings, those of :mod:`fewbit.methods.tunings`."""
 
 from __future__ import annotations
 
-from fewbit.core.descent import Adam, SignSGD
 from fewbit.core.method import Method
 from fewbit.core.rows import find
-from fewbit.core.tuning import ModelTuning, Tuning
-from fewbit.methods import autoround as rounding
-from fewbit.methods import bounds, scales, sums, vectors
 from fewbit.methods.arb import arb
 from fewbit.methods.arb import parts as arb_parts
 from fewbit.methods.autoround import autoround
+from fewbit.methods.autoround import refuse as refuse_searched
 from fewbit.methods.awq import awq
 from fewbit.methods.awq import refuse as refuse_awq
 from fewbit.methods.billm import billm
@@ -38,6 +35,7 @@ from fewbit.methods.skm import refuse as refuse_unlearned
 from fewbit.methods.skm import skm
 from fewbit.methods.squeezellm import beside as sparse_beside
 from fewbit.methods.squeezellm import squeezellm
+from fewbit.methods.tunings import LIMITS, MODEL_TUNINGS, STEPS, TUNINGS, model_tuning, tuning
 from fewbit.methods.vptq import parts as vptq_parts
 from fewbit.methods.vptq import refuse as refuse_scalars
 from fewbit.methods.vptq import vptq
@@ -66,116 +64,6 @@ __all__ = [
     "tuning",
     "vptq",
 ]
-
-_STEPS: dict[str, float] = {"iters": 200, "batch": 8, "lr": 0.0, "relative": 1.0, "cosine": 0.0, "own": 0.0}
-_LIMITS: dict[str, tuple[float, float]] = {
-    "iters": (0, 100_000),
-    "batch": (1, 1024),
-    "lr": (0.0, 1.0),
-    "relative": (0.0, 1.0),
-    "cosine": (0.0, 100.0),
-    "own": (0.0, 100.0),
-}
-
-TUNINGS: tuple[Tuning, ...] = (
-    Tuning(
-        "rounding",
-        rounding.Rounding,
-        SignSGD,
-        rounding.rate,
-        rounding.refuse,
-        options=_STEPS,
-        limits=_LIMITS,
-        source="Cheng et al. 2023, arXiv:2309.05516",
-    ),
-    Tuning(
-        "weights",
-        rounding.Weights,
-        Adam,
-        rounding.weights_rate,
-        rounding.refuse,
-        options=_STEPS,
-        limits=_LIMITS,
-        source="first phase of Chen et al. 2024, arXiv:2407.11062",
-    ),
-    Tuning(
-        "scales",
-        sums.learned,
-        Adam,
-        scales.rate,
-        scales.refuse,
-        options=_STEPS,
-        limits=_LIMITS,
-        sums=True,
-        source="second phase of Chen et al. 2024, arXiv:2407.11062, block by block",
-    ),
-    Tuning(
-        "books",
-        sums.learned,
-        Adam,
-        vectors.books_rate,
-        vectors.refuse,
-        options=_STEPS,
-        limits=_LIMITS,
-        sums=True,
-        source="layer-wise phase of Liu et al. 2024, arXiv:2409.17066, block by block",
-    ),
-    Tuning(
-        "vectors",
-        sums.chosen,
-        SignSGD,
-        vectors.rate,
-        vectors.refuse,
-        options=_STEPS,
-        limits=_LIMITS,
-        sums=True,
-        source="Cheng et al. 2023, arXiv:2309.05516, for vectors",
-    ),
-    Tuning(
-        "bounds",
-        bounds.Bounds,
-        Adam,
-        bounds.rate,
-        rounding.refuse,
-        options=_STEPS,
-        limits=_LIMITS,
-        inputs=True,
-        source="second stage of Liu et al. 2024, arXiv:2406.06649",
-    ),
-)
-
-_WHOLE: dict[str, float] = {"iters": 200, "batch": 8, "lr": 0.0, "vectors": 1, "label": 0.0, "windows": 0, "warmup": 0}
-_WHOLE_LIMITS: dict[str, tuple[float, float]] = {
-    **{name: _LIMITS[name] for name in ("iters", "batch", "lr")},
-    "vectors": (0, 1),
-    "label": (0.0, 100.0),
-    "windows": (0, 1_000_000),
-    "warmup": (0, 100_000),
-}
-
-MODEL_TUNINGS: tuple[ModelTuning, ...] = (
-    ModelTuning(
-        "distill",
-        {"books": 0.006, "scales": 0.006},
-        _WHOLE,
-        _WHOLE_LIMITS,
-        source="second phase of Chen et al. 2024, arXiv:2407.11062; loss of Hinton et al. 2015, arXiv:1503.02531",
-    ),
-    ModelTuning(
-        "distill-codes",
-        {"rounding": 0.01, "vectors": 0.01, "scales": 0.006},
-        _WHOLE,
-        _WHOLE_LIMITS,
-        source="Cheng et al. 2023, arXiv:2309.05516, on the loss of Hinton et al. 2015, arXiv:1503.02531",
-    ),
-    ModelTuning(
-        "distill-weights",
-        {"weights": 0.003, "vectors": 0.01, "scales": 0.006},
-        _WHOLE,
-        _WHOLE_LIMITS,
-        source="Liu et al. 2023, arXiv:2305.17888; steps of Chen et al. 2024, arXiv:2407.11062",
-    ),
-)
 
 _TRIES = (2, 10_000)
 _FLOOR = (0.01, 0.99)
@@ -365,9 +253,9 @@ METHODS: tuple[Method, ...] = (
         "autoround",
         autoround,
         needs="nothing",
-        options=_STEPS,
-        limits=_LIMITS,
-        refuse=rounding.refuse,
+        options=STEPS,
+        limits=LIMITS,
+        refuse=refuse_searched,
         tuning="rounding",
         source="Cheng et al. 2023, arXiv:2309.05516",
     ),
@@ -381,21 +269,3 @@ def named(name: str) -> Method:
         SpecError: there is none; the message lists those that exist.
     """
     return find(METHODS, name, "method")
-
-
-def tuning(name: str) -> Tuning:
-    """The tuning called ``name``.
-
-    Raises:
-        SpecError: there is none; the message lists those that exist.
-    """
-    return find(TUNINGS, name, "tuning", MODEL_TUNINGS, f'end = "{name}"')
-
-
-def model_tuning(name: str) -> ModelTuning:
-    """The tuning of a whole model called ``name``.
-
-    Raises:
-        SpecError: there is none; the message lists those that exist.
-    """
-    return find(MODEL_TUNINGS, name, "model tuning")

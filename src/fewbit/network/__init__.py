@@ -63,8 +63,7 @@ def quantize(
             whose rules match module names, ``kind:conv2d``, ``kind:linear`` and ``kind:product``. Of the rule of a
             product only the activation (static) counts, to which both operands are rounded, each on a grid of its own,
             and tunings that learn such grids.
-        inputs: calibration batches, each a tensor, a tuple of arguments or a mapping of keywords. What looks at no data
-            needs none.
+        inputs: calibration batches: tensors, tuples of arguments or mappings of keywords. What sees no data needs none.
         method, options, transforms, tune, activation: as for :func:`fewbit.quantize`. Transforms are for linear layers;
             a tuning compares the whole network with the float one (:mod:`fewbit.network.distill`).
         fold: fold batch norms into the layers before them; seen on the first batch.
