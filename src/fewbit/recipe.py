@@ -238,12 +238,10 @@ class Recipe:
         activation: str | None = None,
     ) -> Recipe:
         """``transforms``, then one format and method for every layer, then ``tune``; embedding and head in ``head`` (or
-        "float"). One of the transforms may be of the whole model, and the last of ``tune``. ``activation``: what inputs
-        are rounded to, where ``format`` is no scheme that says it.
+        "float"). One of the transforms may be of the whole model, and the last of ``tune``. ``activation``: of inputs.
 
         Raises:
-            SpecError: two of them are, or what the whole model learns is not the last; or inputs would be rounded to
-                two formats.
+            SpecError: two of them are, what the whole model learns is not the last, or a scheme names activations too.
         """
         weight, own_activation = split_scheme(format)
         if activation is not None and own_activation is not None:
