@@ -72,17 +72,14 @@ const SegmentKernel* find(const FixedPoint* table, int32_t isa) {
   }
 }
 
-// Whether activations lie around 0, as static ones need not.
-[[maybe_unused]] bool around(const fewbit_input& x) { return x.scale == 0 || (x.zero >= 96 && x.zero <= 160); }
-
-// That of one or two tokens alone, where there is one; `most`: bits of a code, or the largest level. Or of more beside 1 bit,
-// where sums of a few activations may be small.
-const SegmentKernel* find_few([[maybe_unused]] bool lut, [[maybe_unused]] int32_t most, [[maybe_unused]] const fewbit_input& x,
+// That of one or two tokens alone, where there is one, or of more beside 1 bit, whatever their codes are arranged like; `most`: bits
+// of a code, or the largest level.
+const SegmentKernel* find_few([[maybe_unused]] bool lut, [[maybe_unused]] int32_t most, [[maybe_unused]] int64_t tokens,
                               [[maybe_unused]] int32_t isa) {
 #if defined(__x86_64__)
   const FewKernel& few = lut ? int8_few_lut_linear_avx2 : int8_few_linear_avx2;
-  if (fewbit_caps() & isa & FEWBIT_AVX2 && x.tokens <= 2 && most <= few.most) return &few.kernel;
-  if (fewbit_caps() & isa & FEWBIT_AVX2 && x.tokens > 2 && !lut && most == 1 && around(x)) return &int8_bits_linear_avx2;
+  if (fewbit_caps() & isa & FEWBIT_AVX2 && tokens <= 2 && most <= few.most) return &few.kernel;
+  if (fewbit_caps() & isa & FEWBIT_AVX2 && tokens > 2 && !lut && most == 1) return &int8_bits_linear_avx2;
 #endif
   return nullptr;
 }
@@ -93,7 +90,8 @@ const SegmentKernel* find_split([[maybe_unused]] const FixedPoint* table, [[mayb
                                 [[maybe_unused]] bool whole, [[maybe_unused]] const fewbit_input& x,
                                 [[maybe_unused]] int32_t isa) {
 #if defined(__x86_64__)
-  const bool many = fewbit_caps() & isa & FEWBIT_AVX2 && x.tokens > 2 && around(x);
+  const bool around = x.scale == 0 || (x.zero >= 96 && x.zero <= 160);
+  const bool many = fewbit_caps() & isa & FEWBIT_AVX2 && x.tokens > 2 && around;
   const FewKernel& levels = int8_level_linear_avx2;
   const bool bytes = table && table->most > int8_lut_linear_avx2.most && table->most <= levels.most;
   if (many && bytes && whole) return &levels.kernel;
@@ -188,7 +186,7 @@ int run(const fewbit_output* outputs, int32_t count, const fewbit_input& x, int6
     if (outputs[i].matrix->arranged && isa != FEWBIT_AVX2) return FEWBIT_NO_KERNEL;
   }
   if (x_block > 0) {
-    if (const SegmentKernel* few = find_few(table, most, x, isa)) call.kernel = few;
+    if (const SegmentKernel* few = find_few(table, most, x.tokens, isa)) call.kernel = few;
     const bool whole = x_block >= outputs[0].matrix->columns;
     if (const SegmentKernel* split = find_split(table ? &levels : nullptr, most, whole, x, isa)) call.kernel = split;
   }
