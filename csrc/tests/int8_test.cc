@@ -300,17 +300,17 @@ int int8_failures() {
           if (table == kNone || (turn + bits + table + variant) % 3 == 0)  // tables: one by turns
             worst = fmax(worst, check(shape, bits, table, variant == 1, variant == 2, random));
   }
-  for (const Shape& shape : kShapes)
+  for (const Shape& shape : kShapes)  // only there is it written down which products do not fit
     for (const int64_t tails : {1, 3})
       for (const int32_t bits : {1, 3, 4, 5, 6, 8})
-        if (shape.tokens > 2)
+        if (shape.tokens > 2 && fewbit_caps() & FEWBIT_AVX2)
           worst = fmax(worst, check(shape, bits, bits % 7 == 1 ? kNone : kIntegers, false, false, random, tails));
-  for (Shape shape : kShapes)
+  for (Shape shape : kShapes) {  // emulated, they take minutes: half of them, and of tables, which serial alone multiplies so, fewer
+    turn++;
     for (int32_t bits = 1; bits <= 8; bits++)
       for (int variant = 0; variant < 3 && (shape.x_block = FEWBIT_INT24); variant++)
-        worst = fmax(worst, check(shape, bits, kNone, variant == 1, variant == 2, random));
-  for (Shape shape : kShapes) {  // where nothing but serial multiplies so, a few tell enough: emulated, they take minutes
-    turn++;
+        if (fewbit_caps() & FEWBIT_AVX2 || (turn + bits + variant) % 2)
+          worst = fmax(worst, check(shape, bits, kNone, variant == 1, variant == 2, random));
     for (int32_t bits = 1; bits <= 4 && (fewbit_caps() & FEWBIT_AVX2 || shape.tokens <= 2); bits++)
       for (const Table table : {kSmallIntegers, kReal}) {
         shape.x_block = FEWBIT_INT24;
