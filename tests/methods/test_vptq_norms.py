@@ -95,6 +95,13 @@ def test_codes_are_those_of_a_sweep_of_the_weight_without_scales(norm: str, name
     np.testing.assert_allclose(made.dequantize().numpy(), expected, rtol=1e-6, atol=1e-7)
 
 
+def without_scales(weight: Tensor, facts: Facts, norm: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The weight, its damped second moment, and the scales of its rows, float64."""
+    rows, columns = scales_of(weight, norm)
+    hessian = oracle.damped(facts.second_moment.double().numpy() * np.outer(columns, columns), 0.01)
+    return weight.double().numpy() / rows[:, None] / columns, hessian, rows
+
+
 def begun(
     name: str, weight: Tensor, facts: Facts, norm: str, options: dict[str, Any]
 ) -> tuple[list[oracle.Side], codebooks.Sides, Tensor, Tensor, feedback.Feedback, Tensor | None]:
@@ -114,9 +121,7 @@ def begun(
 def test_refitted_books_are_those_of_a_dense_solve(norm: str, name: str, options: dict[str, Any]) -> None:
     weight, facts = uneven(24, 20, seed=3)
     sides, coded, left, moment, _, worth = begun(name, weight, facts, norm, options)
-    rows, columns = scales_of(weight, norm)
-    hessian = oracle.damped(facts.second_moment.double().numpy() * np.outer(columns, columns), 0.01)
-    whole = weight.double().numpy() / rows[:, None] / columns
+    whole, hessian, rows = without_scales(weight, facts, norm)
     least = oracle.least_squares_sides(whole, hessian, sides, rows**2)
     wanted = left.T.contiguous()
     found = codebooks.refitted(wanted, coded, moment, 1000, worth)
@@ -130,9 +135,7 @@ def test_refitted_books_are_those_of_a_dense_solve(norm: str, name: str, options
 def test_descent_takes_what_loses_least_of_all(norm: str, name: str, options: dict[str, Any]) -> None:
     weight, facts = uneven(16, 15, seed=6)
     sides, before, left, moment, passing, worth = begun(name, weight, facts, norm, options)
-    rows, columns = scales_of(weight, norm)
-    hessian = oracle.damped(facts.second_moment.double().numpy() * np.outer(columns, columns), 0.01)
-    whole = weight.double().numpy() / rows[:, None] / columns
+    whole, hessian, rows = without_scales(weight, facts, norm)
     expected = oracle.descent_sides(whole, hessian, sides, rows**2)
     assert any(not np.array_equal(now, side.indices) for now, side in zip(expected, sides, strict=True))
     choice = codebooks.Beside(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -63,9 +63,6 @@ def replaying(model: StreamedModel, index: int, order: Order, group: int) -> Ite
     }
     stored |= {module[len(name) + 1 :]: _Idle() for module in order.idle(group)}
     twin = with_replaced(model.module.get_submodule(name), stored)
-    handles = []
-    if group < len(order.groups):
-        handles.append(model.module.get_submodule(order.groups[group][0]).register_forward_pre_hook(_reached))
 
     def step(hidden: Tensor, inputs: Inputs, outputs: Mapping[str, Tensor]) -> Tensor:
         arguments, named = inputs.calls[index]
@@ -79,11 +76,11 @@ def replaying(model: StreamedModel, index: int, order: Order, group: int) -> Ite
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
-    try:
+    with ExitStack() as hooks:
+        if group < len(order.groups):
+            first = model.module.get_submodule(order.groups[group][0])
+            hooks.enter_context(first.register_forward_pre_hook(_reached))
         yield step
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -94,23 +91,18 @@ def calls_around(
     The block itself where no module in it does. For one thread."""
     name = model.blocks[index]
     noted: dict[str, Call] = {}
-    handles = []
-    for path in _holding(name, order.groups[group]):
-        hook = partial(_note, noted, path)
-        handles.append(model.module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+    with ExitStack() as hooks:
+        for path in _holding(name, order.groups[group]):
+            hook = partial(_note, noted, path)
+            hooks.enter_context(model.module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+        step = hooks.enter_context(replaying(model, index, order, group))
 
-    try:
-        with replaying(model, index, order, group) as step:
+        def called(hidden: Tensor, inputs: Inputs, outputs: Mapping[str, Tensor]) -> tuple[str, Call]:
+            noted.clear()
+            step(hidden, inputs, outputs)
+            return max(noted.items(), key=lambda item: len(item[0]))
 
-            def called(hidden: Tensor, inputs: Inputs, outputs: Mapping[str, Tensor]) -> tuple[str, Call]:
-                noted.clear()
-                step(hidden, inputs, outputs)
-                return max(noted.items(), key=lambda item: len(item[0]))
-
-            yield called
-    finally:
-        for handle in handles:
-            handle.remove()
+        yield called
 
 
 @dataclass(frozen=True)
@@ -135,14 +127,12 @@ def shared_inputs(model: StreamedModel, index: int, hidden: Tensor, inputs: Inpu
     def leave(path: str, module: nn.Module, arguments: tuple[Any, ...], out: Any) -> None:
         made[path] = out[0] if isinstance(out, tuple) and out else out
 
-    handles = [model.module.get_submodule(path).register_forward_pre_hook(partial(enter, path)) for path in sites]
-    for path in dict.fromkeys([*sites, *(around for site in sites for around in _holding(name, [site]))]):
-        handles.append(model.module.get_submodule(path).register_forward_hook(partial(leave, path)))
-    try:
+    with ExitStack() as hooks:
+        for path in sites:
+            hooks.enter_context(model.module.get_submodule(path).register_forward_pre_hook(partial(enter, path)))
+        for path in dict.fromkeys([*sites, *(around for site in sites for around in _holding(name, [site]))]):
+            hooks.enter_context(model.module.get_submodule(path).register_forward_hook(partial(leave, path)))
         model.run_block(index, hidden, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     groups: dict[Any, list[str]] = {}
     for path, seen in taken.items():
         if len(seen) == 1 and isinstance(x := seen[0], Tensor):
@@ -163,15 +153,11 @@ def noting_calls(model: StreamedModel, paths: Iterable[str]) -> Iterator[dict[st
     def note(path: str, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         noted[path].append((tuple(map(_copied, arguments)), {key: _copied(value) for key, value in named.items()}))
 
-    handles = [
-        model.module.get_submodule(path).register_forward_pre_hook(partial(note, path), with_kwargs=True)
-        for path in noted
-    ]
-    try:
+    with ExitStack() as hooks:
+        for path in noted:
+            hook = partial(note, path)
+            hooks.enter_context(model.module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
         yield noted
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _copied(value: Any) -> Any:
