@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import sys
 from dataclasses import replace
@@ -20,7 +19,7 @@ from fewbit.errors import InputError, UnsupportedError
 from fewbit.formats import parse
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels.reference import round_activations
-from fewbit.network.distill import FEATURES, KEPT, LOOKS, blocks
+from fewbit.network.distill import KEPT, LOOKS, distill
 from fewbit.network.ends import Ends
 from fewbit.network.quantized import Quantized
 
@@ -73,17 +72,8 @@ def loss(found: nn.Module, made: nn.Module, batches: list[Tensor], relative: flo
     """From the definition, in float64."""
     total = 0.0
     for batch in batches:
-        seen: list[list[np.ndarray]] = []
-        for module in (found, made):
-            outputs: list[Tensor] = []
-            handles = [b.register_forward_hook(lambda _, __, y, o=outputs: o.append(y)) for b in module.body]  # type: ignore[union-attr]
-            outputs.append(module(batch)["found"])
-            for handle in handles:
-                handle.remove()
-            seen.append([output.double().numpy() for output in outputs])
-        *features, last = [(ours - theirs, theirs) for ours, theirs in zip(*seen, strict=True)]
-        total += np.abs(last[0]).mean() / np.abs(last[1]).mean() ** relative
-        total += FEATURES * np.mean([(e**2).mean() / (y**2).mean() ** relative for e, y in features])
+        ours, theirs = (module(batch)["found"].double().numpy() for module in (found, made))
+        total += np.abs(ours - theirs).mean() / np.abs(theirs).mean() ** relative
     return float(total / len(batches))
 
 
@@ -145,7 +135,7 @@ def test_the_float_network_runs_once_a_batch_where_there_is_room(kept: int, monk
     torch.manual_seed(0)
     made, batches = Counting().eval(), toy()[1]
     expected = network.quantize(made, recipe(iters=4), batches)
-    monkeypatch.setattr(sys.modules[blocks.__module__], "KEPT", kept)
+    monkeypatch.setattr(sys.modules[distill.__module__], "KEPT", kept)
     runs.clear()
     found = network.quantize(made, recipe(iters=4), batches)
     looks, steps = (1 + LOOKS) * 3, 4 * 2  # batches, of which there are 3, a step of 2
@@ -217,14 +207,6 @@ def test_other_tunings_and_corrected_biases_and_keywords(own: dict[str, Any]) ->
     assert loss(plain.network, made, batches) == pytest.approx(start, rel=1e-3)
     assert loss(found.network, made, batches) == pytest.approx(end, rel=1e-3) and end < start
     assert [layer["activation"] for layer in found.layers] == [layer["activation"] for layer in plain.layers]
-
-
-def test_blocks_are_the_outermost_repeated_modules() -> None:
-    made, _ = toy()
-    assert blocks(made, ["head", "body.0.net.0", "body.1.net.2"]) == ["body.0", "body.1"]
-    assert blocks(made, ["head", "body.0.net.0"]) == ["body.0"] and blocks(made, ["head"]) == []
-    outer = nn.ModuleList([copy.deepcopy(made), made])
-    assert blocks(outer, ["1.body.0.net.0"]) == ["1"]
 
 
 def test_what_cannot_be_learned_says_what_would_work() -> None:

