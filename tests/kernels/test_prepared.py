@@ -12,7 +12,7 @@ import pytest
 import torch
 from kernel_cases import ROWS, XNOR_ROWS, activation, raw_matrix
 
-from fewbit import formats, kernels, layouts
+from fewbit import formats, kernels, layouts, methods
 from fewbit.core import format as F
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native
@@ -97,6 +97,34 @@ def test_gradients_are_those_of_the_dequantized_weight(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", [*XNOR_ROWS, *ROWS])
 def test_no_token_gives_no_row(kernel: str) -> None:
     assert prepared(kernel, (33, 97))(torch.empty(2, 0, 97)).shape == (2, 0, 33)
+
+
+INPUTS = (
+    "int8/channel/sym",
+    "int8/g48/asym",
+    "int4/g32/sym",
+    "int8/tensor",
+    "int8/static/asym/s0.02/z200",
+    "nf4/g64",
+    "mxfp4",
+    "nvfp4",
+    "sign/channel",
+)
+
+
+@pytest.mark.parametrize("spelling", ["int4/g32/sym", "int8/channel/asym", "nf4/g64", "palette2/row", "sign/channel"])
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_no_token_gives_no_row_whatever_it_is_rounded_to(spelling: str, inputs: str) -> None:
+    matrix = methods.rtn(torch.randn(33, 97, generator=torch.Generator().manual_seed(4)), formats.parse(spelling))
+    for kernel in (None, "reference"):
+        ready = kernels.prepare(matrix, kernel, formats.parse(inputs))
+        for dtype in (torch.float32, torch.bfloat16):
+            y = ready(torch.empty(2, 0, 97, dtype=dtype), torch.ones(33))
+            assert y.shape == (2, 0, 33) and y.dtype == dtype
+            assert ready.inputs(torch.empty(0, 97, dtype=dtype)).shape == (0, 97)
+        x = torch.empty(0, 97, requires_grad=True)
+        ready(x).sum().backward()
+        assert x.grad is not None and x.grad.shape == (0, 97)
 
 
 @pytest.mark.parametrize("spelling", formats.EXAMPLES)
