@@ -94,6 +94,29 @@ def test_eight_bits_a_row_are_integers_here_and_equal_on_every_instruction_set()
     assert bool(((ys[0] - kernels.prepare(matrix, "reference", grid)(x)).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("zero", [0, 1, 77, 127, 128, 129, 254, 255])
+@pytest.mark.parametrize("spread", [0.004, 0.03, 0.3])
+def test_signs_times_codes_around_any_zero_agree_bit_for_bit(zero: int, spread: float) -> None:
+    """Sums of fours that fit a byte, that do not, and the largest that there can be."""
+    generator = torch.Generator().manual_seed(zero)
+    grid = fixed(f"int8/static/asym/s{spread}/z{zero}")
+    for rows, columns, block in ((1, 31, 0), (17, 96, 32), (70, 300, 64), (33, 97, 0), (129, 1300, 0), (48, 520, 128)):
+        matrix = raw_matrix("int8_linear_serial", 1, block, (rows, columns), generator)
+        x = torch.randn(9, columns, generator=generator)
+        x[3], x[4], x[5] = 1e9, -1e9, x[5].relu()
+        x[6, ::2] = -1e9  # codes at both ends, side by side
+        rows_here = [name for name in INTEGERS if name.startswith("int8_linear")]
+        ys = [kernels.prepare(matrix, name, grid)(x[:tokens]) for name in rows_here for tokens in (1, 2, 3, 9)]
+        for y, tokens in zip(ys, (1, 2, 3, 9) * len(rows_here), strict=True):
+            assert torch.equal(y, ys[-1][:tokens])
+        rounded = reference.round_activations(x, grid)
+        answer, bound = exact(matrix).answer(rounded, None)
+        codes = (rounded / grid.scale + zero).round() - 128
+        _, more = exact(matrix).answer(codes * grid.scale, None)
+        sums = 2.0**-22 * abs(128 - zero) * grid.scale * matrix.dequantize().abs().sum(1).double()
+        assert bool(((ys[-1].double() - answer).abs() <= bound + more + sums).all())
+
+
 @pytest.mark.parametrize("scale", ["0.015625", "0.021", "1.99999988", "1e-30", "1e-37", "48"])
 def test_what_is_far_off_the_grid_or_between_its_points_is_rounded_alike(scale: str) -> None:
     generator = torch.Generator().manual_seed(7)
