@@ -15,6 +15,7 @@ from kernel_cases import ROWS, XNOR_ROWS, activation, raw_matrix
 from fewbit import formats, kernels, layouts, methods
 from fewbit.core import format as F
 from fewbit.core.qtensor import QTensor
+from fewbit.errors import UnsupportedError
 from fewbit.kernels import native
 
 NATIVE = [*XNOR_ROWS, *(name for name in ROWS if name != "reference")]
@@ -125,6 +126,33 @@ def test_no_token_gives_no_row_whatever_it_is_rounded_to(spelling: str, inputs: 
         x = torch.empty(0, 97, requires_grad=True)
         ready(x).sum().backward()
         assert x.grad is not None and x.grad.shape == (0, 97)
+
+
+@pytest.mark.parametrize("kernel", [*XNOR_ROWS, *ROWS])
+def test_x_is_what_it_stands_for_however_it_lies(kernel: str) -> None:
+    matrix, x = prepared(kernel, (33, 97)), torch.randn(5, 97)
+    expected = matrix(x)
+    assert torch.equal(matrix(torch._neg_view(-x)), expected)  # memory holds -x
+    assert torch.equal(matrix(torch.complex(torch.zeros(5, 97), -x).conj().imag), expected)
+    assert torch.equal(matrix(x.T.contiguous().T), expected)
+    wide = x[:, 3:4].expand(5, 97)
+    assert torch.equal(matrix(wide), matrix(wide.contiguous()))
+    assert torch.equal(matrix(x[2]), matrix(x[2:3])[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_graph_of_a_kernel_is_refused_and_torch_compile_runs_between_graphs() -> None:
+    matrix, x = prepared(ROWS[0], (33, 97)), torch.randn(5, 97)
+    layer = torch.nn.Module()
+    layer.forward = lambda x: matrix(x).relu()  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedError, match=r"torch\.compile works"):
+        torch.jit.trace(layer, (x,), check_trace=False)
+    with torch._subclasses.FakeTensorMode() as mode, pytest.raises(UnsupportedError, match="FakeTensor"):
+        matrix(mode.from_tensor(x))
+    with pytest.raises(UnsupportedError, match="sparse_coo"):
+        matrix(x.to_sparse())
+    compiled = torch.compile(layer.forward, backend="eager")
+    assert torch.equal(compiled(x), layer(x)) and torch.equal(compiled(x[:3]), layer(x[:3]))
 
 
 @pytest.mark.parametrize("spelling", formats.EXAMPLES)

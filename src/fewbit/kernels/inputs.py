@@ -17,10 +17,16 @@ what its distance from the centre makes of the sum of each row, which joins the 
 
 
 def check_supported(x: Tensor) -> None:
-    """Raises UnsupportedError where ``x`` is on another device than the CPU, or not of a float of 16 or 32 bits."""
-    if x.dtype not in native.DTYPES or not x.is_cpu:
+    """Raises UnsupportedError where ``x`` is on another device than the CPU, sparse, not of a float of 16 or 32 bits,
+    or stands for other tensors, whose computation is being recorded: kernels read memory, and leave no trace."""
+    if x.dtype not in native.DTYPES or not x.is_cpu or x.layout is not torch.strided:
         works = "float32, bfloat16 and float16 on the CPU work"
-        raise UnsupportedError(f"x in {x.dtype} on {x.device}", "kernels run on the CPU", works)
+        dense = "" if x.layout is torch.strided else f" and {x.layout}"
+        raise UnsupportedError(f"x in {x.dtype}{dense} on {x.device}", "kernels run on the CPU", works)
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ or torch._C._get_tracing_state() is not None:
+        found = f"kernels read the memory of x, and {type(x).__name__} here stands for what is recorded"
+        works = "torch.compile works, without fullgraph: kernels run between its graphs"
+        raise UnsupportedError("a graph of a kernel (torch.export, torch.jit.trace)", found, works)
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
@@ -29,8 +35,11 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 
 def given(x: Tensor) -> tuple[Tensor, native.Input]:
-    """x (..., columns), and where the core finds its tokens; copied only where they do not lie equally far apart."""
+    """x (..., columns), and where the core finds its tokens; copied only where they do not lie equally far apart, or
+    memory holds their negatives."""
     columns = x.shape[-1]
+    if x.is_neg():
+        x = x.resolve_neg()
     if not x.is_contiguous():
         x = x.reshape(-1, columns)
     stride, step = (columns, 1) if x.is_contiguous() else x.stride()

@@ -63,7 +63,8 @@ def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Form
 
 def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | None) -> PreparedMatrix:
     if isinstance(activation, Outliers):
-        return OutlierPrepared(qtensor, activation, lambda one, inner: _prepare_matrix(one, _of(kernel, inner), inner))
+        small = _prepare_matrix(qtensor, kernel, activation.inner)
+        return OutlierPrepared(small, _prepare_matrix(small.qtensor(), _of_floats(kernel), None), activation)
     if isinstance(activation, Fixed):
         activation.check()
     choice = choose(qtensor.format, qtensor.shape, kernel, activation)
@@ -79,12 +80,12 @@ def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | N
     if kernel is None:
         reason = native.why_not() or next(reversed(choice.reasons.values()))
         warnings.warn(f"fewbit runs on its slow reference: {reason}", RuntimeWarning, stacklevel=3)
-    return ReferencePrepared(qtensor, activation)
+    return ReferencePrepared(qtensor, choice.kernel, activation)
 
 
-def _of(kernel: str | None, activation: Format | None) -> str | None:
-    """The row named for products of rounded activations, or the best one for float ones beside it."""
-    return None if kernel is not None and activation is None and named(kernel).integers else kernel
+def _of_floats(kernel: str | None) -> str | None:
+    """Of float activations beside rounded ones: the row named, or the best one where it multiplies integers."""
+    return None if kernel is not None and named(kernel).integers else kernel
 
 
 def linear(

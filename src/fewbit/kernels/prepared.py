@@ -23,6 +23,7 @@ from fewbit.errors import InputError
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native, pages, reference
 from fewbit.kernels.arranged import BYTES16, HALVES16
+from fewbit.kernels.copies import Addressed, again, parts
 from fewbit.kernels.inputs import CENTRE, check_supported, given, grid_of_call, wants_gradients
 from fewbit.kernels.levels import as_integers
 from fewbit.kernels.table import Kernel, refuse_blocks
@@ -41,15 +42,6 @@ STRIP = 1 << 19
 def rows_of_strip(columns: int, tile: int) -> int:
     """Rows that are decoded at a time: whole tiles of ``tile`` rows, one at least."""
     return max(tile, STRIP // columns // tile * tile)
-
-
-class Addressed:
-    """Abstract: holds arrays, and their addresses as ``_matrix``, ``_matrices`` or ``_integers``, which is cached. A
-    copy's arrays lie elsewhere."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        cached = ("_matrix", "_matrices", "_integers")
-        return {name: value for name, value in self.__dict__.items() if name not in cached}
 
 
 class Prepared(ABC):
@@ -120,7 +112,10 @@ class Prepared(ABC):
 
 
 class PreparedMatrix(Prepared):
-    """Abstract: one quantized matrix."""
+    """Abstract: one quantized matrix. Copied and pickled as its codes and parameters, which are prepared anew."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return again, parts(type(self), self.qtensor(), self.kernel, self.activation)
 
     @abstractmethod
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
