@@ -218,7 +218,9 @@ class NativePrepared(Addressed, PreparedMatrix):
         if isinstance(activation, Fixed) and self.rounds_inputs:
             self._grid = (activation.scale, activation.zero)
             if activation.zero != CENTRE:
-                self._addend = activation.scale * (CENTRE - activation.zero) * reference.row_sums(qtensor).float()
+                # of the levels that are multiplied: what stands for 0 times them is 0
+                sums = reference.row_sums(self._strips(self._levels), self.shape[0])
+                self._addend = activation.scale * (CENTRE - activation.zero) * sums.float()
         self.company = (self._isa, self._x_block, activation, self._by_sums, self._as_bfloat16)
 
     @cached_property
@@ -273,9 +275,12 @@ class NativePrepared(Addressed, PreparedMatrix):
         return reference.int24(rounded) if integers and self._table is None else rounded
 
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
-        """As :meth:`PreparedMatrix.decoded`; a strip is a view of memory that the next one overwrites."""
+        return self._strips(self._table)
+
+    def _strips(self, tables: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """:meth:`decoded`, by these levels; a strip is a view of memory that the next one overwrites."""
         rows, columns = self.shape
-        strip, matrices = rows_of_strip(columns, ROWS), self._with(self._table)
+        strip, matrices = rows_of_strip(columns, ROWS), self._with(tables)
         weight = torch.empty(columns, min(strip, -(-rows // ROWS) * ROWS))  # (columns, rows of the strip)
         for row in range(0, rows, strip):
             last = min(row + strip, rows)
