@@ -101,6 +101,23 @@ def test_without_the_native_module_the_reference_runs_and_says_so(monkeypatch: p
         native.core()
 
 
+@needs_native
+def test_what_no_row_takes_runs_on_the_reference_with_one_warning_that_says_why() -> None:
+    weight = methods.rtn(
+        torch.randn(33, 97, generator=torch.Generator().manual_seed(3)), formats.parse("palette3/row/g20")
+    )
+    x = torch.randn(3, 97)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        layers = [kernels.prepare(weight) for _ in range(3)]
+    (warning,) = [str(one.message) for one in seen]
+    assert warning.startswith("fewbit runs on its slow reference: ")
+    assert "lut_linear_serial looks up one table in a tile of 16 rows; palette3/row/g20 has one for each row" in warning
+    assert "row_lut_linear_serial needs groups of whole chunks of 128 columns; there is one of 20" in warning
+    expected = kernels.reference.oracle(x, weight)
+    assert all(torch.allclose(layer(x).double(), expected, atol=1e-4) for layer in layers)
+
+
 def test_a_broken_module_is_absent_not_fatal() -> None:
     program = (
         "import sys; sys.modules['fewbit._native'] = None\n"
@@ -119,6 +136,11 @@ def test_wrong_inputs_are_refused() -> None:
         prepared(torch.randn(2, 97), torch.randn(32))
     with pytest.raises(UnsupportedError, match="float64"):
         prepared(torch.randn(2, 97, dtype=torch.float64))
+    with pytest.raises(UnsupportedError, match="bias on meta"):
+        prepared(torch.randn(2, 97), torch.randn(33, device="meta"))
+    for threads in (0, -1):
+        with pytest.raises(SpecError, match="one at least"):
+            kernels.set_threads(threads)
 
 
 @needs_native

@@ -15,7 +15,7 @@ from kernel_cases import ROWS, XNOR_ROWS, activation, raw_matrix
 from fewbit import formats, kernels, layouts, methods
 from fewbit.core import format as F
 from fewbit.core.qtensor import QTensor
-from fewbit.errors import UnsupportedError
+from fewbit.errors import InputError, UnsupportedError
 from fewbit.kernels import native
 
 NATIVE = [*XNOR_ROWS, *(name for name in ROWS if name != "reference")]
@@ -170,7 +170,11 @@ def test_nothing_is_lost_and_rows_can_be_looked_up(spelling: str) -> None:
     rows = matrix.dequantize()[ids]
     for stored in (matrix, ready.qtensor(), *_repacked(matrix)):
         assert torch.equal(kernels.embedding(ids, stored), rows), stored.layout.name
+        assert kernels.embedding(ids[:, :0], stored).shape == (2, 0, 512)
     assert kernels.embedding(ids, matrix, torch.bfloat16).dtype == torch.bfloat16
+    for none in (torch.tensor([1.7]), torch.tensor([True])):
+        with pytest.raises(InputError, match="no integers"):
+            kernels.embedding(none, matrix)
     for wrong in (37, -1):
         with pytest.raises(IndexError, match="37 rows"):
             kernels.embedding(torch.tensor([wrong]), matrix)

@@ -8,12 +8,24 @@ from torch import Tensor
 
 from fewbit.core import format as F
 from fewbit.core.format import Format
-from fewbit.errors import UnsupportedError
+from fewbit.errors import InputError, UnsupportedError
 from fewbit.kernels import native
 
 CENTRE = 128
 """Of the codes of int8 activations, which kernels multiply less it. A grid whose zero is another code is corrected by
 what its distance from the centre makes of the sum of each row, which joins the bias."""
+
+
+def check_bias(bias: Tensor | None, shape: tuple[int, int]) -> None:
+    """Raises InputError where there is one that is not (rows,) for a matrix of ``shape``, UnsupportedError where it is
+    on another device than the CPU."""
+    if bias is None:
+        return
+    if bias.shape != (shape[0],):
+        found = f"the matrix is {shape}"
+        raise InputError(f"bias of shape {tuple(bias.shape)}", found, f"({shape[0]},) would work")
+    if not bias.is_cpu:
+        raise UnsupportedError(f"bias on {bias.device}", "kernels run on the CPU", "bias.cpu() works")
 
 
 def check_supported(x: Tensor) -> None:

@@ -14,6 +14,7 @@ from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Terms
+from fewbit.errors import InputError
 from fewbit.formats.fixed import Fixed
 from fewbit.formats.outliers import Outliers
 from fewbit.kernels import native
@@ -24,7 +25,7 @@ from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix
 from fewbit.kernels.row_tables import RowLevelsPrepared, RowTablesPrepared
 from fewbit.kernels.slow import ReferencePrepared
 from fewbit.kernels.sparse import choose_sparse
-from fewbit.kernels.table import choose, named
+from fewbit.kernels.table import choose, named, no_row
 from fewbit.kernels.terms import PreparedTerms
 from fewbit.kernels.tile16 import TILE16, unpack_rows
 from fewbit.kernels.vectors import VectorPrepared
@@ -78,7 +79,7 @@ def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | N
         made = others.get(str(choice.kernel.family), NativePrepared)
         return made(qtensor, choice.kernel, activation)
     if kernel is None:
-        reason = native.why_not() or next(reversed(choice.reasons.values()))
+        reason = native.why_not() or no_row(choice, qtensor.format)
         warnings.warn(f"fewbit runs on its slow reference: {reason}", RuntimeWarning, stacklevel=3)
     return ReferencePrepared(qtensor, choice.kernel, activation)
 
@@ -108,9 +109,14 @@ def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32)
 
     Raises:
         IndexError: an id is not a row.
+        InputError: ids are no integers.
     """
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise InputError(f"rows of ids in {ids.dtype}", "they are no integers", "int32 and int64 would work")
     rows = ids.reshape(-1).long()
-    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= qtensor.shape[0]):
+    if not rows.numel():
+        return torch.empty(*ids.shape, qtensor.shape[1], dtype=dtype)
+    if int(rows.min()) < 0 or int(rows.max()) >= qtensor.shape[0]:
         raise IndexError(f"ids go from {int(rows.min())} to {int(rows.max())}; the matrix has {qtensor.shape[0]} rows")
     format, shape = qtensor.format, qtensor.shape
     units, within = rows // format.height, rows % format.height

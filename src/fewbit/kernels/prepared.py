@@ -24,7 +24,7 @@ from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native, pages, reference
 from fewbit.kernels.arranged import BYTES16, HALVES16
 from fewbit.kernels.copies import Addressed, again, parts
-from fewbit.kernels.inputs import CENTRE, check_supported, given, grid_of_call, wants_gradients
+from fewbit.kernels.inputs import CENTRE, check_bias, check_supported, given, grid_of_call, wants_gradients
 from fewbit.kernels.levels import as_integers
 from fewbit.kernels.table import Kernel, refuse_blocks
 from fewbit.kernels.tile16 import ROWS
@@ -87,15 +87,12 @@ class Prepared(ABC):
 
     def check(self, x: Tensor, bias: Tensor | None) -> None:
         """Raise what :meth:`__call__` says of wrong arguments."""
-        rows, columns = self.shape
+        columns = self.shape[1]
         if not x.ndim or x.shape[-1] != columns:
             raise InputError(
                 f"x of shape {tuple(x.shape)}", f"the matrix is {self.shape}", f"x of (..., {columns}) works"
             )
-        if bias is not None and bias.shape != (rows,):
-            raise InputError(
-                f"bias of shape {tuple(bias.shape)}", f"the matrix is {self.shape}", f"({rows},) would work"
-            )
+        check_bias(bias, self.shape)
         check_supported(x)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
