@@ -53,14 +53,16 @@ struct BitRun {
   int64_t part;           // chunks that are summed in 16 bits
   int64_t first, chunks;  // of the row; of the run
   int64_t before, parts;  // of the row before the run; of the run
+  int32_t zero;           // of all tokens
   float* y;               // where totals of the first row go at the end of the tiles, if they need no more than scales
   Segment segment;        // the first
   alignas(64) uint8_t index[kIndexChunks][kFours][kPairs][32];
   Line line[kIndexChunks][kGroups];  // by which segments of the run are settled
+  U apart[kIndexChunks][kPairs][2];  // zero - 128 for each bit of a part, as sums: where zero is not 128
   U sums[kIndexChunks][kPairs][2];   // of a token: of even rows of each pair of tiles, and of odd ones
   alignas(64) float totals[kRoundedTokens][kGroups][kLanes];
 
-  explicit BitRun(const SegmentTask& all) : task(all), part(part_of(all)), segment(all) {}
+  explicit BitRun(const SegmentTask& all) : task(all), part(part_of(all)), zero(FourTables(all, 0).all().zero), segment(all) {}
 
   // Reads the run's codes, of tiles [begin, end), and what its segments are settled by.
   void read(int64_t begin, int64_t end) {
@@ -78,6 +80,7 @@ struct BitRun {
         }
       }
     }
+    if (zero != 128) count_bits();
     const int64_t segments = long_row(task) ? 1 : parts;
     int64_t parameters[kTiles];  // a tile that is not there takes those of one that is
     for (int i = 0; i < kTiles; i++) parameters[i] = (begin + (begin + i < end ? i : 0)) * task.blocks * 16;
@@ -86,6 +89,21 @@ struct BitRun {
 #pragma GCC unroll 8
       for (int t = 0; t < kGroups; t++)
         line[s][t] = Line(task, 1, parameters[t / kGroupsPerTile] + here.weight + t % kGroupsPerTile * kLanes);
+  }
+
+  void count_bits() {
+    const U bits = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const U each = _mm256_set1_epi16(static_cast<int16_t>(zero - 128));
+    for (int64_t c = 0, p = 0; c < chunks; p++) {
+      RowSums rows[kPairs];
+      for (const int64_t end = c + part < chunks ? c + part : chunks; c < end; c++)
+        for (int n = 0; n < kFours; n++)
+          for (int r = 0; r < kPairs; r++) rows[r].add(_mm256_shuffle_epi8(bits, load_lanes(index[c][n][r])));
+      for (int r = 0; r < kPairs; r++) {
+        apart[p][r][0] = _mm256_mullo_epi16(rows[r].even(), each);
+        apart[p][r][1] = _mm256_mullo_epi16(rows[r].odd, each);
+      }
+    }
   }
 
   // Fetches a share of what the next tiles are read from.
@@ -135,6 +153,15 @@ struct BitRun {
       add_part<PAIRED>(tables + c * FourTables::kTables, c, c + part < chunks ? c + part : chunks, sums[p]);
   }
 
+  // Of distances from the zero: makes them sums of codes less 128, and 2^15.
+  FEWBIT_INLINE void add_apart(const PartOfToken* of) {
+    for (int64_t p = 0; p < parts; p++) {
+      const U words = _mm256_set1_epi16(static_cast<int16_t>(of[p].words));
+      for (int r = 0; r < kPairs; r++)
+        for (int i = 0; i < 2; i++) sums[p][r][i] = _mm256_add_epi16(sums[p][r][i], _mm256_add_epi16(apart[p][r][i], words));
+    }
+  }
+
   // Adds what is left out of them.
   FEWBIT_INLINE void add_left(const LeftFour* left) {
     const int64_t begin = first * kFours, end = begin + chunks * kFours;
@@ -169,11 +196,11 @@ struct BitRun {
     F total[kGroups];
 #pragma GCC unroll 8
     for (int t = 0; t < kGroups; t++) total[t] = first == 0 ? broadcast(0.0f) : load(totals_of[t]);
-    const float* raised = &from.raised(before);
+    const PartOfToken* of = &from.part(before);
 #pragma GCC unroll 1
     for (int64_t p = 0; p < parts; p++, here.advance(task)) {
       const Tokens<1> tokens(task, here, token);
-      const F less = broadcast(static_cast<float>(1 << 23) + raised[p]);
+      const F less = broadcast(static_cast<float>(1 << 23) + of[p].less);
 #pragma GCC unroll 4
       for (int i = 0; i < kGroups; i += 2) {
         const U words = sums[p][i / 4][i / 2 % 2];
@@ -192,8 +219,9 @@ struct BitRun {
 
   __attribute__((noinline)) void add(Settling how, int64_t token) {
     const FourTables from(task, token);
-    if (from.paired() != 0) add_parts<true>(from.chunk(first));
+    if (from.all().paired) add_parts<true>(from.chunk(first));
     else add_parts<false>(from.chunk(first));
+    if (zero != 128) add_apart(&from.part(before));
     add_left(from.left());
     switch (how) {
       case kPlain: return settle_token<kPlain>(token);

@@ -3,7 +3,7 @@
 // decoded token follow one another within that time and a wake-up costs as much as a small layer.
 #include "core/pool.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -102,12 +102,16 @@ class Pool {
   int64_t units_ = 0, shares_ = 1;
 };
 
-// The pool is never destroyed: its threads may outlive static destructors. A forked child has none of its parent's
-// threads, so it starts a pool of its own.
-std::mutex* owner = new std::mutex;
+// The pool belongs to who has claimed it. It is never destroyed: its threads may outlive static destructors.
 Pool* pool = nullptr;
-std::atomic<pid_t> pool_process{0};
 std::atomic<bool> claimed{false};
+
+// A forked child has none of its parent's threads, so it starts a pool of its own; nor has it who had claimed that one.
+void forget() {
+  pool = nullptr;
+  claimed.store(false);
+}
+[[maybe_unused]] const int told = pthread_atfork(nullptr, nullptr, forget);
 
 std::atomic<int32_t> thread_limit{0};  // 0: each call says
 
@@ -121,17 +125,9 @@ int32_t thread_count(int32_t threads) {
 void parallel(int64_t units, int32_t threads, void (*work)(void*, int64_t), void* context) {
   const int64_t helpers = (threads < units ? threads : units) - 1;
   if (helpers > 0) {
-    const pid_t process = getpid();
-    if (pool_process.load(std::memory_order_acquire) != process) {
-      if (pool_process.load() != 0) owner = new std::mutex, claimed.store(false);
-      std::lock_guard<std::mutex> lock(*owner);
-      if (pool_process.load(std::memory_order_acquire) != process) {
-        pool = new Pool;
-        pool_process.store(process, std::memory_order_release);
-      }
-    }
     bool free = false;
     if (claimed.compare_exchange_strong(free, true, std::memory_order_acq_rel)) {
+      if (!pool) pool = new Pool;
       pool->run(units, static_cast<int>(helpers), work, context);
       claimed.store(false, std::memory_order_release);
       return;

@@ -13,6 +13,7 @@
 
 int bfloat16_failures();     // bfloat16_test.cc
 int decode_failures();       // decode_test.cc
+int fixed_failures();        // fixed_test.cc
 int grids_failures();        // grids_test.cc
 int int8_failures();         // int8_test.cc
 int int8_vector_failures();  // int8_vector_test.cc
@@ -213,7 +214,7 @@ int main() {
         cases++;
       }
   check_refusals();
-  failures += bfloat16_failures() + decode_failures() + grids_failures() + int8_failures() +
+  failures += bfloat16_failures() + decode_failures() + fixed_failures() + grids_failures() + int8_failures() +
               int8_vector_failures() + many_failures() + matmul_failures() + row_failures() + sample_failures() +
               sparse_failures() + terms_failures() + unfold_failures() + vector_failures() + windows_failures() + xnor_failures();
   for (int i = 0; i < 4; i++)

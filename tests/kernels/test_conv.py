@@ -285,12 +285,14 @@ def test_gradients_are_those_of_the_dequantized_weight(number: int, inputs: str 
 
 
 @pytest.mark.parametrize("kernel", ROWS)
-def test_no_image_gives_no_output_and_a_bad_pixel_spoils_its_windows_only(kernel: str) -> None:
+def test_no_image_negated_memory_and_a_bad_pixel_that_spoils_its_windows_only(kernel: str) -> None:
     for number in (1, 2, 6, 7, 14, 15):
         window, rows, shape = CASES[number]
         matrix, x, bias = case(window, rows, shape, kernel)
         prepared = kernels.prepare(matrix, kernel, activation(kernel))
         assert kernels.conv2d(x[:0], prepared, window, bias).shape == (0, rows, *window.out(x))
+        negated = torch._neg_view(-x)  # memory holds -x
+        assert torch.equal(kernels.conv2d(negated, prepared, window, bias), kernels.conv2d(x, prepared, window, bias))
         for bad in (torch.nan, torch.inf):
             if bad == torch.inf and kernels.route(prepared, window, 1) == "rounded":
                 continue  # formats round infinity to their largest value

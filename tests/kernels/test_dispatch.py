@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import pickle
+import platform
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,10 +15,11 @@ import pytest
 import torch
 from kernel_cases import raw_matrix
 
-from fewbit import formats, kernels
+from fewbit import formats, kernels, methods
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.kernels import native
+from fewbit.kernels.prepared import NativePrepared
 from fewbit.kernels.table import NAMES
 from fewbit.kernels.tile16 import pack_codes
 
@@ -97,6 +101,23 @@ def test_without_the_native_module_the_reference_runs_and_says_so(monkeypatch: p
         native.core()
 
 
+@needs_native
+def test_what_no_row_takes_runs_on_the_reference_with_one_warning_that_says_why() -> None:
+    weight = methods.rtn(
+        torch.randn(33, 97, generator=torch.Generator().manual_seed(3)), formats.parse("palette3/row/g20")
+    )
+    x = torch.randn(3, 97)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        layers = [kernels.prepare(weight) for _ in range(3)]
+    (warning,) = [str(one.message) for one in seen]
+    assert warning.startswith("fewbit runs on its slow reference: ")
+    assert "lut_linear_serial looks up one table in a tile of 16 rows; palette3/row/g20 has one for each row" in warning
+    assert "row_lut_linear_serial needs groups of whole chunks of 128 columns; there is one of 20" in warning
+    expected = kernels.reference.oracle(x, weight)
+    assert all(torch.allclose(layer(x).double(), expected, atol=1e-4) for layer in layers)
+
+
 def test_a_broken_module_is_absent_not_fatal() -> None:
     program = (
         "import sys; sys.modules['fewbit._native'] = None\n"
@@ -115,6 +136,11 @@ def test_wrong_inputs_are_refused() -> None:
         prepared(torch.randn(2, 97), torch.randn(32))
     with pytest.raises(UnsupportedError, match="float64"):
         prepared(torch.randn(2, 97, dtype=torch.float64))
+    with pytest.raises(UnsupportedError, match="bias on meta"):
+        prepared(torch.randn(2, 97), torch.randn(33, device="meta"))
+    for threads in (0, -1):
+        with pytest.raises(SpecError, match="one at least"):
+            kernels.set_threads(threads)
 
 
 @needs_native
@@ -157,3 +183,50 @@ def test_the_core_refuses_what_contradicts_itself() -> None:
             call(*matrices)
     with pytest.raises(RuntimeError, match="instruction set"):
         call(good, isa=next(flag for isa, flag in native.FLAGS.items() if isa not in native.isas()))
+
+
+OLD_PROCESSOR = """
+import ctypes, pickle, sys
+from fewbit.kernels import native
+assert native.isas() == ("serial",) and "torch" not in sys.modules, native.isas()
+matrix, arrays, tokens, columns, calls = pickle.load(sys.stdin.buffer)
+held = [ctypes.create_string_buffer(array, len(array)) for array in arrays]
+codes, scale, x = (ctypes.addressof(array) for array in held)
+matrix = (*matrix[:8], codes, scale, *matrix[10:])
+for x_block in calls:
+    y = ctypes.create_string_buffer(4 * tokens * matrix[0])
+    output = (matrix, 0, ctypes.addressof(y), matrix[0])
+    native.core().linear_many((output,), (x, tokens, columns, 1, 0), x_block, 0, native.FLAGS["serial"], 2)
+    print(y.raw.hex())
+try:
+    native.core().linear_many((output,), (x, tokens, columns, 1, 0), 0, 0, native.FLAGS["avx2"], 2)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@needs_native
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="not installed: qemu-x86_64")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="emulates an x86-64 without AVX")
+def test_a_processor_without_avx_computes_the_same_bits() -> None:
+    """Nothing but the files of an instruction set is compiled for it: the emulator has none of theirs."""
+    weight = methods.rtn(torch.randn(33, 96, generator=torch.Generator().manual_seed(1)), formats.parse("int4/g32/sym"))
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(2))
+    floats = kernels.prepare(weight, "affine_linear_serial")
+    assert isinstance(floats, NativePrepared)
+    expected = {
+        0: floats(x),
+        native.INT24: kernels.prepare(weight, "int24_linear_serial")(x),
+        32: kernels.prepare(weight, "int8_linear_serial", formats.parse("int8/g32/sym"))(x),
+    }
+    ((_, matrix),) = floats._matrices
+    arrays = [t.contiguous().numpy().tobytes() for t in (floats.qtensor().packed, floats._scale, x)]
+    done = subprocess.run(
+        ["qemu-x86_64", "-cpu", "Nehalem", sys.executable, "-c", OLD_PROCESSOR],
+        input=pickle.dumps((matrix, arrays, 5, 96, tuple(expected))),
+        capture_output=True,
+        check=False,
+    )
+    *found, refusal = done.stdout.decode().splitlines() or [done.stderr.decode()]
+    assert [bytes.fromhex(line) for line in found] == [y.numpy().tobytes() for y in expected.values()]
+    assert "instruction set" in refusal

@@ -75,10 +75,28 @@ def test_kernels_multiply_the_codes_of_the_grid(kernel: str, grid: str) -> None:
             answer, bound = exact(matrix).answer(rounded, bias, table_error(kernel, bits))
             # The codes less 128 are what is multiplied: their magnitude, not that of what they stand for, is rounded.
             q = (rounded / fixed(grid).scale + fixed(grid).zero).round() - 128
-            _, more = exact(matrix).answer(q * fixed(grid).scale, None, table_error(kernel, bits))
+            _, more = exact(matrix).answer(q * fixed(grid).scale, None)
             apart = abs(128 - fixed(grid).zero) * fixed(grid).scale
             sums = 2.0**-22 * apart * matrix.dequantize().abs().sum(1).double()
             assert bool(((y.double() - answer).abs() <= bound + more + sums).all())
+
+
+@pytest.mark.parametrize("kernel", [name for name in INTEGERS if "lut" in name])
+@pytest.mark.parametrize("zero", [0, 10, 255])
+@pytest.mark.parametrize("spelling", ["palette4", "palette3/rows16", "nf4/g64", "palette6/rows16"])
+def test_what_stands_for_zero_times_a_rounded_level_is_zero(spelling: str, zero: int, kernel: str) -> None:
+    """Levels are rounded to integers; what that costs is in proportion to activations, not to codes less 128."""
+    generator = torch.Generator().manual_seed(8)
+    matrix = methods.rtn(torch.randn(48, 512, generator=generator), formats.parse(spelling))
+    grid = fixed(f"int8/static/asym/s0.01/z{zero}")
+    sign = -1.0 if zero == 255 else 1.0
+    x = sign * torch.rand(6, 512, generator=generator) * torch.tensor([0.0, 0.02, 0.05, 0.2, 1.0, 2.0])[:, None]
+    y = kernels.prepare(matrix, kernel, grid)(x)
+    rounded = reference.round_activations(x, grid)
+    answer, bound = exact(matrix).answer(rounded, None, table_error(kernel, matrix.format.bits))
+    _, more = exact(matrix).answer(torch.full_like(x, 128 * grid.scale), None)  # what is multiplied, in float32
+    sums = 2.0**-22 * 128 * grid.scale * matrix.dequantize().abs().sum(1).double()
+    assert bool(((y.double() - answer).abs() <= bound + more + sums).all())
 
 
 def test_eight_bits_a_row_are_integers_here_and_equal_on_every_instruction_set() -> None:
@@ -92,6 +110,29 @@ def test_eight_bits_a_row_are_integers_here_and_equal_on_every_instruction_set()
     # and few columns are one segment: a handful of roundings part them from the reference
     bound = 8 * 2.0**-24 * 256 * grid.scale * matrix.dequantize().abs().sum(1)
     assert bool(((ys[0] - kernels.prepare(matrix, "reference", grid)(x)).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("zero", [0, 1, 77, 127, 128, 129, 254, 255])
+@pytest.mark.parametrize("spread", [0.004, 0.03, 0.3])
+def test_signs_times_codes_around_any_zero_agree_bit_for_bit(zero: int, spread: float) -> None:
+    """Sums of fours that fit a byte, that do not, and the largest that there can be."""
+    generator = torch.Generator().manual_seed(zero)
+    grid = fixed(f"int8/static/asym/s{spread}/z{zero}")
+    for rows, columns, block in ((1, 31, 0), (17, 96, 32), (70, 300, 64), (33, 97, 0), (129, 1300, 0), (48, 520, 128)):
+        matrix = raw_matrix("int8_linear_serial", 1, block, (rows, columns), generator)
+        x = torch.randn(9, columns, generator=generator)
+        x[3], x[4], x[5] = 1e9, -1e9, x[5].relu()
+        x[6, ::2] = -1e9  # codes at both ends, side by side
+        rows_here = [name for name in INTEGERS if name.startswith("int8_linear")]
+        ys = [kernels.prepare(matrix, name, grid)(x[:tokens]) for name in rows_here for tokens in (1, 2, 3, 9)]
+        for y, tokens in zip(ys, (1, 2, 3, 9) * len(rows_here), strict=True):
+            assert torch.equal(y, ys[-1][:tokens])
+        rounded = reference.round_activations(x, grid)
+        answer, bound = exact(matrix).answer(rounded, None)
+        codes = (rounded / grid.scale + zero).round() - 128
+        _, more = exact(matrix).answer(codes * grid.scale, None)
+        sums = 2.0**-22 * abs(128 - zero) * grid.scale * matrix.dequantize().abs().sum(1).double()
+        assert bool(((ys[-1].double() - answer).abs() <= bound + more + sums).all())
 
 
 @pytest.mark.parametrize("scale", ["0.015625", "0.021", "1.99999988", "1e-30", "1e-37", "48"])

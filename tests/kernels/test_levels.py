@@ -6,11 +6,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from kernel_cases import HERE
 
 from fewbit import formats, kernels, methods
 from fewbit.core.format import Physical
+from fewbit.core.qtensor import QTensor
+from fewbit.errors import UnsupportedError
+from fewbit.formats.palette import Palette
 from fewbit.formats.table import TABLES
 from fewbit.kernels.levels import as_integers, nearest_bytes
+from fewbit.kernels.table import MOST_ROW_COLUMNS
 
 
 def by_definition(table: np.ndarray) -> float:
@@ -72,3 +77,24 @@ def test_what_is_decoded_has_the_levels_of_the_table() -> None:
     matrix, inputs = methods.rtn(weight, formats.parse("nf4/g64")), formats.parse("int8/channel")
     ready = kernels.prepare(matrix, "int8_lut_linear_serial", inputs)
     assert torch.equal(torch.cat([part for _, part in ready.decoded()]), matrix.dequantize())
+
+
+@pytest.mark.parametrize("kernel", [row.name for row in HERE if row.family == "int8_row_lut"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_largest_sums_of_the_longest_rows_are_exact_and_one_column_more_is_refused(kernel: str, bits: int) -> None:
+    inputs, columns = formats.parse("int8/channel/sym"), MOST_ROW_COLUMNS
+    table = torch.zeros(2, 1, 1, 1 << bits)
+    table[0, ..., 0], table[1, ..., 0] = 1, -1  # the levels 127 and -127
+    codes, ones = torch.zeros(2, columns, dtype=torch.uint8), torch.ones(2, 1, 1).half()
+    matrix = QTensor.of(Palette(bits, 1, True, 0), codes, {"table": table.half(), "scale": ones})
+    prepared = kernels.prepare(matrix, kernel, inputs)
+    for x in (torch.full((5, columns), -1.0), torch.ones(5, columns)):  # -128, and 127, in each column
+        rounded = prepared.inputs(x)
+        assert abs(float(rounded[0, 0] / torch.tensor(2 / 255).half().float())) in (127, 128)
+        answer = rounded.double().sum(1, keepdim=True) * torch.tensor([1.0, -1.0])
+        for tokens in (1, 5):
+            y = prepared(x[:tokens]).double()
+            assert bool(((y - answer[:tokens]).abs() <= 2.0**-21 * answer[:tokens].abs()).all())
+    wider = QTensor.of(matrix.format, torch.zeros(2, columns + 1, dtype=torch.uint8), matrix.params)
+    with pytest.raises(UnsupportedError, match=f"at most {columns} columns"):
+        kernels.prepare(wider, kernel, inputs)

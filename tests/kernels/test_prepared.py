@@ -12,9 +12,10 @@ import pytest
 import torch
 from kernel_cases import ROWS, XNOR_ROWS, activation, raw_matrix
 
-from fewbit import formats, kernels, layouts
+from fewbit import formats, kernels, layouts, methods
 from fewbit.core import format as F
 from fewbit.core.qtensor import QTensor
+from fewbit.errors import InputError, UnsupportedError
 from fewbit.kernels import native
 
 NATIVE = [*XNOR_ROWS, *(name for name in ROWS if name != "reference")]
@@ -99,6 +100,61 @@ def test_no_token_gives_no_row(kernel: str) -> None:
     assert prepared(kernel, (33, 97))(torch.empty(2, 0, 97)).shape == (2, 0, 33)
 
 
+INPUTS = (
+    "int8/channel/sym",
+    "int8/g48/asym",
+    "int4/g32/sym",
+    "int8/tensor",
+    "int8/static/asym/s0.02/z200",
+    "nf4/g64",
+    "mxfp4",
+    "nvfp4",
+    "sign/channel",
+)
+
+
+@pytest.mark.parametrize("spelling", ["int4/g32/sym", "int8/channel/asym", "nf4/g64", "palette2/row", "sign/channel"])
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_no_token_gives_no_row_whatever_it_is_rounded_to(spelling: str, inputs: str) -> None:
+    matrix = methods.rtn(torch.randn(33, 97, generator=torch.Generator().manual_seed(4)), formats.parse(spelling))
+    for kernel in (None, "reference"):
+        ready = kernels.prepare(matrix, kernel, formats.parse(inputs))
+        for dtype in (torch.float32, torch.bfloat16):
+            y = ready(torch.empty(2, 0, 97, dtype=dtype), torch.ones(33))
+            assert y.shape == (2, 0, 33) and y.dtype == dtype
+            assert ready.inputs(torch.empty(0, 97, dtype=dtype)).shape == (0, 97)
+        x = torch.empty(0, 97, requires_grad=True)
+        ready(x).sum().backward()
+        assert x.grad is not None and x.grad.shape == (0, 97)
+
+
+@pytest.mark.parametrize("kernel", [*XNOR_ROWS, *ROWS])
+def test_x_is_what_it_stands_for_however_it_lies(kernel: str) -> None:
+    matrix, x = prepared(kernel, (33, 97)), torch.randn(5, 97)
+    expected = matrix(x)
+    assert torch.equal(matrix(torch._neg_view(-x)), expected)  # memory holds -x
+    assert torch.equal(matrix(torch.complex(torch.zeros(5, 97), -x).conj().imag), expected)
+    assert torch.equal(matrix(x.T.contiguous().T), expected)
+    wide = x[:, 3:4].expand(5, 97)
+    assert torch.equal(matrix(wide), matrix(wide.contiguous()))
+    assert torch.equal(matrix(x[2]), matrix(x[2:3])[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_graph_of_a_kernel_is_refused_and_torch_compile_runs_between_graphs() -> None:
+    matrix, x = prepared(ROWS[0], (33, 97)), torch.randn(5, 97)
+    layer = torch.nn.Module()
+    layer.forward = lambda x: matrix(x).relu()  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedError, match=r"torch\.compile works"):
+        torch.jit.trace(layer, (x,), check_trace=False)
+    with torch._subclasses.FakeTensorMode() as mode, pytest.raises(UnsupportedError, match="FakeTensor"):
+        matrix(mode.from_tensor(x))
+    with pytest.raises(UnsupportedError, match="sparse_coo"):
+        matrix(x.to_sparse())
+    compiled = torch.compile(layer.forward, backend="eager")
+    assert torch.equal(compiled(x), layer(x)) and torch.equal(compiled(x[:3]), layer(x[:3]))
+
+
 @pytest.mark.parametrize("spelling", formats.EXAMPLES)
 def test_nothing_is_lost_and_rows_can_be_looked_up(spelling: str) -> None:
     weight = torch.randn(37, 512, generator=torch.Generator().manual_seed(3))
@@ -114,7 +170,11 @@ def test_nothing_is_lost_and_rows_can_be_looked_up(spelling: str) -> None:
     rows = matrix.dequantize()[ids]
     for stored in (matrix, ready.qtensor(), *_repacked(matrix)):
         assert torch.equal(kernels.embedding(ids, stored), rows), stored.layout.name
+        assert kernels.embedding(ids[:, :0], stored).shape == (2, 0, 512)
     assert kernels.embedding(ids, matrix, torch.bfloat16).dtype == torch.bfloat16
+    for none in (torch.tensor([1.7]), torch.tensor([True])):
+        with pytest.raises(InputError, match="no integers"):
+            kernels.embedding(none, matrix)
     for wrong in (37, -1):
         with pytest.raises(IndexError, match="37 rows"):
             kernels.embedding(torch.tensor([wrong]), matrix)

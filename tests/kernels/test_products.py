@@ -65,7 +65,7 @@ def test_every_instruction_set_and_memory_order_gives_the_integers(pair: tuple[s
             apart = torch.zeros(*b.shape[:-1], b.shape[-1] + 3)
             apart[..., 1:-2] = b
             for isa in native.isas():
-                for x in (a, a.mT.contiguous().mT):
+                for x in (a, a.mT.contiguous().mT, torch._neg_view(-a)):
                     for y in (b, b.mT.contiguous().mT, apart[..., 1:-2], b.expand(*b.shape[:-1], -1)):
                         assert np.array_equal(products._run(x, y, *both, isa).numpy(), expected), (shape, leading, isa)
 

@@ -33,7 +33,7 @@ def split(matrix: Tensor, block: int) -> Tensor:
 
 def join(blocks: Tensor, columns: int) -> Tensor:
     """Inverse of :func:`split`: ``(rows, blocks, block) -> (rows, columns)``."""
-    return blocks.reshape(blocks.shape[0], -1)[:, :columns]
+    return blocks.flatten(1)[:, :columns]
 
 
 def fold(blocks: Tensor, height: int) -> Tensor:

@@ -151,6 +151,8 @@ def _storage(format: Format, layout: Layout, shape: tuple[int, int]) -> dict[str
     """A model has hundreds of layers of few shapes, each asked for several times."""
     one, two = _trials(format, layout, shape[1])
     rows = code_shape(format, shape)[0]
+    if layout is UNPACKED:
+        return {name: (dtype, (rows, *size[1:])) for name, (dtype, size) in one.items()}
     groups = {p.name: (-(-rows // format.group_rows), *p.entry) for p in format.params if p.per == "rows"}
     blocks = rows * B.count(shape[1], format.block)
     groups |= {p.name: (1, -(-blocks // format.chunk)) for p in format.params if p.per == "chunk"}

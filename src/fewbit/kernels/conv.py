@@ -31,7 +31,7 @@ from fewbit.errors import InputError, UnsupportedError
 from fewbit.formats.affine import Affine
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native, reference
-from fewbit.kernels.inputs import check_supported, wants_gradients
+from fewbit.kernels.inputs import check_bias, check_supported, wants_gradients
 from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix
 from fewbit.kernels.table import named
 from fewbit.kernels.terms import PreparedTerms
@@ -84,7 +84,7 @@ def conv2d(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None = 
     _check(x, prepared, window, bias)
     if wants_gradients(x, bias):
         return _Differentiable.apply(x, bias, prepared, window)  # type: ignore[no-untyped-call, no-any-return]
-    return _run(x.detach(), prepared, window, bias)
+    return _run(x.detach().resolve_neg(), prepared, window, bias)
 
 
 def _check(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -> None:
@@ -97,8 +97,7 @@ def _check(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -
     channels = columns // taps * window.groups
     if x.dim() != 4 or x.shape[1] != channels:
         raise InputError(asked, matrix, f"x of (images, {channels}, height, width) would work")
-    if bias is not None and bias.shape != (rows,):
-        raise InputError(f"bias of shape {tuple(bias.shape)}", matrix, f"({rows},) would work")
+    check_bias(bias, prepared.shape)
     if prepared.activation is not None and prepared.activation.whole:
         found = f"windows are rounded as they are met; {prepared.activation.name} is known once all have been seen"
         raise UnsupportedError(asked, found, "int8/static, one grid that calibration fixes, or int8/channel, works")
@@ -268,7 +267,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, prepared: Prepared, window: Window) -> Tensor:
         ctx.prepared, ctx.window, ctx.shape, ctx.has_bias = prepared, window, x.shape, bias is not None
-        return _run(x, prepared, window, bias)
+        return _run(x.resolve_neg(), prepared, window, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fewbit.core import format as F
 from fewbit.core.format import Format
-from fewbit.errors import UnsupportedError
+from fewbit.errors import InputError, UnsupportedError
 from fewbit.kernels import native
 
 CENTRE = 128
@@ -16,11 +16,29 @@ CENTRE = 128
 what its distance from the centre makes of the sum of each row, which joins the bias."""
 
 
+def check_bias(bias: Tensor | None, shape: tuple[int, int]) -> None:
+    """Raises InputError where there is one that is not (rows,) for a matrix of ``shape``, UnsupportedError where it is
+    on another device than the CPU."""
+    if bias is None:
+        return
+    if bias.shape != (shape[0],):
+        found = f"the matrix is {shape}"
+        raise InputError(f"bias of shape {tuple(bias.shape)}", found, f"({shape[0]},) would work")
+    if not bias.is_cpu:
+        raise UnsupportedError(f"bias on {bias.device}", "kernels run on the CPU", "bias.cpu() works")
+
+
 def check_supported(x: Tensor) -> None:
-    """Raises UnsupportedError where ``x`` is on another device than the CPU, or not of a float of 16 or 32 bits."""
-    if x.dtype not in native.DTYPES or not x.is_cpu:
+    """Raises UnsupportedError where ``x`` is on another device than the CPU, sparse, not of a float of 16 or 32 bits,
+    or stands for other tensors, whose computation is being recorded: kernels read memory, and leave no trace."""
+    if x.dtype not in native.DTYPES or not x.is_cpu or x.layout is not torch.strided:
         works = "float32, bfloat16 and float16 on the CPU work"
-        raise UnsupportedError(f"x in {x.dtype} on {x.device}", "kernels run on the CPU", works)
+        dense = "" if x.layout is torch.strided else f" and {x.layout}"
+        raise UnsupportedError(f"x in {x.dtype}{dense} on {x.device}", "kernels run on the CPU", works)
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ or torch._C._get_tracing_state() is not None:
+        found = f"kernels read the memory of x, and {type(x).__name__} here stands for what is recorded"
+        works = "torch.compile works, without fullgraph: kernels run between its graphs"
+        raise UnsupportedError("a graph of a kernel (torch.export, torch.jit.trace)", found, works)
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
@@ -29,8 +47,11 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 
 def given(x: Tensor) -> tuple[Tensor, native.Input]:
-    """x (..., columns), and where the core finds its tokens; copied only where they do not lie equally far apart."""
+    """x (..., columns), and where the core finds its tokens; copied only where they do not lie equally far apart, or
+    memory holds their negatives."""
     columns = x.shape[-1]
+    if x.is_neg():
+        x = x.resolve_neg()
     if not x.is_contiguous():
         x = x.reshape(-1, columns)
     stride, step = (columns, 1) if x.is_contiguous() else x.stride()

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from fewbit.core import compiled
-from fewbit.errors import UnsupportedError
+from fewbit.errors import SpecError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -247,7 +247,13 @@ def _isas(caps: int) -> tuple[Isa, ...]:
 
 
 def set_threads(threads: int | None) -> None:
-    """Threads of the native kernels, for every later call; None follows ``torch.get_num_threads()`` (the default)."""
+    """Threads of the native kernels, for every later call; None follows ``torch.get_num_threads()`` (the default).
+
+    Raises:
+        SpecError: fewer than one.
+    """
+    if threads is not None and threads < 1:
+        raise SpecError(f"{threads} threads", "one at least computes", "1 or more, or None to follow torch")
     if available():
         core().set_threads(threads or 0)
 

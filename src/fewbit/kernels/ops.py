@@ -14,6 +14,7 @@ from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Terms
+from fewbit.errors import InputError
 from fewbit.formats.fixed import Fixed
 from fewbit.formats.outliers import Outliers
 from fewbit.kernels import native
@@ -24,7 +25,7 @@ from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix
 from fewbit.kernels.row_tables import RowLevelsPrepared, RowTablesPrepared
 from fewbit.kernels.slow import ReferencePrepared
 from fewbit.kernels.sparse import choose_sparse
-from fewbit.kernels.table import choose, named
+from fewbit.kernels.table import choose, named, no_row
 from fewbit.kernels.terms import PreparedTerms
 from fewbit.kernels.tile16 import TILE16, unpack_rows
 from fewbit.kernels.vectors import VectorPrepared
@@ -63,7 +64,8 @@ def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Form
 
 def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | None) -> PreparedMatrix:
     if isinstance(activation, Outliers):
-        return OutlierPrepared(qtensor, activation, lambda one, inner: _prepare_matrix(one, _of(kernel, inner), inner))
+        small = _prepare_matrix(qtensor, kernel, activation.inner)
+        return OutlierPrepared(small, _prepare_matrix(small.qtensor(), _of_floats(kernel), None), activation)
     if isinstance(activation, Fixed):
         activation.check()
     choice = choose(qtensor.format, qtensor.shape, kernel, activation)
@@ -77,14 +79,14 @@ def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | N
         made = others.get(str(choice.kernel.family), NativePrepared)
         return made(qtensor, choice.kernel, activation)
     if kernel is None:
-        reason = native.why_not() or next(reversed(choice.reasons.values()))
+        reason = native.why_not() or no_row(choice, qtensor.format)
         warnings.warn(f"fewbit runs on its slow reference: {reason}", RuntimeWarning, stacklevel=3)
-    return ReferencePrepared(qtensor, activation)
+    return ReferencePrepared(qtensor, choice.kernel, activation)
 
 
-def _of(kernel: str | None, activation: Format | None) -> str | None:
-    """The row named for products of rounded activations, or the best one for float ones beside it."""
-    return None if kernel is not None and activation is None and named(kernel).integers else kernel
+def _of_floats(kernel: str | None) -> str | None:
+    """Of float activations beside rounded ones: the row named, or the best one where it multiplies integers."""
+    return None if kernel is not None and named(kernel).integers else kernel
 
 
 def linear(
@@ -107,9 +109,14 @@ def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32)
 
     Raises:
         IndexError: an id is not a row.
+        InputError: ids are no integers.
     """
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise InputError(f"rows of ids in {ids.dtype}", "they are no integers", "int32 and int64 would work")
     rows = ids.reshape(-1).long()
-    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= qtensor.shape[0]):
+    if not rows.numel():
+        return torch.empty(*ids.shape, qtensor.shape[1], dtype=dtype)
+    if int(rows.min()) < 0 or int(rows.max()) >= qtensor.shape[0]:
         raise IndexError(f"ids go from {int(rows.min())} to {int(rows.max())}; the matrix has {qtensor.shape[0]} rows")
     format, shape = qtensor.format, qtensor.shape
     units, within = rows // format.height, rows % format.height

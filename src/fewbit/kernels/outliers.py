@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.formats.outliers import Outliers
 from fewbit.kernels.prepared import PreparedMatrix
@@ -17,14 +17,13 @@ from fewbit.kernels.prepared import PreparedMatrix
 class OutlierPrepared(PreparedMatrix):
     """Two products by the same codes: of integers, and, where a call has outliers at all, of floats."""
 
-    def __init__(
-        self, qtensor: QTensor, activation: Outliers, prepare: Callable[[QTensor, Format | None], PreparedMatrix]
-    ) -> None:
-        self._small = prepare(qtensor, activation.inner)
-        self._large = prepare(self._small.qtensor(), None)
-        self._outliers = activation
-        self.shape, self.activation = qtensor.shape, activation
+    def __init__(self, small: PreparedMatrix, large: PreparedMatrix, activation: Outliers) -> None:
+        self._small, self._large, self._outliers = small, large, activation
+        self.shape, self.activation = small.shape, activation
         self.kernel = f"{self._small.kernel} + {self._large.kernel}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._small, self._large, self._outliers)
 
     def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         small, large = self._outliers.split(x.detach().float())

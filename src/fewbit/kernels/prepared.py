@@ -23,7 +23,8 @@ from fewbit.errors import InputError
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native, pages, reference
 from fewbit.kernels.arranged import BYTES16, HALVES16
-from fewbit.kernels.inputs import CENTRE, check_supported, given, grid_of_call, wants_gradients
+from fewbit.kernels.copies import Addressed, again, parts
+from fewbit.kernels.inputs import CENTRE, check_bias, check_supported, given, grid_of_call, wants_gradients
 from fewbit.kernels.levels import as_integers
 from fewbit.kernels.table import Kernel, refuse_blocks
 from fewbit.kernels.tile16 import ROWS
@@ -41,15 +42,6 @@ STRIP = 1 << 19
 def rows_of_strip(columns: int, tile: int) -> int:
     """Rows that are decoded at a time: whole tiles of ``tile`` rows, one at least."""
     return max(tile, STRIP // columns // tile * tile)
-
-
-class Addressed:
-    """Abstract: holds arrays, and their addresses as ``_matrix``, ``_matrices`` or ``_integers``, which is cached. A
-    copy's arrays lie elsewhere."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        cached = ("_matrix", "_matrices", "_integers")
-        return {name: value for name, value in self.__dict__.items() if name not in cached}
 
 
 class Prepared(ABC):
@@ -95,15 +87,12 @@ class Prepared(ABC):
 
     def check(self, x: Tensor, bias: Tensor | None) -> None:
         """Raise what :meth:`__call__` says of wrong arguments."""
-        rows, columns = self.shape
+        columns = self.shape[1]
         if not x.ndim or x.shape[-1] != columns:
             raise InputError(
                 f"x of shape {tuple(x.shape)}", f"the matrix is {self.shape}", f"x of (..., {columns}) works"
             )
-        if bias is not None and bias.shape != (rows,):
-            raise InputError(
-                f"bias of shape {tuple(bias.shape)}", f"the matrix is {self.shape}", f"({rows},) would work"
-            )
+        check_bias(bias, self.shape)
         check_supported(x)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -120,7 +109,10 @@ class Prepared(ABC):
 
 
 class PreparedMatrix(Prepared):
-    """Abstract: one quantized matrix."""
+    """Abstract: one quantized matrix. Copied and pickled as its codes and parameters, which are prepared anew."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return again, parts(type(self), self.qtensor(), self.kernel, self.activation)
 
     @abstractmethod
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
@@ -223,7 +215,9 @@ class NativePrepared(Addressed, PreparedMatrix):
         if isinstance(activation, Fixed) and self.rounds_inputs:
             self._grid = (activation.scale, activation.zero)
             if activation.zero != CENTRE:
-                self._addend = activation.scale * (CENTRE - activation.zero) * reference.row_sums(qtensor).float()
+                # of the levels that are multiplied: what stands for 0 times them is 0
+                sums = reference.row_sums(self._strips(self._levels), self.shape[0])
+                self._addend = activation.scale * (CENTRE - activation.zero) * sums.float()
         self.company = (self._isa, self._x_block, activation, self._by_sums, self._as_bfloat16)
 
     @cached_property
@@ -278,9 +272,12 @@ class NativePrepared(Addressed, PreparedMatrix):
         return reference.int24(rounded) if integers and self._table is None else rounded
 
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
-        """As :meth:`PreparedMatrix.decoded`; a strip is a view of memory that the next one overwrites."""
+        return self._strips(self._table)
+
+    def _strips(self, tables: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """:meth:`decoded`, by these levels; a strip is a view of memory that the next one overwrites."""
         rows, columns = self.shape
-        strip, matrices = rows_of_strip(columns, ROWS), self._with(self._table)
+        strip, matrices = rows_of_strip(columns, ROWS), self._with(tables)
         weight = torch.empty(columns, min(strip, -(-rows // ROWS) * ROWS))  # (columns, rows of the strip)
         for row in range(0, rows, strip):
             last = min(row + strip, rows)

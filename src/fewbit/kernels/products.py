@@ -48,7 +48,7 @@ def _run(a: Tensor, b: Tensor, left: Fixed, right: Fixed, isa: native.Isa | None
     y = torch.empty(*leading, a.shape[-2], b.shape[-1])
     if not native.available() or not y.numel() or not a.shape[-1]:
         return reference.integer_matmul(a, b, left, right).to(a.dtype)
-    first, second = (_matrices(x.detach().float(), leading) for x in (a, b))
+    first, second = (_matrices(x.detach().resolve_neg().float(), leading) for x in (a, b))
     outer, middle, rows, inner = first.shape
     native.core().int8_matmul(
         _members(first, left),

@@ -4,7 +4,7 @@ can: a few rows at a time are dequantized and multiplied by torch, so that memor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -58,10 +58,10 @@ def int24(x: Tensor) -> Tensor:
     return torch.where(torch.isfinite(most), rounded, torch.nan)
 
 
-def row_sums(qtensor: QTensor) -> Tensor:
-    """Of the decoded weights: float64 (rows,)."""
-    sums = torch.empty(qtensor.shape[0], dtype=torch.float64)
-    for cut, weight in decoded(qtensor):
+def row_sums(strips: Iterable[tuple[slice, Tensor]], rows: int) -> Tensor:
+    """Of decoded weights, as :func:`decoded` gives them: float64 (rows,)."""
+    sums = torch.empty(rows, dtype=torch.float64)
+    for cut, weight in strips:
         sums[cut] = weight.sum(1, dtype=torch.float64)
     return sums
 

@@ -34,7 +34,7 @@ class Rewriting:
         known = x.is_cpu and x.dtype in native.DTYPES
         if not self._mixes or not known or not x.numel() or wants_gradients(x) or not native.available():
             return self.chain.apply(x)
-        flat = x.float().reshape(-1, x.shape[-1]).contiguous()
+        flat = x.resolve_neg().float().reshape(-1, x.shape[-1]).contiguous()
         out, (tokens, columns) = torch.empty_like(flat), flat.shape
         steps = tuple(
             (factor.data_ptr(), block, 0 if matrix is None else matrix.data_ptr(), order)

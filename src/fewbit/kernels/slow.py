@@ -13,14 +13,14 @@ from fewbit.core.qtensor import QTensor
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels import reference
 from fewbit.kernels.prepared import PreparedMatrix
+from fewbit.kernels.table import Kernel
 
 
 class ReferencePrepared(PreparedMatrix):
     """Any format and layout, dequantized a few rows at a time at every call."""
 
-    kernel = "reference"
-
-    def __init__(self, qtensor: QTensor, activation: Format | None = None) -> None:
+    def __init__(self, qtensor: QTensor, kernel: Kernel, activation: Format | None = None) -> None:
+        self.kernel = kernel.name
         self._qtensor, self.shape, self.activation = qtensor, qtensor.shape, activation
 
     def run(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

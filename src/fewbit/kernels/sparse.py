@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fewbit.core.terms import Sparse
 from fewbit.kernels import native
+from fewbit.kernels.copies import Addressed
 from fewbit.kernels.inputs import given
 from fewbit.kernels.native import Isa
-from fewbit.kernels.prepared import Addressed
 from fewbit.kernels.table import Kernel
 
 SLICE, WINDOW = 8, 256

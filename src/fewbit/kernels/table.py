@@ -62,6 +62,10 @@ WEIGHTS = {"int24": "affine", "int8": "affine", "xnor": "affine", "int8_vector":
 """The family of weights that rows of another family run."""
 
 
+MEANT: dict[str, tuple[Family, ...]] = {"affine": ("affine",), "lut": ("lut", "row_lut"), "vector": ("vector",)}
+"""Rows of float products by the family of weights."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One row: ``y = x W^T + bias`` for weights of one family, on one instruction set, from one layout.
@@ -287,6 +291,14 @@ class Choice:
     @property
     def kernel(self) -> Kernel:
         return named(self.name)
+
+
+def no_row(choice: Choice, format: Format) -> str:
+    """Why none of the rows that are made for weights such as ``format``, float inputs and any processor runs it."""
+    found = family(format)
+    refused = ((name, reason) for name, reason in choice.reasons.items() if named(name).isa == "serial")
+    meant = [f"{name} {reason}" for name, reason in refused if named(name).family in MEANT.get(found, ())]
+    return "; ".join(meant) or f"{format.name} is {found}"
 
 
 def named(kernel: str) -> Kernel:

@@ -32,6 +32,8 @@ class Store(nn.Module):
     as they are, or None where they will be loaded.
     """
 
+    _released = False
+
     def __init__(self, plain: T.Plain, weight: T.Weight | None = None) -> None:
         super().__init__()
         self.plain = plain
@@ -62,8 +64,9 @@ class Store(nn.Module):
         tensors = {array: getattr(self, f"weight_{array}") for array in self.arrays}
         for array, (dtype, size) in self.arrays.items():
             if tensors[array].dtype != dtype or tuple(tensors[array].shape) != size:
-                found = f"{tensors[array].dtype} {tuple(tensors[array].shape)}"
-                raise VerificationError(f"array weight_{array}: {dtype} {size}", f"found {found}")
+                found = f"found {tensors[array].dtype} {tuple(tensors[array].shape)}"
+                works = "casting a layer's inputs alone: it computes in their dtype"
+                raise VerificationError(f"array weight_{array}: {dtype} {size}", found, works)
         return T.restore(self.plain, tensors)
 
     def qtensor(self) -> QTensor:
@@ -81,6 +84,20 @@ class Store(nn.Module):
         """Drop the arrays: a kernel's own layout holds the same codes and parameters from now on."""
         for array, (dtype, _) in self.arrays.items():
             setattr(self, f"weight_{array}", torch.empty(0, dtype=dtype))
+        self._released = True
+
+    def regain(self) -> None:
+        """Hold the arrays again; the next call prepares them anew, for the fastest kernel."""
+        if self._released:
+            for array, tensor in T.arrays(self.weight_of(), self.plain).items():
+                setattr(self, f"weight_{array}", tensor)
+        self._released = False
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Into arrays as a file holds them, whatever form they have in memory."""
+        if any(key.startswith(prefix) for key in state_dict):
+            self.regain()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """The arrays as a file holds them, whatever form they have in memory."""
@@ -127,6 +144,10 @@ class Multiplier(Store):
             self.prepare()
         assert self._prepared is not None
         return self._prepared
+
+    def regain(self) -> None:
+        super().regain()
+        self._prepared = None
 
     def round_inputs(self, format: Format | None) -> None:
         """From now on round inputs to ``format``, token by token; the codes stay where they are."""
@@ -186,6 +207,10 @@ class QuantLinear(Multiplier):
         self._rewrite = self.rewrite()
         self._rewriting = kernels.Rewriting(self._rewrite)
 
+    def regain(self) -> None:
+        super().regain()
+        self._rewrite = self._rewriting = None
+
     def rewrite(self) -> R.Chain:
         """What inputs go through first, sharing the buffers' memory.
 
@@ -231,6 +256,11 @@ class QuantEmbedding(Store):
         self._head = [head]
         self.release()
 
+    def regain(self) -> None:
+        """The head keeps a matrix of its own."""
+        super().regain()
+        self._head = []
+
     def weight_of(self) -> T.Weight:
         return self._head[0].weight_of() if self._head else super().weight_of()
 
@@ -256,6 +286,10 @@ class ExpertBank(Store):
             part = QTensor.of(whole.format, codes[rows], {key: value[rows] for key, value in params.items()})
             self._prepared[expert] = kernels.prepare(part, kernel)
         self.release()
+
+    def regain(self) -> None:
+        super().regain()
+        self._prepared = {}
 
     def weight_of(self) -> T.Weight:
         """All experts stacked by rows."""

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized layers as torch modules: copied, pickled, saved and loaded as any other, before and after preparing."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from fewbit import formats, methods
+from fewbit.containers import terms as T
+from fewbit.core.terms import Dense, Terms
+from fewbit.errors import VerificationError
+from fewbit.layouts.dense import DENSE
+from fewbit.model.layers import ExpertBank, QuantEmbedding, QuantLinear
+
+FORMATS = ("sign/channel", "int3/g32/sym", "int4/g32/asym", "nf4/g64", "palette3/row", "vector4x8", "palette4/rows16")
+
+
+def layer(spelling: str, seed: int = 0, activation: str | None = None) -> QuantLinear:
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(96, 40)
+    linear.bias.data = torch.randn(40, generator=generator)
+    return QuantLinear.of(
+        linear, methods.rtn(torch.randn(40, 96, generator=generator), formats.parse(spelling)).repack(DENSE), activation
+    )
+
+
+def saved(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+
+COPIES = {"pickle": lambda module: pickle.loads(pickle.dumps(module)), "deepcopy": copy.deepcopy, "torch.save": saved}
+
+
+@pytest.mark.parametrize("activation", [None, "int8/channel/sym", "int8/channel/outliers2"])
+@pytest.mark.parametrize("spelling", FORMATS)
+@pytest.mark.parametrize("duplicate", COPIES)
+@torch.no_grad()
+def test_a_prepared_layer_is_copied_as_any_module(duplicate: str, spelling: str, activation: str | None) -> None:
+    made, x = layer(spelling, activation=activation), torch.randn(3, 96)
+    expected = made(x)
+    twin = COPIES[duplicate](made)
+    assert torch.equal(twin(x), expected) and twin.prepared.kernel == made.prepared.kernel
+    file = len(pickle.dumps(layer(spelling, activation=activation)))
+    assert len(pickle.dumps(made)) < 2 * file + 4096  # not the memory that arrays of all layers lie in
+
+
+@torch.no_grad()
+def test_a_prepared_sum_of_terms_is_copied_as_well() -> None:
+    linear, x = nn.Linear(96, 40), torch.randn(3, 96)
+    parts = tuple(
+        Dense(methods.rtn(torch.randn(40, 96), formats.parse(f)).repack(DENSE))
+        for f in ("int4/g32/sym", "int3/g32/sym")
+    )
+    made = QuantLinear.of(linear, Terms((40, 96), parts))
+    expected = made(x)
+    assert all(torch.equal(duplicate(made)(x), expected) for duplicate in COPIES.values())
+
+
+@pytest.mark.parametrize("spelling", FORMATS)
+@torch.no_grad()
+def test_arrays_are_loaded_into_a_layer_that_has_run(spelling: str) -> None:
+    first, second, x = layer(spelling, 1), layer(spelling, 2), torch.randn(3, 96)
+    expected, other = first(x), second(x)
+    assert not torch.equal(expected, other)
+    assert str(second.load_state_dict(first.state_dict())) == "<All keys matched successfully>"
+    assert torch.equal(second(x), expected) and torch.equal(first(x), expected)
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight_"):
+        second.load_state_dict({"bias": first.state_dict()["bias"]})
+
+
+@torch.no_grad()
+def test_so_they_are_into_experts_and_into_a_tied_embedding() -> None:
+    banks = [ExpertBank("int4/g32/sym", "dense", (16, 64), 3) for _ in range(2)]
+    for seed, bank in enumerate(banks):
+        weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(seed))
+        matrix = methods.rtn(weight, formats.parse("int4/g32/sym"))
+        for name, array in T.arrays(matrix, bank.plain).items():
+            setattr(bank, f"weight_{name}", array)
+        bank.prepare()
+    x = torch.randn(2, 64)
+    expected = x @ banks[0][1]
+    banks[1].load_state_dict(banks[0].state_dict())
+    assert torch.equal(x @ banks[1][1], expected)
+    head, ids = layer("int4/g32/sym"), torch.arange(40)
+    tied = QuantEmbedding("int4/g32/sym", "dense", (40, 96), None, torch.float32)
+    head.prepare()
+    tied.share(head)
+    before = tied(ids)
+    state = {name: array for name, array in layer("int4/g32/sym", 7).state_dict().items() if name != "bias"}
+    tied.load_state_dict(state)
+    assert torch.equal(tied(ids), layer("int4/g32/sym", 7).qtensor().dequantize())
+    assert torch.equal(head.qtensor().dequantize(), before)
+
+
+@pytest.mark.parametrize("spelling", FORMATS)
+@torch.no_grad()
+def test_what_methods_return_is_taken_before_a_layout_is_chosen(spelling: str) -> None:
+    matrix, x = methods.rtn(torch.randn(40, 96), formats.parse(spelling)), torch.randn(3, 96)
+    made = QuantLinear.of(nn.Linear(96, 40, bias=False), matrix)
+    assert torch.allclose(made(x), x @ matrix.dequantize().T, atol=1e-4)
+    assert torch.equal(copy.deepcopy(made)(x), made(x))
+
+
+@pytest.mark.parametrize("cast", [lambda made: made.bfloat16(), lambda made: made.double()])
+def test_a_cast_that_would_change_the_numbers_is_refused_with_what_works(cast: Callable[[nn.Module], None]) -> None:
+    made = layer("int4/g32/sym")
+    cast(made)
+    with pytest.raises(VerificationError, match="casting a layer's inputs alone"):
+        made(torch.randn(3, 96))
