@@ -79,6 +79,25 @@ def test_options_of_observers_reach_grids_and_the_manifest(tiny: Path, kept: Kep
     assert grids["int8/static/sym/percentile95"] != grids["int8/static/sym/percentile"]
 
 
+def test_the_plan_tells_the_grids_of_the_run(tiny: Path, kept: KeptFacts, tmp_path: Path) -> None:
+    """By rules of several kinds: those without static grids stay as they are, and a known grid what it is."""
+    known, open_ = "int8/static/sym/s0.05", "int8/static/asym/percentile"
+    rules = (Rule("*.up_proj", "int8/channel"), Rule("*.down_proj", "int8/channel", activation=known))
+    recipe = Recipe((*FLOATS, *rules, Rule("*", "int8/channel", activation=open_)))
+    planned = fewbit.plan(tiny, recipe, facts=kept.path)
+    assert planned.size_bytes == fewbit.plan(tiny, recipe).size_bytes
+    told = {one["name"]: one["activation"] for one in planned.to_json()["layers"] if one["method"]}
+    made = fewbit.quantize(tiny, recipe, out=tmp_path / "out", facts=kept.path, **FEW).manifest["layers"]
+    assert told == {layer["name"]: layer["activation"] for layer in made}
+    assert {None, known} < set(told.values()) and open_ not in told.values()
+
+
+def test_a_plan_from_facts_has_no_calibration_to_run(tiny: Path, kept: KeptFacts) -> None:
+    """100,000 windows would take minutes, and take none where facts are there instead."""
+    text, facts = (fewbit.plan(tiny, static("int8/static"), samples=100_000, **m) for m in ({}, {"facts": kept.path}))
+    assert facts.seconds < 60 < text.seconds
+
+
 def test_a_scheme_and_an_activation_are_one_too_many(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"scheme rounds activations to int8/channel/sym; format int8/channel/sym with"):
         fewbit.quantize(tiny, "W8A8", activation="int8/g64", out=tmp_path / "out")
@@ -117,6 +136,9 @@ def test_what_facts_cannot_tell_is_refused_before_any_work(
     with pytest.raises(SpecError, match=match):
         fewbit.quantize(tiny, recipe, out=tmp_path / "out", facts=kept.path, **FEW)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(SpecError, match=match):
+        fewbit.plan(tiny, recipe, facts=kept.path)
+    fewbit.plan(tiny, recipe)
 
 
 def test_facts_without_ranges_are_refused_and_serve_all_else(tiny: Path, tmp_path: Path) -> None:
@@ -126,6 +148,8 @@ def test_facts_without_ranges_are_refused_and_serve_all_else(tiny: Path, tmp_pat
         InputError, match=r"ranges of .*q_proj.* it was not collected; collect again without --no-ranges"
     ):
         fewbit.quantize(tiny, "W8A8_STATIC", out=tmp_path / "out", facts=some.path, **FEW)
+    with pytest.raises(InputError, match="it was not collected; collect again without --no-ranges"):
+        fewbit.plan(tiny, "W8A8_STATIC", facts=some.path)
     assert not (tmp_path / "out").exists()
     fewbit.quantize(tiny, "int4/g32", method="clip", out=tmp_path / "out", facts=some.path, **FEW)
 

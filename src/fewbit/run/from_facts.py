@@ -8,11 +8,13 @@ rewritten since, or on the text itself, is refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from fewbit import methods
+from fewbit import formats, methods
 from fewbit.calibrate import Calibration
 from fewbit.errors import SpecError
+from fewbit.formats.fixed import Fixed
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.recipe import Recipe
 from fewbit.run import opening as O
@@ -78,3 +80,18 @@ def read(
             kept.require(decision.site.name, methods.named(decision.rule.method).needs)
             kept.require(decision.site.name, "ranges" if decision.rule.open_grid else "nothing")
     return kept, None
+
+
+def bound(planned: Plan, kept: KeptFacts) -> Plan:
+    """``planned`` with the grids of inputs that ``kept`` fixes; those behind transforms follow from these, which are
+    not known before the run."""
+    return replace(planned, decisions=[_bound(decision, kept) for decision in planned.decisions])
+
+
+def _bound(decision: Decision, kept: KeptFacts) -> Decision:
+    rule, site = decision.rule, decision.site
+    if rule is None or not rule.open_grid or rule.transforms or site.block is None:
+        return decision
+    grid = formats.parse(rule.activation or "")
+    assert isinstance(grid, Fixed)
+    return replace(decision, rule=replace(rule, activation=grid.observed(kept.ranges(site)).name))
