@@ -46,7 +46,7 @@ def test_a_plan_tells_what_facts_fix_and_what_they_lack(tiny: Path, command: Com
     assert "inputs" not in command("plan", tiny, "-f", "int4/g32", "--facts", facts).stdout
     for more, words in (
         (("-f", "int4/g32", "-m", "gptq"), "--no-gram"),
-        (("-f", "int4/g32", "-m", "clip", "--tune", "scales"), "leave out the facts"),
+        (("-f", "int4/g32", "-m", "clip", "--tune", "scales"), "--calibration TEXT and no --facts"),
         ((*asked, "--transform", "rotate"), "rewrites its inputs"),
     ):
         refused = command("plan", tiny, *more, "--facts", facts)

@@ -172,7 +172,7 @@ class Learner:
     def _inputs(self, decision: Decision) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         rule, site = decision.rule, decision.site
         assert rule is not None and rule.activation is not None
-        format, steps = formats.parse(rule.activation), []
+        format, steps = _known(formats.parse(rule.activation)), []
         for number, step in enumerate(rule.transforms):
             if (row := transforms.named(step.name)).needs == "nothing":
                 shape = torch.empty(site.shape, device="meta")
@@ -196,6 +196,14 @@ def through(x: Tensor, format: Format, rounded: Tensor) -> Tensor:
     reach = B.split(flat, format.block).abs().amax(-1, keepdim=True)
     error = error * (reach / reach.detach().clamp_min(torch.finfo(x.dtype).tiny))
     return x + B.join(error, x.shape[-1]).reshape(x.shape)
+
+
+def _known(format: Format) -> Format:
+    """``format`` of inputs; for a grid that calibration fixes only once rotations are learned, the one of as many bits
+    that every token finds for itself."""
+    if not isinstance(format, formats.Fixed) or format.bound:
+        return format
+    return formats.parse(f"int{format.bits}/channel/{'sym' if format.symmetric else 'asym'}")
 
 
 def _turn(matrix: Tensor) -> Turn:
