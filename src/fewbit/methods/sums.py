@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What sums of terms learn: every matrix in them what it would learn alone, and scales of rows, columns and ranks.
 
-With all codes fixed (``learned``) a matrix learns what :class:`fewbit.methods.scales.Scales` says, and other scales
-move as its arrays do. With vectors chosen again (``chosen``) a matrix learns what
-:class:`fewbit.methods.vectors.Vectors` says, and other scales stand still. Sparse entries always do.
+With all codes fixed (``learned``) a matrix learns what :class:`fewbit.methods.scales.Scales` says, with vectors chosen
+again (``chosen``) what :class:`fewbit.methods.vectors.Vectors` says. Other scales move as arrays of the former do, in
+either case. Sparse entries stand still.
 """
 
 from __future__ import annotations
@@ -27,20 +27,19 @@ Path = tuple[str, ...]
 
 def learned(weight: Tensor, made: QTensor | Terms) -> Learnable:
     """What of ``made`` can be learned under fixed codes."""
-    return Scales(weight, made) if isinstance(made, QTensor) else Sum(weight, made, Scales, scales.refuse, True)
+    return Scales(weight, made) if isinstance(made, QTensor) else Sum(weight, made, Scales, scales.refuse)
 
 
 def chosen(weight: Tensor, made: QTensor | Terms) -> Learnable:
     """What of ``made`` can be learned where vectors are chosen again."""
-    return Vectors(weight, made) if isinstance(made, QTensor) else Sum(weight, made, Vectors, vectors.refuse, False)
+    return Vectors(weight, made) if isinstance(made, QTensor) else Sum(weight, made, Vectors, vectors.refuse)
 
 
 class Sum(Learnable):
     """Each value is that of an array of a matrix, or of a scale, called by the way to it: ``1.left.scale`` is that of
     the left factor of the second term.
 
-    ``one(weight, matrix)`` is what a matrix learns that ``refuse(format)`` lets pass; ``with_scales``:
-    whether what scales rows, columns and ranks is learned as well.
+    ``one(weight, matrix)`` is what a matrix learns that ``refuse(format)`` lets pass.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class Sum(Learnable):
         made: Terms,
         one: Callable[[Tensor, QTensor], Learnable],
         refuse: Callable[[Format], str | None],
-        with_scales: bool,
     ) -> None:
         self._made = made
         self._matrices: dict[Path, Learnable] = {}
@@ -57,7 +55,7 @@ class Sum(Learnable):
         self._scales: dict[Path, Tensor] = {}
         for path, leaf, wanted in _leaves(made, (), weight):
             if isinstance(leaf, Tensor):
-                (self._scales if with_scales else self._fixed)[path] = leaf
+                self._scales[path] = leaf
             elif refuse(leaf.format) is None:
                 self._matrices[path] = one(leaf.dequantize() if wanted is None else wanted, leaf)
             else:
