@@ -33,6 +33,7 @@ from fewbit.core.transform import seed_of
 from fewbit.core.tuning import Learnable, Values
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels.reference import round_activations
+from fewbit.model.hooks import hooked
 from fewbit.network.ends import Ends
 from fewbit.network.feeding import Batch, call
 from fewbit.network.fold import tensors
@@ -287,12 +288,8 @@ def _relative(error: Tensor, size: Tensor, power: float) -> Tensor:
 def _outputs(network: nn.Module, names: Iterable[str]) -> Iterator[list[list[Tensor]]]:
     """While open, what the modules ``names`` return, call by call in the order in which they run."""
     found: list[list[Tensor]] = []
-    handles = [
+    with hooked(
         network.get_submodule(name).register_forward_hook(lambda _, __, output: found.append(tensors(output)))
         for name in names
-    ]
-    try:
+    ):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()

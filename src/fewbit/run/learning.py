@@ -26,6 +26,7 @@ from fewbit.core.rewrite import Chain
 from fewbit.core.transform import seed_of
 from fewbit.kernels.reference import round_activations
 from fewbit.model.finite import finite
+from fewbit.model.hooks import hooked
 from fewbit.model.loading import place
 from fewbit.model.skeleton import build
 from fewbit.model.stream import StreamedModel
@@ -158,16 +159,12 @@ class Learner:
     @contextmanager
     def rounding(self) -> Iterator[None]:
         """While open, layers see their inputs rounded as they will be, after the rotation that they then go through."""
-        handles = [
+        with hooked(
             self.model.module.get_submodule(decision.site.name).register_forward_pre_hook(self._inputs(decision))
             for decision in self.decisions
             if decision.rule is not None and decision.rule.activation is not None
-        ]
-        try:
+        ):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _inputs(self, decision: Decision) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         rule, site = decision.rule, decision.site
