@@ -12,8 +12,9 @@ from torch import Tensor
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, reference
+from fewbit.kernels.decoded import DECODED, multiply_decoded
 from fewbit.kernels.inputs import given
-from fewbit.kernels.prepared import DECODED, Addressed, PreparedMatrix, multiply_decoded
+from fewbit.kernels.prepared import Addressed, PreparedMatrix
 from fewbit.kernels.table import Kernel
 
 
