@@ -16,7 +16,7 @@ from fewbit.core.facts import Facts
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Columns, Dense, Product, Sparse, Terms, matrices
 from fewbit.methods.scales import Scales
-from fewbit.methods.sums import Sum, chosen, learned
+from fewbit.methods.sums import SHARE, Sum, chosen, learned
 from fewbit.methods.vectors import Vectors
 
 ROWS, COLUMNS = 5, 12
@@ -182,14 +182,14 @@ def test_norms_learn_beside_vectors_that_are_chosen_again(options: dict[str, flo
     before = learner.weight(values).double()
     for name, axis in (("row_scale", 1), ("column_scale", 0)):
         start, moved, other = getattr(made, name), getattr(end, name), ("column_scale", "row_scale")[axis == 0]
-        assert torch.equal(moved, (start.float() * (1 + values[name])).half())
+        assert torch.equal(moved, (start.float() * (1 + SHARE * values[name])).half())
         across = shown * getattr(end, other).double().unsqueeze(1 - axis) * pulled
-        expected = across.sum(axis) * start.double()
+        expected = across.sum(axis) * start.double() * SHARE
         assert bool(((found[name] - expected).abs() <= 1e-5 * (across * start.unsqueeze(axis)).abs().sum(axis)).all())
         for i in range(len(start)):
             further = {key: value.clone() for key, value in values.items()}
             further[name][i] += 0.5
             change = (learner.weight(further).double() - before) * pulled
             # half a unit, itself off by the rounding of both ends to float16
-            limit = 2.0**-9 * float(change.abs().sum()) + 1e-5
+            limit = 2.0**-10 / (0.5 * SHARE) * float(change.abs().sum()) + 1e-5
             assert abs(0.5 * float(found[name][i]) - float(change.sum())) <= limit
