@@ -14,6 +14,7 @@ from fewbit.commands.arguments import (
     Calibration,
     Debug,
     Device,
+    Facts,
     Folder,
     Force,
     Format,
@@ -69,9 +70,7 @@ def quantize(
     tune: Tuning = None,
     activation: Rounded = None,
     calibration: Calibration = None,
-    facts: Annotated[
-        Path | None, typer.Option("--facts", help="A folder of `fewbit calibrate`, instead of calibrating.")
-    ] = None,
+    facts: Facts = None,
     head: Head = "int8/g64",
     samples: Samples = 128,
     context: Window = 512,
@@ -137,6 +136,7 @@ def plan(
     tune: Tuning = None,
     activation: Rounded = None,
     calibration: Calibration = None,
+    facts: Facts = None,
     head: Head = "int8/g64",
     samples: Samples = 128,
     context: Window = 512,
@@ -151,7 +151,8 @@ def plan(
     from fewbit.commands.quantize import Request
 
     what = (model, format, method, recipe, option, transform, tune)
-    request = Request(*what, calibration, head, samples, context, seed, threads, force, activation=activation)
+    data = (calibration, head, samples, context, seed)
+    request = Request(*what, *data, threads, force, facts=facts, activation=activation)
     command.run(request, json)
 
 

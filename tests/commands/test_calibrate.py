@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,3 +31,23 @@ def test_collect_merge_quantize_inspect(tiny: Path, command: Command, tmp_path: 
     assert result.exit_code == 0 and "palette3/rows16 + sparse" in result.stdout
     result = command("quantize", tiny, "-o", tmp_path / "not", "-f", "int4/g32", "-m", "gptq", "--facts", both)
     assert result.exit_code == 3 and "--no-gram" in result.stderr
+
+
+def test_a_plan_tells_what_facts_fix_and_what_they_lack(tiny: Path, command: Command, tmp_path: Path) -> None:
+    facts, asked = tmp_path / "facts", ("-f", "W8A8_STATIC", "--head", "float")
+    result = command("calibrate", tiny, "-o", facts, "--no-gram", "--no-fisher", *TEXT)
+    assert result.exit_code == 0, result.stderr
+    for more, grid in (((), "int8/static/asym/mse"), (("--facts", facts), r"int8/static/asym/s[\d.e-]+/z\d+")):
+        shown = command("plan", tiny, *asked, *more, "--json", tmp_path / "plan.json")
+        assert shown.exit_code == 0 and "inputs" in shown.stdout, shown.stderr
+        planned = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["layers"]
+        grids = [layer["activation"] for layer in planned if layer["method"]]
+        assert len(grids) == 14 and all(re.fullmatch(grid, each) for each in grids)
+    assert "inputs" not in command("plan", tiny, "-f", "int4/g32", "--facts", facts).stdout
+    for more, words in (
+        (("-f", "int4/g32", "-m", "gptq"), "--no-gram"),
+        (("-f", "int4/g32", "-m", "clip", "--tune", "scales"), "--calibration TEXT and no --facts"),
+        ((*asked, "--transform", "rotate"), "rewrites its inputs"),
+    ):
+        refused = command("plan", tiny, *more, "--facts", facts)
+        assert refused.exit_code in (2, 3) and words in refused.stderr and refused.stdout == ""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewbit.core import facts as module
 from fewbit.core.facts import Accumulator, Facts
+from fewbit.core.rewrite import Scale
 from fewbit.errors import InputError
 
 EPS = torch.finfo(torch.float32).eps
@@ -82,6 +83,23 @@ def test_merging_is_a_monoid(sizes: tuple[int, int, int], seed: int) -> None:
             assert torch.equal(one, other)
     for one, other in zip(_sums(a.merge(b)), _sums(b.merge(a)), strict=True):
         assert torch.equal(one, other)
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.tuples(*[st.integers(0, 12)] * 3), seed=st.integers(0, 10**6))
+def test_ends_are_those_of_the_whole_stream_and_of_the_scaled_one_bit_for_bit(
+    sizes: tuple[int, int, int], seed: int
+) -> None:
+    x = inputs(sum(sizes), 5, seed)
+    a, b, c = (Facts.of(part, ranges=True) for part in x.split(list(sizes)))
+    scale = Scale(inputs(1, 5, seed + 1)[0].abs().half() + 2.0**-14)
+    for whole in (a.merge(b).merge(c), a.merge(b.merge(c)), c.merge(a).merge(b)):
+        scaled = scale.facts(whole)
+        assert whole.ends is not None and scaled.ends is not None
+        if len(x):
+            assert torch.equal(whole.ends, torch.stack((x.amin(0), x.amax(0))))
+            assert torch.equal(scaled.ends, torch.stack((scale.apply(x).amin(0), scale.apply(x).amax(0))))
+    assert Facts.of(x).ends is None and Facts.none(5).merge(a).ends is None
 
 
 def _sums(facts: Facts) -> tuple[Tensor, ...]:

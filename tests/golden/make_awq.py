@@ -8,58 +8,33 @@ points, what AWQ's search without the size of weights finds for the powers 0, 1/
 float64 (21,), mean squared errors of the outputs of these modules.
 """
 
-import lzma
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import llama
 import numpy as np
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-HERE = Path(__file__).parent
-WINDOWS, CONTEXT, GROUP = 12, 64, 32
-SHAPE = {
-    "vocab_size": 258,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "tie_word_embeddings": True,
-}
+GROUP = 32
 
 
-def model() -> LlamaForCausalLM:
-    """A block whose outputs are of the size of its inputs."""
-    torch.manual_seed(21)
-    network = LlamaForCausalLM(LlamaConfig(**SHAPE)).float().eval()
-    for name, parameter in network.named_parameters():
-        if "embed" in name:
-            parameter.data = (torch.randn(parameter.shape) * 32).round() / 32
-        elif parameter.ndim == 2:
-            parameter.data = (torch.randn(parameter.shape) / parameter.shape[1] ** 0.5).half().float()
-        else:
-            parameter.data = torch.randn(parameter.shape).exp().half().float()
-    return network
+def drawn(values: Tensor) -> Tensor:
+    """Of a matrix so that outputs are of the size of inputs; of a norm so that some channels are large."""
+    values = torch.randn(values.shape)
+    return values / values.shape[1] ** 0.5 if values.ndim == 2 else values.exp()
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    network = model()
+    network, ids = llama.block(21, heads=4, wide=128, weight=drawn), llama.windows()
     weights = {f"weight.{n}": p.detach().half().numpy() for n, p in network.named_parameters()}
-    prose = HERE.parent.parent / "src" / "fewbit" / "data" / "heldout.txt.xz"
-    with lzma.open(prose, "rt", encoding="ascii", errors="ignore") as file:
-        text = "_".join(file.read(4000).split())[: WINDOWS * CONTEXT]
-    ids = torch.tensor([ord(letter) - ord("!") + 2 for letter in text]).reshape(WINDOWS, CONTEXT)
     found: dict[str, list[float]] = {}
     search, loss = AWQModifier._compute_best_scale, AWQModifier._compute_loss
     at = [""]
@@ -86,11 +61,11 @@ def main() -> None:
                 AWQModifier(duo_scaling=False, n_grid=21),
                 QuantizationModifier(config_groups=groups, ignore=["lm_head"]),
             ],
-            num_calibration_samples=WINDOWS,
+            num_calibration_samples=llama.WINDOWS,
         )
     print(found)
     arrays = {name: np.array(found[name][:21]) for name in ("self_attn", "mlp")}
-    np.savez_compressed(HERE / "awq.npz", ids=ids.to(torch.uint8).numpy(), **arrays, **weights)
+    np.savez_compressed(llama.HERE / "awq.npz", ids=ids.to(torch.uint8).numpy(), **arrays, **weights)
 
 
 if __name__ == "__main__":

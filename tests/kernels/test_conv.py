@@ -16,8 +16,7 @@ from fewbit import formats, kernels
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, SpecError, UnsupportedError
-from fewbit.kernels import Window, conv, native
-from fewbit.kernels import prepared as prepared_module
+from fewbit.kernels import Window, conv, decoded, native
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -190,7 +189,7 @@ def test_strips_are_bounded_and_cut_anywhere(kernel: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("kernel", FLOAT_ROWS)
 def test_weights_are_decoded_a_strip_at_a_time(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared_module, "STRIP", 1)
+    monkeypatch.setattr(decoded, "STRIP", 1)
     monkeypatch.setattr(kernels.reference, "CHUNK", 1)
     for window, rows, shape in (CASES[2], CASES[14]):
         matrix, x, bias = case(window, rows, shape, kernel)

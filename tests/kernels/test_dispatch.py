@@ -19,9 +19,9 @@ from fewbit import formats, kernels, methods
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.kernels import native
-from fewbit.kernels.prepared import NativePrepared
 from fewbit.kernels.table import NAMES
 from fewbit.kernels.tile16 import pack_codes
+from fewbit.kernels.tiled import NativePrepared
 
 LUT = "int24_lut" if "avx2" in native.isas() and "avx512" not in native.isas() else "lut"
 """The family that a table runs on."""

@@ -28,7 +28,7 @@ from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import UnsupportedError
 from fewbit.formats.palette import WIDTHS
-from fewbit.kernels.prepared import DECODED
+from fewbit.kernels.decoded import DECODED
 from fewbit.kernels.table import LOOKED_UP, MOST_ROW_BITS, PRODUCTS
 from fewbit.kernels.vector16 import VECTOR16
 

@@ -13,7 +13,7 @@ from fewbit import kernels
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError
 from fewbit.kernels import native
-from fewbit.kernels.prepared import AS_BFLOAT16
+from fewbit.kernels.tiled import AS_BFLOAT16
 
 
 def multiplies_bfloat16(matrix: kernels.Prepared) -> bool:

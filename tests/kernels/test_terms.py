@@ -19,7 +19,7 @@ from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Columns, Dense, Product, Sparse, Term, Terms
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.kernels import native
-from fewbit.kernels.prepared import DECODED
+from fewbit.kernels.decoded import DECODED
 
 EPS = 2.0**-24
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

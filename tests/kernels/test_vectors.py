@@ -17,7 +17,7 @@ from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.formats.vector import LENGTHS, Vector
 from fewbit.kernels import COLUMN8, column8, native
-from fewbit.kernels.prepared import DECODED
+from fewbit.kernels.decoded import DECODED
 
 ROWS = [row.name for row in HERE if row.family == "vector"]
 
@@ -75,7 +75,7 @@ def test_long_batches_and_decoded_weights(kernel: str, monkeypatch: pytest.Monke
     matrix = vectors(Vector(6, 10, 4, 16), (211, 40), generator(3))
     ready = kernels.prepare(matrix, kernel)
     for strip in (1, 40 * 100, 1 << 19):
-        monkeypatch.setattr("fewbit.kernels.prepared.STRIP", strip)
+        monkeypatch.setattr("fewbit.kernels.decoded.STRIP", strip)
         parts = [weight.clone() for _, weight in ready.decoded()]
         assert torch.equal(torch.cat(parts), matrix.dequantize())
     x, bias = torch.randn(DECODED, 40, generator=generator(4)), torch.randn(211, generator=generator(5))

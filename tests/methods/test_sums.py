@@ -16,7 +16,7 @@ from fewbit.core.facts import Facts
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Columns, Dense, Product, Sparse, Terms, matrices
 from fewbit.methods.scales import Scales
-from fewbit.methods.sums import Sum, chosen, learned
+from fewbit.methods.sums import SHARE, Sum, chosen, learned
 from fewbit.methods.vectors import Vectors
 
 ROWS, COLUMNS = 5, 12
@@ -150,17 +150,46 @@ def test_vectors_under_scales_start_on_the_side_of_the_float_weight(options: dic
     assert torch.equal(still.weight(still.start), dead.dequantize())
 
 
-def test_where_vectors_are_chosen_again_everything_else_stands_still() -> None:
+def test_where_vectors_are_chosen_again_other_matrices_stand_still() -> None:
     """A sum of two: neither term alone stands for the weight, so that each starts, and stays, where it is."""
     vectors, dense = rounded("vector2x2", 6, COLUMNS), rounded("int4/g4/min", 6, COLUMNS)
     made = Terms((6, COLUMNS), (Dense(vectors), Dense(dense)), scale(6), scale(COLUMNS))
     learner = chosen(normal(6, COLUMNS), made)
-    assert isinstance(learner, Sum) and set(learner.start) == {"0.offset", "0.codebook"}
+    assert isinstance(learner, Sum) and set(learner.start) == {"0.offset", "0.codebook", "row_scale", "column_scale"}
     assert isinstance(learner._matrices[("0",)], Vectors)
     assert not learner.gradient(learner.start, normal(6, COLUMNS, seed=5))["0.offset"].any()
-    values = {**learner.start, "0.codebook": 0.3 * normal(*learner.start["0.codebook"].shape, seed=4)}
+    values = {key: 0.3 * normal(*array.shape, seed=4) for key, array in learner.start.items()}
     end = learner.freeze(values)
     assert torch.equal(end.dequantize(), learner.weight(values))
-    assert torch.equal(end.row_scale, made.row_scale) and torch.equal(end.column_scale, made.column_scale)  # type: ignore[arg-type]
     assert not torch.equal(matrices(end)[0].dequantize(), vectors.dequantize())
     assert torch.equal(matrices(end)[1].dequantize(), dense.dequantize())
+
+
+@pytest.mark.parametrize("options", [{}, {"outliers": 0.25, "outlier_bits": 4}])
+def test_norms_learn_beside_vectors_that_are_chosen_again(options: dict[str, float]) -> None:
+    """The gradient of every norm where vectors, books and norms have moved, from the definition in float64: with V what
+    vectors stand for, W = diag(r) V diag(c) is linear in r and in c, whatever V is; and the same by differences."""
+    weight = normal(16, COLUMNS) * scale(16).float()[:, None] ** 3
+    x = normal(200, COLUMNS, seed=1) @ normal(COLUMNS, COLUMNS, seed=2)
+    made = methods.vptq(weight, formats.parse("vector4x4"), Facts.of(x, gram=True), norm="both", **options)
+    learner, grad = chosen(weight, made), normal(16, COLUMNS, seed=9)
+    assert isinstance(learner, Sum)
+    values = {key: 0.2 * normal(*a.shape, seed=i).clamp(-1, 1) for i, (key, a) in enumerate(learner.start.items())}
+    found, end = learner.gradient(values, grad), learner.freeze(values)
+    assert isinstance(end, Terms) and torch.equal(end.dequantize(), learner.weight(values))
+    shown, pulled = replace(end, row_scale=None, column_scale=None).dequantize().double(), grad.double()
+    assert not torch.equal(shown.float(), replace(made, row_scale=None, column_scale=None).dequantize())
+    before = learner.weight(values).double()
+    for name, axis in (("row_scale", 1), ("column_scale", 0)):
+        start, moved, other = getattr(made, name), getattr(end, name), ("column_scale", "row_scale")[axis == 0]
+        assert torch.equal(moved, (start.float() * (1 + SHARE * values[name])).half())
+        across = shown * getattr(end, other).double().unsqueeze(1 - axis) * pulled
+        expected = across.sum(axis) * start.double() * SHARE
+        assert bool(((found[name] - expected).abs() <= 1e-5 * (across * start.unsqueeze(axis)).abs().sum(axis)).all())
+        for i in range(len(start)):
+            further = {key: value.clone() for key, value in values.items()}
+            further[name][i] += 0.5
+            change = (learner.weight(further).double() - before) * pulled
+            # half a unit, itself off by the rounding of both ends to float16
+            limit = 2.0**-10 / (0.5 * SHARE) * float(change.abs().sum()) + 1e-5
+            assert abs(0.5 * float(found[name][i]) - float(change.sum())) <= limit

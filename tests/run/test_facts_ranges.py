@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit import formats
@@ -19,6 +22,7 @@ from fewbit.formats.fixed import Fixed
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import ModelStep, Recipe, Rule, Step
+from fewbit.run import opening
 from fewbit.run.collecting import merge
 from fewbit.run.facts import KeptFacts, inputs_file
 
@@ -79,6 +83,25 @@ def test_options_of_observers_reach_grids_and_the_manifest(tiny: Path, kept: Kep
     assert grids["int8/static/sym/percentile95"] != grids["int8/static/sym/percentile"]
 
 
+def test_the_plan_tells_the_grids_of_the_run(tiny: Path, kept: KeptFacts, tmp_path: Path) -> None:
+    """By rules of several kinds: those without static grids stay as they are, and a known grid what it is."""
+    known, open_ = "int8/static/sym/s0.05", "int8/static/asym/percentile"
+    rules = (Rule("*.up_proj", "int8/channel"), Rule("*.down_proj", "int8/channel", activation=known))
+    recipe = Recipe((*FLOATS, *rules, Rule("*", "int8/channel", activation=open_)))
+    planned = fewbit.plan(tiny, recipe, facts=kept.path)
+    assert planned.size_bytes == fewbit.plan(tiny, recipe).size_bytes
+    told = {one["name"]: one["activation"] for one in planned.to_json()["layers"] if one["method"]}
+    made = fewbit.quantize(tiny, recipe, out=tmp_path / "out", facts=kept.path, **FEW).manifest["layers"]
+    assert told == {layer["name"]: layer["activation"] for layer in made}
+    assert {None, known} < set(told.values()) and open_ not in told.values()
+
+
+def test_a_plan_from_facts_has_no_calibration_to_run(tiny: Path, kept: KeptFacts) -> None:
+    """100,000 windows would take minutes, and take none where facts are there instead."""
+    text, facts = (fewbit.plan(tiny, static("int8/static"), samples=100_000, **m) for m in ({}, {"facts": kept.path}))
+    assert facts.seconds < 60 < text.seconds
+
+
 def test_a_scheme_and_an_activation_are_one_too_many(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"scheme rounds activations to int8/channel/sym; format int8/channel/sym with"):
         fewbit.quantize(tiny, "W8A8", activation="int8/g64", out=tmp_path / "out")
@@ -104,9 +127,20 @@ def test_merged_facts_fix_the_grids_of_both_texts(tiny: Path, kept: KeptFacts, t
 @pytest.mark.parametrize(
     "recipe, match",
     [
-        (static("int8/static", "smooth"), "grid of int8/static for .*q_proj.* smooth rewrites its inputs"),
-        (static("int8/static", "rotate"), "rotate rewrites its inputs.*without transforms.*int8/channel needs no"),
-        (static("int8/static", model=ModelStep("quarot")), "quarot changes what its layers see.*leave out quarot"),
+        (
+            static("int8/static", "smooth"),
+            "grid of int8/static for .*q_proj.* smooth rewrites its inputs.*--calibration TEXT and no --facts,.*"
+            "int8/static/asym/minmax from these facts, or int8/channel, which needs no range",
+        ),
+        (
+            static("int4/static/sym/minmax", "smooth", "rotate"),
+            "; rotate rewrites.*--calibration TEXT and no --facts, .* will be, or int4/channel, which needs no range",
+        ),
+        (static("int8/static/asym/minmax", "hadamard"), "hadamard rewrites its inputs.*nothing of what these mix to"),
+        (
+            static("int8/static", model=ModelStep("quarot")),
+            "quarot changes what its layers see.*--calibration TEXT and no --facts.*leave out quarot",
+        ),
         (static("int8/channel", model=ModelStep("spinquant")), "spinquant from facts.*no text to learn from"),
         (Recipe((*FLOATS, Rule("*", "int4/g32", "gptq")), ModelStep("quarot")), "method gptq .*quarot changes"),
     ],
@@ -117,6 +151,63 @@ def test_what_facts_cannot_tell_is_refused_before_any_work(
     with pytest.raises(SpecError, match=match):
         fewbit.quantize(tiny, recipe, out=tmp_path / "out", facts=kept.path, **FEW)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(SpecError, match=match):
+        fewbit.plan(tiny, recipe, facts=kept.path)
+    fewbit.plan(tiny, recipe)
+
+
+@pytest.mark.parametrize("symmetric", ["asym", "sym"])
+def test_extremes_behind_a_scale_of_every_channel_are_those_of_the_scaled_inputs(
+    tiny: Path, kept: KeptFacts, tmp_path: Path, symmetric: str
+) -> None:
+    """Of the layers that see what they see in the float model, bit for bit those of a run on the text; and of all, what
+    the float model shows, scaled by what is stored, but for the order of sums in its products."""
+    recipe, known = static(f"int8/static/{symmetric}/minmax", "smooth"), {}
+    for name, more in (("text", {}), ("facts", {"facts": kept.path})):
+        made = fewbit.quantize(tiny, recipe, out=tmp_path / name, **FEW, **more).manifest["layers"]
+        known[name] = {layer["name"]: formats.parse(layer["activation"]) for layer in made}
+    assert all(known["text"][f"model.layers.0.self_attn.{part}_proj"] == of for part, of in _attention(known["facts"]))
+    checkpoint, quantized = open_checkpoint(tiny), fewbit.load(tmp_path / "facts")
+    ids = opening.draw(checkpoint, checkpoint.words(), None, FEW["samples"], FEW["context"], 0, opening.silent).ids
+    floating, seen = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), {}
+    for name in known["facts"]:
+
+        def look(module: Any, given: tuple[torch.Tensor, ...], name: str = name) -> None:
+            seen[name] = given[0] * quantized.get_submodule(name).input_0_scale.float()
+
+        floating.get_submodule(name).register_forward_pre_hook(look)
+    with torch.no_grad():
+        floating(ids)
+    for name, grid in known["facts"].items():
+        wanted = grid.at(float(seen[name].min()), float(seen[name].max()))
+        assert grid.scale == pytest.approx(wanted.scale, rel=1e-4) and abs(grid.zero - wanted.zero) <= 1
+    assert len(seen) == 14 and len({grid.name for grid in known["facts"].values()}) > 7
+
+
+def _attention(grids: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(part, grids[f"model.layers.0.self_attn.{part}_proj"]) for part in "qkv"]
+
+
+def test_facts_of_versions_without_extremes_are_refused_behind_scales_and_serve_all_else(
+    tiny: Path, kept: KeptFacts, tmp_path: Path
+) -> None:
+    before = copied(kept, tmp_path / "before", lambda name: not name.endswith(".ends"))
+    for ask in (fewbit.plan, partial(fewbit.quantize, out=tmp_path / "out", **FEW)):
+        with pytest.raises(InputError, match=r"extremes of the inputs of .*q_proj.*; collect them again"):
+            ask(tiny, static("int8/static/asym/minmax", "smooth"), facts=before.path)
+    assert not (tmp_path / "out").exists()
+    fewbit.plan(tiny, static("int8/static/asym/minmax"), facts=before.path)
+
+
+def copied(kept: KeptFacts, folder: Path, keep: Callable[[str], bool]) -> KeptFacts:
+    """``kept`` without the arrays that are not to ``keep``."""
+    folder.mkdir()
+    described = read_json(kept.path / "facts.json")
+    for name in described["files"]:
+        file = open_safetensors(kept.path / name)
+        write_safetensors(folder / name, {key: file.get(key) for key in file.entries if keep(key)}, file.metadata)
+    write_json(folder / "facts.json", {**described, "files": {n: digest(folder / n) for n in described["files"]}})
+    return KeptFacts.read(folder)
 
 
 def test_facts_without_ranges_are_refused_and_serve_all_else(tiny: Path, tmp_path: Path) -> None:
@@ -126,6 +217,8 @@ def test_facts_without_ranges_are_refused_and_serve_all_else(tiny: Path, tmp_pat
         InputError, match=r"ranges of .*q_proj.* it was not collected; collect again without --no-ranges"
     ):
         fewbit.quantize(tiny, "W8A8_STATIC", out=tmp_path / "out", facts=some.path, **FEW)
+    with pytest.raises(InputError, match="it was not collected; collect again without --no-ranges"):
+        fewbit.plan(tiny, "W8A8_STATIC", facts=some.path)
     assert not (tmp_path / "out").exists()
     fewbit.quantize(tiny, "int4/g32", method="clip", out=tmp_path / "out", facts=some.path, **FEW)
 

@@ -15,9 +15,10 @@ import fewbit
 from fewbit import formats
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.formats.fixed import Fixed
+from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.layers import QuantLinear
 from fewbit.recipe import Recipe, Rule
-from fewbit.run import ranges
+from fewbit.run import opening, ranges
 
 Short = Callable[..., Any]
 Hashes = Callable[[Path], dict[str, str]]
@@ -76,6 +77,34 @@ def test_same_bytes_at_any_thread_count_and_with_transforms(short: Short, hashes
     plain = grids(short(tmp_path / "plain", "W8A8_STATIC", method="rtn").manifest)
     smoothed = grids(made.manifest)
     assert plain.keys() == smoothed.keys() and all(plain[name] != smoothed[name] for name in plain)
+
+
+@pytest.mark.parametrize(
+    "steps", [("smooth",), ("awq",), ("rotate",), ("hadamard",), ("smooth", "rotate"), ("quarot",), ("spinquant",)]
+)
+@torch.no_grad()
+def test_from_a_text_every_transform_goes_before_a_static_grid(
+    short: Short, tiny: Path, tmp_path: Path, steps: tuple[str, ...]
+) -> None:
+    """And the grid is of what it makes: those of the first layers cover their rewritten inputs, and no more."""
+    transforms = [{"name": step, "steps": 2} if step == "spinquant" else step for step in steps]
+    asked: dict[str, Any] = {"activation": "int8/static/asym/minmax", "transforms": transforms, "head": "float"}
+    result = short(tmp_path / "out", "int8/channel", method="rtn", calibration_dtype="float32", **asked)
+    assert result.manifest["check"]["kl_mean"] < 0.05
+    found, model, seen = grids(result.manifest), fewbit.load(tmp_path / "out", dtype=torch.float32), {}
+    assert len(found) == 14
+    for part in "qkv":
+
+        def look(layer: Any, given: tuple[Tensor, ...], name: str = f"model.layers.0.self_attn.{part}_proj") -> None:
+            seen[name] = layer.rewrite().apply(given[0])
+
+        model.get_submodule(f"model.layers.0.self_attn.{part}_proj").register_forward_pre_hook(look)
+    checkpoint = open_checkpoint(tiny)
+    model(opening.draw(checkpoint, checkpoint.words(), None, 8, 64, 0, opening.silent).ids)
+    for name, x in seen.items():
+        wanted = found[name].at(float(x.min()), float(x.max()))
+        # the embedding that the rotation of a model moved is stored in 16 bits
+        assert found[name].scale == pytest.approx(wanted.scale, rel=2.0**-7), name
 
 
 def test_observers_differ_and_are_spelt_in_the_recipe(short: Short, tmp_path: Path) -> None:

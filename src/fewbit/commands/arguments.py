@@ -52,6 +52,7 @@ Calibration = Annotated[
     str | None,
     typer.Option("--calibration", help="A text or JSONL file, as of `fewbit tell`; default: one bundled."),
 ]
+Facts = Annotated[Path | None, typer.Option("--facts", help="A folder of `fewbit calibrate`, instead of calibrating.")]
 Head = Annotated[str, typer.Option("--head", help="Format of lm_head and embeddings; `float` keeps them as they are.")]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")]
 Window = Annotated[int, typer.Option("--context", min=2, help="Tokens in a calibration window.")]

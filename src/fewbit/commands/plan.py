@@ -14,7 +14,7 @@ from fewbit.report.rows import procedure
 
 def run(request: Request, json_target: str | None) -> None:
     """Print the plan; nothing is written but the JSON file."""
-    planned = fewbit.plan(request.model, request.recipe(), **request.planning()).to_json()
+    planned = fewbit.plan(request.model, request.recipe(), facts=request.facts, **request.planning()).to_json()
     write_json(json_target, planned)
     console = results(json_target)
     console.print(summary(planned))
@@ -42,13 +42,27 @@ def summary(planned: dict[str, Any]) -> Any:
 
 
 def layers(planned: dict[str, Any]) -> Any:
-    """Every layer: what happens to it, who will compute it, or why it stays."""
+    """Every layer: what happens to it, and to inputs where any are rounded, who will compute it, or why it stays."""
+    rounded = any(x["activation"] for x in planned["layers"])
+
+    def row(name: str, format: str, inputs: str | None, *rest: Any) -> tuple[Any, ...]:
+        return (name, format, inputs, *rest) if rounded else (name, format, *rest)
+
+    head = row("layer", "format", "inputs", "method", "kernel", "size", "why not quantized")
     rows = [
-        (x["name"], x["format"], procedure(x), x["kernel"] or None, N.size(x["nbytes"]), x["reason_skipped"])
+        row(
+            x["name"],
+            x["format"],
+            x["activation"],
+            procedure(x),
+            x["kernel"] or None,
+            N.size(x["nbytes"]),
+            x["reason_skipped"],
+        )
         for x in planned["layers"]
     ]
-    rows += [(x["name"], "as it is", None, None, N.size(x["nbytes"]), x["reason"]) for x in planned["kept"]]
-    return table(("layer", "format", "method", "kernel", "size", "why not quantized"), rows)
+    rows += [row(x["name"], "as it is", None, None, None, N.size(x["nbytes"]), x["reason"]) for x in planned["kept"]]
+    return table(head, rows)
 
 
 def warn(planned: dict[str, Any]) -> None:

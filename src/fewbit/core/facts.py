@@ -48,6 +48,7 @@ class Facts:
     ``output_square``: (rows,) float32, of the layer's outputs: the sum over tokens of the squared gradient of their
     sequence's loss; None where ``fisher`` is, or where it was not collected.
     ``ranges``: what observers fix a grid by; None where nobody asked, and of inputs that were rewritten since.
+    ``ends``: (2, columns) least and largest x, float32; None where ``ranges`` was not asked for, and ``largest`` is.
     """
 
     columns: int
@@ -60,6 +61,7 @@ class Facts:
     fisher: Tensor | None = None
     output_square: Tensor | None = None
     ranges: Seen | None = None
+    ends: Tensor | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
@@ -72,7 +74,7 @@ class Facts:
     def of(x: Tensor, gram: bool = False, ranges: bool = False) -> Facts:
         """From inputs of shape (..., columns): one batch."""
         found = Accumulator.of(x, gram).facts()
-        return replace(found, ranges=Seen.of(x)) if ranges else found
+        return replace(found, ranges=Seen.of(x), ends=_ends(x)) if ranges else found
 
     def merge(self, other: Facts) -> Facts:
         """Facts of both streams together.
@@ -100,6 +102,7 @@ class Facts:
             _sum(self.fisher, other.fisher),
             _sum(self.output_square, other.output_square),
             None if self.ranges is None or other.ranges is None else self.ranges.merge(other.ranges),
+            None if self.ends is None or other.ends is None else _wider(self.ends, other.ends),
         )
 
     def once(self, key: Hashable, make: Callable[[], R]) -> R:
@@ -126,6 +129,19 @@ class Facts:
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     """None unless both streams have it."""
     return None if one is None or other is None else one + other
+
+
+def _ends(x: Tensor) -> Tensor:
+    """Least and largest entry of each column of ``x`` (..., columns); of no token, the infinities that any exceeds."""
+    rows = x.detach().reshape(-1, x.shape[-1]).float()
+    if not len(rows):
+        return torch.tensor([[torch.inf], [-torch.inf]]).repeat(1, x.shape[-1])
+    return torch.stack(torch.aminmax(rows, dim=0))
+
+
+def _wider(one: Tensor, other: Tensor) -> Tensor:
+    """Of both streams together."""
+    return torch.stack((torch.minimum(one[0], other[0]), torch.maximum(one[1], other[1])))
 
 
 class Accumulator:

@@ -126,6 +126,7 @@ class Scale(Rewrite):
             None if facts.total_magnitude is None else facts.total_magnitude * scale,
             None if facts.fisher is None else facts.fisher * scale.square(),  # a weight is divided by its scale
             facts.output_square,
+            ends=None if facts.ends is None else self.apply(facts.ends),
         )
 
 

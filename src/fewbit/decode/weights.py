@@ -23,9 +23,10 @@ from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native
 from fewbit.kernels.byte_vectors import ByteVectorPrepared
 from fewbit.kernels.outliers import OutlierPrepared
-from fewbit.kernels.prepared import NativePrepared, PreparedMatrix
+from fewbit.kernels.prepared import PreparedMatrix
 from fewbit.kernels.row_tables import RowLevelsPrepared, RowTablesPrepared
 from fewbit.kernels.sparse import PreparedSparse
+from fewbit.kernels.tiled import NativePrepared
 from fewbit.kernels.vectors import VectorPrepared
 from fewbit.layouts.dense import DENSE, load_params
 

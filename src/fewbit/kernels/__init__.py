@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from fewbit.kernels.conv import conv2d, route
     from fewbit.kernels.native import set_threads
     from fewbit.kernels.ops import embedding, linear, prepare
-    from fewbit.kernels.prepared import Prepared, PreparedMatrix, linear_many
+    from fewbit.kernels.prepared import Prepared, PreparedMatrix
     from fewbit.kernels.products import matmul
     from fewbit.kernels.rewrites import Rewriting
     from fewbit.kernels.sparse import SPARSE_KERNELS, SparseKernel, choose_sparse
     from fewbit.kernels.table import KERNELS, Choice, Kernel, choose
     from fewbit.kernels.terms import PreparedTerms
     from fewbit.kernels.tile16 import TILE16
+    from fewbit.kernels.tiled import linear_many
     from fewbit.kernels.vector16 import VECTOR16
     from fewbit.kernels.window import Window
 
@@ -28,7 +29,7 @@ _NAMES = {
     "conv": ("conv2d", "route"),
     "native": ("set_threads",),
     "ops": ("embedding", "linear", "prepare"),
-    "prepared": ("Prepared", "PreparedMatrix", "linear_many"),
+    "prepared": ("Prepared", "PreparedMatrix"),
     "products": ("matmul",),
     "reference": ("reference",),
     "rewrites": ("Rewriting",),
@@ -36,6 +37,7 @@ _NAMES = {
     "table": ("KERNELS", "Choice", "Kernel", "choose"),
     "terms": ("PreparedTerms",),
     "tile16": ("TILE16",),
+    "tiled": ("linear_many",),
     "vector16": ("VECTOR16",),
     "window": ("Window",),
 }

@@ -13,8 +13,9 @@ from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, reference
 from fewbit.kernels.copies import Addressed
+from fewbit.kernels.decoded import DECODED, multiply_decoded
 from fewbit.kernels.inputs import given
-from fewbit.kernels.prepared import DECODED, PreparedMatrix, multiply_decoded
+from fewbit.kernels.prepared import PreparedMatrix
 from fewbit.kernels.table import Kernel
 
 

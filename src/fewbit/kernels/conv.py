@@ -32,10 +32,11 @@ from fewbit.formats.affine import Affine
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels import native, reference
 from fewbit.kernels.inputs import check_bias, check_supported, wants_gradients
-from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix
+from fewbit.kernels.prepared import Prepared, PreparedMatrix
 from fewbit.kernels.table import named
 from fewbit.kernels.terms import PreparedTerms
 from fewbit.kernels.tile16 import ROWS
+from fewbit.kernels.tiled import NativePrepared
 from fewbit.kernels.window import Window
 
 UNFOLDED = 1 << 18

@@ -21,13 +21,14 @@ from fewbit.kernels import native
 from fewbit.kernels.arranged import BYTES16, HALVES16, unpack_rows_of_arranged
 from fewbit.kernels.byte_vectors import ByteVectorPrepared
 from fewbit.kernels.outliers import OutlierPrepared
-from fewbit.kernels.prepared import NativePrepared, Prepared, PreparedMatrix
+from fewbit.kernels.prepared import Prepared, PreparedMatrix
 from fewbit.kernels.row_tables import RowLevelsPrepared, RowTablesPrepared
 from fewbit.kernels.slow import ReferencePrepared
 from fewbit.kernels.sparse import choose_sparse
 from fewbit.kernels.table import choose, named, no_row
 from fewbit.kernels.terms import PreparedTerms
 from fewbit.kernels.tile16 import TILE16, unpack_rows
+from fewbit.kernels.tiled import NativePrepared
 from fewbit.kernels.vectors import VectorPrepared
 from fewbit.layouts.dense import DENSE, load_params
 

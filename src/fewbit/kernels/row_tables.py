@@ -15,9 +15,9 @@ from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, pages
 from fewbit.kernels.alone import AlonePrepared
 from fewbit.kernels.arranged import ROWHALVES16
+from fewbit.kernels.decoded import rows_of_strip
 from fewbit.kernels.inputs import CENTRE
 from fewbit.kernels.levels import nearest_bytes
-from fewbit.kernels.prepared import rows_of_strip
 from fewbit.kernels.row16 import LANES
 from fewbit.kernels.table import Kernel
 

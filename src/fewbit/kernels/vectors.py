@@ -15,7 +15,7 @@ from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native
 from fewbit.kernels.alone import AlonePrepared
 from fewbit.kernels.column8 import TILE, checked, joint, lowered, tiles
-from fewbit.kernels.prepared import rows_of_strip
+from fewbit.kernels.decoded import rows_of_strip
 from fewbit.kernels.table import Kernel
 from fewbit.layouts.dense import load_params
 

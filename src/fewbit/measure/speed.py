@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fewbit.errors import UnsupportedError
 from fewbit.measure.energy import Meter, meter
+from fewbit.model.hooks import hooked
 from fewbit.model.layers import ExpertBank, QuantLinear
 
 PROBE_TOKENS = 16
@@ -107,14 +108,11 @@ class Generator:
         if not self.linear:
             return None
         clock = _Clock()
-        handles = [module.register_forward_pre_hook(clock.enter) for module in self.linear]
-        handles += [module.register_forward_hook(clock.leave) for module in self.linear]
-        try:
+        entering = (module.register_forward_pre_hook(clock.enter) for module in self.linear)
+        leaving = (module.register_forward_hook(clock.leave) for module in self.linear)
+        with hooked(entering), hooked(leaving):
             tokens = min(PROBE_TOKENS, self.decode_tokens) + 1
             _, stamps = self._stamps(tokens, lambda number: clock.reset() if number == 1 else None)
-        finally:
-            for handle in handles:
-                handle.remove()
         return clock.total / (stamps[-1] - stamps[0])
 
 

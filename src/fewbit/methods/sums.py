@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What sums of terms learn: every matrix in them what it would learn alone, and scales of rows, columns and ranks.
 
-With all codes fixed (``learned``) a matrix learns what :class:`fewbit.methods.scales.Scales` says, and other scales
-move as its arrays do. With vectors chosen again (``chosen``) a matrix learns what
-:class:`fewbit.methods.vectors.Vectors` says, and other scales stand still. Sparse entries always do.
+With all codes fixed (``learned``) a matrix learns what :class:`fewbit.methods.scales.Scales` says, with vectors chosen
+again (``chosen``) what :class:`fewbit.methods.vectors.Vectors` says. Other scales move as arrays of the former do, in
+the latter case by a quarter. Sparse entries stand still.
 """
 
 from __future__ import annotations
@@ -24,23 +24,27 @@ from fewbit.methods.vectors import Vectors
 
 Path = tuple[str, ...]
 
+SHARE = 0.25
+"""Of its own unit, that of a scale beside vectors that are chosen again: whole ones, stepped by signs, lose on some
+blocks (figures in ``docs/methods/vptq.md``)."""
+
 
 def learned(weight: Tensor, made: QTensor | Terms) -> Learnable:
     """What of ``made`` can be learned under fixed codes."""
-    return Scales(weight, made) if isinstance(made, QTensor) else Sum(weight, made, Scales, scales.refuse, True)
+    return Scales(weight, made) if isinstance(made, QTensor) else Sum(weight, made, Scales, scales.refuse)
 
 
 def chosen(weight: Tensor, made: QTensor | Terms) -> Learnable:
     """What of ``made`` can be learned where vectors are chosen again."""
-    return Vectors(weight, made) if isinstance(made, QTensor) else Sum(weight, made, Vectors, vectors.refuse, False)
+    return Vectors(weight, made) if isinstance(made, QTensor) else Sum(weight, made, Vectors, vectors.refuse, SHARE)
 
 
 class Sum(Learnable):
     """Each value is that of an array of a matrix, or of a scale, called by the way to it: ``1.left.scale`` is that of
     the left factor of the second term.
 
-    ``one(weight, matrix)`` is what a matrix learns that ``refuse(format)`` lets pass; ``with_scales``:
-    whether what scales rows, columns and ranks is learned as well.
+    ``one(weight, matrix)`` is what a matrix learns that ``refuse(format)`` lets pass; ``share`` of its own unit is that
+    of what scales rows, columns and ranks.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class Sum(Learnable):
         made: Terms,
         one: Callable[[Tensor, QTensor], Learnable],
         refuse: Callable[[Format], str | None],
-        with_scales: bool,
+        share: float = 1.0,
     ) -> None:
         self._made = made
         self._matrices: dict[Path, Learnable] = {}
@@ -57,12 +61,12 @@ class Sum(Learnable):
         self._scales: dict[Path, Tensor] = {}
         for path, leaf, wanted in _leaves(made, (), weight):
             if isinstance(leaf, Tensor):
-                (self._scales if with_scales else self._fixed)[path] = leaf
+                self._scales[path] = leaf
             elif refuse(leaf.format) is None:
                 self._matrices[path] = one(leaf.dequantize() if wanted is None else wanted, leaf)
             else:
                 self._fixed[path] = leaf.dequantize()
-        self._unit = {path: unit(scale.float()) for path, scale in self._scales.items()}
+        self._unit = {path: share * unit(scale.float()) for path, scale in self._scales.items()}
         self.start = {_name(path, key): a for path, one in self._matrices.items() for key, a in one.start.items()}
         self.start |= {_name(path): torch.zeros_like(step) for path, step in self._unit.items()}
         self.bounds = dict.fromkeys(self.start, (-FAR, FAR))

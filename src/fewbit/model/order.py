@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbit.model.hooks import hooked
 from fewbit.model.loading import under
 from fewbit.model.sites import Site, in_block
 from fewbit.model.stream import Inputs, StreamedModel
@@ -122,19 +123,18 @@ def find_order(
     name = model.blocks[index]
     watch = _Watch()
     block = model.module.get_submodule(name)
-    handles = [
+    entering = (
         block.get_submodule(site.name[len(name) + 1 :]).register_forward_pre_hook(
             _entering(site, watch), with_kwargs=True
         )
         for site in sites
-    ]
-    for path, module in _below(block):
-        handles.append(module.register_forward_hook(_leaving(f"{name}.{path}", watch), with_kwargs=True))
-    try:
+    )
+    leaving = (
+        module.register_forward_hook(_leaving(f"{name}.{path}", watch), with_kwargs=True)
+        for path, module in _below(block)
+    )
+    with hooked(entering), hooked(leaving):
         result = model.run_block(index, hidden, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     if len(watch.calls) != len(sites):
         missing = [site.name for site in sites if site.name not in watch.inputs]
         return watch.odd or f"{missing[0]} is not called as a module", {}

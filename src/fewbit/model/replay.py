@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbit.model.hooks import hooked
 from fewbit.model.loading import under
 from fewbit.model.order import Closing, Order, find_order
 from fewbit.model.sites import in_block
@@ -76,10 +77,8 @@ def replaying(model: StreamedModel, index: int, order: Order, group: int) -> Ite
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
-    with ExitStack() as hooks:
-        if group < len(order.groups):
-            first = model.module.get_submodule(order.groups[group][0])
-            hooks.enter_context(first.register_forward_pre_hook(_reached))
+    firsts = [model.module.get_submodule(names[0]) for names in order.groups[group : group + 1]]
+    with hooked(first.register_forward_pre_hook(_reached) for first in firsts):
         yield step
 
 
@@ -91,11 +90,11 @@ def calls_around(
     The block itself where no module in it does. For one thread."""
     name = model.blocks[index]
     noted: dict[str, Call] = {}
-    with ExitStack() as hooks:
-        for path in _holding(name, order.groups[group]):
-            hook = partial(_note, noted, path)
-            hooks.enter_context(model.module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
-        step = hooks.enter_context(replaying(model, index, order, group))
+    hooks = (
+        model.module.get_submodule(path).register_forward_pre_hook(partial(_note, noted, path), with_kwargs=True)
+        for path in _holding(name, order.groups[group])
+    )
+    with hooked(hooks), replaying(model, index, order, group) as step:
 
         def called(hidden: Tensor, inputs: Inputs, outputs: Mapping[str, Tensor]) -> tuple[str, Call]:
             noted.clear()
@@ -127,11 +126,10 @@ def shared_inputs(model: StreamedModel, index: int, hidden: Tensor, inputs: Inpu
     def leave(path: str, module: nn.Module, arguments: tuple[Any, ...], out: Any) -> None:
         made[path] = out[0] if isinstance(out, tuple) and out else out
 
-    with ExitStack() as hooks:
-        for path in sites:
-            hooks.enter_context(model.module.get_submodule(path).register_forward_pre_hook(partial(enter, path)))
-        for path in dict.fromkeys([*sites, *(around for site in sites for around in _holding(name, [site]))]):
-            hooks.enter_context(model.module.get_submodule(path).register_forward_hook(partial(leave, path)))
+    module, called = model.module.get_submodule, [*sites, *(path for site in sites for path in _holding(name, [site]))]
+    entering = (module(path).register_forward_pre_hook(partial(enter, path)) for path in sites)
+    leaving = (module(path).register_forward_hook(partial(leave, path)) for path in dict.fromkeys(called))
+    with hooked(entering), hooked(leaving):
         model.run_block(index, hidden, inputs)
     groups: dict[Any, list[str]] = {}
     for path, seen in taken.items():
@@ -153,10 +151,10 @@ def noting_calls(model: StreamedModel, paths: Iterable[str]) -> Iterator[dict[st
     def note(path: str, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         noted[path].append((tuple(map(_copied, arguments)), {key: _copied(value) for key, value in named.items()}))
 
-    with ExitStack() as hooks:
-        for path in noted:
-            hook = partial(note, path)
-            hooks.enter_context(model.module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+    with hooked(
+        model.module.get_submodule(path).register_forward_pre_hook(partial(note, path), with_kwargs=True)
+        for path in noted
+    ):
         yield noted
 
 

@@ -24,6 +24,7 @@ from fewbit.errors import InputError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.families import FAMILIES, TUPLE_BLOCKS, Family
 from fewbit.model.finite import finite
+from fewbit.model.hooks import hooked
 from fewbit.model.loading import Loader, under
 from fewbit.model.sites import Site, find, in_block
 from fewbit.model.skeleton import build
@@ -172,22 +173,19 @@ class StreamedModel:
         experts = {
             self._parameter(site).untyped_storage().data_ptr(): site for site in chosen if site.kind == "experts"
         }
-        handles = []
-        for site in (site for site in chosen if site.kind != "experts"):
-            module = self.module.get_submodule(site.name)
-            handles.append(
-                module.register_forward_hook(_made_by(site.name, callback))
-                if outputs
-                else module.register_forward_pre_hook(_reporter(site.name, callback))
-            )
+        modules = [(site.name, self.module.get_submodule(site.name)) for site in chosen if site.kind != "experts"]
         if experts:
             self._watches[index] = (experts, callback, outputs)
         try:
-            yield
+            with hooked(
+                module.register_forward_hook(_made_by(name, callback))
+                if outputs
+                else module.register_forward_pre_hook(_reporter(name, callback))
+                for name, module in modules
+            ):
+                yield
         finally:
             self._watches.pop(index, None)
-            for handle in handles:
-                handle.remove()
 
     def site(self, name: str) -> Site:
         """The site of that name."""

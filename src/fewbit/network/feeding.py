@@ -19,6 +19,7 @@ from fewbit.errors import of_layer
 from fewbit.kernels.conv import unfold
 from fewbit.kernels.window import Window
 from fewbit.model.finite import check_inputs
+from fewbit.model.hooks import hooked
 
 Batch = Any
 """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -163,9 +164,5 @@ def _reporting(network: nn.Module, names: Iterable[str], seen: Callable[[str, Te
     def hook(name: str) -> Any:
         return lambda module, args, kwargs: seen(name, args[0] if args else kwargs["input"])
 
-    handles = [network.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in names]
-    try:
+    with hooked(network.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in names):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

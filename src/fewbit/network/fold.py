@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fewbit.errors import UnsupportedError
 from fewbit.model.finite import check_layers
+from fewbit.model.hooks import hooked
 from fewbit.network.feeding import Batch, feed
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -108,17 +109,15 @@ def _pairs(network: nn.Module, batch: Batch) -> dict[str, str]:
 
         return hook
 
-    handles = []
-    for name, module in network.named_modules():
-        if isinstance(module, LAYERS):
-            handles.append(module.register_forward_hook(after(name)))
-        elif isinstance(module, NORMS) and module.running_mean is not None:
-            handles.append(module.register_forward_pre_hook(before(name)))
-    try:
+    named = list(network.named_modules())
+    leaving = (module.register_forward_hook(after(name)) for name, module in named if isinstance(module, LAYERS))
+    entering = (
+        module.register_forward_pre_hook(before(name))
+        for name, module in named
+        if isinstance(module, NORMS) and module.running_mean is not None
+    )
+    with hooked(leaving), hooked(entering):
         feed(network, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {norm: layer for norm, layer in pairs.items() if runs[norm] == runs[layer] == 1}
 
 

@@ -125,13 +125,19 @@ def plan(
     transforms: Sequence[str | dict[str, Any]] = (),
     tune: Sequence[str | dict[str, Any]] = (),
     activation: str | None = None,
+    facts: str | Path | None = None,
     force: bool = False,
 ) -> Plan:
-    """What :func:`quantize` would do with the same arguments; reads no weight. See :mod:`fewbit.run.planning`."""
+    """What :func:`quantize` would do with the same arguments; reads no weight but to tell whose ``facts`` are. See
+    :mod:`fewbit.run.planning`. Static grids that facts fix, and no transform depends on, are those of the run."""
     checkpoint = open_checkpoint(model)
     chosen = O.chosen(recipe, method, head, options, transforms, tune, activation)
     streamed = StreamedModel.open(checkpoint, _preparation(chosen, 0))
-    return make_plan(checkpoint, streamed, chosen, Text(samples, context, BATCH_TOKENS), force)
+    text = Text(samples if facts is None else 0, context, BATCH_TOKENS)
+    planned = make_plan(checkpoint, streamed, chosen, text, force)
+    from_facts.check_plan(facts, planned, chosen)
+    kept, _ = from_facts.read(facts, checkpoint, planned, None, named=False)
+    return planned if kept is None else from_facts.bound(planned, kept)
 
 
 def _planned(

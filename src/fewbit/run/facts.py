@@ -5,7 +5,8 @@
 
     facts.json                  what model and text they are of (hashes), what was collected, hash of every file
     inputs-00000.safetensors    of block 0: sums over the inputs of every site, {site}.{array}, (experts, ...); and what
-                                observers look at, {site}.range_counts, (bins,), and {site}.range_ends, (batches, 2)
+                                observers look at, {site}.range_counts, (bins,), and {site}.range_ends, (batches, 2);
+                                least and largest input of each column, {site}.ends, (2, columns)
     fisher-00000.safetensors    of block 0: the Fisher diagonal of every weight, {site}, (experts * rows, columns), and
                                 the squared gradients at the outputs, {site}.output, (experts, rows)
 
@@ -68,6 +69,8 @@ def write_inputs(path: Path, found: Mapping[str, list[Facts]]) -> str:
                 tensors[f"{site}.{array}"] = torch.stack(values)
         if len(parts) == 1 and (seen := parts[0].ranges) is not None:
             tensors |= dict(zip((f"{site}.{array}" for array in RANGES), (seen.counts, seen.ends), strict=True))
+        if len(parts) == 1 and (ends := parts[0].ends) is not None:
+            tensors[f"{site}.ends"] = ends
         tensors[f"{site}.tokens"] = torch.tensor([part.tokens for part in parts])
     return write_safetensors(path, tensors, {"format": "pt", **of})
 
@@ -108,13 +111,14 @@ def stored(file: SafetensorsFile, site: str) -> list[Facts]:
         if tuple(values.shape) != expected or len(tokens) != experts:
             shape = tuple(values.shape)
             raise CorruptFileError(f"{owner}.{array} of {file.path}", f"its shape is {shape}, not {expected}")
-    sums, ranges = {"largest": None, **found}, _ranges(file, owner)
+    sums, ranges, ends = {"largest": None, **found}, _ranges(file, owner), _ends(file, owner, columns)
     return [
         Facts(
             columns,
             tokens[i],
             **{array: values if values is None else values[i] for array, values in sums.items()},  # type: ignore[arg-type]
             ranges=ranges,
+            ends=ends,
         )
         for i in range(experts)
     ]
@@ -129,6 +133,17 @@ def _ranges(file: SafetensorsFile, owner: str) -> Seen | None:
         return Seen.kept(file.get(counts), file.get(ends))
     except (InputError, RuntimeError) as error:
         raise CorruptFileError(f"{counts} of {file.path}", str(error), "collect them again") from None
+
+
+def _ends(file: SafetensorsFile, owner: str, columns: int) -> Tensor | None:
+    """The extremes of each input of ``owner``; None where they were not collected."""
+    if (key := f"{owner}.ends") not in file.entries:
+        return None
+    ends = file.get(key)
+    if tuple(ends.shape) != (2, columns) or bool(ends.isnan().any()):
+        found = f"{tuple(ends.shape)} numbers, or NaN among them, are no ends of {columns} columns"
+        raise CorruptFileError(f"{key} of {file.path}", found, "collect them again")
+    return ends
 
 
 def read_fisher(path: Path, site: Site) -> list[Tensor]:
@@ -235,6 +250,19 @@ class KeptFacts:
         if seen is None:
             raise InputError(f"ranges of {site.name}, from {self.path}", "there are none", "collect them again")
         return seen
+
+    def ends(self, site: Site) -> Tensor:
+        """Least and largest input of each column of ``site``, (2, columns) float32.
+
+        Raises:
+            InputError: they were not collected, as of what lies outside of blocks, and by versions that kept none.
+        """
+        file = None if site.block is None else open_safetensors(inputs_file(self.path, site.block))
+        ends = None if file is None else _ends(file, owners(file).get(site.name, site.name), site.shape[1])
+        if ends is None:
+            works = "collect them again with this version, without --no-ranges"
+            raise InputError(f"extremes of the inputs of {site.name}, from {self.path}", "there are none", works)
+        return ends
 
     def fisher(self, site: Site) -> list[Tensor] | None:
         """The Fisher diagonal of ``site``, one entry an expert; None outside of blocks, or where there is none."""

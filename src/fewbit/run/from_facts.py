@@ -3,21 +3,28 @@
 
 Facts are of the float model as it is stored. What a quantized layer before makes of the text is not in them, so every
 layer is solved, and its grid fixed, on what the float model shows: independent mode. What depends on inputs that were
-rewritten since, or on the text itself, is refused.
+rewritten since, or on the text itself, is refused. Extremes are an exception: where every channel is scaled alone, so
+are they.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from fewbit import methods
+from fewbit import formats, methods
 from fewbit.calibrate import Calibration
 from fewbit.errors import SpecError
+from fewbit.formats.fixed import Fixed
 from fewbit.model.checkpoint import Checkpoint
-from fewbit.recipe import Recipe
+from fewbit.recipe import Recipe, Rule
 from fewbit.run import opening as O
 from fewbit.run.facts import KeptFacts
 from fewbit.run.planning import Decision, Plan
+
+TEXT = "--calibration TEXT and no --facts, which runs the text through the layers as they will be"
+EXTREMES = "minmax"
+"""The observer that asks for no more than the least and the largest input."""
 
 
 def check_plan(facts: str | Path | None, planned: Plan, recipe: Recipe) -> None:
@@ -25,7 +32,7 @@ def check_plan(facts: str | Path | None, planned: Plan, recipe: Recipe) -> None:
 
     Raises:
         SpecError: tuning, a rotation of the whole model under something that looks at data, or a static grid behind a
-            transform.
+            transform, but ``minmax`` behind scales.
     """
     if facts is None:
         return
@@ -34,7 +41,7 @@ def check_plan(facts: str | Path | None, planned: Plan, recipe: Recipe) -> None:
     tuned = "the whole model" if recipe.end is not None else tuned
     if tuned is not None:
         found = "tuning runs the text through every block, and facts hold none"
-        raise SpecError(f"tuning {tuned} from facts", found, "leave out the facts, or the tuning")
+        raise SpecError(f"tuning {tuned} from facts", found, f"{TEXT}, or leave out the tuning")
     for decision in quantized:
         _check_rewrites(decision, recipe)
 
@@ -50,13 +57,24 @@ def _check_rewrites(decision: Decision, recipe: Recipe) -> None:
         found = "facts are of the model as it is stored, " + (
             "and hold no text to learn from" if whole.learns else f"and {whole.name} changes what its layers see"
         )
-        raise SpecError(asked, found, f"the text instead (--calibration), or leave out {whole.name}")
+        raise SpecError(asked, found, f"{TEXT}, or leave out {whole.name}")
     if rule.open_grid and rule.transforms:
-        names = " and ".join(step.name for step in rule.transforms)
-        asked = f"the grid of {rule.activation} for {site.name} from facts"
-        found = f"{names} rewrites its inputs, and facts hold ranges of what they were before"
-        works = "the text instead (--calibration), or a rule without transforms"
-        raise SpecError(asked, found, f"{works}; int8/channel needs no ranges")
+        _check_grid(rule, site.name)
+
+
+def _check_grid(rule: Rule, site: str) -> None:
+    """Refuse a static grid behind transforms, but the extremes of inputs whose every channel is scaled alone."""
+    grid, mixing = formats.parse(rule.activation or ""), [step.name for step in rule.transforms if step.row().mixes]
+    assert isinstance(grid, Fixed)
+    if grid.observer == EXTREMES and not mixing:
+        return
+    names = " and ".join(mixing or [step.name for step in rule.transforms])
+    found = f"{names} rewrites its inputs, and facts hold " + (
+        "nothing of what these mix to" if mixing else "histograms of what they were before, and extremes of channels"
+    )
+    less = f"int{grid.bits}/static/{'sym' if grid.symmetric else 'asym'}/{EXTREMES}"
+    works = [TEXT, *([] if mixing else [f"{less} from these facts"]), f"int{grid.bits}/channel, which needs no range"]
+    raise SpecError(f"the grid of {rule.activation} for {site} from facts", found, ", or ".join(works))
 
 
 def read(
@@ -77,4 +95,21 @@ def read(
             kept.require(decision.site.name, decision.rule.needs)
             kept.require(decision.site.name, methods.named(decision.rule.method).needs)
             kept.require(decision.site.name, "ranges" if decision.rule.open_grid else "nothing")
+            if decision.rule.open_grid and decision.rule.transforms:
+                kept.ends(decision.site)
     return kept, None
+
+
+def bound(planned: Plan, kept: KeptFacts) -> Plan:
+    """``planned`` with the grids of inputs that ``kept`` fixes; those behind transforms follow from these, which are
+    not known before the run."""
+    return replace(planned, decisions=[_bound(decision, kept) for decision in planned.decisions])
+
+
+def _bound(decision: Decision, kept: KeptFacts) -> Decision:
+    rule, site = decision.rule, decision.site
+    if rule is None or not rule.open_grid or rule.transforms or site.block is None:
+        return decision
+    grid = formats.parse(rule.activation or "")
+    assert isinstance(grid, Fixed)
+    return replace(decision, rule=replace(rule, activation=grid.observed(kept.ranges(site)).name))

@@ -26,6 +26,7 @@ from fewbit.core.rewrite import Chain
 from fewbit.core.transform import seed_of
 from fewbit.kernels.reference import round_activations
 from fewbit.model.finite import finite
+from fewbit.model.hooks import hooked
 from fewbit.model.loading import place
 from fewbit.model.skeleton import build
 from fewbit.model.stream import StreamedModel
@@ -158,21 +159,17 @@ class Learner:
     @contextmanager
     def rounding(self) -> Iterator[None]:
         """While open, layers see their inputs rounded as they will be, after the rotation that they then go through."""
-        handles = [
+        with hooked(
             self.model.module.get_submodule(decision.site.name).register_forward_pre_hook(self._inputs(decision))
             for decision in self.decisions
             if decision.rule is not None and decision.rule.activation is not None
-        ]
-        try:
+        ):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _inputs(self, decision: Decision) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         rule, site = decision.rule, decision.site
         assert rule is not None and rule.activation is not None
-        format, steps = formats.parse(rule.activation), []
+        format, steps = _known(formats.parse(rule.activation)), []
         for number, step in enumerate(rule.transforms):
             if (row := transforms.named(step.name)).needs == "nothing":
                 shape = torch.empty(site.shape, device="meta")
@@ -196,6 +193,14 @@ def through(x: Tensor, format: Format, rounded: Tensor) -> Tensor:
     reach = B.split(flat, format.block).abs().amax(-1, keepdim=True)
     error = error * (reach / reach.detach().clamp_min(torch.finfo(x.dtype).tiny))
     return x + B.join(error, x.shape[-1]).reshape(x.shape)
+
+
+def _known(format: Format) -> Format:
+    """``format`` of inputs; for a grid that calibration fixes only once rotations are learned, the one of as many bits
+    that every token finds for itself."""
+    if not isinstance(format, formats.Fixed) or format.bound:
+        return format
+    return formats.parse(f"int{format.bits}/channel/{'sym' if format.symmetric else 'asym'}")
 
 
 def _turn(matrix: Tensor) -> Turn:

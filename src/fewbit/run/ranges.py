@@ -3,7 +3,8 @@
 
 Once all layers of a block are solved, the calibration runs through it with their decoded weights and rewritten, but not
 rounded, inputs; blocks before it are quantized already and round theirs. Where facts were collected beforehand, grids
-are of what layers see in the float model.
+are of what layers see in the float model. Behind a scale of every column their extremes are those of the inputs as they
+were, scaled, which is all that ``minmax`` asks for; nothing else is known of rewritten inputs.
 """
 
 from __future__ import annotations
@@ -38,10 +39,21 @@ def fix_grids(run: Run, stage: int, index: int, solved: list[Solved]) -> list[So
     if not waiting:
         return solved
     if run.kept is not None:
-        total = {name: run.kept.ranges(run.model.site(name)) for name in waiting}
+        known = {item.record["name"]: _kept(run, item, waiting) for item in solved if item.record["name"] in waiting}
     else:
         total = _watched(run, stage, index, solved, set(waiting))
-    return [_bound(item, waiting, total) for item in solved]
+        known = {name: grid.observed(total[name]) for name, grid in waiting.items()}
+    return [_bound(item, known) for item in solved]
+
+
+def _kept(run: Run, item: Solved, waiting: dict[str, Fixed]) -> Fixed:
+    """The grid of the inputs of ``item`` by the facts of ``run``."""
+    assert run.kept is not None
+    site, grid = run.model.site(item.record["name"]), waiting[item.record["name"]]
+    if not item.rewrite.steps:
+        return grid.observed(run.kept.ranges(site))
+    ends = item.rewrite.apply(run.kept.ends(site))
+    return grid.at(float(ends[0].min()), float(ends[1].max()))
 
 
 def _watched(run: Run, stage: int, index: int, solved: list[Solved], waiting: set[str]) -> dict[str, Seen]:
@@ -80,9 +92,6 @@ class _Looked:
             self._local.found[site] = self._local.seen.of(x)
 
 
-def _bound(item: Solved, waiting: dict[str, Fixed], total: dict[str, Seen]) -> Solved:
-    grid = waiting.get(item.record["name"])
-    if grid is None:
-        return item
-    known = grid.observed(total[item.record["name"]])
-    return replace(item, record={**item.record, "activation": known.name})
+def _bound(item: Solved, known: dict[str, Fixed]) -> Solved:
+    grid = known.get(item.record["name"])
+    return item if grid is None else replace(item, record={**item.record, "activation": grid.name})

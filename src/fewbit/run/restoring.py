@@ -24,12 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fewbit import calibrate
 from fewbit.containers import manifest as M
 from fewbit.containers.files import refuse_existing
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
+from fewbit.model.hooks import hooked
 from fewbit.model.stream import StreamedModel
 from fewbit.run.decoding import decode_into
 from fewbit.run.events import Event, Progress
@@ -124,8 +126,9 @@ def _adapted(
     streamed: StreamedModel, names: list[str], rank: int, scale: float, dropout: float, seed: int
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """A (rank, columns) and B (rows, rank) of every layer, added to it as the module says; B begins with zeros."""
-    generator, pairs, handles = torch.Generator().manual_seed(seed), [], []
-    for name in names:
+    generator, pairs = torch.Generator().manual_seed(seed), []
+
+    def adapted(name: str) -> RemovableHandle:
         rows, columns = streamed.weight(name).shape
         down = torch.randn(rank, columns, generator=generator).div_(columns**0.5).requires_grad_()
         up = torch.zeros(rows, rank, requires_grad=True)
@@ -135,12 +138,10 @@ def _adapted(
             return y + scale * (x @ down.T) @ up.T
 
         pairs.append((down, up))
-        handles.append(streamed.module.get_submodule(name).register_forward_hook(add))
-    try:
+        return streamed.module.get_submodule(name).register_forward_hook(add)  # type: ignore[no-any-return]
+
+    with hooked(map(adapted, names)):
         yield pairs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _train(

@@ -19,6 +19,7 @@ from fewbit.core.terms import Term
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels import Rewriting
 from fewbit.kernels.reference import round_activations
+from fewbit.model.hooks import hooked
 from fewbit.model.stream import StreamedModel
 from fewbit.run.solve import Solved
 
@@ -29,18 +30,14 @@ CPU = torch.device("cpu")
 def as_run(model: StreamedModel, solved: Iterable[Solved], device: torch.device = CPU) -> Iterator[None]:
     """While open, layers on ``device`` that hold the decoded weights of ``solved`` see their inputs rewritten, then
     rounded, unless their grid is yet to be fixed."""
-    handles = [
+    with hooked(
         model.module.get_submodule(item.record["name"]).register_forward_pre_hook(
             _inputs(_rewrite(item, device), item.activation)
         )
         for item in solved
         if item.activation is not None or item.rewrite.steps
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _inputs(rewrite: Chain, activation: Format | None) -> Any:

@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import RemovableHandle
 
 from fewbit import methods
 from fewbit.containers import terms as T
@@ -124,7 +124,7 @@ class Whole:
         self._float = self._float_path()
         self.still: dict[str, str] = {}
         self._calls: list[Any] = []
-        self._hooks: list[RemovableHandle] = []
+        self._hooks = ExitStack()
         self._members = self._quantized(stored(run))
         self._leaves = [[self._leaf(part) for part in member.parts] for member in self._members]
 
@@ -163,7 +163,7 @@ class Whole:
                     model.set_weight(each.name, item.weight.dequantize().reshape(model.weight(each.name).shape))
             if item.rewrite.steps or item.activation is not None:
                 hook = straight_through(item, self._device)
-                self._hooks.append(model.module.get_submodule(name).register_forward_pre_hook(hook))
+                self._hooks.enter_context(model.module.get_submodule(name).register_forward_pre_hook(hook))
         groups = [[one] for one in candidates] if self._alone else joined(candidates)
         rates, lr = self._row.by, self.options["lr"]
         members = [begin(group, lr or rates[group[0].tuning.name], self._device) for group in groups]
@@ -227,8 +227,7 @@ class Whole:
     def close(self) -> None:
         """Leave the model as it was, unloaded."""
         self._float.close()
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.close()
         self._model.module.to("cpu")
         self._model.free("")
         give_back()
