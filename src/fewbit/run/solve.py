@@ -94,7 +94,7 @@ class Solved:
 
     @cached_property
     def integers(self) -> kernels.Prepared | None:
-        """What rounds the inputs of this one matrix and multiplies integers, exactly; None where floats are multiplied, or
+        """What rounds the inputs of this one matrix and multiplies integers, exactly; None where it would be floats, or
         levels of tables in fixed point, and where no calibration has fixed the grid of the inputs yet."""
         grid = self.activation
         if not isinstance(self.weight, QTensor) or self.record["kind"] == "experts":
