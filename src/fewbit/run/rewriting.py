@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 @contextmanager
 def as_run(model: StreamedModel, solved: Iterable[Solved], device: torch.device = CPU) -> Iterator[None]:
     """While open, layers on ``device`` that hold the decoded weights of ``solved`` see their inputs rewritten, then
-    rounded, unless their grid is yet to be fixed. Where integers are multiplied when the model runs, they are here: the
-    same numbers on every instruction set, in less time than rounding and a product of floats take."""
+    rounded, unless their grid is yet to be fixed. Where integers are multiplied when the model runs, they are here, by
+    the same kernel: its very numbers, in less time than rounding and a product of floats take."""
     with ExitStack() as stack:
         for item in solved:
             layer = model.module.get_submodule(item.record["name"])
