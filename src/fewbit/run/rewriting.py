@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations of the quantized path, rewritten and rounded as the quantized layers will do it when the model runs; and
-what that takes on another device."""
+"""Layers of the quantized path, computed as they will be when the model runs; and what that takes on another device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewbit import kernels
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.core.rewrite import Chain, restore
 from fewbit.core.terms import Term
 from fewbit.formats.fixed import Fixed
-from fewbit.kernels import Rewriting
 from fewbit.kernels.reference import round_activations
-from fewbit.model.hooks import hooked
 from fewbit.model.stream import StreamedModel
 from fewbit.run.solve import Solved
 
@@ -29,21 +28,44 @@ CPU = torch.device("cpu")
 @contextmanager
 def as_run(model: StreamedModel, solved: Iterable[Solved], device: torch.device = CPU) -> Iterator[None]:
     """While open, layers on ``device`` that hold the decoded weights of ``solved`` see their inputs rewritten, then
-    rounded, unless their grid is yet to be fixed."""
-    with hooked(
-        model.module.get_submodule(item.record["name"]).register_forward_pre_hook(
-            _inputs(_rewrite(item, device), item.activation)
-        )
-        for item in solved
-        if item.activation is not None or item.rewrite.steps
-    ):
+    rounded, unless their grid is yet to be fixed. Where integers are multiplied when the model runs, they are here, by
+    the same kernel: its very numbers, in less time than rounding and a product of floats take."""
+    with ExitStack() as stack:
+        for item in solved:
+            layer = model.module.get_submodule(item.record["name"])
+            rewrite = item.rewrite if device == CPU else _rewrite(item, device)
+            if _on_cpu(layer) and (integers := item.integers) is not None:
+                stack.enter_context(_forward(layer, partial(_multiplied, layer, kernels.Rewriting(rewrite), integers)))
+            elif item.activation is not None or rewrite.steps:
+                stack.enter_context(layer.register_forward_pre_hook(_inputs(rewrite, item.activation)))
         yield
+
+
+@contextmanager
+def _forward(layer: nn.Module, made: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While open, ``made`` is what ``layer`` computes; its hooks are called as ever."""
+    layer.forward = made
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+def _on_cpu(layer: nn.Module) -> bool:
+    return all(value.is_cpu for value in layer.parameters(recurse=False))
+
+
+def _multiplied(layer: nn.Module, rewriting: kernels.Rewriting, integers: kernels.Prepared, x: Tensor) -> Tensor:
+    """What ``layer`` makes of ``x``, in the dtype that a product of floats would have here."""
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    narrow = torch.is_autocast_enabled("cpu")
+    return integers(rewriting(x), bias).to(torch.get_autocast_dtype("cpu") if narrow else x.dtype)
 
 
 def _inputs(rewrite: Chain, activation: Format | None) -> Any:
     if isinstance(activation, Fixed) and not activation.bound:
         activation = None  # calibration is about to look at what is then rounded
-    rewriting = Rewriting(rewrite)
+    rewriting = kernels.Rewriting(rewrite)
 
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return (round_activations(rewriting(arguments[0]), activation), *arguments[1:])

@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -90,6 +91,18 @@ class Solved:
         """The weight, where it is one matrix."""
         assert isinstance(self.weight, QTensor)
         return self.weight
+
+    @cached_property
+    def integers(self) -> kernels.Prepared | None:
+        """What rounds the inputs of this one matrix and multiplies integers, exactly; None where it would be floats, or
+        levels of tables in fixed point, and where no calibration has fixed the grid of the inputs yet."""
+        grid = self.activation
+        if not isinstance(self.weight, QTensor) or self.record["kind"] == "experts":
+            return None
+        if grid is None or (isinstance(grid, Fixed) and not grid.bound):
+            return None
+        choice = kernels.choose(self.weight.format, self.weight.shape, activation=grid)
+        return kernels.prepare(self.weight, activation=grid) if choice.kernel.family == "int8" else None
 
     def arrays(self) -> dict[str, Tensor]:
         """What a file holds, by the name that follows the layer's."""
