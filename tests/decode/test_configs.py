@@ -53,7 +53,13 @@ def test_what_is_not_stated_is_asked_of_transformers(tiny_family: Callable[[str]
     for name in {"head_dim", "num_key_value_heads", "rms_norm_eps", *row.stated} & whole.keys():
         left = {key: value for key, value in whole.items() if key != name}
         assert not configs._whole(left)
-    for name, junk in (("hidden_size", "64"), ("rms_norm_eps", None), ("dtype", "int3"), ("rope_parameters", []), ("layer_types", [0])):
+    for name, junk in (
+        ("hidden_size", "64"),
+        ("rms_norm_eps", None),
+        ("dtype", "int3"),
+        ("rope_parameters", []),
+        ("layer_types", [0]),
+    ):
         assert not configs._whole(whole | {name: junk})
     if "no_rope_layers" in row.stated:
         for junk in (None, [1]):

@@ -101,8 +101,8 @@ class Sampling:
 def _check(name: str, value: object, least: float, most: float, *, whole: bool) -> None:
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-        kind = "a whole number" if whole else "a number"
-        raise SpecError(f"{name} {value!r}"[:200], "", f"{kind} from {least:g} to {most:g} would work")
+        range = f"whole number from {least} to {most}" if whole else f"number from {least:g} to {most:g}"
+        raise SpecError(f"{name} {value!r}"[:200], "", f"a {range} would work")
 
 
 @dataclass(frozen=True)
