@@ -180,7 +180,7 @@ def _bytes_named(name: str) -> bytes:
 
 
 def _alphabet() -> dict[str, int]:
-    """Characters for bytes (Radford et al. 2019): those that print stand for themselves, others are counted from 256."""
+    """Characters for bytes (Radford et al. 2019): those that print are themselves, others are counted from 256."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printed]
     return {chr(byte): byte for byte in printed} | {chr(256 + place): byte for place, byte in enumerate(others)}
