@@ -90,8 +90,10 @@ class Sampling:
         for token, bias in self.logit_bias.items():
             _check("a token of logit_bias", token, 0, 1 << 31, whole=True)
             _check(f"logit_bias of token {token}", bias, -100, 100, whole=False)
-        if len(self.stop) > MOST_STOPS or not all(isinstance(text, str) and text for text in self.stop):
-            raise SpecError(f"stop {list(self.stop)!r}"[:200], "", f"at most {MOST_STOPS} texts, none of them empty")
+        wrong = isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop)
+        if wrong or len(self.stop) > MOST_STOPS:
+            works = f"a tuple of at most {MOST_STOPS} texts, none of them empty"
+            raise SpecError(f"stop {self.stop!r}"[:200], "", works)
 
     def seeded(self) -> Sampling:
         """The same with a seed, drawn where there is none."""
