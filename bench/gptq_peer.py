@@ -115,7 +115,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
     """A row for the float model, ours and the peer's, for every round."""
     model, tokens = prepare(arguments.model, arguments.text, folder)
     rows: list[dict[str, Any]] = [{"name": "float32", "perplexity": score(sys.executable, model, tokens)}]
-    ours = [sys.executable, "-m", "fewbit.cli", "quantize", str(model), "--format", "int4/g64/asym"]
+    ours = [sys.executable, "-m", "fewbit", "quantize", str(model), "--format", "int4/g64/asym"]
     ours += ["--method", "gptq", "--head", "float", "--samples", str(SAMPLES), "--context", str(CONTEXT), "-o"]
     for turn in range(arguments.rounds):
         out = folder / f"ours{turn}"

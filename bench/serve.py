@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--activation")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    command = [sys.executable, "-m", "fewbit.cli", "serve", str(asked.folder), "--port", "0", "--name", "model"]
+    command = [sys.executable, "-m", "fewbit", "serve", str(asked.folder), "--port", "0", "--name", "model"]
     command += ["--sequences", str(asked.sequences), "--threads", str(asked.threads)]
     command += ["--activation", asked.activation] if asked.activation else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -25,7 +25,8 @@ from fewbit.decode.families import Shape, shape_of
 from fewbit.kernels import native
 from fewbit.model.tokenizer import FileTokenizer, open_tokenizer
 
-FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen2-moe", "qwen3-moe"]
+FAMILIES = ["llama", "llama-tied", "mistral", "ministral", "smollm3", "qwen2", "qwen3", "gemma2", "gemma3"]
+FAMILIES += ["mixtral", "qwen2-moe", "qwen3-moe"]
 
 
 def same(found: Shape, expected: Shape) -> None:
@@ -52,8 +53,17 @@ def test_what_is_not_stated_is_asked_of_transformers(tiny_family: Callable[[str]
     for name in {"head_dim", "num_key_value_heads", "rms_norm_eps", *row.stated} & whole.keys():
         left = {key: value for key, value in whole.items() if key != name}
         assert not configs._whole(left)
-    for name, junk in (("hidden_size", "64"), ("rms_norm_eps", None), ("dtype", "int3"), ("rope_parameters", [])):
+    for name, junk in (
+        ("hidden_size", "64"),
+        ("rms_norm_eps", None),
+        ("dtype", "int3"),
+        ("rope_parameters", []),
+        ("layer_types", [0]),
+    ):
         assert not configs._whole(whole | {name: junk})
+    if "no_rope_layers" in row.stated:
+        for junk in (None, [1]):
+            assert not configs._whole(whole | {"no_rope_layers": junk})
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from fewbit.kernels import native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native module here")
 
-FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen2-moe", "qwen3-moe"]
+FAMILIES = ["llama", "llama-tied", "mistral", "ministral", "smollm3", "qwen2", "qwen3", "gemma2", "gemma3"]
+FAMILIES += ["mixtral", "qwen2-moe", "qwen3-moe"]
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 TOKENS = [int(token) for token in torch.randint(3, 67, (40,), generator=torch.Generator().manual_seed(3))]
 
@@ -201,6 +202,16 @@ def test_other_families_fall_back(tiny_family: Callable[[str], Path], family: st
     engine = open_engine(tiny_family(family))
     assert engine.name == "transformers" and engine.why is not None and "does not know this family" in engine.why
     assert engine.feed([(engine.open(), TOKENS[:3])]).shape == (1, engine.vocab_size)
+
+
+def test_a_part_of_each_head_turned_is_left_to_transformers(tiny_family: Callable[[str], Path]) -> None:
+    """Whose class for Llama turns whole heads all the same."""
+    folder = tiny_family("llama")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["partial_rotary_factor"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    engine = open_engine(folder)
+    assert engine.name == "transformers" and engine.why is not None and "a part of each head" in engine.why
 
 
 def test_arrays_that_contradict_the_configuration(tiny_family: Callable[[str], Path]) -> None:

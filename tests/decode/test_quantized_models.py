@@ -120,7 +120,7 @@ def test_rewritten_inputs(tiny: Path, tmp_path: Path, transform: str) -> None:
     both(quantized(tiny, tmp_path / "out", "int4/g32/asym", transforms=[transform]), None)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mixtral", "qwen2", "qwen2-moe", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mixtral", "smollm3", "qwen2", "qwen2-moe", "qwen3-moe"])
 def test_families(tiny_family: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     both(quantized(tiny_family(family), tmp_path / "out", "int4/g8"), None)
 

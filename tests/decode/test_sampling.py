@@ -215,6 +215,7 @@ def test_logits_that_are_no_numbers_fail_their_own_row(how: str, bad: float) -> 
         ("logit_bias", {-3: 1.0}),
         ("logit_bias", {3: 101}),
         ("stop", ("",)),
+        ("stop", "END"),
         ("stop", ("a",) * 17),
     ],
 )

@@ -57,6 +57,23 @@ def test_a_streamed_text_is_the_whole_text(kind: str, before: str, text: str, re
         assert ("�" in part) <= ("�" in text)
 
 
+@pytest.mark.parametrize("kind", ["words", "pieces"])
+@given(text=TEXTS.filter(bool))
+@settings(deadline=None, max_examples=200)
+def test_bytes_of_tokens_make_the_text(kind: str, text: str, request: pytest.FixtureRequest) -> None:
+    """Whatever parts of characters a token holds; SentencePiece puts a space before the first word."""
+    words: Words = request.getfixturevalue(kind)
+    tokens = words.tokenizer(text, add_special_tokens=False)["input_ids"]
+    space = " " if kind == "pieces" else ""
+    assert b"".join(map(words.bytes_of, tokens)) == (space + words.decode(tokens)).encode()
+
+
+def test_pieces_of_tokens(pieces: Words) -> None:
+    tokens = pieces.tokenizer("Once 😀", add_special_tokens=False)["input_ids"]
+    assert [pieces.piece(token) for token in tokens] == [" Once", " ", *(f"bytes:\\x{b:02x}" for b in "😀".encode())]
+    assert pieces.piece(1) == "<s>"
+
+
 @given(tokens=st.lists(st.integers(0, 257), max_size=120))
 @settings(deadline=None, max_examples=200)
 def test_bytes_that_are_no_text_are_not_held_for_ever(words: Words, tokens: list[int]) -> None:

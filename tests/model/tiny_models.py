@@ -33,6 +33,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", dict(LLAMA, sliding_window=4, query_pre_attn_scalar=8, final_logit_softcapping=3.0)),
     "gemma3": ("gemma3_text", dict(LLAMA, sliding_window=4, layer_types=["sliding_attention", "full_attention"])),
     "mistral": ("mistral", dict(LLAMA, sliding_window=4)),
+    "ministral": ("ministral", dict(LLAMA, sliding_window=4, layer_types=["sliding_attention", "full_attention"])),
+    "smollm3": ("smollm3", dict(LLAMA, no_rope_layers=[1, 0])),
     "phi": ("phi", dict(LLAMA, num_key_value_heads=4)),
     "phi3": ("phi3", LLAMA),
     "gpt2": ("gpt2", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),

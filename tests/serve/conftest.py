@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server on a free port of loopback, in a thread, and the helpers of tests/decode."""
+"""A server on a free port of loopback, in a thread, and the helpers here and of tests/decode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "decode"))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "decode")]
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")

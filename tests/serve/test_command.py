@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,37 @@ def test_from_start_to_ctrl_c(tiny: Path) -> None:
             rest = process.stderr.read()
             assert "stopped" in rest and "Traceback" not in rest
             assert process.stdout.read() == ""  # the token is printed once
+        finally:
+            process.kill()
+
+
+SHORT = "from fewbit.commands import serve; serve.GRACE = 0; from fewbit.cli import main; main()"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_what_does_not_end_in_time_ends_with_an_error(tiny: Path) -> None:
+    command = [sys.executable, "-c", SHORT, "serve", str(tiny), "--port", "0", "--threads", "1", "--no-token"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            place = process.stdout.readline().split()[-1]
+            body = {"model": "tiny", "prompt": "hello", "max_tokens": 500, "ignore_eos": True, "stream": True}
+            with httpx.stream("POST", f"{place}v1/completions", json={**body, "n": 16}, timeout=60) as streamed:
+                lines = streamed.iter_lines()
+                next(lines)
+                waiting = ThreadPoolExecutor(1).submit(
+                    httpx.post, f"{place}v1/completions", json={**body, "n": 16, "stream": False}, timeout=60
+                )
+                while b"fewbit_waiting 16.0" not in httpx.get(f"{place}metrics").content:
+                    next(lines)
+                process.send_signal(signal.SIGINT)
+                last = [line for line in lines if line][-1]
+            error = json.loads(last.removeprefix("data: "))["error"]
+            assert error["code"] == "stopping" and error["type"] == "server_error"
+            assert waiting.result().status_code == 503
+            assert process.wait(30) == 0 and "Traceback" not in process.stderr.read()
         finally:
             process.kill()
 

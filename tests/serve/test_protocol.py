@@ -78,10 +78,10 @@ def error_of(response: Any) -> dict[str, Any]:
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": [1.5]}, "prompt"),
         ({"prompt": [True]}, "prompt"),
-        ({"prompt": ""}, None),
-        ({"prompt": [-1]}, None),
-        ({"prompt": [258]}, None),
-        ({"prompt": [10**30]}, None),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [258]}, "prompt"),
+        ({"prompt": [10**30]}, "prompt"),
         ({"prompt": [4] * 512}, "prompt"),
     ],
 )
@@ -95,31 +95,60 @@ def test_nonsense_is_a_400_that_names_the_field(fake: Callable[..., Any], change
     assert len(text_of(running)) == 3
 
 
+def said(content: Any, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content, **more}]}
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "param"),
     [
-        {"messages": None},
-        {"messages": []},
-        {"messages": "hello"},
-        {"messages": [{"role": "user"}]},
-        {"messages": [{"content": "hi"}]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
-        {"messages": [{"role": "user", "content": ["hi"]}]},
-        {"messages": [5]},
-        {"top_logprobs": 3},
-        {"logprobs": 3},
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
-        {"response_format": {"type": "json_object"}},
-        {"prompt": "hi"},
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"content": "hi"}]}, "messages[0]"),
+        (said([{"type": "text", "text": "hi"}, {"type": "image_url"}]), "messages[0].content[1]"),
+        (said([{"type": "text", "text": 5}]), "messages[0].content[0]"),
+        (said([{"type": "text"}]), "messages[0].content[0]"),
+        (said(["hi"]), "messages[0].content[0]"),
+        (said("hi", name=5), "messages[0].name"),
+        (said("hi", bogus=5), "messages[0].bogus"),
+        (said("hi", tool_call_id="a"), "messages[0].tool_call_id"),
+        (said("hi", tool_calls=[{"id": "a", "type": "function"}]), "messages[0].tool_calls"),
+        ({"messages": [5]}, "messages[0]"),
+        (said("a" * 600), "messages"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": 5000}, "max_completion_tokens"),
+        ({"max_tokens": 5000}, "max_tokens"),
+        ({"prompt": "hi"}, "prompt"),
     ],
 )
-def test_nonsense_in_a_chat(fake: Callable[..., Any], change: dict[str, Any]) -> None:
+def test_nonsense_in_a_chat(fake: Callable[..., Any], change: dict[str, Any], param: str) -> None:
     running = fake()
     good = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     response = running.post("/v1/chat/completions", {**good, **change})
     assert response.status_code == 400, response.text
-    error_of(response)
+    assert error_of(response)["param"] == param
     assert running.post("/v1/chat/completions", good).status_code == 200
+
+
+def test_messages_as_clients_send_them_back(fake: Callable[..., Any]) -> None:
+    """With the empty fields of an answer, and with OpenAI's newer name of the system."""
+    running, again = fake(), {"refusal": None, "tool_calls": [], "annotations": []}
+    talk = [{"role": "developer", "content": "Be brief."}, {"role": "assistant", "content": "hi", "name": "a", **again}]
+    plain = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "assistant", "content": [{"type": "text", "text": "hi"}]},
+    ]
+    texts = [
+        running.post("/v1/chat/completions", {"model": "fake", "messages": said, "max_tokens": 5, "temperature": 0})
+        for said in (talk, plain)
+    ]
+    assert texts[0].json()["choices"] == texts[1].json()["choices"]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +210,8 @@ def test_only_json_is_taken(fake: Callable[..., Any]) -> None:
 def test_places_and_verbs_that_are_not(fake: Callable[..., Any]) -> None:
     running = fake()
     assert running.get("/v1/nothing").status_code == 404
-    assert running.get("/v1/completions").status_code == 405
+    wrong = running.get("/v1/completions")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
     error_of(running.get("/nothing"))
     assert running.get("/../../etc/passwd").status_code == 404
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import ipaddress
 import secrets
 import socket
+import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +20,8 @@ from fewbit.commands.generate import limit_threads, quieten
 from fewbit.errors import InputError, SpecError, UnsupportedError
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from fewbit.decode.batch import Batcher
     from fewbit.decode.text import Words
     from fewbit.serve.app import Served
@@ -25,7 +29,11 @@ if TYPE_CHECKING:
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 INSTALL = 'pip install "fewbit[serve]"'
 GRACE = 3
-"""Seconds that running answers have after Ctrl-C."""
+"""Seconds that running answers have after Ctrl-C; then each ends with an error."""
+CUT = 2
+"""Seconds after which connections that take no such error are cut."""
+TICK = 0.2
+"""Seconds between looks at whether the server is to stop; it says so to nobody."""
 CONNECTIONS = 1000
 """At once; what comes beyond is told to come back."""
 IDLE = 75
@@ -81,17 +89,29 @@ def run(request: Request) -> None:
             server_header=False,
             timeout_keep_alive=IDLE,
             limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=GRACE,
+            timeout_graceful_shutdown=GRACE + CUT,
         )
+        server = uvicorn.Server(config)
+        threading.Thread(target=_end_texts, args=(server, served.batcher), daemon=True).start()
         _announce(served, request.host, listener.getsockname()[1])
         try:
             with suppress(KeyboardInterrupt):  # which uvicorn hands on when all is closed, if it still can
-                uvicorn.Server(config).run(sockets=[listener])
+                server.run(sockets=[listener])
             err().print("stopped", markup=False)
         finally:
             served.words.close()
             if served.batcher is not None:
                 served.batcher.close()
+
+
+def _end_texts(server: uvicorn.Server, batcher: Batcher | None) -> None:
+    """When ``server`` is to stop, what is still being written after the seconds of grace ends with an error, which
+    clients understand; cut off, they could not tell it from a defect."""
+    while not server.should_exit:
+        time.sleep(TICK)
+    time.sleep(GRACE)
+    if batcher is not None:
+        batcher.close()
 
 
 def serve(request: Request, token: str | None) -> Served:
@@ -142,8 +162,6 @@ def _token(request: Request) -> str | None:
     if request.no_token:
         if request.token is not None:
             raise SpecError("--no-token", "--token is given as well", "one of the two")
-        if not _local(request.host):
-            err().print("warning: without a token, everyone who reaches this address can use the model", markup=False)
         return None
     token = secrets.token_urlsafe(24) if request.token is None else request.token
     if len(token) < 8 or not token.isascii() or not token.isprintable() or " " in token:
@@ -168,6 +186,13 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _announce(served: Served, host: str, port: int) -> None:
+    if not _local(host):
+        who = (
+            "everyone who reaches this address can use the model"
+            if served.token is None
+            else "the token is sent in clear"
+        )
+        err().print(f"warning: other machines can reach this server, over plain HTTP: {who}", markup=False)
     place = f"[{host}]" if ":" in host else host
     key = "" if served.token is None else f"#token={served.token}"
     out().print(f"{served.name} at http://{place}:{port}/{key}", markup=False)

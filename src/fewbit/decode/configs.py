@@ -21,6 +21,8 @@ COUNTS = (
     "max_position_embeddings",
     "num_hidden_layers",
 )
+LISTS = ("layer_types", "no_rope_layers")
+"""One entry a layer; null leaves it to defaults that differ by family."""
 EXPERTS = ("num_local_experts", "num_experts")
 DTYPES = (None, "float32", "bfloat16", "float16")
 
@@ -44,12 +46,13 @@ def _whole(found: dict[str, Any]) -> bool:
     family = family_of(found.get("model_type"))
     if family is None or any(name not in found for name in family.stated):
         return False
-    layers, epsilon = found.get("layer_types"), found.get("rms_norm_eps")
+    epsilon, lists = found.get("rms_norm_eps"), [found.get(name) for name in LISTS]
     return (
         all(type(found.get(name)) is int and found[name] > 0 for name in COUNTS)
         and type(epsilon) is float
         and found.get("dtype", found.get("torch_dtype")) in DTYPES
-        and (layers is None or (isinstance(layers, list) and len(layers) == found["num_hidden_layers"]))
+        and all(each is None or (isinstance(each, list) and len(each) == found["num_hidden_layers"]) for each in lists)
+        and not ("no_rope_layers" in family.stated and None in lists)
         and (not found.get("sliding_window") or found.get("use_sliding_window", True) is True)
         and (not family.experts or any(type(found.get(name)) is int for name in EXPERTS))
         and _whole_ropes(found.get("rope_parameters"))

@@ -24,6 +24,8 @@ OWN_ROPES: dict[str, tuple[str, ...]] = {
 """Kinds of rotary embeddings that are computed here, and what each is given by."""
 ROPES = (*OWN_ROPES, "yarn", "proportional")
 """Those whose frequencies do not change with the length of the text."""
+UNTURNED = "unturned"
+"""The kind of layers that heed no positions: their rotary embedding turns nothing."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ QWEN_EXPERTS = (*EXPERTS, "sliding_window", "norm_topk_prob", "decoder_sparse_st
 FAMILIES: tuple[Family, ...] = (
     Family(("llama",)),
     Family(("mistral",), stated=("hidden_act", "sliding_window")),
-    Family(("qwen2",), stated=("hidden_act", *WINDOWS)),
+    Family(("qwen2", "ministral"), stated=("hidden_act", *WINDOWS)),
+    Family(("smollm3",), stated=("hidden_act", "no_rope_layers", *WINDOWS)),
     Family(("qwen3",), head_norms=True, stated=("hidden_act", *WINDOWS)),
     Family(("gemma",), norm_offset=1.0, scaled_embedding=True, stated=("hidden_act", "hidden_activation")),
     Family(("gemma2",), SANDWICH, norm_offset=1.0, scaled_embedding=True, stated=GEMMA),
@@ -176,31 +179,37 @@ def _layer(config: Any, family: Family, layer: int, kinds: dict[str | None, int]
     types = _get(config, "layer_types")
     sliding = types[layer] == "sliding_attention" if types else True
     window = (_get(config, "sliding_window") or 0) if sliding else 0
+    turned = (_get(config, "no_rope_layers") or {layer: True})[layer]
+    rope = kinds[types[layer] if None not in kinds else None] if turned else kinds[UNTURNED]
     experts = 0
     if family.experts:
         every = _get(config, "decoder_sparse_step") or 1
         if (layer + 1) % every == 0 and layer not in (_get(config, "mlp_only_layers") or ()):
             experts = _get(config, "num_local_experts") or _get(config, "num_experts") or 0
-    return Layer(window, kinds[types[layer] if None not in kinds else None], experts)
+    return Layer(window, rope, experts)
 
 
 def _ropes(config: Any, head_dim: int, asked: str) -> tuple[dict[str | None, int], tuple[Rope, ...]]:
     """Which rotary embedding each kind of layer has (None: any), and the embeddings."""
     parameters = config.rope_parameters
-    if "rope_type" in parameters:
-        return {None: 0}, (_rope(config, parameters, None, head_dim, asked),)
-    kinds = list(parameters)
-    ropes = tuple(_rope(config, parameters[kind], kind, head_dim, asked) for kind in kinds)
-    return {kind: place for place, kind in enumerate(kinds)}, ropes
+    named: dict[str | None, Any] = {None: parameters} if "rope_type" in parameters else dict(parameters)
+    ropes = [_rope(config, rope, kind, head_dim, asked) for kind, rope in named.items()]
+    kinds = {kind: place for place, kind in enumerate(named)}
+    if not all(_get(config, "no_rope_layers") or ()):
+        kinds[UNTURNED] = len(ropes)
+        ropes.append(Rope(torch.zeros(1), 1.0))
+    return kinds, tuple(ropes)
 
 
 def _rope(config: Any, parameters: dict[str, Any], layer_type: str | None, head_dim: int, asked: str) -> Rope:
     kind = parameters["rope_type"]
     if kind not in ROPES:
         raise UnsupportedError(asked, f"rotary embeddings of type {kind!r}", f"one of {', '.join(ROPES)}")
+    # Classes of transformers that all these families have either ignore it or fail, but for "proportional".
+    if kind != "proportional" and parameters.get("partial_rotary_factor") not in (None, 1):
+        raise UnsupportedError(asked, "rotary embeddings of a part of each head", "of whole heads")
     if kind in OWN_ROPES:
-        turned = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
-        exponents = torch.arange(0, turned, 2, dtype=torch.float) / turned
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
         return Rope(_slowed(1.0 / (parameters["rope_theta"] ** exponents), parameters), 1.0)
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

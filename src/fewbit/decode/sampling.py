@@ -90,8 +90,11 @@ class Sampling:
         for token, bias in self.logit_bias.items():
             _check("a token of logit_bias", token, 0, 1 << 31, whole=True)
             _check(f"logit_bias of token {token}", bias, -100, 100, whole=False)
-        if len(self.stop) > MOST_STOPS or not all(isinstance(text, str) and text for text in self.stop):
-            raise SpecError(f"stop {list(self.stop)!r}"[:200], "", f"at most {MOST_STOPS} texts, none of them empty")
+        stop: object = self.stop  # a text alone would be taken for as many as it has letters
+        wrong = isinstance(stop, str) or not all(isinstance(text, str) and text for text in self.stop)
+        if wrong or len(self.stop) > MOST_STOPS:
+            works = f"a tuple of at most {MOST_STOPS} texts, none of them empty"
+            raise SpecError(f"stop {self.stop!r}"[:200], "", works)
 
     def seeded(self) -> Sampling:
         """The same with a seed, drawn where there is none."""
@@ -101,8 +104,8 @@ class Sampling:
 def _check(name: str, value: object, least: float, most: float, *, whole: bool) -> None:
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-        kind = "a whole number" if whole else "a number"
-        raise SpecError(f"{name} {value!r}"[:200], "", f"{kind} from {least:g} to {most:g} would work")
+        range = f"whole number from {least} to {most}" if whole else f"number from {least:g} to {most:g}"
+        raise SpecError(f"{name} {value!r}"[:200], "", f"a {range} would work")
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ class Words:
         self.tokenizer, self._templates = tokenizer, templates or Templates()
         own = tokenizer.eos_token_id
         self.ends = frozenset(ends) | (frozenset() if own is None else {int(own)})
+        self._before = [int(token) for token in tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]]
         self.encode("a")  # switches off truncation that a file may ask for: later, threads only read the tokenizer
 
     def encode(self, text: str) -> list[int]:
@@ -118,9 +119,24 @@ class Words:
         """Text; special tokens are left out, and so are numbers that the tokenizer has no text for."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def bytes_of(self, token: int) -> bytes:
+        """What one token, special or not, adds to a text that it does not begin: UTF-8, or a part of a character."""
+
+        def text(tokens: Sequence[int]) -> str:
+            return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+        added = text([*self._before, token])[len(text(self._before)) :]
+        name = self.tokenizer.convert_ids_to_tokens(token) if REPLACEMENT in added else None
+        return added.encode() if name is None else _bytes_named(name)
+
     def piece(self, token: int) -> str:
-        """One token by itself, special or not, for lists of alternatives."""
-        return str(self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        """One token by itself, for lists of alternatives; a part of a character as OpenAI writes it,
+        ``bytes:\\xf0\\x9f``."""
+        found = self.bytes_of(token)
+        try:
+            return found.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
     def stream(self, before: Sequence[int] = ()) -> TextStream:
         return TextStream(self.decode, before)
@@ -152,6 +168,26 @@ class Words:
     def close(self) -> None:
         """End the process that renders templates."""
         self._templates.close()
+
+
+def _bytes_named(name: str) -> bytes:
+    """The bytes of a token of a vocabulary whose rare characters are tokens such as ``<0xF0>``, or one that writes
+    each byte as a character."""
+    if len(name) == 6 and name.startswith("<0x"):
+        return bytes([int(name[3:5], 16)])
+    known = all(character in ALPHABET for character in name)
+    return bytes(ALPHABET[character] for character in name) if known else name.encode()
+
+
+def _alphabet() -> dict[str, int]:
+    """Characters for bytes (Radford et al. 2019): those that print are themselves, others are counted from 256."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+ALPHABET = _alphabet()
+"""Of byte-level vocabularies."""
 
 
 def words_of(folder: Path) -> Words:

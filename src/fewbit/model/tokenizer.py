@@ -48,6 +48,11 @@ class FileTokenizer:
     ) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
 
+    def convert_ids_to_tokens(self, token: int) -> str | None:
+        """What the vocabulary calls ``token``."""
+        found: str | None = self._tokenizer.id_to_token(token)
+        return found
+
 
 def open_tokenizer(folder: Path) -> FileTokenizer | None:
     """The tokenizer in ``folder``; None where it takes transformers to read it.

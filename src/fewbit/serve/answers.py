@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from fewbit.decode.batch import Batcher
 from fewbit.decode.job import Job, Piece
 from fewbit.serve.ask import Ask
-from fewbit.serve.errors import ApiError, api_error
+from fewbit.serve.errors import api_error
 from fewbit.serve.metrics import Metrics
 from fewbit.serve.shapes import Shape
 
@@ -36,7 +36,6 @@ class Texts:
         self.jobs: list[Job] = []
         try:
             for prompt in ask.prompts:
-                _check_length(prompt, batcher.engine.context)
                 for branch in range(ask.n):
                     self._begin(prompt, branch)
         except Exception:
@@ -79,12 +78,6 @@ class Texts:
             "total_tokens": prompts + written,
             "prompt_tokens_details": {"cached_tokens": reused},
         }
-
-
-def _check_length(prompt: tuple[int, ...], context: int) -> None:
-    if len(prompt) >= context:
-        message = f"the prompt has {len(prompt)} tokens, the context {context}; a shorter prompt would work"
-        raise ApiError(400, message, "prompt", "context_length_exceeded")
 
 
 async def whole(texts: Texts, shape: Shape) -> JSONResponse:

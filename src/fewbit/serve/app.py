@@ -24,6 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from fewbit.decode.batch import Batcher, Stats
+from fewbit.decode.engine import Engine
 from fewbit.decode.text import Words
 from fewbit.serve import ask as A
 from fewbit.serve import embeddings as E
@@ -34,6 +35,7 @@ from fewbit.serve.metrics import Metrics
 from fewbit.serve.shapes import Shape
 
 LOG = logging.getLogger("fewbit.serve")
+TOO_LONG = "context_length_exceeded"
 Handler = Callable[[Request], Awaitable[Response]]
 Parse = Callable[[dict[str, Any], Words], A.Ask]
 
@@ -121,7 +123,7 @@ async def _generate(served: Served, metrics: Metrics, request: Request, parse: P
     if served.batcher is None:
         raise ApiError(501, f"{served.name} reads texts and writes none; /v1/embeddings would work", code="encoder")
     ask = await run_in_threadpool(parse, body, served.words)
-    ask = _bounded(ask, served.max_tokens, served.batcher.engine.context)
+    ask = _bounded(ask, served.max_tokens, served.batcher.engine)
     texts = Texts(served.batcher, ask, metrics)
     shape = Shape(ask.chat, served.name, served.words)
     if ask.stream:
@@ -132,17 +134,30 @@ async def _generate(served: Served, metrics: Metrics, request: Request, parse: P
         texts.cancel()
 
 
-def _bounded(ask: A.Ask, most: int | None, context: int) -> A.Ask:
+def _bounded(ask: A.Ask, most: int | None, engine: Engine) -> A.Ask:
     """``ask`` with a number of tokens: the one asked for, else the usual one where the context has room for it."""
-    asked = ask.sampling.max_tokens
+    for prompt in ask.prompts:
+        _check_prompt(prompt, engine, "messages" if ask.chat else "prompt")
+    longest = max(map(len, ask.prompts))
+    asked, room = ask.sampling.max_tokens, engine.context - longest
     if asked is not None:
         if most is not None and asked > most:
-            raise ApiError(400, f"max_tokens {asked}; a text has at most {most} tokens here", "max_tokens")
+            raise ApiError(400, f"{ask.limit} {asked}; a text has at most {most} tokens here", ask.limit)
+        if asked > room:
+            found = f"the context has {engine.context} tokens, the prompt takes {longest}"
+            raise ApiError(400, f"{ask.limit} {asked}; {found}; at most {room}", ask.limit, TOO_LONG)
         return ask
-    room = context - max(map(len, ask.prompts))
     usual = room if ask.chat else A.COMPLETION_TOKENS
-    tokens = max(1, min(room, usual, most or usual))
+    tokens = min(room, usual, most or usual)
     return dataclasses.replace(ask, sampling=dataclasses.replace(ask.sampling, max_tokens=tokens))
+
+
+def _check_prompt(prompt: tuple[int, ...], engine: Engine, name: str) -> None:
+    if len(prompt) >= engine.context:
+        message = f"the prompt has {len(prompt)} tokens, the context {engine.context}; a shorter prompt would work"
+        raise ApiError(400, message, name, TOO_LONG)
+    if not all(0 <= token < engine.vocab_size for token in prompt):
+        raise ApiError(400, f"the prompt has a token that is not from 0 to {engine.vocab_size - 1}", name)
 
 
 def _check_model(served: Served, name: Any) -> None:
@@ -188,7 +203,9 @@ def _check_token(served: Served, request: Request) -> None:
 
 async def _no_such_place(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}").response()
+    answer = ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}").response()
+    answer.headers.update(error.headers or {})  # which methods a place allows
+    return answer
 
 
 class _Page:

@@ -14,6 +14,8 @@ from fewbit.serve.errors import ApiError
 
 MOST_CHOICES = 16
 """Texts of one request."""
+MOST_TOKENS = 1 << 31
+"""Of a text, whatever the context."""
 COMPLETION_TOKENS = 16
 """``max_tokens`` of a completion that names none, as OpenAI has it; a chat goes on to the end of the context."""
 NUMBERS = (
@@ -28,9 +30,6 @@ NUMBERS = (
     "ignore_eos",
 )
 """Fields that :class:`Sampling` knows by the same name; those that OpenAI lacks have vLLM's names."""
-SHARED = frozenset({*NUMBERS, "model", "stream", "stream_options", "n", "stop", "logit_bias", "logprobs", "max_tokens"})
-COMPLETION = SHARED | {"prompt"}
-CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
 UNHEEDED = frozenset(
     {
         "metadata",
@@ -43,6 +42,9 @@ UNHEEDED = frozenset(
     }
 )
 """Fields that are about the sender or the billing and change no text."""
+SHARED = UNHEEDED | {*NUMBERS, "model", "stream", "stream_options", "n", "stop", "logit_bias", "logprobs", "max_tokens"}
+COMPLETION = SHARED | {"prompt"}
+CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
@@ -55,11 +57,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
 }
 """Fields of things that are not done here, and the values that ask for none of them."""
+MESSAGE = frozenset({"role", "content", "name"})
+IN_MESSAGE: dict[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],)}
+"""As :data:`NEUTRAL`, of a message: answers of other servers come back with them."""
+ROLES = {"developer": "system"}
+"""Roles by OpenAI's newer names -> those that templates know."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """``prompts``: tokens; ``n`` texts follow each."""
+    """``prompts``: tokens; ``n`` texts follow each. ``limit``: the field by which a text's tokens are bounded."""
 
     chat: bool
     prompts: tuple[tuple[int, ...], ...]
@@ -67,37 +74,40 @@ class Ask:
     n: int
     stream: bool
     include_usage: bool
+    limit: str
 
 
 def completion(body: Mapping[str, Any], words: Words) -> Ask:
     """A request of /v1/completions. Raises ApiError and the errors of tokenizing."""
     given = _known(body, COMPLETION)
     prompts = _prompts(given.get("prompt"), words)
-    return _ask(False, prompts, given, given.get("max_tokens"), given.get("logprobs"))
+    return _ask(False, prompts, given, given.get("logprobs"))
 
 
 def chat(body: Mapping[str, Any], words: Words) -> Ask:
     """A request of /v1/chat/completions. Raises as :func:`completion`."""
     given = _known(body, CHAT)
     prompt = tuple(words.chat(_messages(given.get("messages"))))
-    most = given.get("max_completion_tokens", given.get("max_tokens"))
     wanted = _flag(given, "logprobs")
     if "top_logprobs" in given and not wanted:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-    return _ask(True, (prompt,), given, most, given.get("top_logprobs", 0) if wanted else None)
+    return _ask(True, (prompt,), given, given.get("top_logprobs", 0) if wanted else None)
 
 
-def _ask(chat: bool, prompts: tuple[tuple[int, ...], ...], given: Mapping[str, Any], most: Any, logs: Any) -> Ask:
+def _ask(chat: bool, prompts: tuple[tuple[int, ...], ...], given: Mapping[str, Any], logs: Any) -> Ask:
     n = _whole(given, "n", 1, 1, MOST_CHOICES)
     if n * len(prompts) > MOST_CHOICES:
         raise ApiError(400, f"{n * len(prompts)} texts in one request; at most {MOST_CHOICES} would work", "n")
     options = given.get("stream_options", {})
     if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
         raise ApiError(400, 'stream_options knows {"include_usage": true}', "stream_options")
-    return Ask(chat, prompts, _sampling(given, most, logs), n, _flag(given, "stream"), _flag(options, "include_usage"))
+    limit = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
+    most = _whole(given, limit, 1, 1, MOST_TOKENS) if limit in given else None
+    sampling = _sampling(given, most, logs)
+    return Ask(chat, prompts, sampling, n, _flag(given, "stream"), _flag(options, "include_usage"), limit)
 
 
-def _sampling(given: Mapping[str, Any], most: Any, logs: Any) -> Sampling:
+def _sampling(given: Mapping[str, Any], most: int | None, logs: Any) -> Sampling:
     fields = {name: given[name] for name in NUMBERS if name in given}
     if fields.get("top_k") == -1:  # as vLLM spells "all"
         fields["top_k"] = 0
@@ -122,16 +132,19 @@ def _biases(given: Mapping[str, Any]) -> dict[int, float]:
     return {int(key): value for key, value in found.items()}
 
 
-def _known(body: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
-    """The fields that are given; null is not given."""
-    given = {name: value for name, value in body.items() if value is not None and name not in UNHEEDED}
-    for name in [name for name in given if name in NEUTRAL and name not in names]:
-        if not any(given[name] == value and type(given[name]) is type(value) for value in NEUTRAL[name]):
-            raise ApiError(400, f"{name} is not supported by this server", name, "unsupported_parameter")
+def _known(
+    found: Mapping[str, Any], names: frozenset[str], neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL, where: str = ""
+) -> dict[str, Any]:
+    """The fields of ``found`` that are given; null is not given. ``where``: goes before the name of a field."""
+    given = {name: value for name, value in found.items() if value is not None}
+    for name in [name for name in given if name in neutral and name not in names]:
+        if not any(given[name] == value and type(given[name]) is type(value) for value in neutral[name]):
+            raise ApiError(400, f"{where}{name} is not supported by this server", where + name, "unsupported_parameter")
         del given[name]
     unknown = sorted(given.keys() - names)
     if unknown:
-        raise ApiError(400, f"unknown field {unknown[0][:100]!r}", unknown[0][:100], "unknown_parameter")
+        name = where + unknown[0][:100]
+        raise ApiError(400, f"unknown field {name!r}", name, "unknown_parameter")
     return given
 
 
@@ -145,7 +158,9 @@ def _prompts(found: Any, words: Words) -> tuple[tuple[int, ...], ...]:
 
 def _prompt(found: Any, words: Words) -> tuple[int, ...]:
     if isinstance(found, str):
-        return tuple(words.encode(found))
+        found = words.encode(found)
+        if not found:
+            raise ApiError(400, "the prompt holds no token; some text would work", "prompt")
     if isinstance(found, list) and found and all(type(token) is int for token in found):
         return tuple(found)
     raise ApiError(400, "prompt is a text, a list of texts, a list of tokens, or a list of such lists", "prompt")
@@ -160,15 +175,23 @@ def _messages(found: Any) -> list[dict[str, str]]:
 def _message(found: Any, where: str) -> dict[str, str]:
     if not isinstance(found, dict) or not isinstance(found.get("role"), str):
         raise ApiError(400, f'{where} is an object with "role" and "content"', where)
-    content = found.get("content")
-    if isinstance(content, list):  # parts, of which only texts can be read here
-        texts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        content = None if None in texts else "".join(str(text) for text in texts)
+    given = _known(found, MESSAGE, IN_MESSAGE, f"{where}.")
+    content = given.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
     if not isinstance(content, str):
         raise ApiError(400, f"the content of {where} is a text or a list of text parts", f"{where}.content")
-    return {"role": found["role"], "content": content}
+    if not isinstance(given.get("name", ""), str):
+        raise ApiError(400, f"the name in {where} is a text", f"{where}.name")
+    return {**given, "role": ROLES.get(given["role"], given["role"]), "content": content}
+
+
+def _part(found: Any, where: str) -> str:
+    """Of a message; only texts can be read here."""
+    if not isinstance(found, dict) or found.get("type") != "text" or not isinstance(found.get("text"), str):
+        kind = found.get("type") if isinstance(found, dict) else None
+        raise ApiError(400, f"{where} is of type {str(kind)[:100]!r}; only texts can be read here", where)
+    return str(found["text"])
 
 
 def _whole(given: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:

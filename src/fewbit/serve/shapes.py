@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fewbit.decode.sampling import Logprobs
-from fewbit.decode.text import REPLACEMENT, Words
+from fewbit.decode.text import Words
 
 LEAST_LOG = -9999.0
 """Stands for the logarithm of zero, which JSON cannot write."""
@@ -62,15 +62,22 @@ class Shape:
         return {**self._token(token, logs.taken), "top_logprobs": [self._token(*pair) for pair in logs.top]}
 
     def _token(self, token: int, log: float) -> dict[str, Any]:
-        piece = self.words.piece(token)
-        code = None if REPLACEMENT in piece else list(piece.encode())
-        return {"token": piece, "logprob": max(log, LEAST_LOG), "bytes": code}
+        return {
+            "token": self.words.piece(token),
+            "logprob": max(log, LEAST_LOG),
+            "bytes": list(self.words.bytes_of(token)),
+        }
 
     def _table(self, known: list[tuple[int, Logprobs]], offset: int) -> dict[str, Any]:
-        pieces = [self.words.piece(token) for token, _ in known]
+        begun = [_characters(self.words.bytes_of(token)) for token, _ in known]
         return {
-            "tokens": pieces,
+            "tokens": [self.words.piece(token) for token, _ in known],
             "token_logprobs": [max(logs.taken, LEAST_LOG) for _, logs in known],
             "top_logprobs": [{self.words.piece(t): max(log, LEAST_LOG) for t, log in logs.top} for _, logs in known],
-            "text_offset": [offset + sum(map(len, pieces[:index])) for index in range(len(pieces))],
+            "text_offset": [offset + sum(begun[:index]) for index in range(len(known))],
         }
+
+
+def _characters(piece: bytes) -> int:
+    """How many characters of UTF-8 begin in ``piece``."""
+    return sum(byte & 0xC0 != 0x80 for byte in piece)
