@@ -28,7 +28,6 @@ before, and ``end = "distill"`` what it learns as a whole in the end.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -40,6 +39,7 @@ from typing import Any, ClassVar, TypeVar
 
 from fewbit import formats, methods, transforms
 from fewbit.core.facts import Need, strongest
+from fewbit.core.rows import check_entry, inline
 from fewbit.errors import InputError, SpecError
 
 if sys.version_info >= (3, 11):
@@ -48,7 +48,9 @@ else:
     import tomli as tomllib
 
 FLOAT = "float"
-_KEYS = {"match", "format", "activation", "method", "options", "transforms", "tune"}
+_RULE = {"match": "*", "format": "int4/g64"}
+_MORE = {"activation": "int8/channel", "method": "gptq", "options": {"desc_act": True}}
+_LISTS = {"transforms": ["smooth"], "tune": ["scales"]}
 
 
 C = TypeVar("C", bound="_Choice")
@@ -284,8 +286,10 @@ class Recipe:
             if rule.match.startswith("kind:") and rule.match[5:] in ("embedding", "head"):
                 continue
             if not any(rule.matches(*layer) for layer in layers):
-                shown = ", ".join(name for name, _, _ in layers[:3])
-                raise SpecError(f"recipe rule {rule.match!r}", "it matches no layer", f"layers are named like {shown}")
+                which = {"kind": 1, "class": 2}.get(rule.match.partition(":")[0], 0)
+                shown = ", ".join(list(dict.fromkeys(layer[which] for layer in layers))[: None if which else 3])
+                works = f"{('layers are named like', 'kinds here are', 'classes here are')[which]} {shown}"
+                raise SpecError(f"recipe rule {rule.match!r}", "it matches no layer", works)
 
     def to_dict(self) -> dict[str, Any]:
         return {**self._whole(), "rule": [_rule_dict(rule) for rule in self.rules]}
@@ -296,12 +300,12 @@ class Recipe:
         return {key: choice.plain() for key, choice in found.items() if choice is not None}
 
     def to_toml(self) -> str:
-        lines = [f"{key} = {_inline(value)}" for key, value in self._whole().items()]
+        lines = [f"{key} = {inline(value)}" for key, value in self._whole().items()]
         lines += [""] if lines else []
         for rule in self.to_dict()["rule"]:
             lines.append("[[rule]]")
             for key, value in rule.items():
-                lines.append(f"{key} = {_inline(value)}")
+                lines.append(f"{key} = {inline(value)}")
             lines.append("")
         return "\n".join(lines)
 
@@ -329,7 +333,7 @@ class Recipe:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"recipe {path}", f"it cannot be read ({error})") from None
+            raise InputError(f"recipe {path}", f"it cannot be read ({error})", "a TOML file in UTF-8") from None
         try:
             return Recipe.from_dict(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
@@ -352,15 +356,6 @@ def _is_row(rows: Sequence[Any], entry: Any) -> bool:
     return any(row.name == name for row in rows)
 
 
-def _inline(value: Any) -> str:
-    """``value`` as TOML on one line."""
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_inline(entry)}" for key, entry in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_inline, value)) + "]"
-    return json.dumps(value)
-
-
 def _rule_dict(rule: Rule) -> dict[str, Any]:
     entry: dict[str, Any] = {"match": rule.match, "format": rule.format}
     if rule.activation is not None:
@@ -377,16 +372,8 @@ def _rule_dict(rule: Rule) -> dict[str, Any]:
 
 
 def _rule(entry: Any) -> Rule:
-    if not isinstance(entry, dict) or not {"match", "format"} <= set(entry) or set(entry) - _KEYS:
-        found = f"keys {sorted(entry)}" if isinstance(entry, dict) else f"{type(entry).__name__}"
-        raise SpecError(
-            "recipe rule", found, "a rule has match and format, and may have method, options, transforms, tune"
-        )
+    check_entry("recipe rule", entry, _RULE, _MORE | _LISTS)
     steps, tunes = entry.get("transforms", []), entry.get("tune", [])
-    if not isinstance(steps, list):
-        raise SpecError(f"transforms = {steps!r}", "not a list", 'e.g. transforms = ["smooth"]')
-    if not isinstance(tunes, list):
-        raise SpecError(f"tune = {tunes!r}", "not a list", 'e.g. tune = ["scales"]')
     weight, activation = split_scheme(entry["format"])
     options = dict(entry.get("options", {}))
     return Rule(
