@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fewbit.errors import SpecError
+from fewbit.errors import InputError, SpecError
 from fewbit.recipe import Recipe, Rule, Step
 
 
@@ -66,6 +66,11 @@ def test_what_cannot_be_is_refused_when_built(steps: list[Any], match: str) -> N
 def test_an_entry_that_is_no_rule_is_refused_with_what_would_be_one(entry: Any, match: str) -> None:
     with pytest.raises(SpecError, match=match):
         Recipe.from_dict({"rule": [entry]})
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(InputError, match="it has no layer of a kind that has a format"):
+        Recipe.simple("int4/g32").check([])
 
 
 @pytest.mark.parametrize(

@@ -279,9 +279,13 @@ class Recipe:
         """Every rule must match some (name, kind, class).
 
         Raises:
-            SpecError: a rule matches nothing; the message shows names that exist. The embedding and head rules that
-                :meth:`simple` adds are exempt from a head tied to its embedding.
+            InputError: there is no layer. SpecError: a rule matches nothing; the message shows what there is. The
+                embedding and head rules that :meth:`simple` adds are exempt from a head tied to its embedding.
         """
+        if not layers:
+            raise InputError(
+                "quantizing this model", "it has no layer of a kind that has a format", "linear layers, say"
+            )
         for rule in self.rules:
             if rule.match.startswith("kind:") and rule.match[5:] in ("embedding", "head"):
                 continue

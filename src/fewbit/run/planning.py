@@ -272,9 +272,15 @@ def _check_tunings(site: Site, rule: Rule, format: Format) -> None:
         elif site.kind == "experts":
             reason = "experts see only the tokens that are routed to them"
         else:
-            reason, works = methods.tuning(tune.name).refuse(format), "leave the tuning out for this layer"
+            reason, works = methods.tuning(tune.name).refuse(format), tunable(format)
         if reason is not None:
             raise UnsupportedError(f"tuning {tune.name} of {format.name} for {site.name}", reason, works)
+
+
+def tunable(format: Format) -> str:
+    """What would work where a tuning cannot learn anything of ``format``."""
+    able = [row.name for row in methods.TUNINGS if row.refuse(format) is None]
+    return f"{'tuning ' + ' or '.join(able) if able else 'no tuning takes it: leave it out'} for this layer"
 
 
 def _check_end(end: ModelTune | None, quantized: list[Decision]) -> None:
