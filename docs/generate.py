@@ -136,7 +136,8 @@ def methods_page() -> str:
     for method in methods.METHODS:
         options = ", ".join(f"`{name}={value}`" for name, value in method.options.items()) or "none"
         page = f"[{method.name}](methods/{method.name}.md)"
-        rows.append((page, summary(method.solve), NEEDS[method.needs], options, method.source))
+        needs = "no facts; text for its tuning" if method.tuning else NEEDS[method.needs]
+        rows.append((page, summary(method.solve), needs, options, method.source))
     return "\n\n".join(
         (
             NOTICE,

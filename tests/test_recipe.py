@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fewbit.errors import SpecError
+from fewbit.errors import InputError, SpecError
 from fewbit.recipe import Recipe, Rule, Step
 
 
@@ -36,6 +36,56 @@ def test_what_cannot_be_is_refused_when_built(steps: list[Any], match: str) -> N
         Recipe.from_dict({"rule": [{"match": "*", "format": "int4/g32", "transforms": steps}]})
     with pytest.raises(SpecError, match=match):
         Recipe.simple("int4/g32", transforms=steps)
+
+
+@pytest.mark.parametrize(
+    ("entry", "match"),
+    [
+        (3, "recipe rule 3; not a table; one with match and format"),
+        ({"match": "*"}, "no format; recipe rules have match and format, and may have activation, method, options"),
+        ({"match": "*", "format": "int4/g32", "methd": "gptq"}, "unknown key methd; .* may have activation, method"),
+        ({"match": ["*"], "format": "int4/g32"}, r"match = \['\*'\]; not a text; e.g. match = \"\*\""),
+        ({"match": "*", "format": 4}, 'format = 4; not a text; e.g. format = "int4/g64"'),
+        ({"match": "*", "format": "int4/g32", "activation": 8}, "activation = 8; not a text"),
+        ({"match": "*", "format": "int4/g32", "method": ["gptq"]}, r"method = \['gptq'\]; not a text"),
+        ({"match": "*", "format": "int4/g32", "options": 3}, "options = 3; not a table; .* { desc_act = true }"),
+        ({"match": "*", "format": "int4/g32", "tune": "scales"}, r'not a list; e.g. tune = \["scales"\]'),
+        ({"match": "*", "format": "int4/g32", "method": "gptqq"}, "no such method; gptq\\? methods are rtn, clip"),
+        ({"match": "*", "format": "int4/g32", "tune": ["scale"]}, "no such tuning; scales\\? tunings are rounding"),
+        ({"match": "*", "format": "int4/g32", "transforms": ["quarott"]}, "quarot\\? transforms are smooth"),
+        (
+            {"match": "*", "format": "int4/g32", "method": "gptq", "options": {"desc": True}},
+            "no such option; desc_act\\? its options are damp_percent",
+        ),
+        (
+            {"match": "*", "format": "int4/g32", "method": "gptq", "options": {"block_size": 0}},
+            "a whole number from 1 to 1,048,576, e.g. 128",
+        ),
+    ],
+)
+def test_an_entry_that_is_no_rule_is_refused_with_what_would_be_one(entry: Any, match: str) -> None:
+    with pytest.raises(SpecError, match=match):
+        Recipe.from_dict({"rule": [entry]})
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(InputError, match="it has no layer of a kind that has a format"):
+        Recipe.simple("int4/g32").check([])
+
+
+@pytest.mark.parametrize(
+    ("match", "works"),
+    [
+        ("foo*", "layers are named like model.embed, model.0.up, model.0.down$"),
+        ("kind:linaer", "kinds here are embedding, linear$"),
+        ("class:Conv2d", "classes here are Embedding, Linear$"),
+    ],
+)
+def test_a_rule_that_matches_nothing_is_told_what_there_is(match: str, works: str) -> None:
+    names = {"model.embed": "Embedding", "model.0.up": "Linear", "model.0.down": "Linear", "model.1.up": "Linear"}
+    layers = [(name, "embedding" if kind == "Embedding" else "linear", kind) for name, kind in names.items()]
+    with pytest.raises(SpecError, match=works):
+        Recipe((Rule(match, "int4/g32"),)).check(layers)
 
 
 def test_transforms_are_a_list_and_not_for_float() -> None:

@@ -76,7 +76,9 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"text file {path}", f"it is not UTF-8 ({error})", "save it as UTF-8") from None
     except OSError as error:
-        raise InputError(f"text file {path}", f"it cannot be read ({error.strerror})") from None
+        raise InputError(
+            f"text file {path}", f"it cannot be read ({error.strerror})", "give a .txt or .jsonl file"
+        ) from None
     if path.suffix in (".jsonl", ".json"):
         content = "\n\n".join(
             _field(line, number, path) for number, line in enumerate(content.splitlines(), 1) if line.strip()
@@ -107,9 +109,9 @@ def windows(tokenizer: Callable[..., Any], text: str, context: int, what: str) -
     body = context - len(start)
     number = len(ids) // body
     if number == 0:
-        raise InputError(
-            what, f"it has {len(ids)} tokens", f"give at least {body}, or a context of at most {len(ids)} tokens"
-        )
+        longest = len(ids) + len(start)
+        works = f"give at least {body}" + (f", or a context of at most {longest} tokens" if longest > 1 else "")
+        raise InputError(what, f"it has {len(ids)} token{'s' if len(ids) != 1 else ''}", works)
     chunks = torch.tensor(ids[: number * body], dtype=torch.int64).reshape(number, body)
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(number, -1), chunks], 1) if start else chunks
 

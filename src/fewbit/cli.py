@@ -98,8 +98,10 @@ def calibrate(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FACTS", help="Folder to write.")],
     calibration: Calibration = None,
-    gram: Annotated[bool, typer.Option(help="Second moments of inputs: what gptq and awq need.")] = True,
-    fisher: Annotated[bool, typer.Option(help="Fisher diagonal of weights: what skm and squeezellm need.")] = True,
+    gram: Annotated[bool, typer.Option(help="Second moments of inputs: gptq, awq, vptq and billm need them.")] = True,
+    fisher: Annotated[
+        bool, typer.Option(help="Fisher diagonal of weights: skm, squeezellm and nanoquant need it.")
+    ] = True,
     ranges: Annotated[bool, typer.Option(help="Histograms of inputs: what static grids need.")] = True,
     merge: Annotated[
         list[Path] | None, typer.Option("--merge", metavar="FACTS", help="Add up such folders instead; repeat it.")

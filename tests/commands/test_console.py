@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fewbit.commands.console import plain, table, write_json
 from fewbit.errors import InputError
@@ -22,6 +24,17 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
 def test_json_to_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere"):
         write_json(str(tmp_path / "nowhere" / "a.json"), {})
+
+
+@pytest.mark.parametrize(("width", "shown"), [(19, ["a.0.", "down_proj"]), (17, ["a.0.", "down_", "proj"])])
+def test_names_break_between_their_parts(width: int, shown: list[str]) -> None:
+    """After dots and spaces; inside of a part only where it is wider than its column; and nothing is left out."""
+    file = io.StringIO()
+    console = Console(width=width, file=file)
+    console.print(table(("layer", "n"), [("a.0.down_proj", 1.25), ("x" * 60, 3)]))
+    rows = [row for row in file.getvalue().splitlines() if row.strip()][2:]
+    assert max(map(len, rows)) <= width and [row.split()[0] for row in rows][: len(shown)] == shown
+    assert "1.25" in rows[0] and "".join(rows).count("x") == 60
 
 
 def test_table_escapes_markup(capsys: pytest.CaptureFixture[str]) -> None:

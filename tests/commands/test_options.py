@@ -96,6 +96,12 @@ def test_refusals_and_help_name_every_row(tiny: Path, command: Command, option: 
     assert {row.name for row in rows} <= refused & helped
 
 
+@pytest.mark.parametrize(("option", "need"), [("--gram", "gram"), ("--fisher", "fisher")])
+def test_calibrate_names_the_methods_that_need_what_it_collects(command: Command, option: str, need: str) -> None:
+    helped = words(command("calibrate", "--help").stdout.partition(f"{option} ")[2].partition(" --r")[0])
+    assert {method.name for method in methods.METHODS if method.needs == need} <= helped
+
+
 def test_doctor_lists_every_row(command: Command) -> None:
     tables = (methods.METHODS, methods.TUNINGS, methods.MODEL_TUNINGS)
     every = {row.name for rows in (*tables, transforms.TRANSFORMS, transforms.MODEL_TRANSFORMS) for row in rows}

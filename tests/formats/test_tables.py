@@ -87,6 +87,17 @@ def test_error_of_normal_weights(name: str, known: float) -> None:
     assert mean_square_error(name, weight) == pytest.approx(known, rel=0.01)
 
 
+def test_fifteen_levels_around_zero_lose_more_than_sixteen() -> None:
+    """int4 with the largest of 64 at 7 steps loses 0.0116; at 7.5 steps, where the sixteenth level is of use, less."""
+    weight, format = normal(1024, 1024, seed=1), formats.parse("int4/g64/sym")
+    params = F.fit(format, weight * (7.5 / 7))
+    codes = F.encode(format, weight, params)
+    assert int(codes.unique().numel()) == 15
+    error = float((F.decode(format, codes, params) - weight).square().mean())
+    assert error == pytest.approx(0.0116, rel=0.01)
+    assert mean_square_error("nf4/g64", weight) < mean_square_error("int4/g64/sym", weight) < error
+
+
 def test_finer_formats_lose_less() -> None:
     """Each pair differs in one thing that can only help on normal weights."""
     weight = normal(256, 512, seed=2)

@@ -10,7 +10,7 @@ import torch
 from fewbit import formats, layouts, methods
 from fewbit.core import blocks as B
 from fewbit.core import format as F
-from fewbit.core.qtensor import QTensor, stack, storage
+from fewbit.core.qtensor import QTensor, stack, storage, storage_bytes
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.formats.vector import LENGTHS, Vector
 
@@ -124,6 +124,16 @@ def test_true_bits_count_the_books(name: str, bits: float) -> None:
     assert {key: size for key, (_, size) in sizes.items()} == {
         "packed": tuple(packed.packed.shape), **{key: tuple(value.shape) for key, value in packed.params.items()}
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "books"),
+    [("vector6x12", 2.0, 0.023), ("vector8x12", 1.5, 0.031), ("vector12x12+12/g1024", 2.0, 0.375)],
+)
+def test_books_of_a_large_matrix_are_not_negligible(name: str, index: float, books: float) -> None:
+    """Of 4096 x 4096 weights; but for the rows that fill the last vectors of a column up."""
+    sizes = storage(formats.parse(name), layouts.named("dense"), (4096, 4096))
+    assert 8 * storage_bytes(sizes) / 4096**2 == pytest.approx(index + books, abs=0.005)
 
 
 def test_storage_of_rows_that_are_no_whole_codes() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fewbit import formats
 from fewbit.core import format as F
 from fewbit.core.facts import Facts
+from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, SpecError
 from fewbit.methods import clip, feedback, gptq, named, objective, ranges, rtn
 from fewbit.methods.gptq import solve
@@ -103,6 +104,38 @@ def test_identity_second_moment_is_rounding(name: str, mode: str) -> None:
         q = gptq(weight, format, facts, clip=searched, **MODES[mode])
         assert torch.equal(q.packed, simple.packed)
         assert all(torch.equal(values, simple.params[key]) for key, values in q.params.items())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_diagonal_second_moment_is_rounding(name: str, mode: str) -> None:
+    """Inputs of different sizes that say nothing of one another: no error can be made up for."""
+    weight, _ = case(9, 40, seed=1)
+    size = torch.randn(40, generator=torch.Generator().manual_seed(2)).exp()
+    facts = Facts(40, 1000, torch.zeros(40), 1000 * size, size.sqrt(), torch.diag(1000 * size))
+    plain = rtn(weight, formats.parse(name))
+    q = gptq(weight, formats.parse(name), facts, clip=False, **MODES[mode])
+    assert torch.equal(q.packed, plain.packed)
+    assert all(torch.equal(values, plain.params[key]) for key, values in q.params.items())
+
+
+def test_on_correlated_inputs_half_the_loss_of_rounding_and_half_again_by_activity() -> None:
+    """tr(E H E^T) of inputs of log-normal sizes: over 2 to 4 bits 0.4 to 0.55 of that of rounding, and in order of
+    activity 0.45 to 0.65 of what that leaves."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    x = (normal(1024, 32) @ normal(32, 128) / 32**0.5 + 0.5 * normal(1024, 128)) * normal(128).exp()
+    weight, facts, moment = normal(64, 128), Facts.of(x, gram=True), x.double().T @ x.double()
+
+    def lost(q: QTensor) -> float:
+        error = weight.double() - q.dequantize().double()
+        return float(((error @ moment) * error).sum())
+
+    for bits in (2, 3, 4):
+        format = formats.parse(f"int{bits}/channel/asym")
+        rounded = lost(rtn(weight, format))
+        natural, active = (lost(gptq(weight, format, facts, clip=False, desc_act=act)) for act in (False, True))
+        assert 0.4 < natural / rounded < 0.55 and 0.45 < active / natural < 0.65
 
 
 @settings(max_examples=60, deadline=None)

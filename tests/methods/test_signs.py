@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewbit import formats, layouts, methods
 from fewbit.core.facts import Facts
+from fewbit.core.qtensor import storage, storage_bytes
 from fewbit.core.terms import Columns, Product, Terms, repack
 from fewbit.errors import InputError, SpecError
 from fewbit.methods.nanoquant import CLIP, PENALTY, POWER, REGULAR, SHRINK, Factors, preconditioners, rank
@@ -58,6 +59,14 @@ def test_ptq161_counts_everything() -> None:
     assert dense_bytes(result) == signs + four + 2 * (4 * 64) + 2 * 160 + 2 * 128
     assert isinstance(result, Terms) and isinstance(result.terms[0], Columns)
     assert [part.shape for part in result.terms[0].parts] == [(64, 32), (64, 128)]
+
+
+def test_ptq161_s_name_leaves_scales_out() -> None:
+    """Of 4096 x 4096 weights: 0.8 x 1 + 0.2 x 4 bits of codes, a mask, and what scales take, near 0.02."""
+    made = methods.named("ptq161").made_of(formats.parse("int1/channel/min"), (4096, 4096), {})
+    dense = layouts.named("dense")
+    held = made.beside + sum(storage_bytes(storage(format, dense, shape)) for format, shape in made.matrices)
+    assert 8 * held / 4096**2 == pytest.approx(1.6 + 0.0002 + 0.023, abs=0.002)
 
 
 # BiLLM

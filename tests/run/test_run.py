@@ -156,5 +156,10 @@ def test_a_calibration_file_without_text_or_too_short(short: Short, tmp_path: Pa
     brief.write_text("hello")
     with pytest.raises(InputError, match="holds no text"):
         short(tmp_path / "out", calibration=empty)
-    with pytest.raises(InputError, match="5 tokens"):
+    with pytest.raises(InputError, match="it has 5 tokens; give at least 64, or a context of at most 5 tokens"):
         short(tmp_path / "out", calibration=brief)
+    brief.write_text("h")
+    with pytest.raises(InputError, match=r"it has 1 token; give at least 64$"):
+        short(tmp_path / "out", calibration=brief)
+    with pytest.raises(InputError, match=r"cannot be read.*give a \.txt or \.jsonl file"):
+        short(tmp_path / "out", calibration=tmp_path)

@@ -50,8 +50,10 @@ def test_plans_refuse_what_is_no_vector_and_offer_vptq_where_others_refuse(tiny:
     with pytest.raises(UnsupportedError, match="methods rtn, skm, vptq take it"):
         fewbit.plan(tiny, FORMAT, method="gptq")
     for name in ("books", "vectors"):
-        with pytest.raises(UnsupportedError, match="no codebook of vectors"):
+        with pytest.raises(UnsupportedError, match=r"no codebook of vectors; tuning rounding or .* for this layer$"):
             fewbit.plan(tiny, "int4/g32", method="gptq", tune=[name])
+    with pytest.raises(UnsupportedError, match=r"no float16 number a block.*; no tuning takes it: leave it out"):
+        fewbit.plan(tiny, "nf4/g32/dq", method="gptq", tune=["scales"])
     with pytest.raises(UnsupportedError, match="rounding"):
         fewbit.plan(tiny, FORMAT, method="vptq", tune=["rounding"])
 

@@ -6,14 +6,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from fewbit.containers import files
 from fewbit.report.numbers import DASH
@@ -69,15 +73,37 @@ def plain(data: Any) -> Any:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> Table:
-    """Columns whose every cell is a number (or absent) are set flush right; None prints as a dash."""
+    """Columns whose every cell is a number (or absent) are set flush right; None prints as a dash. On a narrow
+    terminal names break after a dot or a stroke, where that is not enough after an underline, and not inside a word."""
     listed = [[DASH if cell is None else str(cell) for cell in row] for row in rows]
     made = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, title_style="bold")
     for index, header in enumerate(headers):
         numeric = bool(listed) and all(_number(row[index]) for row in listed)
         made.add_column(header, justify="right" if numeric else "left", overflow="fold")
     for row in listed:
-        made.add_row(*(cell.replace("[", "\\[") for cell in row))
+        made.add_row(*map(_Cell, row))
     return made
+
+
+class _Cell:
+    """A text in as many lines as its column asks for."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.parts = text, re.split(r"(?<=[\s/])(?=\S)|(?<=\.)(?=\D)", text)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        widths = [cell_len(part.rstrip()) for part in self.parts]
+        return Measurement(max(widths), cell_len(self.text)).with_maximum(options.max_width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        def fits(part: str) -> bool:
+            return cell_len(part.rstrip()) <= options.max_width
+
+        lines = [""]
+        for part in self.parts:
+            for piece in [part] if fits(part) else re.split(r"(?<=[_=(+])(?=\w)", part):
+                lines = [*lines[:-1], lines[-1] + piece] if fits(lines[-1] + piece) else [*lines, piece]
+        yield Text("\n".join(line.rstrip() for line in lines if line), justify=options.justify, overflow="fold")
 
 
 def _number(cell: str) -> bool:

@@ -173,7 +173,9 @@ def tables(found: dict[str, Any]) -> Iterable[Any]:
         for x in layers
     ]
     told = f"{len(rows)} quantized layers; kernels of the machine that made them"
-    yield table(("layer", "format", "inputs", "method", "layout", "kernel", "bits", "error"), rows, told)
+    headers = ("layer", "format", "inputs", "method", "layout", "kernel", "bits", "error")
+    shown = [i for i, header in enumerate(headers) if header != "inputs" or any(row[i] is not None for row in rows)]
+    yield table([headers[i] for i in shown], [[row[i] for i in shown] for row in rows], told)
     if found["products"]:
         pairs = [(x["name"], x["left"], x["right"]) for x in found["products"]]
         yield table(("product", "left", "right"), pairs, f"{len(pairs)} products of activations in integers")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import fewbit
@@ -18,7 +19,8 @@ def run(request: Request, json_target: str | None) -> None:
     write_json(json_target, planned)
     console = results(json_target)
     console.print(summary(planned))
-    console.print(layers(planned))
+    for each in layers(planned):
+        console.print(each)
     warn(planned)
 
 
@@ -41,28 +43,25 @@ def summary(planned: dict[str, Any]) -> Any:
     return table(("plan", ""), rows)
 
 
-def layers(planned: dict[str, Any]) -> Any:
-    """Every layer: what happens to it, and to inputs where any are rounded, who will compute it, or why it stays."""
-    rounded = any(x["activation"] for x in planned["layers"])
+def layers(planned: dict[str, Any]) -> Iterator[Any]:
+    """Every layer: what happens to it, and to inputs where any are rounded, and who will compute it; then what stays as
+    it is, and why."""
+    found, stays = planned["layers"], [x for x in planned["layers"] if x["reason_skipped"]]
+    rounded = any(x["activation"] for x in found)
 
     def row(name: str, format: str, inputs: str | None, *rest: Any) -> tuple[Any, ...]:
         return (name, format, inputs, *rest) if rounded else (name, format, *rest)
 
-    head = row("layer", "format", "inputs", "method", "kernel", "size", "why not quantized")
-    rows = [
-        row(
-            x["name"],
-            x["format"],
-            x["activation"],
-            procedure(x),
-            x["kernel"] or None,
-            N.size(x["nbytes"]),
-            x["reason_skipped"],
-        )
-        for x in planned["layers"]
+    made = [
+        row(x["name"], x["format"], x["activation"], procedure(x), x["kernel"], N.size(x["nbytes"]))
+        for x in found
+        if not x["reason_skipped"]
     ]
-    rows += [row(x["name"], "as it is", None, None, None, N.size(x["nbytes"]), x["reason"]) for x in planned["kept"]]
-    return table(head, rows)
+    head = row("layer", "format", "inputs", "method", "kernel", "size")
+    yield table(head, made, f"{len(made)} layers to quantize")
+    kept = [(x["name"], x["reason_skipped"], N.size(x["nbytes"])) for x in stays]
+    kept += [(x["name"], x["reason"], N.size(x["nbytes"])) for x in planned["kept"]]
+    yield table(("not quantized", "reason", "size"), kept, f"{len(kept)} kept")
 
 
 def warn(planned: dict[str, Any]) -> None:

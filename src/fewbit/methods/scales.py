@@ -29,7 +29,7 @@ LARGEST = 65504.0
 
 def refuse(format: Format) -> str | None:
     """None, or why nothing of ``format`` can be learned under fixed codes."""
-    return None if _learned(format) else "its blocks hold no float16 number, only powers of two and codes"
+    return None if _learned(format) else "it keeps no float16 number a block, which is what it would learn"
 
 
 def rate(iters: int, format: Format) -> float:

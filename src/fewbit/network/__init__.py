@@ -33,7 +33,7 @@ from fewbit.network.folder import load, save
 from fewbit.network.quantized import Quantized
 from fewbit.recipe import FLOAT, Recipe, Rule
 from fewbit.run.opening import chosen as recipe_chosen
-from fewbit.run.planning import check_transforms, made_of
+from fewbit.run.planning import check_transforms, made_of, tunable
 from fewbit.run.solve import Solved
 
 __all__ = ["Product", "Quantized", "fold_norms", "load", "quantize", "save"]
@@ -176,18 +176,19 @@ def _check(name: str, kind: str, layer: nn.Module, rule: Rule) -> None:
     if kind == "conv2d" and activation is not None and activation.whole:
         found = "inputs of convolutions are rounded window by window"
         raise UnsupportedError(f"activations in {activation.name} for {name}", found, "int8/static or int8/channel")
-    for tune in rule.tunings():
-        reason, works = methods.tuning(tune.name).refuse(formats.parse(rule.format)), "leave the tuning out"
-        if kind == "conv2d" and activation is not None and not isinstance(activation, Fixed):
-            reason, works = "inputs of convolutions are rounded window by window", "int8/static as the activation"
-        if reason is not None:
-            raise UnsupportedError(f"tuning {tune.name} of {rule.format} for {name}", reason, works)
     if methods.named(rule.method).needs == "fisher":
         found = "the Fisher diagonal is collected of language models only"
         raise UnsupportedError(f"method {rule.method} for {name}", found, "clip or gptq, of the same formats")
     site = solving.site_of(name, layer)
     check_transforms(site, rule)
     made_of(site, rule)
+    for tune in rule.tunings():
+        format = formats.parse(rule.format)
+        reason, works = methods.tuning(tune.name).refuse(format), tunable(format)
+        if kind == "conv2d" and activation is not None and not isinstance(activation, Fixed):
+            reason, works = "inputs of convolutions are rounded window by window", "int8/static as the activation"
+        if reason is not None:
+            raise UnsupportedError(f"tuning {tune.name} of {rule.format} for {name}", reason, works)
 
 
 def _need_data(rules: dict[str, Rule], products: dict[str, Rule], more: bool, batches: list[Batch]) -> None:

@@ -28,7 +28,6 @@ before, and ``end = "distill"`` what it learns as a whole in the end.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbit import methods, transforms
+from fewbit.core.rows import inline
 from fewbit.errors import InputError, SpecError
 from fewbit.recipe.choices import ModelStep, ModelTune, Step, Tune
 from fewbit.recipe.rules import FLOAT, Rule, split_scheme
@@ -107,15 +107,21 @@ class Recipe:
         """Every rule must match some (name, kind, class).
 
         Raises:
-            SpecError: a rule matches nothing; the message shows names that exist. The embedding and head rules that
-                :meth:`simple` adds are exempt from a head tied to its embedding.
+            InputError: there is no layer. SpecError: a rule matches nothing; the message shows what there is. The
+                embedding and head rules that :meth:`simple` adds are exempt from a head tied to its embedding.
         """
+        if not layers:
+            raise InputError(
+                "quantizing this model", "it has no layer of a kind that has a format", "linear layers, say"
+            )
         for rule in self.rules:
             if rule.match.startswith("kind:") and rule.match[5:] in ("embedding", "head"):
                 continue
             if not any(rule.matches(*layer) for layer in layers):
-                shown = ", ".join(name for name, _, _ in layers[:3])
-                raise SpecError(f"recipe rule {rule.match!r}", "it matches no layer", f"layers are named like {shown}")
+                which = {"kind": 1, "class": 2}.get(rule.match.partition(":")[0], 0)
+                shown = ", ".join(list(dict.fromkeys(layer[which] for layer in layers))[: None if which else 3])
+                works = f"{('layers are named like', 'kinds here are', 'classes here are')[which]} {shown}"
+                raise SpecError(f"recipe rule {rule.match!r}", "it matches no layer", works)
 
     def to_dict(self) -> dict[str, Any]:
         return {**self._whole(), "rule": [rule.plain() for rule in self.rules]}
@@ -126,12 +132,12 @@ class Recipe:
         return {key: choice.plain() for key, choice in found.items() if choice is not None}
 
     def to_toml(self) -> str:
-        lines = [f"{key} = {_inline(value)}" for key, value in self._whole().items()]
+        lines = [f"{key} = {inline(value)}" for key, value in self._whole().items()]
         lines += [""] if lines else []
         for rule in self.to_dict()["rule"]:
             lines.append("[[rule]]")
             for key, value in rule.items():
-                lines.append(f"{key} = {_inline(value)}")
+                lines.append(f"{key} = {inline(value)}")
             lines.append("")
         return "\n".join(lines)
 
@@ -159,7 +165,7 @@ class Recipe:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"recipe {path}", f"it cannot be read ({error})") from None
+            raise InputError(f"recipe {path}", f"it cannot be read ({error})", "a TOML file in UTF-8") from None
         try:
             return Recipe.from_dict(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
@@ -174,12 +180,3 @@ def _is_row(rows: Sequence[Any], entry: Any) -> bool:
     """Whether ``entry``, a name or a table of one, names one of ``rows``."""
     name = entry.get("name") if isinstance(entry, dict) else entry
     return any(row.name == name for row in rows)
-
-
-def _inline(value: Any) -> str:
-    """``value`` as TOML on one line."""
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_inline(entry)}" for key, entry in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_inline, value)) + "]"
-    return json.dumps(value)

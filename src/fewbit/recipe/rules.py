@@ -11,11 +11,14 @@ from typing import Any
 
 from fewbit import formats, methods, transforms
 from fewbit.core.facts import Need, strongest
+from fewbit.core.rows import check_entry
 from fewbit.errors import SpecError
 from fewbit.recipe.choices import Step, Tune
 
 FLOAT = "float"
-_KEYS = {"match", "format", "activation", "method", "options", "transforms", "tune"}
+_RULE = {"match": "*", "format": "int4/g64"}
+_MORE = {"activation": "int8/channel", "method": "gptq", "options": {"desc_act": True}}
+_LISTS = {"transforms": ["smooth"], "tune": ["scales"]}
 
 
 @dataclass(frozen=True)
@@ -112,16 +115,8 @@ class Rule:
         Raises:
             SpecError: it is none, or names what does not exist.
         """
-        if not isinstance(entry, dict) or not {"match", "format"} <= set(entry) or set(entry) - _KEYS:
-            found = f"keys {sorted(entry)}" if isinstance(entry, dict) else f"{type(entry).__name__}"
-            raise SpecError(
-                "recipe rule", found, "a rule has match and format, and may have method, options, transforms, tune"
-            )
+        check_entry("recipe rule", entry, _RULE, _MORE | _LISTS)
         steps, tunes = entry.get("transforms", []), entry.get("tune", [])
-        if not isinstance(steps, list):
-            raise SpecError(f"transforms = {steps!r}", "not a list", 'e.g. transforms = ["smooth"]')
-        if not isinstance(tunes, list):
-            raise SpecError(f"tune = {tunes!r}", "not a list", 'e.g. tune = ["scales"]')
         weight, activation = split_scheme(entry["format"])
         options = dict(entry.get("options", {}))
         return Rule(

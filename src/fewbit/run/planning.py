@@ -173,14 +173,14 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
             "give these layers a rule with a weight format alone, such as W8A16",
         )
     blind = methods.named(rule.method).needs == "nothing" and not rule.tunings()
-    if format.bits / (format.dim * format.height) < 3 and blind and not force:
+    if _width(format) < 3 and blind and not force:
         raise SpecError(
             f"{rule.format} by {rule.method} for {site.name}",
             "below 3 bits rounding without data destroys a model",
             "use --method gptq, or --force to do it anyway",
         )
-    _check_tunings(site, rule, format)
     made, nbytes = made_of(site, rule, site.block is not None)
+    _check_tunings(site, rule, format)
     with of_layer(site.name):
         kinds = [transforms.named(step.name).makes for step in rule.transforms]
         nbytes += storage_bytes(R.storage(kinds, site.shape[1]))
@@ -199,7 +199,10 @@ def made_of(site: Site, rule: Rule, seen: bool = True) -> tuple[Parts, int]:
     format, method = formats.parse(rule.format), methods.named(rule.method)
     if (refused := method.refuse(format)) is not None:
         able = ", ".join(row.name for row in methods.METHODS if row.refuse(format) is None)
-        raise UnsupportedError(f"{rule.format} by {rule.method} for {site.name}", refused, f"methods {able} take it")
+        near = sorted(map(formats.parse, formats.EXAMPLES), key=lambda one: abs(_width(one) - _width(format)))
+        takes = next((f"; {method.name} takes {one.name}" for one in near if method.refuse(one) is None), "")
+        works = f"methods {able} take it{takes}"
+        raise UnsupportedError(f"{rule.format} by {rule.method} for {site.name}", refused, works)
     if site.experts > 1 and not F.stackable(format, site.shape[0]):
         found = "what all its rows, or groups of them, share would have to differ between experts"
         works = "a format whose scales are per block, such as mxfp4 or int4/g64"
@@ -233,6 +236,11 @@ def _check_terms(site: Site, rule: Rule) -> None:
         raise UnsupportedError(asked, missed if apart else "its parts would round their inputs each on its own", works)
 
 
+def _width(format: Format) -> float:
+    """Bits of a code, a weight."""
+    return format.bits / (format.dim * format.height)
+
+
 def _choice(rule: Rule, site: Site) -> kernels.Choice:
     """The kernel that will run ``site`` here, and why no better one does."""
     activation = formats.parse(rule.activation) if rule.activation else None
@@ -264,9 +272,15 @@ def _check_tunings(site: Site, rule: Rule, format: Format) -> None:
         elif site.kind == "experts":
             reason = "experts see only the tokens that are routed to them"
         else:
-            reason, works = methods.tuning(tune.name).refuse(format), "leave the tuning out for this layer"
+            reason, works = methods.tuning(tune.name).refuse(format), tunable(format)
         if reason is not None:
             raise UnsupportedError(f"tuning {tune.name} of {format.name} for {site.name}", reason, works)
+
+
+def tunable(format: Format) -> str:
+    """What would work where a tuning cannot learn anything of ``format``."""
+    able = [row.name for row in methods.TUNINGS if row.refuse(format) is None]
+    return f"{'tuning ' + ' or '.join(able) if able else 'no tuning takes it: leave it out'} for this layer"
 
 
 def _check_end(end: ModelTune | None, quantized: list[Decision]) -> None:
