@@ -246,8 +246,8 @@ Boundary mirrored(const Boundary& own, int64_t n) {
 }
 
 // One step: less of where each boundary may be, in smaller cells. `most` becomes what the best partition costs that was
-// seen.
-void narrow(const Sums& s, const Sums& mirror, std::vector<Boundary>& own, double& most) {
+// seen. False where nothing is left, as it may be of numbers whose sums are all rounding.
+bool narrow(const Sums& s, const Sums& mirror, std::vector<Boundary>& own, double& most) {
   const size_t count = own.size() - 1;
   std::vector<Boundary> other;
   for (size_t k = 0; k <= count; ++k) other.push_back(mirrored(own[count - k], s.n));
@@ -255,8 +255,12 @@ void narrow(const Sums& s, const Sums& mirror, std::vector<Boundary>& own, doubl
   const std::vector<Values> before = forward(s, row), after = forward(mirror, row_of(other));
   most = std::min(most, settled(s, traced(s, row, before)));
   const double limit = most * (1 + kSlack) + 10 * kSumsError * s.s2[s.n];
-  for (size_t k = 1; k < count; ++k) own[k] = narrowed(own[k], before[k], after[count - k], limit);
+  for (size_t k = 1; k < count; ++k) {
+    own[k] = narrowed(own[k], before[k], after[count - k], limit);
+    if (own[k].at.empty()) return false;
+  }
   for (size_t k = 1; k < count; ++k) give_credit(s, own[k - 1].at.front(), own[k + 1].at.back(), own[k]);
+  return true;
 }
 
 // Boundaries narrowed to single places; false where that would take longer than trying all.
@@ -275,7 +279,7 @@ bool narrow_all(const Sums& s, std::vector<Boundary>& own) {
   std::fill(own.begin() + 1, own.end() - 1, fine);
   const Mirror mirror(s);
   for (bool open = true; open;) {
-    narrow(s, mirror.sums(), own, most);
+    if (!narrow(s, mirror.sums(), own, most)) return false;
     int64_t places = 0;
     open = false;
     for (const Boundary& each : own) {
