@@ -160,7 +160,10 @@ def test_no_partition_of_many_numbers_costs_less(n: int, count: int, shape: str)
     values, weights = SHAPES[shape](normal(n, seed=n), normal(n, seed=count))
     found = scalars.centers(values[None], weights[None], count)
     scale = float((weights.double() * values.double().square()).sum())
-    assert float(cost_of(values[None], weights[None], found)[0]) <= cost_of_the_best(values, weights, count) + 1e-11 * scale
+    assert (
+        float(cost_of(values[None], weights[None], found)[0])
+        <= cost_of_the_best(values, weights, count) + 1e-11 * scale
+    )
 
 
 @pytest.mark.skipif(compiled.grids() is None, reason="the compiled module is absent")

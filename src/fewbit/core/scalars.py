@@ -58,7 +58,9 @@ def centers(values: Tensor, weights: Tensor | None, count: int) -> Tensor:
         native.centers((tables, n, count, int(n > POINTS)), v, w, found.data_ptr())
         return found
     with _one_thread():
-        return torch.stack([_centers(*_points(v, w), count) for v, w in zip(values, _weights(values, weights), strict=True)])
+        return torch.stack(
+            [_centers(*_points(v, w), count) for v, w in zip(values, _weights(values, weights), strict=True)]
+        )
 
 
 def _weights(values: Tensor, weights: Tensor | None) -> Tensor:
