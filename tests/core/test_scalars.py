@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact k-means of numbers against every partition, by enumeration or a plain dynamic program, and against the Lloyd-Max
-quantizers of a Gaussian."""
+"""Exact k-means of numbers against every partition, by enumeration or a plain dynamic program, and against the
+Lloyd-Max quantizers of a Gaussian."""
 
 from __future__ import annotations
 

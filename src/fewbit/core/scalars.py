@@ -7,9 +7,9 @@ Clusters of numbers are intervals of the sorted values, and the cost of one come
 
 The best l never falls as r grows: it is found for r far apart first, then for those in their middles, where only what
 lies between the neighbours' best is tried. That is n a halving and n log n a cluster. The compiled module does the same
-to the same bits, but that of many numbers a cluster it first rules out, by bounds on the cost, nearly all places where a
-cluster might begin (``csrc/core/clusters.cc``): where two partitions cost the same but for rounding, it may find the
-other one. Sums are float64, in an order that depends on no thread.
+to the same bits, but of many numbers a cluster it first rules out, by bounds on the cost, nearly all places where one
+might begin (``csrc/core/clusters.cc``): where two partitions cost the same but for rounding, it may find the other one.
+Sums are float64, in an order that depends on no thread.
 """
 
 from __future__ import annotations
@@ -58,13 +58,8 @@ def centers(values: Tensor, weights: Tensor | None, count: int) -> Tensor:
         native.centers((tables, n, count, int(n > POINTS)), v, w, found.data_ptr())
         return found
     with _one_thread():
-        return torch.stack(
-            [_centers(*_points(v, w), count) for v, w in zip(values, _weights(values, weights), strict=True)]
-        )
-
-
-def _weights(values: Tensor, weights: Tensor | None) -> Tensor:
-    return torch.ones((), dtype=values.dtype).expand_as(values) if weights is None else weights
+        worth = torch.ones((), dtype=values.dtype).expand_as(values) if weights is None else weights
+        return torch.stack([_centers(*_points(v, w), count) for v, w in zip(values, worth, strict=True)])
 
 
 @contextmanager
