@@ -84,7 +84,9 @@ def main() -> None:
             for side in told.sides:
                 row = ["--shape", *map(str, told.shape), "--bits", str(bits), "--rows", str(rows), "--sides", side]
                 command = [sys.executable, __file__, "--alone", "--peers", str(told.peers), *row]
-                subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False)
+                done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+                if done.returncode:
+                    print(f"{side:8} {bits} bits: failed, {done.stderr.strip().splitlines()[-1]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -120,31 +120,31 @@ PyObject* table_search(PyObject*, PyObject* args) {
   return status(code);
 }
 
-// table_codes(values, count, bounds, bound_count, codes, isa)
+// table_codes((tables, count, bound_count), values, bounds, codes, isa)
 PyObject* table_codes(PyObject*, PyObject* args) {
   unsigned long long values, bounds, codes;
-  long long count;
+  long long tables, count;
   int bound_count, isa, code;
-  if (!PyArg_ParseTuple(args, "KLKiKi", &values, &count, &bounds, &bound_count, &codes, &isa)) return nullptr;
+  if (!PyArg_ParseTuple(args, "(LLi)KKKi", &tables, &count, &bound_count, &values, &bounds, &codes, &isa)) return nullptr;
   Py_BEGIN_ALLOW_THREADS
-  code = fewbit_table_codes(pointer<const float*>(values), count, pointer<const float*>(bounds), bound_count,
+  code = fewbit_table_codes(pointer<const float*>(values), tables, count, pointer<const float*>(bounds), bound_count,
                             pointer<uint8_t*>(codes), isa);
   Py_END_ALLOW_THREADS
   return status(code);
 }
 
-// clusters((tables, size, count), (s0, s1, s2), begins, best, scratch)
-PyObject* clusters(PyObject*, PyObject* args) {
-  fewbit_clusters_call call = {};
-  unsigned long long s0, s1, s2, begins, best, scratch;
+// centers((tables, size, count, cells), values, weights, centers)
+PyObject* centers(PyObject*, PyObject* args) {
+  fewbit_centers_call call = {};
+  unsigned long long values, weights, found;
   long long tables, size, count;
   int code;
-  if (!PyArg_ParseTuple(args, "(LLL)(KKK)KKK", &tables, &size, &count, &s0, &s1, &s2, &begins, &best, &scratch)) return nullptr;
+  if (!PyArg_ParseTuple(args, "(LLLi)KKK", &tables, &size, &count, &call.cells, &values, &weights, &found)) return nullptr;
   call.tables = tables, call.size = size, call.count = count;
-  call.s0 = pointer<const double*>(s0), call.s1 = pointer<const double*>(s1), call.s2 = pointer<const double*>(s2);
-  call.begins = pointer<int64_t*>(begins), call.best = pointer<int64_t*>(best), call.scratch = pointer<double*>(scratch);
+  call.values = pointer<const float*>(values), call.weights = pointer<const float*>(weights);
+  call.centers = pointer<double*>(found);
   Py_BEGIN_ALLOW_THREADS
-  code = fewbit_clusters(&call);
+  code = fewbit_centers(&call);
   Py_END_ALLOW_THREADS
   return status(code);
 }
@@ -162,7 +162,7 @@ PyMethodDef grids_methods[] = {
      "((rows, columns, block, levels), current, before, (upper, stride), lost, order, scale, zero, codes, isa)"},
     {"table_search", table_search, METH_VARARGS,
      "((rows, blocks, block, count, levels), weight, worth, scales, table, bounds, chosen, isa)"},
-    {"table_codes", table_codes, METH_VARARGS, "(values, count, bounds, bound_count, codes, isa)"},
-    {"clusters", clusters, METH_VARARGS, "((tables, size, count), (s0, s1, s2), begins, best, scratch)"},
+    {"table_codes", table_codes, METH_VARARGS, "((tables, count, bound_count), values, bounds, codes, isa)"},
+    {"centers", centers, METH_VARARGS, "((tables, size, count, cells), values, weights, centers)"},
     {nullptr, nullptr, 0, nullptr},
 };

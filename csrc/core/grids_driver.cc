@@ -71,10 +71,11 @@ extern "C" int fewbit_table_search(const fewbit_table_search_call* call, int32_t
   return with_scratch(*call, chosen(isa).table_search);
 }
 
-extern "C" int fewbit_table_codes(const float* values, int64_t count, const float* bounds, int32_t bound_count, uint8_t* codes,
-                                  int32_t isa) {
-  if (count == 0) return FEWBIT_OK;
-  if (!values || !bounds || !codes || count < 0 || !of_bytes(bound_count + 1)) return FEWBIT_BAD_ARGUMENT;
-  chosen(isa).table_codes(values, count, bounds, bound_count, codes);
+extern "C" int fewbit_table_codes(const float* values, int64_t tables, int64_t count, const float* bounds, int32_t bound_count,
+                                  uint8_t* codes, int32_t isa) {
+  if (tables == 0 || count == 0) return FEWBIT_OK;
+  if (!values || !bounds || !codes || tables < 0 || count < 0 || !of_bytes(bound_count + 1)) return FEWBIT_BAD_ARGUMENT;
+  for (int64_t t = 0; t < tables; t++)
+    chosen(isa).table_codes(values + t * count, count, bounds + t * bound_count, bound_count, codes + t * count);
   return FEWBIT_OK;
 }

@@ -92,20 +92,22 @@ typedef struct {
 } fewbit_table_search_call;
 int fewbit_table_search(const fewbit_table_search_call* call, int32_t isa);
 
-/* codes (count): how many of the ascending bounds (at most 255) are below each of values (count); all, for NaN. isa: as above. */
-int fewbit_table_codes(const float* values, int64_t count, const float* bounds, int32_t bound_count, uint8_t* codes, int32_t isa);
+/* codes (tables, count): how many of the ascending bounds (tables, at most 255) of its table are below each of values
+ * (tables, count); all, for NaN. isa: as above. */
+int fewbit_table_codes(const float* values, int64_t tables, int64_t count, const float* bounds, int32_t bound_count, uint8_t* codes,
+                       int32_t isa);
 
-/* begins (tables, count), a result: where each of `count` clusters of ascending numbers begins, so that the sum over clusters of
- * S2 - S1^2 / S0 is least, the first of equals. s0, s1, s2 (tables, size): weights, and these times the numbers and their
- * squares, added up to each number, of 0 numbers at first: size - 1 numbers a table, more than count. S0 counts as 2^-48 at
- * least. best (size) and scratch ((count + 2) * size) are room to work in. */
+/* k-means of numbers: centers (tables, count), a result, ascending, of least sum of weight * (value - nearest center)^2 in
+ * each table. values, weights (tables, size); weights, not negative, may be null: all count alike then, and where all of a
+ * table are zero; otherwise what weighs nothing does not count. `cells`: numbers that one float16 stands for count as one,
+ * at their mean. Where no more than `count` numbers differ, the last is repeated. */
 typedef struct {
-  const double *s0, *s1, *s2;
+  const float *values, *weights;
   int64_t tables, size, count;
-  int64_t *begins, *best;
-  double* scratch;
-} fewbit_clusters_call;
-int fewbit_clusters(const fewbit_clusters_call* call);
+  int32_t cells;
+  double* centers;
+} fewbit_centers_call;
+int fewbit_centers(const fewbit_centers_call* call);
 
 #ifdef __cplusplus
 }

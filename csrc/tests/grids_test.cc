@@ -66,39 +66,44 @@ void check_rounding(int64_t columns, int64_t block, int32_t levels, int32_t ends
   expect(fabs(sums[1] - whole) <= 1e-5 * whole, "squares of the weight", columns, isa);
 }
 
-// What clusters of the numbers first .. last - 1 cost.
-double cost(const std::vector<double>* s, size_t first, size_t last) {
-  const double m = s[0][last] - s[0][first], x = s[1][last] - s[1][first];
-  return s[2][last] - s[2][first] - x * x / m;
+// What numbers cost, each by the nearest of three centers; or, with none, the numbers first .. last - 1 by their mean.
+double cost(const std::vector<float>& x, const std::vector<float>& w, size_t first, size_t last, const double* centers) {
+  double mass = 0, sum = 0, total = 0;
+  for (size_t i = first; i < last; i++) mass += double(w[i]), sum += double(w[i]) * double(x[i]);
+  for (size_t i = first; i < last; i++) {
+    double off = fabs(double(x[i]) - sum / mass);
+    if (centers) off = fmin(fmin(fabs(double(x[i]) - centers[0]), fabs(double(x[i]) - centers[1])), fabs(double(x[i]) - centers[2]));
+    total += double(w[i]) * off * off;
+  }
+  return total;
 }
 
 // Of all ways to cut numbers into three, none costs less.
-void check_clusters(int64_t numbers) {
-  const size_t n = size(numbers), room = n + 1;
-  std::vector<double> s[3] = {std::vector<double>(room), std::vector<double>(room), std::vector<double>(room)};
-  double x = -1;
-  for (size_t i = 0; i < n; i++) {
-    const double weight = 1 + drawn() * 1e-9;
-    x += drawn() * 1e-10;
-    s[0][i + 1] = s[0][i] + weight, s[1][i + 1] = s[1][i] + weight * x, s[2][i + 1] = s[2][i] + weight * x * x;
-  }
-  std::vector<int64_t> begins(3), best(room);
-  std::vector<double> scratch(5 * room);
-  fewbit_clusters_call call = {s[0].data(), s[1].data(), s[2].data(), 1, numbers + 1, 3, begins.data(), best.data(), scratch.data()};
-  expect(fewbit_clusters(&call) == FEWBIT_OK && begins[0] == 0, "clusters", numbers, 0);
-  const size_t one = size(begins[1]), two = size(begins[2]);
-  const double found = cost(s, 0, one) + cost(s, one, two) + cost(s, two, n);
-  for (size_t i = 1; i < n - 1; i++)
-    for (size_t j = i + 1; j < n; j++)
-      expect(found <= cost(s, 0, i) + cost(s, i, j) + cost(s, j, n) + 1e-9, "cuts", numbers, static_cast<int64_t>(i));
-  call.size = 3;
-  expect(fewbit_clusters(&call) == FEWBIT_BAD_ARGUMENT, "as many clusters as numbers", numbers, 0);
+void check_centers(int64_t numbers, int32_t cells) {
+  const size_t n = size(numbers);
+  std::vector<float> x(n), w(n);
+  float last = -1;
+  for (size_t i = 0; i < n; i++) w[i] = 1 + static_cast<float>(drawn()) * 1e-9f, x[i] = last += 0.01f + static_cast<float>(drawn()) * 1e-10f;
+  std::vector<double> centers(3);
+  fewbit_centers_call call = {x.data(), w.data(), 1, numbers, 3, cells, centers.data()};
+  expect(fewbit_centers(&call) == FEWBIT_OK && centers[0] < centers[1] && centers[1] < centers[2], "centers", numbers, cells);
+  const double found = cost(x, w, 0, n, centers.data());
+  for (size_t i = 1; i < n - 1; i += n / 64 + 1)
+    for (size_t j = i + 1; j < n; j += n / 64 + 1) {
+      const double other = cost(x, w, 0, i, nullptr) + cost(x, w, i, j, nullptr) + cost(x, w, j, n, nullptr);
+      expect(found <= other * (1 + 1e-9), "cuts", numbers, static_cast<int64_t>(i));
+    }
+  call.size = 2;
+  expect(fewbit_centers(&call) == FEWBIT_OK && centers[1] == centers[2], "fewer numbers than centers", numbers, cells);
+  call.count = 0;
+  expect(fewbit_centers(&call) == FEWBIT_BAD_ARGUMENT, "no centers", numbers, cells);
 }
 
 }  // namespace
 
 int grids_failures() {
-  for (const int64_t numbers : {4, 7, 31, 64}) check_clusters(numbers);
+  for (const int64_t numbers : {4, 7, 31, 64, 1500})
+    for (const int32_t cells : {0, 1}) check_centers(numbers, cells);
   for (const int64_t columns : {1, 7, 8, 9, 31, 32, 63, 97, 256}) {
     for (int32_t bits = 1; bits <= 7; bits++) check_fields(columns, bits);
     for (const int32_t isa : {0, -1})

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 from fewbit.errors import UnsupportedError
 
-ABI = 4
+ABI = 5
 """``kAbi`` of ``csrc/bind.cc``: both rise when a function's arguments, or what they mean, change."""
 BEST = -1
 """For ``isa``: the best that the processor has."""
@@ -66,10 +66,8 @@ class Grids(Protocol):
         chosen: int,
         isa: int,
     ) -> None: ...
-    def clusters(
-        self, sizes: tuple[int, int, int], sums: tuple[int, int, int], begins: int, best: int, scratch: int
-    ) -> None: ...
-    def table_codes(self, values: int, count: int, bounds: int, bound_count: int, codes: int, isa: int) -> None: ...
+    def table_codes(self, sizes: tuple[int, int, int], values: int, bounds: int, codes: int, isa: int) -> None: ...
+    def centers(self, sizes: tuple[int, int, int, int], values: int, weights: int, centers: int) -> None: ...
 
 
 @functools.cache

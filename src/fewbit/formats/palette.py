@@ -76,21 +76,20 @@ class Palette(Format):
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
         rows, number, size = blocks.shape
-        found, worth, values = {}, importance.expand_as(blocks), blocks
+        found, values, each = {}, blocks, self.group_rows or rows
+        worth: Tensor | None = importance
         if self.scaled:
             found["scale"] = storable(blocks.abs().amax(-1, keepdim=True))
             scale = found["scale"].float()
-            values, worth = blocks / scale, weights(blocks, worth) * scale.square() / scale.square().amax()
-        each = self.group_rows or rows
-        pad = (0, 0, 0, 0, 0, -rows % each)
-        values = torch.nn.functional.pad(values.clamp(-LARGEST_SCALE, LARGEST_SCALE), pad)
-        worth = torch.nn.functional.pad(worth, pad)
-        together = (-1, each * number * size)
-        values, worth = values.reshape(together), worth.reshape(together)
-        # Padding becomes what counts most, so that it is no value of its own.
-        counts = (worth > 0) | ~(worth > 0).any(1, keepdim=True)
-        values = torch.where(counts, values, values.gather(1, worth.argmax(1, keepdim=True)))
-        centers = scalars.centers(values, worth, self.levels)
+            worth = weights(blocks, importance.expand_as(blocks)) * scale.square() / scale.square().amax()
+            values = blocks / scale
+        elif rows % each == 0 and bool(importance.amin() == importance.amax()):
+            worth = None
+        groups = [values.clamp(-LARGEST_SCALE, LARGEST_SCALE), *([] if worth is None else [worth.expand_as(blocks)])]
+        if rows % each:  # rows that weigh nothing
+            groups = [torch.nn.functional.pad(group, (0, 0, 0, 0, 0, -rows % each)) for group in groups]
+        groups = [group.reshape(-1, each * number * size) for group in groups]
+        centers = scalars.centers(groups[0], None if worth is None else groups[1], self.levels)
         stored = _whole(centers) if self.lut8 else {"table": _distinct(centers)}
         for name, tables in stored.items():
             tables = tables[:, None, None]
@@ -107,20 +106,12 @@ class Palette(Format):
     def encode(self, blocks: Tensor, params: Params) -> Tensor:
         tables = self._tables(params)
         values = blocks / divisor(params["scale"]) if self.scaled else blocks
-        if not self.group_rows:
-            bounds = (tables[0, 1:] + tables[0, :-1]) / 2
-            return lookup.codes(values, bounds)
-        bounds = ((tables[:, 1:] + tables[:, :-1]) / 2).expand(len(values), -1).contiguous()
-        found = torch.searchsorted(bounds, values.reshape(len(values), -1).contiguous(), out_int32=True)
-        return found.to(torch.uint8).reshape(values.shape)
+        bounds = (tables[:, 1:] + tables[:, :-1]) / 2
+        return lookup.codes(values, bounds.expand(len(values), -1) if self.group_rows else bounds[0])
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         tables = self._tables(params)
-        if not self.group_rows:
-            values = lookup.values(codes, tables[0])
-        else:
-            flat = codes.reshape(len(codes), -1).long()
-            values = tables.expand(len(codes), -1).gather(1, flat).reshape(codes.shape)
+        values = lookup.values(codes, tables.expand(len(codes), -1) if self.group_rows else tables[0])
         return params["scale"].float() * values if self.scaled else values
 
     def physical(self, params: Params) -> Physical:
