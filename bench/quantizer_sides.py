@@ -228,6 +228,11 @@ VPTQ: dict[str, dict[str, Any]] = {
 """What gptqmodel's is given, by setting."""
 
 
+def stored(tensor: Tensor) -> int:
+    """Bits in a file of a float16 model."""
+    return tensor.numel() * (16 if tensor.is_floating_point() else 8 * tensor.element_size())
+
+
 def gptqmodel(job: Job) -> tuple[Timed, Read]:
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.quantization.config import VPTQConfig
@@ -246,9 +251,12 @@ def gptqmodel(job: Job) -> tuple[Timed, Read]:
         return model.model
 
     def read(model: Any) -> Found:
-        layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "dequantize_weight")}
-        found = {name: layer.dequantize_weight().float().T.contiguous() for name, layer in layers.items()}
-        return found, 8.0 * sum(b.nbytes for layer in layers.values() for b in layer.buffers())
+        vectors = job.what in VPTQ
+        method = "dequantize" if vectors else "dequantize_weight"
+        layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, method)}
+        found = {name: getattr(layer, method)().float() for name, layer in layers.items()}
+        found = {name: (weight if vectors else weight.T).contiguous() for name, weight in found.items()}
+        return found, float(sum(stored(t) for layer in layers.values() for t in layer.state_dict().values()))
 
     return run, read
 
