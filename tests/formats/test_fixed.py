@@ -73,7 +73,7 @@ def test_options_are_spelt_to_the_bit(share: float, percent: float, power: float
     [
         ("int8/static/percentile0", "percent = 0.0 of observer percentile; out of range; a number from 50 to 100"),
         ("int8/static/percentile1e9", "percent = 1000000000.0 of observer percentile; out of range"),
-        ("int8/static/mse/steps5.5", "steps = 5.5 of observer mse; it is no whole number; .* from 2 to 10000"),
+        ("int8/static/mse/steps5.5", "steps = 5.5 of observer mse; it is no whole number; .* from 2 to 10,000"),
         ("int8/static/mse/steps1", "steps = 1 of observer mse; out of range"),
         ("int8/static/mse/ratios7", "'ratios' of observer mse; no such option; its options are power, steps, floor"),
         ("int8/static/mse2/power3", "power3 of mse; power was given before"),

@@ -32,11 +32,13 @@ def as_run(model: StreamedModel, solved: Iterable[Solved], device: torch.device 
     the same kernel: its very numbers, in less time than rounding and a product of floats take."""
     with ExitStack() as stack:
         for item in solved:
+            if item.activation is None and not item.rewrite.steps:
+                continue  # experts, who are no modules of their own, have neither
             layer = model.module.get_submodule(item.record["name"])
             rewrite = item.rewrite if device == CPU else _rewrite(item, device)
             if _on_cpu(layer) and (integers := item.integers) is not None:
                 stack.enter_context(_forward(layer, partial(_multiplied, layer, kernels.Rewriting(rewrite), integers)))
-            elif item.activation is not None or rewrite.steps:
+            else:
                 stack.enter_context(layer.register_forward_pre_hook(_inputs(rewrite, item.activation)))
         yield
 
