@@ -4,8 +4,7 @@ environment, where fewbit need not be.
 
 Each takes a :class:`Job`, imports what it needs, and returns what is then timed: from the model's folder and a text
 to quantized layers in memory. That gives weights by layer, dequantized, (out, in), and the bits that are stored for all
-of them together. Scales, minima and codebooks count as float16, in which a float16 model stores them, whatever they are
-here.
+of them. Scales, minima and codebooks count as float16, in which a float16 model stores them, whatever they are here.
 """
 
 from __future__ import annotations
@@ -228,22 +227,16 @@ VPTQ: dict[str, dict[str, Any]] = {
 """What gptqmodel's is given, by setting."""
 
 
-def stored(tensor: Tensor) -> int:
-    """Bits in a file of a float16 model."""
-    return tensor.numel() * (16 if tensor.is_floating_point() else 8 * tensor.element_size())
-
-
 def gptqmodel(job: Job) -> tuple[Timed, Read]:
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.quantization.config import VPTQConfig
 
-    if job.what in VPTQ:
+    if vectors := job.what in VPTQ:
         config = VPTQConfig(vector_lens=[-1, 4], **VPTQ[job.what])
     else:
         act = {"desc_act": True, "static_groups": True, "act_group_aware": False} if job.what == "desc_act" else {}
-        config = QuantizeConfig(
-            bits=job.bits, group_size=GROUP, sym=False, format="gptq_v2", offload_to_disk=False, **act
-        )
+        more = {"sym": False, "format": "gptq_v2", "offload_to_disk": False, **act}
+        config = QuantizeConfig(bits=job.bits, group_size=GROUP, **more)
 
     def run() -> Any:
         model = GPTQModel.load(str(job.model), config, device="cpu")
@@ -251,12 +244,12 @@ def gptqmodel(job: Job) -> tuple[Timed, Read]:
         return model.model
 
     def read(model: Any) -> Found:
-        vectors = job.what in VPTQ
-        method = "dequantize" if vectors else "dequantize_weight"
-        layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, method)}
-        found = {name: getattr(layer, method)().float() for name, layer in layers.items()}
-        found = {name: (weight if vectors else weight.T).contiguous() for name, weight in found.items()}
-        return found, float(sum(stored(t) for layer in layers.values() for t in layer.state_dict().values()))
+        name_of = "dequantize" if vectors else "dequantize_weight"
+        layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, name_of)}
+        found = {name: getattr(layer, name_of)().float() for name, layer in layers.items()}
+        kept = [value for layer in layers.values() for value in layer.state_dict().values()]
+        bits = 8.0 * sum((value.half() if value.is_floating_point() else value).nbytes for value in kept)
+        return (found if vectors else {name: weight.T.contiguous() for name, weight in found.items()}), bits
 
     return run, read
 
