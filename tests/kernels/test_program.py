@@ -21,7 +21,7 @@ def programs(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(bool(missing(*NEEDED["addresses"])), reason=f"not installed: {missing(*NEEDED['addresses'])}")
 @pytest.mark.parametrize("sanitizer", ["addresses", pytest.param("threads", marks=RACES)])
 def test_kernels_touch_no_byte_that_is_not_theirs(programs: Path, sanitizer: str) -> None:
@@ -32,7 +32,7 @@ def test_kernels_touch_no_byte_that_is_not_theirs(programs: Path, sanitizer: str
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="cross-compiles from x86-64")
 @pytest.mark.skipif(bool(missing(*NEEDED["neon"])), reason=f"not installed: {missing(*NEEDED['neon'])}")
 def test_neon_under_qemu(programs: Path) -> None:
