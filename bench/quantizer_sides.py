@@ -244,8 +244,8 @@ def gptqmodel(job: Job) -> tuple[Timed, Read]:
         return model.model
 
     def read(model: Any) -> Found:
-        name_of = "dequantize" if vectors else "dequantize_weight"
-        layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, name_of)}
+        own, name_of = ("centroids", "dequantize") if vectors else ("qweight", "dequantize_weight")
+        layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, own)}
         found = {name: getattr(layer, name_of)().float() for name, layer in layers.items()}
         kept = [value for layer in layers.values() for value in layer.state_dict().values()]
         bits = 8.0 * sum((value.half() if value.is_floating_point() else value).nbytes for value in kept)
