@@ -244,7 +244,7 @@ def gptqmodel(job: Job) -> tuple[Timed, Read]:
         return model.model
 
     def read(model: Any) -> Found:
-        own, name_of = ("centroids", "dequantize") if vectors else ("qweight", "dequantize_weight")
+        own, name_of = ("centroids", "dequantize") if vectors else ("dequantize_weight",) * 2
         layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, own)}
         found = {name: getattr(layer, name_of)().float() for name, layer in layers.items()}
         kept = [value for layer in layers.values() for value in layer.state_dict().values()]
