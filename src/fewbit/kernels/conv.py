@@ -85,7 +85,7 @@ def conv2d(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None = 
     _check(x, prepared, window, bias)
     if wants_gradients(x, bias):
         return _Differentiable.apply(x, bias, prepared, window)  # type: ignore[no-untyped-call, no-any-return]
-    return _run(x.detach().resolve_neg(), prepared, window, bias)
+    return _run(x.detach(), prepared, window, bias)
 
 
 def _check(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -> None:
@@ -110,6 +110,7 @@ def _check(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -
 
 
 def _run(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -> Tensor:
+    x = x.resolve_neg()
     high, wide = window.out(x)
     rows = prepared.shape[0]
     way = route(prepared, window, x.shape[0] * high * wide)
@@ -268,7 +269,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, prepared: Prepared, window: Window) -> Tensor:
         ctx.prepared, ctx.window, ctx.shape, ctx.has_bias = prepared, window, x.shape, bias is not None
-        return _run(x.resolve_neg(), prepared, window, bias)
+        return _run(x, prepared, window, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
