@@ -244,12 +244,12 @@ def gptqmodel(job: Job) -> tuple[Timed, Read]:
         return model.model
 
     def read(model: Any) -> Found:
-        own, name_of = ("centroids", "dequantize") if vectors else ("dequantize_weight",) * 2
+        own = "centroids" if vectors else "dequantize_weight"  # the model has a method `dequantize`, too
         layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, own)}
-        found = {name: getattr(layer, name_of)().float() for name, layer in layers.items()}
+        made = {name: layer.dequantize() if vectors else layer.dequantize_weight().T for name, layer in layers.items()}
         kept = [value for layer in layers.values() for value in layer.state_dict().values()]
         bits = 8.0 * sum((value.half() if value.is_floating_point() else value).nbytes for value in kept)
-        return (found if vectors else {name: weight.T.contiguous() for name, weight in found.items()}), bits
+        return {name: weight.float().contiguous() for name, weight in made.items()}, bits
 
     return run, read
 
