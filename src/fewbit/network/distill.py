@@ -5,7 +5,7 @@ The network with quantized layers is compared with the float one on calibration 
 what is missing, tensor by tensor, and r the tuning's ``relative``, the loss is ``mean |e| / mean(|y|)^r``, whatever the
 units of an output. 2DQuant (Liu et al. 2024, arXiv:2406.06649) adds the squared error of features that are divided by
 their norms, five times; its code divides that by the number of their elements twice over, so that nothing of it is
-left. Where it weighs as much as the output, images become worse (docs/networks.md): it is left out.
+left. Where it weighs as much as the output, images become worse (docs/measured/networks.md): it is left out.
 
 Each tuning of the rules (:mod:`fewbit.core.tuning`) has its turn; the ends of static grids move with those of the
 weights where it says so. As in :mod:`fewbit.run.reconstruct`, what is kept is what has the least loss on all batches,
