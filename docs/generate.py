@@ -25,6 +25,16 @@ SHAPE = (4096, 4096)
 NOTICE = "<!-- Written by docs/generate.py from the tables in the code; do not edit. -->"
 SHOWN = 6
 UNPACKED = "A byte a code (four above 8 bits), parameters as they are: what methods return, before a layout is chosen."
+CHOICES = (
+    ("next to no loss, without data", "int8/channel"),
+    ("4 bits, the usual", "int4/g128/asym"),
+    ("4 bits, less loss", "int4/g64/asym"),
+    ("4 bits of bitsandbytes and of ggml", "nf4/g64/dq", "Q4_K"),
+    ("3 bits", "int3/g64/asym", "palette3/row"),
+    ("2 bits", "vector4x8", "int2/g64/asym"),
+    ("less, where the model bears it", "ternary/g128", "sign/channel"),
+    ("4-bit floats of accelerators", "mxfp4", "nvfp4"),
+)
 NEEDS = {
     "nothing": "no data",
     "largest": "max|x| of each input",
@@ -69,17 +79,28 @@ def formats_page() -> str:
             for name, s in formats.SCHEMES.items()
         ],
     )
+    choices = [
+        (want, ", ".join(f"`{name}` ({true_bits(formats.parse(name))})" for name in names)) for want, *names in CHOICES
+    ]
     spellings = [(f"`{spelling}`", means) for spelling, means in grammar.GRAMMAR]
     return "\n\n".join(
         (
             NOTICE,
             "# Formats",
-            "A format says which values exist. `fewbit.formats.parse(text)` reads a spelling:",
+            "A format says which values exist: `--format` on the command line, `format` in a recipe.",
+            "## Which one",
+            "With true bits per weight, of a 4096 x 4096 matrix. What they cost: [accuracy](accuracy.md). How fast "
+            "they run: [kernels](kernels.md).",
+            table(("for", "take"), choices),
+            "## Spelling",
+            "`fewbit.formats.parse(text)` reads a spelling:",
             table(
                 ("spelling", "what it means"),
                 [*spellings, ("`W4A16`, `Q4_K`, ...", "a scheme that leaves activations alone")],
             ),
+            "## Kinds",
             about,
+            "## True bits",
             "True bits per weight: 8 x stored bytes of a 4096 x 4096 matrix, codes and parameters, over its weights.",
             table(("format", "levels", "block", "stored beside the codes", "true bits"), rows),
             "## Schemes",

@@ -65,6 +65,14 @@ def anchors(page: Path) -> set[str]:
     return {f"{name}-{again}" if (again := names[:i].count(name)) else name for i, name in enumerate(names)}
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent != ROOT], ids=lambda page: page.name)
+def test_pages_are_short(page: Path) -> None:
+    """At most 400 lines, and 160 words a paragraph: what grows beyond is a page, a list or a table of its own."""
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 400
+    paragraphs = re.split(r"\n\s*\n|\n(?=\s*[-*|] ?)", prose(page))
+    assert [text[:60] for text in paragraphs if not text.startswith("|") and len(text.split()) > 160] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
