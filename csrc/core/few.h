@@ -14,8 +14,8 @@ namespace fewbit {
 namespace {
 
 constexpr int64_t kUnsettled = 16;       // segments
-constexpr int64_t kFetched = 96 * 1024;  // bytes of a strip, at most
-constexpr int64_t kFar = 2048;           // bytes ahead within a longer one
+constexpr int64_t kFetched = 96 * 1024;  // bytes of a strip that is fetched in one place, at most
+constexpr int64_t kFar = 2048;           // bytes ahead within a longer one of narrow codes
 
 // How far ahead of a strip of `tiles` tiles memory is fetched. As a strip is read from several places, of which the processor
 // does not foresee those of the next, that is the same place of the next one.
@@ -149,9 +149,48 @@ struct FewCodes<T, true> {
   FEWBIT_INLINE void advance(int64_t bytes) { at += bytes; }
 };
 
+// What is fetched while `tiles` tiles of codes are multiplied.
+template <int BITS, int tiles, bool wide = (BITS > 4)>
+class Ahead {
+ public:
+  FEWBIT_INLINE Ahead(const SegmentTask& task, const uint8_t*) : ahead_(fetched_ahead(task, tiles)) {}
+
+  template <class Codes>
+  FEWBIT_INLINE void fetch(const Codes& codes) {
+    for (int t = 0; t < tiles; t++) prefetch<BITS>(codes.group(t * kGroupsPerTile) + ahead_);
+  }
+
+ private:
+  int64_t ahead_;
+};
+
+// The same of wide codes, which memory bounds: a long strip that comes next is fetched in two places in turn, one half and the
+// other, since fetching in one alone does not keep memory busy. Narrow ones have no registers for it.
+template <int BITS, int tiles>
+class Ahead<BITS, tiles, true> {
+ public:
+  FEWBIT_INLINE Ahead(const SegmentTask& task, const uint8_t* codes) : apart_(task.chunks * BITS * 64) {
+    constexpr int64_t chunk = BITS * 64;
+    const bool two = tiles * apart_ >= kFetched;
+    step_ = two ? chunk : 2 * chunk;
+    here_ = codes + tiles * apart_, other_ = here_ + (two ? (task.chunks + 1) / 2 : 1) * chunk;
+  }
+
+  template <class Codes>
+  FEWBIT_INLINE void fetch(const Codes&) {
+    for (int t = 0; t < tiles; t++) prefetch<BITS>(here_ + t * apart_);
+    const uint8_t* const next = here_ + step_;
+    here_ = other_, other_ = next;
+  }
+
+ private:
+  const uint8_t *here_, *other_;
+  int64_t step_, apart_;
+};
+
 // Multiplies chunks [0, chunks) of T row groups by M tokens, and goes on behind them.
-template <class K, int T, int M>
-FEWBIT_INLINE void multiply_few(const K& kernel, FewCodes<T>& codes, int64_t chunks, const typename K::X* x, int64_t ahead,
+template <class K, int T, int M, class A>
+FEWBIT_INLINE void multiply_few(const K& kernel, FewCodes<T>& codes, int64_t chunks, const typename K::X* x, A& ahead,
                                 typename K::Sum (&dot)[T][M][K::kPlanes]) {
   static_assert(T % kGroupsPerTile == 0 && T <= 2 * kGroupsPerTile, "whole tiles, at most two");
   constexpr int P = K::kPlanes, groups = K::Sum::kGroups;
@@ -159,7 +198,7 @@ FEWBIT_INLINE void multiply_few(const K& kernel, FewCodes<T>& codes, int64_t chu
   for (int64_t left = chunks; left > 0; left -= most) {
     const int64_t run = left < most ? left : most;
     for (int64_t c = 0; c < run; c++, x += M * 32) {
-      for (int t = 0; t < T; t += kGroupsPerTile) prefetch<K::kBits>(codes.group(t) + ahead);
+      ahead.fetch(codes);
       typename ReaderOf<K>::type reader[T];
 #pragma GCC unroll kUnroll
       for (int n = 0; n < 8; n++) {
@@ -199,7 +238,7 @@ void few(const SegmentTask& task, const SegmentStrip& strip) {
   Unsettled<T, M> all(task, strip);
   FewCodes<T> codes(task, strip);
   const auto* x = strip.activations<typename K::X>(task);
-  const int64_t ahead = fetched_ahead(task, T / kGroupsPerTile);
+  Ahead<K::kBits, T / kGroupsPerTile> ahead(task, codes.group(0));
   RestsBeside<K, M> rests(task);
   for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++, chunk += task.segment_chunks) {
     const int64_t left = task.chunks - chunk, chunks = left < task.segment_chunks ? left : task.segment_chunks;
