@@ -10,7 +10,7 @@ from collections.abc import Callable
 import uvicorn
 
 
-class EndingServer(uvicorn.Server):
+class EndingServer(uvicorn.Server):  # type: ignore[misc]  # checked without uvicorn
     """One that calls ``end``, in a thread, ``grace`` seconds after it began to stop, unless it is through by then. What
     is still being written can so be ended with an error, which clients understand; cut off, they could not tell it
     from a defect."""
