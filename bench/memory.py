@@ -6,8 +6,8 @@
     python bench/memory.py generate OUT
 
 ``make`` writes a random Llama in float32, shard by shard; ``run`` quantizes it with GPTQ and prints its size, the peak
-memory of the process, and the limit of its cgroup when there is one. ``generate`` lets ``fewbit generate`` add two tokens
-with what ``fewbit quantize`` wrote, once to make the image and once from it, and prints the peak of the second.
+memory of the process, and the limit of its cgroup when there is one. ``generate`` lets ``fewbit generate`` add two
+tokens with what ``fewbit quantize`` wrote, once to make the image and once from it, and prints the peak of the second.
 """
 
 from __future__ import annotations
