@@ -3,16 +3,21 @@
 
     python bench/memory.py make FOLDER --gigabytes 4.5
     systemd-run --scope -p MemoryMax=1500M -p MemorySwapMax=0 python bench/memory.py run FOLDER
+    python bench/memory.py generate OUT
 
 ``make`` writes a random Llama in float32, shard by shard; ``run`` quantizes it with GPTQ and prints its size, the peak
-memory of the process, and the limit of its cgroup when there is one.
+memory of the process, and the limit of its cgroup when there is one. ``generate`` lets ``fewbit generate`` add two
+tokens with what ``fewbit quantize`` wrote, once to make the image and once from it, and prints the peak of the second.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -25,6 +30,14 @@ from fewbit.containers.safetensors import write_safetensors
 from fewbit.measure.memory import peak_rss_bytes
 
 HIDDEN, INTERMEDIATE, HEADS = 1024, 2816, 16
+WATCHED = """
+import atexit, sys
+from fewbit.cli import main
+from fewbit.measure.memory import peak_rss_bytes
+atexit.register(lambda: print("peak", peak_rss_bytes(), file=sys.stderr))
+main()
+"""
+"""A ``fewbit`` that says at its end how much memory it had."""
 
 
 def block(index: int, random: torch.Generator) -> dict[str, torch.Tensor]:
@@ -109,9 +122,22 @@ def run(folder: Path, samples: int, context: int) -> None:
     print(json.dumps(row, indent=1))
 
 
+def generate(folder: Path) -> None:
+    """The peak of a process that writes two tokens, beside the image that it maps."""
+    command = [sys.executable, "-c", WATCHED, "generate", str(folder), "--prompt", "Once upon", "-n", "2"]
+    command += ["--threads", "1", "--activation", "int8/channel"]
+    for _ in range(2):
+        ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    peak = int(re.findall(r"^peak (\d+)$", ended.stderr, re.MULTILINE)[-1])
+    image = max((folder / ".fewbit").glob("engine-int8-channel-*.bin"), key=lambda path: path.stat().st_mtime)
+    size = image.stat().st_size
+    row = {"peak_MiB": peak / 2**20, "image_MiB": size / 2**20, "beside_it_MiB": (peak - size) / 2**20}
+    print(json.dumps({name: round(value, 1) for name, value in row.items()}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("what", choices=("make", "run"))
+    parser.add_argument("what", choices=("make", "run", "generate"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=4.5)
     parser.add_argument("--samples", type=int, default=8)
@@ -119,6 +145,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "make":
         make(arguments.folder, arguments.gigabytes)
+    elif arguments.what == "generate":
+        generate(arguments.folder)
     else:
         run(arguments.folder, arguments.samples, arguments.context)
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fewbit.containers.files import write_json
+from fewbit.core import given
 from fewbit.errors import InputError, SpecError
 from fewbit.measure import accuracy
 from fewbit.measure.forward import Forward, through_transformers
@@ -140,7 +141,7 @@ def evaluate(
     Example:
         ``fewbit.evaluate("out").to_json()["perplexity"]``
     """
-    _check(context, unscored, decode_tokens)
+    _check(text, context, max_tokens, unscored, decode_tokens)
     notes: list[str] = []
     report = progress or (lambda stage, done, total: None)
     side = Side.of(model, dtype, activation)
@@ -161,7 +162,11 @@ def evaluate(
     )
 
 
-def _check(context: int, unscored: int, decode_tokens: int) -> None:
+def _check(text: Any, context: int, max_tokens: int | None, unscored: int, decode_tokens: int) -> None:
+    given.optional("the text", text, (str, Path, Tensor), "a .txt or .jsonl file, or token ids (tokens,)")
+    numbers = {"context": context, "unscored": unscored, "decode_tokens": decode_tokens}
+    for name, number in (numbers | {"max_tokens": max_tokens or 0}).items():
+        given.kind(name, number, int, "a number of tokens")
     if context < 2 or not 1 <= unscored < context or decode_tokens < 0:
         raise SpecError(
             f"evaluate with context={context}, unscored={unscored}, decode_tokens={decode_tokens}",

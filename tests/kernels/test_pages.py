@@ -6,9 +6,14 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import os
+import sys
+import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from fewbit.kernels import pages
@@ -42,3 +47,28 @@ def test_memory_goes_when_its_last_array_does() -> None:
     del first
     gc.collect()
     assert owner() is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_while_memory_is_taken_takes_some() -> None:
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with pages._lock:
+            taken.set()
+            done.wait(0.2)  # the fork waits for this, or else the child for nobody
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait()
+    child = os.fork()
+    if not child:
+        threading.Timer(20, os._exit, (1,)).start()
+        os._exit(0 if pages.empty((3, 5)).numel() == 15 else 2)
+    holder.join()
+    assert pages.empty((2,)).numel() == 2
+    until = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert ended == (child, 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 VOCABULARY = 67
 LLAMA: dict[str, Any] = {
@@ -91,13 +91,43 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_SEEN: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def _eyes(kind: str, text: str, sees: str, **more: Any) -> tuple[str, dict[str, Any]]:
+    """A model with eyes: what it sees with, and the family of a row above that its text goes through."""
+    of_text = {name: value for name, value in FAMILIES[text][1].items() if name != "vocab_size"}
+    vision = {**_SEEN, "model_type": sees} if sees else _SEEN
+    return kind, {"text_config": {**of_text, "model_type": FAMILIES[text][0]}, "vision_config": vision, **more}
+
+
+EYES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3-eyes": _eyes("gemma3", "gemma3", "siglip_vision_model", mm_tokens_per_image=4, image_token_index=60),
+    "llava": _eyes("llava", "llama", "clip_vision_model", image_token_index=60),
+    "mistral3": _eyes("mistral3", "mistral", "pixtral", image_token_index=60),
+    "idefics3": _eyes("idefics3", "llama", "", image_token_id=60, scale_factor=2),
+    "smolvlm": _eyes("smolvlm", "llama", "", image_token_id=60, scale_factor=2),
+}
+
+
 def make(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
-    """Save a tiny random model of ``family`` under ``folder`` and return it, float32, in eval mode."""
-    kind, options = FAMILIES[family]
+    """Save a tiny random model of ``family`` under ``folder`` and return it, float32, in eval mode; ``changes``: of its
+    configuration, of a model with eyes of the text's."""
+    kind, options = {**FAMILIES, **EYES}[family]
+    if family in EYES:
+        changes = {"text_config": {**options["text_config"], **changes}}
     config = AutoConfig.for_model(kind, **{**options, **changes})
+    build = AutoModelForImageTextToText if family in EYES else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = build.from_config(config, dtype=torch.float32).eval()
         for _name, value in model.named_parameters():
             if value.ndim == 1:  # norms and biases start out as ones and zeros, which would hide a lost one
                 value.data = value.data + 0.1 * torch.randn(value.shape)

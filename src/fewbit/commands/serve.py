@@ -6,8 +6,6 @@ from __future__ import annotations
 import ipaddress
 import secrets
 import socket
-import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,8 +18,6 @@ from fewbit.commands.generate import limit_threads, quieten
 from fewbit.errors import InputError, SpecError, UnsupportedError
 
 if TYPE_CHECKING:
-    import uvicorn
-
     from fewbit.decode.batch import Batcher
     from fewbit.decode.text import Words
     from fewbit.serve.app import Served
@@ -32,8 +28,6 @@ GRACE = 3
 """Seconds that running answers have after Ctrl-C; then each ends with an error."""
 CUT = 2
 """Seconds after which connections that take no such error are cut."""
-TICK = 0.2
-"""Seconds between looks at whether the server is to stop; it says so to nobody."""
 CONNECTIONS = 1000
 """At once; what comes beyond is told to come back."""
 IDLE = 75
@@ -74,6 +68,7 @@ def run(request: Request) -> None:
     import uvicorn
 
     from fewbit.serve.app import application
+    from fewbit.serve.ending import EndingServer
 
     token = _token(request)
     with _listen(request.host, request.port) as listener:  # before loading: a taken port is said at once
@@ -91,8 +86,7 @@ def run(request: Request) -> None:
             limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=GRACE + CUT,
         )
-        server = uvicorn.Server(config)
-        threading.Thread(target=_end_texts, args=(server, served.batcher), daemon=True).start()
+        server = EndingServer(config, GRACE, None if served.batcher is None else served.batcher.close)
         _announce(served, request.host, listener.getsockname()[1])
         try:
             with suppress(KeyboardInterrupt):  # which uvicorn hands on when all is closed, if it still can
@@ -102,16 +96,6 @@ def run(request: Request) -> None:
             served.words.close()
             if served.batcher is not None:
                 served.batcher.close()
-
-
-def _end_texts(server: uvicorn.Server, batcher: Batcher | None) -> None:
-    """When ``server`` is to stop, what is still being written after the seconds of grace ends with an error, which
-    clients understand; cut off, they could not tell it from a defect."""
-    while not server.should_exit:
-        time.sleep(TICK)
-    time.sleep(GRACE)
-    if batcher is not None:
-        batcher.close()
 
 
 def serve(request: Request, token: str | None) -> Served:

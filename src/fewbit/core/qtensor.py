@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
-from fewbit.core import passes
+from fewbit.core import given, passes
 from fewbit.core.format import Format, code_dtype, code_shape, decode, encode, fit, stackable
 from fewbit.core.layout import UNPACKED, Layout
 from fewbit.errors import UnsupportedError
@@ -86,6 +86,7 @@ class QTensor:
         Raises:
             UnsupportedError: the layout refuses this format or shape; the reason is in the message.
         """
+        given.kind("a layout", layout, Layout, "what fewbit.layouts.named('dense') gives")
         if layout is self.layout:
             return self
         reason = layout.refuse(self.format, self.shape)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fewbit.containers.files import read_json
-from fewbit.decode.families import OWN_ROPES, family_of
+from fewbit.decode.families import HALVES, OWN_ROPES, family_of
 
 COUNTS = (
     "hidden_size",
@@ -33,12 +33,24 @@ def config_of(folder: Path) -> Any:
     Raises:
         InputError, CorruptFileError: it is absent, no JSON, or transformers refuses it.
     """
-    found = read_json(folder / "config.json")
+    whole = read_json(folder / "config.json")
+    found = whole["text_config"] if has_half(whole) else whole
+    dtypes = (each.get(name) for each in (found, whole) for name in ("dtype", "torch_dtype"))
+    found = {**found, "dtype": next((dtype for dtype in dtypes if dtype is not None), None)}
     if _whole(found):
-        return SimpleNamespace(**{**found, "dtype": found.get("dtype", found.get("torch_dtype"))})
+        return SimpleNamespace(**found)
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    if has_half(whole):
+        config = config.get_text_config()
+        config.dtype = found["dtype"]
+    return config
+
+
+def has_half(config: dict[str, Any]) -> bool:
+    """Whether the model of this ``config.json`` is one of :data:`HALVES`, and says what its text goes through."""
+    return config.get("model_type") in HALVES and isinstance(config.get("text_config"), dict)
 
 
 def _whole(found: dict[str, Any]) -> bool:
@@ -50,7 +62,7 @@ def _whole(found: dict[str, Any]) -> bool:
     return (
         all(type(found.get(name)) is int and found[name] > 0 for name in COUNTS)
         and type(epsilon) is float
-        and found.get("dtype", found.get("torch_dtype")) in DTYPES
+        and found.get("dtype") in DTYPES
         and all(each is None or (isinstance(each, list) and len(each) == found["num_hidden_layers"]) for each in lists)
         and not ("no_rope_layers" in family.stated and None in lists)
         and (not found.get("sliding_window") or found.get("use_sliding_window", True) is True)

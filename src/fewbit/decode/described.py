@@ -5,16 +5,20 @@ them."""
 from __future__ import annotations
 
 import ctypes as C
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from fewbit import formats
 from fewbit.containers.files import read_json
 from fewbit.containers.shards import weight_files
-from fewbit.decode.configs import config_of
+from fewbit.decode.configs import config_of, has_half
 from fewbit.decode.describe import describe
-from fewbit.decode.families import Shape, shape_of
+from fewbit.decode.families import HALVES, Shape, shape_of
 from fewbit.decode.opened import Model
 from fewbit.decode.source import Pages, Source, mapped
+
+Held = TypeVar("Held")
 
 
 def described(folder: Path, activation: str | None) -> Model:
@@ -44,14 +48,28 @@ def _read_bytes(shape: Shape, source: Source) -> int:
     return total
 
 
+def _half(named: Mapping[str, Held], names: Sequence[tuple[str, str]]) -> dict[str, Held]:
+    """Those of ``named`` whose name, dot included, begins as one in ``names`` says, called as that says."""
+    return {
+        new + name.removeprefix(old): value
+        for name, value in named.items()
+        for old, new in names
+        if name.startswith(old)
+    }
+
+
 def open_source(folder: Path, activation: str | None) -> Source:
     """The arrays of ``folder``: mapped, or, where its names differ from those of transformers' module tree, as
     transformers loads them."""
     rounding = None if activation is None else formats.parse(activation)
-    quantization = read_json(folder / "config.json").get("quantization_config")
+    config = read_json(folder / "config.json")
+    quantization = config.get("quantization_config")
     modules = quantization.get("modules", {}) if isinstance(quantization, dict) else {}
     files = [mapped(file) for file in weight_files(folder)]
     tensors = {name: tensor for _, held in files for name, tensor in held.items()}
+    if has_half(config):
+        names = HALVES[config["model_type"]]
+        modules, tensors = _half(modules, names), _half(tensors, names)
     fused = any(".experts." in name and name.endswith(".weight") for name in tensors)
     if fused:
         from fewbit.decode.transformers_engine import load_plain

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from fewbit.core import given
 from fewbit.errors import SpecError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -91,12 +92,14 @@ def open_engine(
         threads: of the kernels; None follows ``torch.get_num_threads()`` where torch is imported, else all cores.
 
     Raises:
-        SpecError: ``kv`` or ``activation`` is none. InputError, CorruptFileError: as :func:`fewbit.load`.
+        SpecError: ``kv`` or ``activation`` is none, or an argument is of another kind.
+        InputError, CorruptFileError: as :func:`fewbit.load`.
     """
+    limits = {"context": context, "threads": threads}
     check_kv(kv)
-    if sequences < 1 or (context is not None and context < 1):
-        raise SpecError(f"{sequences} sequences of {context} positions", "", "at least one of each")
-    folder = Path(folder)
+    folder = given.place("the model", folder)
+    given.optional("activation", activation, str, "the spelling of a format, for example 'int8/channel'")
+    given.whole(1, sequences=sequences, **{name: n for name, n in limits.items() if n is not None})
     from fewbit.decode.native_engine import NativeEngine
 
     try:

@@ -91,7 +91,7 @@ class Sampling:
             _check("a token of logit_bias", token, 0, 1 << 31, whole=True)
             _check(f"logit_bias of token {token}", bias, -100, 100, whole=False)
         stop: object = self.stop  # a text alone would be taken for as many as it has letters
-        wrong = isinstance(stop, str) or not all(isinstance(text, str) and text for text in self.stop)
+        wrong = not isinstance(stop, tuple | list) or not all(isinstance(text, str) and text for text in stop)
         if wrong or len(self.stop) > MOST_STOPS:
             works = f"a tuple of at most {MOST_STOPS} texts, none of them empty"
             raise SpecError(f"stop {self.stop!r}"[:200], "", works)

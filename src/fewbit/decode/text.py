@@ -231,9 +231,12 @@ def ends_of(folder: Path) -> frozenset[int]:
     ends: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        found = read_json(path).get("eos_token_id") if path.is_file() else None
-        listed = found if isinstance(found, list) else [found]
-        ends |= {token for token in listed if isinstance(token, int) and not isinstance(token, bool)}
+        whole = read_json(path) if path.is_file() else {}
+        half = whole.get("text_config")  # of a model with eyes
+        for config in (whole, half if isinstance(half, dict) else {}):
+            found = config.get("eos_token_id")
+            listed = found if isinstance(found, list) else [found]
+            ends |= {token for token in listed if isinstance(token, int) and not isinstance(token, bool)}
     return frozenset(ends)
 
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from fewbit.core import given
 from fewbit.decode.batch import Batcher, Limits
 from fewbit.decode.engine import Engine, open_engine
 from fewbit.decode.job import Piece
@@ -38,7 +40,7 @@ class Writer:
         context: int | None = None,
         threads: int | None = None,
     ) -> None:
-        self.words = words_of(Path(folder))
+        self.words = words_of(given.place("the model", folder))
         self.engine: Engine = open_engine(
             folder, activation=activation, kv=kv, sequences=1, context=context, threads=threads
         )
@@ -49,8 +51,11 @@ class Writer:
 
         Raises:
             InputError: the prompt holds no token, or more than the context; there is no chat template.
-            SpecError: ``sampling`` asks for more tokens than the context has room for.
+            SpecError: ``sampling`` asks for more tokens than the context has room for, or an argument is of another
+                kind.
         """
+        given.kind("sampling", sampling, Sampling, "fewbit.Sampling(temperature=0.7), say")
+        _check(prompt)
         tokens = self.words.encode(prompt) if isinstance(prompt, str) else self.words.chat(prompt)
         return self._batcher.stream(tokens, sampling)
 
@@ -65,6 +70,15 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check(prompt: Any) -> None:
+    works = "a text, or messages such as {'role': 'user', 'content': 'Hello'} in a list"
+    given.kind("the prompt", prompt, (str, list, tuple), works)
+    for message in () if isinstance(prompt, str) else prompt:
+        given.kind("a message of the prompt", message, Mapping, works)
+        for name in ("role", "content"):
+            given.kind(f"{name!r} of a message", message.get(name), str, works)
 
 
 def generate(
@@ -87,7 +101,7 @@ def generate(
 
     Raises:
         InputError: no model, no tokenizer, a prompt that is empty or too long, or no chat template.
-        SpecError: an option of ``sampling`` is out of its range, or ``activation`` or ``kv`` spells nothing.
+        SpecError: an argument is of another kind, or ``activation`` or ``kv`` spells nothing.
     """
     with Writer(folder, activation=activation, kv=kv, threads=threads) as writer:
         chosen = sampling or Sampling(temperature=0.0, max_tokens=MOST)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fewbit.core import given
 from fewbit.errors import SpecError
 
 
@@ -61,6 +62,7 @@ def scheme(text: str) -> Scheme:
     Raises:
         SpecError: there is none; the message lists those that exist.
     """
+    given.kind("a scheme", text, str, "its name, for example 'W4A16'")
     found = SCHEMES.get(text.strip().upper())
     if found is None:
         raise SpecError(f"scheme {text!r}", "no such scheme", f"schemes are {', '.join(SCHEMES)}")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from fewbit.core import observers
+from fewbit.core import given, observers
 from fewbit.core.format import Format
 from fewbit.errors import SpecError
 from fewbit.formats.affine import Affine
@@ -129,7 +129,6 @@ EXAMPLES: tuple[str, ...] = (
 """One spelling of every kind of format, in canonical form: what the laws are tested on."""
 
 
-@functools.lru_cache(maxsize=1024)
 def parse(text: str) -> Format:
     """The format spelt ``text``, in any case.
 
@@ -137,8 +136,14 @@ def parse(text: str) -> Format:
     'int4/g64/sym'
 
     Raises:
-        SpecError: it spells no format, or a scheme that also quantizes activations.
+        SpecError: it is no text, spells no format, or a scheme that also quantizes activations.
     """
+    given.kind("a format", text, str, "its spelling, for example 'int4/g64'")
+    return _parsed(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(text: str) -> Format:
     spelling = text.strip().lower()
     known = SCHEMES.get(spelling.upper())
     if known is not None and known.activation is not None:

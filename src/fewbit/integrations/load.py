@@ -8,6 +8,7 @@ from typing import Any
 
 from fewbit import formats
 from fewbit.containers import manifest as M
+from fewbit.core import given
 from fewbit.errors import InputError
 
 
@@ -24,13 +25,13 @@ def load(path: str | Path, *, check: bool = True, activation: str | None = None,
 
     Raises:
         InputError: no fewbit folder. CorruptFileError: a file is missing or its bytes changed.
-        SpecError: ``activation`` spells no format.
+        SpecError: ``activation`` spells no format, or ``path`` is none.
     """
     from transformers import AutoModelForCausalLM
 
     from fewbit.model.layers import round_inputs
 
-    folder = Path(path)
+    folder = given.place("the model", path)
     manifest = M.read(folder)
     if manifest.get("kind") == M.NETWORK:
         found = "it holds a network whose class is not transformers' to know"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import format as F
+from fewbit.core import given
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Terms
@@ -53,8 +54,10 @@ def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Form
 
     Raises:
         SpecError, UnsupportedError: as :func:`fewbit.kernels.choose`; or no calibration has fixed the grid of
-            ``activation``.
+            ``activation``; or ``weight`` or ``activation`` is of another kind.
     """
+    given.kind("a quantized weight", weight, (QTensor, Terms), "what a method makes, as fewbit.methods.rtn does")
+    given.optional("activation", activation, Format, "a format, as fewbit.formats.parse('int8/channel') gives")
     if isinstance(weight, QTensor):
         return _prepare_matrix(weight, kernel, activation)
     beside = None if kernel is None else named(kernel)
@@ -110,8 +113,11 @@ def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32)
 
     Raises:
         IndexError: an id is not a row.
-        InputError: ids are no integers.
+        InputError: ids are no integers. SpecError: an argument is of another kind.
     """
+    given.kind("ids", ids, Tensor, "a tensor of integers")
+    given.kind("a quantized matrix", qtensor, QTensor, "what a method makes, as fewbit.methods.rtn does")
+    given.kind("dtype", dtype, torch.dtype, "for example torch.float32")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise InputError(f"rows of ids in {ids.dtype}", "they are no integers", "int32 and int64 would work")
     rows = ids.reshape(-1).long()

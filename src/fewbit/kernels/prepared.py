@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.core import given
 from fewbit.core.format import Format
 from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor
@@ -63,6 +64,8 @@ class Prepared(ABC):
 
     def check(self, x: Tensor, bias: Tensor | None) -> None:
         """Raise what :meth:`__call__` says of wrong arguments."""
+        given.kind("x", x, Tensor, f"a tensor (..., {self.shape[1]})")
+        given.optional("bias", bias, Tensor, f"a tensor ({self.shape[0]},)")
         columns = self.shape[1]
         if not x.ndim or x.shape[-1] != columns:
             raise InputError(
@@ -75,6 +78,7 @@ class Prepared(ABC):
         """``x W^T + bias``.
 
         Raises:
+            SpecError: x or bias is no tensor.
             InputError: the last axis of x is not the number of columns, or bias is not (rows,).
             UnsupportedError: x is on another device than the CPU, or not of a dtype above.
         """

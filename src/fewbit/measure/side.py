@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbit.containers import manifest as M
+from fewbit.core import given
 from fewbit.errors import InputError
 from fewbit.measure import load as L
 from fewbit.measure import size
@@ -48,7 +49,9 @@ class Side:
         manifest = M.read(path) if path is not None and path.is_dir() and (path / M.NAME).is_file() else {}
         if activation is not None and not manifest:
             raise InputError(f"activations in {activation}", "the model is no fewbit folder", "leave activation out")
+        given.optional("activation", activation, str, "the spelling of a format, for example 'int8/channel'")
         if path is None:
+            given.model("the model to measure", model)
             return Side(type(model).__name__, None, model, {}, model.dtype)
         return Side(str(model), path, None, manifest, dtype, activation)
 

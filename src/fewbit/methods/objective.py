@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from fewbit.core import given
 from fewbit.core.facts import Facts, half
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
@@ -92,7 +93,9 @@ def check(method: str, weight: Tensor, format: Format, facts: Facts | None = Non
 
 
 def check_matrix(method: str, weight: Tensor, format: Format) -> None:
-    """Raises InputError: the weight is no matrix, or empty."""
+    """Raises InputError: the weight is no matrix, or empty. SpecError: it is no tensor, or ``format`` no format."""
+    given.kind(f"the weight for {method}", weight, Tensor, "a tensor (rows, columns)")
+    given.kind(f"the format for {method}", format, Format, "what fewbit.formats.parse('int4/g64') gives")
     if weight.dim() != 2 or weight.numel() == 0:
         found = "it is not a matrix with at least one entry"
         raise InputError(_asked(method, weight, format), found, "see the weight as (rows, columns)")

@@ -92,7 +92,7 @@ def quantize(
         FewbitError: see :mod:`fewbit.errors`. A stopped run's work is in ``OUT.partial``; the same call goes on.
     """
     chosen = O.chosen(recipe, method, head, options, transforms, tune, activation)
-    target, tell = Path(out), progress or O.silent
+    tell, target = progress or O.silent, O.target(out, samples, context, seed, threads, device, calibration)
     with O.source(model, tokenizer, target) as path, workers(threads) as pool:
         streamed = StreamedModel.open(checkpoint := open_checkpoint(path), _preparation(chosen, seed))
         planned = _planned(checkpoint, streamed, chosen, Text(samples, context, BATCH_TOKENS), force, tell)
@@ -130,8 +130,9 @@ def plan(
 ) -> Plan:
     """What :func:`quantize` would do with the same arguments; reads no weight but to tell whose ``facts`` are. See
     :mod:`fewbit.run.planning`. Static grids that facts fix, and no transform depends on, are those of the run."""
-    checkpoint = open_checkpoint(model)
     chosen = O.chosen(recipe, method, head, options, transforms, tune, activation)
+    O.check_text(samples, context)
+    checkpoint = open_checkpoint(model)
     streamed = StreamedModel.open(checkpoint, _preparation(chosen, 0))
     text = Text(samples if facts is None else 0, context, BATCH_TOKENS)
     planned = make_plan(checkpoint, streamed, chosen, text, force)

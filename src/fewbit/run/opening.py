@@ -17,6 +17,7 @@ import fewbit
 from fewbit import calibrate
 from fewbit.calibrate import Calibration
 from fewbit.containers.files import refuse_existing, remove_begun
+from fewbit.core import given
 from fewbit.errors import InputError, SpecError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.recipe import Recipe
@@ -32,7 +33,7 @@ def silent(event: Event) -> None:
 
 
 def chosen(
-    given: str | Recipe,
+    recipe: str | Recipe,
     method: str,
     head: str,
     options: dict[str, Any] | None,
@@ -40,17 +41,47 @@ def chosen(
     tune: Sequence[str | dict[str, Any]],
     activation: str | None,
 ) -> Recipe:
-    """``given``, or where it is a format, :meth:`Recipe.simple` of it.
+    """``recipe``, or where it is a format, :meth:`Recipe.simple` of it.
 
     Raises:
-        SpecError: a recipe is given and something beside it that it names itself.
+        SpecError: a recipe is given and something beside it that it names itself, or an argument is of another kind.
     """
-    if isinstance(given, str):
-        return Recipe.simple(given, method, head, options, transforms, tune, activation)
+    given.kind("what to quantize to", recipe, (str, Recipe), "a format such as 'int4/g64', or a fewbit.Recipe")
+    given.kind("head", head, str, "a format such as 'int8/g64', or 'float'")
+    given.optional("options", options, dict, "names and values of the method's options")
+    for name, entries in (("transforms", transforms), ("tune", tune)):
+        given.kind(name, entries, (list, tuple), "names, or tables with a name, in a list")
+    given.optional("activation", activation, str, "the spelling of a format, for example 'int8/channel'")
+    if isinstance(recipe, str):
+        return Recipe.simple(recipe, method, head, options, transforms, tune, activation)
     beside = {"transforms": transforms, "tune": tune, "activation": activation}
     if what := next((name for name, value in beside.items() if value), None):
         raise SpecError(f"{what} beside a Recipe", "a recipe names its own", "write them into its rules")
-    return given
+    return recipe
+
+
+def check_text(samples: int, context: int) -> None:
+    """Refuse what are no numbers of windows and of tokens in each. Raises SpecError."""
+    given.whole(1, samples=samples)
+    given.whole(2, context=context)
+
+
+def target(
+    out: str | Path,
+    samples: int,
+    context: int,
+    seed: int,
+    threads: int | None,
+    device: str,
+    calibration: str | Path | None,
+) -> Path:
+    """``out``, arguments of another kind beside it being refused. Raises SpecError, which names the first."""
+    check_text(samples, context)
+    given.whole(0, threads=threads or 0)
+    given.kind("seed", seed, int, "a whole number")
+    given.kind("device", device, str, "'cpu', or 'cuda' with a GPU")
+    given.optional("the calibration text", calibration, (str, Path), "a .txt or .jsonl file")
+    return given.place("out", out)
 
 
 @contextmanager
@@ -59,6 +90,7 @@ def source(model: Any, tokenizer: Any, target: Path) -> Iterator[str | Path]:
     if isinstance(model, (str, Path)):
         yield model
         return
+    given.model("the model to quantize", model)
     if tokenizer is None:
         raise SpecError("quantizing a model in memory", "no tokenizer was given", "pass tokenizer=...")
     target.parent.mkdir(parents=True, exist_ok=True)
