@@ -31,6 +31,7 @@ from fewbit.network.feeding import Batch
 from fewbit.network.fold import NORMS, fold_norms
 from fewbit.network.folder import load, save
 from fewbit.network.quantized import Quantized
+from fewbit.network.sensitivity import WAYS, Loss, OwnLoss, sensitivity
 from fewbit.recipe import FLOAT, Recipe, Rule
 from fewbit.run.opening import chosen as recipe_chosen
 from fewbit.run.planning import check_transforms, made_of, tunable
@@ -52,6 +53,8 @@ def quantize(
     fold: bool = True,
     correct_bias: bool = False,
     sequential: bool = False,
+    loss: str | OwnLoss | None = None,
+    labels: Iterable[Any] | None = None,
     seed: int = 0,
     inplace: bool = False,
 ) -> Quantized:
@@ -70,6 +73,10 @@ def quantize(
         correct_bias: take the mean error of each layer's output from its bias (:mod:`fewbit.core.correction`).
         sequential: solve layers in the order in which they run, each on what those before it, quantized already, make
             of the inputs, in place of what the float network does (:mod:`fewbit.network.solving`): a pass a layer.
+        loss: what methods that weigh by the Fisher diagonal (``skm``, ``squeezellm``, ``nanoquant``) take the gradient
+            of, a sample at a time (:mod:`fewbit.network.sensitivity`): ``"classes"`` (cross-entropy), ``"values"``, or
+            a function of the output and the label of one sample.
+        labels: for ``loss``, "classes" where none is named: one tensor a batch, one label a sample.
         seed: what anything random is drawn with.
         inplace: change ``network`` itself, which saves the time and memory of a copy. Where an error is raised, batch
             norms may be folded and biases corrected, but no layer is quantized.
@@ -81,16 +88,18 @@ def quantize(
     """
     chosen = recipe_chosen(recipe, method, FLOAT, options, transforms, tune, activation)
     _refuse(chosen)
-    batches = list(inputs)
+    batches, known = list(inputs), Loss.of(loss, labels)
     rules, products, skipped = _decide(network, chosen, bool(batches))
     _need_data(rules, products, correct_bias or sequential, batches)
+    sensitive = _need_loss(rules, known, batches)
     made = (network if inplace else copy.deepcopy(network)).eval()
     folded = fold_norms(made, batches[0]) if fold and batches else {}
     skipped = [left for left in skipped if left["name"] not in folded]
     tuned = any(rule.tunings() for rule in [*rules.values(), *products.values()])
     teacher = copy.deepcopy(made) if tuned else made
     mode = solving.sequential if sequential else solving.independent
-    solved, grids = mode(made, rules, products, batches, correct_bias, seed)
+    weighed = sensitivity(made, sensitive, batches, known, seed) if known is not None and sensitive else {}
+    solved, grids = mode(made, rules, products, batches, weighed, correct_bias, seed)
     rounded = {side: rule for name, rule in products.items() for side in solving.operands(name)}
     solved, grids = distill(teacher, made, solved, rounded, grids, batches, seed)
     layers = _replace(made, solved, grids)
@@ -98,7 +107,8 @@ def quantize(
     for name, product in integers.items():
         made.set_submodule(name, product)
     records = [{"name": name, **product.record()} for name, product in integers.items()]
-    return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records)
+    told = known.name if known is not None and sensitive else None
+    return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records, told)
 
 
 def _refuse(recipe: Recipe) -> None:
@@ -176,9 +186,6 @@ def _check(name: str, kind: str, layer: nn.Module, rule: Rule) -> None:
     if kind == "conv2d" and activation is not None and activation.whole:
         found = "inputs of convolutions are rounded window by window"
         raise UnsupportedError(f"activations in {activation.name} for {name}", found, "int8/static or int8/channel")
-    if methods.named(rule.method).needs == "fisher":
-        found = "the Fisher diagonal is collected of language models only"
-        raise UnsupportedError(f"method {rule.method} for {name}", found, "clip or gptq, of the same formats")
     site = solving.site_of(name, layer)
     check_transforms(site, rule)
     made_of(site, rule)
@@ -201,3 +208,14 @@ def _need_data(rules: dict[str, Rule], products: dict[str, Rule], more: bool, ba
     if asking:
         what = f"the method, transform, tuning or static activations of {asking[0]}"
     raise InputError(what, "no inputs were given to calibrate on", "inputs=[batch, ...]")
+
+
+def _need_loss(rules: dict[str, Rule], loss: Loss | None, batches: list[Batch]) -> list[str]:
+    """The layers whose method weighs by the Fisher diagonal."""
+    names = [name for name, rule in rules.items() if methods.named(rule.method).needs == "fisher"]
+    if names and loss is None:
+        found = "it weighs by the gradient of the network's loss, and a network does not say which that is"
+        raise InputError(f"method {rules[names[0]].method} for {names[0]}", found, WAYS)
+    if loss is not None:
+        loss.check(batches)
+    return names

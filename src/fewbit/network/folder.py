@@ -49,6 +49,7 @@ def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[
         "seed": quantized.seed,
         "calibration_batches": quantized.batches,
         "sequential": quantized.sequential,
+        "loss": quantized.loss,
         "folded": quantized.folded,
         "layers": [{k: v for k, v in record.items() if k != "seconds"} for record in quantized.layers],
         "products": quantized.products,
