@@ -30,6 +30,7 @@ from fewbit.network.distill import distill
 from fewbit.network.feeding import Batch
 from fewbit.network.fold import NORMS, fold_norms
 from fewbit.network.folder import load, save
+from fewbit.network.inline import place_products
 from fewbit.network.quantized import Quantized
 from fewbit.network.sensitivity import WAYS, Loss, OwnLoss, sensitivity
 from fewbit.recipe import FLOAT, Recipe, Rule
@@ -37,7 +38,7 @@ from fewbit.run.opening import chosen as recipe_chosen
 from fewbit.run.planning import check_transforms, made_of, tunable
 from fewbit.run.solve import Solved
 
-__all__ = ["Product", "Quantized", "fold_norms", "load", "quantize", "save"]
+__all__ = ["Product", "Quantized", "fold_norms", "load", "place_products", "quantize", "save"]
 
 
 def quantize(
@@ -63,51 +64,43 @@ def quantize(
 
     Args:
         recipe: a format (``"int4/channel"``), a scheme (``"W8A8"``, ``"W8A8_STATIC"``), or a :class:`fewbit.Recipe`,
-            whose rules match module names, ``kind:conv2d``, ``kind:linear`` and ``kind:product``. Of the rule of a
-            product only the activation (static) counts, to which both operands are rounded, each on a grid of its own,
-            and tunings that learn such grids.
-        inputs: calibration batches: tensors, tuples of arguments or mappings of keywords. What sees no data needs none.
+            whose rules match module names, ``kind:conv2d``, ``kind:linear`` and ``kind:product``. Of a product's rule
+            its static activation counts, to which each operand is rounded by a grid of its own, and how grids learn.
+        inputs: calibration batches: tensors, tuples of arguments or mappings of keywords.
         method, options, transforms, tune, activation: as for :func:`fewbit.quantize`. Transforms are for linear layers;
             a tuning compares the whole network with the float one (:mod:`fewbit.network.distill`).
         fold: fold batch norms into the layers before them; seen on the first batch.
         correct_bias: take the mean error of each layer's output from its bias (:mod:`fewbit.core.correction`).
         sequential: solve layers in the order in which they run, each on what those before it, quantized already, make
-            of the inputs, in place of what the float network does (:mod:`fewbit.network.solving`): a pass a layer.
-        loss: what methods that weigh by the Fisher diagonal (``skm``, ``squeezellm``, ``nanoquant``) take the gradient
-            of, a sample at a time (:mod:`fewbit.network.sensitivity`): ``"classes"`` (cross-entropy), ``"values"``, or
-            a function of the output and the label of one sample.
+            of the inputs, not on what the float network does (:mod:`fewbit.network.solving`): a pass a layer.
+        loss: what methods that weigh by the Fisher diagonal take the gradient of (:mod:`fewbit.network.sensitivity`):
+            "classes", "values", or a function of the output and the label of one sample.
         labels: for ``loss``, "classes" where none is named: one tensor a batch, one label a sample.
         seed: what anything random is drawn with.
-        inplace: change ``network`` itself, which saves the time and memory of a copy. Where an error is raised, batch
-            norms may be folded and biases corrected, but no layer is quantized.
+        inplace: change ``network`` itself, without a copy. Where an error is raised, batch norms may be folded and
+            biases corrected, but no layer is quantized.
 
     Raises:
         SpecError: a rule matches no layer, or nothing would be quantized.
         InputError: data is needed and there is none, or a layer's inputs hold NaN; the message names it.
         UnsupportedError: a layer cannot be done as asked.
     """
-    chosen = recipe_chosen(recipe, method, FLOAT, options, transforms, tune, activation)
-    _refuse(chosen)
+    _refuse(chosen := recipe_chosen(recipe, method, FLOAT, options, transforms, tune, activation))
     batches, known = list(inputs), Loss.of(loss, labels)
     rules, products, skipped = _decide(network, chosen, bool(batches))
     _need_data(rules, products, correct_bias or sequential, batches)
-    sensitive = _need_loss(rules, known, batches)
+    asking = _need_loss(rules, known, batches)
     made = (network if inplace else copy.deepcopy(network)).eval()
     folded = fold_norms(made, batches[0]) if fold and batches else {}
     skipped = [left for left in skipped if left["name"] not in folded]
-    tuned = any(rule.tunings() for rule in [*rules.values(), *products.values()])
-    teacher = copy.deepcopy(made) if tuned else made
+    teacher = copy.deepcopy(made) if any(rule.tunings() for rule in (rules | products).values()) else made
     mode = solving.sequential if sequential else solving.independent
-    weighed = sensitivity(made, sensitive, batches, known, seed) if known is not None and sensitive else {}
+    weighed = sensitivity(made, asking, batches, known, seed) if known is not None and asking else {}
     solved, grids = mode(made, rules, products, batches, weighed, correct_bias, seed)
     rounded = {side: rule for name, rule in products.items() for side in solving.operands(name)}
     solved, grids = distill(teacher, made, solved, rounded, grids, batches, seed)
-    layers = _replace(made, solved, grids)
-    integers = {name: solving.product(name, rule, grids) for name, rule in products.items()}
-    for name, product in integers.items():
-        made.set_submodule(name, product)
-    records = [{"name": name, **product.record()} for name, product in integers.items()]
-    told = known.name if known is not None and sensitive else None
+    layers, records = _replace(made, solved, products, grids)
+    told = known.name if known and asking else None
     return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records, told)
 
 
@@ -121,8 +114,10 @@ def _refuse(recipe: Recipe) -> None:
         raise UnsupportedError(f"{recipe.end.name} of a network", found, 'tune=["scales"]')
 
 
-def _replace(network: nn.Module, solved: dict[str, Solved], grids: dict[str, Fixed]) -> list[dict[str, Any]]:
-    """Put quantized layers where the float ones are; returns their records."""
+def _replace(
+    network: nn.Module, solved: dict[str, Solved], products: dict[str, Rule], grids: dict[str, Fixed]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Put quantized layers and products where the float ones are; returns their records."""
     layers, modules = [], dict(network.named_modules())
     for name, item in solved.items():
         layer, grid = modules[name], grids.get(name)
@@ -132,7 +127,10 @@ def _replace(network: nn.Module, solved: dict[str, Solved], grids: dict[str, Fix
         layers.append({**record, "bias": layer.bias is not None})
         parent, _, leaf = name.rpartition(".")
         setattr(modules[parent], leaf, solving.quantized(layer, item, record["activation"]))
-    return layers
+    integers = {name: solving.product(name, rule, grids) for name, rule in products.items()}
+    for name, product in integers.items():
+        network.set_submodule(name, product)
+    return layers, [{"name": name, **product.record()} for name, product in integers.items()]
 
 
 def _decide(

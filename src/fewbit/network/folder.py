@@ -20,6 +20,7 @@ from fewbit.model.convolution import QuantConv2d, window_of
 from fewbit.model.layers import QuantLinear
 from fewbit.model.product import Product, QuantProduct
 from fewbit.network.fold import unfolded
+from fewbit.network.inline import place, placed
 from fewbit.network.quantized import Quantized
 
 FILE = "model.safetensors"
@@ -51,6 +52,7 @@ def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[
         "sequential": quantized.sequential,
         "loss": quantized.loss,
         "folded": quantized.folded,
+        "inline": placed(quantized.network),
         "layers": [{k: v for k, v in record.items() if k != "seconds"} for record in quantized.layers],
         "products": quantized.products,
         "skipped": quantized.skipped,
@@ -94,6 +96,8 @@ def load(folder: str | Path, network: nn.Module, check: bool = True) -> nn.Modul
         unfolded(network, manifest["folded"])
         for record in manifest["layers"]:
             _replace(network, record)
+        for name, calls in manifest.get("inline", {}).items():
+            place(network, name, calls)
         for record in manifest.get("products", []):
             if type(network.get_submodule(record["name"])) is not Product:
                 raise AttributeError(f"{record['name']} is no product")
