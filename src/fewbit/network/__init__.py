@@ -89,7 +89,7 @@ def quantize(
     batches, known = list(inputs), Loss.of(loss, labels)
     rules, products, skipped = _decide(network, chosen, bool(batches))
     _need_data(rules, products, correct_bias or sequential, batches)
-    asking = _need_loss(rules, known, batches)
+    asking, told = _need_loss(rules, known, batches)
     made = (network if inplace else copy.deepcopy(network)).eval()
     folded = fold_norms(made, batches[0]) if fold and batches else {}
     skipped = [left for left in skipped if left["name"] not in folded]
@@ -100,7 +100,6 @@ def quantize(
     rounded = {side: rule for name, rule in products.items() for side in solving.operands(name)}
     solved, grids = distill(teacher, made, solved, rounded, grids, batches, seed)
     layers, records = _replace(made, solved, products, grids)
-    told = known.name if known and asking else None
     return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records, told)
 
 
@@ -208,12 +207,12 @@ def _need_data(rules: dict[str, Rule], products: dict[str, Rule], more: bool, ba
     raise InputError(what, "no inputs were given to calibrate on", "inputs=[batch, ...]")
 
 
-def _need_loss(rules: dict[str, Rule], loss: Loss | None, batches: list[Batch]) -> list[str]:
-    """The layers whose method weighs by the Fisher diagonal."""
+def _need_loss(rules: dict[str, Rule], loss: Loss | None, batches: list[Batch]) -> tuple[list[str], str | None]:
+    """The layers whose method weighs by the Fisher diagonal, and of which loss; None without such layers."""
     names = [name for name, rule in rules.items() if methods.named(rule.method).needs == "fisher"]
     if names and loss is None:
         found = "it weighs by the gradient of the network's loss, and a network does not say which that is"
         raise InputError(f"method {rules[names[0]].method} for {names[0]}", found, WAYS)
     if loss is not None:
         loss.check(batches)
-    return names
+    return names, loss.name if names and loss is not None else None
