@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -24,13 +25,15 @@ from torch import nn
 from fewbit import formats, methods
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.formats.fixed import Fixed
+from fewbit.model.convolution import window_of
 from fewbit.model.product import Product
 from fewbit.network import solving
 from fewbit.network.distill import distill
-from fewbit.network.feeding import Batch
+from fewbit.network.feeding import Batch, batches_of
 from fewbit.network.fold import NORMS, fold_norms
 from fewbit.network.folder import load, save
 from fewbit.network.inline import place_products
+from fewbit.network.places import put, without_shortcuts
 from fewbit.network.quantized import Quantized
 from fewbit.network.sensitivity import WAYS, Loss, OwnLoss, sensitivity
 from fewbit.recipe import FLOAT, Recipe, Rule
@@ -85,12 +88,12 @@ def quantize(
         InputError: data is needed and there is none, or a layer's inputs hold NaN; the message names it.
         UnsupportedError: a layer cannot be done as asked.
     """
-    _refuse(chosen := recipe_chosen(recipe, method, FLOAT, options, transforms, tune, activation))
-    batches, known = list(inputs), Loss.of(loss, labels)
+    _refuse(chosen := recipe_chosen(_checked(network, recipe), method, FLOAT, options, transforms, tune, activation))
+    batches, known = batches_of(inputs), Loss.of(loss, labels)
     rules, products, skipped = _decide(network, chosen, bool(batches))
     _need_data(rules, products, correct_bias or sequential, batches)
     asking, told = _need_loss(rules, known, batches)
-    made = (network if inplace else copy.deepcopy(network)).eval()
+    made = without_shortcuts(network if inplace else copy.deepcopy(network)).eval()
     folded = fold_norms(made, batches[0]) if fold and batches else {}
     skipped = [left for left in skipped if left["name"] not in folded]
     teacher = copy.deepcopy(made) if any(rule.tunings() for rule in (rules | products).values()) else made
@@ -101,6 +104,19 @@ def quantize(
     solved, grids = distill(teacher, made, solved, rounded, grids, batches, seed)
     layers, records = _replace(made, solved, products, grids)
     return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records, told)
+
+
+def _checked(network: Any, recipe: Any) -> str | Recipe:
+    """``recipe``; refuses what is none, or no network."""
+    if not isinstance(network, nn.Module):
+        raise InputError(f"quantizing a {type(network).__name__}", "it is no torch.nn.Module", "the network itself")
+    if type(network) in (*solving.SITES, Product):
+        found = "it is a layer by itself, and would have to be replaced in what holds it"
+        raise InputError(f"quantizing a {type(network).__name__}", found, "torch.nn.Sequential(layer)")
+    if not isinstance(recipe, (str, Recipe)):
+        works = 'a format or scheme, such as "W8A8_STATIC", or fewbit.Recipe.from_dict({"rule": [...]})'
+        raise InputError(f"a {type(recipe).__name__} as the recipe of a network", "it is none", works)
+    return recipe
 
 
 def _refuse(recipe: Recipe) -> None:
@@ -124,11 +140,12 @@ def _replace(
         if grid is not None:
             record = {**record, "activation": grid.name}
         layers.append({**record, "bias": layer.bias is not None})
-        parent, _, leaf = name.rpartition(".")
-        setattr(modules[parent], leaf, solving.quantized(layer, item, record["activation"]))
+        if isinstance(layer, nn.Conv2d):
+            layers[-1]["window"] = asdict(window_of(layer))
+        put(network, name, solving.quantized(layer, item, record["activation"]))
     integers = {name: solving.product(name, rule, grids) for name, rule in products.items()}
     for name, product in integers.items():
-        network.set_submodule(name, product)
+        put(network, name, product)
     return layers, [{"name": name, **product.record()} for name, product in integers.items()]
 
 

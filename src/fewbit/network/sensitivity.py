@@ -148,17 +148,14 @@ def sensitivity(
     """
     layers = {name: network.get_submodule(name) for name in names}
     weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]
-    totals = {name: torch.zeros(len(weight), weight[0].numel()) for name, weight in weights.items()}
+    totals = {id(weight): torch.zeros(len(weight), weight[0].numel()) for weight in weights.values()}
     outputs = {name: torch.zeros(len(weight)) for name, weight in weights.items()}
     drawn = torch.Generator().manual_seed(seed_of(seed, "labels") & (2**63 - 1))
 
-    def let_go(name: str) -> Callable[[Tensor], None]:
-        def add(weight: Tensor) -> None:
-            assert weight.grad is not None
-            totals[name] += weight.grad.float().square_().flatten(1)
-            weight.grad = None
-
-        return add
+    def let_go(weight: Tensor) -> None:
+        assert weight.grad is not None
+        totals[id(weight)] += weight.grad.float().square_().flatten(1)
+        weight.grad = None
 
     def of_output(name: str) -> Callable[..., None]:
         def add(gradient: Tensor) -> None:
@@ -172,7 +169,8 @@ def sensitivity(
         return made
 
     with _gradients(network, list(weights.values())):
-        at_weights = (weight.register_post_accumulate_grad_hook(let_go(n)) for n, weight in weights.items())
+        apart = {id(weight): weight for weight in weights.values()}  # layers may share one
+        at_weights = (weight.register_post_accumulate_grad_hook(let_go) for weight in apart.values())
         at_outputs = (layer.register_forward_hook(of_output(name)) for name, layer in layers.items())
         with hooked(at_weights), hooked(at_outputs), torch.enable_grad():
             for sample, label in loss.pairs(batches):
@@ -180,11 +178,11 @@ def sensitivity(
                 if not all(bool(y.isfinite().all()) for y in tensors(output)):
                     check_layers(network, "", partial(call, batch=sample))
                 _backward(loss(output, label, drawn))
-    for name, total in totals.items():
-        if not bool(total.isfinite().all()):
+    for name, weight in weights.items():
+        if not bool(totals[id(weight)].isfinite().all()):
             works = "check that the network runs in float on the inputs, and its loss"
             raise InputError(f"the sensitivity of {name}", "the gradient of the loss is NaN or infinite", works)
-    return {name: Sensitivity(total, outputs[name]) for name, total in totals.items()}
+    return {name: Sensitivity(totals[id(weight)], outputs[name]) for name, weight in weights.items()}
 
 
 def _backward(loss: Tensor) -> None:

@@ -35,6 +35,7 @@ from fewbit.model.layers import QuantLinear
 from fewbit.model.product import QuantProduct
 from fewbit.model.sites import Site
 from fewbit.network.feeding import Batch, Last, Wanted, calls, look
+from fewbit.network.places import put
 from fewbit.network.sensitivity import Sensitivity
 from fewbit.recipe import FLOAT, Rule
 from fewbit.run.solve import Solved, Task, solve
@@ -109,7 +110,7 @@ def sequential(
             sides = operands(name)
             asked = {side: (products[name], Chain()) for side in sides}
             grids |= _grids(running, asked, batches, [(sides[1], count[name]) for count in counts])
-            running.set_submodule(name, product(name, products[name], grids))
+            put(running, name, product(name, products[name], grids))
             continue
         rule, last = rules[name], [(name, count[name]) for count in counts]
         want = wanted_of(network.get_submodule(name), rule, correct_bias)
@@ -120,7 +121,7 @@ def sequential(
         if correct_bias:
             _correct(layer, item, floating[name].mean, want.mean)
         grid = grids.get(name)
-        running.set_submodule(name, quantized(layer, item, item.record["activation"] if grid is None else grid.name))
+        put(running, name, quantized(layer, item, item.record["activation"] if grid is None else grid.name))
     return {name: solved[name] for name in rules}, grids
 
 
