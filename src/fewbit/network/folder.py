@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,9 +35,7 @@ def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[
         InputError: the folder exists and ``force`` is off.
         VerificationError: what was written does not read back as what is held.
     """
-    if not isinstance(quantized, cast(type[object], Quantized)):
-        found = f"it is a {type(quantized).__name__}, which does not say how it was made"
-        raise InputError("saving a quantized network", found, "what fewbit.network.quantize returned")
+    _check(quantized)
     target = Path(folder)
     refuse_existing(target, force)
     partial = target.with_name(target.name + ".partial")
@@ -123,6 +121,12 @@ def load(folder: str | Path, network: nn.Module, check: bool = True) -> nn.Modul
         network.get_submodule(record["name"]).to_empty(device="cpu")
     network.load_state_dict(stored, strict=False)  # but for other names of the same modules, which are not stored
     return network.eval()
+
+
+def _check(quantized: object) -> None:
+    if not isinstance(quantized, Quantized):
+        found = f"it is a {type(quantized).__name__}, which does not say how it was made"
+        raise InputError("saving a quantized network", found, "what fewbit.network.quantize returned")
 
 
 def _replace(network: nn.Module, record: dict[str, Any]) -> None:
