@@ -73,6 +73,11 @@ def test_images(assets: Path = ASSETS) -> tuple[Tensor, Tensor]:
     return images("test.webp", assets), torch.from_numpy(labels).long()
 
 
+def train_labels(assets: Path = ASSETS) -> Tensor:
+    """Of the images "train10k.webp", (10000,)."""
+    return torch.from_numpy(np.load(assets / "cifar10" / "train10k_labels.npy")).long()
+
+
 def images(name: str, assets: Path = ASSETS) -> Tensor:
     """The 10,000 images of a mosaic, "test.webp" or "train10k.webp", as the networks expect them."""
     from PIL import Image

@@ -47,6 +47,15 @@ def static(observer: str, kind: str = "asym") -> Recipe:
     return Recipe((Rule("*", "int8/channel/sym", activation=f"int8/static/{kind}/{observer}"),))
 
 
+WEIGHED: dict[str, dict[str, Any]] = {
+    "rtn": {},
+    "clip": {"method": "clip"},
+    "skm": {"method": "skm"},
+    "skm, drawn": {"method": "skm", "loss": "classes"},
+    "squeezellm": {"method": "squeezellm"},
+}
+"""What k-means weighs weights by: nothing, E[x^2], the Fisher diagonal by labels of the training or by drawn ones, and
+that beside few weights in 16 bits."""
 VISION: list[tuple[str, str | Recipe, dict[str, Any]]] = [
     ("W8A8, one scale a window", "W8A8", {}),
     *((f"W8A8_STATIC, {name}", static(name), {}) for name in STATIC),
@@ -68,6 +77,12 @@ VISION: list[tuple[str, str | Recipe, dict[str, Any]]] = [
     ("palette4/rows16, bias", "palette4/rows16", {"bias": True}),
     ("palette2/channel, bias", "palette2/channel", {"bias": True}),
     ("palette2/channel, gptq", "palette2/channel", {"method": "gptq"}),
+    *(
+        (f"palette{bits}/row, {method}{', bias' * bias}", f"palette{bits}/row", {**more, "bias": bias})
+        for bits in (3, 2, 1)
+        for method, more in WEIGHED.items()
+        for bias in (False, True)
+    ),
 ]
 """Name of a row, recipe, and the rest."""
 ENCODER: list[tuple[str, str | Recipe, dict[str, Any]]] = [
@@ -161,13 +176,21 @@ def with_options(rule: Rule, given: dict[str, Any]) -> Rule:
     )
 
 
+def with_labels(options: dict[str, Any], labels: list[Tensor]) -> dict[str, Any]:
+    """``options`` with the labels of the training, where they weigh by a loss and name none."""
+    weighs = options.get("method") in ("skm", "squeezellm") and "loss" not in options
+    return {**options, "labels": labels} if weighs else options
+
+
 def vision(depth: int, images: int, chosen: list[str]) -> list[dict[str, Any]]:
     x, y = cifar_resnets.test_images()
     calibration = list(cifar_resnets.images("train10k.webp")[:1000].split(250))
+    labels = list(cifar_resnets.train_labels()[:1000].split(250))
+    rows = [(name, recipe, with_labels(options, labels)) for name, recipe, options in VISION]
     return measured(
         cifar_resnets.network(depth),
         calibration,
-        VISION,
+        rows,
         lambda made: 100 * cifar_resnets.accuracy(made, x[:images], y[:images]),
         "top-1 %",
         chosen,

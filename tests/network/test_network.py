@@ -263,9 +263,6 @@ def test_wrong_requests_say_what_would_work(tmp_path: Path) -> None:
         network.quantize(made, "int4/channel", method="gptq")
     with pytest.raises(UnsupportedError, match="convolutions"):
         network.quantize(made, "int8/channel", batches, transforms=["smooth"])
-    for asked, method in (("palette3/row", "skm"), ("palette3/row", "squeezellm")):
-        with pytest.raises(UnsupportedError, match=r"first.*language models?"):
-            network.quantize(made, asked, batches, method=method)
     with pytest.raises(UnsupportedError, match="quarot of a network"):
         network.quantize(made, "int8/channel", batches, transforms=["quarot"])
     with pytest.raises(SpecError, match="matches no layer"):

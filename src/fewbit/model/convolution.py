@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fewbit import kernels
 from fewbit.containers import terms as T
+from fewbit.core.layout import UNPACKED
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import UnsupportedError
 from fewbit.kernels import Window
@@ -58,14 +59,14 @@ class QuantConv2d(Multiplier):
 
     @classmethod
     def of(cls, conv: nn.Conv2d, weight: T.Weight, activation: str | None = None) -> QuantConv2d:
-        """``conv`` with its weight replaced by ``weight``, one matrix in the dense layout; the bias is shared.
+        """``conv`` with its weight replaced by ``weight``, as it is packed, or in the dense layout; the bias is shared.
 
         Raises:
             InputError: the weight is not of the shape of ``conv.weight.reshape(out, -1)``.
             UnsupportedError: as :func:`window_of`.
         """
         check_shape(weight, (conv.out_channels, conv.weight[0].numel()), conv)
-        stored = weight.repack(DENSE) if isinstance(weight, QTensor) else weight
+        stored = weight.repack(DENSE) if isinstance(weight, QTensor) and weight.layout is UNPACKED else weight
         bias = conv.bias if isinstance(conv.bias, nn.Parameter) else None
         return cls(T.describe(stored), window_of(conv), bias, activation, stored).train(conv.training)
 

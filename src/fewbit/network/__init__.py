@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -24,19 +25,23 @@ from torch import nn
 from fewbit import formats, methods
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.formats.fixed import Fixed
+from fewbit.model.convolution import window_of
 from fewbit.model.product import Product
 from fewbit.network import solving
 from fewbit.network.distill import distill
-from fewbit.network.feeding import Batch
+from fewbit.network.feeding import Batch, batches_of
 from fewbit.network.fold import NORMS, fold_norms
 from fewbit.network.folder import load, save
+from fewbit.network.inline import place_products
+from fewbit.network.places import put, without_shortcuts
 from fewbit.network.quantized import Quantized
+from fewbit.network.sensitivity import WAYS, Loss, OwnLoss, sensitivity
 from fewbit.recipe import FLOAT, Recipe, Rule
 from fewbit.run.opening import chosen as recipe_chosen
 from fewbit.run.planning import check_transforms, made_of, tunable
 from fewbit.run.solve import Solved
 
-__all__ = ["Product", "Quantized", "fold_norms", "load", "quantize", "save"]
+__all__ = ["Product", "Quantized", "fold_norms", "load", "place_products", "quantize", "save"]
 
 
 def quantize(
@@ -52,6 +57,8 @@ def quantize(
     fold: bool = True,
     correct_bias: bool = False,
     sequential: bool = False,
+    loss: str | OwnLoss | None = None,
+    labels: Iterable[Any] | None = None,
     seed: int = 0,
     inplace: bool = False,
 ) -> Quantized:
@@ -60,45 +67,56 @@ def quantize(
 
     Args:
         recipe: a format (``"int4/channel"``), a scheme (``"W8A8"``, ``"W8A8_STATIC"``), or a :class:`fewbit.Recipe`,
-            whose rules match module names, ``kind:conv2d``, ``kind:linear`` and ``kind:product``. Of the rule of a
-            product only the activation (static) counts, to which both operands are rounded, each on a grid of its own,
-            and tunings that learn such grids.
-        inputs: calibration batches: tensors, tuples of arguments or mappings of keywords. What sees no data needs none.
+            whose rules match module names, ``kind:conv2d``, ``kind:linear`` and ``kind:product``. Of a product's rule
+            its static activation counts, to which each operand is rounded by a grid of its own, and how grids learn.
+        inputs: calibration batches: tensors, tuples of arguments or mappings of keywords.
         method, options, transforms, tune, activation: as for :func:`fewbit.quantize`. Transforms are for linear layers;
             a tuning compares the whole network with the float one (:mod:`fewbit.network.distill`).
         fold: fold batch norms into the layers before them; seen on the first batch.
         correct_bias: take the mean error of each layer's output from its bias (:mod:`fewbit.core.correction`).
         sequential: solve layers in the order in which they run, each on what those before it, quantized already, make
-            of the inputs, in place of what the float network does (:mod:`fewbit.network.solving`): a pass a layer.
+            of the inputs, not on what the float network does (:mod:`fewbit.network.solving`): a pass a layer.
+        loss: what methods that weigh by the Fisher diagonal take the gradient of (:mod:`fewbit.network.sensitivity`):
+            "classes", "values", or a function of the output and the label of one sample.
+        labels: for ``loss``, "classes" where none is named: one tensor a batch, one label a sample.
         seed: what anything random is drawn with.
-        inplace: change ``network`` itself, which saves the time and memory of a copy. Where an error is raised, batch
-            norms may be folded and biases corrected, but no layer is quantized.
+        inplace: change ``network`` itself, without a copy. Where an error is raised, batch norms may be folded and
+            biases corrected, but no layer is quantized.
 
     Raises:
         SpecError: a rule matches no layer, or nothing would be quantized.
         InputError: data is needed and there is none, or a layer's inputs hold NaN; the message names it.
         UnsupportedError: a layer cannot be done as asked.
     """
-    chosen = recipe_chosen(recipe, method, FLOAT, options, transforms, tune, activation)
-    _refuse(chosen)
-    batches = list(inputs)
+    _refuse(chosen := recipe_chosen(_checked(network, recipe), method, FLOAT, options, transforms, tune, activation))
+    batches, known = batches_of(inputs), Loss.of(loss, labels)
     rules, products, skipped = _decide(network, chosen, bool(batches))
     _need_data(rules, products, correct_bias or sequential, batches)
-    made = (network if inplace else copy.deepcopy(network)).eval()
+    asking, told = _need_loss(rules, known, batches)
+    made = without_shortcuts(network if inplace else copy.deepcopy(network)).eval()
     folded = fold_norms(made, batches[0]) if fold and batches else {}
     skipped = [left for left in skipped if left["name"] not in folded]
-    tuned = any(rule.tunings() for rule in [*rules.values(), *products.values()])
-    teacher = copy.deepcopy(made) if tuned else made
+    teacher = copy.deepcopy(made) if any(rule.tunings() for rule in (rules | products).values()) else made
     mode = solving.sequential if sequential else solving.independent
-    solved, grids = mode(made, rules, products, batches, correct_bias, seed)
+    weighed = sensitivity(made, asking, batches, known, seed) if known is not None and asking else {}
+    solved, grids = mode(made, rules, products, batches, weighed, correct_bias, seed)
     rounded = {side: rule for name, rule in products.items() for side in solving.operands(name)}
     solved, grids = distill(teacher, made, solved, rounded, grids, batches, seed)
-    layers = _replace(made, solved, grids)
-    integers = {name: solving.product(name, rule, grids) for name, rule in products.items()}
-    for name, product in integers.items():
-        made.set_submodule(name, product)
-    records = [{"name": name, **product.record()} for name, product in integers.items()]
-    return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records)
+    layers, records = _replace(made, solved, products, grids)
+    return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records, told)
+
+
+def _checked(network: Any, recipe: Any) -> str | Recipe:
+    """``recipe``; refuses what is none, or no network."""
+    if not isinstance(network, nn.Module):
+        raise InputError(f"quantizing a {type(network).__name__}", "it is no torch.nn.Module", "the network itself")
+    if type(network) in (*solving.SITES, Product):
+        found = "it is a layer by itself, and would have to be replaced in what holds it"
+        raise InputError(f"quantizing a {type(network).__name__}", found, "torch.nn.Sequential(layer)")
+    if not isinstance(recipe, (str, Recipe)):
+        works = 'a format or scheme, such as "W8A8_STATIC", or fewbit.Recipe.from_dict({"rule": [...]})'
+        raise InputError(f"a {type(recipe).__name__} as the recipe of a network", "it is none", works)
+    return recipe
 
 
 def _refuse(recipe: Recipe) -> None:
@@ -111,8 +129,10 @@ def _refuse(recipe: Recipe) -> None:
         raise UnsupportedError(f"{recipe.end.name} of a network", found, 'tune=["scales"]')
 
 
-def _replace(network: nn.Module, solved: dict[str, Solved], grids: dict[str, Fixed]) -> list[dict[str, Any]]:
-    """Put quantized layers where the float ones are; returns their records."""
+def _replace(
+    network: nn.Module, solved: dict[str, Solved], products: dict[str, Rule], grids: dict[str, Fixed]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Put quantized layers and products where the float ones are; returns their records."""
     layers, modules = [], dict(network.named_modules())
     for name, item in solved.items():
         layer, grid = modules[name], grids.get(name)
@@ -120,9 +140,13 @@ def _replace(network: nn.Module, solved: dict[str, Solved], grids: dict[str, Fix
         if grid is not None:
             record = {**record, "activation": grid.name}
         layers.append({**record, "bias": layer.bias is not None})
-        parent, _, leaf = name.rpartition(".")
-        setattr(modules[parent], leaf, solving.quantized(layer, item, record["activation"]))
-    return layers
+        if isinstance(layer, nn.Conv2d):
+            layers[-1]["window"] = asdict(window_of(layer))
+        put(network, name, solving.quantized(layer, item, record["activation"]))
+    integers = {name: solving.product(name, rule, grids) for name, rule in products.items()}
+    for name, product in integers.items():
+        put(network, name, product)
+    return layers, [{"name": name, **product.record()} for name, product in integers.items()]
 
 
 def _decide(
@@ -176,9 +200,6 @@ def _check(name: str, kind: str, layer: nn.Module, rule: Rule) -> None:
     if kind == "conv2d" and activation is not None and activation.whole:
         found = "inputs of convolutions are rounded window by window"
         raise UnsupportedError(f"activations in {activation.name} for {name}", found, "int8/static or int8/channel")
-    if methods.named(rule.method).needs == "fisher":
-        found = "the Fisher diagonal is collected of language models only"
-        raise UnsupportedError(f"method {rule.method} for {name}", found, "clip or gptq, of the same formats")
     site = solving.site_of(name, layer)
     check_transforms(site, rule)
     made_of(site, rule)
@@ -201,3 +222,14 @@ def _need_data(rules: dict[str, Rule], products: dict[str, Rule], more: bool, ba
     if asking:
         what = f"the method, transform, tuning or static activations of {asking[0]}"
     raise InputError(what, "no inputs were given to calibrate on", "inputs=[batch, ...]")
+
+
+def _need_loss(rules: dict[str, Rule], loss: Loss | None, batches: list[Batch]) -> tuple[list[str], str | None]:
+    """The layers whose method weighs by the Fisher diagonal, and of which loss; None without such layers."""
+    names = [name for name, rule in rules.items() if methods.named(rule.method).needs == "fisher"]
+    if names and loss is None:
+        found = "it weighs by the gradient of the network's loss, and a network does not say which that is"
+        raise InputError(f"method {rules[names[0]].method} for {names[0]}", found, WAYS)
+    if loss is not None:
+        loss.check(batches)
+    return names, loss.name if names and loss is not None else None

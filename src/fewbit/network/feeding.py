@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewbit.core.facts import Accumulator, Facts
 from fewbit.core.observers import Seen
 from fewbit.core.rewrite import Chain
-from fewbit.errors import of_layer
+from fewbit.errors import InputError, of_layer
 from fewbit.kernels.conv import unfold
 from fewbit.kernels.window import Window
 from fewbit.model.finite import check_inputs
@@ -33,6 +33,22 @@ SHOWN = 256
 """Inputs of a layer that its error is measured on."""
 
 
+def batches_of(inputs: Any) -> list[Batch]:
+    """``inputs`` as a list.
+
+    Raises:
+        InputError: they are one batch, or hold what is none.
+    """
+    works = "a list of batches, each a tensor, a tuple of arguments or a mapping of keywords: inputs=[images]"
+    if isinstance(inputs, (Tensor, Mapping, str)) or not isinstance(inputs, Iterable):
+        raise InputError("inputs of a network", f"a {type(inputs).__name__} is no list of batches", works)
+    batches = list(inputs)
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, (Tensor, Mapping, tuple, list)):
+            raise InputError("inputs of a network", f"batch {number} is a {type(batch).__name__}", works)
+    return batches
+
+
 @torch.no_grad()
 def feed(network: nn.Module, batch: Batch) -> Any:
     """What ``network`` makes of ``batch``, whose floats are in the dtype of the network's first parameter."""
@@ -40,15 +56,25 @@ def feed(network: nn.Module, batch: Batch) -> Any:
 
 
 def call(network: nn.Module, batch: Batch) -> Any:
-    """As :func:`feed`, with gradients."""
+    """As :func:`feed`, with gradients.
+
+    Raises:
+        InputError: the network cannot be run on ``batch``; it says what torch says.
+    """
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    if isinstance(batch, Mapping):
-        return network(**{key: cast(value) for key, value in batch.items()})
-    return network(*map(cast, batch if isinstance(batch, (tuple, list)) else (batch,)))
+    named = isinstance(batch, Mapping)
+    given = () if named else batch if isinstance(batch, (tuple, list)) else (batch,)
+    try:
+        return network(*map(cast, given), **({key: cast(value) for key, value in batch.items()} if named else {}))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = [str(tuple(x.shape)) for x in (batch.values() if named else given) if isinstance(x, Tensor)]
+        what = f"running a {type(network).__name__} on a batch of {', '.join(shapes) or 'no tensor'}"
+        found = str(error).partition("\n")[0]
+        raise InputError(what, found, "batches as its forward takes them: check network(batch)") from error
 
 
 @dataclass
@@ -132,6 +158,9 @@ def look(network: nn.Module, batches: Iterable[Batch], wanted: Mapping[str, Want
 
     def seen(name: str, x: Tensor) -> None:
         check_inputs(x, name)
+        if wanted[name].window is not None and x.dim() != 4:
+            found = f"they are of shape {tuple(x.shape)}"
+            raise InputError(f"inputs of {name}", found, "(images, channels, height, width), one image is a batch of 1")
         with of_layer(name):
             wanted[name].look(x)
         left[name] -= 1

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from fewbit.model.convolution import QuantConv2d, window_of
 from fewbit.model.layers import QuantLinear
 from fewbit.model.product import Product, QuantProduct
 from fewbit.network.fold import unfolded
+from fewbit.network.inline import place, placed
+from fewbit.network.places import put, state_of, without_shortcuts
 from fewbit.network.quantized import Quantized
 
 FILE = "model.safetensors"
@@ -32,12 +35,13 @@ def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[
         InputError: the folder exists and ``force`` is off.
         VerificationError: what was written does not read back as what is held.
     """
+    _check(quantized)
     target = Path(folder)
     refuse_existing(target, force)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in quantized.network.state_dict().items()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state_of(quantized.network).items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))  # keeps all aligned
     sha256 = write_safetensors(partial / FILE, tensors, {"format": "pt"})
     manifest = {
@@ -49,7 +53,9 @@ def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[
         "seed": quantized.seed,
         "calibration_batches": quantized.batches,
         "sequential": quantized.sequential,
+        "loss": quantized.loss,
         "folded": quantized.folded,
+        "inline": placed(quantized.network),
         "layers": [{k: v for k, v in record.items() if k != "seconds"} for record in quantized.layers],
         "products": quantized.products,
         "skipped": quantized.skipped,
@@ -90,18 +96,21 @@ def load(folder: str | Path, network: nn.Module, check: bool = True) -> nn.Modul
         M.check_files(path, manifest)
     file = open_safetensors(path / FILE)
     try:
+        without_shortcuts(network)
         unfolded(network, manifest["folded"])
         for record in manifest["layers"]:
             _replace(network, record)
+        for name, calls in manifest.get("inline", {}).items():
+            place(network, name, calls)
         for record in manifest.get("products", []):
             if type(network.get_submodule(record["name"])) is not Product:
                 raise AttributeError(f"{record['name']} is no product")
-            network.set_submodule(record["name"], QuantProduct(record["left"], record["right"]))
+            put(network, record["name"], QuantProduct(record["left"], record["right"]))
     except (AttributeError, AssertionError, KeyError, TypeError) as error:
         found = f"it does not have the layers that were quantized ({error})"
         raise InputError(f"{path} into a {type(network).__name__}", found, "an instance of the same class") from None
     stored = {name: file.get(name) for name in file.entries}
-    own = network.state_dict()
+    own = state_of(network)
     for name in stored.keys() | own.keys():
         if name not in stored or name not in own or stored[name].shape != own[name].shape:
             ours = tuple(own[name].shape) if name in own else "missing"
@@ -110,8 +119,14 @@ def load(folder: str | Path, network: nn.Module, check: bool = True) -> nn.Modul
             raise InputError(f"{path} into a {type(network).__name__}", found, "an instance of the same class")
     for record in manifest["layers"]:
         network.get_submodule(record["name"]).to_empty(device="cpu")
-    network.load_state_dict(stored)
+    network.load_state_dict(stored, strict=False)  # but for other names of the same modules, which are not stored
     return network.eval()
+
+
+def _check(quantized: object) -> None:
+    if not isinstance(quantized, Quantized):
+        found = f"it is a {type(quantized).__name__}, which does not say how it was made"
+        raise InputError("saving a quantized network", found, "what fewbit.network.quantize returned")
 
 
 def _replace(network: nn.Module, record: dict[str, Any]) -> None:
@@ -119,6 +134,9 @@ def _replace(network: nn.Module, record: dict[str, Any]) -> None:
     shape = tuple(record["shape"])
     if not isinstance(old, (nn.Conv2d, nn.Linear)) or shape != (len(old.weight), old.weight[0].numel()):
         raise AttributeError(f"{record['name']} is {old}")
+    window = record.get("window")  # of older folders, none
+    if isinstance(old, nn.Conv2d) and window is not None and asdict(window_of(old)) != _pairs(window):
+        raise AttributeError(f"{record['name']} is {old}, and was {window}")
     plain, activation = T.of_entry(record), record["activation"]
     bias = nn.Parameter(torch.zeros(shape[0], dtype=old.weight.dtype)) if record["bias"] else None
     if isinstance(old, nn.Conv2d):
@@ -127,4 +145,9 @@ def _replace(network: nn.Module, record: dict[str, Any]) -> None:
         kinds = [step["kind"] for step in record["rewrites"]]
         new = QuantLinear(plain, bias, activation, kinds)
     # names and sizes alone: what the arrays of a sum hold is checked whenever they are read
-    network.set_submodule(record["name"], new.to("meta"))
+    put(network, record["name"], new.to("meta"))
+
+
+def _pairs(window: dict[str, Any]) -> dict[str, Any]:
+    """As it was before it became JSON."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in window.items()}

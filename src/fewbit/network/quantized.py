@@ -18,7 +18,8 @@ class Quantized:
     ``layers``: a record each, as in the manifest; ``products``: likewise of those in integers, with the grids ``left``
     and ``right`` of their operands; ``skipped``: names of modules whose parameters stay as they are, and of products in
     float, with the reason; ``folded``: norm -> layer; ``batches``: that calibration saw; ``sequential``: whether each
-    layer was solved on what the quantized ones before it make of them.
+    layer was solved on what the quantized ones before it make of them; ``loss``: what methods weighed weights by, None
+    where none did.
     """
 
     network: nn.Module
@@ -30,6 +31,7 @@ class Quantized:
     batches: int
     sequential: bool = False
     products: list[dict[str, Any]] = field(default_factory=list)
+    loss: str | None = None
 
     @property
     def bits_per_weight(self) -> float:

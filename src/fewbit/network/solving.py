@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -34,6 +35,8 @@ from fewbit.model.layers import QuantLinear
 from fewbit.model.product import QuantProduct
 from fewbit.model.sites import Site
 from fewbit.network.feeding import Batch, Last, Wanted, calls, look
+from fewbit.network.places import put
+from fewbit.network.sensitivity import Sensitivity
 from fewbit.recipe import FLOAT, Rule
 from fewbit.run.solve import Solved, Task, solve
 
@@ -57,11 +60,13 @@ def independent(
     rules: dict[str, Rule],
     products: dict[str, Rule],
     batches: list[Batch],
+    sensitive: Mapping[str, Sensitivity],
     correct_bias: bool,
     seed: int,
 ) -> Solutions:
     """Solve the layers of ``network`` that ``rules`` names, and find the grids of ``products``, each on the inputs that
-    it has in float. What is corrected are the biases of ``network``."""
+    it has in float. ``sensitive``: of the float network, of the layers whose method weighs by it. What is corrected are
+    the biases of ``network``."""
     layers = dict(network.named_modules())
     wanted: dict[str, Wanted] = {}
     if batches:
@@ -72,7 +77,7 @@ def independent(
     for name, rule in rules.items():
         site = site_of(name, layers[name])
         inputs = wanted[name].inputs() if batches else unseen(site.shape[1])
-        solved[name] = solve(_task(site, layers[name], rule, inputs, seed))
+        solved[name] = solve(_task(site, layers[name], rule, inputs, sensitive.get(name), seed))
     asked = {name: (rule, solved[name].rewrite) for name, rule in rules.items()}
     asked |= {side: (rule, Chain()) for name, rule in products.items() for side in operands(name)}
     grids = _grids(network, asked, batches)
@@ -87,6 +92,7 @@ def sequential(
     rules: dict[str, Rule],
     products: dict[str, Rule],
     batches: list[Batch],
+    sensitive: Mapping[str, Sensitivity],
     correct_bias: bool,
     seed: int,
 ) -> Solutions:
@@ -104,18 +110,18 @@ def sequential(
             sides = operands(name)
             asked = {side: (products[name], Chain()) for side in sides}
             grids |= _grids(running, asked, batches, [(sides[1], count[name]) for count in counts])
-            running.set_submodule(name, product(name, products[name], grids))
+            put(running, name, product(name, products[name], grids))
             continue
         rule, last = rules[name], [(name, count[name]) for count in counts]
         want = wanted_of(network.get_submodule(name), rule, correct_bias)
         look(running, batches if want.facts else batches[:1], {name: want}, last)
         layer = network.get_submodule(name)
-        item = solved[name] = solve(_task(site_of(name, layer), layer, rule, want.inputs(), seed))
+        item = solved[name] = solve(_task(site_of(name, layer), layer, rule, want.inputs(), sensitive.get(name), seed))
         grids |= _grids(running, {name: (rule, item.rewrite)}, batches, last)
         if correct_bias:
             _correct(layer, item, floating[name].mean, want.mean)
         grid = grids.get(name)
-        running.set_submodule(name, quantized(layer, item, item.record["activation"] if grid is None else grid.name))
+        put(running, name, quantized(layer, item, item.record["activation"] if grid is None else grid.name))
     return {name: solved[name] for name in rules}, grids
 
 
@@ -140,11 +146,14 @@ def _unseen(columns: int) -> tuple[Facts, Tensor]:
     return Facts.none(columns), torch.zeros(0, columns)
 
 
-def _task(site: Site, layer: nn.Module, rule: Rule, inputs: tuple[Facts, Tensor], seed: int) -> Task:
+def _task(
+    site: Site, layer: nn.Module, rule: Rule, inputs: tuple[Facts, Tensor], sensitive: Sensitivity | None, seed: int
+) -> Task:
     """``inputs``: facts of them, and those that the error is measured on."""
     weight, (known, seen) = layer.weight, inputs
     assert isinstance(weight, Tensor)
     matrix = weight.detach().float().flatten(1)
+    known = known if sensitive is None else sensitive.beside(known)
     return Task(site, rule, formats.parse(rule.format), matrix, [known], [seen], seed)
 
 
