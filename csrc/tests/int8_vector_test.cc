@@ -199,16 +199,17 @@ void check_refusals(std::mt19937& random) {
 int int8_vector_failures() {
   std::mt19937 random(5);
   int turn = 0;
+  const bool all = fewbit_caps() & FEWBIT_AVX2;  // else serial is alone, as it is emulated: it takes fewer by turns
   for (const Shape& shape : kShapes)
     for (int32_t dim : kDims)
       for (int32_t bits = 4 + turn % 2; bits <= 8; bits += 2, turn++) {  // all of them, over the shapes
-        check(Case(shape, dim, bits, turn % 2 ? 4 + turn / 2 % 5 : 0, false, random));
+        if (all || turn % 3 == 0) check(Case(shape, dim, bits, turn % 2 ? 4 + turn / 2 % 5 : 0, false, random));
         if (turn % 7 == 0) check(Case(shape, dim, bits, turn % 2 ? 6 : 0, true, random));
       }
   for (const Shape& shape : kShapes)
     for (int32_t dim : kDims)
       for (int32_t bits = 9; bits <= 16; bits += 2 + turn % 3, turn++) {
-        check(Case(shape, dim, bits, turn % 2 ? 8 + turn / 2 % 3 : 0, false, random));
+        if (all || turn % 3 == 0) check(Case(shape, dim, bits, turn % 2 ? 8 + turn / 2 % 3 : 0, false, random));
         if (turn % 7 == 0) check(Case(shape, dim, 8, 9, true, random));
       }
   // Two books that one token reads as one, and, just below that, does not: of one block and of two.
@@ -216,7 +217,10 @@ int int8_vector_failures() {
   const Shape shapes[] = {{290, 1024, 1024, 256, 2}, {290, 1023, 1023, 1023, 1}, {290, 2080, 1024, 2080, 1}, {290, 96, 32, 96, 1}};
   for (const auto& pair : pairs)
     for (const Shape& shape : shapes)
-      for (int32_t dim : {4, 8, 12}) check(Case(shape, dim, pair[0], pair[1], turn++ % 5 == 0, random));
+      for (int32_t dim : {4, 8, 12}) {
+        if (all || turn % 7 == 0) check(Case(shape, dim, pair[0], pair[1], turn % 5 == 0, random));
+        turn++;
+      }
   check(Case({9, 65536, 65536, 65536, 2}, 8, 12, 8, true, random));  // the largest sum of a whole row
   check(Case({9, 65600, 65600, 65600, 1}, 8, 9, 0, true, random));
   check_refusals(random);
