@@ -101,25 +101,27 @@ _SEEN: dict[str, Any] = {
 }
 
 
-def _eyes(kind: str, text: str, sees: str, **more: Any) -> tuple[str, dict[str, Any]]:
-    """A model with eyes: what it sees with, and the family of a row above that its text goes through."""
+def _vision_language(kind: str, text: str, sees: str, **more: Any) -> tuple[str, dict[str, Any]]:
+    """A vision-language model: what it sees with, and the family of a row above that its text goes through."""
     of_text = {name: value for name, value in FAMILIES[text][1].items() if name != "vocab_size"}
     vision = {**_SEEN, "model_type": sees} if sees else _SEEN
     return kind, {"text_config": {**of_text, "model_type": FAMILIES[text][0]}, "vision_config": vision, **more}
 
 
 EYES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma3-eyes": _eyes("gemma3", "gemma3", "siglip_vision_model", mm_tokens_per_image=4, image_token_index=60),
-    "llava": _eyes("llava", "llama", "clip_vision_model", image_token_index=60),
-    "mistral3": _eyes("mistral3", "mistral", "pixtral", image_token_index=60),
-    "idefics3": _eyes("idefics3", "llama", "", image_token_id=60, scale_factor=2),
-    "smolvlm": _eyes("smolvlm", "llama", "", image_token_id=60, scale_factor=2),
+    "gemma3-vision": _vision_language(
+        "gemma3", "gemma3", "siglip_vision_model", mm_tokens_per_image=4, image_token_index=60
+    ),
+    "llava": _vision_language("llava", "llama", "clip_vision_model", image_token_index=60),
+    "mistral3": _vision_language("mistral3", "mistral", "pixtral", image_token_index=60),
+    "idefics3": _vision_language("idefics3", "llama", "", image_token_id=60, scale_factor=2),
+    "smolvlm": _vision_language("smolvlm", "llama", "", image_token_id=60, scale_factor=2),
 }
 
 
 def make(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
     """Save a tiny random model of ``family`` under ``folder`` and return it, float32, in eval mode; ``changes``: of its
-    configuration, of a model with eyes of the text's."""
+    configuration, of a vision-language model of the text's."""
     kind, options = {**FAMILIES, **EYES}[family]
     if family in EYES:
         changes = {"text_config": {**options["text_config"], **changes}}

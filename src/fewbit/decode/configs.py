@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fewbit.containers.files import read_json
-from fewbit.decode.families import HALVES, OWN_ROPES, family_of
+from fewbit.decode.families import OWN_ROPES, TEXT_PARTS, family_of
 
 COUNTS = (
     "hidden_size",
@@ -34,7 +34,7 @@ def config_of(folder: Path) -> Any:
         InputError, CorruptFileError: it is absent, no JSON, or transformers refuses it.
     """
     whole = read_json(folder / "config.json")
-    found = whole["text_config"] if has_half(whole) else whole
+    found = whole["text_config"] if has_text_part(whole) else whole
     dtypes = (each.get(name) for each in (found, whole) for name in ("dtype", "torch_dtype"))
     found = {**found, "dtype": next((dtype for dtype in dtypes if dtype is not None), None)}
     if _whole(found):
@@ -42,15 +42,15 @@ def config_of(folder: Path) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    if has_half(whole):
+    if has_text_part(whole):
         config = config.get_text_config()
         config.dtype = found["dtype"]
     return config
 
 
-def has_half(config: dict[str, Any]) -> bool:
-    """Whether the model of this ``config.json`` is one of :data:`HALVES`, and says what its text goes through."""
-    return config.get("model_type") in HALVES and isinstance(config.get("text_config"), dict)
+def has_text_part(config: dict[str, Any]) -> bool:
+    """Whether the model of this ``config.json`` is one of :data:`TEXT_PARTS`, and says what its text goes through."""
+    return config.get("model_type") in TEXT_PARTS and isinstance(config.get("text_config"), dict)
 
 
 def _whole(found: dict[str, Any]) -> bool:

@@ -12,9 +12,9 @@ from typing import TypeVar
 from fewbit import formats
 from fewbit.containers.files import read_json
 from fewbit.containers.shards import weight_files
-from fewbit.decode.configs import config_of, has_half
+from fewbit.decode.configs import config_of, has_text_part
 from fewbit.decode.describe import describe
-from fewbit.decode.families import HALVES, Shape, shape_of
+from fewbit.decode.families import TEXT_PARTS, Shape, shape_of
 from fewbit.decode.opened import Model
 from fewbit.decode.source import Pages, Source, mapped
 
@@ -48,7 +48,7 @@ def _read_bytes(shape: Shape, source: Source) -> int:
     return total
 
 
-def _half(named: Mapping[str, Held], names: Sequence[tuple[str, str]]) -> dict[str, Held]:
+def _text_part(named: Mapping[str, Held], names: Sequence[tuple[str, str]]) -> dict[str, Held]:
     """Those of ``named`` whose name, dot included, begins as one in ``names`` says, called as that says."""
     return {
         new + name.removeprefix(old): value
@@ -67,9 +67,9 @@ def open_source(folder: Path, activation: str | None) -> Source:
     modules = quantization.get("modules", {}) if isinstance(quantization, dict) else {}
     files = [mapped(file) for file in weight_files(folder)]
     tensors = {name: tensor for _, held in files for name, tensor in held.items()}
-    if has_half(config):
-        names = HALVES[config["model_type"]]
-        modules, tensors = _half(modules, names), _half(tensors, names)
+    if has_text_part(config):
+        names = TEXT_PARTS[config["model_type"]]
+        modules, tensors = _text_part(modules, names), _text_part(tensors, names)
     fused = any(".experts." in name and name.endswith(".weight") for name in tensors)
     if fused:
         from fewbit.decode.transformers_engine import load_plain

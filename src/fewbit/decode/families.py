@@ -79,15 +79,15 @@ FAMILIES: tuple[Family, ...] = (
 
 
 _HEADS = (("lm_head.", "lm_head."), ("language_model.lm_head.", "lm_head."))
-_EYES = (("model.language_model.", "model."), ("language_model.model.", "model."), *_HEADS)
+_LLAVA = (("model.language_model.", "model."), ("language_model.model.", "model."), *_HEADS)
 _IDEFICS = (("model.text_model.", "model."), *_HEADS)
-HALVES: dict[str, tuple[tuple[str, str], ...]] = {
-    **dict.fromkeys(("gemma3", "llava", "mistral3"), _EYES),
+TEXT_PARTS: dict[str, tuple[tuple[str, str], ...]] = {
+    **dict.fromkeys(("gemma3", "llava", "mistral3"), _LLAVA),
     **dict.fromkeys(("idefics3", "smolvlm"), _IDEFICS),
 }
-"""Types of models with eyes whose text goes through a model of a family above, which ``text_config`` describes: how the
-names of its arrays begin, in transformers' module tree and in files, and how those of that family alone do. Not here
-are types that count positions otherwise (Qwen's, three numbers a token)."""
+"""Types of vision-language models whose text goes through a model of a family above, which ``text_config`` describes:
+how the names of its arrays begin, in transformers' module tree and in files, and how those of that family alone do. Not
+here are types that count positions otherwise (Qwen's, three numbers a token)."""
 
 
 def family_of(model_type: Any) -> Family | None:

@@ -232,8 +232,8 @@ def ends_of(folder: Path) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         whole = read_json(path) if path.is_file() else {}
-        half = whole.get("text_config")  # of a model with eyes
-        for config in (whole, half if isinstance(half, dict) else {}):
+        part = whole.get("text_config")  # of a vision-language model
+        for config in (whole, part if isinstance(part, dict) else {}):
             found = config.get("eos_token_id")
             listed = found if isinstance(found, list) else [found]
             ends |= {token for token in listed if isinstance(token, int) and not isinstance(token, bool)}

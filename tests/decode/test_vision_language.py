@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text through models with eyes, in the native runtime: what transformers answers where no image is."""
+"""Text through vision-language models, in the native runtime: what transformers answers where no image is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def opened(folder: Path) -> NativeEngine:
     return engine
 
 
-@pytest.mark.parametrize("family", ["gemma3-eyes", "llava", "mistral3", "idefics3", "smolvlm"])
+@pytest.mark.parametrize("family", ["gemma3-vision", "llava", "mistral3", "idefics3", "smolvlm"])
 @pytest.mark.parametrize("stated", [True, False], ids=["stated", "defaults"])
 def test_logits_are_those_of_transformers(tiny_family: Callable[[str], Path], family: str, stated: bool) -> None:
     from transformers import AutoModelForImageTextToText
@@ -46,7 +46,7 @@ def test_logits_are_those_of_transformers(tiny_family: Callable[[str], Path], fa
 def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, tiny_family: Callable[[str], Path]) -> None:
     from transformers import AutoModelForImageTextToText
 
-    folder = tiny_family("gemma3-eyes")
+    folder = tiny_family("gemma3-vision")
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 512
     (folder / "config.json").write_text(json.dumps(config))
@@ -66,7 +66,7 @@ def test_its_text_is_quantized_and_what_it_sees_with_is_told(
     tmp_path: Path, tiny_family: Callable[[str], Path]
 ) -> None:
     out = tmp_path / "out"
-    manifest = fewbit.quantize(tiny_family("gemma3-eyes"), "int8/g32", out=out, force=True).manifest
+    manifest = fewbit.quantize(tiny_family("gemma3-vision"), "int8/g32", out=out, force=True).manifest
     assert all(layer["name"].startswith("model.language_model.") for layer in manifest["layers"])
     skipped = {entry["name"]: entry["reason"] for entry in manifest["skipped"]}
     assert skipped["model.vision_tower.encoder.layers.0.self_attn.q_proj.weight"] == "outside of the blocks"
