@@ -108,7 +108,7 @@ def _vision_language(kind: str, text: str, sees: str, **more: Any) -> tuple[str,
     return kind, {"text_config": {**of_text, "model_type": FAMILIES[text][0]}, "vision_config": vision, **more}
 
 
-EYES: dict[str, tuple[str, dict[str, Any]]] = {
+VISION_LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3-vision": _vision_language(
         "gemma3", "gemma3", "siglip_vision_model", mm_tokens_per_image=4, image_token_index=60
     ),
@@ -122,11 +122,11 @@ EYES: dict[str, tuple[str, dict[str, Any]]] = {
 def make(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
     """Save a tiny random model of ``family`` under ``folder`` and return it, float32, in eval mode; ``changes``: of its
     configuration, of a vision-language model of the text's."""
-    kind, options = {**FAMILIES, **EYES}[family]
-    if family in EYES:
+    kind, options = {**FAMILIES, **VISION_LANGUAGE}[family]
+    if family in VISION_LANGUAGE:
         changes = {"text_config": {**options["text_config"], **changes}}
     config = AutoConfig.for_model(kind, **{**options, **changes})
-    build = AutoModelForImageTextToText if family in EYES else AutoModelForCausalLM
+    build = AutoModelForImageTextToText if family in VISION_LANGUAGE else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build.from_config(config, dtype=torch.float32).eval()
