@@ -66,7 +66,8 @@ def place_products(network: nn.Module, batch: Batch) -> list[str]:
         raise UnsupportedError(f"products of {', '.join(finder.plans)}", found, "fewbit.network.Product by hand")
     for name, calls in finder.plans.items():
         place(network, name, calls)
-    return [name for name, module in network.named_modules() if name.split(".")[-2:-1] == [CHILD] and _is(module)]
+    modules = network.named_modules()
+    return [name for name, module in modules if name.split(".")[-2:-1] == [CHILD] and type(module) is Product]
 
 
 def place(network: nn.Module, name: str, calls: Sequence[Call]) -> None:
@@ -88,10 +89,6 @@ def placed(network: nn.Module) -> dict[str, list[list[Any]]]:
     """What :func:`place` did to ``network``, as a manifest has it: by module, [kind, products] of its calls."""
     found = ((name, module) for name, module in network.named_modules() if isinstance(module, _Inline))
     return {name: [list(call) for call in module.inline_calls[1]] for name, module in found}
-
-
-def _is(module: nn.Module) -> bool:
-    return type(module) is Product
 
 
 class _Inline(nn.Module):

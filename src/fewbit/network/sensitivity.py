@@ -75,7 +75,9 @@ class Loss:
         """What a manifest says."""
         if not isinstance(self.kind, str):
             return str(getattr(self.kind, "__qualname__", type(self.kind).__name__))
-        return f"{self.kind}, labels {'drawn' if self.labels is None else 'given'}" * (self.kind == CLASSES) or VALUES
+        if self.kind == VALUES:
+            return VALUES
+        return f"{self.kind}, labels {'drawn' if self.labels is None else 'given'}"
 
     def check(self, batches: list[Batch]) -> None:
         """Raises InputError: there are not as many labels as samples."""
@@ -107,9 +109,8 @@ class Loss:
         made = tensors(output)
         if not made:
             raise InputError("the loss of values", "the network makes no tensor of floats", WAYS)
-        return torch.stack(
-            [(y * _signs(y, drawn)).mean() for y in made]
-        ).sum()  # d/dy of 1/2 mean (y - y0 - r)^2, at y0
+        # its gradient is that of half the mean of (y - y0 - r)^2 at y0
+        return torch.stack([(y * _signs(y, drawn)).mean() for y in made]).sum()
 
 
 @dataclass(frozen=True, eq=False)
