@@ -62,8 +62,7 @@ def chosen(
 
 def check_text(samples: int, context: int) -> None:
     """Refuse what are no numbers of windows and of tokens in each. Raises SpecError."""
-    given.whole(1, samples=samples)
-    given.whole(2, context=context)
+    given.whole(1, samples=samples, context=context)
 
 
 def target(
