@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import cifar_resnets
 import superres
-from fewbit import calibrate, network
+from fewbit import calibrate, methods, network
 from fewbit.containers.files import write_json
 from fewbit.recipe import FLOAT, Recipe, Rule, Tune
 
@@ -178,8 +178,8 @@ def with_options(rule: Rule, given: dict[str, Any]) -> Rule:
 
 def with_labels(options: dict[str, Any], labels: list[Tensor]) -> dict[str, Any]:
     """``options`` with the labels of the training, where they weigh by a loss and name none."""
-    weighs = options.get("method") in ("skm", "squeezellm") and "loss" not in options
-    return {**options, "labels": labels} if weighs else options
+    weighs = methods.named(options.get("method", "rtn")).needs == "fisher"
+    return {**options, "labels": labels} if weighs and "loss" not in options else options
 
 
 def vision(depth: int, images: int, chosen: list[str]) -> list[dict[str, Any]]:
