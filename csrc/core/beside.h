@@ -72,7 +72,8 @@ struct Lines {
 struct Run {
   const SegmentTask& task;
   Settling how;
-  float origin, sign;           // what of each activation sums begin with, beside what starts hold; of scales
+  Lines lines;
+  float origin;                 // what of each activation sums begin with, beside what starts hold
   int64_t first, all, chunks;   // chunks: of the row, of the run, of each segment but the last one
   int64_t segments, inverse;    // of the run; see segment_inverse
   int64_t parameters;           // of the tile
@@ -82,15 +83,15 @@ struct Run {
   float* y;                     // where totals of the first row go at the end of the tile, if they need no more than scales
   alignas(64) float totals[kMostBeside][kGroupsPerTile][kLanes];
 
-  FEWBIT_INLINE Run(const SegmentTask& whole, Settling as, float of_scales, int64_t of_segment, int64_t of_tokens)
-      : task(whole), how(as), origin(0), sign(of_scales), first(0), all(0), chunks(of_segment), segments(0),
+  FEWBIT_INLINE Run(const SegmentTask& whole, Settling as, const Lines& of, int64_t of_segment, int64_t of_tokens)
+      : task(whole), how(as), lines(of), origin(0), first(0), all(0), chunks(of_segment), segments(0),
         inverse(segment_inverse(of_segment)), parameters(0), segment(whole), codes(nullptr), next(nullptr), tokens(of_tokens),
         y(nullptr) {}
 };
 
 // Adds the sums of a run's segments to what T row groups and four tokens had before, in registers.
 template <Settling how, int T, int M>
-FEWBIT_INLINE void settle_run(Run& run, const Lines& lines, const U (*sums)[T][M], int64_t group, int64_t token) {
+FEWBIT_INLINE void settle_as(Run& run, const U (*sums)[T][M], int64_t group, int64_t token) {
   const SegmentTask& task = run.task;
   Segment segment = run.segment;
   Tokens<1> tokens(task, segment, token);
@@ -108,7 +109,7 @@ FEWBIT_INLINE void settle_run(Run& run, const Lines& lines, const U (*sums)[T][M
     tokens.scale = scale + segment.activation;
 #pragma GCC unroll 2
     for (int t = 0; t < T; t++) {
-      const Line line = lines.at<how>(parameters + segment.weight + t * kLanes);
+      const Line line = run.lines.at<how>(parameters + segment.weight + t * kLanes);
 #pragma GCC unroll 4
       for (int h = 0; h < M; h++) total[t][h] = settle<how>(tokens, h, convert((*sums)[t][h]), line, total[t][h]);
     }
@@ -130,9 +131,21 @@ FEWBIT_INLINE void settle_run(Run& run, const Lines& lines, const U (*sums)[T][M
   }
 }
 
+// A call of its own, which all operands share.
+template <int T, int M>
+__attribute__((noinline)) void settle_run(Run& run, const U (*sums)[T][M], int64_t group, int64_t token) {
+  switch (run.how) {
+    case kPlain: return settle_as<kPlain>(run, sums, group, token);
+    case kShifted: return settle_as<kShifted>(run, sums, group, token);
+    case kScaled: return settle_as<kScaled>(run, sums, group, token);
+    case kScaledShifted: return settle_as<kScaledShifted>(run, sums, group, token);
+    case kPartly: return settle_as<kPartly>(run, sums, group, token);
+  }
+}
+
 // Multiplies row groups from `group` by four tokens from `token`, and adds to their totals. Sums of all segments are kept
-// first: the registers are those of products. `how`: kPartly where `run` says it.
-template <Settling how, class K, int T>
+// first: the registers are those of products.
+template <class K, int T>
 FEWBIT_INLINE void add_groups(Run& run, const K& kernel, int64_t group, int64_t token) {
   using Sum = Narrow<K>;
   constexpr int M = kFewBeside, kPasses = kFetching / M * (kGroupsPerTile / T);
@@ -156,33 +169,21 @@ FEWBIT_INLINE void add_groups(Run& run, const K& kernel, int64_t group, int64_t 
   }
   add_rests<Sum>(task, token, run.first, run.all, run.inverse, sums, run.codes + group * kLanes * 4,
                  kGroupsPerTile * kLanes * 4);
-  const Lines lines(task, kernel.step, run.sign);
-  if (how != kPartly) return settle_run<how, T, M>(run, lines, sums, group, token);
-  if (run.how == kScaled) return settle_run<kScaled, T, M>(run, lines, sums, group, token);
-  if (run.how == kScaledShifted) return settle_run<kScaledShifted, T, M>(run, lines, sums, group, token);
-  settle_run<kPartly, T, M>(run, lines, sums, group, token);
+  settle_run(run, sums, group, token);
 }
 
 // The same for all tokens. A call of its own: what surrounds it would keep registers.
-template <Settling how, class K>
+template <class K>
 __attribute__((noinline)) void add_run(Run& run, const K& kernel, int64_t tokens) {
   constexpr int T = kSumsBeside / kFewBeside / K::kPlanes;
 #pragma GCC unroll 1
   for (int64_t token = 0; token < tokens; token += kFewBeside)
 #pragma GCC unroll 1
-    for (int64_t group = 0; group < kGroupsPerTile; group += T) add_groups<how, K, T>(run, kernel, group, token);
-}
-
-template <class K>
-FEWBIT_INLINE void add_run(Run& run, const K& kernel, int64_t tokens) {
-  if (run.how == kPlain) return add_run<kPlain>(run, kernel, tokens);
-  if (run.how == kShifted) return add_run<kShifted>(run, kernel, tokens);
-  add_run<kPartly>(run, kernel, tokens);
+    for (int64_t group = 0; group < kGroupsPerTile; group += T) add_groups<K, T>(run, kernel, group, token);
 }
 
 // Writes what a tile's segments add up to.
-template <class K>
-FEWBIT_INLINE void finish_run(const Run& run, const K& kernel, int64_t row, int64_t tokens) {
+inline __attribute__((noinline)) void finish_run(const Run& run, int64_t row, int64_t tokens) {
   constexpr int M = kFewBeside;
   const SegmentTask& task = run.task;
   for (int64_t m = 0; m < tokens; m += M) {
@@ -191,7 +192,7 @@ FEWBIT_INLINE void finish_run(const Run& run, const K& kernel, int64_t row, int6
       finish<M>(task, row + t * kLanes, m, tokens - m, [&](int i) {
         const F total = load(run.totals[m + i][t]);
         if (run.how != kPartly) return total;
-        return settle(settling(task), all, i, total, line_of(task, kernel, run.parameters + t * kLanes), broadcast(0.0f));
+        return settle(settling(task), all, i, total, run.lines.at<kScaledShifted>(run.parameters + t * kLanes), broadcast(0.0f));
       });
   }
 }
@@ -205,7 +206,7 @@ void tiles_beside(const SegmentTask& task, int64_t begin, int64_t end, int64_t t
   const K kernel(task);
   const Q operand(task);
   const bool long_row = task.segment_chunks > room;
-  Run run(task, long_row ? kPartly : settling(task), mirrored(kernel) ? -1.0f : 1.0f,
+  Run run(task, long_row ? kPartly : settling(task), Lines(task, kernel.step, mirrored(kernel) ? -1.0f : 1.0f),
           long_row ? room / kWholeSpans * kWholeSpans : task.segment_chunks, tokens);
   const bool plain = !long_row && task.x_blocks == 1 && task.y_dtype == FEWBIT_FLOAT32 && !task.bias;
   const int64_t fit = room / run.chunks, most = (fit < kRunSegments ? fit : kRunSegments) * run.chunks;
@@ -230,7 +231,7 @@ void tiles_beside(const SegmentTask& task, int64_t begin, int64_t end, int64_t t
       add_run(run, operand, tokens);
       for (int64_t left = run.all; !last && !long_row && left > 0; left -= run.chunks) run.segment.advance(task);
     }
-    if (!run.y) finish_run(run, kernel, begin * 16, tokens);
+    if (!run.y) finish_run(run, begin * 16, tokens);
   }
 }
 

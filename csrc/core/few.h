@@ -87,11 +87,7 @@ struct Unsettled {
 
   FEWBIT_INLINE void finish_all(float step) {
     settle_all(step);
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++) {
-      if (t >= strip.groups) break;
-      finish<M>(task, Group(task, strip.at(t)).row, strip.token, strip.tokens, [&](int m) { return total[t][m]; });
-    }
+    finish_strip(task, strip, total);
   }
 };
 

@@ -59,11 +59,6 @@ FEWBIT_INLINE void put(const T& task, int64_t row, int64_t token, F total) {
     write_float(task.y, task.y_dtype, at + r, rows < kLanes && task.bias ? lanes[r] + task.bias[row + r] : lanes[r]);
 }
 
-template <int M>
-FEWBIT_INLINE void write(const Task& task, const Group& group, int64_t token, int64_t tokens, const F (&total)[M]) {
-  for (int m = 0; m < M && m < tokens; m++) put(task, group.row, token + m, total[m]);
-}
-
 // What a strip computes: row groups from `group`, of which `groups` exist, and tokens from `token`, of which `tokens`
 // do.
 struct Strip {
@@ -80,6 +75,14 @@ struct Strip {
     return task.sums[(token + m) * task.blocks + b];
   }
 };
+
+// Writes what a strip's row groups add up to. A call of its own, once a strip: inlined where it is used, it would be most of
+// the code.
+template <int T, int M>
+__attribute__((noinline)) void write(const Task& task, const Strip& strip, const F (&total)[T][M]) {
+  for (int t = 0; t < T && t < strip.groups; t++)
+    for (int m = 0; m < M && m < strip.tokens; m++) put(task, strip.at(task, t).row, strip.token + m, total[t][m]);
+}
 
 // total += scale * (dot - zero * sum) + offset * sum, for block b.
 template <int M>
@@ -121,8 +124,10 @@ void compute(const Task& task, const Strip& strip) {
     }
     for (int t = 0; t < T; t++) fold<M>(task, strip, strip.at(task, t), b, acc[t], total[t]);
   }
-  for (int t = 0; t < T && t < strip.groups; t++)
-    write<M>(task, strip.at(task, t), strip.token, strip.tokens, total[t]);
+  F totals[T][M];  // in memory, where those that are added to are in registers
+  for (int t = 0; t < T; t++)
+    for (int m = 0; m < M; m++) totals[t][m] = total[t][m];
+  write(task, strip, totals);
 }
 
 // One row group x M tokens, blocks of any size. The panel holds plain activations, 32 a chunk.
@@ -131,8 +136,8 @@ void compute_generic(const Task& task, const Strip& strip) {
   const K kernel(task.table);
   const Group group = strip.at(task, 0);
   const float* panel = strip.panel(task, 32);
-  F total[M], acc[M][2];
-  for (int m = 0; m < M; m++) total[m] = acc[m][0] = acc[m][1] = broadcast(0.0f);
+  F total[1][M], acc[M][2];
+  for (int m = 0; m < M; m++) total[0][m] = acc[m][0] = acc[m][1] = broadcast(0.0f);
   int64_t b = 0, end = task.block < task.columns ? task.block : task.columns;
   for (int64_t column = 0; column < task.columns; column++) {
     const F w = kernel.value(group.codes + column / 32 * K::kBits * 64, static_cast<int>(column % 32));
@@ -146,10 +151,10 @@ void compute_generic(const Task& task, const Strip& strip) {
       dot[m] = add(acc[m][0], acc[m][1]);
       acc[m][0] = acc[m][1] = broadcast(0.0f);
     }
-    fold<M>(task, strip, group, b++, dot, total);
+    fold<M>(task, strip, group, b++, dot, total[0]);
     end = end + task.block < task.columns ? end + task.block : task.columns;
   }
-  write<M>(task, group, strip.token, strip.tokens, total);
+  write(task, strip, total);
 }
 
 // Groups [begin, end) by T, for the M tokens from `token` of which `tokens` exist.

@@ -209,6 +209,31 @@ FEWBIT_INLINE void finish(const SegmentTask& task, int64_t row, int64_t first, i
   }
 }
 
+// The same of a strip's row groups.
+template <int T, int M>
+FEWBIT_INLINE void finish_inline(const SegmentTask& task, const SegmentStrip& strip, const F (&total)[T][M]) {
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) {
+    if (t >= strip.groups) break;
+    finish<M>(task, Group(task, strip.group + t).row, strip.token, strip.tokens, [&](int m) { return total[t][m]; });
+  }
+}
+
+template <int T, int M>
+__attribute__((noinline)) void finish_by_call(const SegmentTask& task, const SegmentStrip& strip, const F (&total)[T][M]) {
+  finish_inline(task, strip, total);
+}
+
+// Inlined in every kernel it would be most of the code; but a call takes as long as a chunk of one token.
+template <int T, int M>
+FEWBIT_INLINE void finish_strip(const SegmentTask& task, const SegmentStrip& strip, const F (&total)[T][M]) {
+  if constexpr (M == 1) return finish_inline(task, strip, total);
+  F totals[T][M];  // in memory, where those that are added to are in registers
+  for (int t = 0; t < T; t++)
+    for (int m = 0; m < M; m++) totals[t][m] = total[t][m];
+  finish_by_call(task, strip, totals);
+}
+
 // T row groups x M tokens, decoded where they stand; C sums a row group and token, which g takes in turn: where they are
 // as many as K multiplies fields in place, one for each of them, divided when all has been added up.
 template <class K, int T, int M, int C>
@@ -282,11 +307,7 @@ void direct(const SegmentTask& task, const SegmentStrip& strip) {
       }
     }
   }
-#pragma GCC unroll 4
-  for (int t = 0; t < T; t++) {
-    if (t >= strip.groups) break;
-    finish<M>(task, Group(task, strip.at(t)).row, strip.token, strip.tokens, [&](int m) { return total[t][m]; });
-  }
+  finish_strip(task, strip, total);
 }
 
 // Row groups by T, for all M tokens of a task.
