@@ -22,7 +22,7 @@ struct Block {
   int64_t inverse;         // see segment_inverse
   int64_t index, activation[kBlockChunks];  // of the first segment; of each one's scales of activations
   Line line[kBlockChunks][T];
-  float totals[kRoundedTokens][T][kLanes];
+  alignas(64) float totals[kRoundedTokens][T][kLanes];
 
   explicit FEWBIT_INLINE Block(const SegmentTask& t) : task(t), how(settling(t)) {}
 };

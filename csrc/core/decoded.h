@@ -48,7 +48,7 @@ struct Totals {
   const SegmentTask& task;
   Settling how;
   Line line[T];  // of a segment
-  float totals[kRoundedTokens][T][kLanes];
+  alignas(64) float totals[kRoundedTokens][T][kLanes];
 
   FEWBIT_INLINE Totals(const SegmentTask& t, int64_t tokens) : task(t), how(t.segment_chunks > kPart ? kPartly : settling(t)) {
     for (int64_t m = 0; m < tokens; m++)

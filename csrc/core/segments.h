@@ -304,6 +304,8 @@ void direct(const SegmentTask& task, const SegmentStrip& strip) {
 #pragma GCC unroll 2
             for (int p = 0; p < P; p++) dot[0][t][m][p].merge(dot[c][t][m][p], kShiftLast ? c * K::kBits : 0);
         total[t][m] = settle(how, tokens, m, kernel.value(dot[0][t][m]), line, total[t][m]);
+        // Codes that are multiplied as they are stored leave GCC room to move sums from register to register; not without these.
+        if constexpr (M == 8 && K::kBits == 8) asm("" : "+m"(total[t][m]));
       }
     }
   }
