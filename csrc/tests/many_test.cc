@@ -194,8 +194,8 @@ void check_conversions() {
       halves.push_back(static_cast<uint16_t>(bits));
       const float exact = static_cast<float>(value_of(d, halves.back()));
       const auto next = static_cast<float>(value_of(d, static_cast<uint16_t>(bits + 1)));
-      for (const float near : {exact, exact / 2 + next / 2, nextafterf(exact / 2 + next / 2, 0), nextafterf(exact, next)})
-        nears.push_back(near);
+      const float tie = exact / 2 + next / 2;
+      for (const float near : {exact, tie, nextafterf(tie, 0), nextafterf(exact, next)}) nears.push_back(near);
     }
     std::vector<float> y(halves.size());
     std::vector<uint16_t> z(nears.size());
