@@ -60,7 +60,7 @@ void check(const Shape& s, int32_t bits, int32_t zero, std::mt19937& random) {
     if (!(fewbit_caps() & isa)) continue;
     std::vector<float> y(s.tokens * s.rows, NAN), twin(y);
     if (multiply(matrix, x.data(), s.tokens, zero, y.data(), isa, 1) != FEWBIT_OK) return fail(s, bits, zero, isa, "status");
-    for (int64_t t = 0; t < s.tokens; t++)
+    for (int64_t t = 0; t < s.tokens && first.empty(); t++)  // others have the same bits
       for (int64_t r = 0; r < s.rows; r++) {
         double sum = 0, magnitude = 0;
         for (int64_t c = 0; c < s.columns; c++) {

@@ -197,25 +197,32 @@ double check(const Shape& s, int32_t bits, Table kind, bool has_offset, bool ext
     }
     if (first.empty()) {  // others have the same bits
       first = y;
-      for (int64_t t = 0; t < s.tokens; t++)
-        for (int64_t r = 0; r < s.rows; r++) {
-          double sum = bias[r], magnitude = fabs(sum), scales = 0, largest = 0;
-          for (int64_t c = 0; c < s.columns; c++) {
-            const int64_t at = (r / 16 * blocks + c / s.block) * 16 + r % 16;
-            const double level = levels[codes[r * s.columns + c]], o = has_offset ? offset[at] : 0;
-            sum += (scale[at] * (level - zero) + o) * inputs[t * s.columns + c];
-            magnitude += (fabs(scale[at]) * (fabs(level) + zero) + fabs(o)) * fabs(inputs[t * s.columns + c]);
-            scales += fabs(scale[at]), largest = fmax(largest, fabs(inputs[t * s.columns + c]));
-          }
+      for (int64_t r = 0; r < s.rows; r++) {
+        std::vector<double> weight, size;
+        double scales = 0;
+        for (int64_t c = 0; c < s.columns; c++) {
+          const int64_t at = (r / 16 * blocks + c / s.block) * 16 + r % 16;
+          const double level = levels[codes[r * s.columns + c]], o = has_offset ? offset[at] : 0;
+          weight.push_back(scale[at] * (level - zero) + o);
+          size.push_back(fabs(scale[at]) * (fabs(level) + zero) + fabs(o));
+          scales += fabs(scale[at]);
+        }
+        for (int64_t t = 0; t < s.tokens; t++) {
+          const double* const input = inputs.data() + t * s.columns;
+          double sum = bias[r], magnitude = fabs(sum), largest = 0;
+          for (int64_t c = 0; c < s.columns; c++) sum += weight[c] * input[c], magnitude += size[c] * fabs(input[c]);
+          for (int64_t c = 0; c < s.columns && products; c++) largest = fmax(largest, fabs(input[c]));
           const double segments = static_cast<double>((s.columns + 31) / 32);
           const double inexact = products ? ldexp(scales * largest * most, bits == 1 ? -21 : -22) : 0;
           const double bound = ldexp(2 * segments + 6, -24) * magnitude + inexact, error = fabs(y[t * s.rows + r] - sum);
           if (!(error <= bound)) return fail(s, bits, isa, "error", error, bound), 1;
           if (bound > 0) worst = fmax(worst, error / bound);
         }
+      }
     }
     if (memcmp(first.data(), y.data(), y.size() * sizeof(float))) fail(s, bits, isa, "differs from serial", 1, 0);
     if (isa == FEWBIT_AVX2 && (bits == 3 || (bits == 1 && kind == kNone)) && s.x_block > 0) check_arranged(s, matrix, x.data(), added, y);
+    if (isa == FEWBIT_SERIAL && !(fewbit_caps() & FEWBIT_AVX2)) continue;  // emulated, slow, and the same as beside AVX2
     multiply(matrix, s.x_block, x.data(), s.tokens, added, twin.data(), isa, 2);
     if (memcmp(y.data(), twin.data(), y.size() * sizeof(float))) fail(s, bits, isa, "two threads differ", 1, 0);
     for (int64_t t = 0; t < s.tokens; t += 7) {

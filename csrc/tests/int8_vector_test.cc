@@ -144,18 +144,26 @@ int run(const Case& c, int64_t token, int64_t tokens, float* y, int32_t isa, int
 void check_error(const Case& c, const char* isa, const std::vector<float>& y) {
   const int64_t rows = c.shape.rows, columns = c.shape.columns;
   const double operations = 2 * static_cast<double>(ceil_div(columns, 32)) + 8;
-  for (int64_t t = 0; t < c.shape.tokens; t++)
-    for (int64_t r = 0; r < rows; r++) {
+  std::vector<double> inputs;
+  for (const float x : c.x) inputs.push_back(fmin(fmax(rint(x + 128.0), 0), 255) - 128);
+  for (int64_t r = 0; r < rows; r++) {
+    std::vector<double> weight, most;
+    for (int64_t k = 0; k < columns; k++) {
+      const int64_t at = k / c.shape.block * c.dim + r % c.dim;
+      weight.push_back(c.offset[at] + c.step[at] * c.byte(r, k));
+      most.push_back(2 * fabs(c.offset[at]) + 255 * fabs(c.step[at]));
+    }
+    for (int64_t t = 0; t < c.shape.tokens; t++) {
       double sum = c.bias[r], size = fabs(sum);
       for (int64_t k = 0; k < columns; k++) {
-        const double q = fmin(fmax(rint(c.x[t * columns + k] + 128.0), 0), 255) - 128;
-        const int64_t at = k / c.shape.block * c.dim + r % c.dim;
-        sum += (c.offset[at] + c.step[at] * c.byte(r, k)) * q;
-        size += (2 * fabs(c.offset[at]) + 255 * fabs(c.step[at])) * fabs(q);
+        const double q = inputs[t * columns + k];
+        sum += weight[k] * q;
+        size += most[k] * fabs(q);
       }
       const double bound = ldexp(operations, -24) * size, error = fabs(y[t * rows + r] - sum);
       if (!(error <= bound)) return fail(c, isa, "error", error, bound);
     }
+  }
 }
 
 void check(const Case& c) {

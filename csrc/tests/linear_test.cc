@@ -101,20 +101,27 @@ struct Case {
   // The bound counts one rounding per operation on the longest path of a column (see fewbit_linear).
   void solve(int64_t blocks) {
     const double eps = ldexp(1, -24), depth = static_cast<double>(shape.block) + static_cast<double>(blocks) + 12;
-    for (int64_t t = 0; t < shape.tokens; t++)
-      for (int64_t r = 0; r < shape.rows; r++) {
+    y.resize(shape.tokens * shape.rows), bound.resize(y.size());
+    for (int64_t r = 0; r < shape.rows; r++) {
+      std::vector<double> weight, size;
+      for (int64_t c = 0; c < shape.columns; c++) {
+        const int64_t at = (r / 16 * blocks + c / shape.block) * 16 + r % 16;
+        const int code = codes[r * shape.columns + c];
+        const double level = family == FEWBIT_LUT ? table[code] : code, o = has_offset ? offset[at] : 0;
+        weight.push_back(scale[at] * (level - zero) + o);
+        size.push_back(fabs(scale[at]) * (fabs(level) + zero) + fabs(o));
+      }
+      for (int64_t t = 0; t < shape.tokens; t++) {
         double sum = bias[r], magnitude = fabs(sum);
         for (int64_t c = 0; c < shape.columns; c++) {
-          const int64_t at = (r / 16 * blocks + c / shape.block) * 16 + r % 16;
-          const int code = codes[r * shape.columns + c];
-          const double level = family == FEWBIT_LUT ? table[code] : code, o = has_offset ? offset[at] : 0;
           const double input = x[t * x_stride + c];
-          sum += (scale[at] * (level - zero) + o) * input;
-          magnitude += (fabs(scale[at]) * (fabs(level) + zero) + fabs(o)) * fabs(input);
+          sum += weight[c] * input;
+          magnitude += size[c] * fabs(input);
         }
-        y.push_back(sum);
-        bound.push_back(eps * depth * magnitude);
+        y[t * shape.rows + r] = sum;
+        bound[t * shape.rows + r] = eps * depth * magnitude;
       }
+    }
   }
 };
 

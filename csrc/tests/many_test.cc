@@ -176,31 +176,38 @@ void check_isa(int32_t isa, bool integers, std::mt19937& random) {
     }
 }
 
-// Every value of a dtype times one, and results on either side of every tie.
+// Every value of a dtype times one, and results on either side of every tie: each value is a token of one column.
 void check_conversions() {
   uint8_t codes[8 * 64] = {};
   for (int i = 0; i < 16; i++) codes[4 * i] = 1;
   const std::vector<float> scale(16, 1.0f);
   const fewbit_matrix one = {1, 1, 1, 8, FEWBIT_AFFINE, 0, 0, 0, codes, scale.data(), nullptr, nullptr};
-  for (const Dtype& d : {kDtypes[1], kDtypes[2]})
+  const auto convert = [&](const void* from, int32_t dtype, void* to, int32_t other, size_t count) {
+    const fewbit_input x = {from, static_cast<int64_t>(count), 1, 1, dtype};
+    const fewbit_output out = {&one, nullptr, to, 1};
+    if (fewbit_linear_many(&out, 1, &x, 0, other, FEWBIT_SERIAL, 1) != FEWBIT_OK) failures++;
+  };
+  for (const Dtype& d : {kDtypes[1], kDtypes[2]}) {
+    std::vector<uint16_t> halves;
+    std::vector<float> nears;
     for (uint32_t bits = 0; bits < 0x10000; bits++) {
-      const auto half = static_cast<uint16_t>(bits);
-      const float exact = static_cast<float>(value_of(d, half));
-      float y = 0;
-      const fewbit_input x = {&half, 1, 1, 1, d.name};
-      const fewbit_output out = {&one, nullptr, &y, 1};
-      fewbit_linear_many(&out, 1, &x, 0, FEWBIT_FLOAT32, FEWBIT_SERIAL, 1);
-      if (!(exact == y || (isnan(exact) && isnan(y)))) failures++;
-      const auto next = static_cast<float>(value_of(d, static_cast<uint16_t>(half + 1)));
-      for (const float near : {exact, exact / 2 + next / 2, nextafterf(exact / 2 + next / 2, 0), nextafterf(exact, next)}) {
-        uint16_t z = 0;
-        const fewbit_input wide = {&near, 1, 1, 1, FEWBIT_FLOAT32};
-        const fewbit_output narrow = {&one, nullptr, &z, 1};
-        fewbit_linear_many(&narrow, 1, &wide, 0, d.name, FEWBIT_SERIAL, 1);
-        const double expected = rounded(d, near), found = value_of(d, z);
-        if (!(expected == found || (isnan(expected) && isnan(found)))) failures++;
-      }
+      halves.push_back(static_cast<uint16_t>(bits));
+      const float exact = static_cast<float>(value_of(d, halves.back()));
+      const auto next = static_cast<float>(value_of(d, static_cast<uint16_t>(bits + 1)));
+      const float tie = exact / 2 + next / 2;
+      for (const float near : {exact, tie, nextafterf(tie, 0), nextafterf(exact, next)}) nears.push_back(near);
     }
+    std::vector<float> y(halves.size());
+    std::vector<uint16_t> z(nears.size());
+    convert(halves.data(), d.name, y.data(), FEWBIT_FLOAT32, y.size());
+    convert(nears.data(), FEWBIT_FLOAT32, z.data(), d.name, z.size());
+    for (size_t i = 0; i < y.size(); i++)
+      if (!(nears[4 * i] == y[i] || (isnan(nears[4 * i]) && isnan(y[i])))) failures++;
+    for (size_t i = 0; i < z.size(); i++) {
+      const double expected = rounded(d, nears[i]), found = value_of(d, z[i]);
+      if (!(expected == found || (isnan(expected) && isnan(found)))) failures++;
+    }
+  }
 }
 
 // Callers on several threads, who share one pool.

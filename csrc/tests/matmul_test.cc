@@ -27,6 +27,8 @@ const Shape kShapes[] = {{1, 1, 1, 1, 1},     {2, 3, 7, 31, 33},   {1, 2, 64, 10
                          {1, 1, 97, 33, 7},   {1, 1, 300, 2, 65},  {3, 2, 5, 97, 31},  {1, 1, 2, 1000, 3},
                          {1, 9, 33, 40, 129}};
 
+constexpr int64_t kNone = INT64_MAX;  // the code of what is no number
+
 // (outer, middle, rows, columns), or (outer, middle, columns, rows) in memory.
 struct Operand {
   fewbit_operand of;
@@ -45,14 +47,19 @@ struct Operand {
     return static_cast<size_t>(outer * of.stride_outer + middle * of.stride_middle + row * of.stride_row +
                                column * of.stride_column);
   }
-  int64_t code(size_t at) const {
-    const float code = nearbyintf(x[at] / of.scale + static_cast<float>(of.zero));
-    const float top = static_cast<float>((1 << of.bits) - 1);
-    return static_cast<int64_t>(code < 0 ? 0 : code > top ? top : code) - of.zero;
+  std::vector<int64_t> codes() const {
+    std::vector<int64_t> all;
+    for (const float value : x) {
+      const float code = nearbyintf(value / of.scale + static_cast<float>(of.zero));
+      const float top = static_cast<float>((1 << of.bits) - 1);
+      all.push_back(!isfinite(value) ? kNone : static_cast<int64_t>(code < 0 ? 0 : code > top ? top : code) - of.zero);
+    }
+    return all;
   }
 };
 
 std::vector<float> answer(const Shape& s, const Operand& a, const Operand& b) {
+  const std::vector<int64_t> left = a.codes(), right = b.codes();
   std::vector<float> y;
   for (int64_t o = 0; o < s.outer; o++)
     for (int64_t m = 0; m < s.middle; m++)
@@ -61,9 +68,9 @@ std::vector<float> answer(const Shape& s, const Operand& a, const Operand& b) {
           int64_t sum = 0;
           bool finite = true;
           for (int64_t k = 0; k < s.inner; k++) {
-            const size_t i = a.place(o, m, r, k), j = b.place(o, m, k, c);
-            finite = finite && isfinite(a.x[i]) && isfinite(b.x[j]);
-            if (finite) sum += a.code(i) * b.code(j);
+            const int64_t i = left[a.place(o, m, r, k)], j = right[b.place(o, m, k, c)];
+            finite = finite && i != kNone && j != kNone;
+            if (finite) sum += i * j;
           }
           y.push_back(finite ? a.of.scale * b.of.scale * static_cast<float>(sum) : NAN);
         }

@@ -80,10 +80,11 @@ struct Case {
     for (int64_t t = 0; t < s.tokens; t++) {
       const float* token = x.data() + 1 + t * s.columns;
       const auto x_scale = static_cast<float>(scale_of(token, s.columns));
+      std::vector<int32_t> sign;
+      for (int64_t k = 0; k < s.columns; k++) sign.push_back(token[k] / x_scale > 0 ? 1 : -1);
       for (int64_t r = 0; r < s.rows; r++) {
         int64_t sum = 0;
-        for (int64_t k = 0; k < s.columns; k++)
-          sum += (codes[r * s.columns + k] ? 1 : -1) * (token[k] / x_scale > 0 ? 1 : -1);
+        for (int64_t k = 0; k < s.columns; k++) sum += codes[r * s.columns + k] ? sign[k] : -sign[k];
         const double product = static_cast<double>(scale[r + 1]) / 2 * x_scale * static_cast<double>(sum);
         answer.push_back(product + bias[r]), magnitude.push_back(fabs(product) + fabs(bias[r]));
       }
