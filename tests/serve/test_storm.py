@@ -31,7 +31,7 @@ def test_no_text_is_lost_or_mixed_up(fake: Callable[..., Any], monkeypatch: pyte
         cases.append(storm.Case({"model": "fake", "prompt": prompt, "max_tokens": count, "temperature": 0}, text))
     tally = asyncio.run(storm.storm(storm.Server(running.port, "a-token-for-tests"), cases, 50, 4))
     assert tally.wrong == []
-    assert set(tally.ways) == set(storm.WAYS) and sum(tally.ways.values()) > 100
+    assert set(tally.ways) == set(storm.WAYS) and sum(tally.ways.values()) >= 50  # each client's first already does
     until = time.monotonic() + 20  # the last to leave are noticed a moment later
     while (stats := running.served.batcher.stats()).running + stats.waiting and time.monotonic() < until:
         time.sleep(0.01)
