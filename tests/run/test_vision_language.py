@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import fewbit
-from fewbit.errors import SpecError, UnsupportedError
+from fewbit.cli import app
+from fewbit.decode import open_engine
+from fewbit.errors import UnsupportedError
 from fewbit.model.layers import ExpertBank, QuantEmbedding, QuantLinear
-from fewbit.recipe import Recipe
+from fewbit.recipe import Recipe, Rule
 
 TinyFamily = Callable[[str], Path]
 FAMILIES = {
@@ -76,7 +81,7 @@ def test_text_and_image_go_through_what_is_stored(
     sees = tuple(f"model.{part}." for part in FAMILIES[family])
     quantized = [layer["name"] for layer in manifest["layers"] if layer["name"].startswith(sees)]
     assert bool(quantized) == (vision != "float")
-    assert all(loaded.get_submodule(name).shape for name in quantized)
+    assert all(isinstance(loaded.get_submodule(name), QuantLinear) for name in quantized)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,13 +94,96 @@ def test_what_it_sees_with_is_kept_and_told(tmp_path: Path, tiny_family: TinyFam
     names = {name for name, _ in before.named_parameters() if name.startswith(sees)}
     assert names
     assert not any(layer["name"].startswith(sees) for layer in manifest["layers"])
-    for entries in (
-        manifest["skipped"],
-        [{"name": f"{d.site.parameter}", "reason": d.reason} for d in planned.decisions if d.rule is None]
-        + [{"name": name, "reason": reason} for name, reason, _ in planned.kept],
-    ):
-        told = {entry["name"]: entry["reason"] for entry in entries if entry["name"].startswith(sees)}
+    kept = [(d.site.parameter, d.reason) for d in planned.decisions if d.rule is None]
+    kept += [(name, reason) for name, reason, _ in planned.kept]
+    for entries in (kept, [(entry["name"], entry["reason"]) for entry in manifest["skipped"]]):
+        told = {name: reason for name, reason in entries if name.startswith(sees)}
         assert told.keys() == names
         assert all(reason.startswith("of the vision tower or projector") for reason in told.values())
     for name in names:
         assert torch.equal(before.get_parameter(name), after.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    ("match", "reached"),
+    [
+        ("*", False),
+        ("model.*", False),
+        ("class:Linear", False),
+        ("kind:linear", False),
+        ("kind:vision", True),
+        ("model.vision_tower.*", True),
+        ("model.vision_tower.encoder.layers.0.mlp.fc1", True),
+        ("re:.*fc1", True),
+    ],
+)
+def test_only_rules_that_name_them_reach_layers_that_see(match: str, reached: bool) -> None:
+    name = "model.vision_tower.encoder.layers.0.mlp.fc1"
+    assert Rule(match, "int8/g8").matches(name, "vision", "Linear") == reached
+
+
+@pytest.mark.parametrize(
+    ("rule", "found"),
+    [
+        ({"method": "gptq"}, "int4/g8 by gptq for model.vision_tower.*calibration is text; method rtn or hqq alone"),
+        ({"method": "rtn", "tune": ["scales"]}, "int4/g8 by rtn and scales for"),
+        ({"method": "rtn", "transforms": ["smooth"]}, "int4/g8 by rtn and smooth for"),
+        ({"activation": "int8/static/asym/mse"}, "calibration is text"),
+    ],
+)
+def test_what_needs_calibration_is_refused_for_layers_that_see(
+    tiny_family: TinyFamily, rule: dict[str, Any], found: str
+) -> None:
+    rules = [{"match": "kind:vision", "format": "int4/g8", **rule}, {"match": "*", "format": "int8/g8"}]
+    with pytest.raises(UnsupportedError, match=found):
+        fewbit.plan(tiny_family("llava"), Recipe.from_dict({"rule": rules}))
+
+
+def test_calibrated_methods_see_text_in_the_text_model(tmp_path: Path, tiny_family: TinyFamily) -> None:
+    tune = [{"name": "scales", "iters": 2}]
+    folder, more = tiny_family("qwen2.5-vl"), {"samples": 4, "context": 16, "force": True}
+    manifest = fewbit.quantize(folder, "int4/g8", method="gptq", out=tmp_path / "out", tune=tune, **more).manifest
+    inside = [layer for layer in manifest["layers"] if layer["block"] is not None]
+    assert inside and all(layer["tokens"] == 4 * 16 and layer["method"] == "gptq" for layer in inside)
+
+
+def test_older_files_are_taken(tmp_path: Path, tiny_family: TinyFamily, tiny_models: Any) -> None:
+    """As the hub has Qwen2-VL: one configuration for all, other names of arrays; and processor files beside them."""
+    folder, out = tiny_family("qwen2-vl"), tmp_path / "out"
+    model, call = original(folder), tiny_models.picture("qwen2-vl")
+    config = json.loads((folder / "config.json").read_text())
+    text = config.pop("text_config")
+    text.pop("model_type")
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
+    (folder / "config.json").write_text(json.dumps({**text, **config}))
+    arrays = {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessor"}')
+    assert open_engine(folder).name == "native"
+    fewbit.quantize(folder, everything("int8/g8"), out=out, force=True)
+    loaded = fewbit.load(out)
+    torch.testing.assert_close(logits(loaded, call), logits(dense(folder, loaded), call), rtol=1e-4, atol=5e-5)
+    assert (out / "preprocessor_config.json").is_file()
+    engine = open_engine(out, kv="float32")
+    assert engine.name == "native"
+    plain = {"input_ids": torch.tensor([[5, 9, 30, 4]])}
+    found = engine.feed([(engine.open(), [5, 9, 30, 4])])[0]
+    torch.testing.assert_close(found, logits(loaded, plain)[0, -1], rtol=1e-4, atol=5e-5)
+
+
+def test_commands_tell_what_is_kept_and_evaluate_text(tmp_path: Path, tiny_family: TinyFamily) -> None:
+    folder, out = tiny_family("smolvlm"), tmp_path / "out"
+    run = CliRunner()
+    done = run.invoke(app, ["quantize", str(folder), "--format", "int8/g8", "-o", str(out), "--force"])
+    assert done.exit_code == 0, done.output
+    assert "vision tower and projector" in done.output
+    done = run.invoke(app, ["eval", str(out), "--max-tokens", "128", "--json", str(tmp_path / "found.json")])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["kl_mean"] < 0.01 and found["reference"]["perplexity"] > 1
+    card = (out / "README.md").read_text()
+    assert "AutoModelForImageTextToText, AutoProcessor" in card and "pipeline_tag: image-text-to-text" in card
