@@ -181,7 +181,9 @@ def test_commands_tell_what_is_kept_and_evaluate_text(tmp_path: Path, tiny_famil
     done = run.invoke(app, ["quantize", str(folder), "--format", "int8/g8", "-o", str(out), "--force"])
     assert done.exit_code == 0, done.output
     assert "vision tower and projector" in done.output
-    done = run.invoke(app, ["eval", str(out), "--max-tokens", "128", "--json", str(tmp_path / "found.json")])
+    done = run.invoke(
+        app, ["eval", str(out), "--max-tokens", "128", "--decode-tokens", "4", "--json", str(tmp_path / "found.json")]
+    )
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["kl_mean"] < 0.01 and found["reference"]["perplexity"] > 1
