@@ -8,6 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,18 +71,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def tiny_family(tmp_path: Path) -> Callable[[str], Path]:
-    """``tiny_family(name)``: the folder of a random two-block model of that family, with the byte tokenizer."""
+@pytest.fixture(scope="session")
+def tiny_models() -> Any:
+    """The module that makes tiny models of many families."""
     source = Path(__file__).parent / "model" / "tiny_models.py"
     spec = importlib.util.spec_from_file_location("tiny_models", source)
     assert spec is not None and spec.loader is not None
     models = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(models)
+    return models
+
+
+@pytest.fixture
+def tiny_family(tmp_path: Path, tiny_models: Any) -> Callable[[str], Path]:
+    """``tiny_family(name)``: the folder of a random two-block model of that family, with the byte tokenizer."""
 
     def make(name: str) -> Path:
         folder = tmp_path / "model"
-        models.make(name, folder, vocab_size=save_byte_tokenizer(folder))
+        tiny_models.make(name, folder, vocab_size=save_byte_tokenizer(folder))
         return folder
 
     return make

@@ -96,7 +96,7 @@ _SEEN: dict[str, Any] = {
     "intermediate_size": 24,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
-    "image_size": 28,
+    "image_size": 56,
     "patch_size": 14,
 }
 
@@ -108,14 +108,34 @@ def _vision_language(kind: str, text: str, sees: str, **more: Any) -> tuple[str,
     return kind, {"text_config": {**of_text, "model_type": FAMILIES[text][0]}, "vision_config": vision, **more}
 
 
+def _qwen_vl(kind: str, text: dict[str, Any], **sees: Any) -> tuple[str, dict[str, Any]]:
+    """One of Qwen's, whose text has three positions a token."""
+    sizes = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 14}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    tokens = dict(zip(("image_token_id", "video_token_id", "vision_start_token_id"), (60, 61, 62), strict=True))
+    return kind, {"text_config": dict(text, rope_parameters=rope), "vision_config": {**sizes, **sees}, **tokens}
+
+
 VISION_LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3-vision": _vision_language(
         "gemma3", "gemma3", "siglip_vision_model", mm_tokens_per_image=4, image_token_index=60
     ),
-    "llava": _vision_language("llava", "llama", "clip_vision_model", image_token_index=60),
+    "llava": _vision_language("llava", "llama", "clip_vision_model", image_token_index=60, vision_feature_layer=-1),
     "mistral3": _vision_language("mistral3", "mistral", "pixtral", image_token_index=60),
     "idefics3": _vision_language("idefics3", "llama", "", image_token_id=60, scale_factor=2),
     "smolvlm": _vision_language("smolvlm", "llama", "", image_token_id=60, scale_factor=2),
+    "qwen2-vl": _qwen_vl("qwen2_vl", LLAMA, embed_dim=16, hidden_size=32),
+    "qwen2.5-vl": _qwen_vl("qwen2_5_vl", LLAMA, out_hidden_size=32, fullatt_block_indexes=[0], window_size=28),
+    "qwen3-vl": _qwen_vl(
+        "qwen3_vl", LLAMA, out_hidden_size=32, deepstack_visual_indexes=[0], num_position_embeddings=16
+    ),
+    "qwen3-vl-moe": _qwen_vl(
+        "qwen3_vl_moe",
+        dict(MOE, num_experts=4),
+        out_hidden_size=32,
+        deepstack_visual_indexes=[0],
+        num_position_embeddings=16,
+    ),
 }
 
 
@@ -131,10 +151,27 @@ def make(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
         torch.manual_seed(0)
         model = build.from_config(config, dtype=torch.float32).eval()
         for _name, value in model.named_parameters():
-            if value.ndim == 1:  # norms and biases start out as ones and zeros, which would hide a lost one
+            # norms and biases start out as ones and zeros, which would hide a lost one; so do some projectors
+            if value.ndim == 1 or not value.any():
                 value.data = value.data + 0.1 * torch.randn(value.shape)
     model.save_pretrained(folder)
     return model
+
+
+def picture(family: str) -> dict[str, torch.Tensor]:
+    """What a vision-language model of ``family`` is called with for a text that a random image is in."""
+    generator = torch.Generator().manual_seed(5)
+    if family.startswith("qwen"):
+        patches = torch.randn(16, 3 * 2 * 14 * 14, generator=generator)
+        more = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    else:
+        image = torch.randn(1, 3, 56, 56, generator=generator)
+        more = {"pixel_values": image[None] if family in ("idefics3", "smolvlm") else image}
+        more |= {"image_sizes": torch.tensor([[56, 56]])} if family == "mistral3" else {}
+    text = torch.tensor([[5, 9, 62, *[60] * (16 if family == "llava" else 4), 7, 11, 30, 4]])
+    kind = "token_type_ids" if family == "gemma3-vision" else "mm_token_type_ids"
+    types = {kind: (text == 60).long()} if family == "gemma3-vision" or family.startswith("qwen") else {}
+    return {"input_ids": text, **types, **more}
 
 
 def ids(batch: int = 2, tokens: int = 13, seed: int = 1) -> torch.Tensor:

@@ -14,6 +14,7 @@ from fewbit.commands.options import choice, settings
 from fewbit.commands.progress import Renderer
 from fewbit.containers import files, manifest
 from fewbit.errors import SpecError
+from fewbit.model.sites import SEEING
 from fewbit.recipe import Recipe
 from fewbit.report import numbers as N
 from fewbit.report.rows import procedure
@@ -133,6 +134,8 @@ def tables(out: Path, described: dict[str, Any]) -> list[Any]:
     ]
     if (model := described["recipe"].get("model")) is not None:
         rows.insert(3, ("whole model", model if isinstance(model, str) else ", ".join(map(str, model.values()))))
+    if sees := [entry["nbytes"] for entry in described["skipped"] if entry["reason"].startswith(SEEING)]:
+        rows.insert(4, ("kept as it was", f"vision tower and projector, {N.size(sum(sees))} ({len(sees)} tensors)"))
     if (end := described.get("end")) is not None:
         told = f"{end['name']}: {N.significant(end['before'])} -> {N.significant(end['after'])} on windows held out"
         rows.append(("learned as a whole", told))

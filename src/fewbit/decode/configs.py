@@ -34,7 +34,8 @@ def config_of(folder: Path) -> Any:
         InputError, CorruptFileError: it is absent, no JSON, or transformers refuses it.
     """
     whole = read_json(folder / "config.json")
-    found = whole["text_config"] if has_text_part(whole) else whole
+    stated = whole.get("text_config") if has_text_part(whole) else None
+    found = stated if isinstance(stated, dict) else whole  # older ones hold all in one, or leave it to defaults
     dtypes = (each.get(name) for each in (found, whole) for name in ("dtype", "torch_dtype"))
     found = {**found, "dtype": next((dtype for dtype in dtypes if dtype is not None), None)}
     if _whole(found):
@@ -49,8 +50,8 @@ def config_of(folder: Path) -> Any:
 
 
 def has_text_part(config: dict[str, Any]) -> bool:
-    """Whether the model of this ``config.json`` is one of :data:`TEXT_PARTS`, and says what its text goes through."""
-    return config.get("model_type") in TEXT_PARTS and isinstance(config.get("text_config"), dict)
+    """Whether the model of this ``config.json`` is one of :data:`TEXT_PARTS`."""
+    return config.get("model_type") in TEXT_PARTS
 
 
 def _whole(found: dict[str, Any]) -> bool:

@@ -49,12 +49,12 @@ def _read_bytes(shape: Shape, source: Source) -> int:
 
 
 def _text_part(named: Mapping[str, Held], names: Sequence[tuple[str, str]]) -> dict[str, Held]:
-    """Those of ``named`` whose name, dot included, begins as one in ``names`` says, called as that says."""
+    """Those of ``named`` whose name, a dot after it, begins as one in ``names`` says, called as that says."""
     return {
-        new + name.removeprefix(old): value
+        (new + f"{name}.".removeprefix(old)).removesuffix("."): value
         for name, value in named.items()
         for old, new in names
-        if name.startswith(old)
+        if f"{name}.".startswith(old)
     }
 
 

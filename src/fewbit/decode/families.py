@@ -62,32 +62,39 @@ WINDOWS = ("layer_types", "sliding_window")
 GEMMA = ("hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", *WINDOWS)
 EXPERTS = ("hidden_act", "num_experts_per_tok")
 QWEN_EXPERTS = (*EXPERTS, "sliding_window", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
+QWEN_VL_EXPERTS = (*EXPERTS, "decoder_sparse_step", "mlp_only_layers")
 
 FAMILIES: tuple[Family, ...] = (
     Family(("llama",)),
     Family(("mistral",), stated=("hidden_act", "sliding_window")),
-    Family(("qwen2", "ministral"), stated=("hidden_act", *WINDOWS)),
+    Family(("qwen2", "ministral", "qwen2_vl_text", "qwen2_5_vl_text"), stated=("hidden_act", *WINDOWS)),
     Family(("smollm3",), stated=("hidden_act", "no_rope_layers", *WINDOWS)),
     Family(("qwen3",), head_norms=True, stated=("hidden_act", *WINDOWS)),
+    Family(("qwen3_vl_text",), head_norms=True),
     Family(("gemma",), norm_offset=1.0, scaled_embedding=True, stated=("hidden_act", "hidden_activation")),
     Family(("gemma2",), SANDWICH, norm_offset=1.0, scaled_embedding=True, stated=GEMMA),
     Family(("gemma3_text",), SANDWICH, norm_offset=1.0, scaled_embedding=True, head_norms=True, stated=GEMMA),
     Family(("mixtral",), experts=True, normalised=True, stated=(*EXPERTS, "sliding_window")),
     Family(("qwen2_moe",), experts=True, stated=(*QWEN_EXPERTS, "layer_types")),
     Family(("qwen3_moe",), experts=True, head_norms=True, stated=QWEN_EXPERTS),
+    Family(("qwen3_vl_moe_text",), experts=True, head_norms=True, normalised=True, stated=QWEN_VL_EXPERTS),
 )
 
 
 _HEADS = (("lm_head.", "lm_head."), ("language_model.lm_head.", "lm_head."))
 _LLAVA = (("model.language_model.", "model."), ("language_model.model.", "model."), *_HEADS)
 _IDEFICS = (("model.text_model.", "model."), *_HEADS)
+_OLDER_QWEN = tuple((f"model.{name}.", f"model.{name}.") for name in ("embed_tokens", "layers", "norm"))
+_QWEN = (("model.language_model.", "model."), *_OLDER_QWEN, *_HEADS)
 TEXT_PARTS: dict[str, tuple[tuple[str, str], ...]] = {
     **dict.fromkeys(("gemma3", "llava", "mistral3"), _LLAVA),
     **dict.fromkeys(("idefics3", "smolvlm"), _IDEFICS),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _QWEN),
 }
 """Types of vision-language models whose text goes through a model of a family above, which ``text_config`` describes:
-how the names of its arrays begin, in transformers' module tree and in files, and how those of that family alone do. Not
-here are types that count positions otherwise (Qwen's, three numbers a token)."""
+how the names of its arrays begin, in transformers' module tree and in files, and how those of that family alone do.
+Qwen's count positions by three numbers a token, each of which turns some pairs of a head (arXiv:2409.12191, section
+2.1): where no image is they are equal, and pairs turn as they do by one number."""
 
 
 def family_of(model_type: Any) -> Family | None:

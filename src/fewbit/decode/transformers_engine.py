@@ -154,10 +154,10 @@ def load_plain(folder: Path) -> Any:
     Raises:
         InputError: there is none that transformers can load.
     """
-    from transformers import AutoModelForCausalLM
+    from fewbit.model.classes import from_folder
 
     try:
-        return AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).eval()
+        return from_folder(folder)
     except (OSError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"opening the model {folder}", first, "a folder of fewbit or of transformers") from error

@@ -27,8 +27,7 @@ def load(path: str | Path, *, check: bool = True, activation: str | None = None,
         InputError: no fewbit folder. CorruptFileError: a file is missing or its bytes changed.
         SpecError: ``activation`` spells no format, or ``path`` is none.
     """
-    from transformers import AutoModelForCausalLM
-
+    from fewbit.model.classes import from_folder
     from fewbit.model.layers import round_inputs
 
     folder = given.place("the model", path)
@@ -39,7 +38,7 @@ def load(path: str | Path, *, check: bool = True, activation: str | None = None,
     if check:
         M.check_files(folder, manifest)
     rounding = None if activation is None else formats.parse(activation)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **kwargs).eval()
+    model = from_folder(folder, **kwargs)
     if rounding is not None:
         round_inputs(model, rounding)
     return model

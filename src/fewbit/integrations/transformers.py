@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transformers quantizer plug-in: ``AutoModelForCausalLM.from_pretrained(OUT)`` loads a fewbit folder."""
+"""The transformers quantizer plug-in: ``from_pretrained(OUT)`` of the original's class loads a fewbit folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -17,7 +18,7 @@ from fewbit.errors import CorruptFileError, UnsupportedError
 from fewbit.model.layers import ExpertBank, QuantEmbedding, QuantLinear, Store
 
 METHOD = "fewbit"
-KINDS = ("linear", "conv1d", "head", "experts", "embedding")
+KINDS = ("linear", "conv1d", "head", "experts", "embedding", "vision")
 
 
 class FewbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -68,6 +69,10 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Arrays keep the dtype they are stored in: a scale cast to bfloat16 would be another model."""
         return None
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Files hold parameters as the model has them: none is stacked of several, or turned around."""
+        return [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, entry in self.quantization_config.modules.items():

@@ -39,15 +39,16 @@ def load_model(path: Path, dtype: torch.dtype, activation: str | None = None) ->
         InputError: it cannot be loaded; the reason is in the message. CorruptFileError: a damaged or hostile GGUF file.
         UnsupportedError: a fewbit folder, and the plug-in that ``import fewbit`` brings is not active.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.quantizers import auto
+
+    from fewbit.model.classes import from_folder
 
     if path.is_file():
         return _load_file(path, dtype)
     if (path / M.NAME).is_file() and "fewbit" not in auto.AUTO_QUANTIZER_MAPPING:
         raise UnsupportedError(f"load {path}", "fewbit's transformers plug-in is not active", "import fewbit first")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+        model = from_folder(path, dtype=dtype)
     except FewbitError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -56,7 +57,7 @@ def load_model(path: Path, dtype: torch.dtype, activation: str | None = None) ->
         from fewbit.model.layers import round_inputs
 
         round_inputs(model, formats.parse(activation))
-    return model.eval()
+    return model
 
 
 def _load_file(path: Path, dtype: torch.dtype) -> Any:

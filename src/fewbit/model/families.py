@@ -35,8 +35,10 @@ class Family:
 FAMILIES: tuple[Family, ...] = (
     # Llama, Qwen, Gemma, Mistral, Mixtral, Phi, Phi-3, Granite, OLMo, StableLM, Starcoder2, Cohere, GLM, DeepSeek, ...
     Family("model.layers", ("embed_tokens",), ("norm", "final_layernorm", "layer_norm", "embedding_norm")),
-    # Gemma 3 and other vision-language models: their language model.
+    # Gemma 3, LLaVA, Mistral 3, Qwen2-VL and other vision-language models: their language model.
     Family("model.language_model.layers", ("embed_tokens",), ("norm", "final_layernorm")),
+    # Idefics 3, SmolVLM.
+    Family("model.text_model.layers", ("embed_tokens",), ("norm",)),
     # GPT-2, GPT-BigCode, GPT-Neo.
     Family("transformer.h", ("wte", "wpe"), ("ln_f",)),
     # Bloom, Falcon.

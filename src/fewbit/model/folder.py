@@ -19,6 +19,8 @@ from fewbit.model.checkpoint import Checkpoint, check_layers
 from fewbit.model.tokenizer import open_tokenizer
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32}
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""What a vision-language model makes its inputs of images by."""
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -134,7 +136,7 @@ class FolderCheckpoint(Checkpoint):
         config = read_json(self.path / "config.json")
         config.pop("quantization_config", None)
         written = {"config.json": write_json(out / "config.json", config)}
-        for name in ("generation_config.json", *TOKENIZER):
+        for name in ("generation_config.json", *PROCESSOR, *TOKENIZER):
             path = self.path / name
             if path.is_file() and size_of(path) <= LARGEST_SIDECAR:
                 written[name] = write_bytes(out / name, member(self.path, name).read_bytes())

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fewbit.model.families import EXPERTS, ROUTERS
+from fewbit.model.loading import under
 
-Kind = Literal["linear", "conv1d", "experts", "embedding", "head", "conv2d"]
+Kind = Literal["linear", "conv1d", "experts", "embedding", "head", "vision", "conv2d"]
+
+SEEING = "of the vision tower or projector"
+"""Why a parameter of a vision-language model is no site: beside its text model, linear layers alone are."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Site:
     * ``name``: module path, or the parameter's path for fused experts. ``parameter``: the parameter's full name.
     * ``shape``: (rows, columns) of ONE matrix, rows being outputs whatever the order in memory.
     * ``experts``: number of stacked matrices, 1 unless experts are fused.
+    * ``kind``: "vision" is a linear layer of what a vision-language model sees with.
     * ``block``: index of the block that holds it, None outside of blocks.
     * ``tied_to``: name of the site whose parameter this one shares.
     * ``transposed``: the parameter lies in memory as (columns, rows): GPT-2's Conv1D and some fused experts.
@@ -51,14 +56,19 @@ def find(
     ``tied`` maps a parameter to the one that it shares. Together both lists name each parameter exactly once.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    text = blocks[0].rsplit(".", 2)[0]
     sites: list[Site] = []
     kept: list[tuple[str, str]] = []
     for path, module in model.named_modules():
         block = next((i for i, name in enumerate(blocks) if path.startswith(name + ".")), None)
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{leaf}" if path else leaf
-            kind = _kind(path, module, leaf, parameter, block, embedding, head)
-            if kind in ("linear", "conv1d", "experts", "embedding", "head"):
+            if module is head or under(path, text):
+                kind = _kind(path, module, leaf, parameter, block, embedding, head)
+            else:
+                # Subclasses of linear layers may be run by whatever holds them, as attention of torch's own does.
+                kind = "vision" if type(module) is nn.Linear and leaf == "weight" else SEEING
+            if kind in get_args(Kind):
                 transposed = kind == "conv1d" or (kind == "experts" and bool(getattr(module, "is_transposed", False)))
                 shape = tuple(parameter.shape[-2:])
                 sites.append(

@@ -6,9 +6,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fewbit.errors import InputError, UnsupportedError
+from fewbit.model.classes import class_of
 
 LARGEST_BUFFERS = 1 << 28
 """Bytes of computed buffers (rotary frequencies and the like) that a configuration may ask for."""
@@ -26,7 +27,7 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
     asked = f"building a {config.model_type} model"
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = class_of(config).from_config(
                 config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
             )
     except ValueError as error:
@@ -46,7 +47,7 @@ def _without_sdpa(config: PretrainedConfig, asked: str, first: Exception) -> Pre
     """For families that have only the eager attention."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = class_of(config).from_config(
                 config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
             )
     except Exception as error:

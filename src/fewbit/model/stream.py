@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fewbit.errors import InputError, UnsupportedError
+from fewbit.errors import InputError
 from fewbit.model.checkpoint import Checkpoint
-from fewbit.model.families import FAMILIES, TUPLE_BLOCKS, Family
+from fewbit.model.families import TUPLE_BLOCKS
 from fewbit.model.finite import finite
 from fewbit.model.hooks import hooked
 from fewbit.model.loading import Loader, under
+from fewbit.model.parts import beside, family_of, head_of_embedding, surroundings
 from fewbit.model.sites import Site, find, in_block
 from fewbit.model.skeleton import build
 from fewbit.model.surgery import Preparation, Surgery
@@ -61,15 +62,16 @@ class StreamedModel:
         self.module: PreTrainedModel = build(config)
         self.config: PretrainedConfig = self.module.config
         self.architecture = type(self.module).__name__
-        self._family, children = _family(self.module)
+        self._family, children = family_of(self.module)
         self.blocks = [f"{self._family.blocks}.{i}" for i in range(len(children))]
         self._tuples = self._family.tuples or self.config.model_type in TUPLE_BLOCKS
-        copies = {} if preparation is None else _head_of_embedding(self.module)
+        copies = {} if preparation is None else head_of_embedding(self.module)
         self._loader = Loader(checkpoint, self.module, copies)
         self.unused = self._loader.unused
         self.sites, self.kept = find(self.module, self.blocks, self._loader.tied)
         self._by_name = {site.name: site for site in self.sites}
-        self.before, self.after = _surroundings(self.module, self._family)
+        self.before, self.after = surroundings(self.module, self._family)
+        self._beside = beside(self.module, self._family)
         self.surgery: Surgery | None = None
         if preparation is not None:
             tied, around = bool(checkpoint.config.tie_word_embeddings), (self.before, self.after)
@@ -226,10 +228,11 @@ class StreamedModel:
 
     def _shell_of_beginning(self) -> nn.Module:
         replaced: dict[str, nn.Module] = {name: _Recorder(self._local, self._tuples) for name in self.blocks}
-        return with_replaced(self.module, {**replaced, **{name: nn.Identity() for name in self.after}})
+        return with_replaced(self.module, {**replaced, **{name: nn.Identity() for name in self.after + self._beside}})
 
     def _shell_of_ending(self) -> nn.Module:
         replaced: dict[str, nn.Module] = {name: _Feeder(self._local, self._tuples) for name in self.blocks}
+        replaced |= {name: nn.Identity() for name in self._beside}  # a model's device is its first parameter's
         for name in self.before:
             module = self.module.get_submodule(name)
             if isinstance(module, nn.Embedding):
@@ -331,44 +334,6 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
     return isinstance(one, (int, float, str)) and one == other
-
-
-def _child(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at ``path``, or None."""
-    return dict(module.named_modules()).get(path)
-
-
-def _family(model: PreTrainedModel) -> tuple[Family, nn.ModuleList]:
-    """The row of the table that fits ``model``, and its blocks."""
-    for family in FAMILIES:
-        blocks = _child(model, family.blocks)
-        base = _child(model, family.blocks.rpartition(".")[0])
-        if isinstance(blocks, nn.ModuleList) and len(blocks) and base is not None:
-            weighted = {name for name, child in base.named_children() if any(True for _ in child.parameters())}
-            if weighted <= {family.blocks.rpartition(".")[2], *family.before, *family.after}:
-                return family, blocks
-    raise UnsupportedError(
-        f"streaming the architecture {type(model).__name__} (model type {model.config.model_type})",
-        "its blocks and what surrounds them are in no row of fewbit.model.families",
-        f"a decoder whose blocks are at one of {', '.join(sorted({family.blocks for family in FAMILIES}))}",
-    )
-
-
-def _surroundings(model: PreTrainedModel, family: Family) -> tuple[list[str], list[str]]:
-    """Paths that run before the blocks, and after them (the head last), of those that the model has."""
-    base = family.blocks.rpartition(".")[0]
-    present = dict(model.named_modules())
-    before = [path for name in family.before if (path := f"{base}.{name}") in present]
-    after = [path for name in family.after if (path := f"{base}.{name}") in present]
-    head = model.get_output_embeddings()
-    return before, after + [path for path, module in present.items() if module is head]
-
-
-def _head_of_embedding(model: PreTrainedModel) -> dict[str, str]:
-    """The head's weight and that of the embedding, which a checkpoint with both tied holds alone."""
-    names = {id(module): path for path, module in model.named_modules()}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
 
 
 def with_replaced(module: nn.Module, replaced: Mapping[str, nn.Module], path: str = "") -> nn.Module:

@@ -16,10 +16,14 @@
     transforms = ["rotate"]
 
 ``match`` is an exact name, a glob, ``re:`` and a regular expression (whole name), ``class:`` and a module class, or
-``kind:`` and one of linear, experts, embedding, head. A glob never reaches the embedding or the head: name them or
-their kind. ``format = "float"`` keeps a layer as it is. A scheme that names activations (``W8A8``) sets ``activation``
-too: the format that a layer's inputs are rounded to, token by token, while it runs; or, as ``W8A8_STATIC`` does, one
-grid for all tokens that an observer finds in calibration (``int8/static/asym/mse``, or ``.../percentile99.9``).
+``kind:`` and one of linear, experts, embedding, head, vision. A glob never reaches the embedding or the head: name them
+or their kind. ``vision`` are the linear layers of a vision-language model's tower and projector, which stay in float
+unless a rule names them: their kind, a name, a regular expression, or a glob that begins with where they are
+(``model.vision_tower.*``).
+
+``format = "float"`` keeps a layer as it is. A scheme that names activations (``W8A8``) sets ``activation`` too: the
+format that a layer's inputs are rounded to, token by token, while it runs; or, as ``W8A8_STATIC`` does, one grid for
+all tokens that an observer finds in calibration (``int8/static/asym/mse``, or ``.../percentile99.9``).
 ``transforms`` are done first, in order: names, or tables of a name and options, ``{ name = "smooth", alpha = 0.7 }``.
 ``tune``, written alike, is what the block learns once its layers are solved: ``["scales"]``. A rule that matches no
 layer is an error. Above the rules, ``model = "quarot"``, or such a table, says what is done to the model as a whole

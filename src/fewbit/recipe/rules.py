@@ -101,11 +101,12 @@ class Rule:
         if prefix == "re" and rest:
             return re.fullmatch(rest, name) is not None
         if prefix == "class" and rest:
-            return module_class == rest
+            return kind != "vision" and module_class == rest
         if prefix == "kind" and rest:
             return kind == rest
         if any(c in self.match for c in "*?["):
-            return kind not in ("embedding", "head") and fnmatchcase(name, self.match)
+            named = kind != "vision" or re.split(r"[*?[]", self.match)[0].count(".") > 1
+            return named and kind not in ("embedding", "head") and fnmatchcase(name, self.match)
         return name == self.match
 
     @staticmethod

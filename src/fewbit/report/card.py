@@ -28,11 +28,12 @@ def card(manifest: Mapping[str, Any], evaluation: Figures | None, source_card: s
         source_card: the README of the original, whose licence is inherited.
     """
     licence = licence_of(source_card)
+    sees = str(manifest["source"].get("architecture")).endswith("ForConditionalGeneration")
     parts = [
-        _front_matter(manifest, licence),
+        _front_matter(manifest, licence, "image-text-to-text" if sees else "text-generation"),
         f"# {_plain(short(str(manifest['source'].get('path', 'model'))))}, quantized with fewbit\n",
         _results(evaluation),
-        _loading(),
+        _loading(*(("ImageTextToText", "Processor") if sees else ("CausalLM", "Tokenizer"))),
         _making(manifest),
         _layers(manifest),
         _measuring(evaluation),
@@ -50,7 +51,7 @@ def licence_of(source_card: str | None) -> dict[str, str]:
     return {key: value.strip("\"'") for key, value in lines}
 
 
-def _front_matter(manifest: Mapping[str, Any], licence: Mapping[str, str]) -> str:
+def _front_matter(manifest: Mapping[str, Any], licence: Mapping[str, str], task: str) -> str:
     # JSON strings are YAML strings, so a hostile name cannot leave its quotes.
     source = str(manifest["source"].get("path", ""))
     formats = Counter(str(layer.get("format")) for layer in manifest.get("layers", []))
@@ -58,7 +59,7 @@ def _front_matter(manifest: Mapping[str, Any], licence: Mapping[str, str]) -> st
     if _HUB_ID.fullmatch(source):
         lines += [f"base_model: {json.dumps(source)}", "base_model_relation: quantized"]
     tags = ["fewbit", "quantized", *(name for name, _ in formats.most_common(3))]
-    lines += ["library_name: transformers", "pipeline_tag: text-generation", f"tags: {json.dumps(tags)}"]
+    lines += ["library_name: transformers", f"pipeline_tag: {task}", f"tags: {json.dumps(tags)}"]
     return "---\n" + "\n".join(lines) + "\n---\n"
 
 
@@ -72,15 +73,15 @@ def _results(evaluation: Figures | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _loading() -> str:
-    return """## How to load
+def _loading(kind: str, reader: str) -> str:
+    return f"""## How to load
 
 ```python
 import fewbit  # pip install fewbit
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelFor{kind}, Auto{reader}
 
-model = AutoModelForCausalLM.from_pretrained("this-folder")  # or fewbit.load("this-folder"), which checks every hash
-tokenizer = AutoTokenizer.from_pretrained("this-folder")
+model = AutoModelFor{kind}.from_pretrained("this-folder")  # or fewbit.load("this-folder"), which checks every hash
+{reader.lower()} = Auto{reader}.from_pretrained("this-folder")
 ```
 """
 

@@ -21,7 +21,7 @@ from fewbit.run.collect import drift, observe_probe, probe_through
 from fewbit.run.events import Event
 from fewbit.run.rewriting import as_run
 from fewbit.run.solve import Solved, Task, relative_error, repacked
-from fewbit.run.stages import check_ends, float_logits, run_stages, tail_sites, write_stage
+from fewbit.run.stages import check_ends, float_logits, load_tail, run_stages, tail_sites, write_stage
 from fewbit.run.state import Run
 from fewbit.run.tasks import block_sites, propagate
 from fewbit.run.whole import Found, Whole, stored
@@ -135,8 +135,7 @@ def _measured(run: Run, item: Solved, seen: dict[str, list[Tensor]]) -> Solved:
 def _tail(run: Run, solved: dict[str, Solved], found: Found, quantized: Tensor, floating: Tensor) -> dict[str, Any]:
     """The record of the last stage."""
     model, before, sites = run.model, run.journal.stages[-1], tail_sites(run)
-    for path in model.after:
-        model.load(path)
+    load_tail(run)
     logits = float_logits(run, floating)
     items = [solved[site.name] for site in sites if site.name in solved]
     for item in items:

@@ -16,7 +16,7 @@ from fewbit.core.method import Parts
 from fewbit.core.qtensor import storage, storage_bytes
 from fewbit.errors import SpecError, UnsupportedError, of_layer
 from fewbit.model.checkpoint import Checkpoint
-from fewbit.model.sites import Site
+from fewbit.model.sites import SEEING, Site
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import FLOAT, ModelStep, ModelTune, Recipe, Rule, Step
 from fewbit.run.effort import Text, estimate
@@ -159,8 +159,10 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
     if site.tied_to is not None:
         return Decision(site, None, "", 0, f"tied to {site.tied_to}: one matrix is stored for both")
     if rule is None or rule.format == FLOAT:
-        reason = "the recipe keeps it in float" if rule else "no rule of the recipe matches it"
+        unnamed = f"{SEEING}, and no rule names it" if site.kind == "vision" else "no rule of the recipe matches it"
+        reason = "the recipe keeps it in float" if rule else unnamed
         return Decision(site, None, "torch", weights * dtype.itemsize, reason)
+    _check_vision(site, rule)
     format = formats.parse(rule.format)
     grid = formats.parse(rule.activation) if rule.activation else None
     if site.kind == "head" and isinstance(grid, formats.Fixed) and not grid.bound:
@@ -234,6 +236,15 @@ def _check_terms(site: Site, rule: Rule) -> None:
         apart = methods.named(rule.method).parts is None
         missed = f"what is kept apart would miss the rounding to {rule.activation}"
         raise UnsupportedError(asked, missed if apart else "its parts would round their inputs each on its own", works)
+
+
+def _check_vision(site: Site, rule: Rule) -> None:
+    """Refuse what needs calibration for layers that see images: it is text, of which they are shown nothing."""
+    if site.kind == "vision" and rule.calibrated:
+        more = [step.name for step in (*rule.transforms, *rule.tunings())]
+        asked = f"{rule.format} by {' and '.join([rule.method, *more])} for {site.name}"
+        works = 'method rtn or hqq alone, or format "float", in a rule before with match = "kind:vision"'
+        raise UnsupportedError(asked, "it is of what sees images, and calibration is text", works)
 
 
 def _width(format: Format) -> float:

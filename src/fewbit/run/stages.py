@@ -105,9 +105,7 @@ def block_stage(run: Run, stage: int) -> dict[str, Any]:
 
 def tail_stage(run: Run) -> dict[str, Any]:
     """Quantize the head, write what is kept, and compare the two ends on the probe."""
-    model = run.model
-    for path in model.after:
-        model.load(path)
+    load_tail(run)
     last = run.hidden(run.stages - 2, "probe")
     floating = float_logits(run, last.read(1))
     sites = tail_sites(run)
@@ -119,8 +117,15 @@ def tail_stage(run: Run) -> dict[str, Any]:
 
 
 def tail_sites(run: Run) -> list[Site]:
-    """What the last stage solves."""
+    """What the last stage solves: the head, and what is quantized of what a vision-language model sees with."""
     return [site for site in run.model.sites if site.block is None and site.kind != "embedding"]
+
+
+def load_tail(run: Run) -> None:
+    """Make real what the last stage solves."""
+    quantized = {decision.site for decision in run.plan.decisions if decision.rule is not None}
+    for path in [*run.model.after, *(site.name for site in tail_sites(run) if site in quantized)]:
+        run.model.load(path)
 
 
 def float_logits(run: Run, hidden: Tensor) -> list[Tensor]:
@@ -209,7 +214,7 @@ def _kept(run: Run, stage: int, sites: list[Site]) -> dict[str, Tensor]:
     names += [site.parameter for site in sites if site in skipped]
     for name in names:
         if model.module.get_parameter(name).is_meta:
-            model.load(name.rpartition(".")[0])
+            model.load(name)
         tensor = model.module.get_parameter(name).detach()
         floating[name] = tensor.to(run.plan.kept_dtype).contiguous()
     return floating

@@ -183,9 +183,10 @@ class Whole:
     def _vectors(self) -> list[Member]:
         """Vectors that are stored in float, from the first block on."""
         found = []
+        reached = tuple(f"{path}." for path in (*self._model.blocks, *self._model.after))
         for name, _ in self._model.kept:
             parameter = self._model.module.get_parameter(name)
-            if parameter.ndim == 1 and not name.startswith(tuple(f"{path}." for path in self._model.before)):
+            if parameter.ndim == 1 and name.startswith(reached):
                 learner = FloatVector(parameter.detach(), self._run.plan.kept_dtype)
                 values = {key: array.clone() for key, array in learner.start.items()}
                 rate = self.options["lr"] or RATE

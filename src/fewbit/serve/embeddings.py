@@ -115,16 +115,18 @@ def embedder(folder: Path, words: Words) -> Embedder:
     Raises:
         InputError: there is none that transformers can load.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel
 
     from fewbit.integrations.load import load
+    from fewbit.model.classes import from_folder
 
     try:
         if (folder / M.NAME).is_file():
             model = load(folder)
+        elif is_encoder(folder):
+            model = AutoModel.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).eval()
         else:
-            kind = AutoModel if is_encoder(folder) else AutoModelForCausalLM
-            model = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).eval()
+            model = from_folder(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"the model in {folder}", " ".join(str(error).split())[:300]) from error
     limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
