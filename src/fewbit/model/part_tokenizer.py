@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from fewbit.errors import InputError
-from fewbit.model.tokenizer_file import Passed, read_whole
+from fewbit.model.tokenizer_file import Passed, pass_through, read_whole
 
 APART = b"\xff"
 """A byte that no text in UTF-8 has, between pieces."""
@@ -40,9 +41,9 @@ class PartTokenizer:
         model = passed.rest["model"] | {"vocab": passed.added}
         try:
             self.rest: Any = Tokenizer.from_str(json.dumps(passed.rest | {"model": model}))
-        except Exception as error:
-            raise ValueError(str(error)) from error
-        """All but the vocabulary; what is changed in it holds for every text."""
+            """All but the vocabulary; what is changed in it holds for every text."""
+        except Exception as error:  # the Rust tokenizers raise bare Exception
+            raise ValueError(f"reading {passed.file}: {error}") from error
         self._names = {number: content for content, number in passed.added.items()}
         self._special = {token.content for token in self.rest.get_added_tokens_decoder().values() if token.special}
 
@@ -100,8 +101,11 @@ class PartTokenizer:
         """The model of all that ``text`` can use; None where the package is to judge the file."""
         from tokenizers.models import BPE
 
-        used = self._used_by(self._pieces(text))
-        told = self._passed.rest["model"]
+        told, pieces = self._passed.rest["model"], self._pieces(text)
+        used = self._used_by(pieces)
+        lost = {ord(character) for piece in pieces for character in piece if character not in used}
+        if lost and not told.get("unk_token"):  # the package may leave those out, and join what is beside them
+            used = self._used_by([*pieces, *(piece.translate(dict.fromkeys(lost)) for piece in pieces)])
         names = ("unk_token", "fuse_unk", "byte_fallback", "ignore_merges")
         settings = {name: told[name] for name in names if told.get(name) is not None}
         try:
@@ -109,8 +113,8 @@ class PartTokenizer:
         except (OSError, ValueError, TypeError):
             return None
 
-    def _pieces(self, text: str) -> bytes:
-        """All pieces that the model would be given of ``text``."""
+    def _pieces(self, text: str) -> list[str]:
+        """What the model would be given of ``text``."""
         from tokenizers import pre_tokenizers
 
         own, listener = self.rest.pre_tokenizer, _Listener()
@@ -118,18 +122,29 @@ class PartTokenizer:
         self.rest.pre_tokenizer = listening if own is None else pre_tokenizers.Sequence([own, listening])
         self.rest.encode(text, add_special_tokens=False)
         self.rest.pre_tokenizer = own
-        return APART.join(piece.encode() for piece in listener.pieces)
+        return list(listener.pieces)
 
-    def _used_by(self, pieces: bytes) -> dict[str, int]:
+    def _used_by(self, pieces: list[str]) -> dict[str, int]:
         """Tokens that may be parts of ``pieces``, are for bytes, or for what is unknown, with their numbers."""
-        grams = {pieces[at : at + size] for size in range(1, GRAM + 1) for at in range(len(pieces))}
+        text = APART.join(piece.encode() for piece in pieces)
+        grams = {text[at : at + size] for size in range(1, GRAM + 1) for at in range(len(text))}
         unknown = (self._passed.rest["model"].get("unk_token") or "").encode()
-        found, names, begin = {}, self._passed.names, 0
+        found: dict[str, int] = {}
+        names, begin = self._passed.names, 0
         for token, end in enumerate(self._passed.ends):
             name, begin = names[begin:end], end
             if (name[:GRAM] in grams and name[-GRAM:] in grams) or name.startswith(BYTE) or name == unknown:
                 found[name.decode()] = token
         return found
+
+
+def open_part(file: Path) -> PartTokenizer | None:
+    """The tokenizer that ``file`` describes; None where the package is to read all of it."""
+    passed = pass_through(file)
+    try:
+        return None if passed is None else PartTokenizer(passed)
+    except ValueError:
+        return None
 
 
 class _Listener:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.containers.files import LARGEST_JSON, read_json, size_of
-from fewbit.model.part_tokenizer import PartTokenizer
-from fewbit.model.tokenizer_file import pass_through, read_whole
+from fewbit.model.part_tokenizer import open_part
+from fewbit.model.tokenizer_file import read_whole
 
 CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes of transformers that take ``tokenizer.json`` as it is; others build theirs from parts of it."""
@@ -27,8 +27,8 @@ class FileTokenizer:
     """As much of a tokenizer of transformers as is used here, by the same names."""
 
     def __init__(self, tokenizer: Any, config: dict[str, Any], template: str | None) -> None:
-        """``tokenizer``: of the package tokenizers, or a :class:`PartTokenizer`. ``config``: what
-        ``tokenizer_config.json`` holds."""
+        """``tokenizer``: of the package tokenizers, or a
+        :class:`fewbit.model.part_tokenizer.PartTokenizer`. ``config``: what ``tokenizer_config.json`` holds."""
         self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -58,8 +58,8 @@ class FileTokenizer:
 
 
 def open_tokenizer(folder: Path, once: bool = False) -> FileTokenizer | None:
-    """The tokenizer in ``folder``; None where it takes transformers to read it. ``once``: for one text, which takes less
-    time and memory; the second takes more of both. No two threads may ask such a one at a time.
+    """The tokenizer in ``folder``; None where it takes transformers to read it. ``once``: for one text, which takes
+    less time and memory; the second takes more of both. No two threads may ask such a one at a time.
 
     Raises:
         InputError, CorruptFileError: a file is no JSON object.
@@ -74,11 +74,9 @@ def open_tokenizer(folder: Path, once: bool = False) -> FileTokenizer | None:
     several = (folder / "additional_chat_templates").is_dir()
     if several or not isinstance(template, str | None) or not _plain(config) or size_of(file) > LARGEST_JSON:
         return None
-    passed = pass_through(file) if once else None
-    if passed is not None:
-        part = PartTokenizer(passed)
-        if _as_transformers(part.rest, config):
-            return FileTokenizer(part, config, template)
+    part = open_part(file) if once else None
+    if part is not None and _as_transformers(part.rest, config):
+        return FileTokenizer(part, config, template)
     whole = read_whole(file)
     return None if whole is None or not _as_transformers(whole, config) else FileTokenizer(whole, config, template)
 

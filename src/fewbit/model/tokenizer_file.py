@@ -11,7 +11,7 @@ import json
 import re
 from array import array
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,8 +67,8 @@ class Passed:
 
     file: Path
     rest: dict[str, Any]
-    names: bytes
-    ends: array[int]
+    names: bytes = field(repr=False)
+    ends: array[int] = field(repr=False)
     added: dict[str, int]
     at: int
 
