@@ -67,11 +67,19 @@ def spaced() -> Tokenizer:
     return learned(tokenizer, limit_alphabet=30)
 
 
+def unknown() -> Tokenizer:
+    """One of the vocabulary's own tokens stands for what is unknown."""
+    whole = json.loads(spaced().to_str())
+    whole["model"]["unk_token"] = "e"
+    return Tokenizer.from_str(json.dumps(whole))
+
+
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     "bytes": byte_level,
     "whole words": lambda: byte_level(ignore_merges=True),
     "fallback": fallback,
     "spaced": spaced,
+    "unknown": unknown,
 }
 Pair = tuple[Any, tokenizer_file.Passed]
 
@@ -139,7 +147,8 @@ def test_a_file_is_cut_between_its_members(
     vocabulary, merges = {**whole["model"]["vocab"]}, whole["model"]["merges"]
     first = len(vocabulary)
     for name in odd:
-        vocabulary |= {name: len(vocabulary), name * 2: len(vocabulary) + 1}
+        for new in (name, name * 2):
+            vocabulary.setdefault(new, len(vocabulary))
         merges += [] if " " in name else [[name, name]]
     for token in whole["added_tokens"]:
         token["id"] += len(vocabulary) - first if token["id"] >= first else 0
@@ -170,6 +179,7 @@ def changed(file: Path, **parts: Any) -> Any:
         {"vocab": {"a": 1, "b": 2}},
         {"vocab": [["a", 0.5]]},
         {"later": 1},
+        {"unk_token": "<nowhere>"},
         {"added_tokens": [{"id": 5000, "content": "<x>"}]},
         {"added_tokens": [{"id": 700, "content": ""}]},
         {"added_tokens": None},

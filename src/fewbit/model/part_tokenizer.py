@@ -9,6 +9,7 @@ with one of them, can be left out: the rest keep their order, and the package fi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -103,9 +104,10 @@ class PartTokenizer:
 
         told, pieces = self._passed.rest["model"], self._pieces(text)
         used = self._used_by(pieces)
-        lost = {ord(character) for piece in pieces for character in piece if character not in used}
-        if lost and not told.get("unk_token"):  # the package may leave those out, and join what is beside them
-            used = self._used_by([*pieces, *(piece.translate(dict.fromkeys(lost)) for piece in pieces)])
+        lost = "".join({character: "" for piece in pieces for character in piece if character not in used})
+        if lost:  # the package may join what is beside those, or one token for them with it
+            some = re.compile(f"[{re.escape(lost)}]{'+' if told.get('fuse_unk') else ''}")
+            used = self._used_by([*pieces, *(some.sub(lambda _: told.get("unk_token") or "", one) for one in pieces)])
         names = ("unk_token", "fuse_unk", "byte_fallback", "ignore_merges")
         settings = {name: told[name] for name in names if told.get(name) is not None}
         try:

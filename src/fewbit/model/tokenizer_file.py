@@ -63,7 +63,7 @@ def lean(text: bytes) -> bytes:
 class Passed:
     """A byte-pair encoding as :func:`pass_through` finds it. ``rest``: the whole file but for vocabulary and merges,
     which are empty there. Token ``n`` is ``names[ends[n - 1]:ends[n]]``, UTF-8. ``added``: the number of each token
-    that ``rest`` adds. Merges begin at ``at`` in ``file``."""
+    that ``rest`` adds, and of that for what is unknown. Merges begin at ``at`` in ``file``."""
 
     file: Path
     rest: dict[str, Any]
@@ -170,7 +170,8 @@ def _passed(file: Path, opened: BinaryIO) -> Passed:
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ValueError("marks on parts of words")
     contents = [token["content"] for token in rest["added_tokens"]]
-    wanted, known = set(contents), {}
+    unknown = model.get("unk_token")
+    wanted, known = {*contents, unknown}, {}
     names, ends = bytearray(), array("I")
     for part in window.members(b"{%b}", _MERGES, b","):
         if list(part.values()) != list(range(len(ends), len(ends) + len(part))):
@@ -183,6 +184,8 @@ def _passed(file: Path, opened: BinaryIO) -> Passed:
     known.update(zip(lacking, range(len(ends), len(ends) + len(lacking)), strict=True))  # the package counts on
     if any(known[token["content"]] != token["id"] for token in rest["added_tokens"]) or "" in wanted:
         raise ValueError("added tokens by other numbers")
+    if unknown is not None and unknown not in known:
+        raise ValueError("no token for what is unknown")
     at = window.place()
     opened.seek(max(opened.seek(0, 2) - 64, 0))
     if not _END.search(opened.read()):
