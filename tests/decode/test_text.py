@@ -59,7 +59,7 @@ def test_a_streamed_text_is_the_whole_text(kind: str, before: str, text: str, re
 
 
 @pytest.mark.parametrize("kind", ["words", "pieces"])
-@given(text=TEXTS.filter(bool))
+@given(text=TEXTS.filter(lambda text: text and "s>" not in text))  # special tokens are left out of a text
 @settings(deadline=None, max_examples=200)
 def test_bytes_of_tokens_make_the_text(kind: str, text: str, request: pytest.FixtureRequest) -> None:
     """Whatever parts of characters a token holds; SentencePiece puts a space before the first word."""
