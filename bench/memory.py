@@ -7,7 +7,8 @@
 
 ``make`` writes a random Llama in float32, shard by shard; ``run`` quantizes it with GPTQ and prints its size, the peak
 memory of the process, and the limit of its cgroup when there is one. ``generate`` lets ``fewbit generate`` add two
-tokens with what ``fewbit quantize`` wrote, once to make the image and once from it, and prints the peak of the second.
+tokens with what ``fewbit quantize`` wrote, once to make the image and once from it, and prints the peak of the second
+and its processor time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -127,12 +129,15 @@ def generate(folder: Path) -> None:
     command = [sys.executable, "-c", WATCHED, "generate", str(folder), "--prompt", "Once upon", "-n", "2"]
     command += ["--threads", "1", "--activation", "int8/channel"]
     for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         ended = subprocess.run(command, check=True, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     peak = int(re.findall(r"^peak (\d+)$", ended.stderr, re.MULTILINE)[-1])
     image = max((folder / ".fewbit").glob("engine-int8-channel-*.bin"), key=lambda path: path.stat().st_mtime)
     size = image.stat().st_size
     row = {"peak_MiB": peak / 2**20, "image_MiB": size / 2**20, "beside_it_MiB": (peak - size) / 2**20}
-    print(json.dumps({name: round(value, 1) for name, value in row.items()}))
+    print(json.dumps({name: round(value, 1) for name, value in row.items()} | {"processor_s": round(seconds, 2)}))
 
 
 def main() -> None:

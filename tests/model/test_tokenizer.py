@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from fewbit.model.tokenizer import lean
+from fewbit.model.tokenizer_file import lean
 
 SYMBOLS = ["a", "b", "c", "#", '"', "\\", "é", "\u2581", "[", "]", ","]
 PAIRS = [["a", "b"], ["ab", "c"], ["#", "#"], ['"', "\\"], ["é", "\u2581"], ["[", "]"], ["]", ","]]

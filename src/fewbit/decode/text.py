@@ -6,13 +6,14 @@ from __future__ import annotations
 import ctypes as C
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fewbit.containers.files import read_json
 from fewbit.decode.templates import Templates
 from fewbit.errors import InputError
-from fewbit.model.tokenizer import open_tokenizer
+from fewbit.model.tokenizer import FileTokenizer, open_tokenizer
 
 REPLACEMENT = "�"
 """What decoders write for bytes that are no character, or not yet."""
@@ -104,8 +105,8 @@ class Words:
         self.tokenizer, self._templates = tokenizer, templates or Templates()
         own = tokenizer.eos_token_id
         self.ends = frozenset(ends) | (frozenset() if own is None else {int(own)})
-        self._before = [int(token) for token in tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]]
-        self.encode("a")  # switches off truncation that a file may ask for: later, threads only read the tokenizer
+        if not isinstance(tokenizer, FileTokenizer):
+            self.encode("a")  # switches off truncation that a file may ask for: later, threads only read the tokenizer
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt, with those that the tokenizer begins every text with.
@@ -118,6 +119,10 @@ class Words:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text; special tokens are left out, and so are numbers that the tokenizer has no text for."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    @cached_property
+    def _before(self) -> list[int]:
+        return [int(token) for token in self.tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]]
 
     def bytes_of(self, token: int) -> bytes:
         """What one token, special or not, adds to a text that it does not begin: UTF-8, or a part of a character."""
@@ -190,8 +195,9 @@ ALPHABET = _alphabet()
 """Of byte-level vocabularies."""
 
 
-def words_of(folder: Path) -> Words:
-    """The tokenizer in ``folder``, ends by ``generation_config.json`` and ``config.json``.
+def words_of(folder: Path, once: bool = False) -> Words:
+    """The tokenizer in ``folder``, ends by ``generation_config.json`` and ``config.json``. ``once``: for one prompt, as
+    :func:`fewbit.model.tokenizer.open_tokenizer` has it.
 
     Raises:
         InputError: there is none, or it cannot be read.
@@ -201,7 +207,7 @@ def words_of(folder: Path) -> Words:
         if not folder.is_dir():
             found, works = "there is no such folder", "a folder that `fewbit quantize` wrote works"
         raise InputError(f"the tokenizer of {folder}", found, works)
-    own = open_tokenizer(folder)
+    own = open_tokenizer(folder, once)
     if own is not None:
         give_back()
         return Words(own, ends_of(folder))

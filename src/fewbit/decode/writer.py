@@ -40,7 +40,7 @@ class Writer:
         context: int | None = None,
         threads: int | None = None,
     ) -> None:
-        self.words = words_of(given.place("the model", folder))
+        self.words = words_of(given.place("the model", folder), once=True)
         self.engine: Engine = open_engine(
             folder, activation=activation, kv=kv, sequences=1, context=context, threads=threads
         )

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fewbit.containers.files import LARGEST_JSON, read_json, size_of
+from fewbit.model.part_tokenizer import open_part
+from fewbit.model.tokenizer_file import read_whole
 
 CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes of transformers that take ``tokenizer.json`` as it is; others build theirs from parts of it."""
@@ -20,15 +21,14 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 CHANGING = ("add_bos_token", "add_eos_token", "split_special_tokens", "added_tokens_decoder", "fix_mistral_regex")
 """Settings beside the file by which transformers would change what it says."""
 TEMPLATE = "chat_template.jinja"
-_BEGIN = re.compile(rb'"merges"\s*:\s*\[\s*(?=\[)')
-_PAIR = re.compile(rb'\[\s*"((?:[^"\\]|\\.)*)"\s*,\s*"((?:[^"\\]|\\.)*)"\s*\]\s*(,?)\s*')
 
 
 class FileTokenizer:
     """As much of a tokenizer of transformers as is used here, by the same names."""
 
     def __init__(self, tokenizer: Any, config: dict[str, Any], template: str | None) -> None:
-        """``tokenizer``: of the package tokenizers. ``config``: what ``tokenizer_config.json`` holds."""
+        """``tokenizer``: of the package tokenizers, or a
+        :class:`fewbit.model.part_tokenizer.PartTokenizer`. ``config``: what ``tokenizer_config.json`` holds."""
         self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -57,8 +57,9 @@ class FileTokenizer:
         return found
 
 
-def open_tokenizer(folder: Path) -> FileTokenizer | None:
-    """The tokenizer in ``folder``; None where it takes transformers to read it.
+def open_tokenizer(folder: Path, once: bool = False) -> FileTokenizer | None:
+    """The tokenizer in ``folder``; None where it takes transformers to read it. ``once``: for one text, which takes
+    less time and memory; the second takes more of both. No two threads may ask such a one at a time.
 
     Raises:
         InputError, CorruptFileError: a file is no JSON object.
@@ -73,48 +74,19 @@ def open_tokenizer(folder: Path) -> FileTokenizer | None:
     several = (folder / "additional_chat_templates").is_dir()
     if several or not isinstance(template, str | None) or not _plain(config) or size_of(file) > LARGEST_JSON:
         return None
-    tokenizer = _read(file)
-    if tokenizer is None:
-        return None
+    part = open_part(file) if once else None
+    if part is not None and _as_transformers(part.rest, config):
+        return FileTokenizer(part, config, template)
+    whole = read_whole(file)
+    return None if whole is None or not _as_transformers(whole, config) else FileTokenizer(whole, config, template)
+
+
+def _as_transformers(tokenizer: Any, config: dict[str, Any]) -> bool:
+    """Whether transformers would use ``tokenizer`` as it is after this, which may set how spaces are put."""
     if config["tokenizer_class"] == LLAMA and not _as_llama(tokenizer, config):
-        return None
+        return False
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    if tokenizer.post_processor is None or not special.issuperset(_special(config)):
-        return None
-    return FileTokenizer(tokenizer, config, template)
-
-
-def _read(file: Path) -> Any:
-    """The tokenizer of the package tokenizers that ``file`` describes; None where that cannot read it."""
-    from tokenizers import Tokenizer
-
-    found = file.read_bytes()
-    for text in (lean(found), found):
-        try:
-            return Tokenizer.from_buffer(text)
-        except Exception:
-            continue
-    return None
-
-
-def lean(text: bytes) -> bytes:
-    """``tokenizer.json`` with each merge as one string and not as a list of two, where all can be: as it was written
-    before, in which the package tokenizers takes half of the memory to read it. The tokenizer is the same.
-
-    >>> lean(b'{"vocab": {"a": 0}, "merges": [["a", "b"], ["ab", "c"]]}')
-    b'{"vocab": {"a": 0}, "merges": ["a b","ab c"]}'
-    """
-    found = _BEGIN.search(text)
-    if found is None:
-        return text
-    at, merges, count = found.end(), bytearray(), 0
-    while pair := _PAIR.match(text, at):
-        merges += b'"%b %b"%b' % pair.groups()
-        at, count = pair.end(), count + 1
-    # A comment, and a token with a space in it, which may be an escape: those cannot be told from another merge.
-    if text[at : at + 1] != b"]" or merges.count(b" ") != count or b'"#version' in merges or b"\\u0020" in merges:
-        return text
-    return b"".join((text[: found.end()], merges, text[at:]))
+    return tokenizer.post_processor is not None and special.issuperset(_special(config))
 
 
 def _plain(config: dict[str, Any]) -> bool:
