@@ -53,9 +53,10 @@ WEIGHED: dict[str, dict[str, Any]] = {
     "skm": {"method": "skm"},
     "skm, drawn": {"method": "skm", "loss": "classes"},
     "squeezellm": {"method": "squeezellm"},
+    "squeezellm, drawn": {"method": "squeezellm", "loss": "classes"},
 }
 """What k-means weighs weights by: nothing, E[x^2], the Fisher diagonal by labels of the training or by drawn ones, and
-that beside few weights in 16 bits."""
+both beside few weights in 16 bits."""
 VISION: list[tuple[str, str | Recipe, dict[str, Any]]] = [
     ("W8A8, one scale a window", "W8A8", {}),
     *((f"W8A8_STATIC, {name}", static(name), {}) for name in STATIC),

@@ -185,12 +185,22 @@ def test_compare(quantized: Path, command: Command) -> None:
     assert rows[0]["format"] == "int4/g32/asym" and rows[0]["method"] == "gptq"
 
 
+def test_a_report_of_what_nobody_measured_is_refused(quantized: Path, command: Command, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(quantized, bare)
+    (bare / "evaluation.json").unlink(missing_ok=True)
+    result = command("compare", bare, bare, "--report", tmp_path / "report.html")
+    assert result.exit_code == 3 and "fewbit eval" in result.stderr, result.stderr
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_bench_keys(quantized: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, least in (("SLICE", 0.001), ("COPIES", 2)):  # keys and ratios, not figures that hold
         monkeypatch.setattr(bench, name, least)
-    result = command("bench", quantized, "--tokens", 4, "--prompt-tokens", 8, "--batch", 1, "--json", "-")
+    result = command("bench", quantized, "--tokens", 4, "--prompt-tokens", 1 << 20, "--batch", 1, "--json", "-")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
+    assert 0 < found["prompt_tokens"] < 1 << 20 and f"a prompt of {found['prompt_tokens']} tokens" in result.stderr
     assert found["prefill_tokens_per_s"] > 0 and found["decode_tokens_per_s"] > 0
     assert found["engine"] == ("native" if native.available() else "transformers")
     row = found["kernels"][0]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fewbit import network
-from fewbit.errors import InputError
+from fewbit.errors import InputError, SpecError
 from fewbit.model.convolution import QuantConv2d
 from fewbit.model.layers import QuantLinear
+from fewbit.network import feeding
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -43,14 +45,69 @@ def test_inputs_that_do_not_run_are_refused_in_words(inputs: Any, match: str, se
         network.quantize(conv(), "W8A8_STATIC", inputs, sequential=sequential)
 
 
+class Failing(nn.Sequential):
+    """Two convolutions; ``asking`` what torch is asked for on the way, which fails."""
+
+    def __init__(self, asking: Callable[[], Any]) -> None:
+        super().__init__(*conv())
+        self.asking = asking
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        self.asking()
+        return y
+
+
+def no_gpu_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_only_what_the_network_does_is_an_error_of_its_inputs(
+    sequential: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quantize(made: nn.Module) -> None:
+        network.quantize(made, "W8A8_STATIC", [X], sequential=sequential)
+
+    with pytest.raises(InputError, match="size of tensor a"):
+        quantize(Failing(lambda: X + X[:, :3]))
+    with pytest.raises(torch.OutOfMemoryError):
+        quantize(Failing(no_gpu_memory))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        quantize(Failing(lambda: torch.empty(1 << 50)))
+
+    def broken(*_: Any) -> None:
+        torch.zeros(2) + torch.zeros(3)
+
+    monkeypatch.setattr(feeding.Wanted, "look", broken)
+    with pytest.raises(RuntimeError, match="size of tensor a"):
+        quantize(conv())
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("shape", [(4, 13), (4, 12), (4, 48), ()])
+def test_inputs_of_another_width_are_refused_in_words(shape: tuple[int, ...], fold: bool, sequential: bool) -> None:
+    """By the layer, whatever is looked at in its inputs before it runs."""
+    made = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 8))
+    x = torch.ones(4, 24)
+    with pytest.raises(InputError, match=r"running a Sequential on a batch of \("):
+        network.quantize(made, "int4/g8", [x, torch.ones(shape)], method="gptq", sequential=sequential, fold=fold)
+    wide = torch.ones(2, 9, 8, 8)
+    with pytest.raises(InputError, match=r"batch of \(2, 9, 8, 8\).*to have 4 channels"):
+        network.quantize(conv(), "int4/channel", [X, wide], method="gptq", sequential=sequential, fold=fold)
+
+
 def test_what_is_no_network_recipe_or_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"torch\.nn\.Module"):
         network.quantize(3, "W8A8", [X])  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"a layer by itself.*Sequential"):
         network.quantize(nn.Conv2d(4, 8, 3), "W8A8", [X])
     for wrong in (None, {"rule": []}):
-        with pytest.raises(InputError, match=r"Recipe\.from_dict"):
+        with pytest.raises(SpecError, match=r"Recipe\.from_dict"):
             network.quantize(conv(), wrong, [X])  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="seed; it is of type str: 'a'; a whole number"):
+        network.quantize(conv(), "W8A8", [X], seed="a")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"network\.quantize returned"):
         network.save(conv(), tmp_path / "out")  # type: ignore[arg-type]
 

@@ -62,6 +62,6 @@ def tables(found: Allocation) -> list[Any]:
     headers = ("all layers", "true bits", "expected KL", "measured KL")
     kept = headers if found.measured is not None else headers[:3]
     return [
-        table(("layers", *names, "true bits", "of expected KL"), rows),
+        table(("layers", *(name.replace(":", " ") for name in names), "true bits", "of expected KL"), rows),
         table(kept, [row[: len(kept)] for row in whole]),
     ]

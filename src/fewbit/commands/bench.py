@@ -87,16 +87,19 @@ def run(
     write_json(json_target, found)
     for shown in tables(found):
         results(json_target).print(shown)
+    if found["prompt_tokens"] < prompt:
+        err().print(f"note: the context has room for a prompt of {found['prompt_tokens']} tokens, not {prompt}")
     warn(rows)
 
 
 def decode_speed(engine: Engine, tokens: int, prompt: int) -> dict[str, Any]:
-    """Which engine runs, and its tokens a second: of a prompt read at once, and of ``tokens`` greedy ones after it. The
-    median of three, after one that is not counted.
+    """Which engine runs, and its tokens a second: of a prompt read at once, at most as long as there is room for,
+    and of ``tokens`` greedy ones after it. The median of three, after one that is not counted.
 
     Raises:
-        InputError: the context has no room for that many.
+        InputError: the context has no room for ``tokens`` after one of the prompt.
     """
+    prompt = max(1, min(prompt, engine.context - tokens))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, engine.vocab_size, (prompt,), generator=generator).tolist()
     runs = [_timed(engine, ids, tokens) for _ in range(4)][1:]

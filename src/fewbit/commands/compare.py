@@ -10,6 +10,7 @@ from typing import Any
 
 from fewbit.commands.console import err, results, table, write_json
 from fewbit.containers import files, manifest
+from fewbit.errors import InputError
 from fewbit.report import numbers as N
 from fewbit.report.rows import comparable, procedure
 from fewbit.report.write import EVALUATION, write_comparison
@@ -34,17 +35,20 @@ def run(folders: list[Path], json_target: str | None, report: Path | None) -> No
     """One row a folder, in the order given.
 
     Raises:
-        InputError: a folder holds no manifest.
+        InputError: a folder holds no manifest, or there is nothing for a report.
     """
     found = [row(folder) for folder in folders]
     measured = [files.read_json(folder / EVALUATION) for folder in folders if (folder / EVALUATION).is_file()]
+    if report is not None and not measured:
+        raise InputError(f"the report {report}", "none of these folders was measured", "`fewbit eval OUT` measures one")
     problem = comparable(list(measured))
     write_json(json_target, {"rows": found, "warning": problem})
     if report is not None:
         write_comparison(report, measured)
     results(json_target).print(table(HEADERS, [cells(one) for one in found]))
     if len(measured) < len(folders):
-        err().print("note: a dash was not measured; `fewbit eval OUT` measures it", markup=False)
+        left = ", and folders without measurements are not in the report" if report is not None else ""
+        err().print(f"note: a dash was not measured; `fewbit eval OUT` measures it{left}", markup=False)
     if problem is not None:
         err().print(f"warning: {problem}", markup=False)
 

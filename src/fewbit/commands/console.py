@@ -79,7 +79,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], title: str | No
     made = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, title_style="bold")
     for index, header in enumerate(headers):
         numeric = bool(listed) and all(_number(row[index]) for row in listed)
-        made.add_column(header, justify="right" if numeric else "left", overflow="fold")
+        made.add_column(_Cell(header), justify="right" if numeric else "left", overflow="fold")
     for row in listed:
         made.add_row(*map(_Cell, row))
     return made

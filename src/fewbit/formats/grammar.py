@@ -28,8 +28,8 @@ GRAMMAR: tuple[tuple[str, str], ...] = (
         "group 64 unless said; dq codes the scales (double quantization)",
     ),
     ("sign | ternary [/g{N} | /channel]", "group 128 unless said"),
-    ("mxfp4[/g32]", ""),
-    ("nvfp4[/g16]", ""),
+    ("mxfp4[/g32]", "4-bit floats (E2M1) in groups of 32, the only size, under a power of two (OCP Microscaling)"),
+    ("nvfp4[/g16]", "the same in groups of 16, under 8-bit float scales (E4M3) and one float32 scale a tensor"),
     (
         f"palette{{{','.join(map(str, WIDTHS))}}}[/rows{{N}} | /row][/lut8][/g{{N}} | /channel]",
         "one table a tensor unless said a group of rows or a row, of float16 unless said of int8; no scales unless "

@@ -23,6 +23,7 @@ from typing import Any
 from torch import nn
 
 from fewbit import formats, methods
+from fewbit.core import given
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.formats.fixed import Fixed
 from fewbit.model.convolution import window_of
@@ -62,8 +63,7 @@ def quantize(
     seed: int = 0,
     inplace: bool = False,
 ) -> Quantized:
-    """A copy of ``network`` for evaluation, or itself, its convolutions and linear layers in few bits, its products of
-    activations (:class:`Product`) in integers.
+    """A copy of ``network`` for evaluation, or itself: layers in few bits, products (:class:`Product`) in integers.
 
     Args:
         recipe: a format (``"int4/channel"``), a scheme (``"W8A8"``, ``"W8A8_STATIC"``), or a :class:`fewbit.Recipe`,
@@ -84,39 +84,37 @@ def quantize(
             biases corrected, but no layer is quantized.
 
     Raises:
-        SpecError: a rule matches no layer, or nothing would be quantized.
+        SpecError: a rule matches no layer, or nothing would be quantized; an argument is of another kind.
         InputError: data is needed and there is none, or a layer's inputs hold NaN; the message names it.
         UnsupportedError: a layer cannot be done as asked.
     """
-    _refuse(chosen := recipe_chosen(_checked(network, recipe), method, FLOAT, options, transforms, tune, activation))
+    _check_kinds(network, seed)
+    _refuse(chosen := recipe_chosen(recipe, method, FLOAT, options, transforms, tune, activation))
     batches, known = batches_of(inputs), Loss.of(loss, labels)
     rules, products, skipped = _decide(network, chosen, bool(batches))
     _need_data(rules, products, correct_bias or sequential, batches)
     asking, told = _need_loss(rules, known, batches)
     made = without_shortcuts(network if inplace else copy.deepcopy(network)).eval()
     folded = fold_norms(made, batches[0]) if fold and batches else {}
-    skipped = [left for left in skipped if left["name"] not in folded]
     teacher = copy.deepcopy(made) if any(rule.tunings() for rule in (rules | products).values()) else made
-    mode = solving.sequential if sequential else solving.independent
     weighed = sensitivity(made, asking, batches, known, seed) if known is not None and asking else {}
-    solved, grids = mode(made, rules, products, batches, weighed, correct_bias, seed)
+    solve = solving.sequential if sequential else solving.independent
+    solved, grids = solve(made, rules, products, batches, weighed, correct_bias, seed)
     rounded = {side: rule for name, rule in products.items() for side in solving.operands(name)}
     solved, grids = distill(teacher, made, solved, rounded, grids, batches, seed)
     layers, records = _replace(made, solved, products, grids)
+    skipped = [left for left in skipped if left["name"] not in folded]
     return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records, told)
 
 
-def _checked(network: Any, recipe: Any) -> str | Recipe:
-    """``recipe``; refuses what is none, or no network."""
+def _check_kinds(network: Any, seed: Any) -> None:
+    """Refuse what is no network, or no seed."""
     if not isinstance(network, nn.Module):
         raise InputError(f"quantizing a {type(network).__name__}", "it is no torch.nn.Module", "the network itself")
     if type(network) in (*solving.SITES, Product):
         found = "it is a layer by itself, and would have to be replaced in what holds it"
         raise InputError(f"quantizing a {type(network).__name__}", found, "torch.nn.Sequential(layer)")
-    if not isinstance(recipe, (str, Recipe)):
-        works = 'a format or scheme, such as "W8A8_STATIC", or fewbit.Recipe.from_dict({"rule": [...]})'
-        raise InputError(f"a {type(recipe).__name__} as the recipe of a network", "it is none", works)
-    return recipe
+    given.kind("seed", seed, int, "a whole number")
 
 
 def _refuse(recipe: Recipe) -> None:

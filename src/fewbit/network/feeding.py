@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,6 +33,8 @@ STRIP = 1 << 22
 """Elements of windows that are looked at at a time: 16 MiB of float32."""
 SHOWN = 256
 """Inputs of a layer that its error is measured on."""
+HANDING_ON = ("fewbit.network.inline", "fewbit.model.product")
+"""Modules of ours that do no more than what the network asks for itself."""
 
 
 def batches_of(inputs: Any) -> list[Batch]:
@@ -59,7 +63,8 @@ def call(network: nn.Module, batch: Batch) -> Any:
     """As :func:`feed`, with gradients.
 
     Raises:
-        InputError: the network cannot be run on ``batch``; it says what torch says.
+        InputError: the network cannot be run on ``batch``; it says what torch says. What fails in code of ours, and
+            want of memory, is raised as it is.
     """
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
 
@@ -71,10 +76,23 @@ def call(network: nn.Module, batch: Batch) -> Any:
     try:
         return network(*map(cast, given), **({key: cast(value) for key, value in batch.items()} if named else {}))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if not _of_network(error):
+            raise
         shapes = [str(tuple(x.shape)) for x in (batch.values() if named else given) if isinstance(x, Tensor)]
         what = f"running a {type(network).__name__} on a batch of {', '.join(shapes) or 'no tensor'}"
         found = str(error).partition("\n")[0]
         raise InputError(what, found, "batches as its forward takes them: check network(batch)") from error
+
+
+def _of_network(error: Exception) -> bool:
+    """Whether the network itself raised ``error``, which :func:`call` caught: no code of ours was on the way, and
+    memory was not what was missing."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # of GPUs, of CPUs
+        return False
+    assert error.__traceback__ is not None
+    frames = traceback.walk_tb(error.__traceback__.tb_next)
+    names = {frame.f_globals.get("__name__", "") for frame, _ in frames}.difference(HANDING_ON)
+    return not any(name.partition(".")[0] == "fewbit" for name in names)
 
 
 @dataclass
@@ -111,6 +129,15 @@ class Wanted:
         """Facts of all groups' inputs together, and (tokens, columns) of those shown, none where groups differ."""
         whole = self.window is None or self.window.groups == 1
         return self.accumulator.facts(), torch.cat(self.shown) if self.shown and whole else torch.zeros(0, self.columns)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x has the shape of the layer's inputs; a range is of any."""
+        if self.range:
+            return True
+        if self.window is None:
+            return x.dim() > 0 and x.shape[-1] == self.columns
+        channels = self.total.numel() // math.prod(self.window.size)
+        return x.shape[1] == channels and min(self.window.out(x)) > 0
 
     def look(self, x: Tensor) -> None:
         """At one batch's inputs, as the module gets them."""
@@ -161,6 +188,8 @@ def look(network: nn.Module, batches: Iterable[Batch], wanted: Mapping[str, Want
         if wanted[name].window is not None and x.dim() != 4:
             found = f"they are of shape {tuple(x.shape)}"
             raise InputError(f"inputs of {name}", found, "(images, channels, height, width), one image is a batch of 1")
+        if not wanted[name].takes(x):
+            return  # the layer itself says what it minds
         with of_layer(name):
             wanted[name].look(x)
         left[name] -= 1

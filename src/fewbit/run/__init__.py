@@ -98,7 +98,7 @@ def quantize(
         planned = _planned(checkpoint, streamed, chosen, Text(samples, context, BATCH_TOKENS), force, tell)
         _check(streamed, planned, chosen, device, facts, correct_bias)
         words, products = checkpoint.words(), O.products(calibration_dtype)
-        data, whole = _calibration(checkpoint, words, chosen, correct_bias, calibration, samples, context, seed, tell)
+        data, whole = _texts(checkpoint, words, chosen, correct_bias, facts, calibration, samples, context, seed, tell)
         kept, data = from_facts.read(facts, checkpoint, planned, data, calibration is not None)
         fingerprint = _fingerprint(checkpoint, chosen, data, whole, seed, products, kept, device, correct_bias)
         if (finished := _finished(target, fingerprint, tell)) is not None:
@@ -230,19 +230,23 @@ def _fingerprint(
     }
 
 
-def _calibration(
+def _texts(
     checkpoint: Checkpoint,
     words: Any,
     recipe: Recipe,
     correct_bias: bool,
+    facts: str | Path | None,
     source: str | Path | None,
     samples: int,
     context: int,
     seed: int,
     tell: Progress,
 ) -> tuple[Calibration | None, Calibration | None]:
-    """Text for the methods, transforms and tunings that need it, None when nothing does: ``samples`` windows for
-    blocks; and all that the whole model learns from, of which these are some, from all over."""
+    """Text for the methods, transforms and tunings that need it, None when nothing does, or ``facts`` stand for it and
+    no text is named: ``samples`` windows for blocks; and all that the whole model learns from, of which these are some,
+    from all over."""
+    if facts is not None and source is None and recipe.end is None:
+        return None, None
     if not any(rule.calibrated for rule in recipe.rules) and not recipe.learns and not correct_bias:
         if source is not None:
             tell(Event("note", message=f"the calibration text {source} is not used: nothing in the recipe needs data"))

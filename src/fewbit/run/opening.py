@@ -46,7 +46,8 @@ def chosen(
     Raises:
         SpecError: a recipe is given and something beside it that it names itself, or an argument is of another kind.
     """
-    given.kind("what to quantize to", recipe, (str, Recipe), "a format such as 'int4/g64', or a fewbit.Recipe")
+    works = "a format such as 'int4/g64', or a fewbit.Recipe, such as Recipe.from_dict({'rule': [...]})"
+    given.kind("what to quantize to", recipe, (str, Recipe), works)
     given.kind("head", head, str, "a format such as 'int8/g64', or 'float'")
     given.optional("options", options, dict, "names and values of the method's options")
     for name, entries in (("transforms", transforms), ("tune", tune)):
