@@ -68,6 +68,14 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
         Seen.of(torch.tensor([1.0, bad, 2.0]))
 
 
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1.0, 1e20, 1e37])
+def test_bins_are_those_of_float64_at_any_size(size: float) -> None:
+    x = torch.cat([torch.randn(500, generator=torch.Generator().manual_seed(1)) * size, torch.tensor([-1e-45, 1e-45])])
+    seen = Seen.of(x)
+    wanted = np.floor(x.double().numpy() / seen.width).astype(np.int64) - seen.first
+    assert seen.counts.tolist() == np.bincount(wanted).tolist()
+
+
 def test_nothing_and_zeros_and_one_number() -> None:
     for seen in (Seen.none(), Seen.of(torch.zeros(9)), Seen.of(torch.zeros(0)).merge(Seen.of(torch.zeros(1)))):
         for observer in O.OBSERVERS:

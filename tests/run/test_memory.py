@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was freed leaves the process."""
+"""What was freed stays while it is used again, and leaves the process where it is much."""
 
 import platform
 import subprocess
@@ -23,6 +23,32 @@ kept = resident() - before
 give_back()
 print(kept, resident() - before)
 """
+
+BATCHES = """
+import resource, torch
+from threading import Thread
+from fewbit.run.memory import keep
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def batches(number):
+    for _ in range(number):
+        [torch.ones(1 << 20) for _ in range(8)]
+keep() if KEEP else None
+before = faults()
+worker = Thread(target=batches, args=(20,))
+worker.start()
+worker.join()
+print((faults() - before) * resource.getpagesize() >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps such pools")
+def test_blocks_of_a_batch_are_kept_from_the_first_on() -> None:
+    def faulted(keep: bool) -> int:
+        text = BATCHES.replace("KEEP", str(keep))
+        return int(subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True).stdout)
+
+    assert faulted(keep=True) < 160 < 320 < faulted(keep=False)  # MiB: a batch has 32, and there are 20
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps such pools")

@@ -73,8 +73,9 @@ class Seen:
             raise InputError("observing the range of a layer's inputs", found, "check that the model runs in float")
         exponent = _exponent(low, high)
         first = _bin(low, exponent)
-        at = torch.ldexp(flat.double(), torch.tensor(-exponent)).floor_().long().sub_(first)
-        return Seen(exponent, first, torch.bincount(at), ((low, high),))
+        # Exact: a power of two changes no digit, but one below 1 may leave less than a float32 tells from 0.
+        scaled = (flat if exponent <= 0 else flat.double()) * math.ldexp(1.0, -exponent)
+        return Seen(exponent, first, torch.bincount(scaled.floor_().sub_(first).int()), ((low, high),))
 
     @staticmethod
     def kept(counts: Tensor, ends: Tensor) -> Seen:

@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import torch
 
+from fewbit.run.memory import keep
+
 A = TypeVar("A")
 R = TypeVar("R")
 
@@ -53,6 +55,7 @@ def _alone() -> None:
 @contextmanager
 def workers(threads: int | None) -> Iterator[Workers]:
     """Open a pool; the caller's torch thread count is put back on exit. ``None`` takes that count."""
+    keep()
     before = torch.get_num_threads()
     number = max(1, threads or before)
     torch.set_num_threads(1)
