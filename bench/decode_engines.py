@@ -46,6 +46,7 @@ class Fewbit(Engine):
 
     def __init__(self, model: str, option: str, threads: int) -> None:
         from fewbit.decode import open_engine
+        from fewbit.decode.sampling import Sampler, Sampling
 
         activation, _, kv = option.partition("+")
         made = open_engine(
@@ -57,6 +58,7 @@ class Fewbit(Engine):
         )
         self.read_bytes = getattr(made, "read_bytes", 0)
         self.note, self._engine, self._sequence = made.why or made.name, made, made.open()
+        self._greedy = Sampler(Sampling(temperature=0, seed=0), [], made.vocab_size)
 
     def begin(self, length: int) -> None:
         self._engine.keep(self._sequence, length)
@@ -69,11 +71,10 @@ class Fewbit(Engine):
 
     def step(self, streams: list[int], tokens: list[list[int]]) -> list[int]:
         """The likeliest token after each, found as ``fewbit generate`` finds it."""
-        from fewbit.decode.sampling import Sampler, Sampling, sample
+        from fewbit.decode.sampling import sample
 
         rows = self._engine.feed_rows(list(zip(streams, tokens, strict=True)))
-        greedy = Sampler(Sampling(temperature=0, seed=0), [], self._engine.vocab_size)
-        return sample(rows, [greedy] * len(rows))
+        return sample(rows, [self._greedy] * len(rows))
 
     def close(self, streams: list[int]) -> None:
         for stream in streams:
