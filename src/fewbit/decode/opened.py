@@ -84,18 +84,18 @@ def stamp(folder: Path, activation: str | None, weights: list[str]) -> dict[str,
     ``weights`` and :data:`WATCHED` as they are now: sizes and times of change."""
     package = Path(fewbit.__file__).parent
     code = [path for part in MADE_BY for path in sorted((package / part).glob("*.py"))]
-    build = [(path.name, *_state(path)) for path in [*code, *sorted(package.glob("_native*"))]]
+    build = [(path.name, *state_of(path)) for path in [*code, *sorted(package.glob("_native*"))]]
     return {
         "version": fewbit.__version__,
         "build": hashlib.sha256(repr(build).encode()).hexdigest(),
         "struct_bytes": C.sizeof(S.Model),
         "instructions": native.capabilities(),
         "activation": activation,
-        "files": {name: _state(member(folder, name)) for name in (*WATCHED, *weights)},
+        "files": {name: state_of(member(folder, name)) for name in (*WATCHED, *weights)},
     }
 
 
-def _state(path: Path) -> list[int]:
+def state_of(path: Path) -> list[int]:
     """[bytes, nanoseconds of its last change]; nothing where there is no such file."""
     try:
         found = path.stat()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.containers.files import read_json
+from fewbit.decode.kept_tokenizer import keep, open_kept
 from fewbit.decode.templates import Templates
 from fewbit.errors import InputError
 from fewbit.model.tokenizer import FileTokenizer, open_tokenizer
@@ -207,7 +208,7 @@ def words_of(folder: Path, once: bool = False) -> Words:
         if not folder.is_dir():
             found, works = "there is no such folder", "a folder that `fewbit quantize` wrote works"
         raise InputError(f"the tokenizer of {folder}", found, works)
-    own = open_tokenizer(folder, once)
+    own = open_tokenizer(folder, once) or open_kept(folder, once)
     if own is not None:
         give_back()
         return Words(own, ends_of(folder))
@@ -217,7 +218,9 @@ def words_of(folder: Path, once: bool = False) -> Words:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"the tokenizer of {folder}", " ".join(str(error).split())[:300]) from error
-    return Words(tokenizer, ends_of(folder))
+    words = Words(tokenizer, ends_of(folder))
+    keep(folder, tokenizer)
+    return words
 
 
 def give_back() -> None:

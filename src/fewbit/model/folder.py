@@ -16,23 +16,11 @@ from fewbit.containers.safetensors import SafetensorsFile
 from fewbit.containers.shards import LARGEST_SIDECAR, weight_files
 from fewbit.errors import CorruptFileError, InputError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint, check_layers
-from fewbit.model.tokenizer import open_tokenizer
+from fewbit.model.tokenizer import FILES, open_tokenizer
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 """What a vision-language model makes its inputs of images by."""
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -117,7 +105,7 @@ class FolderCheckpoint(Checkpoint):
             raise InputError(
                 f"the tokenizer of {self.path}", "the folder has none", "tokenizer.json beside config.json"
             )
-        for name in TOKENIZER:
+        for name in FILES:
             path = self.path / name
             if path.is_file() and size_of(path) > LARGEST_SIDECAR:
                 raise CorruptFileError(f"reading {path}", f"it has {size_of(path)} bytes", f"at most {LARGEST_SIDECAR}")
@@ -136,7 +124,7 @@ class FolderCheckpoint(Checkpoint):
         config = read_json(self.path / "config.json")
         config.pop("quantization_config", None)
         written = {"config.json": write_json(out / "config.json", config)}
-        for name in ("generation_config.json", *PROCESSOR, *TOKENIZER):
+        for name in ("generation_config.json", *PROCESSOR, *FILES):
             path = self.path / name
             if path.is_file() and size_of(path) <= LARGEST_SIDECAR:
                 written[name] = write_bytes(out / name, member(self.path, name).read_bytes())

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,19 @@ from fewbit.containers.files import LARGEST_JSON, read_json, size_of
 from fewbit.model.part_tokenizer import open_part
 from fewbit.model.tokenizer_file import read_whole
 
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""That transformers makes a tokenizer of."""
 CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes of transformers that take ``tokenizer.json`` as it is; others build theirs from parts of it."""
 LLAMA = "LlamaTokenizer"
@@ -21,6 +34,7 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 CHANGING = ("add_bos_token", "add_eos_token", "split_special_tokens", "added_tokens_decoder", "fix_mistral_regex")
 """Settings beside the file by which transformers would change what it says."""
 TEMPLATE = "chat_template.jinja"
+Fits = Callable[[Any, dict[str, Any]], bool]
 
 
 class FileTokenizer:
@@ -74,11 +88,18 @@ def open_tokenizer(folder: Path, once: bool = False) -> FileTokenizer | None:
     several = (folder / "additional_chat_templates").is_dir()
     if several or not isinstance(template, str | None) or not _plain(config) or size_of(file) > LARGEST_JSON:
         return None
+    return read_file(file, config, template, once, _as_transformers)
+
+
+def read_file(
+    file: Path, config: dict[str, Any], template: str | None, once: bool, fits: Fits = lambda tokenizer, config: True
+) -> FileTokenizer | None:
+    """The tokenizer that ``file`` describes, where the package tokenizers can read it, ``fits(tokenizer, config)``."""
     part = open_part(file) if once else None
-    if part is not None and _as_transformers(part.rest, config):
+    if part is not None and fits(part.rest, config):
         return FileTokenizer(part, config, template)
     whole = read_whole(file)
-    return None if whole is None or not _as_transformers(whole, config) else FileTokenizer(whole, config, template)
+    return None if whole is None or not fits(whole, config) else FileTokenizer(whole, config, template)
 
 
 def _as_transformers(tokenizer: Any, config: dict[str, Any]) -> bool:
