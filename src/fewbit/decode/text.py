@@ -208,7 +208,7 @@ def words_of(folder: Path, once: bool = False) -> Words:
         if not folder.is_dir():
             found, works = "there is no such folder", "a folder that `fewbit quantize` wrote works"
         raise InputError(f"the tokenizer of {folder}", found, works)
-    own = open_tokenizer(folder, once) or open_kept(folder, once)
+    own = open_kept(folder, once) or open_tokenizer(folder, once)
     if own is not None:
         give_back()
         return Words(own, ends_of(folder))
