@@ -233,20 +233,6 @@ struct BitRun {
   }
 };
 
-// Writes what the segments of tiles [begin, end) add up to.
-inline void finish_bits(const BitRun& run, int64_t begin, int64_t end, int64_t tokens) {
-  const SegmentTask& task = run.task;
-  const int groups = static_cast<int>(end - begin) * kGroupsPerTile;
-  for (int64_t token = 0; token < tokens; token++) {
-    const Tokens<1> all(task, Segment(task), token);
-    for (int t = 0; t < groups; t++)
-      finish<1>(task, begin * 16 + t * kLanes, token, 1, [&](int) {
-        const F total = load(run.totals[token][t]);
-        return long_row(task) ? settle(settling(task), all, 0, total, run.line[0][t], broadcast(0.0f)) : total;
-      });
-  }
-}
-
 // Tiles [begin, end), at most four.
 inline void bits_beside(BitRun& run, int64_t begin, int64_t end, int64_t tokens) {
   const SegmentTask& task = run.task;
@@ -268,7 +254,8 @@ inline void bits_beside(BitRun& run, int64_t begin, int64_t end, int64_t tokens)
     }
     for (int64_t c = 0; !long_row(task) && c < run.chunks; c += run.part) run.segment.advance(task);
   }
-  if (!run.y) finish_bits(run, begin, end, tokens);
+  const SegmentStrip rows = {begin * kGroupsPerTile, (end - begin) * kGroupsPerTile, 0, tokens};
+  if (!run.y) finish_totals<1>(task, rows, long_row(task) ? kPartly : how, run.line[0], run.totals);
 }
 
 inline void bits_beside_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {

@@ -183,18 +183,10 @@ __attribute__((noinline)) void add_run(Run& run, const K& kernel, int64_t tokens
 }
 
 // Writes what a tile's segments add up to.
-inline __attribute__((noinline)) void finish_run(const Run& run, int64_t row, int64_t tokens) {
-  constexpr int M = kFewBeside;
-  const SegmentTask& task = run.task;
-  for (int64_t m = 0; m < tokens; m += M) {
-    const Tokens<M> all(task, Segment(task), m);
-    for (int t = 0; t < kGroupsPerTile; t++)
-      finish<M>(task, row + t * kLanes, m, tokens - m, [&](int i) {
-        const F total = load(run.totals[m + i][t]);
-        if (run.how != kPartly) return total;
-        return settle(settling(task), all, i, total, run.lines.at<kScaledShifted>(run.parameters + t * kLanes), broadcast(0.0f));
-      });
-  }
+inline void finish_run(const Run& run, const SegmentStrip& rows) {
+  Line line[kGroupsPerTile];
+  for (int t = 0; t < kGroupsPerTile; t++) line[t] = run.lines.at<kScaledShifted>(run.parameters + t * kLanes);
+  finish_totals<kFewBeside>(run.task, rows, run.how, line, run.totals);
 }
 
 // Tiles [begin, end) x all tokens. Q: what is multiplied of codes of K.
@@ -231,7 +223,7 @@ void tiles_beside(const SegmentTask& task, int64_t begin, int64_t end, int64_t t
       add_run(run, operand, tokens);
       for (int64_t left = run.all; !last && !long_row && left > 0; left -= run.chunks) run.segment.advance(task);
     }
-    if (!run.y) finish_run(run, begin * 16, tokens);
+    if (!run.y) finish_run(run, rows);
   }
 }
 

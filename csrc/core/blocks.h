@@ -111,7 +111,7 @@ FEWBIT_INLINE void add_some(CodeBlock<K>& block, int64_t token, int64_t m) {
     memcpy(sums[s], sum, sizeof sum);
   }
   add_rests<Sum>(task, token + m, block.first, block.all, block.inverse, sums, block.codes[0][0][0], T * kLanes * 4);
-  settle_block<M>(static_cast<Block<T>&>(block), sums, token + m, sums_of_x);
+  settle_block<M>(block, sums, token + m, sums_of_x);
 }
 
 // The same for M tokens. A call of its own: what surrounds it would keep registers.
@@ -135,21 +135,6 @@ FEWBIT_INLINE void decode_block(CodeBlock<K>& block, const SegmentStrip& rows, S
       block.line[s][t] = line_of(task, block.kernel, Group(task, rows.at(t)).parameters + segment.weight);
     block.activation[s] = segment.activation;
     if (block.how != kPartly) segment.advance(task);
-  }
-}
-
-// Writes what row groups add up to beside tokens that are computed M at a time.
-template <int M, int T>
-__attribute__((noinline)) void finish_blocks(const Block<T>& block, const SegmentStrip& rows) {
-  const SegmentTask& task = block.task;
-  for (int64_t m = 0; m < rows.tokens; m += M) {
-    const Tokens<M> all(task, Segment(task), m);
-    for (int t = 0; t < T && t < rows.groups; t++)
-      finish<M>(task, Group(task, rows.group + t).row, m, rows.tokens - m, [&](int i) {
-        const F total = load(block.totals[m + i][t]);
-        if (block.how != kPartly) return total;
-        return settle(settling(task), all, i, total, block.line[0][t], broadcast(0.0f));
-      });
   }
 }
 
@@ -178,7 +163,7 @@ void blocks(const SegmentTask& task, const SegmentStrip& rows) {
       add_block<M>(block, token);
     }
   }
-  finish_blocks<M>(static_cast<const Block<T>&>(block), rows);
+  finish_totals<M>(task, rows, block.how, block.line[0], block.totals);
 }
 
 template <class K, int M>

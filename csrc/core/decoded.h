@@ -42,32 +42,22 @@ FEWBIT_INLINE void decode_segment(const SegmentTask& task, const K& kernel, cons
 template <class K>
 constexpr bool kAsStored = K::kBits == 8 && K::kPlanes == 1 && K::kApart == 0;
 
-// What T row groups add up to beside all tokens, and how.
-template <int T>
-struct Totals {
-  const SegmentTask& task;
-  Settling how;
-  Line line[T];  // of a segment
-  alignas(64) float totals[kRoundedTokens][T][kLanes];
-
-  FEWBIT_INLINE Totals(const SegmentTask& t, int64_t tokens) : task(t), how(t.segment_chunks > kPart ? kPartly : settling(t)) {
-    for (int64_t m = 0; m < tokens; m++)
-      for (int i = 0; i < T; i++) store(totals[m][i], broadcast(0.0f));
-  }
-};
-
-// Chunks of one of their segments.
+// Chunks of one segment of T row groups, times all tokens, and the totals of these.
 template <class K, int T>
-struct Part : Totals<T> {
+struct Part {
+  const SegmentTask& task;
   const K kernel;
   Segment segment;
+  Settling how;
   int64_t first, chunks;
   const uint8_t* bytes[K::kPlanes][T];  // groups of four columns, `kStep` apart
+  Line line[T];
   float sum[kRoundedTokens], start[kRoundedTokens];  // of activations; what sums of products begin with
+  alignas(64) float totals[kRoundedTokens][T][kLanes];
 
   static constexpr int64_t kStep = kAsStored<K> ? 64 : T * kLanes * 4;
 
-  FEWBIT_INLINE Part(const SegmentTask& t, int64_t tokens) : Totals<T>(t, tokens), kernel(t), segment(t) {}
+  explicit FEWBIT_INLINE Part(const SegmentTask& t) : task(t), kernel(t), segment(t), how(settling(t)) {}
 };
 
 // Unrolled: sums that are indexed by what a compiler does not know lie in memory.
@@ -147,21 +137,6 @@ FEWBIT_INLINE void locate(const SegmentTask& task, const SegmentStrip& rows, Par
       part.bytes[p][t] = kAsStored<K> ? Group(task, rows.at(t)).codes + part.first * K::kBits * 64 : decoded[p].bytes[0][t];
 }
 
-// Writes what row groups add up to beside tokens that are computed M at a time.
-template <int M, int T>
-__attribute__((noinline)) void finish_totals(const Totals<T>& rows, const SegmentStrip& strip) {
-  const SegmentTask& task = rows.task;
-  for (int64_t m = 0; m < strip.tokens; m += M) {
-    const Tokens<M> all(task, Segment(task), m);
-    for (int t = 0; t < T && t < strip.groups; t++)
-      finish<M>(task, Group(task, strip.group + t).row, m, strip.tokens - m, [&](int i) {
-        const F total = load(rows.totals[m + i][t]);
-        if (rows.how != kPartly) return total;
-        return settle(settling(task), all, i, total, rows.line[t], broadcast(0.0f));
-      });
-  }
-}
-
 // T row groups x all tokens, M at a time: each segment is decoded once and serves every token; one that is a long row, part
 // by part, and settled at the end.
 template <class K, int T, int M>
@@ -170,7 +145,10 @@ void decoded_once(const SegmentTask& task, int64_t group, int64_t groups, int64_
   const int64_t padded = (tokens + M - 1) / M * M;
   const bool long_row = task.segment_chunks > kPart;
   Decoded<T> decoded[K::kPlanes];
-  Part<K, T> part(task, padded);
+  Part<K, T> part(task);
+  if (long_row) part.how = kPartly;
+  for (int64_t m = 0; m < padded; m++)
+    for (int t = 0; t < T; t++) store(part.totals[m][t], broadcast(0.0f));
   for (Segment& segment = part.segment; segment.index < task.segments; segment.advance(task)) {
     const int64_t first = segment.index * task.segment_chunks, left = task.chunks - first;
     const int64_t end = first + (left < task.segment_chunks ? left : task.segment_chunks);
@@ -189,7 +167,7 @@ void decoded_once(const SegmentTask& task, int64_t group, int64_t groups, int64_
       if (long_row) memset(part.start, 0, sizeof part.start);  // sums have begun
     }
   }
-  finish_totals<M>(static_cast<const Totals<T>&>(part), rows);
+  finish_totals<M>(task, rows, part.how, part.line, part.totals);
 }
 
 // Row groups that share the registers of `groups` whose codes are one plane.

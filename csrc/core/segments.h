@@ -234,6 +234,21 @@ FEWBIT_INLINE void finish_strip(const SegmentTask& task, const SegmentStrip& str
   finish_by_call(task, strip, totals);
 }
 
+// The same of tokens that were computed M at a time and whose totals are kept, settled but where they are `kPartly`. A call of
+// its own, as above.
+template <int M, int T>
+__attribute__((noinline)) void finish_totals(const SegmentTask& task, const SegmentStrip& strip, Settling how,
+                                             const Line (&line)[T], const float (*totals)[T][kLanes]) {
+  for (int64_t m = 0; m < strip.tokens; m += M) {
+    const Tokens<M> all(task, Segment(task), m);
+    for (int t = 0; t < T && t < strip.groups; t++)
+      finish<M>(task, Group(task, strip.group + t).row, m, strip.tokens - m, [&](int i) {
+        const F total = load(totals[m + i][t]);
+        return how == kPartly ? settle(settling(task), all, i, total, line[t], broadcast(0.0f)) : total;
+      });
+  }
+}
+
 // T row groups x M tokens, decoded where they stand; C sums a row group and token, which g takes in turn: where they are
 // as many as K multiplies fields in place, one for each of them, divided when all has been added up.
 template <class K, int T, int M, int C>
