@@ -26,6 +26,7 @@ constexpr int bit_of(int bits, int k) {
 template <int BITS>
 struct Affine {
   static constexpr int kBits = BITS, kPanel = affine_panel(BITS), kConverted = converted(BITS);
+  static constexpr bool kFours = kLanes == 8 && part_count(BITS) == 1;
 
   explicit FEWBIT_INLINE Affine(const float*) {}
 

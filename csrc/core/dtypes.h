@@ -54,22 +54,25 @@ inline uint16_t to_float16(float x) {
 
 inline int64_t bytes_of(int32_t dtype) { return dtype == FEWBIT_FLOAT32 ? 4 : 2; }
 
-// Columns [first, first + count) of a token as float32: where they stand, or converted into `buffer`.
-inline const float* floats(const fewbit_input& x, int64_t token, int64_t first, int64_t count, float* buffer) {
-  const int64_t at = token * x.stride + first * x.step;
-  if (x.dtype == FEWBIT_FLOAT32) {
-    const float* here = static_cast<const float*>(x.data) + at;
-    if (x.step == 1) return here;
-    for (int64_t k = 0; k < count; k++) buffer[k] = here[k * x.step];
-    return buffer;
-  }
-  const uint16_t* here = static_cast<const uint16_t*>(x.data) + at;
+// `count` elements from `at`, a step apart, as float32, into `buffer`, which it returns. A call of its own: inlined wherever
+// activations are read, its three loops would be most of the code.
+__attribute__((noinline)) inline const float* converted(const fewbit_input& x, int64_t at, int64_t count, float* buffer) {
+  const auto* here = static_cast<const uint16_t*>(x.data) + at;
   const int64_t step = x.step;
-  if (x.dtype == FEWBIT_BFLOAT16)
+  if (x.dtype == FEWBIT_FLOAT32)
+    for (int64_t k = 0; k < count; k++) buffer[k] = static_cast<const float*>(x.data)[at + k * step];
+  else if (x.dtype == FEWBIT_BFLOAT16)
     for (int64_t k = 0; k < count; k++) buffer[k] = from_bfloat16(here[k * step]);
   else
     for (int64_t k = 0; k < count; k++) buffer[k] = from_float16(here[k * step]);
   return buffer;
+}
+
+// Columns [first, first + count) of a token as float32: where they stand, or converted into `buffer`.
+inline const float* floats(const fewbit_input& x, int64_t token, int64_t first, int64_t count, float* buffer) {
+  const int64_t at = token * x.stride + first * x.step;
+  if (x.dtype == FEWBIT_FLOAT32 && x.step == 1) return static_cast<const float*>(x.data) + at;
+  return converted(x, at, count, buffer);
 }
 
 // Element `at` of y becomes x.

@@ -5,6 +5,8 @@
 //
 // A kernel K<BITS> offers:
 //   kBits, kPanel      bits of a code, floats of the panel that a chunk takes
+//   kFours             whether eight tokens are computed as twice four: decoding twice costs less than registers that
+//                      would hold one activation each
 //   K(table)           what is loaded once per strip, e.g. a table in registers
 //   chunk<T, M>(...)   adds a chunk's products to the accumulators of T row groups x M tokens
 //   value(codes, k)    the value of column k of a chunk, for blocks that are not whole chunks
@@ -100,9 +102,10 @@ FEWBIT_INLINE void fold(const Task& task, const Strip& strip, const Group& group
   for (int m = 0; m < M; m++) total[m] = fma(offset, broadcast(strip.sum(task, m, b)), total[m]);
 }
 
-// T row groups x M tokens, blocks of whole chunks (the last one possibly short).
+// T row groups x M tokens, blocks of whole chunks (the last one possibly short). A call of its own: where several are
+// inlined into one function, GCC keeps sums in memory.
 template <class K, int T, int M>
-void compute(const Task& task, const Strip& strip) {
+__attribute__((noinline)) void compute(const Task& task, const Strip& strip) {
   const K kernel(task.table);
   F total[T][M];
   const uint8_t* codes[T];
@@ -132,7 +135,7 @@ void compute(const Task& task, const Strip& strip) {
 
 // One row group x M tokens, blocks of any size. The panel holds plain activations, 32 a chunk.
 template <class K, int M>
-void compute_generic(const Task& task, const Strip& strip) {
+__attribute__((noinline)) void compute_generic(const Task& task, const Strip& strip) {
   const K kernel(task.table);
   const Group group = strip.at(task, 0);
   const float* panel = strip.panel(task, 32);
@@ -157,13 +160,11 @@ void compute_generic(const Task& task, const Strip& strip) {
   write(task, strip, total);
 }
 
-// Groups [begin, end) by T, for the M tokens from `token` of which `tokens` exist.
-template <class K, int T, int M>
+// Groups [begin, end) by T, for the tokens from `token` of which `tokens` exist: M, some times over.
+template <class K, int T, int M, int times = 1>
 void strips(const Task& task, int64_t begin, int64_t end, int64_t token, int64_t tokens) {
-  for (; begin < end; begin += T) {
-    const Strip strip = {begin, end - begin, token, tokens};
-    compute<K, T, M>(task, strip);
-  }
+  for (; begin < end; begin += T)
+    for (int m = 0; m < times * M; m += M) compute<K, T, M>(task, {begin, end - begin, token + m, tokens - m});
 }
 
 // `task.together` tokens lie together and are computed at once; of the last 8, 4 where no more are left.
@@ -183,8 +184,9 @@ void run_bits(const Task& task, int64_t tile_begin, int64_t tile_end, int64_t to
     } else if (task.together == 2) {
       strips<K, kGroups2, 2>(task, begin, end, token, left);
     } else {
-      if (left > 4) strips<K, kGroups8, 8>(task, begin, end, token, left);
-      else strips<K, kGroups4, 4>(task, begin, end, token, left);
+      if (left <= 4) strips<K, kGroups4, 4>(task, begin, end, token, left);
+      else if constexpr (K::kFours) strips<K, kGroups4, 4, 2>(task, begin, end, token, left);
+      else strips<K, kGroups8, 8>(task, begin, end, token, left);
     }
   }
 }

@@ -12,6 +12,7 @@ constexpr bool lut_tabled(int bits) { return kSumTables && bits <= 2; }
 template <int BITS>
 struct Lut {
   static constexpr int kBits = BITS, kPanel = lut_tabled(BITS) ? table_floats(BITS) : 32;
+  static constexpr bool kFours = false;
   Lookup<BITS> levels;
 
   explicit FEWBIT_INLINE Lut(const float* table) : levels(table) {}

@@ -8,10 +8,10 @@
 namespace fewbit {
 namespace {
 
-constexpr int kDirect2 = 2, kDirect4 = 0, kDirect8 = 0, kDirectChains = 1, kAlone = 0, kAlone2 = 0, kMany = 2, kManyTokens = 4;
-constexpr int kDigits2 = 1, kAloneDigits = 0, kManyDigits = 2;
-constexpr int direct1(int) { return 4; }
-constexpr int digits1(int) { return 2; }
+constexpr int kDirect2 = 1, kDirect4 = 0, kDirect8 = 0, kDirectChains = 1, kAlone = 0, kAlone2 = 0, kMany = 1, kManyTokens = 4;
+constexpr int kDigits2 = 1, kAloneDigits = 0, kManyDigits = 1;
+constexpr int direct1(int) { return 1; }
+constexpr int digits1(int) { return 1; }
 constexpr int planes(int) { return 1; }
 constexpr bool kInPlace = false;
 constexpr bool kFew = false;
