@@ -27,9 +27,9 @@ print(kept, resident() - before)
 """
 
 BATCHES = """
-import resource, runpy, sys, torch
+import resource, torch
 from threading import Thread
-keep = runpy.run_path(sys.argv[1])["keep"]
+from fewbit.run.memory import keep  # and so all that a run imports, without which malloc learns otherwise
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def batches(number):
@@ -45,7 +45,7 @@ print((faults() - before) * resource.getpagesize() >> 20)
 
 
 def printed(text: str) -> str:
-    """By ``text`` in a process of its own, which reads the module alone: all that runs import takes seconds."""
+    """By ``text`` in a process of its own, which may read the module alone: all that runs import takes seconds."""
     command = [sys.executable, "-c", text, memory.__file__]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
