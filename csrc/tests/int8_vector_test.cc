@@ -207,18 +207,18 @@ void check_refusals(std::mt19937& random) {
 int int8_vector_failures() {
   std::mt19937 random(5);
   int turn = 0;
-  const bool all = fewbit_caps() & FEWBIT_AVX2;  // else serial is alone, as it is emulated: it takes fewer by turns
+  const bool all = fewbit_caps() & FEWBIT_AVX2;  // else serial is alone, emulated, and the same code as beside AVX2
   for (const Shape& shape : kShapes)
     for (int32_t dim : kDims)
       for (int32_t bits = 4 + turn % 2; bits <= 8; bits += 2, turn++) {  // all of them, over the shapes
-        if (all || turn % 3 == 0) check(Case(shape, dim, bits, turn % 2 ? 4 + turn / 2 % 5 : 0, false, random));
-        if (turn % 7 == 0) check(Case(shape, dim, bits, turn % 2 ? 6 : 0, true, random));
+        if (all || turn % 11 == 0) check(Case(shape, dim, bits, turn % 2 ? 4 + turn / 2 % 5 : 0, false, random));
+        if (turn % (all ? 7 : 25) == 0) check(Case(shape, dim, bits, turn % 2 ? 6 : 0, true, random));
       }
   for (const Shape& shape : kShapes)
     for (int32_t dim : kDims)
       for (int32_t bits = 9; bits <= 16; bits += 2 + turn % 3, turn++) {
-        if (all || turn % 3 == 0) check(Case(shape, dim, bits, turn % 2 ? 8 + turn / 2 % 3 : 0, false, random));
-        if (turn % 7 == 0) check(Case(shape, dim, 8, 9, true, random));
+        if (all || turn % 11 == 0) check(Case(shape, dim, bits, turn % 2 ? 8 + turn / 2 % 3 : 0, false, random));
+        if (turn % (all ? 7 : 25) == 0) check(Case(shape, dim, 8, 9, true, random));
       }
   // Two books that one token reads as one, and, just below that, does not: of one block and of two.
   const int32_t pairs[][2] = {{4, 4}, {6, 6}, {8, 4}, {5, 7}, {7, 4}, {8, 5}};
@@ -226,11 +226,11 @@ int int8_vector_failures() {
   for (const auto& pair : pairs)
     for (const Shape& shape : shapes)
       for (int32_t dim : {4, 8, 12}) {
-        if (all || turn % 7 == 0) check(Case(shape, dim, pair[0], pair[1], turn % 5 == 0, random));
+        if (all || turn % 11 == 0) check(Case(shape, dim, pair[0], pair[1], turn % 5 == 0, random));
         turn++;
       }
-  check(Case({9, 65536, 65536, 65536, 2}, 8, 12, 8, true, random));  // the largest sum of a whole row
-  check(Case({9, 65600, 65600, 65600, 1}, 8, 9, 0, true, random));
+  if (all) check(Case({9, 65536, 65536, 65536, 2}, 8, 12, 8, true, random));  // the largest sum of a whole row
+  if (all) check(Case({9, 65600, 65600, 65600, 1}, 8, 9, 0, true, random));
   check_refusals(random);
   for (const Isa& isa : kIsas)
     if (fewbit_caps() & isa.flag) printf("int8 vector on %s\n", isa.name);

@@ -7,10 +7,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -107,14 +106,13 @@ def test_onnx_weights_are_packed_lowest_bits_first(bench: ModuleType) -> None:
 
 
 @needs_native
-def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
+def test_the_command_writes_what_it_measured(command: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     words = ["--cached", "--shape", "70x256", "--batch", "1", "--batch", "3", "--threads", "1", "--seconds", "0.05"]
     words += ["--format", "int4/g32", "--format", "nf4/g16", "--peer", "llama.cpp", "--ggml", str(tmp_path)]
-    command = [sys.executable, str(BENCH / "kernels.py"), *words, "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1), done.stderr
-    assert "not measured: llama.cpp" in done.stdout and "not measured: fewbit nf4/g16" in done.stdout
+    code, shown = command("kernels.py", *words, "--json", path)
+    assert code in (0, 1)
+    assert "not measured: llama.cpp" in shown and "not measured: fewbit nf4/g16" in shown
     first, second = json.loads(path.read_text())["tables"]
     assert (first["batch"], second["batch"]) == (1, 3)
     assert {row["engine"] for row in first["rows"]} == {"fewbit", "torch"}

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,16 +12,14 @@ import pytest
 from fewbit import formats, kernels
 from fewbit.kernels import native
 
-BENCH = Path(__file__).parents[2] / "bench"
-
 
 @pytest.mark.skipif(set(native.isas()) <= {"serial"}, reason="no row of an instruction set here")
-def test_each_row_is_timed_beside_the_next_that_takes_the_same(tmp_path: Path) -> None:
+def test_each_row_is_timed_beside_the_next_that_takes_the_same(
+    command: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
     kept = tmp_path / "rows.json"
-    command = [sys.executable, str(BENCH / "rows.py"), "--shape", "64x128", "--seconds", "0", "--json", str(kept)]
-    width = {**os.environ, "COLUMNS": "120"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=width)
-    assert done.returncode == 0, done.stderr
+    code, shown = command("rows.py", "--shape", "64x128", "--seconds", "0", "--json", kept)
+    assert code == 0 and "without it" in shown
     found = json.loads(kept.read_text())["rows"]
     assert len(found) > 20 and {"float32", "int8/channel/sym", "sign/channel"} <= {row["x"] for row in found}
     for row in found:

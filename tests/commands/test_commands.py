@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -163,13 +164,24 @@ def test_plan_keys_and_exact_size(quantized: Path, tiny: Path, command: Command,
     assert "model.layers.0.mlp.up_proj" in result.stdout
 
 
-def test_eval_measures_and_writes(quantized: Path, command: Command, tmp_path: Path) -> None:
+def test_eval_measures_and_writes(quantized: Path, tiny: Path, command: Command, tmp_path: Path) -> None:
+    """Both models, each in a process of its own."""
     target = tmp_path / "eval.json"
     result = command("eval", quantized, "--context", 64, "--max-tokens", 256, "--decode-tokens", 2, "--json", target)
     assert result.exit_code == 0, result.stderr
     measured = loaded(target)
-    assert set(measured) >= EVAL_KEYS
+    assert set(measured["reference"]) == set(measured) - {"reference", "protocol", "environment"}
     assert measured["kl_mean"] > 0 and measured["perplexity"] > 1
+    for figures in (measured, measured["reference"]):
+        assert all(math.isfinite(figures[key]) for key in EVAL_KEYS)
+        assert 0 < figures["linear_share"] < 1 and figures["peak_rss_bytes"] > 50e6
+        assert figures["decode_tokens_per_s"] > 0 and len(figures["runs"]["decode_tokens_per_s"]) == 3
+        energy = figures["energy_joules_per_token"]
+        assert isinstance(energy, float) or "not measurable here" in energy
+    assert measured["reference"]["bits_per_weight"] == 32
+    assert measured["reference"]["size_bytes"] == (tiny / "model.safetensors").stat().st_size
+    notes = " ".join(measured["protocol"]["notes"])
+    assert not any(str(path.parent) in notes for path in (quantized, tiny)), "notes are published: no local paths"
     assert loaded(quantized / "evaluation.json") == measured
     assert "perplexity" in result.stdout
     assert measured["protocol"]["engine"] in result.stderr and "native runtime" in result.stderr

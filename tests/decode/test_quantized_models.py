@@ -78,7 +78,17 @@ SUMS = {
     "ptq161": ("int1/channel/min", {}),
     "laq": ("int3/g8/asym", {"mean_bits": 6.0}),
     "squeezellm": ("palette3/rows16", {}),
-    "vptq": ("vector4x4", {"outliers": 0.1, "outlier_bits": 4, "outlier_residual_bits": 3, "norm": "both"}),
+    "vptq": (
+        "vector4x4",
+        {
+            "outliers": 0.1,
+            "outlier_bits": 4,
+            "outlier_residual_bits": 3,
+            "norm": "both",
+            "restarts": 1,
+            "rounds": 1,
+        },
+    ),
 }
 
 

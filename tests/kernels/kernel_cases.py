@@ -22,10 +22,13 @@ BATCHES = (1, 3, 4, 5, 8, 33, 65)
 HERE = [row for row in kernels.KERNELS if row.isa in kernels.native.isas() or row.isa is None]
 ROWS = [row.name for row in HERE if row.family != "xnor"]
 """Kernels that this machine can be forced to, of any codes."""
+FAMILIES = {
+    family: [name for name in ROWS if name.startswith(family)]
+    for family in (name.rpartition("_")[0] or name for name in ROWS)
+}
+"""They by what they compute on any instruction set: a matrix and its product in float64 serve all rows of a family."""
 XNOR_ROWS = [row.name for row in HERE if row.family == "xnor"]
 """Those that take signs alone."""
-TABLED_ROWS = [name for name in ROWS if "lut_" in name]
-"""Those whose codes index a table."""
 INTEGERS = ("int8",)
 """How the names of rows begin that round activations to int8."""
 FLOAT_ROWS = [name for name in ROWS if not name.startswith(INTEGERS)]
@@ -60,7 +63,7 @@ def raw_matrix(
     if kernel.startswith("vector"):
         residual = int(torch.randint(4, 10, (), generator=generator)) if bits % 2 else 0
         return vectors(Vector(LENGTHS[bits % 6], bits + 4, residual, block), shape, generator, scale)
-    levels = torch.randn(2**bits, generator=generator).tolist() if kernel in TABLED_ROWS else []
+    levels = torch.randn(2**bits, generator=generator).tolist() if "lut_" in kernel else []
     format = Raw(bits, block, tuple(levels))
     blocks = (shape[0], -(-shape[1] // (block or shape[1])), 1)
     codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)

@@ -35,7 +35,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "vector4x4+3",
         "vptq",
         {
-            "options": {"outliers": 0.1, "outlier_bits": 4, "outlier_residual_bits": 2, "norm": "both"},
+            "options": {
+                "outliers": 0.1,
+                "outlier_bits": 4,
+                "outlier_residual_bits": 2,
+                "norm": "both",
+                "restarts": 1,
+                "rounds": 1,
+            },
             "tune": [{"name": "vectors", "iters": 4, "batch": 4}, {"name": "books", "iters": 4, "batch": 4}],
         },
     ),

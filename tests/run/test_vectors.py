@@ -29,7 +29,8 @@ def test_learned_vectors_are_stored_and_run(tmp_path: Path, short: Short, probe_
             told.append((float(found[1]), float(found[2])))
 
     tune = [{"name": "vectors", **STEPS, "lr": 0.01}, {"name": "books", **STEPS}]
-    done = short(tmp_path / "out", FORMAT, "vptq", tune=tune, progress=note, **FEW)
+    quick = {"restarts": 1, "rounds": 1}
+    done = short(tmp_path / "out", FORMAT, "vptq", options=quick, tune=tune, progress=note, **FEW)
     assert len(told) == 4 and all(after <= before for before, after in told)
     assert all(after < before for before, after in told[1:]), told  # vectors, books, vectors, books
     layers = [layer for layer in done.manifest["layers"] if layer["method"] == "vptq" and layer["block"] is not None]

@@ -272,6 +272,8 @@ def family(format: Format) -> str:
     """The family that ``format`` lowers to: "affine", "lut" or "vector", or the reason why it lowers to none."""
     if format.even:
         return "affine"
+    if format.height > 1:
+        return "vector"
     weight = torch.linspace(-1, 1, max(format.fit_block, format.block, 32)).reshape(1, -1)
     try:
         bound = format.bind(weight)
