@@ -50,14 +50,6 @@ class Affine(Format):
         kind, clip = "sym" if self.symmetric else "asym", "" if self.clip == 1 else f"/clip{self.clip:g}"
         return f"int{self.bits}/{'tensor' if self.whole else spell_group(self.block)}/{kind}{clip}"
 
-    @property
-    def levels(self) -> int:  # type: ignore[override]
-        return 1 << self.bits
-
-    @property
-    def fit_block(self) -> int:  # type: ignore[override]
-        return self.block
-
     @cached_property
     def params(self) -> tuple[Param, ...]:  # type: ignore[override]
         per: Literal["tensor", "block"] = "tensor" if self.whole else "block"

@@ -42,7 +42,7 @@ class Fixed(Format):
     zero: int = 0
     options: tuple[tuple[str, float], ...] = ()
 
-    block = fit_block = 0
+    block = 0
     dim = 1
 
     def __post_init__(self) -> None:
@@ -59,10 +59,6 @@ class Fixed(Format):
             numbers = (f"{value!r}".removesuffix(".0") for _, value in self.options)
             return f"{stem}/{self.observer}" + "".join(map("".join, zip(more, numbers, strict=True)))
         return f"{stem}/s{_shortest(self.scale)}" + ("" if self.symmetric else f"/z{self.zero}")
-
-    @property
-    def levels(self) -> int:  # type: ignore[override]
-        return 1 << self.bits
 
     @property
     def params(self) -> tuple[Param, ...]:  # type: ignore[override]

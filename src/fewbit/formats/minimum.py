@@ -36,14 +36,6 @@ class Minimum(Format):
     def name(self) -> str:  # type: ignore[override]
         return f"int{self.bits}/{spell_group(self.block)}/min"
 
-    @property
-    def levels(self) -> int:  # type: ignore[override]
-        return 1 << self.bits
-
-    @property
-    def fit_block(self) -> int:  # type: ignore[override]
-        return self.block
-
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
         exists = (importance > 0) | (blocks != 0)  # false on padding
         exists = exists | ~exists.any(-1, keepdim=True)  # a block of zeros

@@ -45,16 +45,8 @@ class Outliers(Format):
         return self.inner.bits
 
     @property
-    def levels(self) -> int:  # type: ignore[override]
-        return self.inner.levels
-
-    @property
     def block(self) -> int:  # type: ignore[override]
         return self.inner.block
-
-    @property
-    def fit_block(self) -> int:  # type: ignore[override]
-        return self.inner.fit_block
 
     @property
     def params(self) -> tuple[Param, ...]:  # type: ignore[override]

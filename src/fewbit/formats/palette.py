@@ -60,10 +60,6 @@ class Palette(Format):
         return self.width
 
     @property
-    def levels(self) -> int:  # type: ignore[override]
-        return 1 << self.width
-
-    @property
     def params(self) -> tuple[Param, ...]:  # type: ignore[override]
         bits, dtype, per = 8 if self.lut8 else 16, torch.int8 if self.lut8 else torch.float16, self._per
         found = [Param("table", bits, dtype, per, (self.levels,))]

@@ -51,11 +51,7 @@ class Superblock(Format):
         return f"int{self.bits}/g{self.block}x{self.repeat}/{kind}/s{self.scale_bits}"
 
     @property
-    def levels(self) -> int:  # type: ignore[override]
-        return 1 << self.bits
-
-    @property
-    def fit_block(self) -> int:  # type: ignore[override]
+    def fit_block(self) -> int:
         return self.block * self.repeat
 
     @property

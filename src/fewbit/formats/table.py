@@ -125,7 +125,7 @@ class Table(Format):
         return replace(self, coded=False) if self.coded else None
 
     @property
-    def levels(self) -> int:  # type: ignore[override]
+    def levels(self) -> int:
         return len(self.values)
 
     @property
@@ -137,7 +137,7 @@ class Table(Format):
         return (self.levels - 1).bit_length()
 
     @property
-    def fit_block(self) -> int:  # type: ignore[override]
+    def fit_block(self) -> int:
         return 0 if self.coded else self.block
 
     @property

@@ -49,10 +49,6 @@ class Ternary(Format):
     def name(self) -> str:  # type: ignore[override]
         return f"ternary/{spell_group(self.block)}"
 
-    @property
-    def fit_block(self) -> int:  # type: ignore[override]
-        return self.block
-
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
         return {"scale": storable(best_scale(blocks, importance))}
 

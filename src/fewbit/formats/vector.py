@@ -59,14 +59,6 @@ class Vector(Format):
         return self.index_bits + self.residual_bits
 
     @property
-    def levels(self) -> int:  # type: ignore[override]
-        return 1 << self.bits
-
-    @property
-    def fit_block(self) -> int:  # type: ignore[override]
-        return self.block
-
-    @property
     def fields(self) -> dict[str, int]:
         """Bits of the indices in a code, by the name of their book, lowest first."""
         fields = {"codebook": self.index_bits, "residual": self.residual_bits}
