@@ -77,7 +77,7 @@ class Fixed(Format):
     def observed(self, seen: Seen) -> Fixed:
         """Bound to what the observer makes of ``seen``."""
         row = observers.named(self.observer)
-        low, high = row.range(seen, self.bits, self.symmetric, **{**row.options, **dict(self.options)})
+        low, high = row.range(seen, self.bits, self.symmetric, **row.filled(dict(self.options)))
         return self.at(low, high)
 
     def at(self, low: float, high: float) -> Fixed:

@@ -102,7 +102,7 @@ class _Phase:
         self._teacher, self._student = teacher, copy.deepcopy(student).requires_grad_(False)
         self._solved, self._grids, self._members = solved, grids, members
         self._row = methods.tuning(tune.name)
-        options = {**self._row.options, **tune.options}
+        options = tune.settings
         self._iters, self._batch, self._lr = int(options["iters"]), int(options["batch"]), float(options["lr"])
         self._relative = float(options["relative"])
         self._learners: dict[str, Learnable] = {

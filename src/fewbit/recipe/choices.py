@@ -29,6 +29,11 @@ class _Choice:
     def __post_init__(self) -> None:
         self.row().check(self.options)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All options of the row: those given here, and the defaults of others."""
+        return dict(self.row().filled(self.options))
+
     @classmethod
     def of(cls: type[C], entry: Any) -> C:
         """From a name, or a dict of ``name`` and options.
@@ -76,7 +81,7 @@ class ModelStep(_Choice):
     @property
     def learns(self) -> bool:
         """Whether text is needed for it."""
-        return bool(transforms.named_model(self.name).learns)
+        return bool(self.row().learns)
 
 
 class ModelTune(_Choice):

@@ -68,7 +68,7 @@ def reference_on(run: Run, stage: int, index: int) -> None:
     path, where a loss asks for it."""
     calibration_through(run, stage, index, "reference", "reference").commit()
     asked = (tune for d in run.plan.decisions if d.site.block == index and d.rule for tune in d.rule.tunings())
-    if any({**methods.tuning(tune.name).options, **tune.options}["own"] for tune in asked):
+    if any(tune.settings["own"] for tune in asked):
         calibration_through(run, stage, index, "calibration", "own").commit()
 
 
@@ -98,7 +98,7 @@ class _Phase:
     ) -> None:
         self._run, self._index, self._solved, self._members = run, index, solved, members
         self._row = methods.tuning(tune.name)
-        options = {**self._row.options, **tune.options}
+        options = tune.settings
         self._iters, self._lr = int(options["iters"]), float(options["lr"])
         self._relative, self._cosine, self._own = (float(options[key]) for key in ("relative", "cosine", "own"))
         self._windows = sum(len(ids) for ids in run.batches())

@@ -107,7 +107,7 @@ class Whole:
     def __init__(self, run: Run) -> None:
         assert run.end is not None and run.calibration is not None
         self._run, self._row = run, methods.model_tuning(run.end.name)
-        self.options = {**self._row.options, **run.end.options}
+        self.options = run.end.settings
         self._device, self._model = torch.device(run.device), run.model
         self._alone = self._device.type == "cpu"
         self._together = 1 if self._alone else max(1, TOGETHER // run.calibration.ids.shape[1])
