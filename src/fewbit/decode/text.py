@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes as C
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +12,7 @@ from fewbit.containers.files import read_json
 from fewbit.decode.kept_tokenizer import keep, open_kept
 from fewbit.decode.templates import Templates
 from fewbit.errors import InputError
+from fewbit.memory import give_back
 from fewbit.model.tokenizer import FileTokenizer, open_tokenizer
 
 REPLACEMENT = "�"
@@ -210,7 +209,7 @@ def words_of(folder: Path, once: bool = False) -> Words:
         raise InputError(f"the tokenizer of {folder}", found, works)
     own = open_kept(folder, once) or open_tokenizer(folder, once)
     if own is not None:
-        give_back()
+        give_back(0)  # reading a tokenizer leaves several times the size of its file
         return Words(own, ends_of(folder))
     from transformers import AutoTokenizer
 
@@ -221,14 +220,6 @@ def words_of(folder: Path, once: bool = False) -> Words:
     words = Words(tokenizer, ends_of(folder))
     keep(folder, tokenizer)
     return words
-
-
-def give_back() -> None:
-    """Return to the system what the C library holds of freed memory, where it is glibc: reading a tokenizer leaves it
-    with several times the file's size."""
-    trim = getattr(C.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def ends_of(folder: Path) -> frozenset[int]:

@@ -37,12 +37,12 @@ from fewbit.core.terms import matrices
 from fewbit.core.transform import generator_of
 from fewbit.core.tuning import Learnable, Values
 from fewbit.measure.memory import peak_rss_bytes
+from fewbit.memory import give_back
 from fewbit.model.stream import with_replaced, with_weight
 from fewbit.recipe import Tune
 from fewbit.run.collect import calibration_through
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenFile, HiddenTensor, fits
-from fewbit.run.memory import give_back
 from fewbit.run.recorded import Part, Recorded
 from fewbit.run.rewriting import placed, straight_through
 from fewbit.run.solve import Solved, retuned

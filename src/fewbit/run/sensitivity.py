@@ -37,12 +37,12 @@ from torch import Tensor, nn
 from fewbit.containers.safetensors import write_safetensors
 from fewbit.core.facts import Facts
 from fewbit.errors import InputError
+from fewbit.memory import give_back
 from fewbit.model.sites import Site, in_block
 from fewbit.model.stream import Inputs, StreamedModel
 from fewbit.run.events import Event, Progress
 from fewbit.run.facts import fisher_file, inputs_file, outputs_key, read_fisher, read_outputs, write_inputs
 from fewbit.run.hidden import HiddenFile
-from fewbit.run.memory import give_back
 from fewbit.run.observe import Observer
 from fewbit.run.workers import Workers
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fewbit.containers.safetensors import write_safetensors
 from fewbit.measure.memory import peak_rss_bytes
+from fewbit.memory import give_back
 from fewbit.model.sites import Site
 from fewbit.run.collect import drift, observe_probe, probe_started, probe_through
 from fewbit.run.compare import compare_logits, summary
 from fewbit.run.events import Event
-from fewbit.run.memory import give_back
 from fewbit.run.reconstruct import tuned
 from fewbit.run.rewriting import as_run
 from fewbit.run.sequential import quantize_block

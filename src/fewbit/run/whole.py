@@ -43,13 +43,13 @@ from fewbit.core.descent import Adam
 from fewbit.core.qtensor import unstack
 from fewbit.core.transform import generator_of
 from fewbit.measure.memory import peak_rss_bytes
+from fewbit.memory import give_back
 from fewbit.methods.floats import RATE, FloatVector
 from fewbit.model.loading import place
 from fewbit.model.stream import Inputs
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenFile, HiddenTensor, fits
 from fewbit.run.members import Candidate, Member, Part, begin, fitting, joined
-from fewbit.run.memory import give_back
 from fewbit.run.recorded import Recorded
 from fewbit.run.rewriting import placed, straight_through
 from fewbit.run.solve import Solved

@@ -9,7 +9,7 @@ import pytest
 
 CHURN = """
 import re, torch
-from fewbit.run.memory import give_back
+from fewbit.memory import give_back
 def resident():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10
 def tensors():
@@ -27,7 +27,7 @@ print(kept, resident() - before)
 BATCHES = """
 import resource, torch
 from threading import Thread
-from fewbit.run.memory import keep
+from fewbit.memory import keep
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def batches(number):
