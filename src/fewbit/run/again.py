@@ -71,15 +71,12 @@ def _written(run: Run, found: Found) -> list[dict[str, Any]]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     solved = {item.record["name"]: _learned(item, found) for item in stored(run)}
-    for path in model.before:
-        model.load(path)
-    floating = model.begin(run.probe).hidden
-    for site in model.sites:
-        if site.kind == "embedding":
-            propagate(model, solved.get(site.name))
-    quantized = model.begin(run.probe).hidden
-    for path in model.before:
-        model.free(path)
+    with model.loaded(*model.before):
+        floating = model.begin(run.probe).hidden
+        for site in model.sites:
+            if site.kind == "embedding":
+                propagate(model, solved.get(site.name))
+        quantized = model.begin(run.probe).hidden
     stages = run.journal.stages[:1]
     for stage in range(1, run.stages - 1):
         record, quantized, floating = _block(run, stage, solved, found, quantized, floating)

@@ -60,20 +60,17 @@ def run_stages(run: Run) -> None:
 def embedding_stage(run: Run) -> dict[str, Any]:
     """Quantize the embedding; start the activations of calibration and probe from it."""
     model = run.model
-    for path in model.before:
-        model.load(path)
-    sites = [site for site in model.sites if site.block is None and site.kind == "embedding"]
-    floating = model.begin(run.probe).hidden
-    if tuned(run):
-        _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "reference")
-    solved = solve_sites(run, sites, {}, {})
-    record = write_stage(run, 0, sites, solved, {})
-    _store(run, 0, [model.begin(run.probe).hidden, floating], "probe")
-    if run.calibration is not None:
-        _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "calibration")
-    run.note_inputs()
-    for path in model.before:
-        model.free(path)
+    with model.loaded(*model.before):
+        sites = [site for site in model.sites if site.block is None and site.kind == "embedding"]
+        floating = model.begin(run.probe).hidden
+        if tuned(run):
+            _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "reference")
+        solved = solve_sites(run, sites, {}, {})
+        record = write_stage(run, 0, sites, solved, {})
+        _store(run, 0, [model.begin(run.probe).hidden, floating], "probe")
+        if run.calibration is not None:
+            _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "calibration")
+        run.note_inputs()
     return record
 
 

@@ -74,11 +74,8 @@ class Run:
         """What blocks are called with for a batch of "probe" or "calibration", for a "sample", which is a window of the
         former, for a "window" of the latter, or for what is "shown" to layers; equal for all batches of a kind."""
         if what not in self.calls:
-            for path in self.model.before:
-                self.model.load(path)
-            self.note_inputs()
-            for path in self.model.before:
-                self.model.free(path)
+            with self.model.loaded(*self.model.before):
+                self.note_inputs()
         return self.calls[what]
 
     def note_inputs(self) -> None:
