@@ -59,7 +59,7 @@ def learn_whole(run: Run) -> None:
 
 def _settle(run: Run) -> None:
     """Give new shards their places."""
-    folder = run.folder / "state" / PLACE
+    folder = run.state / PLACE
     for path in sorted(folder.glob("*.safetensors")):
         os.replace(path, run.folder / path.name)
     shutil.rmtree(folder, ignore_errors=True)
@@ -67,7 +67,7 @@ def _settle(run: Run) -> None:
 
 def _written(run: Run, found: Found) -> list[dict[str, Any]]:
     """Records of all stages, with ``found``; the shards that change are written anew."""
-    model, folder = run.model, run.folder / "state" / PLACE
+    model, folder = run.model, run.state / PLACE
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     solved = {item.record["name"]: _learned(item, found) for item in stored(run)}
@@ -112,7 +112,7 @@ def _block(
     _vectors(run, found, name)
     with as_run(model, items):
         quantized = probe_through(run, index, quantized)
-        record = write_stage(run, stage, sites, items, seen, run.folder / "state" / PLACE)
+        record = write_stage(run, stage, sites, items, seen, run.state / PLACE)
     model.free(name)
     record["drift"] = drift(quantized, floating)
     return {**before, **record}, quantized, floating
@@ -139,6 +139,6 @@ def _tail(run: Run, solved: dict[str, Solved], found: Found, quantized: Tensor, 
         propagate(model, item)
     for path in model.after:
         _vectors(run, found, path)
-    record = write_stage(run, run.stages - 1, sites, items, {}, run.folder / "state" / PLACE)
+    record = write_stage(run, run.stages - 1, sites, items, {}, run.state / PLACE)
     record["check"] = check_ends(run, sites, items, quantized, logits)
     return {**before, **record}

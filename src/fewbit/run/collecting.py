@@ -20,10 +20,10 @@ from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.run import facts as K
 from fewbit.run import opening as O
-from fewbit.run.ending import STATE
 from fewbit.run.events import Event, Progress
 from fewbit.run.journal import Journal
 from fewbit.run.sensitivity import Sensitivity
+from fewbit.run.state import STATE
 from fewbit.run.workers import workers
 
 

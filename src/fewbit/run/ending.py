@@ -16,13 +16,12 @@ from fewbit.errors import QualityError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.recipe import FLOAT, Recipe
 from fewbit.run.events import Event
-from fewbit.run.state import Run
+from fewbit.run.state import STATE, Run
 from fewbit.run.verify import INDEX, verify_folder
 
 MOST_KL = 1.0
 """Mean KL divergence (nats a token) past which a result counts as broken."""
 MOST_PERPLEXITY_RATIO = 3.0
-STATE = "state"
 
 
 def finish(run: Run, checkpoint: Checkpoint, recipe: Recipe, seed: int, out: Path, force: bool) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def run_stages(run: Run) -> None:
         record["peak_rss_bytes"] = peak_rss_bytes()
         run.journal.finish(record)
         give_back()
-        for old in (run.folder / "state").glob(f"*-{stage - 1:05d}.f32"):
+        for old in run.state.glob(f"*-{stage - 1:05d}.f32"):
             old.unlink()
         pace = (time.monotonic() - run.began) / (stage + 1 - done)
         run.progress(

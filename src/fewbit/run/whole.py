@@ -136,7 +136,7 @@ class Whole:
         if fits(4 * math.prod(shape), self._device):
             file: HiddenFile | HiddenTensor = HiddenTensor(shape, self._device)
         else:
-            file = HiddenFile(self._run.folder / "state" / "float", shape, "scratch")
+            file = HiddenFile(self._run.state / "float", shape, "scratch")
 
         def one(windows: list[int]) -> None:
             inputs = self._model.begin(self._ids[windows].to(self._device))
