@@ -122,6 +122,13 @@ def refuse_existing(target: Path, force: bool) -> None:
         raise InputError(f"writing {target}", "it exists already", works)
 
 
+def take_place(made: Path, target: Path) -> None:
+    """Give the finished folder ``made`` the name ``target``, in place of what is there."""
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(made, target)
+
+
 BEGUN = ".tmp"
 """What the name of a file ends with that is being written; before it, the process that does."""
 
