@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from fewbit.containers.files import CHUNK
-from fewbit.errors import InputError
+from fewbit.errors import InputError, first_line
 from fewbit.model.families import LAYER_COUNTS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -141,10 +141,9 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED))
     except Exception as error:  # the hub's client raises types of its own, of requests, httpx and the system
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"fetching the model {name} from the Hugging Face hub (no local path has that name)",
-            first,
+            first_line(error),
             "a local folder",
         ) from error
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from fewbit.containers.files import member, read_json, size_of, write_bytes, write_json
 from fewbit.containers.safetensors import SafetensorsFile
 from fewbit.containers.shards import LARGEST_SIDECAR, weight_files
-from fewbit.errors import CorruptFileError, InputError, UnsupportedError
+from fewbit.errors import CorruptFileError, InputError, UnsupportedError, first_line
 from fewbit.model.checkpoint import Checkpoint, check_layers
 from fewbit.model.tokenizer import FILES, open_tokenizer
 
@@ -46,14 +46,13 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # validation in transformers and huggingface_hub raises many types
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, ValueError) and ("does not recognize" in str(error) or "trust_remote_code" in str(error)):
             raise UnsupportedError(
                 f"opening the model {folder}",
                 f"transformers does not know the model type {kind!r}",
                 "a type that transformers itself implements; code from model folders is never run",
             ) from error
-        raise InputError(f"reading {path}", first, "the config.json of a transformers model") from error
+        raise InputError(f"reading {path}", first_line(error), "the config.json of a transformers model") from error
 
 
 class FolderCheckpoint(Checkpoint):
@@ -112,9 +111,8 @@ class FolderCheckpoint(Checkpoint):
         try:
             return AutoTokenizer.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the Rust tokenizers raise bare Exception
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
-                f"the tokenizer of {self.path}", first, "the tokenizer files of the model, whole"
+                f"the tokenizer of {self.path}", first_line(error), "the tokenizer files of the model, whole"
             ) from error
 
     def words(self) -> Any:
