@@ -13,12 +13,10 @@ from fewbit.decode.kept_tokenizer import keep, open_kept
 from fewbit.decode.templates import Templates
 from fewbit.errors import InputError
 from fewbit.memory import give_back
-from fewbit.model.tokenizer import FileTokenizer, open_tokenizer
+from fewbit.model.tokenizer import FileTokenizer, has_tokenizer, open_tokenizer
 
 REPLACEMENT = "�"
 """What decoders write for bytes that are no character, or not yet."""
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""Files of which a folder with a tokenizer holds one."""
 PENDING = 16
 """Tokens held back at most; four bytes, each a token of its own, are the longest character."""
 
@@ -202,7 +200,7 @@ def words_of(folder: Path, once: bool = False) -> Words:
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    if not any((folder / name).is_file() for name in TOKENIZERS):  # transformers would make up an empty one
+    if not has_tokenizer(folder):
         found, works = "the folder holds none", "copy the original's tokenizer files there"
         if not folder.is_dir():
             found, works = "there is no such folder", "a folder that `fewbit quantize` wrote works"

@@ -16,7 +16,7 @@ from fewbit.containers.safetensors import SafetensorsFile
 from fewbit.containers.shards import LARGEST_SIDECAR, weight_files
 from fewbit.errors import CorruptFileError, InputError, UnsupportedError, first_line
 from fewbit.model.checkpoint import Checkpoint, check_layers
-from fewbit.model.tokenizer import FILES, open_tokenizer
+from fewbit.model.tokenizer import FILES, has_tokenizer, open_tokenizer
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -98,9 +98,7 @@ class FolderCheckpoint(Checkpoint):
         return sum(entry.nbytes for shard in self._shards for entry in shard.entries.values())
 
     def tokenizer(self) -> Any:
-        if not any(
-            (self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-        ):
+        if not has_tokenizer(self.path):
             raise InputError(
                 f"the tokenizer of {self.path}", "the folder has none", "tokenizer.json beside config.json"
             )
