@@ -24,7 +24,7 @@ from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
-from fewbit.errors import InputError, UnsupportedError
+from fewbit.errors import UnsupportedError
 from fewbit.methods import objective, ranges
 
 
@@ -60,9 +60,7 @@ def awq(weight: Tensor, format: Format, facts: Facts, *, steps: int = 20, floor:
     reason = refuse(format)
     if reason is not None:
         raise UnsupportedError(f"awq to {format.name}", reason, "method rtn takes any format, clip weighs tables")
-    if facts.tokens and facts.gram is None:
-        asked = f"awq of a weight of shape {tuple(weight.shape)} to {format.name}"
-        raise InputError(asked, "the facts hold no second moment", "collect them with gram=True, or use method clip")
+    objective.check_moment("awq", weight, format, facts, "clip")
     weight = weight.float()
     format = format.bind(weight)
     moments = diagonal_blocks(facts.second_moment, format.fit_block if format.block else 0)

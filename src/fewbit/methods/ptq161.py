@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
-from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -61,8 +60,7 @@ def ptq161(weight: Tensor, format: Format, facts: Facts, *, salient: float = 0.2
     beside: list[Term] = []
     if count:
         wide, kept = wider(format, salient_bits), weight[:, order[:count]].float()
-        params = F.fit(wide, kept)
-        beside.append(Dense(QTensor.nearest(wide, kept, params)))
+        beside.append(Dense(QTensor.rounded(wide, kept)))
     if count < columns:
         dense = two_values(weight[:, order[count:]].float(), format)
         ones = torch.ones(columns - count, dtype=torch.float16)

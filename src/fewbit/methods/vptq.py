@@ -36,7 +36,7 @@ from fewbit.core.format import Format
 from fewbit.core.method import Parts
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Columns, Dense, Terms, foremost, index_dtype
-from fewbit.errors import InputError, SpecError, UnsupportedError
+from fewbit.errors import SpecError, UnsupportedError
 from fewbit.methods import codebooks as K
 from fewbit.methods import feedback, norms, objective
 from fewbit.methods.norms import Norms, lost
@@ -164,11 +164,10 @@ def _sides(format: Format, shape: Sequence[int], outliers: float, length: int, b
 def _check(weight: Tensor, format: Format, facts: Facts, **least: int) -> None:
     """Refuse what cannot be quantized so, facts without a second moment, and options that are no counts."""
     objective.check("vptq", weight, format, facts)
-    asked = f"vptq of a weight of shape {tuple(weight.shape)} to {format.name}"
+    asked = objective.asked("vptq", weight, format)
     if (reason := refuse(format)) is not None:
         raise UnsupportedError(asked, reason, "vectors work, such as vector4x8; gptq takes other formats")
-    if facts.tokens and facts.gram is None:
-        raise InputError(asked, "the facts hold no second moment", "collect them with gram=True, or use method rtn")
+    objective.check_moment("vptq", weight, format, facts, "rtn")
     for name, value in least.items():
         if value < (name != "rounds"):
             raise SpecError(f"{asked} with {name}={value}", "it is too small", "1 is the least, 0 for rounds")
