@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
+from fewbit.core import given
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -92,7 +93,7 @@ def wider(format: Format, bits: int) -> Format:
     Raises:
         SpecError: out of range.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 < bits <= 8:
+    if type(bits) is not int or not 1 < bits <= 8:
         raise SpecError(f"ptq161 with salient_bits={bits!r}", "out of range", "2 to 8, e.g. 4")
     return replace(format, bits=bits)  # type: ignore[type-var]
 
@@ -103,7 +104,7 @@ def salient_columns(columns: int, salient: float) -> int:
     Raises:
         SpecError: ``salient`` is no share.
     """
-    if isinstance(salient, bool) or not isinstance(salient, int | float) or not 0 <= salient <= 1:
+    if not (given.number(salient) and 0 <= salient <= 1):
         raise SpecError(f"ptq161 with salient={salient!r}", "out of range", "a share of the columns, e.g. 0.2")
     return round(salient * columns)
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewbit.core import given
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
@@ -76,7 +77,7 @@ def counts(shape: tuple[int, int], outliers: float, sensitive: float) -> tuple[i
         SpecError: the shares are no shares, or leave no entry to the palette.
     """
     for name, share in (("outliers", outliers), ("sensitive", sensitive)):
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 0.1:
+        if not (given.number(share) and 0 <= share <= 0.1):
             works = "a share of the entries from 0 to 0.1, e.g. 0.004"
             raise SpecError(f"squeezellm with {name}={share!r}", "out of range", works)
     entries = shape[0] * shape[1]

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
+from fewbit.core import given
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -143,7 +144,7 @@ Formats = tuple[tuple[Format, int], ...]
 def _sides(format: Format, shape: Sequence[int], outliers: float, length: int, bits: int, residual: int) -> Formats:
     """Of the outliers, where there are any, and of the others."""
     (rows, columns), asked = shape, f"vptq with outliers={outliers!r}"
-    if isinstance(outliers, bool) or not isinstance(outliers, int | float) or not 0 <= outliers < 1:
+    if not (given.number(outliers) and 0 <= outliers < 1):
         raise SpecError(asked, "out of range", "a share of the columns below 1, e.g. 0.02, or 0 for none")
     count = min(columns - 1, max(1, round(outliers * columns))) if outliers else 0
     if not count:
