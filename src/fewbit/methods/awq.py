@@ -84,14 +84,10 @@ def _search(
     """Parameters of ``blocks`` (rows, blocks, block), decided span by span."""
     best = dict(format.fit(blocks, mask))
     least = _span_errors(format, blocks, best, moments)
-    reach, repeat = blocks.abs().amax(-1, keepdim=True), ranges.span_blocks(format, blocks.shape[1])
+    reach = blocks.abs().amax(-1, keepdim=True)
     for ratio in ratios[1:]:
         params = format.fit(torch.clamp(blocks, -ratio * reach, ratio * reach), mask)
-        errors = _span_errors(format, blocks, params, moments)
-        better = errors < least
-        least = torch.where(better, errors, least)
-        chosen = B.per_block(better.unsqueeze(-1), blocks.shape[1], repeat)
-        best = {name: torch.where(chosen, params[name], values) for name, values in best.items()}
+        best, least = ranges.lesser(format, best, least, params, _span_errors(format, blocks, params, moments))
     return best
 
 
