@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fewbit.core import lookup
+from fewbit.core import float16, lookup
 from fewbit.core.format import Format, Param, Params, Physical
 from fewbit.formats.dynamic import CHUNK, PARAMS, code_scales, decode_scales
-from fewbit.formats.scales import LARGEST_SCALE, SMALLEST_SCALE, divisor, spell_group, storable
+from fewbit.formats.scales import SMALLEST_SCALE, divisor, spell_group, storable
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -147,7 +147,7 @@ class Table(Format):
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
         scale = blocks.abs().amax(-1, keepdim=True) / self.values[-1]
         if self.coded:
-            return code_scales(scale.clamp(self._smallest, LARGEST_SCALE))
+            return code_scales(scale.clamp(self._smallest, float16.LARGEST))
         return {"scale": storable(scale, self._smallest)}
 
     def of_plain(self, params: Params) -> dict[str, Tensor]:

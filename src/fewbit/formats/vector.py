@@ -20,10 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbit.core import clusters
+from fewbit.core import clusters, float16
 from fewbit.core.format import Format, Param, Params, Vectors, code_dtype
 from fewbit.errors import SpecError
-from fewbit.formats.scales import LARGEST_SCALE
 
 LENGTHS = (2, 4, 6, 8, 12, 16)
 LEAST_BITS, MOST_BITS, MOST_CODE = 1, 16, 24
@@ -71,7 +70,7 @@ class Vector(Format):
         )
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
-        vectors = self._vectors(blocks.clamp(-LARGEST_SCALE, LARGEST_SCALE))
+        vectors = self._vectors(blocks.clamp(-float16.LARGEST, float16.LARGEST))
         worth = self._vectors(importance.expand_as(blocks))
         least, some = worth.amin(-1), worth.amax(-1)  # zero where a vector is padded: those count only where all are
         shares = torch.where(least > 0, least + (worth - least.unsqueeze(-1)).mean(-1), 0.0)

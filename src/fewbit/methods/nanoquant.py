@@ -28,7 +28,7 @@ import copy
 import torch
 from torch import Tensor
 
-from fewbit.core import given
+from fewbit.core import float16, given
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -89,7 +89,7 @@ def nanoquant(
         None,
         signs.matrix(format, factors.v.T > 0, (middle / scale)[:, None]),
     )
-    return Terms((rows, columns), (product,), None, signs.half(right))
+    return Terms((rows, columns), (product,), None, float16.of(right))
 
 
 def rank(rows: int, columns: int, bits: float) -> int:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
-from fewbit.core import given
+from fewbit.core import float16, given
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -271,7 +271,7 @@ def _split(weight: Tensor, sides: Formats) -> list[tuple[Tensor, Format]]:
 def _padded(weight: Tensor, sides: Formats) -> Tensor:
     """``weight`` within float16, its rows filled up to whole vectors of all ``sides``."""
     length = math.lcm(*(side.height for side, _ in sides))
-    return torch.constant_pad_nd(weight, (0, 0, 0, -len(weight) % length)).clamp(-K.LARGEST, K.LARGEST)
+    return torch.constant_pad_nd(weight, (0, 0, 0, -len(weight) % length)).clamp(-float16.LARGEST, float16.LARGEST)
 
 
 def _whole(found: Sequence[QTensor], order: Tensor | None) -> QTensor | Terms:
