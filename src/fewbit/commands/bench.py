@@ -184,7 +184,7 @@ def _rotating(copies: list[Any], x: Tensor) -> Callable[[], Any]:
 
 
 def _float(weight: Tensor, x: Tensor, target: int) -> Callable[[], Tensor]:
-    number = _copies(weight.numel() * weight.element_size(), target)
+    number = _copies(weight.nbytes, target)
     turn = cycle([weight.clone() for _ in range(number)])
     return lambda: torch.nn.functional.linear(x, next(turn))
 

@@ -125,7 +125,7 @@ class PreparedSparse(Addressed):
     def read_bytes(self) -> int:
         """Bytes that one call with one token reads."""
         arrays = self._slices or (self.sparse.pointers, self.sparse.columns, self.sparse.values)
-        return sum(array.numel() * array.element_size() for array in arrays)
+        return sum(array.nbytes for array in arrays)
 
     @property
     def nbytes(self) -> int:

@@ -79,12 +79,12 @@ def of_model(model: Any) -> Size:
     Bits per weight are NaN when a matrix is stored in integers: only its folder says how many weights those stand for.
     """
     state = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values()
-    total = sum(t.numel() * t.element_size() for t in state)
+    total = sum(t.nbytes for t in state)
     matrices = [t for t in state if t.dim() >= 2]
     weights = sum(t.numel() for t in matrices)
     if not weights or not all(t.is_floating_point() for t in matrices):
         return Size(
             total, math.nan, "unknown: the model is in memory and holds packed weights; give its folder instead"
         )
-    stored = sum(t.numel() * t.element_size() for t in matrices)
+    stored = sum(t.nbytes for t in matrices)
     return Size(total, 8 * stored / weights, "dtype of the parameters; the model is in memory, not on disk")

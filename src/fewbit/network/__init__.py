@@ -167,7 +167,7 @@ def _decide(
             (products if type(module) is Product else rules)[name] = rule
             continue
         own = list(module.parameters(recurse=False))
-        count, nbytes = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
+        count, nbytes = sum(p.numel() for p in own), sum(p.nbytes for p in own)
         if count or type(module) is Product:
             skipped.append({"name": name, "reason": reason, "nbytes": nbytes, "parameters": count})
     if not rules:

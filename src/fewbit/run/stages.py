@@ -193,7 +193,7 @@ def write_stage(
         "file": path.name,
         "sha256": sha256,
         "bytes": path.stat().st_size,
-        "tensors": {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()},
+        "tensors": {name: tensor.nbytes for name, tensor in tensors.items()},
         "layers": layers,
     }
 
