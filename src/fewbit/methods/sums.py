@@ -177,8 +177,9 @@ def _assembled(term: Term, path: Path, leaves: Mapping[Path, Tensor]) -> Tensor:
         case Dense():
             return leaves[path]
         case Product():
-            left, middle = leaves[(*path, "left")], scale("middle")
-            return (left if middle is None else left * middle) @ leaves[(*path, "right")]
+            left, right = (leaves[at] for at in ((*path, "left"), (*path, "right")))
+            middle = scale("middle")
+            return (left if middle is None else left * middle) @ right
         case Columns():
             parts = [_assembled(part, (*path, str(i)), leaves) for i, part in enumerate(term.parts)]
             return torch.cat(parts, 1)[:, torch.argsort(term.permutation.long())]
