@@ -59,7 +59,7 @@ class Scales(Learnable):
         """Rows, or blocks, that share an entry."""
         if param.per == "rows":
             return self._format.group_rows
-        return max(1, self._format.fit_block // self._format.block) if param.per == "span" and self._format.block else 1
+        return self._format.fit_block // self._format.block if param.per == "span" else 1
 
     def _once(self, param: Param, values: Tensor) -> Tensor:
         """``values`` (rows, blocks, 1, ...) without what repeats."""

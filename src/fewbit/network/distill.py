@@ -26,7 +26,7 @@ from fewbit.core.descent import Rule
 from fewbit.core.format import Format
 from fewbit.core.rewrite import Chain
 from fewbit.core.terms import matrices
-from fewbit.core.transform import seed_of
+from fewbit.core.transform import generator_of
 from fewbit.core.tuning import Learnable, Values
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels.reference import round_activations
@@ -82,7 +82,7 @@ def distill(
                 members.append(name)
         for tune, members in turns:
             phase = _Phase(teacher, student, solved, rounded, grids, members, tune)
-            solved, grids = phase.done(batches, seed_of(seed, f"{place} {tune.name} {members[0]}") & (2**63 - 1))
+            solved, grids = phase.done(batches, generator_of(seed, f"{place} {tune.name} {members[0]}"))
     return solved, grids
 
 
@@ -118,9 +118,9 @@ class _Phase:
         for name, rule in rounded.items():
             self._round(name, Chain(), grids.get(name, formats.parse(str(rule.activation))))
 
-    def done(self, batches: list[Batch], seed: int) -> tuple[dict[str, Solved], Grids]:
+    def done(self, batches: list[Batch], order: torch.Generator) -> tuple[dict[str, Solved], Grids]:
         """What was solved and the grids, ``members`` tuned."""
-        start, least, best = self._learn(batches, torch.Generator().manual_seed(seed))
+        start, least, best = self._learn(batches, order)
         outcome = f"loss {start:.4g} -> {least:.4g} by {self._row.name}"
         solved, grids = dict(self._solved), dict(self._grids)
         for name in self._members:

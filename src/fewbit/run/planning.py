@@ -37,7 +37,7 @@ class Decision:
 
     @property
     def weights(self) -> int:
-        return self.site.shape[0] * self.site.shape[1] * self.site.experts
+        return self.site.parameters
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,6 @@ def _module_class(model: StreamedModel, site: Site) -> str:
 
 
 def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> Decision:
-    weights = site.shape[0] * site.shape[1] * site.experts
     if rule is not None:
         check_transforms(site, rule)
     if site.tied_to is not None:
@@ -161,7 +160,7 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
     if rule is None or rule.format == FLOAT:
         unnamed = f"{SEEING}, and no rule names it" if site.kind == "vision" else "no rule of the recipe matches it"
         reason = "the recipe keeps it in float" if rule else unnamed
-        return Decision(site, None, "torch", weights * dtype.itemsize, reason)
+        return Decision(site, None, "torch", site.parameters * dtype.itemsize, reason)
     _check_vision(site, rule)
     format = formats.parse(rule.format)
     grid = formats.parse(rule.activation) if rule.activation else None
