@@ -194,7 +194,7 @@ def _check(name: str, kind: str, layer: nn.Module, rule: Rule) -> None:
     if kind == "conv2d" and rule.transforms:
         found = "inputs of convolutions are not rewritten at run time"
         raise UnsupportedError(f"transforms for {name}", found, "give convolutions a rule without transforms")
-    activation = formats.parse(rule.activation) if rule.activation else None
+    activation = rule.input_format
     if kind == "conv2d" and activation is not None and activation.whole:
         found = "inputs of convolutions are rounded window by window"
         raise UnsupportedError(f"activations in {activation.name} for {name}", found, "int8/static or int8/channel")

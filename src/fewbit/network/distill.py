@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit import formats, methods, recipe
+from fewbit import methods, recipe
 from fewbit.core.descent import Rule
 from fewbit.core.format import Format
 from fewbit.core.rewrite import Chain
@@ -116,7 +116,7 @@ class _Phase:
             self._place(name, item.weight.dequantize())
             self._round(name, item.rewrite, grids.get(name, item.activation))
         for name, rule in rounded.items():
-            self._round(name, Chain(), grids.get(name, formats.parse(str(rule.activation))))
+            self._round(name, Chain(), grids.get(name, rule.input_format))
 
     def done(self, batches: list[Batch], order: torch.Generator) -> tuple[dict[str, Solved], Grids]:
         """What was solved and the grids, ``members`` tuned."""

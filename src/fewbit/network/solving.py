@@ -172,7 +172,7 @@ def _grids(
 
 def grid_of(rule: Rule) -> Fixed:
     """Static activations of ``rule``, open or spelt."""
-    found = formats.parse(str(rule.activation))
+    found = rule.input_format
     assert isinstance(found, Fixed)
     return found
 
@@ -212,7 +212,7 @@ def refuse_product(name: str, rule: Rule | None) -> str | None:
         return "no rule of the recipe matches it"
     if rule.format == FLOAT or rule.activation is None:
         return "the recipe keeps it in float" if rule.format == FLOAT else "the recipe keeps activations in float"
-    if isinstance(formats.parse(rule.activation), Fixed):
+    if isinstance(rule.input_format, Fixed):
         return None
     found = f"each operand takes one grid, and {rule.activation} is found token by token"
     if rule.match in (name, f"kind:{PRODUCT}"):

@@ -11,6 +11,7 @@ from typing import Any
 
 from fewbit import formats, methods, transforms
 from fewbit.core.facts import Need, strongest
+from fewbit.core.format import Format
 from fewbit.core.rows import check_entry
 from fewbit.errors import SpecError
 from fewbit.recipe.choices import Step, Tune
@@ -78,10 +79,15 @@ class Rule:
         mixed: Need = "gram" if asks and any(row.mixes for row in rows) else "nothing"
         return strongest(method, mixed, *(row.needs for row in rows))
 
+    @property
+    def input_format(self) -> Format | None:
+        """The format that inputs are rounded to; None where they stay float."""
+        return formats.parse(self.activation) if self.activation else None
+
     @cached_property
     def open_grid(self) -> bool:
         """Whether calibration is to fix the grid that inputs are rounded to."""
-        grid = formats.parse(self.activation) if self.activation else None
+        grid = self.input_format
         return isinstance(grid, formats.Fixed) and not grid.bound
 
     def tunings(self) -> tuple[Tune, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fewbit import formats, methods
+from fewbit import methods
 from fewbit.calibrate import Calibration
 from fewbit.errors import SpecError
 from fewbit.formats.fixed import Fixed
@@ -64,7 +64,7 @@ def _check_rewrites(decision: Decision, recipe: Recipe) -> None:
 
 def _check_grid(rule: Rule, site: str) -> None:
     """Refuse a static grid behind transforms, but the extremes of inputs whose every channel is scaled alone."""
-    grid, mixing = formats.parse(rule.activation or ""), [step.name for step in rule.transforms if step.row().mixes]
+    grid, mixing = rule.input_format, [step.name for step in rule.transforms if step.row().mixes]
     assert isinstance(grid, Fixed)
     if grid.observer == EXTREMES and not mixing:
         return
@@ -110,6 +110,6 @@ def _bound(decision: Decision, kept: KeptFacts) -> Decision:
     rule, site = decision.rule, decision.site
     if rule is None or not rule.open_grid or rule.transforms or site.block is None:
         return decision
-    grid = formats.parse(rule.activation or "")
+    grid = rule.input_format
     assert isinstance(grid, Fixed)
     return replace(decision, rule=replace(rule, activation=grid.observed(kept.ranges(site)).name))

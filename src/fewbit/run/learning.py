@@ -168,8 +168,8 @@ class Learner:
 
     def _inputs(self, decision: Decision) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         rule, site = decision.rule, decision.site
-        assert rule is not None and rule.activation is not None
-        format, steps = _known(formats.parse(rule.activation)), []
+        assert rule is not None and rule.input_format is not None
+        format, steps = _known(rule.input_format), []
         for number, step in enumerate(rule.transforms):
             if (row := transforms.named(step.name)).needs == "nothing":
                 shape = torch.empty(site.shape, device="meta")

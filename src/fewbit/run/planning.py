@@ -163,7 +163,7 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
         return Decision(site, None, "torch", site.parameters * dtype.itemsize, reason)
     _check_vision(site, rule)
     format = formats.parse(rule.format)
-    grid = formats.parse(rule.activation) if rule.activation else None
+    grid = rule.input_format
     if site.kind == "head" and isinstance(grid, formats.Fixed) and not grid.bound:
         found = "calibration ends before the head, so nothing is known of its inputs"
         raise UnsupportedError(f"{grid.name} for {site.name}", found, f"int{grid.bits}/channel, found as they arrive")
@@ -251,12 +251,6 @@ def _width(format: Format) -> float:
     return format.bits / (format.dim * format.height)
 
 
-def _choice(rule: Rule, site: Site) -> kernels.Choice:
-    """The kernel that will run ``site`` here, and why no better one does."""
-    activation = formats.parse(rule.activation) if rule.activation else None
-    return kernels.choose(formats.parse(rule.format), site.shape, activation=activation)
-
-
 def check_transforms(site: Site, rule: Rule) -> None:
     """Refuse transforms of inputs that nothing can rewrite when the model runs, or that nothing is known about."""
     for row in (transforms.named(step.name) for step in rule.transforms):
@@ -310,7 +304,9 @@ def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> l
     found = []
     slow = [d for d in quantized if d.kernel.startswith(REFERENCE) and d.site.kind != "embedding"]
     if slow:
-        choice = _choice(slow[0].rule, slow[0].site)  # type: ignore[arg-type]
+        rule = slow[0].rule
+        assert rule is not None
+        choice = kernels.choose(formats.parse(rule.format), slow[0].site.shape, activation=rule.input_format)
         why = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:2])
         found.append(
             f"{len(slow)} of {len(quantized)} layers have no fast kernel here and will NOT be faster than float, "
@@ -328,6 +324,6 @@ def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> l
 
 def _rounds_natively(decision: Decision) -> bool:
     """Whether the native runtime can round the layer's inputs: to integers, or, counting signs, in the kernel."""
-    grid = formats.parse(decision.rule.activation) if decision.rule and decision.rule.activation else None
+    grid = decision.rule.input_format if decision.rule else None
     integers = isinstance(grid, formats.Affine) and grid.bits > 1 and not grid.whole
     return grid is None or integers or isinstance(grid, formats.Fixed | formats.Outliers) or "xnor" in decision.kernel

@@ -56,7 +56,7 @@ class Task:
     @property
     def activation(self) -> Format | None:
         """The format that inputs are rounded to at run time."""
-        return formats.parse(self.rule.activation) if self.rule.activation else None
+        return self.rule.input_format
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +119,7 @@ def layout_for(format: Format) -> Layout:
 def kernel_name(rule: Rule, matrices: Iterable[tuple[Format, tuple[int, int]]], sparse: bool) -> str:
     """What will run a layer under ``rule`` here that is made of ``matrices``, each a format and a shape; ``sparse``:
     with few entries beside them."""
-    activation = formats.parse(rule.activation) if rule.activation else None
-    names = [kernels.choose(format, shape, activation=activation).name for format, shape in matrices]
+    names = [kernels.choose(format, shape, activation=rule.input_format).name for format, shape in matrices]
     return " + ".join(dict.fromkeys([*names, *([kernels.choose_sparse().name] if sparse else [])]))
 
 
