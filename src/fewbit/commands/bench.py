@@ -29,6 +29,7 @@ from fewbit.containers.terms import summary
 from fewbit.decode import Engine, open_engine
 from fewbit.decode.native_engine import NativeEngine
 from fewbit.kernels import Prepared
+from fewbit.measure.machine import processor
 from fewbit.model.layers import QuantLinear
 from fewbit.report import numbers as N
 
@@ -79,7 +80,7 @@ def run(
     found = {
         "path": str(out),
         "threads": torch.get_num_threads(),
-        "processor": doctor.processor(),
+        "processor": processor(),
         "torch": torch.__version__,
         **speed,
         "kernels": [asdict(row) for row in rows],
