@@ -38,9 +38,7 @@ class SparseKernel:
 
     def refuse(self) -> str | None:
         """None, or the reason why this row cannot run on this machine."""
-        if self.isa is None or self.isa in native.isas():
-            return None
-        return native.why_not() or f"this machine or build has no {self.isa}; it has {', '.join(native.isas())}"
+        return None if self.isa is None else native.lacks(self.isa)
 
 
 SPARSE_KERNELS = (SparseKernel("avx2"), SparseKernel("neon"), SparseKernel("serial"), SparseKernel(None))
