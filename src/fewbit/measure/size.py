@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.containers import manifest as M
-from fewbit.containers.files import member, read_json, size_of
+from fewbit.containers.files import size_of
 from fewbit.containers.gguf import open_gguf
 from fewbit.containers.safetensors import open_safetensors
+from fewbit.containers.shards import named_files
 from fewbit.errors import InputError
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,7 @@ def weight_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    if (path / INDEX).is_file():
-        mapping = read_json(path / INDEX).get("weight_map")
-        names = {str(name) for name in mapping.values()} if isinstance(mapping, dict) else set()
-        files = [member(path, name) for name in sorted(names)]
-    else:
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+    files = named_files(path) or sorted(path.glob("pytorch_model*.bin"))
     if not files:
         raise InputError(f"weights of {path}", "the folder holds no safetensors or GGUF file")
     return files

@@ -11,12 +11,13 @@ from typing import Any
 import fewbit
 from fewbit.containers import manifest as M
 from fewbit.containers.files import digest, read_json, take_place, write_json
+from fewbit.containers.shards import INDEX
 from fewbit.errors import QualityError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.recipe import FLOAT, Recipe
 from fewbit.run.events import Event
 from fewbit.run.state import STATE, Run
-from fewbit.run.verify import INDEX, verify_folder
+from fewbit.run.verify import verify_folder
 
 MOST_KL = 1.0
 """Mean KL divergence (nats a token) past which a result counts as broken."""
