@@ -21,6 +21,17 @@ def expect(what: str, found: Tensor, shape: tuple[int, ...]) -> Tensor:
     return found
 
 
+def expect_bytes(what: str, found: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """``found``, contiguous, refused when it is not ``shape`` bytes: a kernel would read beyond them.
+
+    Raises:
+        InputError: with both shapes and dtypes in the message.
+    """
+    if tuple(found.shape) != shape or found.dtype != torch.uint8:
+        raise InputError(f"{what} of shape {shape}, uint8", f"found {tuple(found.shape)}, {found.dtype}")
+    return found.contiguous()
+
+
 def take(stored: Params, name: str, shape: tuple[int, ...]) -> Tensor:
     """The array ``name`` of ``stored``.
 
