@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from fewbit import methods, transforms
+from fewbit.core.rows import Optioned
+from fewbit.core.transform import ModelTransform, Transform
+from fewbit.core.tuning import ModelTuning, Tuning
 from fewbit.errors import SpecError
 
 C = TypeVar("C", bound="_Choice")
@@ -22,7 +25,7 @@ class _Choice:
     what: ClassVar[str]
     example: ClassVar[str]
 
-    def row(self) -> Any:
+    def row(self) -> Optioned:
         """The row of that name, which knows its options."""
         raise NotImplementedError
 
@@ -32,7 +35,7 @@ class _Choice:
     @property
     def settings(self) -> dict[str, Any]:
         """All options of the row: those given here, and the defaults of others."""
-        return dict(self.row().filled(self.options))
+        return self.row().filled(self.options)
 
     @classmethod
     def of(cls: type[C], entry: Any) -> C:
@@ -57,7 +60,7 @@ class Step(_Choice):
 
     what, example = "transform", '"smooth" or { name = "smooth", alpha = 0.7 }'
 
-    def row(self) -> Any:
+    def row(self) -> Transform:
         return transforms.named(self.name)
 
 
@@ -66,7 +69,7 @@ class Tune(_Choice):
 
     what, example = "tuning", '"scales" or { name = "scales", iters = 100 }'
 
-    def row(self) -> Any:
+    def row(self) -> Tuning:
         return methods.tuning(self.name)
 
 
@@ -75,13 +78,13 @@ class ModelStep(_Choice):
 
     what, example = "model =", '"quarot" or { name = "quarot", heads = 0 }'
 
-    def row(self) -> Any:
+    def row(self) -> ModelTransform:
         return transforms.named_model(self.name)
 
     @property
     def learns(self) -> bool:
         """Whether text is needed for it."""
-        return bool(self.row().learns)
+        return self.row().learns
 
 
 class ModelTune(_Choice):
@@ -89,5 +92,5 @@ class ModelTune(_Choice):
 
     what, example = "end =", '"distill" or { name = "distill", iters = 400 }'
 
-    def row(self) -> Any:
+    def row(self) -> ModelTuning:
         return methods.model_tuning(self.name)

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
-from fewbit import formats, methods, transforms
+from fewbit import formats, methods
 from fewbit.core.facts import Need, strongest
 from fewbit.core.format import Format
 from fewbit.core.rows import check_entry
@@ -53,7 +53,7 @@ class Rule:
             formats.parse(self.activation)
         methods.named(self.method).check(self.options)
         mixing = ""
-        for row in map(transforms.named, (step.name for step in self.transforms)):
+        for row in (step.row() for step in self.transforms):
             if mixing and row.needs != "nothing":
                 found = f"after {mixing} the inputs are others than those that calibration sees"
                 raise SpecError(f"transform {row.name} after {mixing}", found, f"put {row.name} first")
@@ -73,7 +73,7 @@ class Rule:
         if self.format == FLOAT:
             return "nothing"
         method = strongest(methods.named(self.method).needs, "largest" if self.open_grid else "nothing")
-        rows = [transforms.named(step.name) for step in self.transforms]
+        rows = [step.row() for step in self.transforms]
         # E[x'^2] of mixed inputs follows from E[x x^T] only
         asks = methods.named(self.method).needs != "nothing"
         mixed: Need = "gram" if asks and any(row.mixes for row in rows) else "nothing"

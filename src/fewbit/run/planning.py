@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fewbit import formats, kernels, methods, transforms
+from fewbit import formats, kernels, methods
 from fewbit.core import format as F
 from fewbit.core import rewrite as R
 from fewbit.core.format import Format
@@ -123,7 +123,7 @@ def _rule(model: StreamedModel, site: Site, rule: Rule | None, whole: ModelStep 
     online = model.surgery.online.get(site.name) if model.surgery else None
     if rule is None or rule.format == FLOAT or online is None:
         return rule
-    if any(transforms.named(step.name).mixes for step in rule.transforms):
+    if any(step.row().mixes for step in rule.transforms):
         return rule
     try:
         return replace(rule, transforms=(*rule.transforms, Step(online)))
@@ -183,7 +183,7 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
     made, nbytes = made_of(site, rule, site.block is not None)
     _check_tunings(site, rule, format)
     with of_layer(site.name):
-        kinds = [transforms.named(step.name).makes for step in rule.transforms]
+        kinds = [step.row().makes for step in rule.transforms]
         nbytes += storage_bytes(R.storage(kinds, site.shape[1]))
         nbytes += grid.nbytes if isinstance(grid, formats.Fixed) else 0
     sparse = made.sum and methods.named(rule.method).parts is None
@@ -253,7 +253,7 @@ def _width(format: Format) -> float:
 
 def check_transforms(site: Site, rule: Rule) -> None:
     """Refuse transforms of inputs that nothing can rewrite when the model runs, or that nothing is known about."""
-    for row in (transforms.named(step.name) for step in rule.transforms):
+    for row in (step.row() for step in rule.transforms):
         works = "give this layer a rule without transforms, before the one that matches it now"
         if site.kind in ("experts", "embedding"):
             reason: str | None = f"inputs of {site.kind} are not rewritten at run time"

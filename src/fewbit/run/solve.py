@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit import formats, kernels, layouts, methods, transforms
+from fewbit import formats, kernels, layouts, methods
 from fewbit.containers import terms as T
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
@@ -220,7 +220,7 @@ def transformed(task: Task) -> tuple[Chain, Tensor, list[Facts]]:
     """
     if not task.rule.transforms:
         return Chain(), task.weight, task.facts
-    rows = [transforms.named(step.name) for step in task.rule.transforms]
+    rows = [step.row() for step in task.rule.transforms]
     weight, known, steps = task.weight, task.facts, []
     asking = [row.needs for row in rows[1:]] + [methods.named(task.rule.method).needs]
     for i, row in enumerate(rows):
@@ -307,7 +307,7 @@ def _of_few(task: Task) -> list[str]:
 def _of_none(starved: list[int], task: Task) -> str:
     site, method = task.site, task.rule.method
     if site.experts == 1 and not task.facts[0].tokens:
-        idle = [row.name for step in task.rule.transforms if (row := transforms.named(step.name)).needs != "nothing"]
+        idle = [step.name for step in task.rule.transforms if step.row().needs != "nothing"]
         parts = [f"{name} left the inputs as they are" for name in idle]
         parts += [f"rounded to nearest instead of {method}"] if starved else []
         return f"no calibration token reached it: {', '.join(parts)}" if parts else ""
