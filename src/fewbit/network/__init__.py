@@ -224,7 +224,7 @@ def _need_data(rules: dict[str, Rule], products: dict[str, Rule], more: bool, ba
 
 def _need_loss(rules: dict[str, Rule], loss: Loss | None, batches: list[Batch]) -> tuple[list[str], str | None]:
     """The layers whose method weighs by the Fisher diagonal, and of which loss; None without such layers."""
-    names = [name for name, rule in rules.items() if methods.named(rule.method).needs == "fisher"]
+    names = [name for name, rule in rules.items() if rule.row().needs == "fisher"]
     if names and loss is None:
         found = "it weighs by the gradient of the network's loss, and a network does not say which that is"
         raise InputError(f"method {rules[names[0]].method} for {names[0]}", found, WAYS)

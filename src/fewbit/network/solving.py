@@ -22,8 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fewbit import formats, methods
-from fewbit import transforms as table
+from fewbit import formats
 from fewbit.containers import terms as T
 from fewbit.core.correction import correction
 from fewbit.core.facts import Facts
@@ -128,7 +127,7 @@ def sequential(
 def wanted_of(layer: nn.Module, rule: Rule, correct_bias: bool) -> Wanted:
     window = window_of(layer) if isinstance(layer, nn.Conv2d) else None
     assert isinstance(layer.weight, Tensor)
-    needs = [methods.named(rule.method).needs, *(table.named(step.name).needs for step in rule.transforms)]
+    needs = [rule.row().needs, *(step.row().needs for step in rule.transforms)]
     facts = correct_bias or any(need != "nothing" for need in needs)
     return Wanted(layer.weight[0].numel(), window, rule.needs == "gram", facts, False)
 

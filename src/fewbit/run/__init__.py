@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 import fewbit
-from fewbit import calibrate, methods
+from fewbit import calibrate
 from fewbit.calibrate import Calibration
 from fewbit.containers import manifest as M
 from fewbit.errors import SpecError, UnsupportedError
@@ -260,7 +260,7 @@ def _texts(
 def _sensitivity(run: Run) -> Sensitivity | None:
     """The Fisher diagonal of the weights whose method asks for it, collected; None where none does."""
     rules = {decision.site.name: decision.rule for decision in run.plan.decisions if decision.rule is not None}
-    wanted = frozenset(name for name, rule in rules.items() if methods.named(rule.method).needs == "fisher")
+    wanted = frozenset(name for name, rule in rules.items() if rule.row().needs == "fisher")
     if run.calibration is None or not wanted:
         return None
     folder = run.state / "sensitivity"

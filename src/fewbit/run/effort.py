@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from fewbit import formats, methods
+from fewbit import formats
 from fewbit.model.sites import Site
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Recipe, Rule
@@ -66,7 +66,7 @@ def estimate(
             # every power runs the module around the layer on them
             flops += 2 * len(step.row().tried(step.options)) * windows * text.context * rows * columns
         seconds += decision.weights * 6e-8
-        if tokens and methods.named(decision.rule.method).needs == "fisher":
+        if tokens and decision.rule.row().needs == "fisher":
             flops += 8 * tokens * rows * columns  # forward, again, and two products backward
             gradients[decision.site.block] = gradients.get(decision.site.block, 0) + 4 * decision.weights
         if decision.rule.needs == "gram":
@@ -88,7 +88,7 @@ def estimate(
 def _work(rule: Rule) -> float:
     """Operations a weight of choosing codes, beside the passes over the calibration."""
     clustered = formats.parse(rule.format).best_fit
-    return methods.named(rule.method).work + (CLUSTERED if clustered else 0.0)
+    return rule.row().work + (CLUSTERED if clustered else 0.0)
 
 
 def _of_the_whole(recipe: Recipe, text: Text) -> float:

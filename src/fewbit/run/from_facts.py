@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fewbit import methods
 from fewbit.calibrate import Calibration
 from fewbit.errors import SpecError
 from fewbit.formats.fixed import Fixed
@@ -93,7 +92,7 @@ def read(
     for decision in planned.decisions:
         if decision.rule is not None and decision.site.block is not None:
             kept.require(decision.site.name, decision.rule.needs)
-            kept.require(decision.site.name, methods.named(decision.rule.method).needs)
+            kept.require(decision.site.name, decision.rule.row().needs)
             kept.require(decision.site.name, "ranges" if decision.rule.open_grid else "nothing")
             if decision.rule.open_grid and decision.rule.transforms:
                 kept.ends(decision.site)

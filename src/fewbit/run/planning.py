@@ -173,7 +173,7 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
             f"inputs of {site.kind} are not rounded at run time",
             "give these layers a rule with a weight format alone, such as W8A16",
         )
-    blind = methods.named(rule.method).needs == "nothing" and not rule.tunings()
+    blind = rule.row().needs == "nothing" and not rule.tunings()
     if _width(format) < 3 and blind and not force:
         raise SpecError(
             f"{rule.format} by {rule.method} for {site.name}",
@@ -186,7 +186,7 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
         kinds = [step.row().makes for step in rule.transforms]
         nbytes += storage_bytes(R.storage(kinds, site.shape[1]))
         nbytes += grid.nbytes if isinstance(grid, formats.Fixed) else 0
-    sparse = made.sum and methods.named(rule.method).parts is None
+    sparse = made.sum and rule.row().parts is None
     return Decision(site, rule, kernel_name(rule, made.matrices, sparse), nbytes)
 
 
@@ -197,7 +197,7 @@ def made_of(site: Site, rule: Rule, seen: bool = True) -> tuple[Parts, int]:
     Raises:
         SpecError, UnsupportedError: the method cannot, or no layout holds it; the message names the site.
     """
-    format, method = formats.parse(rule.format), methods.named(rule.method)
+    format, method = formats.parse(rule.format), rule.row()
     if (refused := method.refuse(format)) is not None:
         able = ", ".join(row.name for row in methods.METHODS if row.refuse(format) is None)
         near = sorted(map(formats.parse, formats.EXAMPLES), key=lambda one: abs(_width(one) - _width(format)))
@@ -232,7 +232,7 @@ def _check_terms(site: Site, rule: Rule) -> None:
             found = f"{tune.name} tunes layers that are one matrix"
             raise UnsupportedError(asked, found, f"{' or '.join([*able, 'no tuning'])}; or {works}")
     if rule.activation is not None:
-        apart = methods.named(rule.method).parts is None
+        apart = rule.row().parts is None
         missed = f"what is kept apart would miss the rounding to {rule.activation}"
         raise UnsupportedError(asked, missed if apart else "its parts would round their inputs each on its own", works)
 

@@ -126,7 +126,7 @@ def kernel_name(rule: Rule, matrices: Iterable[tuple[Format, tuple[int, int]]], 
 def fit(weight: Tensor, format: Format, facts: Facts, rule: Rule) -> tuple[T.Weight, bool]:
     """``weight`` (rows, columns) by the method of ``rule``, or rounded to nearest where that needs tokens and saw none;
     and whether it saw none."""
-    method = methods.named(rule.method)
+    method = rule.row()
     if method.needs != "nothing" and facts.tokens == 0:
         return methods.named("rtn")(weight, format, facts), True
     return method(weight, format, facts, **rule.options), False
@@ -222,7 +222,7 @@ def transformed(task: Task) -> tuple[Chain, Tensor, list[Facts]]:
         return Chain(), task.weight, task.facts
     rows = [step.row() for step in task.rule.transforms]
     weight, known, steps = task.weight, task.facts, []
-    asking = [row.needs for row in rows[1:]] + [methods.named(task.rule.method).needs]
+    asking = [row.needs for row in rows[1:]] + [task.rule.row().needs]
     for i, row in enumerate(rows):
         seed = seed_of(task.seed, task.site.name) ^ i
         options = dict(task.rule.transforms[i].options)

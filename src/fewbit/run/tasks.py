@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fewbit import formats, methods
+from fewbit import formats
 from fewbit.core.correction import correction
 from fewbit.core.facts import Facts, Need, strongest
 from fewbit.measure.memory import peak_rss_bytes
@@ -62,7 +62,7 @@ def known_of(run: Run, site: Site, rule: Rule, facts: dict[str, list[Facts]]) ->
     known = facts.get(site.name) or (run.kept.of(site) if run.kept is not None else None)
     known = known or [Facts.none(site.shape[1]) for _ in range(site.experts)]
     source = run.kept or run.sensitivity
-    if methods.named(rule.method).needs != "fisher" or source is None:
+    if rule.row().needs != "fisher" or source is None:
         return known
     return with_gradients(known, source, site)
 
