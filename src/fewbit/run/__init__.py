@@ -259,8 +259,7 @@ def _texts(
 
 def _sensitivity(run: Run) -> Sensitivity | None:
     """The Fisher diagonal of the weights whose method asks for it, collected; None where none does."""
-    rules = {decision.site.name: decision.rule for decision in run.plan.decisions if decision.rule is not None}
-    wanted = frozenset(name for name, rule in rules.items() if rule.row().needs == "fisher")
+    wanted = frozenset(name for name, rule in run.plan.rules.items() if rule.row().needs == "fisher")
     if run.calibration is None or not wanted:
         return None
     folder = run.state / "sensitivity"

@@ -121,10 +121,9 @@ def _block(
 def _measured(run: Run, item: Solved, seen: dict[str, list[Tensor]]) -> Solved:
     """``item`` with its error on what the probe shows; the loaded weight is in float yet."""
     name = item.record["name"]
-    decision = next(d for d in run.plan.decisions if d.site.name == name)
-    assert decision.rule is not None
-    weight = run.model.weight(name).float().reshape(-1, decision.site.shape[1])
-    task = Task(decision.site, decision.rule, formats.parse(decision.rule.format), weight, [], seen[name], 0)
+    site, rule = run.model.site(name), run.plan.rules[name]
+    weight = run.model.weight(name).float().reshape(-1, site.shape[1])
+    task = Task(site, rule, formats.parse(rule.format), weight, [], seen[name], 0)
     error = relative_error(task, item.weight, item.rewrite)
     return replace(item, record={**item.record, "relative_error": error})
 

@@ -35,13 +35,12 @@ def check_plan(facts: str | Path | None, planned: Plan, recipe: Recipe) -> None:
     """
     if facts is None:
         return
-    quantized = [decision for decision in planned.decisions if decision.rule is not None]
-    tuned = next((d.site.name for d in quantized if d.rule is not None and d.rule.tunings()), None)
+    tuned = next((name for name, rule in planned.rules.items() if rule.tunings()), None)
     tuned = "the whole model" if recipe.end is not None else tuned
     if tuned is not None:
         found = "tuning runs the text through every block, and facts hold none"
         raise SpecError(f"tuning {tuned} from facts", found, f"{TEXT}, or leave out the tuning")
-    for decision in quantized:
+    for decision in planned.decisions:
         _check_rewrites(decision, recipe)
 
 

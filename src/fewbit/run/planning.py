@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ class Plan:
     peak_rss_bytes: int
     seconds: float
     warnings: list[str] = field(default_factory=list)
+
+    @cached_property
+    def rules(self) -> dict[str, Rule]:
+        """By name of the site; those that stay in float have none."""
+        return {decision.site.name: decision.rule for decision in self.decisions if decision.rule is not None}
 
     def to_json(self) -> dict[str, Any]:
         layers = []

@@ -60,7 +60,7 @@ Grads = list[Tensor]
 
 def tuned(run: Run) -> bool:
     """Whether any block of the run is."""
-    return any(decision.rule is not None and decision.rule.tunings() for decision in run.plan.decisions)
+    return any(rule.tunings() for rule in run.plan.rules.values())
 
 
 def reference_on(run: Run, stage: int, index: int) -> None:

@@ -120,8 +120,7 @@ def tail_sites(run: Run) -> list[Site]:
 
 def load_tail(run: Run) -> None:
     """Make real what the last stage solves."""
-    quantized = {decision.site for decision in run.plan.decisions if decision.rule is not None}
-    for path in [*run.model.after, *(site.name for site in tail_sites(run) if site in quantized)]:
+    for path in [*run.model.after, *(site.name for site in tail_sites(run) if site.name in run.plan.rules)]:
         run.model.load(path)
 
 
