@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from fewbit.formats.fixed import Fixed
 from fewbit.model.sites import Site
 from fewbit.recipe import Rule, Tune
 from fewbit.run.spread import spread
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,18 @@ def _solved(task: Task) -> Solved:
         return Solved(packed, record, rewrite)
     told = {"tune": [tune.plain() for tune in task.rule.tune], "tuned": []}
     return Solved(packed, {**record, **told}, rewrite, task, rewritten)
+
+
+def turns(tunings: Mapping[K, Sequence[Tune]]) -> Iterator[tuple[int, Tune, list[K]]]:
+    """Who learns by what, in order: the first of ``tunings`` of all layers, then the second; equal ones at once. Each
+    with its place among those of its layers."""
+    for place in range(max(map(len, tunings.values()), default=0)):
+        left = {key: own[place] for key, own in tunings.items() if place < len(own)}
+        while left:
+            tune = next(iter(left.values()))
+            members = [key for key, own in left.items() if own == tune]
+            yield place, tune, members
+            left = {key: own for key, own in left.items() if own != tune}
 
 
 def retuned(item: Solved, made: T.Weight | None, outcome: str) -> Solved:
