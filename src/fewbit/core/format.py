@@ -129,11 +129,9 @@ class Format(ABC):
       help.
     """
 
-    name: str
     bits: int
     block: int
     dim: int
-    params: tuple[Param, ...]
     height: int = 1
     free_offset: bool = False
     group_rows: int = 1
@@ -144,6 +142,14 @@ class Format(ABC):
     even: bool = False
     bounds: Tensor | None = None
     best_fit: bool = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def params(self) -> tuple[Param, ...]: ...
 
     @property
     def levels(self) -> int:

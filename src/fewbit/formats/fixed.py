@@ -51,7 +51,7 @@ class Fixed(Format):
         observers.named(self.observer).check(dict(self.options))
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         stem = f"int{self.bits}/static/{'sym' if self.symmetric else 'asym'}"
         if not self.bound:
             own = next(iter(observers.named(self.observer).options), "")  # its number follows the observer's name
@@ -61,7 +61,7 @@ class Fixed(Format):
         return f"{stem}/s{_shortest(self.scale)}" + ("" if self.symmetric else f"/z{self.zero}")
 
     @property
-    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+    def params(self) -> tuple[Param, ...]:
         return (Param("scale", 32, torch.float32),)
 
     @property

@@ -34,7 +34,7 @@ class Minimum(Format):
     params = (Param("scale", 16, torch.float16, least=SMALLEST_SCALE), Param("minimum", 16, torch.float16))
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"int{self.bits}/{spell_group(self.block)}/min"
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:

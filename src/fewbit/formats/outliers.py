@@ -37,7 +37,7 @@ class Outliers(Format):
     dim = 1
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"{self.inner.name.removesuffix('/sym')}/outliers{self.threshold:g}"
 
     @property
@@ -49,7 +49,7 @@ class Outliers(Format):
         return self.inner.block
 
     @property
-    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+    def params(self) -> tuple[Param, ...]:
         return self.inner.params
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:

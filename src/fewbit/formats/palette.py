@@ -50,7 +50,7 @@ class Palette(Format):
     best_fit = True
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         rows = {0: "", 1: "/row"}.get(self.group_rows, f"/rows{self.group_rows}")
         rows += "/lut8" if self.lut8 else ""
         return f"palette{self.width}{rows}{f'/{spell_group(self.block)}' if self.scaled else ''}"
@@ -60,7 +60,7 @@ class Palette(Format):
         return self.width
 
     @property
-    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+    def params(self) -> tuple[Param, ...]:
         bits, dtype, per = 8 if self.lut8 else 16, torch.int8 if self.lut8 else torch.float16, self._per
         found = [Param("table", bits, dtype, per, (self.levels,))]
         found += [Param("table_scale", 16, torch.float16, per, least=SMALLEST_SCALE)] if self.lut8 else []

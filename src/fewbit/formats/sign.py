@@ -41,7 +41,7 @@ class Sign(Format):
     params = (Param("scale", 16, torch.float16, least=SMALLEST_SCALE),)
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"sign/{spell_group(self.block)}"
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ class Superblock(Format):
     dim = 1
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         kind = "sym" if self.symmetric else "asym"
         return f"int{self.bits}/g{self.block}x{self.repeat}/{kind}/s{self.scale_bits}"
 
@@ -60,7 +60,7 @@ class Superblock(Format):
         return "magnitude" if self.symmetric else "ends"
 
     @property
-    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+    def params(self) -> tuple[Param, ...]:
         scales = (
             Param("scale_code", self.scale_bits, torch.uint8),
             Param("super_scale", 16, torch.float16, per="span", least=SMALLEST_SCALE),

@@ -105,11 +105,11 @@ class Table(Format):
         return TABLES[self.family]
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"{self.family}/{spell_group(self.block)}{'/dq' if self.coded else ''}"
 
     @property
-    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+    def params(self) -> tuple[Param, ...]:
         return PARAMS if self.coded else (Param("scale", 16, torch.float16, least=self._smallest),)
 
     @property

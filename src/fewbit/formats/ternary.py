@@ -46,7 +46,7 @@ class Ternary(Format):
     params = (Param("scale", 16, torch.float16, least=SMALLEST_SCALE),)
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"ternary/{spell_group(self.block)}"
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ class Vector(Format):
     dim = 1
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         residual = f"+{self.residual_bits}" if self.residual_bits else ""
         return f"vector{self.length}x{self.index_bits}{residual}{f'/g{self.block}' if self.block else ''}"
 
@@ -64,7 +64,7 @@ class Vector(Format):
         return {name: bits for name, bits in fields.items() if bits}
 
     @property
-    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+    def params(self) -> tuple[Param, ...]:
         return tuple(
             Param(name, 16, torch.float16, "columns", (1 << bits, self.length)) for name, bits in self.fields.items()
         )
