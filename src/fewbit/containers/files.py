@@ -92,15 +92,16 @@ def member(folder: Path, name: str) -> Path:
     return path
 
 
-def digest(path: Path) -> str:
-    """Hex sha256 of the file's bytes, streamed."""
+def digest(*paths: Path) -> str:
+    """Hex sha256 of the files' bytes, one after the other, streamed."""
     state = hashlib.sha256()
-    try:
-        with open(path, "rb") as stream:
-            while block := stream.read(CHUNK):
-                state.update(block)
-    except OSError as error:
-        raise InputError(f"reading {path}", str(error)) from error
+    for path in paths:
+        try:
+            with open(path, "rb") as stream:
+                while block := stream.read(CHUNK):
+                    state.update(block)
+        except OSError as error:
+            raise InputError(f"reading {path}", str(error)) from error
     return state.hexdigest()
 
 
