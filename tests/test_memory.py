@@ -7,9 +7,11 @@ import sys
 
 import pytest
 
+from fewbit import memory
+
 CHURN = """
-import re, torch
-from fewbit.memory import give_back
+import re, runpy, sys, torch
+give_back = runpy.run_path(sys.argv[1])["give_back"]
 def resident():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10
 def tensors():
@@ -27,6 +29,7 @@ print(kept, resident() - before)
 BATCHES = """
 import resource, torch
 from threading import Thread
+import fewbit.run  # all that a run imports, without which malloc learns otherwise
 from fewbit.memory import keep
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -42,18 +45,22 @@ print((faults() - before) * resource.getpagesize() >> 20)
 """
 
 
+def printed(text: str) -> str:
+    """By ``text`` in a process of its own, which may read the module alone: all that runs import takes seconds."""
+    command = [sys.executable, "-c", text, memory.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps such pools")
 def test_blocks_of_a_batch_are_kept_from_the_first_on() -> None:
     def faulted(keep: bool) -> int:
-        text = BATCHES.replace("KEEP", str(keep))
-        return int(subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True).stdout)
+        return int(printed(BATCHES.replace("KEEP", str(keep))))
 
     assert faulted(keep=True) < 160 < 320 < faulted(keep=False)  # MiB: a batch has 32, and there are 20
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps such pools")
 def test_freed_blocks_leave_the_process() -> None:
-    done = subprocess.run([sys.executable, "-c", CHURN], capture_output=True, text=True, check=True)
-    kept, left = map(int, done.stdout.split())  # MiB, of 384
+    kept, left = map(int, printed(CHURN).split())  # MiB, of 384
     assert kept > 256  # what giving back is for
     assert left < 16

@@ -19,7 +19,7 @@ from torch import Tensor
 from fewbit import kernels
 from fewbit.containers import manifest as M
 from fewbit.decode.ledger import Ledger, Parts
-from fewbit.errors import InputError, first_line
+from fewbit.errors import InputError
 
 CHUNK = 512
 """Tokens of a forward pass at most: attention takes memory for each pair of new and old positions."""
@@ -159,6 +159,5 @@ def load_plain(folder: Path) -> Any:
     try:
         return from_folder(folder)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"opening the model {folder}", first_line(error), "a folder of fewbit or of transformers"
-        ) from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"opening the model {folder}", first, "a folder of fewbit or of transformers") from error

@@ -41,7 +41,11 @@ def tiles(format: Format, shape: Shape) -> int:
 
 
 def checked(format: Format, shape: Shape, packed: Tensor) -> Tensor:
-    """``packed``, contiguous. Raises InputError: it is not the bytes of a (rows, columns) matrix."""
+    """``packed``, contiguous.
+
+    Raises:
+        InputError: it is not the bytes of a (rows, columns) matrix: a kernel would read beyond them.
+    """
     return expect_bytes("column8 codes", packed, (tiles(format, shape), shape[1] * sum(fields(format, shape))))
 
 

@@ -61,8 +61,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def _lanes(packed: Tensor, shape: Shape, bits: int) -> Tensor:
     """The int32 lanes (tiles, chunks, bits, 16) of ``packed``; no copy."""
-    packed = expect_bytes("tile16 codes", packed, size(shape, bits))
-    return packed.view(torch.int32).reshape(len(packed), -1, bits, ROWS)
+    expected = size(shape, bits)
+    packed = expect_bytes("tile16 codes", packed, expected)
+    return packed.view(torch.int32).reshape(expected[0], -1, bits, ROWS)
 
 
 def unpack_rows(packed: Tensor, shape: Shape, bits: int, rows: Tensor) -> Tensor:

@@ -51,7 +51,11 @@ def fields(format: Format) -> list[int]:
 
 
 def checked(format: Format, shape: Shape, packed: Tensor) -> Tensor:
-    """``packed``, contiguous. Raises InputError: it is not the bytes of a (rows, columns) matrix."""
+    """``packed``, contiguous.
+
+    Raises:
+        InputError: it is not the bytes of a (rows, columns) matrix: a kernel would read beyond them.
+    """
     return expect_bytes("vector16 codes", packed, size(code_shape(format, shape), sum(fields(format))))
 
 

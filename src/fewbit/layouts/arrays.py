@@ -22,13 +22,13 @@ def expect(what: str, found: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def expect_bytes(what: str, found: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """``found``, contiguous, refused when it is not ``shape`` bytes: a kernel would read beyond them.
+    """``found``, contiguous: the core reads such bytes to their end.
 
     Raises:
-        InputError: with both shapes and dtypes in the message.
+        InputError: it has another shape, or is no uint8.
     """
-    if tuple(found.shape) != shape or found.dtype != torch.uint8:
-        raise InputError(f"{what} of shape {shape}, uint8", f"found {tuple(found.shape)}, {found.dtype}")
+    if expect(what, found, shape).dtype != torch.uint8:
+        raise InputError(what, f"found {found.dtype}", "uint8 would work")
     return found.contiguous()
 
 

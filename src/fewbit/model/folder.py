@@ -46,13 +46,14 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # validation in transformers and huggingface_hub raises many types
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, ValueError) and ("does not recognize" in str(error) or "trust_remote_code" in str(error)):
             raise UnsupportedError(
                 f"opening the model {folder}",
                 f"transformers does not know the model type {kind!r}",
                 "a type that transformers itself implements; code from model folders is never run",
             ) from error
-        raise InputError(f"reading {path}", first_line(error), "the config.json of a transformers model") from error
+        raise InputError(f"reading {path}", first, "the config.json of a transformers model") from error
 
 
 class FolderCheckpoint(Checkpoint):

@@ -13,7 +13,7 @@ from fewbit import formats, kernels
 from fewbit.containers import terms as T
 from fewbit.core import rewrite as R
 from fewbit.core.format import Format
-from fewbit.core.qtensor import QTensor, stack, unstack
+from fewbit.core.qtensor import QTensor, stack
 from fewbit.errors import InputError, UnsupportedError, VerificationError
 
 
@@ -279,7 +279,11 @@ class ExpertBank(Store):
 
     def prepare(self, kernel: str | None = None) -> None:
         """As :meth:`QuantLinear.prepare`, for every expert."""
-        for expert, part in enumerate(unstack(self.qtensor(), [self.rows] * self.experts)):
+        whole = self.qtensor()
+        codes, params = whole.logical()
+        for expert in range(self.experts):
+            rows = slice(expert * self.rows, (expert + 1) * self.rows)
+            part = QTensor.of(whole.format, codes[rows], {key: value[rows] for key, value in params.items()})
             self._prepared[expert] = kernels.prepare(part, kernel)
         self.release()
 
