@@ -15,7 +15,7 @@ from rich.console import Console
 from fewbit.report import numbers
 from fewbit.report.card import card, licence_of
 from fewbit.report.rows import closeness, comparable, procedure, rows, verdict
-from fewbit.report.table import compare_table, evaluation_table
+from fewbit.report.table import evaluation_table
 from fewbit.report.write import write_comparison, write_reports
 
 HOSTILE = '</svg><script>alert(1)</script>"onmouseover="alert(2)" | `x` [y](z) model.layers.3.evil_proj'
@@ -138,11 +138,6 @@ def test_energy_is_a_figure_or_says_that_it_is_none() -> None:
     measured = evaluation(energy_joules_per_token=0.5)
     measured["reference"]["energy_joules_per_token"] = 1.0
     assert row(measured, "Energy per token").change == "2.0× less"
-
-
-def test_comparison_is_sorted_by_size_and_lists_each_original_once() -> None:
-    text = printed(compare_table([evaluation("big", size_bytes=150_000_000), evaluation("small")]))
-    assert text.index("original") < text.index("small") < text.index("big") and text.count("original") == 1
 
 
 def test_results_on_different_text_do_not_compare() -> None:

@@ -34,7 +34,6 @@ evaluation, manifest, HOSTILE = samples.evaluation, samples.manifest, samples.HO
 
 PAGES: dict[str, Callable[[], str]] = {
     "one": lambda: page(manifest(), evaluation()),
-    "several": lambda: page(manifest(), evaluation(), [evaluation(HOSTILE), evaluation("c", kl=0.5, size_bytes=7e7)]),
     "unmeasured": lambda: page(manifest(), None),
     "original only": lambda: page(None, evaluation(name=HOSTILE)),
     "comparison": lambda: compare_page([evaluation(HOSTILE), evaluation("b", size_bytes=7e7)]),
@@ -166,7 +165,7 @@ def test_labels_of_a_scatter_do_not_overlap() -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_real_browser_runs_the_page_offline(tmp_path: Path) -> None:
     """The script ran (headings became buttons), so the policy admits it; the hostile one did not."""
-    (tmp_path / "report.html").write_text(PAGES["several"](), encoding="utf-8")
+    (tmp_path / "report.html").write_text(PAGES["one"](), encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
     result = subprocess.run(

@@ -17,6 +17,7 @@ import torch
 from fewbit import formats, kernels, layouts, methods, transforms
 from fewbit.kernels import native
 from fewbit.measure import energy
+from fewbit.measure.machine import processor
 
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "gguf", "scipy", "typer", "rich", "psutil")
 EXAMPLES = (
@@ -130,17 +131,6 @@ def machine() -> dict[str, Any]:
         "memory_available_bytes": memory.available,
         "cache_bytes": cache_bytes(),
     }
-
-
-def processor() -> str:
-    """The processor's own name where the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine() or "unknown"
 
 
 def cores() -> int:

@@ -63,6 +63,11 @@ class QualityError(FewbitError):
     exit_code = 7
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what ``error`` of another library says; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def of_layer(name: str) -> Iterator[None]:
     """What fewbit raises while open says that it is about the layer ``name``, if it does not yet."""

@@ -29,6 +29,7 @@ from fewbit.core import given
 from fewbit.errors import InputError, SpecError
 from fewbit.measure import accuracy
 from fewbit.measure.forward import Forward, through_transformers
+from fewbit.measure.machine import processor
 from fewbit.measure.side import Side, reference_of
 from fewbit.measure.speed import Run
 from fewbit.measure.tokens import Windows, cut, same_vocabulary
@@ -360,18 +361,9 @@ def environment() -> dict[str, Any]:
         "transformers": importlib.metadata.version("transformers"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _processor(),
+        "cpu": processor(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"

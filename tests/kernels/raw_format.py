@@ -23,19 +23,15 @@ class Raw(Format):
     dim = 1
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"raw{self.bits}/g{self.block}/{'lut' if self.table else 'affine'}"
 
     @property
-    def levels(self) -> int:  # type: ignore[override]
+    def levels(self) -> int:
         return len(self.table) or 2**self.bits
 
     @property
-    def fit_block(self) -> int:  # type: ignore[override]
-        return self.block
-
-    @property
-    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+    def params(self) -> tuple[Param, ...]:
         return (Param("scale", 32, torch.float32), Param("offset", 32, torch.float32))
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:

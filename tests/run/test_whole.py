@@ -63,7 +63,7 @@ def test_the_gradient_of_a_scale_is_that_of_finite_differences(
         loss, grads = whole.gradients()
         for member, grad in zip(whole._members, grads, strict=True):
             if member.parts[0].layer == layer:
-                slopes = member.learner.gradient(member.values, grad)["scale"]
+                slopes = member.learner.gradient(member.descent.values, grad)["scale"]
                 row, block = divmod(int(slopes.abs().argmax()), slopes.shape[1])
                 found["ours"] = float(slopes[row, block])
         whole.close()

@@ -29,6 +29,7 @@ from fewbit.containers.terms import summary
 from fewbit.decode import Engine, open_engine
 from fewbit.decode.native_engine import NativeEngine
 from fewbit.kernels import Prepared
+from fewbit.measure.machine import processor
 from fewbit.model.layers import QuantLinear
 from fewbit.report import numbers as N
 
@@ -79,7 +80,7 @@ def run(
     found = {
         "path": str(out),
         "threads": torch.get_num_threads(),
-        "processor": doctor.processor(),
+        "processor": processor(),
         "torch": torch.__version__,
         **speed,
         "kernels": [asdict(row) for row in rows],
@@ -184,7 +185,7 @@ def _rotating(copies: list[Any], x: Tensor) -> Callable[[], Any]:
 
 
 def _float(weight: Tensor, x: Tensor, target: int) -> Callable[[], Tensor]:
-    number = _copies(weight.numel() * weight.element_size(), target)
+    number = _copies(weight.nbytes, target)
     turn = cycle([weight.clone() for _ in range(number)])
     return lambda: torch.nn.functional.linear(x, next(turn))
 

@@ -12,12 +12,12 @@ from fewbit.commands.console import results, table, write_json
 from fewbit.containers import files, manifest
 from fewbit.containers.gguf import open_gguf
 from fewbit.containers.safetensors import open_safetensors
+from fewbit.containers.shards import named_files
 from fewbit.errors import InputError
 from fewbit.report import numbers as N
 from fewbit.report.rows import procedure
 
 SHOWN = 40
-INDEX = "model.safetensors.index.json"
 
 
 def run(path: Path, json_target: str | None) -> None:
@@ -82,12 +82,7 @@ def shards(folder: Path) -> list[Path]:
     Raises:
         InputError: there is none, or one that the index names is missing.
     """
-    if (folder / INDEX).is_file():
-        mapping = files.read_json(folder / INDEX).get("weight_map")
-        names = set(mapping.values()) if isinstance(mapping, dict) else set()
-        found = [files.member(folder, str(name)) for name in sorted(names, key=str)]
-    else:
-        found = sorted(folder.glob("*.safetensors"))
+    found = named_files(folder)
     if not found:
         raise InputError(f"inspecting {folder}", "it holds no safetensors file", "a model folder or a .gguf file")
     return found

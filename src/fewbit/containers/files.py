@@ -92,15 +92,16 @@ def member(folder: Path, name: str) -> Path:
     return path
 
 
-def digest(path: Path) -> str:
-    """Hex sha256 of the file's bytes, streamed."""
+def digest(*paths: Path) -> str:
+    """Hex sha256 of the files' bytes, one after the other, streamed."""
     state = hashlib.sha256()
-    try:
-        with open(path, "rb") as stream:
-            while block := stream.read(CHUNK):
-                state.update(block)
-    except OSError as error:
-        raise InputError(f"reading {path}", str(error)) from error
+    for path in paths:
+        try:
+            with open(path, "rb") as stream:
+                while block := stream.read(CHUNK):
+                    state.update(block)
+        except OSError as error:
+            raise InputError(f"reading {path}", str(error)) from error
     return state.hexdigest()
 
 
@@ -120,6 +121,13 @@ def refuse_existing(target: Path, force: bool) -> None:
     if target.exists() and not force:
         works = "give another name, remove it, or replace it by --force (in Python force=True)"
         raise InputError(f"writing {target}", "it exists already", works)
+
+
+def take_place(made: Path, target: Path) -> None:
+    """Give the finished folder ``made`` the name ``target``, in place of what is there."""
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(made, target)
 
 
 BEGUN = ".tmp"

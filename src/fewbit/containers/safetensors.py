@@ -201,7 +201,7 @@ def write_safetensors(
     ordered = sorted(tensors.items(), key=lambda item: (ranks[item[1].dtype], item[0].encode()))
     position = 0
     for name, tensor in ordered:
-        end = position + tensor.numel() * tensor.element_size()
+        end = position + tensor.nbytes
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

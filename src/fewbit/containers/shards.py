@@ -37,6 +37,19 @@ def weight_files(folder: Path) -> list[SafetensorsFile]:
     raise InputError(f"opening the model {folder}", f"no {SINGLE} among {', '.join(present[:8])}", works)
 
 
+def named_files(folder: Path) -> list[Path]:
+    """The safetensors files of ``folder``, unopened: those that its index names, else all.
+
+    Raises:
+        CorruptFileError: the index leads out of the folder.
+    """
+    if not (folder / INDEX).is_file():
+        return sorted(folder.glob("*.safetensors"))
+    places = read_json(folder / INDEX).get("weight_map")
+    names = {str(name) for name in places.values()} if isinstance(places, dict) else set()
+    return [member(folder, name) for name in sorted(names)]
+
+
 def _sharded(folder: Path, index: Path) -> list[SafetensorsFile]:
     places = read_json(index, LARGEST_SIDECAR).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of descent: how far a value moves along its gradient. Plain tensors, updated in place."""
+"""Descent: how far values move along their gradients, step by step. Plain tensors, updated in place."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -49,3 +50,35 @@ class Adam(Rule):
         spread = second.div(1 - self.B2**steps).sqrt_().add_(floor)
         value.sub_(first / spread, alpha=rate / (1 - self.B1**steps))
         self._moments[name] = (first, second, steps, floor)
+
+
+class Descent:
+    """Some arrays on their way: ``values`` begin as copies of ``start``, and move by ``rule`` within their ``bounds``.
+
+    ``rate``: of the first step.
+    """
+
+    def __init__(
+        self, start: Mapping[str, Tensor], bounds: Mapping[str, tuple[float, float]], rule: Rule, rate: float
+    ) -> None:
+        self.values = {name: array.clone() for name, array in start.items()}
+        self._bounds, self._rule, self._rate = bounds, rule, rate
+
+    def step(self, grads: Mapping[str, Tensor], share: float) -> None:
+        """Move against ``grads``, at ``share`` of the first rate."""
+        for name, grad in grads.items():
+            self._rule.step(name, self.values[name], grad, self._rate * share)
+            self.values[name].clamp_(*self._bounds[name])
+
+    def copy(self) -> dict[str, Tensor]:
+        """What ``values`` are now."""
+        return {name: array.clone() for name, array in self.values.items()}
+
+
+def schedule(iters: int, looks: int, warmup: float = 0) -> Iterator[tuple[float, bool]]:
+    """Of each of ``iters`` steps the share of the first rate, which rises through ``warmup`` steps and falls linearly
+    to zero; and whether it is one of the ``looks`` after which one looks at what was learned, the last step the last.
+    """
+    looked = {iters * look // looks for look in range(1, looks + 1)}
+    for step in range(1, iters + 1):
+        yield min(step / (warmup + 1), 1 - (step - 1) / iters), step in looked

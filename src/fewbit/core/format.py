@@ -104,10 +104,11 @@ class Format(ABC):
     Facts (plain attributes or properties of each concrete class):
 
     * ``name``: the one-line spelling; ``formats.parse(f.name) == f``.
-    * ``bits``: bits a code takes in a plain n-bit field. ``levels``: number of distinct codes (3 for ternary).
+    * ``bits``: bits a code takes in a plain n-bit field. ``levels``: number of distinct codes, 2^bits unless a class
+      says otherwise (3 for ternary).
     * ``block``: columns that share block parameters, 0 for a whole row. ``fit_block``: columns whose parameters must
-      be fitted together (0 whole row; at least ``block``). ``dim``: columns that one code stands for. ``height``: rows
-      that it stands for.
+      be fitted together (0 whole row; at least ``block``, which it is unless a class says otherwise). ``dim``: columns
+      that one code stands for. ``height``: rows that it stands for.
     * ``params``: what is stored beside the codes. ``free_offset``: whether a float places the grid of a block;
       see :meth:`with_offset`.
     * ``group_rows``: rows that share an entry of those params that are one a group of rows; 1 where rows have nothing
@@ -128,13 +129,9 @@ class Format(ABC):
       help.
     """
 
-    name: str
     bits: int
-    levels: int
     block: int
-    fit_block: int
     dim: int
-    params: tuple[Param, ...]
     height: int = 1
     free_offset: bool = False
     group_rows: int = 1
@@ -145,6 +142,22 @@ class Format(ABC):
     even: bool = False
     bounds: Tensor | None = None
     best_fit: bool = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def params(self) -> tuple[Param, ...]: ...
+
+    @property
+    def levels(self) -> int:
+        return 1 << self.bits
+
+    @property
+    def fit_block(self) -> int:
+        return self.block
 
     def bind(self, weight: Tensor) -> Format:
         """This format with its tensor-wide constants fixed from ``weight`` (rows, columns); itself when it has none."""

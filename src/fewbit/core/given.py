@@ -44,6 +44,11 @@ def whole(least: int, **numbers: Any) -> None:
             raise SpecError(f"{name}={value!r}"[:200], "", f"a whole number from {least} on would work")
 
 
+def number(value: Any) -> bool:
+    """Whether ``value`` is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def model(what: str, value: Any) -> None:
     """Refuse what is no model of transformers in memory, by the configuration that each has. Raises SpecError."""
     if getattr(value, "config", None) is None or not callable(getattr(value, "save_pretrained", None)):

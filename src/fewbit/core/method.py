@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from fewbit.core.facts import Facts, Need
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
-from fewbit.core.rows import check_options
+from fewbit.core.rows import Optioned
 from fewbit.core.terms import Terms
 
 
@@ -43,7 +43,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Optioned):
     """One row of the method table.
 
     ``solve(weight, format, facts, **options)`` takes a float32 (rows, columns) weight and returns an unpacked QTensor,
@@ -62,6 +62,7 @@ class Method:
     estimate before a run; measured.
     """
 
+    kind: ClassVar[str] = "method"
     name: str
     solve: Callable[..., QTensor | Terms]
     needs: Need
@@ -75,16 +76,8 @@ class Method:
     work: float = 0.0
     source: str = ""
 
-    def check(self, options: Mapping[str, Any]) -> None:
-        """Refuse options that do not exist or are out of range.
-
-        Raises:
-            SpecError: with what would work.
-        """
-        check_options(f"method {self.name}", self.options, self.limits, options)
-
     def __call__(self, weight: Tensor, format: Format, facts: Facts, **options: Any) -> QTensor | Terms:
-        return self.solve(weight, format, facts, **{**self.options, **options})
+        return self.solve(weight, format, facts, **self.filled(options))
 
     def made_of(self, format: Format, shape: tuple[int, int], options: Mapping[str, Any]) -> Parts:
         """What the result for a weight of ``shape`` (rows, columns) will be made of.
@@ -92,7 +85,7 @@ class Method:
         Raises:
             SpecError: the options contradict one another, or the shape. UnsupportedError: or the format.
         """
-        options = {**self.options, **options}
+        options = self.filled(options)
         self.agrees(format, shape[1], **options)
         if self.parts is not None:
             return self.parts(format, shape, **options)

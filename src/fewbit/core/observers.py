@@ -21,12 +21,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fewbit.core.rows import check_options, find
+from fewbit.core.rows import Optioned, find
 from fewbit.errors import InputError
 
 BINS = 4096
@@ -299,22 +299,15 @@ def _within(seen: Seen, most: float) -> Range:
 
 
 @dataclass(frozen=True)
-class Observer:
+class Observer(Optioned):
     """A row of the table. ``range(seen, bits, symmetric, **options)`` is (low, high). ``options``: names and defaults,
     the one first that a number behind the name is; ``limits``: least and greatest value of each."""
 
+    kind: ClassVar[str] = "observer"
     name: str
     range: Callable[..., Range]
     options: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-
-    def check(self, options: Mapping[str, Any]) -> None:
-        """Refuse options that do not exist or are out of range.
-
-        Raises:
-            SpecError: with what would work.
-        """
-        check_options(f"observer {self.name}", self.options, self.limits, options)
 
 
 OBSERVERS: tuple[Observer, ...] = (

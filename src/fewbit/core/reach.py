@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
+from fewbit.core import float16
 from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 
-LARGEST = torch.finfo(torch.float16).max
 CODED = 1 + 2.0**-7
-"""How much larger a level of 8 bits may come out that was cut off before it was coded, next to :data:`LARGEST`."""
+"""How much larger a level of 8 bits may come out that was cut off before it was coded, next to the
+largest float16."""
 
 
 def told_of(made: QTensor, weight: Tensor | None) -> str:
@@ -28,15 +29,15 @@ def told_of(made: QTensor, weight: Tensor | None) -> str:
     if format.plain is not None and weight is not None:  # whose scales are those before they were coded
         format = format.plain
         params = F.fit(format, weight)
-    beyond = _groups([params[p.name].abs() >= LARGEST for p in format.params if p.dtype == torch.float16])
+    beyond = _groups([params[p.name].abs() >= float16.LARGEST for p in format.params if p.dtype == torch.float16])
     least = _groups([params[p.name].abs() <= p.least for p in format.params if p.least])
     if weight is None:
         least = torch.zeros_like(least)
-    elif bool(least.any()) or float(weight.abs().amax()) > 2 * LARGEST:
+    elif bool(least.any()) or float(weight.abs().amax()) > 2 * float16.LARGEST:
         lost, whole = (_largest(each, format) for each in (made.dequantize() - weight, weight))
         least = least & (whole > 0) & (lost * (format.levels - 1) > whole)
-        beyond = beyond | ((whole > 2 * LARGEST) & (lost > whole - CODED * LARGEST))
-    told = [_told(beyond, f"reach beyond float16's {LARGEST:.0f}: they are cut off")]
+        beyond = beyond | ((whole > 2 * float16.LARGEST) & (lost > whole - CODED * float16.LARGEST))
+    told = [_told(beyond, f"reach beyond float16's {float16.LARGEST:.0f}: they are cut off")]
     told.append(_told(least, "need scales below float16's least, 2^-24: their grid is too coarse"))
     return "; ".join(filter(None, told))
 

@@ -78,7 +78,7 @@ class Rewrite(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes stored."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.arrays.values())
+        return sum(tensor.nbytes for tensor in self.arrays.values())
 
 
 @final

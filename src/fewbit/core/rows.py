@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from fewbit.errors import SpecError
 
@@ -79,25 +79,39 @@ def check_entry(what: str, entry: Any, must: Mapping[str, Any], may: Mapping[str
             raise SpecError(f"{what} with {key} = {value!r}", f"not {kind}", f"e.g. {key} = {inline(known[key])}")
 
 
-def check_options(
-    what: str, known: Mapping[str, Any], limits: Mapping[str, tuple[float, float]], given: Mapping[str, Any]
-) -> None:
-    """Refuse options of ``what`` that do not exist, are of another kind than the default, or out of range.
+class Optioned:
+    """Abstract: a row that takes options.
 
-    Args:
-        known: names and defaults: booleans, texts, whole numbers or numbers.
-        limits: least and greatest value of each number.
-
-    Raises:
-        SpecError: with what would work.
+    * ``kind``: what such rows are, in the singular.
+    * ``options``: names and defaults: booleans, texts, whole numbers or numbers. ``limits``: least and greatest value
+      of each number.
     """
-    for name, value in given.items():
-        if name not in known:
-            works = f"{meant(name, list(known))}its options are {', '.join(known)}" if known else "it has no options"
-            raise SpecError(f"option {name!r} of {what}", "no such option", works)
-        found, works = _unfit(value, known[name], limits.get(name, (0, 1)))
-        if found:
-            raise SpecError(f"option {name} = {value!r} of {what}", found, works)
+
+    kind: ClassVar[str]
+    name: str
+    options: Mapping[str, Any]
+    limits: Mapping[str, tuple[float, float]]
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that do not exist, are of another kind than the default, or out of range.
+
+        Raises:
+            SpecError: with what would work.
+        """
+        known, what = self.options, f"{self.kind} {self.name}"
+        for name, value in options.items():
+            if name not in known:
+                works = (
+                    f"{meant(name, list(known))}its options are {', '.join(known)}" if known else "it has no options"
+                )
+                raise SpecError(f"option {name!r} of {what}", "no such option", works)
+            found, works = _unfit(value, known[name], self.limits.get(name, (0, 1)))
+            if found:
+                raise SpecError(f"option {name} = {value!r} of {what}", found, works)
+
+    def filled(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """``options``, and the defaults of those that are not among them."""
+        return {**self.options, **options}
 
 
 def _unfit(value: Any, default: Any, limits: tuple[float, float]) -> tuple[str, str]:

@@ -340,7 +340,7 @@ def has_sparse(term: Term) -> bool:
 
 
 def _bytes(*arrays: Tensor | None) -> int:
-    return sum(array.numel() * array.element_size() for array in arrays if array is not None)
+    return sum(array.nbytes for array in arrays if array is not None)
 
 
 def _check_scale(name: str, scale: Tensor | None, length: int) -> None:

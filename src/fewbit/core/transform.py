@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from fewbit.core.facts import Facts, Need
 from fewbit.core.format import Format
 from fewbit.core.rewrite import STEPS, Step
-from fewbit.core.rows import check_options
+from fewbit.core.rows import Optioned
 
 
 def _takes_all(columns: int) -> str | None:
@@ -22,7 +22,7 @@ def _takes_all(columns: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class Transform:
+class Transform(Optioned):
     """One row of the transform table.
 
     * ``fit(weight, facts, seed, **options)``: a rewrite for one layer, from its float32 weight (rows, columns), the
@@ -36,6 +36,7 @@ class Transform:
       takes the best as ``power``. Its option ``samples`` is the number of windows for that.
     """
 
+    kind: ClassVar[str] = "transform"
     name: str
     fit: Callable[..., Step]
     makes: Literal["scale", "rotation", "hadamard"]
@@ -49,7 +50,7 @@ class Transform:
 
     def __call__(self, weight: Tensor, facts: Facts, seed: int, format: Format, **options: Any) -> Step:
         before = (weight, facts, seed, format) if self.rounds else (weight, facts, seed)
-        return self.fit(*before, **{**self.options, **options})
+        return self.fit(*before, **self.filled(options))
 
     @property
     def mixes(self) -> bool:
@@ -58,33 +59,22 @@ class Transform:
 
     def tried(self, options: Mapping[str, Any]) -> tuple[float, ...]:
         """The powers to try at the output of the module around a layer; none where it has none, or none are wanted."""
-        return () if self.powers is None else self.powers(**{**self.options, **options})
-
-    def check(self, options: Mapping[str, Any]) -> None:
-        """Refuse options that do not exist or are out of range.
-
-        Raises:
-            SpecError: with what would work.
-        """
-        check_options(f"transform {self.name}", self.options, self.limits, options)
+        return () if self.powers is None else self.powers(**self.filled(options))
 
 
 @dataclass(frozen=True)
-class ModelTransform:
+class ModelTransform(Optioned):
     """One row of the table of what is done to a model as a whole before its layers: a rotation of its residual stream.
 
     * ``learns``: whether the rotation is learned, from text. ``options`` and ``limits``: as of :class:`Transform`.
     """
 
+    kind: ClassVar[str] = "model transform"
     name: str
     options: dict[str, float]
     limits: dict[str, tuple[float, float]]
     learns: bool = False
     source: str = ""
-
-    def check(self, options: Mapping[str, Any]) -> None:
-        """As :meth:`Transform.check`."""
-        check_options(f"model transform {self.name}", self.options, self.limits, options)
 
 
 def seed_of(seed: int, name: str) -> int:

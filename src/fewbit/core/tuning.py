@@ -11,14 +11,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from fewbit.core.descent import Rule
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
-from fewbit.core.rows import check_options
+from fewbit.core.rows import Optioned
 from fewbit.core.terms import Terms
 
 Values = Mapping[str, Tensor]
@@ -48,7 +48,7 @@ class Learnable(ABC):
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Tuning(Optioned):
     """One row of the table of tunings.
 
     * ``learn(weight, made)``: what of the unpacked ``made`` can be learned, ``weight`` float32 (rows, columns) being
@@ -61,6 +61,7 @@ class Tuning:
     * ``inputs``: whether the ends of static grids of inputs are learned along, where :mod:`fewbit.network` runs it.
     """
 
+    kind: ClassVar[str] = "tuning"
     name: str
     learn: Callable[[Tensor, Any], Learnable]
     descend: Callable[[], Rule]
@@ -72,17 +73,9 @@ class Tuning:
     sums: bool = False
     source: str = ""
 
-    def check(self, options: Mapping[str, Any]) -> None:
-        """Refuse options that do not exist or are out of range.
-
-        Raises:
-            SpecError: with what would work.
-        """
-        check_options(f"tuning {self.name}", self.options, self.limits, options)
-
 
 @dataclass(frozen=True)
-class ModelTuning:
+class ModelTuning(Optioned):
     """One row of the table of what a model learns as a whole, once all its blocks are done.
 
     * ``by``: tunings by name, and the rate of the first step. A layer learns what the first of them that takes its
@@ -92,12 +85,9 @@ class ModelTuning:
       are drawn for it, if they are more than blocks are calibrated on.
     """
 
+    kind: ClassVar[str] = "model tuning"
     name: str
     by: Mapping[str, float]
     options: dict[str, float]
     limits: dict[str, tuple[float, float]]
     source: str = ""
-
-    def check(self, options: Mapping[str, Any]) -> None:
-        """As :meth:`Tuning.check`."""
-        check_options(f"model tuning {self.name}", self.options, self.limits, options)

@@ -19,11 +19,11 @@ from fewbit.containers import terms as T
 from fewbit.containers.safetensors import SafetensorsFile
 from fewbit.core import rewrite as R
 from fewbit.core.format import Format
-from fewbit.core.orders import paley
-from fewbit.core.qtensor import QTensor
+from fewbit.core.qtensor import QTensor, unstack
 from fewbit.decode import structs as S
 from fewbit.decode.weights import Builder, dense, unpacked
 from fewbit.errors import CorruptFileError, InputError
+from fewbit.kernels.rewrites import lowered
 
 RELEASED = 1 << 24
 """Bytes of matrices after whose repacking the pages that they were read from are given back."""
@@ -131,13 +131,8 @@ class Source:
             return [dense(part) for part in whole]
         stored, build = self._stored(name), Builder(name, self._activation(name))
         assert isinstance(stored, QTensor)  # what is fused is no sum
-        codes, params = unpacked(stored).logical()
-        rows = codes.shape[0] // count
-        made = []
-        for expert in range(count):
-            part = slice(expert * rows, (expert + 1) * rows)
-            one = QTensor.of(stored.format, codes[part], {key: value[part] for key, value in params.items()})
-            made.append(build.weight(one))
+        rows = stored.shape[0] // count
+        made = [build.weight(one) for one in unstack(unpacked(stored), [rows] * count)]
         self._keep(build)
         return made
 
@@ -162,12 +157,9 @@ class Source:
         if key not in self._rewrites:
             steps = R.restore(kinds, columns, arrays).steps
             made = (S.Rewrite * len(steps))()
-            for place, step in enumerate(steps):
-                if isinstance(step, R.Scale):
-                    made[place] = S.Rewrite(self.keep(step.scale.float()), 1, None, 1)
-                    continue
-                matrix = self.keep(paley(step.order).float()) if step.order > 1 else None
-                made[place] = S.Rewrite(self.keep(step.factors.float()), step.block, matrix, step.order)
+            for place, (factor, block, matrix, order) in enumerate(map(lowered, steps)):
+                address = None if matrix is None else self.keep(matrix)
+                made[place] = S.Rewrite(self.keep(factor), block, address, order)
             self.kept.append(made)
             self._rewrites[key] = C.cast(made, C.POINTER(S.Rewrite))
         return self._rewrites[key]

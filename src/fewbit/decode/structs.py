@@ -12,23 +12,20 @@ ABSENT, TILED, CODEBOOK, DENSE, BYTE_CODEBOOK, ROW_TABLES, ROW_LEVELS, SPARSE, S
 KV = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 
 
+def _all(kind: type, names: str) -> tuple[tuple[str, type], ...]:
+    """Members of one ``kind``, as C declares them: ``int64_t rows, columns;``."""
+    return tuple((name, kind) for name in names.split())
+
+
 class Matrix(C.Structure):
     """``fewbit_matrix``; its members in the order of :data:`fewbit.kernels.native.Matrix`."""
 
     _fields_ = (
-        ("rows", C.c_int64),
-        ("columns", C.c_int64),
-        ("block", C.c_int64),
-        ("bits", C.c_int32),
-        ("family", C.c_int32),
-        ("scale_half", C.c_int32),
-        ("offset_half", C.c_int32),
-        ("zero", C.c_float),
-        ("codes", C.c_void_p),
-        ("scale", C.c_void_p),
-        ("offset", C.c_void_p),
-        ("table", C.c_void_p),
-        ("arranged", C.c_int32),
+        *_all(C.c_int64, "rows columns block"),
+        *_all(C.c_int32, "bits family scale_half offset_half"),
+        *_all(C.c_float, "zero"),
+        *_all(C.c_void_p, "codes scale offset table"),
+        *_all(C.c_int32, "arranged"),
     )
 
 
@@ -36,16 +33,9 @@ class Vectors(C.Structure):
     """``fewbit_vectors``; its members in the order of :data:`fewbit.kernels.native.VectorMatrix`."""
 
     _fields_ = (
-        ("rows", C.c_int64),
-        ("columns", C.c_int64),
-        ("block", C.c_int64),
-        ("dim", C.c_int32),
-        ("bits", C.c_int32),
-        ("residual_bits", C.c_int32),
-        ("half", C.c_int32),
-        ("codes", C.c_void_p),
-        ("book", C.c_void_p),
-        ("residual", C.c_void_p),
+        *_all(C.c_int64, "rows columns block"),
+        *_all(C.c_int32, "dim bits residual_bits half"),
+        *_all(C.c_void_p, "codes book residual"),
     )
 
 
@@ -53,16 +43,9 @@ class ByteVectors(C.Structure):
     """``fewbit_byte_vectors``; its members in the order of :data:`fewbit.kernels.native.ByteVectorMatrix`."""
 
     _fields_ = (
-        ("rows", C.c_int64),
-        ("columns", C.c_int64),
-        ("block", C.c_int64),
-        ("dim", C.c_int32),
-        ("bits", C.c_int32),
-        ("residual_bits", C.c_int32),
-        ("codes", C.c_void_p),
-        ("book", C.c_void_p),
-        ("step", C.c_void_p),
-        ("offset", C.c_void_p),
+        *_all(C.c_int64, "rows columns block"),
+        *_all(C.c_int32, "dim bits residual_bits"),
+        *_all(C.c_void_p, "codes book step offset"),
     )
 
 
@@ -70,16 +53,10 @@ class RowTables(C.Structure):
     """``fewbit_row_tables``; its members in the order of :data:`fewbit.kernels.native.RowTables`."""
 
     _fields_ = (
-        ("rows", C.c_int64),
-        ("columns", C.c_int64),
-        ("block", C.c_int64),
-        ("table_rows", C.c_int64),
-        ("bits", C.c_int32),
-        ("table_half", C.c_int32),
-        ("codes", C.c_void_p),
-        ("table", C.c_void_p),
-        ("scale", C.c_void_p),
-        ("halves", C.c_int32),
+        *_all(C.c_int64, "rows columns block table_rows"),
+        *_all(C.c_int32, "bits table_half"),
+        *_all(C.c_void_p, "codes table scale"),
+        *_all(C.c_int32, "halves"),
     )
 
 
@@ -87,14 +64,10 @@ class RowLevels(C.Structure):
     """``fewbit_row_levels``; its members in the order of :data:`fewbit.kernels.native.RowLevels`."""
 
     _fields_ = (
-        ("rows", C.c_int64),
-        ("columns", C.c_int64),
-        ("table_rows", C.c_int64),
-        ("bits", C.c_int32),
-        ("codes", C.c_void_p),
-        ("levels", C.c_void_p),
-        ("factor", C.c_void_p),
-        ("halves", C.c_int32),
+        *_all(C.c_int64, "rows columns table_rows"),
+        *_all(C.c_int32, "bits"),
+        *_all(C.c_void_p, "codes levels factor"),
+        *_all(C.c_int32, "halves"),
     )
 
 
@@ -102,31 +75,28 @@ class Sparse(C.Structure):
     """``fewbit_sparse``; its members in the order of :data:`fewbit.kernels.native.SparseMatrix`."""
 
     _fields_ = (
-        ("rows", C.c_int64),
-        ("columns", C.c_int64),
-        ("index_bytes", C.c_int32),
-        ("value_half", C.c_int32),
-        ("start", C.c_void_p),
-        ("order", C.c_void_p),
-        ("index", C.c_void_p),
-        ("value", C.c_void_p),
+        *_all(C.c_int64, "rows columns"),
+        *_all(C.c_int32, "index_bytes value_half"),
+        *_all(C.c_void_p, "start order index value"),
     )
 
 
 class Rounding(C.Structure):
     _fields_ = (
-        ("bits", C.c_int32),
-        ("symmetric", C.c_int32),
-        ("block", C.c_int64),
-        ("clip", C.c_float),
-        ("scale", C.c_float),
-        ("zero", C.c_int32),
-        ("reserved", C.c_int32),
+        *_all(C.c_int32, "bits symmetric"),
+        *_all(C.c_int64, "block"),
+        *_all(C.c_float, "clip scale"),
+        *_all(C.c_int32, "zero reserved"),
     )
 
 
 class Rewrite(C.Structure):
-    _fields_ = (("factor", C.c_void_p), ("block", C.c_int64), ("matrix", C.c_void_p), ("order", C.c_int64))
+    _fields_ = (
+        *_all(C.c_void_p, "factor"),
+        *_all(C.c_int64, "block"),
+        *_all(C.c_void_p, "matrix"),
+        *_all(C.c_int64, "order"),
+    )
 
 
 class Weight(C.Structure):
@@ -134,90 +104,58 @@ class Weight(C.Structure):
 
 
 Weight._fields_ = (
-    ("kind", C.c_int32),
-    ("isa", C.c_int32),
-    ("dtype", C.c_int32),
-    ("x_zero", C.c_int32),
-    ("rows", C.c_int64),
-    ("columns", C.c_int64),
-    ("x_block", C.c_int64),
+    *_all(C.c_int32, "kind isa dtype x_zero"),
+    *_all(C.c_int64, "rows columns x_block"),
     ("tiled", C.POINTER(Matrix)),
-    ("parts", C.c_int64),
+    *_all(C.c_int64, "parts"),
     ("codebook", Vectors),
-    ("dense", C.c_void_p),
-    ("bias", C.c_void_p),
+    *_all(C.c_void_p, "dense bias"),
     ("rewrite", C.POINTER(Rewrite)),
-    ("rewrites", C.c_int64),
+    *_all(C.c_int64, "rewrites"),
     ("rounding", C.POINTER(Rounding)),
     ("bytes", C.POINTER(ByteVectors)),
     ("row_tables", C.POINTER(RowTables)),
     ("row_levels", C.POINTER(RowLevels)),
     ("sparse", C.POINTER(Sparse)),
     ("term", C.POINTER(Weight)),
-    ("terms", C.c_int64),
-    ("row_scale", C.c_void_p),
-    ("column_scale", C.c_void_p),
-    ("middle", C.c_void_p),
-    ("order", C.c_void_p),
-    ("x_scale", C.c_float),
-    ("threshold", C.c_float),
+    *_all(C.c_int64, "terms"),
+    *_all(C.c_void_p, "row_scale column_scale middle order"),
+    *_all(C.c_float, "x_scale threshold"),
 )
 
 
 class Mlp(C.Structure):
-    _fields_ = (("gate", Weight), ("up", Weight), ("down", Weight))
+    _fields_ = _all(Weight, "gate up down")
 
 
 class Rope(C.Structure):
-    _fields_ = (("pairs", C.c_int64), ("frequency", C.c_void_p), ("scale", C.c_float), ("reserved", C.c_int32))
+    _fields_ = (
+        *_all(C.c_int64, "pairs"),
+        *_all(C.c_void_p, "frequency"),
+        *_all(C.c_float, "scale"),
+        *_all(C.c_int32, "reserved"),
+    )
 
 
 class Block(C.Structure):
     _fields_ = (
-        ("norm", C.c_void_p),
-        ("norm_after", C.c_void_p),
-        ("mlp_norm", C.c_void_p),
-        ("mlp_norm_after", C.c_void_p),
-        ("q_norm", C.c_void_p),
-        ("k_norm", C.c_void_p),
-        ("window", C.c_int64),
-        ("rope", C.c_int32),
-        ("experts", C.c_int32),
-        ("normalise", C.c_int32),
-        ("reserved", C.c_int32),
-        ("q", Weight),
-        ("k", Weight),
-        ("v", Weight),
-        ("o", Weight),
+        *_all(C.c_void_p, "norm norm_after mlp_norm mlp_norm_after q_norm k_norm"),
+        *_all(C.c_int64, "window"),
+        *_all(C.c_int32, "rope experts normalise reserved"),
+        *_all(Weight, "q k v o"),
         ("mlp", Mlp),
-        ("router", Weight),
-        ("shared_gate", Weight),
+        *_all(Weight, "router shared_gate"),
         ("expert", C.POINTER(Mlp)),
     )
 
 
 class Model(C.Structure):
     _fields_ = (
-        ("bytes", C.c_int64),
-        ("hidden", C.c_int64),
-        ("heads", C.c_int64),
-        ("kv_heads", C.c_int64),
-        ("head_dim", C.c_int64),
-        ("vocabulary", C.c_int64),
-        ("layers", C.c_int64),
-        ("ropes", C.c_int64),
-        ("experts_per_token", C.c_int64),
-        ("eps", C.c_float),
-        ("query_scale", C.c_float),
-        ("attention_cap", C.c_float),
-        ("logit_cap", C.c_float),
-        ("logit_scale", C.c_float),
-        ("embedding_scale", C.c_float),
-        ("activation", C.c_int32),
-        ("isa", C.c_int32),
+        *_all(C.c_int64, "bytes hidden heads kv_heads head_dim vocabulary layers ropes experts_per_token"),
+        *_all(C.c_float, "eps query_scale attention_cap logit_cap logit_scale embedding_scale"),
+        *_all(C.c_int32, "activation isa"),
         ("rope", C.POINTER(Rope)),
         ("block", C.POINTER(Block)),
-        ("norm", C.c_void_p),
-        ("embedding", Weight),
-        ("head", Weight),
+        *_all(C.c_void_p, "norm"),
+        *_all(Weight, "embedding head"),
     )

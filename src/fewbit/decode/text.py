@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes as C
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +12,11 @@ from fewbit.containers.files import read_json
 from fewbit.decode.kept_tokenizer import keep, open_kept
 from fewbit.decode.templates import Templates
 from fewbit.errors import InputError
-from fewbit.model.tokenizer import FileTokenizer, open_tokenizer
+from fewbit.memory import give_back
+from fewbit.model.tokenizer import FileTokenizer, has_tokenizer, open_tokenizer
 
 REPLACEMENT = "�"
 """What decoders write for bytes that are no character, or not yet."""
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""Files of which a folder with a tokenizer holds one."""
 PENDING = 16
 """Tokens held back at most; four bytes, each a token of its own, are the longest character."""
 
@@ -203,14 +200,14 @@ def words_of(folder: Path, once: bool = False) -> Words:
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    if not any((folder / name).is_file() for name in TOKENIZERS):  # transformers would make up an empty one
+    if not has_tokenizer(folder):
         found, works = "the folder holds none", "copy the original's tokenizer files there"
         if not folder.is_dir():
             found, works = "there is no such folder", "a folder that `fewbit quantize` wrote works"
         raise InputError(f"the tokenizer of {folder}", found, works)
     own = open_kept(folder, once) or open_tokenizer(folder, once)
     if own is not None:
-        give_back()
+        give_back(0)  # reading a tokenizer leaves several times the size of its file
         return Words(own, ends_of(folder))
     from transformers import AutoTokenizer
 
@@ -221,14 +218,6 @@ def words_of(folder: Path, once: bool = False) -> Words:
     words = Words(tokenizer, ends_of(folder))
     keep(folder, tokenizer)
     return words
-
-
-def give_back() -> None:
-    """Return to the system what the C library holds of freed memory, where it is glibc: reading a tokenizer leaves it
-    with several times the file's size."""
-    trim = getattr(C.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def ends_of(folder: Path) -> frozenset[int]:

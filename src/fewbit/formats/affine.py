@@ -46,20 +46,12 @@ class Affine(Format):
     dim = 1
 
     @cached_property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         kind, clip = "sym" if self.symmetric else "asym", "" if self.clip == 1 else f"/clip{self.clip:g}"
         return f"int{self.bits}/{'tensor' if self.whole else spell_group(self.block)}/{kind}{clip}"
 
-    @property
-    def levels(self) -> int:  # type: ignore[override]
-        return 1 << self.bits
-
-    @property
-    def fit_block(self) -> int:  # type: ignore[override]
-        return self.block
-
     @cached_property
-    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+    def params(self) -> tuple[Param, ...]:
         per: Literal["tensor", "block"] = "tensor" if self.whole else "block"
         scale = Param("scale", 16, torch.float16, per, least=SMALLEST_SCALE)
         return (scale,) if self.symmetric else (scale, Param("zero_point", self.bits, torch.uint8, per))

@@ -16,8 +16,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from fewbit.core import float16
 from fewbit.core.format import Param, Params
-from fewbit.formats.scales import LARGEST_SCALE
 
 CHUNK = 256
 """Blocks that share a super scale."""
@@ -58,4 +58,4 @@ def decode_scales(params: Params, smallest: float) -> Tensor:
     far below it."""
     values = torch.tensor(DYNAMIC, dtype=torch.float32, device=params["scale_code"].device)
     apart = params["super_scale"] * values[params["scale_code"].int()]
-    return (params["scale_mean"] + apart).clamp(smallest, LARGEST_SCALE)
+    return (params["scale_mean"] + apart).clamp(smallest, float16.LARGEST)

@@ -42,7 +42,7 @@ class Fixed(Format):
     zero: int = 0
     options: tuple[tuple[str, float], ...] = ()
 
-    block = fit_block = 0
+    block = 0
     dim = 1
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class Fixed(Format):
         observers.named(self.observer).check(dict(self.options))
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         stem = f"int{self.bits}/static/{'sym' if self.symmetric else 'asym'}"
         if not self.bound:
             own = next(iter(observers.named(self.observer).options), "")  # its number follows the observer's name
@@ -61,11 +61,7 @@ class Fixed(Format):
         return f"{stem}/s{_shortest(self.scale)}" + ("" if self.symmetric else f"/z{self.zero}")
 
     @property
-    def levels(self) -> int:  # type: ignore[override]
-        return 1 << self.bits
-
-    @property
-    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+    def params(self) -> tuple[Param, ...]:
         return (Param("scale", 32, torch.float32),)
 
     @property
@@ -81,7 +77,7 @@ class Fixed(Format):
     def observed(self, seen: Seen) -> Fixed:
         """Bound to what the observer makes of ``seen``."""
         row = observers.named(self.observer)
-        low, high = row.range(seen, self.bits, self.symmetric, **{**row.options, **dict(self.options)})
+        low, high = row.range(seen, self.bits, self.symmetric, **row.filled(dict(self.options)))
         return self.at(low, high)
 
     def at(self, low: float, high: float) -> Fixed:

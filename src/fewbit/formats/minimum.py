@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbit.core import float16
 from fewbit.core.format import Format, Param, Params, Physical
-from fewbit.formats.scales import LARGEST_SCALE, SMALLEST_SCALE, divisor, spell_group, storable
+from fewbit.formats.scales import SMALLEST_SCALE, divisor, spell_group, storable
 
 _FINEST = 2.0**-14
 """Least scale as a part of ``|minimum|``. The minimum itself is off by up to 2^-12 of it, so a finer scale buys little,
@@ -33,31 +34,23 @@ class Minimum(Format):
     params = (Param("scale", 16, torch.float16, least=SMALLEST_SCALE), Param("minimum", 16, torch.float16))
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"int{self.bits}/{spell_group(self.block)}/min"
-
-    @property
-    def levels(self) -> int:  # type: ignore[override]
-        return 1 << self.bits
-
-    @property
-    def fit_block(self) -> int:  # type: ignore[override]
-        return self.block
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
         exists = (importance > 0) | (blocks != 0)  # false on padding
         exists = exists | ~exists.any(-1, keepdim=True)  # a block of zeros
         low = torch.where(exists, blocks, torch.inf).amin(-1, keepdim=True)
         high = torch.where(exists, blocks, -torch.inf).amax(-1, keepdim=True)
-        minimum = _stored(low)
+        minimum = float16.of(low)
         return {"scale": _coarse((high - minimum.float()) / (self.levels - 1), minimum), "minimum": minimum}
 
     def with_offset(self, params: Params, offset: Tensor) -> dict[str, Tensor]:
-        minimum = _stored(offset)
+        minimum = float16.of(offset)
         return {"scale": _coarse(params["scale"].float(), minimum), "minimum": minimum}
 
     def placed(self, scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
-        minimum = _stored(offset)
+        minimum = float16.of(offset)
         return {"scale": _coarse(scale, minimum), "minimum": minimum}
 
     def encode(self, blocks: Tensor, params: Params) -> Tensor:
@@ -74,10 +67,6 @@ class Minimum(Format):
 
     def physical(self, params: Params) -> Physical:
         return Physical(params["scale"].float().squeeze(-1), params["minimum"].float().squeeze(-1), None)
-
-
-def _stored(minimum: Tensor) -> Tensor:
-    return minimum.clamp(-LARGEST_SCALE, LARGEST_SCALE).to(torch.float16)
 
 
 def _coarse(scale: Tensor, minimum: Tensor) -> Tensor:

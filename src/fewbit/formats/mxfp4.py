@@ -25,7 +25,6 @@ class MXFP4(Format):
     bits = 4
     levels = len(E2M1)
     block = 32
-    fit_block = 32
     dim = 1
     params = (Param("exponent", 8, torch.uint8),)
     bounds = bounds_of(E2M1)

@@ -35,7 +35,6 @@ class NVFP4(Format):
     bits = 4
     levels = len(E2M1)
     block = 16
-    fit_block = 16
     dim = 1
     params = (Param("block_scale", 8, torch.uint8), Param("global_scale", 32, torch.float32, per="tensor"))
     bounds = bounds_of(E2M1)

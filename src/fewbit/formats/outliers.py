@@ -37,7 +37,7 @@ class Outliers(Format):
     dim = 1
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"{self.inner.name.removesuffix('/sym')}/outliers{self.threshold:g}"
 
     @property
@@ -45,19 +45,11 @@ class Outliers(Format):
         return self.inner.bits
 
     @property
-    def levels(self) -> int:  # type: ignore[override]
-        return self.inner.levels
-
-    @property
     def block(self) -> int:  # type: ignore[override]
         return self.inner.block
 
     @property
-    def fit_block(self) -> int:  # type: ignore[override]
-        return self.inner.fit_block
-
-    @property
-    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+    def params(self) -> tuple[Param, ...]:
         return self.inner.params
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:

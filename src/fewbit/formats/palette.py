@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewbit.core import lookup, scalars
+from fewbit.core import float16, lookup, scalars
 from fewbit.core.format import Format, Param, Params, Physical
-from fewbit.formats.scales import LARGEST_SCALE, SMALLEST_SCALE, divisor, spell_group, storable, weights
+from fewbit.formats.scales import SMALLEST_SCALE, divisor, spell_group, storable, weights
 
 WIDTHS = (1, 2, 3, 4, 6, 8)
 """Bits of a code."""
@@ -50,7 +50,7 @@ class Palette(Format):
     best_fit = True
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         rows = {0: "", 1: "/row"}.get(self.group_rows, f"/rows{self.group_rows}")
         rows += "/lut8" if self.lut8 else ""
         return f"palette{self.width}{rows}{f'/{spell_group(self.block)}' if self.scaled else ''}"
@@ -60,11 +60,7 @@ class Palette(Format):
         return self.width
 
     @property
-    def levels(self) -> int:  # type: ignore[override]
-        return 1 << self.width
-
-    @property
-    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+    def params(self) -> tuple[Param, ...]:
         bits, dtype, per = 8 if self.lut8 else 16, torch.int8 if self.lut8 else torch.float16, self._per
         found = [Param("table", bits, dtype, per, (self.levels,))]
         found += [Param("table_scale", 16, torch.float16, per, least=SMALLEST_SCALE)] if self.lut8 else []
@@ -85,7 +81,8 @@ class Palette(Format):
             values = blocks / scale
         elif rows % each == 0 and bool(importance.amin() == importance.amax()):
             worth = None
-        groups = [values.clamp(-LARGEST_SCALE, LARGEST_SCALE), *([] if worth is None else [worth.expand_as(blocks)])]
+        groups = [values.clamp(-float16.LARGEST, float16.LARGEST)]
+        groups += [] if worth is None else [worth.expand_as(blocks)]
         if rows % each:  # rows that weigh nothing
             groups = [torch.nn.functional.pad(group, (0, 0, 0, 0, 0, -rows % each)) for group in groups]
         groups = [group.reshape(-1, each * number * size) for group in groups]

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fewbit.core import float16
+
 SMALLEST_SCALE = 2.0**-24
 """The least positive float16: a constant-zero block gets this scale, never 0 or NaN."""
-LARGEST_SCALE = 65504.0
 
 _CHUNK = 1 << 20
 """Entries that :func:`by_rows` handles at once."""
@@ -20,7 +21,7 @@ _E8M0 = (*(2.0 ** (code - 127) for code in range(255)), float("nan"))
 
 def storable(scale: Tensor, smallest: float = SMALLEST_SCALE) -> Tensor:
     """``scale`` rounded to float16, kept positive and finite."""
-    return scale.clamp(smallest, LARGEST_SCALE).to(torch.float16)
+    return scale.clamp(smallest, float16.LARGEST).to(torch.float16)
 
 
 def divisor(scale: Tensor) -> Tensor:

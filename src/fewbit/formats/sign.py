@@ -37,17 +37,12 @@ class Sign(Format):
     block: int
 
     bits = 1
-    levels = 2
     dim = 1
     params = (Param("scale", 16, torch.float16, least=SMALLEST_SCALE),)
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"sign/{spell_group(self.block)}"
-
-    @property
-    def fit_block(self) -> int:  # type: ignore[override]
-        return self.block
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
         return {"scale": storable(mean_magnitude(blocks, importance))}

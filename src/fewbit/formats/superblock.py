@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
+from fewbit.core import float16
 from fewbit.core.format import Format, Param, Params, Physical
-from fewbit.formats.scales import LARGEST_SCALE, SMALLEST_SCALE, divisor, storable
+from fewbit.formats.scales import SMALLEST_SCALE, divisor, storable
 
 _FINEST = 2.0**-14
 """Least scale as a part of the minimum: finer steps would drown in the float32 sum, and codes could not come back."""
@@ -46,16 +47,12 @@ class Superblock(Format):
     dim = 1
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         kind = "sym" if self.symmetric else "asym"
         return f"int{self.bits}/g{self.block}x{self.repeat}/{kind}/s{self.scale_bits}"
 
     @property
-    def levels(self) -> int:  # type: ignore[override]
-        return 1 << self.bits
-
-    @property
-    def fit_block(self) -> int:  # type: ignore[override]
+    def fit_block(self) -> int:
         return self.block * self.repeat
 
     @property
@@ -63,7 +60,7 @@ class Superblock(Format):
         return "magnitude" if self.symmetric else "ends"
 
     @property
-    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+    def params(self) -> tuple[Param, ...]:
         scales = (
             Param("scale_code", self.scale_bits, torch.uint8),
             Param("super_scale", 16, torch.float16, per="span", least=SMALLEST_SCALE),
@@ -96,7 +93,7 @@ class Superblock(Format):
         if self.symmetric:
             return self._fit_scale(2 * blocks.abs().amax(-1, keepdim=True))
         depth = -blocks.amin(-1, keepdim=True).clamp_max(0)  # how far below zero a block reaches
-        unit = (self._largest(depth) / self._top).clamp_max(LARGEST_SCALE).to(torch.float16)
+        unit = float16.of(self._largest(depth) / self._top)
         code = (depth / divisor(unit)).round().clamp(0, self._top)
         reach = blocks.amax(-1, keepdim=True).clamp_min(0) + unit.float() * code
         params = self._fit_scale(torch.maximum(reach, depth))
@@ -116,7 +113,7 @@ class Superblock(Format):
             code = torch.where(code == 0, torch.where(scale < 0, -1.0, 1.0), code) + self._bias
             return {"scale_code": code.to(torch.uint8), "super_scale": unit}
         depth = (-offset).clamp_min(0)
-        low = (self._largest(depth) / self._top).clamp_max(LARGEST_SCALE).to(torch.float16)
+        low = float16.of(self._largest(depth) / self._top)
         minimum = (depth / divisor(low)).round().clamp(0, self._top).to(torch.uint8)
         scale = torch.maximum(scale, depth * _FINEST)
         unit = storable(self._largest(scale) / self._top)

@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fewbit.core import lookup
+from fewbit.core import float16, lookup
 from fewbit.core.format import Format, Param, Params, Physical
 from fewbit.formats.dynamic import CHUNK, PARAMS, code_scales, decode_scales
-from fewbit.formats.scales import LARGEST_SCALE, SMALLEST_SCALE, divisor, spell_group, storable
+from fewbit.formats.scales import SMALLEST_SCALE, divisor, spell_group, storable
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -105,11 +105,11 @@ class Table(Format):
         return TABLES[self.family]
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"{self.family}/{spell_group(self.block)}{'/dq' if self.coded else ''}"
 
     @property
-    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+    def params(self) -> tuple[Param, ...]:
         return PARAMS if self.coded else (Param("scale", 16, torch.float16, least=self._smallest),)
 
     @property
@@ -125,7 +125,7 @@ class Table(Format):
         return replace(self, coded=False) if self.coded else None
 
     @property
-    def levels(self) -> int:  # type: ignore[override]
+    def levels(self) -> int:
         return len(self.values)
 
     @property
@@ -137,7 +137,7 @@ class Table(Format):
         return (self.levels - 1).bit_length()
 
     @property
-    def fit_block(self) -> int:  # type: ignore[override]
+    def fit_block(self) -> int:
         return 0 if self.coded else self.block
 
     @property
@@ -147,7 +147,7 @@ class Table(Format):
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
         scale = blocks.abs().amax(-1, keepdim=True) / self.values[-1]
         if self.coded:
-            return code_scales(scale.clamp(self._smallest, LARGEST_SCALE))
+            return code_scales(scale.clamp(self._smallest, float16.LARGEST))
         return {"scale": storable(scale, self._smallest)}
 
     def of_plain(self, params: Params) -> dict[str, Tensor]:

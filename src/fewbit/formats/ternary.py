@@ -46,12 +46,8 @@ class Ternary(Format):
     params = (Param("scale", 16, torch.float16, least=SMALLEST_SCALE),)
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"ternary/{spell_group(self.block)}"
-
-    @property
-    def fit_block(self) -> int:  # type: ignore[override]
-        return self.block
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
         return {"scale": storable(best_scale(blocks, importance))}

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbit.core import clusters
+from fewbit.core import clusters, float16
 from fewbit.core.format import Format, Param, Params, Vectors, code_dtype
 from fewbit.errors import SpecError
-from fewbit.formats.scales import LARGEST_SCALE
 
 LENGTHS = (2, 4, 6, 8, 12, 16)
 LEAST_BITS, MOST_BITS, MOST_CODE = 1, 16, 24
@@ -46,7 +45,7 @@ class Vector(Format):
     dim = 1
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         residual = f"+{self.residual_bits}" if self.residual_bits else ""
         return f"vector{self.length}x{self.index_bits}{residual}{f'/g{self.block}' if self.block else ''}"
 
@@ -59,27 +58,19 @@ class Vector(Format):
         return self.index_bits + self.residual_bits
 
     @property
-    def levels(self) -> int:  # type: ignore[override]
-        return 1 << self.bits
-
-    @property
-    def fit_block(self) -> int:  # type: ignore[override]
-        return self.block
-
-    @property
     def fields(self) -> dict[str, int]:
         """Bits of the indices in a code, by the name of their book, lowest first."""
         fields = {"codebook": self.index_bits, "residual": self.residual_bits}
         return {name: bits for name, bits in fields.items() if bits}
 
     @property
-    def params(self) -> tuple[Param, ...]:  # type: ignore[override]
+    def params(self) -> tuple[Param, ...]:
         return tuple(
             Param(name, 16, torch.float16, "columns", (1 << bits, self.length)) for name, bits in self.fields.items()
         )
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
-        vectors = self._vectors(blocks.clamp(-LARGEST_SCALE, LARGEST_SCALE))
+        vectors = self._vectors(blocks.clamp(-float16.LARGEST, float16.LARGEST))
         worth = self._vectors(importance.expand_as(blocks))
         least, some = worth.amin(-1), worth.amax(-1)  # zero where a vector is padded: those count only where all are
         shares = torch.where(least > 0, least + (worth - least.unsqueeze(-1)).mean(-1), 0.0)

@@ -56,7 +56,7 @@ class AlonePrepared(Addressed, PreparedMatrix):
 
     @property
     def read_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self._read())
+        return sum(t.nbytes for t in self._read())
 
     @property
     def nbytes(self) -> int:

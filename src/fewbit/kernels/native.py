@@ -241,6 +241,12 @@ def isas() -> tuple[Isa, ...]:
     return _isas(capabilities())
 
 
+def lacks(isa: Isa) -> str | None:
+    """None, or why nothing can run on ``isa`` here."""
+    found = f"this machine or build has no {isa}; it has {', '.join(isas())}"
+    return why_not() or (None if isa in isas() else found)
+
+
 @functools.cache
 def _isas(caps: int) -> tuple[Isa, ...]:
     return tuple(isa for isa, flag in FLAGS.items() if caps & flag)

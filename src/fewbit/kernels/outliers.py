@@ -43,4 +43,4 @@ class OutlierPrepared(PreparedMatrix):
         """The codes are held once."""
         packed = self.qtensor().packed
         shared = packed is self._large.qtensor().packed
-        return self._small.nbytes + self._large.nbytes - shared * packed.numel() * packed.element_size()
+        return self._small.nbytes + self._large.nbytes - shared * packed.nbytes

@@ -7,9 +7,18 @@ import torch
 from torch import Tensor
 
 from fewbit.core.orders import paley
-from fewbit.core.rewrite import Chain, Scale
+from fewbit.core.rewrite import Chain, Scale, Step
 from fewbit.kernels import native
 from fewbit.kernels.inputs import wants_gradients
+
+
+def lowered(step: Step) -> tuple[Tensor, int, Tensor | None, int]:
+    """``step`` as the core takes it: what each column is multiplied by, the order of Sylvester's matrix, Paley's where
+    there is one, and its order; all float32."""
+    if isinstance(step, Scale):
+        return step.scale.float().contiguous(), 1, None, 1
+    matrix = paley(step.order).float().contiguous() if step.order > 1 else None
+    return step.factors.float().contiguous(), step.block, matrix, step.order
 
 
 class Rewriting:
@@ -21,13 +30,7 @@ class Rewriting:
 
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
-        self._steps: list[tuple[Tensor, int, Tensor | None, int]] = []
-        for step in chain.steps:
-            if isinstance(step, Scale):
-                self._steps.append((step.scale.float().contiguous(), 1, None, 1))
-            else:
-                matrix = paley(step.order).float().contiguous() if step.order > 1 else None
-                self._steps.append((step.factors.float().contiguous(), step.block, matrix, step.order))
+        self._steps = [lowered(step) for step in chain.steps]
         self._mixes = any(step.mixes for step in chain.steps)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -92,4 +92,4 @@ class RowLevelsPrepared(RowTablesPrepared):
     @property
     def nbytes(self) -> int:
         """Tables and scales are held too, to decode the weights."""
-        return super().nbytes + sum(t.numel() * t.element_size() for t in (self._table, self._scale))
+        return super().nbytes + sum(t.nbytes for t in (self._table, self._scale))

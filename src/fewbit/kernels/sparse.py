@@ -38,9 +38,7 @@ class SparseKernel:
 
     def refuse(self) -> str | None:
         """None, or the reason why this row cannot run on this machine."""
-        if self.isa is None or self.isa in native.isas():
-            return None
-        return native.why_not() or f"this machine or build has no {self.isa}; it has {', '.join(native.isas())}"
+        return None if self.isa is None else native.lacks(self.isa)
 
 
 SPARSE_KERNELS = (SparseKernel("avx2"), SparseKernel("neon"), SparseKernel("serial"), SparseKernel(None))
@@ -125,7 +123,7 @@ class PreparedSparse(Addressed):
     def read_bytes(self) -> int:
         """Bytes that one call with one token reads."""
         arrays = self._slices or (self.sparse.pointers, self.sparse.columns, self.sparse.values)
-        return sum(array.numel() * array.element_size() for array in arrays)
+        return sum(array.nbytes for array in arrays)
 
     @property
     def nbytes(self) -> int:

@@ -117,10 +117,8 @@ class Kernel:
         """
         if self.isa is None:
             return None
-        if not native.available():
-            return native.why_not()
-        if self.isa not in native.isas():
-            return f"this machine or build has no {self.isa}; it has {', '.join(native.isas())}"
+        if (lacking := native.lacks(self.isa)) is not None:
+            return lacking
         reason = LAYOUTS[self.layout].refuse(format, shape)
         if reason is not None:
             return f"layout {self.layout} {reason}"

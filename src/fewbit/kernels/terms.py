@@ -163,7 +163,7 @@ class _Sum(_Part):
 
 def _total(parts: list[_Part] | tuple[_Part, ...], *arrays: Tensor | None) -> tuple[int, int]:
     held, read = zip(*(part.sizes() for part in parts), strict=True)
-    more = sum(array.numel() * array.element_size() for array in arrays if array is not None)
+    more = sum(array.nbytes for array in arrays if array is not None)
     return sum(held) + more, sum(read) + more
 
 

@@ -206,7 +206,7 @@ class NativePrepared(Addressed, PreparedMatrix):
     def read_bytes(self) -> int:
         held = (self._stored.packed, self._scale, self._offset, self._table, self._addend)
         read = (t for t in held if t is not None)
-        return sum(t.numel() * t.element_size() for t in read)
+        return sum(t.nbytes for t in read)
 
     @property
     def nbytes(self) -> int:

@@ -82,11 +82,6 @@ def _compiled(bytes: Tensor, bits: int) -> compiled.Grids | None:
     return compiled.grids() if fits else None
 
 
-def _repeat(format: Format) -> int:
-    """Blocks of a span."""
-    return max(1, format.fit_block // max(format.block, 1))
-
-
 def _apart(values: Tensor) -> Tensor:
     """A copy where ``values`` are a view whose bytes a file could not write: one entry that repeats, say."""
     return values.clone(memory_format=torch.contiguous_format) if values.numel() == 1 else values.contiguous()
@@ -110,7 +105,7 @@ def store_params(format: Format, params: Params) -> dict[str, Tensor]:
         if param.per == "tensor":
             values = values[:1, :1]
         elif param.per == "span":
-            values = values[:, :: _repeat(format)]
+            values = values[:, :: format.fit_block // format.block]
         elif param.per == "chunk":
             values = values.reshape(1, -1)[:, :: format.chunk]
         values = _apart(values)
@@ -138,7 +133,7 @@ def load_params(format: Format, shape: Shape, stored: Params) -> dict[str, Tenso
             many = values.repeat_interleave(format.chunk, 1)[:, : rows * blocks]
             params[param.name] = many.reshape(rows, blocks, 1)
             continue
-        repeat = _repeat(format) if param.per == "span" else 1
+        repeat = format.fit_block // format.block if param.per == "span" else 1
         height, entries = (1, 1) if param.per == "tensor" else (rows, -(-blocks // repeat))
         if param.bits < 8:
             packed = take(stored, param.name, (height, row_bytes(entries, param.bits)))

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.containers import manifest as M
-from fewbit.containers.files import member, read_json, size_of
+from fewbit.containers.files import size_of
 from fewbit.containers.gguf import open_gguf
 from fewbit.containers.safetensors import open_safetensors
+from fewbit.containers.shards import named_files
 from fewbit.errors import InputError
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,7 @@ def weight_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    if (path / INDEX).is_file():
-        mapping = read_json(path / INDEX).get("weight_map")
-        names = {str(name) for name in mapping.values()} if isinstance(mapping, dict) else set()
-        files = [member(path, name) for name in sorted(names)]
-    else:
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+    files = named_files(path) or sorted(path.glob("pytorch_model*.bin"))
     if not files:
         raise InputError(f"weights of {path}", "the folder holds no safetensors or GGUF file")
     return files
@@ -79,12 +73,12 @@ def of_model(model: Any) -> Size:
     Bits per weight are NaN when a matrix is stored in integers: only its folder says how many weights those stand for.
     """
     state = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values()
-    total = sum(t.numel() * t.element_size() for t in state)
+    total = sum(t.nbytes for t in state)
     matrices = [t for t in state if t.dim() >= 2]
     weights = sum(t.numel() for t in matrices)
     if not weights or not all(t.is_floating_point() for t in matrices):
         return Size(
             total, math.nan, "unknown: the model is in memory and holds packed weights; give its folder instead"
         )
-    stored = sum(t.numel() * t.element_size() for t in matrices)
+    stored = sum(t.nbytes for t in matrices)
     return Size(total, 8 * stored / weights, "dtype of the parameters; the model is in memory, not on disk")

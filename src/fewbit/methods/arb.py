@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
+from fewbit.core import float16
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -45,7 +46,7 @@ def arb(weight: Tensor, format: Format, facts: Facts, *, iterations: int = 15) -
         raise SpecError(f"arb with iterations={iterations}", "it must be positive", "15 is the paper's")
     row, column = scales(weight.double().abs(), facts.mean_square.double(), format.block, iterations)
     dense = signs.matrix(format, weight > 0, row)
-    return Terms((weight.shape[0], weight.shape[1]), (Dense(dense),), None, signs.half(column))
+    return Terms((weight.shape[0], weight.shape[1]), (Dense(dense),), None, float16.of(column))
 
 
 def scales(magnitude: Tensor, worth: Tensor, block: int, iterations: int) -> tuple[Tensor, Tensor]:

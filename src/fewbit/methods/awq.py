@@ -24,7 +24,7 @@ from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
-from fewbit.errors import InputError, UnsupportedError
+from fewbit.errors import UnsupportedError
 from fewbit.methods import objective, ranges
 
 
@@ -60,9 +60,7 @@ def awq(weight: Tensor, format: Format, facts: Facts, *, steps: int = 20, floor:
     reason = refuse(format)
     if reason is not None:
         raise UnsupportedError(f"awq to {format.name}", reason, "method rtn takes any format, clip weighs tables")
-    if facts.tokens and facts.gram is None:
-        asked = f"awq of a weight of shape {tuple(weight.shape)} to {format.name}"
-        raise InputError(asked, "the facts hold no second moment", "collect them with gram=True, or use method clip")
+    objective.check_moment("awq", weight, format, facts, "clip")
     weight = weight.float()
     format = format.bind(weight)
     moments = diagonal_blocks(facts.second_moment, format.fit_block if format.block else 0)
@@ -86,14 +84,10 @@ def _search(
     """Parameters of ``blocks`` (rows, blocks, block), decided span by span."""
     best = dict(format.fit(blocks, mask))
     least = _span_errors(format, blocks, best, moments)
-    reach, repeat = blocks.abs().amax(-1, keepdim=True), ranges.span_blocks(format, blocks.shape[1])
+    reach = blocks.abs().amax(-1, keepdim=True)
     for ratio in ratios[1:]:
         params = format.fit(torch.clamp(blocks, -ratio * reach, ratio * reach), mask)
-        errors = _span_errors(format, blocks, params, moments)
-        better = errors < least
-        least = torch.where(better, errors, least)
-        chosen = B.per_block(better.unsqueeze(-1), blocks.shape[1], repeat)
-        best = {name: torch.where(chosen, params[name], values) for name, values in best.items()}
+        best, least = ranges.lesser(format, best, least, params, _span_errors(format, blocks, params, moments))
     return best
 
 

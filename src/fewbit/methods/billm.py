@@ -31,7 +31,7 @@ from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
 from fewbit.core.terms import Columns, Dense, Terms, foremost, index_dtype
-from fewbit.errors import InputError, SpecError, UnsupportedError
+from fewbit.errors import SpecError, UnsupportedError
 from fewbit.methods import feedback, objective, signs
 
 
@@ -71,12 +71,11 @@ def billm(
 
 
 def _check(weight: Tensor, format: Format, facts: Facts, salient: float, points: int) -> None:
-    asked = f"billm of a weight of shape {tuple(weight.shape)} to {format.name}"
+    asked = objective.asked("billm", weight, format)
     objective.check("billm", weight, format, facts)
     if (reason := signs.refuse(format)) is not None:
         raise UnsupportedError(asked, reason, "sign/g128 would work")
-    if facts.tokens and facts.gram is None:
-        raise InputError(asked, "the facts hold no second moment", "collect them with gram=True")
+    objective.check_moment("billm", weight, format, facts)
     if not 0 <= salient <= 1 or points < 1:
         raise SpecError(f"{asked} with salient={salient}, points={points}", "out of range", "0.1 and 9 are usual")
 

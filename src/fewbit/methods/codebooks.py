@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
-from fewbit.core import clusters
+from fewbit.core import clusters, float16
 from fewbit.core.format import Format, code_dtype
 from fewbit.core.qtensor import QTensor
 
-LARGEST = 65504.0
-"""Of float16."""
 ROUNDING = torch.finfo(torch.float32).eps
 """Of products with a second moment."""
 
@@ -209,7 +207,7 @@ def cluster(points: Tensor, worth: Tensor, entries: int, width: int, restarts: i
 
 def stored(book: Tensor) -> Tensor:
     """``book`` as files hold it, float32."""
-    return book.clamp(-LARGEST, LARGEST).to(torch.float16).float()
+    return float16.of(book).float()
 
 
 def decoded(sides: Sides) -> Tensor:

@@ -23,7 +23,7 @@ from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format, Params
 from fewbit.core.qtensor import QTensor
-from fewbit.errors import InputError, SpecError
+from fewbit.errors import SpecError
 from fewbit.methods import feedback, grids, objective, ranges
 
 ROUNDING = 1e-3
@@ -85,14 +85,12 @@ def solve(
         UnsupportedError: a code of ``format`` stands for several weights.
     """
     ratios = ranges.grid(steps, floor) if clip else ()
-    objective.check("gptq", weight, format, facts)
-    objective.check_scalar("gptq", format)
-    _check_options(weight, format, facts, block_size)
+    _check(weight, format, facts, block_size)
     agrees(format, weight.shape[1], desc_act=desc_act, static_groups=static_groups)
     weight = weight.float()
     bound = format.bind(weight)
     if not facts.tokens:
-        plain = _nearest(bound, weight, F.fit(bound, weight))
+        plain = QTensor.rounded(bound, weight)
         return Solution(plain, 0.0, weight.shape[1], weight.shape[0], "no calibration token: rounded to nearest")
     passing = _passing(facts, damp_percent, desc_act)
     worth = facts.mean_square
@@ -136,12 +134,13 @@ def _unknown(weight: Tensor) -> Tensor:
     return torch.full((len(weight),), torch.inf)
 
 
-def _check_options(weight: Tensor, format: Format, facts: Facts, block_size: int) -> None:
-    """Refuse facts without a second moment."""
-    asked = f"gptq of a weight of shape {tuple(weight.shape)} to {format.name}"
-    if facts.tokens and facts.gram is None:
-        raise InputError(asked, "the facts hold no second moment", "collect them with gram=True, or use method clip")
+def _check(weight: Tensor, format: Format, facts: Facts, block_size: int) -> None:
+    """Refuse what cannot be quantized so."""
+    objective.check("gptq", weight, format, facts)
+    objective.check_scalar("gptq", format)
+    objective.check_moment("gptq", weight, format, facts, "clip")
     if block_size < 1:
+        asked = objective.asked("gptq", weight, format)
         raise SpecError(f"{asked} with block_size={block_size}", "it must be positive", "128 is usual")
 
 
@@ -200,15 +199,10 @@ class _Columns:
         return QTensor.of(self._format, self._codes.T.contiguous(), params)
 
 
-def _nearest(format: Format, weight: Tensor, params: Params) -> QTensor:
-    """``weight`` to the nearest values that ``params`` allow."""
-    return QTensor.nearest(format, weight, params)
-
-
 def _better_rows(weight: Tensor, facts: Facts, solved: QTensor, params: Params, most: Tensor) -> tuple[QTensor, int]:
     """Rows of ``solved``, but those of plain rounding with ``params`` where the objective is less there; and how many
     those are. Only rows of which ``most`` does not say so are looked at."""
-    start = _nearest(solved.format, weight, params)
+    start = QTensor.nearest(solved.format, weight, params)
     plain = objective.row_errors(weight - start.dequantize(), facts)
     worse = most * (1 + ROUNDING) > plain
     if worse.any():

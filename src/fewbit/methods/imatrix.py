@@ -95,16 +95,11 @@ def _search(format: Format, blocks: Tensor, mask: Tensor, worth: Tensor, steps: 
     """Parameters of ``blocks`` (rows, blocks, block), decided span by span."""
     best, v = dict(format.fit(blocks, mask)), importance(format, blocks, mask, worth)
     least, wide = _span_errors(format, blocks, v, best), blocks.double()
-    repeat = ranges.span_blocks(format, blocks.shape[1])
     grids = _symmetric if format.grid == "magnitude" else _between
     scale, offset = grids(format, wide, v, mask, steps)
     for left in range(rounds, -1, -1):
         params = format.placed(scale.float(), offset.float())
-        errors = _span_errors(format, blocks, v, params)
-        better = errors < least
-        least = torch.where(better, errors, least)
-        chosen = B.per_block(better.unsqueeze(-1), blocks.shape[1], repeat)
-        best = {name: torch.where(chosen, params[name], values) for name, values in best.items()}
+        best, least = ranges.lesser(format, best, least, params, _span_errors(format, blocks, v, params))
         if left:
             codes = format.nearest(blocks, params)[0].double()
             scale, offset = _least_squares(format, codes, wide, v)

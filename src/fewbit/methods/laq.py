@@ -34,6 +34,7 @@ from torch import Tensor
 
 from fewbit.core import blocks as B
 from fewbit.core import format as F
+from fewbit.core import given
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -150,7 +151,7 @@ class Tiles:
         """
         rows, columns = shape
         formats = _of_widths(format, widths)
-        if isinstance(mean_bits, bool) or not isinstance(mean_bits, int | float) or not 0 < mean_bits < math.inf:
+        if not (given.number(mean_bits) and 0 < mean_bits < math.inf):
             raise SpecError(f"laq with mean_bits={mean_bits!r}", "no number of bits", "e.g. 3.3, or 0 for one matrix")
         if type(tile) is not int or tile < 1:
             raise SpecError(f"laq with tile={tile!r}", "no number of blocks", "1 or more would work")
@@ -249,7 +250,7 @@ def _ratios(statistic: str, percentile: float, steps: int, floor: float) -> tupl
     ratios = ranges.grid(steps, floor)
     if statistic not in STATISTICS:
         raise SpecError(f"laq with statistic={statistic!r}", "no such statistic", f"{', '.join(STATISTICS)} exist")
-    if isinstance(percentile, bool) or not isinstance(percentile, int | float) or not 50 < percentile <= 100:
+    if not (given.number(percentile) and 50 < percentile <= 100):
         raise SpecError(f"laq with percentile={percentile!r}", "out of range", "above 50, to 100; e.g. 99")
     return {"absmax": (), "percentile": None, "mse": ratios}[statistic]
 

@@ -28,6 +28,7 @@ import copy
 import torch
 from torch import Tensor
 
+from fewbit.core import float16, given
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -88,7 +89,7 @@ def nanoquant(
         None,
         signs.matrix(format, factors.v.T > 0, (middle / scale)[:, None]),
     )
-    return Terms((rows, columns), (product,), None, signs.half(right))
+    return Terms((rows, columns), (product,), None, float16.of(right))
 
 
 def rank(rows: int, columns: int, bits: float) -> int:
@@ -98,7 +99,7 @@ def rank(rows: int, columns: int, bits: float) -> int:
     Raises:
         SpecError: bits are out of range.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits <= 8:
+    if not (given.number(bits) and 0 < bits <= 8):
         raise SpecError(f"nanoquant to bits={bits!r}", "out of range", "more than 0 up to 8 bits, e.g. 1.0")
     most = (bits * rows * columns - 16 * (rows + columns)) / (rows + 8 * -(-columns // 8) + 16)
     return max(8, int(most) // 8 * 8)

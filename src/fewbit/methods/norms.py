@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fewbit.core import float16
 from fewbit.core.facts import Facts
 from fewbit.core.qtensor import QTensor
 from fewbit.core.rewrite import Scale
@@ -32,8 +33,8 @@ from fewbit.errors import SpecError
 from fewbit.methods import objective
 
 KINDS = ("none", "rows", "columns", "both")
-LEAST, MOST = 2.0**-14, 65504.0
-"""Of a normal float16."""
+LEAST = 2.0**-14
+"""The least normal float16."""
 RIDGE = 1e-6
 """Of the mean diagonal, added to the equations of the columns: those without input keep their scale."""
 
@@ -95,7 +96,7 @@ class Norms:
         pulled, moment = shown @ facts.second_moment.double(), weight.double()
         across, own = (pulled * moment).sum(1), (pulled * shown).sum(1)
         assert self.rows is not None
-        return replace(self, rows=_stored(torch.where(own > 0, across / own, self.rows.double())))
+        return replace(self, rows=float16.of(torch.where(own > 0, across / own, self.rows.double())))
 
     def _columns(self, weight: Tensor, values: Tensor, facts: Facts) -> Norms:
         shown = values.double() if self.rows is None else values.double() * self.rows[:, None]
@@ -104,7 +105,7 @@ class Norms:
         matrix = (shown.T @ shown) * second
         rest = (shown * ((weight.double() - shown * before) @ second)).sum(0)
         matrix.diagonal().add_(RIDGE * float(matrix.diagonal().mean()) or 1.0)
-        return replace(self, columns=_stored(before + torch.linalg.solve(matrix, rest)))
+        return replace(self, columns=float16.of(before + torch.linalg.solve(matrix, rest)))
 
 
 def nbytes(kind: str, shape: tuple[int, int]) -> int:
@@ -130,8 +131,4 @@ def lost(weight: Tensor, made: QTensor | Terms, facts: Facts) -> float:
 def _size(weight: Tensor, axis: int) -> Tensor:
     """Root mean squares along ``axis``, as they are stored."""
     size = weight.double().square().mean(axis).sqrt()
-    return torch.where(size > 0, size.clamp(LEAST, MOST), 1.0).to(torch.float16)
-
-
-def _stored(scale: Tensor) -> Tensor:
-    return scale.clamp(-MOST, MOST).to(torch.float16)
+    return torch.where(size > 0, size.clamp(LEAST, float16.LARGEST), 1.0).to(torch.float16)

@@ -89,7 +89,7 @@ def check(method: str, weight: Tensor, format: Format, facts: Facts | None = Non
         works = "check that the model runs in float on the calibration text"
     else:
         return
-    raise InputError(_asked(method, weight, format), found, works)
+    raise InputError(asked(method, weight, format), found, works)
 
 
 def check_matrix(method: str, weight: Tensor, format: Format) -> None:
@@ -98,7 +98,7 @@ def check_matrix(method: str, weight: Tensor, format: Format) -> None:
     given.kind(f"the format for {method}", format, Format, "what fewbit.formats.parse('int4/g64') gives")
     if weight.dim() != 2 or weight.numel() == 0:
         found = "it is not a matrix with at least one entry"
-        raise InputError(_asked(method, weight, format), found, "see the weight as (rows, columns)")
+        raise InputError(asked(method, weight, format), found, "see the weight as (rows, columns)")
 
 
 def check_finite(method: str, weight: Tensor, format: Format) -> None:
@@ -107,10 +107,18 @@ def check_finite(method: str, weight: Tensor, format: Format) -> None:
         bad = ~weight.isfinite()
         row, column = (int(i) for i in bad.nonzero()[0])
         found = f"{int(bad.sum())} entries are NaN or infinite, first weight[{row}, {column}]"
-        raise InputError(_asked(method, weight, format), found, "repair the checkpoint, or leave this layer in float")
+        raise InputError(asked(method, weight, format), found, "repair the checkpoint, or leave this layer in float")
 
 
-def _asked(method: str, weight: Tensor, format: Format) -> str:
+def check_moment(method: str, weight: Tensor, format: Format, facts: Facts, instead: str = "") -> None:
+    """Raises InputError: tokens were seen, and not their second moment; ``instead``: a method that needs none."""
+    if facts.tokens and facts.gram is None:
+        works = "collect them with gram=True" + (f", or use method {instead}" if instead else "")
+        raise InputError(asked(method, weight, format), "the facts hold no second moment", works)
+
+
+def asked(method: str, weight: Tensor, format: Format) -> str:
+    """What was asked, for an error."""
     return f"{method} of a weight of shape {tuple(weight.shape)} to {format.name}"
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
-from fewbit.core import format as F
+from fewbit.core import given
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -61,8 +61,7 @@ def ptq161(weight: Tensor, format: Format, facts: Facts, *, salient: float = 0.2
     beside: list[Term] = []
     if count:
         wide, kept = wider(format, salient_bits), weight[:, order[:count]].float()
-        params = F.fit(wide, kept)
-        beside.append(Dense(QTensor.nearest(wide, kept, params)))
+        beside.append(Dense(QTensor.rounded(wide, kept)))
     if count < columns:
         dense = two_values(weight[:, order[count:]].float(), format)
         ones = torch.ones(columns - count, dtype=torch.float16)
@@ -94,7 +93,7 @@ def wider(format: Format, bits: int) -> Format:
     Raises:
         SpecError: out of range.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 < bits <= 8:
+    if type(bits) is not int or not 1 < bits <= 8:
         raise SpecError(f"ptq161 with salient_bits={bits!r}", "out of range", "2 to 8, e.g. 4")
     return replace(format, bits=bits)  # type: ignore[type-var]
 
@@ -105,7 +104,7 @@ def salient_columns(columns: int, salient: float) -> int:
     Raises:
         SpecError: ``salient`` is no share.
     """
-    if isinstance(salient, bool) or not isinstance(salient, int | float) or not 0 <= salient <= 1:
+    if not (given.number(salient) and 0 <= salient <= 1):
         raise SpecError(f"ptq161 with salient={salient!r}", "out of range", "a share of the columns, e.g. 0.2")
     return round(salient * columns)
 

@@ -133,17 +133,23 @@ def _search(
     """:func:`search` on some rows: ``blocks`` (rows, blocks, block), ``mask`` and ``worth`` (1, blocks, block)."""
     best = dict(format.fit(blocks, mask))
     least = _span_errors(format, blocks, worth, best)
-    repeat = span_blocks(format, blocks.shape[1])
     full = full_range(format, blocks) if format.grid == "magnitude" else None
     shrunk, among = (_ends(blocks, worth), mask.new_ones(1)) if format.grid == "ends" else (blocks, worth)
     for ratio in ratios:
         params = format.fit(shrunk * ratio, among) if full is None else format.placed(full * ratio, 0 * full)
-        errors = _span_errors(format, blocks, worth, params)
-        better = errors < least
-        least = torch.where(better, errors, least)
-        chosen = B.per_block(better.unsqueeze(-1), blocks.shape[1], repeat)
-        best = {name: torch.where(chosen, params[name], values) for name, values in best.items()}
+        best, least = lesser(format, best, least, params, _span_errors(format, blocks, worth, params))
     return best
+
+
+def lesser(
+    format: Format, best: dict[str, Tensor], least: Tensor, params: Params, errors: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Span by span, what loses less: ``best``, by ``least`` (rows, spans), which wins ties, or ``params``, by
+    ``errors``; and how much that is."""
+    better, blocks = errors < least, next(iter(best.values())).shape[1]
+    chosen = B.per_block(better.unsqueeze(-1), blocks, span_blocks(format, blocks))
+    found = {name: torch.where(chosen, params[name], values) for name, values in best.items()}
+    return found, torch.where(better, errors, least)
 
 
 def _ends(blocks: Tensor, worth: Tensor) -> Tensor:

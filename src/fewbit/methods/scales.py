@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
+from fewbit.core import float16
 from fewbit.core import format as F
 from fewbit.core.format import Format, Param, Params, Vectors
 from fewbit.core.qtensor import QTensor
@@ -24,7 +25,6 @@ from fewbit.core.tuning import Learnable, Values
 from fewbit.errors import UnsupportedError
 
 FAR = 0.5
-LARGEST = 65504.0
 
 
 def refuse(format: Format) -> str | None:
@@ -59,7 +59,7 @@ class Scales(Learnable):
         """Rows, or blocks, that share an entry."""
         if param.per == "rows":
             return self._format.group_rows
-        return max(1, self._format.fit_block // self._format.block) if param.per == "span" and self._format.block else 1
+        return self._format.fit_block // self._format.block if param.per == "span" else 1
 
     def _once(self, param: Param, values: Tensor) -> Tensor:
         """``values`` (rows, blocks, 1, ...) without what repeats."""
@@ -82,10 +82,7 @@ class Scales(Learnable):
 
     def _moved(self, values: Values) -> dict[str, Tensor]:
         """The arrays as they are stored, each entry once."""
-        return {
-            name: (start + values[name] * self._unit[name]).clamp(-LARGEST, LARGEST).to(torch.float16)
-            for name, start in self._from.items()
-        }
+        return {name: float16.of(start + values[name] * self._unit[name]) for name, start in self._from.items()}
 
     def _params(self, values: Values) -> dict[str, Tensor]:
         moved = self._moved(values)

@@ -15,9 +15,6 @@ from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 
-LARGEST = 65504.0
-"""Of float16."""
-
 
 def refuse(format: Format) -> str | None:
     """None, or why a block of ``format`` is not signs under one scale."""
@@ -48,8 +45,3 @@ def stored(format: Format, scale: Tensor) -> Tensor:
 def spread(format: Format, scale: Tensor, columns: int) -> Tensor:
     """``scale`` (rows, blocks) for every column, (rows, columns)."""
     return scale.repeat_interleave(B.width(columns, format.block), 1)[:, :columns]
-
-
-def half(values: Tensor) -> Tensor:
-    """``values`` in float16, kept finite."""
-    return values.clamp(-LARGEST, LARGEST).to(torch.float16)

@@ -23,15 +23,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewbit.core import float16, given
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Dense, Sparse, Terms
 from fewbit.errors import SpecError
 from fewbit.methods import sensitive as S
-
-LARGEST = 65504.0
-"""Of float16."""
 
 
 def squeezellm(
@@ -65,7 +63,7 @@ def squeezellm(
     apart |= largest(worth.masked_fill(apart, -1.0), next_most)
     dense = S.fitted(weight, format, worth.masked_fill(apart, 0.0))
     at, across = apart.nonzero(as_tuple=True)
-    left = (weight - dense.dequantize())[at, across].clamp(-LARGEST, LARGEST)
+    left = (weight - dense.dequantize())[at, across].clamp(-float16.LARGEST, float16.LARGEST)
     return Terms((rows, columns), (Dense(dense), Sparse.at((rows, columns), at, across, left)))
 
 
@@ -76,7 +74,7 @@ def counts(shape: tuple[int, int], outliers: float, sensitive: float) -> tuple[i
         SpecError: the shares are no shares, or leave no entry to the palette.
     """
     for name, share in (("outliers", outliers), ("sensitive", sensitive)):
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 0.1:
+        if not (given.number(share) and 0 <= share <= 0.1):
             works = "a share of the entries from 0 to 0.1, e.g. 0.004"
             raise SpecError(f"squeezellm with {name}={share!r}", "out of range", works)
     entries = shape[0] * shape[1]

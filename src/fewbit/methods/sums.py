@@ -132,10 +132,6 @@ def _name(path: Path, *more: str) -> str:
     return ".".join((*path, *more))
 
 
-def _at(path: Path, *more: str) -> Path:
-    return (*path, *more)
-
-
 def _leaves(term: Term, path: Path, wanted: Tensor | None) -> Iterator[tuple[Path, QTensor | Tensor, Tensor | None]]:
     """Every matrix and every scale in ``term``, and what of the float weight ``wanted`` it alone stands for: None where
     it is a factor, or one of several terms. Under scales that is what the weight is without them."""
@@ -181,8 +177,9 @@ def _assembled(term: Term, path: Path, leaves: Mapping[Path, Tensor]) -> Tensor:
         case Dense():
             return leaves[path]
         case Product():
-            left, middle = leaves[_at(path, "left")], scale("middle")
-            return (left if middle is None else left * middle) @ leaves[_at(path, "right")]
+            left, right = (leaves[at] for at in ((*path, "left"), (*path, "right")))
+            middle = scale("middle")
+            return (left if middle is None else left * middle) @ right
         case Columns():
             parts = [_assembled(part, (*path, str(i)), leaves) for i, part in enumerate(term.parts)]
             return torch.cat(parts, 1)[:, torch.argsort(term.permutation.long())]

@@ -31,12 +31,13 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
+from fewbit.core import float16, given
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Columns, Dense, Terms, foremost, index_dtype
-from fewbit.errors import InputError, SpecError, UnsupportedError
+from fewbit.errors import SpecError, UnsupportedError
 from fewbit.methods import codebooks as K
 from fewbit.methods import feedback, norms, objective
 from fewbit.methods.norms import Norms, lost
@@ -143,7 +144,7 @@ Formats = tuple[tuple[Format, int], ...]
 def _sides(format: Format, shape: Sequence[int], outliers: float, length: int, bits: int, residual: int) -> Formats:
     """Of the outliers, where there are any, and of the others."""
     (rows, columns), asked = shape, f"vptq with outliers={outliers!r}"
-    if isinstance(outliers, bool) or not isinstance(outliers, int | float) or not 0 <= outliers < 1:
+    if not (given.number(outliers) and 0 <= outliers < 1):
         raise SpecError(asked, "out of range", "a share of the columns below 1, e.g. 0.02, or 0 for none")
     count = min(columns - 1, max(1, round(outliers * columns))) if outliers else 0
     if not count:
@@ -164,11 +165,10 @@ def _sides(format: Format, shape: Sequence[int], outliers: float, length: int, b
 def _check(weight: Tensor, format: Format, facts: Facts, **least: int) -> None:
     """Refuse what cannot be quantized so, facts without a second moment, and options that are no counts."""
     objective.check("vptq", weight, format, facts)
-    asked = f"vptq of a weight of shape {tuple(weight.shape)} to {format.name}"
+    asked = objective.asked("vptq", weight, format)
     if (reason := refuse(format)) is not None:
         raise UnsupportedError(asked, reason, "vectors work, such as vector4x8; gptq takes other formats")
-    if facts.tokens and facts.gram is None:
-        raise InputError(asked, "the facts hold no second moment", "collect them with gram=True, or use method rtn")
+    objective.check_moment("vptq", weight, format, facts, "rtn")
     for name, value in least.items():
         if value < (name != "rounds"):
             raise SpecError(f"{asked} with {name}={value}", "it is too small", "1 is the least, 0 for rounds")
@@ -271,7 +271,7 @@ def _split(weight: Tensor, sides: Formats) -> list[tuple[Tensor, Format]]:
 def _padded(weight: Tensor, sides: Formats) -> Tensor:
     """``weight`` within float16, its rows filled up to whole vectors of all ``sides``."""
     length = math.lcm(*(side.height for side, _ in sides))
-    return torch.constant_pad_nd(weight, (0, 0, 0, -len(weight) % length)).clamp(-K.LARGEST, K.LARGEST)
+    return torch.constant_pad_nd(weight, (0, 0, 0, -len(weight) % length)).clamp(-float16.LARGEST, float16.LARGEST)
 
 
 def _whole(found: Sequence[QTensor], order: Tensor | None) -> QTensor | Terms:

@@ -7,7 +7,6 @@ Nothing here runs code from a model folder, reads pickle, or renders a template.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -19,8 +18,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from fewbit.containers.files import CHUNK
-from fewbit.errors import InputError
+from fewbit.containers.files import digest
+from fewbit.errors import InputError, first_line
 from fewbit.model.families import LAYER_COUNTS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -90,16 +89,8 @@ class Checkpoint(ABC):
         return all(len(shape := self.shape(key)) < 3 and shapes.get(key) == shape for key in self.keys())
 
     def fingerprint(self) -> str:
-        """Hex sha256 over the weight files' bytes, in the order of ``files``, streamed."""
-        state = hashlib.sha256()
-        for path in self.files:
-            try:
-                with open(path, "rb") as stream:
-                    while data := stream.read(CHUNK):
-                        state.update(data)
-            except OSError as error:
-                raise InputError(f"reading {path}", str(error)) from error
-        return state.hexdigest()
+        """Hex sha256 over the weight files' bytes, in the order of ``files``."""
+        return digest(*self.files)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -141,10 +132,9 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED))
     except Exception as error:  # the hub's client raises types of its own, of requests, httpx and the system
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"fetching the model {name} from the Hugging Face hub (no local path has that name)",
-            first,
+            first_line(error),
             "a local folder",
         ) from error
 

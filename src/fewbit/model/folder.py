@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from fewbit.containers.files import member, read_json, size_of, write_bytes, write_json
 from fewbit.containers.safetensors import SafetensorsFile
 from fewbit.containers.shards import LARGEST_SIDECAR, weight_files
-from fewbit.errors import CorruptFileError, InputError, UnsupportedError
+from fewbit.errors import CorruptFileError, InputError, UnsupportedError, first_line
 from fewbit.model.checkpoint import Checkpoint, check_layers
-from fewbit.model.tokenizer import FILES, open_tokenizer
+from fewbit.model.tokenizer import FILES, has_tokenizer, open_tokenizer
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -99,9 +99,7 @@ class FolderCheckpoint(Checkpoint):
         return sum(entry.nbytes for shard in self._shards for entry in shard.entries.values())
 
     def tokenizer(self) -> Any:
-        if not any(
-            (self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-        ):
+        if not has_tokenizer(self.path):
             raise InputError(
                 f"the tokenizer of {self.path}", "the folder has none", "tokenizer.json beside config.json"
             )
@@ -112,9 +110,8 @@ class FolderCheckpoint(Checkpoint):
         try:
             return AutoTokenizer.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the Rust tokenizers raise bare Exception
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
-                f"the tokenizer of {self.path}", first, "the tokenizer files of the model, whole"
+                f"the tokenizer of {self.path}", first_line(error), "the tokenizer files of the model, whole"
             ) from error
 
     def words(self) -> Any:

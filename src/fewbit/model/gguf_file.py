@@ -22,7 +22,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from fewbit.containers.files import write_bytes, write_json
 from fewbit.containers.gguf import open_gguf
-from fewbit.errors import InputError, UnsupportedError
+from fewbit.errors import InputError, UnsupportedError, first_line
 from fewbit.model.checkpoint import Checkpoint, check_layers
 from fewbit.model.skeleton import build
 
@@ -72,12 +72,13 @@ class GgufCheckpoint(Checkpoint):
         try:
             return AutoConfig.from_pretrained(str(self.path.parent), gguf_file=self.path.name, local_files_only=True)
         except Exception as error:  # the reader in transformers checks little and raises what comes
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             if isinstance(error, ValueError) and "not supported" in str(error):
                 raise UnsupportedError(
                     f"opening the model {self.path}", f"transformers does not read GGUF of architecture {kind!r}"
                 ) from error
-            raise InputError(f"the configuration in {self.path}", first, "a GGUF file of a language model") from error
+            raise InputError(
+                f"the configuration in {self.path}", first_line(error), "a GGUF file of a language model"
+            ) from error
 
     def keys(self) -> list[str]:
         return list(self._sources)
@@ -125,8 +126,9 @@ class GgufCheckpoint(Checkpoint):
                 str(self.path.parent), gguf_file=self.path.name, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # the Rust tokenizers raise bare Exception
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"the tokenizer of {self.path}", first, "a GGUF file with a whole vocabulary") from error
+            raise InputError(
+                f"the tokenizer of {self.path}", first_line(error), "a GGUF file with a whole vocabulary"
+            ) from error
 
     def save_sidecars(self, out: Path) -> dict[str, str]:
         config = self.config.to_dict()

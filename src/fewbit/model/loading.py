@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from fewbit.errors import InputError
+from fewbit.errors import InputError, first_line
 from fewbit.model.checkpoint import Checkpoint, check_finite
 
 
@@ -127,7 +127,7 @@ class Loader:
             except (RuntimeError, ValueError, IndexError) as error:  # what torch raises for shapes that do not fit
                 raise InputError(
                     f"making {group.targets[0]} of {len(keys)} tensors of {self.checkpoint.path} ({keys[0]}, ...)",
-                    str(error).splitlines()[0],
+                    first_line(error),
                     "a complete checkpoint whose config.json is its own",
                 ) from error
             values = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}

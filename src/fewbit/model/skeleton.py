@@ -26,10 +26,7 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
     config.use_cache = False
     asked = f"building a {config.model_type} model"
     try:
-        with torch.device("meta"):
-            model = class_of(config).from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
-            )
+        model = _empty(config, "sdpa")
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
             raise UnsupportedError(
@@ -37,22 +34,22 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
                 "transformers has no causal language model of this type",
                 "a decoder such as Llama, Qwen or Gemma",
             ) from error
-        return _without_sdpa(config, asked, error)
+        try:
+            model = _empty(config, "eager")  # the only attention that some families have
+        except Exception:
+            raise InputError(asked, f"its configuration cannot be used: {error}") from error
     except (TypeError, AttributeError, KeyError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise InputError(asked, f"its configuration cannot be used: {error}") from error
     return _with_buffers(model)
 
 
-def _without_sdpa(config: PretrainedConfig, asked: str, first: Exception) -> PreTrainedModel:
-    """For families that have only the eager attention."""
-    try:
-        with torch.device("meta"):
-            model = class_of(config).from_config(
-                config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-            )
-    except Exception as error:
-        raise InputError(asked, f"its configuration cannot be used: {first}") from error
-    return _with_buffers(model)
+def _empty(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    """The model on the meta device, buffers too."""
+    with torch.device("meta"):
+        made: PreTrainedModel = class_of(config).from_config(
+            config, dtype=torch.float32, attn_implementation=attention, experts_implementation="eager"
+        )
+    return made
 
 
 def _with_buffers(model: PreTrainedModel) -> PreTrainedModel:

@@ -110,6 +110,17 @@ class StreamedModel:
         """Drop the parameters under ``prefix``."""
         self._loader.free(prefix)
 
+    @contextmanager
+    def loaded(self, *prefixes: str) -> Iterator[None]:
+        """While open, the parameters under each of ``prefixes`` are real."""
+        for prefix in prefixes:
+            self.load(prefix)
+        try:
+            yield
+        finally:
+            for prefix in prefixes:
+                self.free(prefix)
+
     def begin(self, ids: Tensor) -> Inputs:
         """Embed ``ids`` (batch, tokens) and find what each block is called with; ``before`` must be loaded."""
         self._local.calls, self._local.hidden = [], None

@@ -117,7 +117,8 @@ class Preparation:
         return config
 
     def option(self, name: str) -> float:
-        return {**transforms.named_model(self.name).options, **self.options}[name]
+        value: float = transforms.named_model(self.name).filled(self.options)[name]
+        return value
 
     def turn(self, name: str, width: int, centred: bool = False) -> Turn:
         """The rotation called ``name``."""

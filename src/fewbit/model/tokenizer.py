@@ -24,6 +24,8 @@ FILES = (
     "chat_template.json",
 )
 """That transformers makes a tokenizer of."""
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""Those of which a folder with a tokenizer holds one."""
 CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes of transformers that take ``tokenizer.json`` as it is; others build theirs from parts of it."""
 LLAMA = "LlamaTokenizer"
@@ -69,6 +71,11 @@ class FileTokenizer:
         """What the vocabulary calls ``token``."""
         found: str | None = self._tokenizer.id_to_token(token)
         return found
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is one in ``folder``: transformers would make up an empty one."""
+    return any((folder / name).is_file() for name in VOCABULARIES)
 
 
 def open_tokenizer(folder: Path, once: bool = False) -> FileTokenizer | None:

@@ -167,7 +167,7 @@ def _decide(
             (products if type(module) is Product else rules)[name] = rule
             continue
         own = list(module.parameters(recurse=False))
-        count, nbytes = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
+        count, nbytes = sum(p.numel() for p in own), sum(p.nbytes for p in own)
         if count or type(module) is Product:
             skipped.append({"name": name, "reason": reason, "nbytes": nbytes, "parameters": count})
     if not rules:
@@ -194,7 +194,7 @@ def _check(name: str, kind: str, layer: nn.Module, rule: Rule) -> None:
     if kind == "conv2d" and rule.transforms:
         found = "inputs of convolutions are not rewritten at run time"
         raise UnsupportedError(f"transforms for {name}", found, "give convolutions a rule without transforms")
-    activation = formats.parse(rule.activation) if rule.activation else None
+    activation = rule.input_format
     if kind == "conv2d" and activation is not None and activation.whole:
         found = "inputs of convolutions are rounded window by window"
         raise UnsupportedError(f"activations in {activation.name} for {name}", found, "int8/static or int8/channel")
@@ -224,7 +224,7 @@ def _need_data(rules: dict[str, Rule], products: dict[str, Rule], more: bool, ba
 
 def _need_loss(rules: dict[str, Rule], loss: Loss | None, batches: list[Batch]) -> tuple[list[str], str | None]:
     """The layers whose method weighs by the Fisher diagonal, and of which loss; None without such layers."""
-    names = [name for name, rule in rules.items() if methods.named(rule.method).needs == "fisher"]
+    names = [name for name, rule in rules.items() if rule.row().needs == "fisher"]
     if names and loss is None:
         found = "it weighs by the gradient of the network's loss, and a network does not say which that is"
         raise InputError(f"method {rules[names[0]].method} for {names[0]}", found, WAYS)

@@ -21,19 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit import formats, methods, recipe
-from fewbit.core.descent import Rule
+from fewbit import methods, recipe
+from fewbit.core.descent import Descent, schedule
 from fewbit.core.format import Format
 from fewbit.core.rewrite import Chain
 from fewbit.core.terms import matrices
-from fewbit.core.transform import seed_of
+from fewbit.core.transform import generator_of
 from fewbit.core.tuning import Learnable, Values
 from fewbit.formats.fixed import Fixed
 from fewbit.kernels.reference import round_activations
 from fewbit.network.ends import Ends
 from fewbit.network.feeding import Batch, call
 from fewbit.network.fold import tensors
-from fewbit.run.solve import Solved, retuned
+from fewbit.run.solve import Solved, retuned, turns
 
 LOOKS = 2
 """How often the loss of all batches is taken on the way."""
@@ -70,19 +70,10 @@ def distill(
     """
     tunings = {name: item.tunings for name, item in solved.items()}
     tunings |= {name: rule.tunings() for name, rule in rounded.items()}
-    for place in range(max(map(len, tunings.values()), default=0)):
-        asked = {name: found[place] for name, found in tunings.items() if place < len(found)}
-        asked = {name: tune for name, tune in asked.items() if name in solved or methods.tuning(tune.name).inputs}
-        turns: list[tuple[recipe.Tune, list[str]]] = []
-        for name, tune in asked.items():
-            members = next((names for other, names in turns if other == tune), None)
-            if members is None:
-                turns.append((tune, [name]))
-            else:
-                members.append(name)
-        for tune, members in turns:
+    for place, tune, asking in turns(tunings):
+        if members := [name for name in asking if name in solved or tune.row().inputs]:
             phase = _Phase(teacher, student, solved, rounded, grids, members, tune)
-            solved, grids = phase.done(batches, seed_of(seed, f"{place} {tune.name} {members[0]}") & (2**63 - 1))
+            solved, grids = phase.done(batches, generator_of(seed, f"{place} {tune.name} {members[0]}"))
     return solved, grids
 
 
@@ -102,7 +93,7 @@ class _Phase:
         self._teacher, self._student = teacher, copy.deepcopy(student).requires_grad_(False)
         self._solved, self._grids, self._members = solved, grids, members
         self._row = methods.tuning(tune.name)
-        options = {**self._row.options, **tune.options}
+        options = tune.settings
         self._iters, self._batch, self._lr = int(options["iters"]), int(options["batch"]), float(options["lr"])
         self._relative = float(options["relative"])
         self._learners: dict[str, Learnable] = {
@@ -116,11 +107,11 @@ class _Phase:
             self._place(name, item.weight.dequantize())
             self._round(name, item.rewrite, grids.get(name, item.activation))
         for name, rule in rounded.items():
-            self._round(name, Chain(), grids.get(name, formats.parse(str(rule.activation))))
+            self._round(name, Chain(), grids.get(name, rule.input_format))
 
-    def done(self, batches: list[Batch], seed: int) -> tuple[dict[str, Solved], Grids]:
+    def done(self, batches: list[Batch], order: torch.Generator) -> tuple[dict[str, Solved], Grids]:
         """What was solved and the grids, ``members`` tuned."""
-        start, least, best = self._learn(batches, torch.Generator().manual_seed(seed))
+        start, least, best = self._learn(batches, order)
         outcome = f"loss {start:.4g} -> {least:.4g} by {self._row.name}"
         solved, grids = dict(self._solved), dict(self._grids)
         for name in self._members:
@@ -134,36 +125,28 @@ class _Phase:
 
     def _learn(self, batches: list[Batch], order: torch.Generator) -> tuple[float, float, State | None]:
         """The loss before and after, and the best values; None where no step lowered it."""
-        state, bounds = self._start()
-        rules: dict[str, Rule] = {name: self._row.descend() for name in self._members}
-        rates = {name: self._lr or self._row.rate(self._iters, self._format(name)) for name in self._members}
+        descents = {name: self._descent(name) for name in self._members}
+        state = {name: each.values for name, each in descents.items()}
         start = least = self._total(state, batches)
         best: State | None = None
-        looks = {self._iters * look // LOOKS for look in range(1, LOOKS + 1)}
-        for step in range(1, self._iters + 1):
+        for share, look in schedule(self._iters, LOOKS):
             drawn = torch.randperm(len(batches), generator=order)[: self._batch].tolist()
-            share = 1 - (step - 1) / self._iters
             for name, found in self._gradients(state, {i: batches[i] for i in drawn}).items():
-                for key, grad in found.items():
-                    rules[name].step(key, state[name][key], grad, rates[name] * share)
-                    state[name][key].clamp_(*bounds[name][key])
-            if step in looks and (loss := self._total(state, batches)) < least:
-                least, best = loss, {name: {k: v.clone() for k, v in own.items()} for name, own in state.items()}
+                descents[name].step(found, share)
+            if look and (loss := self._total(state, batches)) < least:
+                least, best = loss, {name: each.copy() for name, each in descents.items()}
         return start, least, best
 
-    def _start(self) -> tuple[State, dict[str, dict[str, tuple[float, float]]]]:
-        state: State = {}
-        bounds: dict[str, dict[str, tuple[float, float]]] = {}
-        for name in self._members:
-            state[name], bounds[name] = {}, {}
-            if name in self._learners:
-                state[name] |= {key: value.clone() for key, value in self._learners[name].start.items()}
-                bounds[name] |= self._learners[name].bounds
-            if name in self._ends:
-                ends = self._ends[name]
-                state[name] |= {f"input.{end}": value.clone() for end, value in ends.start.items()}
-                bounds[name] |= {f"input.{end}": value for end, value in ends.bounds.items()}
-        return state, bounds
+    def _descent(self, name: str) -> Descent:
+        start: dict[str, Tensor] = {}
+        bounds: dict[str, tuple[float, float]] = {}
+        if learner := self._learners.get(name):
+            start |= learner.start
+            bounds |= learner.bounds
+        if ends := self._ends.get(name):
+            start |= {f"input.{end}": value for end, value in ends.start.items()}
+            bounds |= {f"input.{end}": value for end, value in ends.bounds.items()}
+        return Descent(start, bounds, self._row.descend(), self._lr or self._row.rate(self._iters, self._format(name)))
 
     def _format(self, name: str) -> Format:
         """Whose steps a member learns in."""

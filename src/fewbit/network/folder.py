@@ -14,7 +14,7 @@ from torch import nn
 import fewbit
 from fewbit.containers import manifest as M
 from fewbit.containers import terms as T
-from fewbit.containers.files import refuse_existing, write_json
+from fewbit.containers.files import refuse_existing, take_place, write_json
 from fewbit.containers.safetensors import open_safetensors, write_safetensors
 from fewbit.errors import InputError, VerificationError
 from fewbit.model.convolution import QuantConv2d, window_of
@@ -42,7 +42,6 @@ def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in state_of(quantized.network).items()}
-    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))  # keeps all aligned
     sha256 = write_safetensors(partial / FILE, tensors, {"format": "pt"})
     manifest = {
         "manifest": M.VERSION,
@@ -69,9 +68,7 @@ def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[
         if not torch.equal(*(one.reshape(-1).view(torch.uint8) for one in (found, tensor))):
             raise VerificationError(f"{name} in {partial / FILE}", "it reads back as other values than were written")
     write_json(partial / M.NAME, manifest)
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
+    take_place(partial, target)
     return manifest
 
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.core.facts import Facts
-from fewbit.core.transform import seed_of
+from fewbit.core.transform import generator_of
 from fewbit.errors import InputError, SpecError
 from fewbit.model.finite import check_layers
 from fewbit.model.hooks import hooked
@@ -151,7 +151,7 @@ def sensitivity(
     weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]
     totals = {id(weight): torch.zeros(len(weight), weight[0].numel()) for weight in weights.values()}
     outputs = {name: torch.zeros(len(weight)) for name, weight in weights.items()}
-    drawn = torch.Generator().manual_seed(seed_of(seed, "labels") & (2**63 - 1))
+    drawn = generator_of(seed, "labels")
 
     def let_go(weight: Tensor) -> None:
         assert weight.grad is not None

@@ -22,8 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fewbit import formats, methods
-from fewbit import transforms as table
+from fewbit import formats
 from fewbit.containers import terms as T
 from fewbit.core.correction import correction
 from fewbit.core.facts import Facts
@@ -128,7 +127,7 @@ def sequential(
 def wanted_of(layer: nn.Module, rule: Rule, correct_bias: bool) -> Wanted:
     window = window_of(layer) if isinstance(layer, nn.Conv2d) else None
     assert isinstance(layer.weight, Tensor)
-    needs = [methods.named(rule.method).needs, *(table.named(step.name).needs for step in rule.transforms)]
+    needs = [rule.row().needs, *(step.row().needs for step in rule.transforms)]
     facts = correct_bias or any(need != "nothing" for need in needs)
     return Wanted(layer.weight[0].numel(), window, rule.needs == "gram", facts, False)
 
@@ -172,7 +171,7 @@ def _grids(
 
 def grid_of(rule: Rule) -> Fixed:
     """Static activations of ``rule``, open or spelt."""
-    found = formats.parse(str(rule.activation))
+    found = rule.input_format
     assert isinstance(found, Fixed)
     return found
 
@@ -212,7 +211,7 @@ def refuse_product(name: str, rule: Rule | None) -> str | None:
         return "no rule of the recipe matches it"
     if rule.format == FLOAT or rule.activation is None:
         return "the recipe keeps it in float" if rule.format == FLOAT else "the recipe keeps activations in float"
-    if isinstance(formats.parse(rule.activation), Fixed):
+    if isinstance(rule.input_format, Fixed):
         return None
     found = f"each operand takes one grid, and {rule.activation} is found token by token"
     if rule.match in (name, f"kind:{PRODUCT}"):

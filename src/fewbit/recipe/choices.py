@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from fewbit import methods, transforms
+from fewbit.core.rows import Optioned
+from fewbit.core.transform import ModelTransform, Transform
+from fewbit.core.tuning import ModelTuning, Tuning
 from fewbit.errors import SpecError
 
 C = TypeVar("C", bound="_Choice")
@@ -22,12 +25,17 @@ class _Choice:
     what: ClassVar[str]
     example: ClassVar[str]
 
-    def row(self) -> Any:
+    def row(self) -> Optioned:
         """The row of that name, which knows its options."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:
         self.row().check(self.options)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All options of the row: those given here, and the defaults of others."""
+        return self.row().filled(self.options)
 
     @classmethod
     def of(cls: type[C], entry: Any) -> C:
@@ -52,7 +60,7 @@ class Step(_Choice):
 
     what, example = "transform", '"smooth" or { name = "smooth", alpha = 0.7 }'
 
-    def row(self) -> Any:
+    def row(self) -> Transform:
         return transforms.named(self.name)
 
 
@@ -61,7 +69,7 @@ class Tune(_Choice):
 
     what, example = "tuning", '"scales" or { name = "scales", iters = 100 }'
 
-    def row(self) -> Any:
+    def row(self) -> Tuning:
         return methods.tuning(self.name)
 
 
@@ -70,13 +78,13 @@ class ModelStep(_Choice):
 
     what, example = "model =", '"quarot" or { name = "quarot", heads = 0 }'
 
-    def row(self) -> Any:
+    def row(self) -> ModelTransform:
         return transforms.named_model(self.name)
 
     @property
     def learns(self) -> bool:
         """Whether text is needed for it."""
-        return bool(transforms.named_model(self.name).learns)
+        return self.row().learns
 
 
 class ModelTune(_Choice):
@@ -84,5 +92,5 @@ class ModelTune(_Choice):
 
     what, example = "end =", '"distill" or { name = "distill", iters = 400 }'
 
-    def row(self) -> Any:
+    def row(self) -> ModelTuning:
         return methods.model_tuning(self.name)

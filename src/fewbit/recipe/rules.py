@@ -9,8 +9,10 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
-from fewbit import formats, methods, transforms
+from fewbit import formats, methods
 from fewbit.core.facts import Need, strongest
+from fewbit.core.format import Format
+from fewbit.core.method import Method
 from fewbit.core.rows import check_entry
 from fewbit.errors import SpecError
 from fewbit.recipe.choices import Step, Tune
@@ -50,9 +52,9 @@ class Rule:
             raise SpecError(f"weights in {self.format}", "it is a format of activations", works)
         if self.activation is not None:
             formats.parse(self.activation)
-        methods.named(self.method).check(self.options)
+        self.row().check(self.options)
         mixing = ""
-        for row in map(transforms.named, (step.name for step in self.transforms)):
+        for row in (step.row() for step in self.transforms):
             if mixing and row.needs != "nothing":
                 found = f"after {mixing} the inputs are others than those that calibration sees"
                 raise SpecError(f"transform {row.name} after {mixing}", found, f"put {row.name} first")
@@ -60,35 +62,42 @@ class Rule:
         unknown = {
             "fisher": "the squared gradients of mixed weights do not follow from those of the weights",
             "largest": "max |x| of mixed inputs does not follow from what calibration sees",
-        }.get(methods.named(self.method).needs)
+        }.get(self.row().needs)
         if mixing and unknown is not None:
             raise SpecError(
                 f"method {self.method} after transform {mixing}", unknown, "smooth or awq, which only scale"
             )
+
+    def row(self) -> Method:
+        """The row of the method, which knows its options."""
+        return methods.named(self.method)
 
     @cached_property
     def needs(self) -> Need:
         """What calibration has to collect at the inputs of a layer under this rule."""
         if self.format == FLOAT:
             return "nothing"
-        method = strongest(methods.named(self.method).needs, "largest" if self.open_grid else "nothing")
-        rows = [transforms.named(step.name) for step in self.transforms]
+        method, rows = self.row(), [step.row() for step in self.transforms]
         # E[x'^2] of mixed inputs follows from E[x x^T] only
-        asks = methods.named(self.method).needs != "nothing"
-        mixed: Need = "gram" if asks and any(row.mixes for row in rows) else "nothing"
-        return strongest(method, mixed, *(row.needs for row in rows))
+        mixed: Need = "gram" if method.needs != "nothing" and any(row.mixes for row in rows) else "nothing"
+        return strongest(method.needs, "largest" if self.open_grid else "nothing", mixed, *(row.needs for row in rows))
+
+    @property
+    def input_format(self) -> Format | None:
+        """The format that inputs are rounded to; None where they stay float."""
+        return formats.parse(self.activation) if self.activation else None
 
     @cached_property
     def open_grid(self) -> bool:
         """Whether calibration is to fix the grid that inputs are rounded to."""
-        grid = formats.parse(self.activation) if self.activation else None
+        grid = self.input_format
         return isinstance(grid, formats.Fixed) and not grid.bound
 
     def tunings(self) -> tuple[Tune, ...]:
         """What its block learns once all its layers are solved, in order: what belongs to the method, then ``tune``."""
         if self.format == FLOAT:
             return ()
-        own = methods.named(self.method).tuning
+        own = self.row().tuning
         return (*([Tune(own, self.options)] if own else []), *self.tune)
 
     @cached_property

@@ -28,16 +28,14 @@ LAYERS_SHOWN = 400
 """Rows of the layer table; a mixture of experts has tens of thousands, and ``fewbit.json`` holds them all."""
 
 
-def page(manifest: Mapping[str, Any] | None, evaluation: Figures | None, others: Sequence[Figures] = ()) -> str:
+def page(manifest: Mapping[str, Any] | None, evaluation: Figures | None) -> str:
     """The report of one model.
 
     Args:
         manifest: ``fewbit.json``, or None for a model that fewbit did not write.
         evaluation: ``Evaluation.to_json()``, or None when nothing was measured.
-        others: further evaluations that share the accuracy plot and the comparison table.
     """
     manifest = manifest or {}
-    every = [evaluation, *others] if evaluation else list(others)
     verdict = rows.verdict(evaluation) if evaluation else _unmeasured(manifest)
     name = short(evaluation["model"]) if evaluation else short(str(manifest.get("source", {}).get("path", "model")))
     layers = worst_first(manifest.get("layers") or [])
@@ -47,14 +45,14 @@ def page(manifest: Mapping[str, Any] | None, evaluation: Figures | None, others:
         original=short(_original(manifest, evaluation)),
         tiles=_tiles(evaluation) if evaluation else [],
         groups=_groups(rows.rows(evaluation)) if evaluation else [],
-        plots=_plots(manifest, every),
+        plots=_plots(manifest, [evaluation] if evaluation else []),
         heatmaps=_heatmaps(manifest.get("layers") or []),
         layers=layers[:LAYERS_SHOWN],
         layers_total=len(layers),
         timed=any(layer.get("seconds") is not None for layer in layers),
         largest=max((_error(layer) for layer in layers if math.isfinite(_error(layer))), default=0) or 1,
         skipped=_skipped(manifest.get("skipped") or []),
-        comparison=_comparison(every) if len(every) > 1 else None,
+        comparison=None,
         facts=_facts(manifest),
         recipe=json.dumps(manifest["recipe"], indent=2, ensure_ascii=False) if manifest.get("recipe") else "",
         measured=_measured(evaluation or {}),

@@ -22,6 +22,8 @@ STEPS = 9
 _BLOCK = re.compile(r"\.(\d+)\.(.+)")
 
 Layer = Mapping[str, Any]
+Point = tuple[float, float, float, str, str]
+"""(x, y, error of y, label, kind)."""
 
 
 def projection(name: str) -> tuple[int | None, str]:
@@ -183,33 +185,13 @@ def _median(layers: Sequence[Layer]) -> float:
 
 def quality_against_size(evaluations: Sequence[Figures]) -> Markup | None:
     """Perplexity with its error against size on disk; the originals are in it."""
-    points = [(e, kind) for e, kind in _marked(evaluations) if e.get("perplexity") and e.get("size_bytes")]
-    placed = [
-        (
-            figures["size_bytes"] / 1e6,
-            figures["perplexity"],
-            figures.get("perplexity_stderr") or 0.0,
-            short(figures["model"]),
-            kind,
-        )
-        for figures, kind in points
-    ]
+    placed = _placed(evaluations, "size_bytes", "perplexity", 1e6)
     return _scatter(placed, "Accuracy against size", "size on disk, MB", "perplexity (lower is better)", log=False)
 
 
 def divergence_against_bits(evaluations: Sequence[Figures]) -> Markup | None:
     """Mean token KL, logarithmic, against true bits per weight; the originals, at zero, cannot be in it."""
-    points = [(e, kind) for e, kind in _marked(evaluations) if e.get("kl_mean") and e.get("bits_per_weight")]
-    placed = [
-        (
-            figures["bits_per_weight"],
-            figures["kl_mean"],
-            figures.get("kl_mean_stderr") or 0.0,
-            short(figures["model"]),
-            kind,
-        )
-        for figures, kind in points
-    ]
+    placed = _placed(evaluations, "bits_per_weight", "kl_mean")
     return _scatter(placed, "Divergence against bits", "true bits per weight", "mean token KL, nats", log=True)
 
 
@@ -219,10 +201,17 @@ def _marked(evaluations: Sequence[Figures]) -> list[tuple[Figures, str]]:
     return [*hollow, *[(e, "other") for e in evaluations[1:]], *[(e, "this") for e in evaluations[:1]]]
 
 
-def _scatter(
-    points: Sequence[tuple[float, float, float, str, str]], name: str, x_title: str, y_title: str, log: bool
-) -> Markup | None:
-    """Points (x, y, error of y, label, kind); None below two. Ranges that span much become logarithmic."""
+def _placed(evaluations: Sequence[Figures], x: str, y: str, unit: float = 1.0) -> list[Point]:
+    """What :func:`_scatter` draws of those that know both figures, ``x`` in ``unit``."""
+    return [
+        (figures[x] / unit, figures[y], figures.get(f"{y}_stderr") or 0.0, short(figures["model"]), kind)
+        for figures, kind in _marked(evaluations)
+        if figures.get(x) and figures.get(y)
+    ]
+
+
+def _scatter(points: Sequence[Point], name: str, x_title: str, y_title: str, log: bool) -> Markup | None:
+    """Of ``points``; None below two. Ranges that span much become logarithmic."""
     if len(points) < 2:
         return None
     xs = [point[0] for point in points]

@@ -88,18 +88,18 @@ def _perplexity_change(ratio: float | None, error: float | None) -> tuple[str, T
 def _size(before: Figures, after: Figures) -> list[Row]:
     bits = N.significant(before.get("bits_per_weight")), N.significant(after.get("bits_per_weight"), 4)
     found = [
-        _smaller("Size", "Size on disk", "size_bytes", before, after, "all weight files"),
+        _smaller("Size on disk", "size_bytes", before, after, "all weight files"),
         Row("Size", "Bits per weight", *bits, *_fewer(before, after, "bits_per_weight"),
             "true stored bits of the matrices, scales and zero points included"),
     ]  # fmt: skip
     if after.get("peak_rss_bytes") is not None:
         note = "largest resident memory of a process that loads the model and generates text"
-        found.append(_smaller("Size", "Peak memory", "peak_rss_bytes", before, after, note))
+        found.append(_smaller("Peak memory", "peak_rss_bytes", before, after, note))
     return found
 
 
-def _smaller(group: str, label: str, key: str, before: Figures, after: Figures, note: str) -> Row:
-    return Row(group, label, N.size(before.get(key)), N.size(after.get(key)), *_fewer(before, after, key), note)
+def _smaller(label: str, key: str, before: Figures, after: Figures, note: str) -> Row:
+    return Row("Size", label, N.size(before.get(key)), N.size(after.get(key)), *_fewer(before, after, key), note)
 
 
 def _fewer(before: Figures, after: Figures, key: str) -> tuple[str, Tone]:

@@ -11,6 +11,9 @@ from markupsafe import Markup, escape
 
 from fewbit.report import numbers as N
 
+TICKS = 5
+"""About how many an axis has."""
+
 
 def tag(name: str, *children: str, **attributes: str | float) -> Markup:
     """An element; attribute names lose a trailing ``_`` and turn ``_`` into ``-``; everything else is escaped."""
@@ -75,37 +78,37 @@ class Scale:
             share = (value - self.low) / (self.high - self.low)
         return self.start + share * (self.end - self.start)
 
-    def ticks(self, about: int = 5) -> list[float]:
+    def ticks(self) -> list[float]:
         """Round numbers inside the range."""
-        return _log_ticks(self.low, self.high, about) if self.log else _ticks(self.low, self.high, about)
+        return (_log_ticks if self.log else _ticks)(self.low, self.high)
 
 
-def _ticks(low: float, high: float, about: int) -> list[float]:
-    rough = (high - low) / about
+def _ticks(low: float, high: float) -> list[float]:
+    rough = (high - low) / TICKS
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first = math.ceil(low / step)
     return [number * step for number in range(first, math.floor(high / step) + 1)]
 
 
-def _log_ticks(low: float, high: float, about: int) -> list[float]:
+def _log_ticks(low: float, high: float) -> list[float]:
     for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         found = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
         if len(found) >= 3:
-            return found[:: math.ceil(len(found) / (2 * about))]
-    return _ticks(low, high, about)
+            return found[:: math.ceil(len(found) / (2 * TICKS))]
+    return _ticks(low, high)
 
 
-def axes(x: Scale, y: Scale, x_title: str, y_title: str, x_format: str = "{}", y_format: str = "{}") -> Markup:
+def axes(x: Scale, y: Scale, x_title: str, y_title: str) -> Markup:
     """Grid lines, tick labels and titles; y grows upwards when ``y.start > y.end``."""
     parts: list[Markup] = []
     for value in x.ticks():
         parts.append(line(x(value), y.start, x(value), y.end, "grid"))
-        parts.append(text(x(value), y.start + 18, x_format.format(trim(value)), "middle"))
+        parts.append(text(x(value), y.start + 18, trim(value), "middle"))
     for value in y.ticks():
         parts.append(line(x.start, y(value), x.end, y(value), "grid"))
-        parts.append(text(x.start - 8, y(value) + 4, y_format.format(trim(value)), "end"))
+        parts.append(text(x.start - 8, y(value) + 4, trim(value), "end"))
     parts.append(line(x.start, y.start, x.end, y.start, "axis"))
     parts.append(text((x.start + x.end) / 2, y.start + 40, x_title, "middle", "label"))
     parts.append(text(x.start - 8, y.end - 12, y_title, "start", "label"))

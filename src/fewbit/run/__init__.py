@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 import fewbit
-from fewbit import calibrate, methods
+from fewbit import calibrate
 from fewbit.calibrate import Calibration
 from fewbit.containers import manifest as M
 from fewbit.errors import SpecError, UnsupportedError
@@ -24,14 +24,14 @@ from fewbit.run import from_facts
 from fewbit.run import opening as O
 from fewbit.run.again import run_all
 from fewbit.run.effort import Text
-from fewbit.run.ending import STATE, describe, finish
+from fewbit.run.ending import describe, finish
 from fewbit.run.events import Event, Progress
 from fewbit.run.facts import KeptFacts
 from fewbit.run.journal import Journal
 from fewbit.run.learning import learned
 from fewbit.run.planning import Plan, make_plan
 from fewbit.run.sensitivity import Sensitivity
-from fewbit.run.state import Run
+from fewbit.run.state import STATE, Run
 from fewbit.run.tasks import has_bias
 from fewbit.run.workers import Workers, workers
 
@@ -259,11 +259,10 @@ def _texts(
 
 def _sensitivity(run: Run) -> Sensitivity | None:
     """The Fisher diagonal of the weights whose method asks for it, collected; None where none does."""
-    rules = {decision.site.name: decision.rule for decision in run.plan.decisions if decision.rule is not None}
-    wanted = frozenset(name for name, rule in rules.items() if methods.named(rule.method).needs == "fisher")
+    wanted = frozenset(name for name, rule in run.plan.rules.items() if rule.row().needs == "fisher")
     if run.calibration is None or not wanted:
         return None
-    folder = run.folder / STATE / "sensitivity"
+    folder = run.state / "sensitivity"
     found = Sensitivity(
         run.model, run.calibration.ids, folder, wanted, run.workers, run.progress, run.calibration_dtype
     )

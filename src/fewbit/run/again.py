@@ -59,7 +59,7 @@ def learn_whole(run: Run) -> None:
 
 def _settle(run: Run) -> None:
     """Give new shards their places."""
-    folder = run.folder / "state" / PLACE
+    folder = run.state / PLACE
     for path in sorted(folder.glob("*.safetensors")):
         os.replace(path, run.folder / path.name)
     shutil.rmtree(folder, ignore_errors=True)
@@ -67,19 +67,16 @@ def _settle(run: Run) -> None:
 
 def _written(run: Run, found: Found) -> list[dict[str, Any]]:
     """Records of all stages, with ``found``; the shards that change are written anew."""
-    model, folder = run.model, run.folder / "state" / PLACE
+    model, folder = run.model, run.state / PLACE
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     solved = {item.record["name"]: _learned(item, found) for item in stored(run)}
-    for path in model.before:
-        model.load(path)
-    floating = model.begin(run.probe).hidden
-    for site in model.sites:
-        if site.kind == "embedding":
-            propagate(model, solved.get(site.name))
-    quantized = model.begin(run.probe).hidden
-    for path in model.before:
-        model.free(path)
+    with model.loaded(*model.before):
+        floating = model.begin(run.probe).hidden
+        for site in model.sites:
+            if site.kind == "embedding":
+                propagate(model, solved.get(site.name))
+        quantized = model.begin(run.probe).hidden
     stages = run.journal.stages[:1]
     for stage in range(1, run.stages - 1):
         record, quantized, floating = _block(run, stage, solved, found, quantized, floating)
@@ -115,7 +112,7 @@ def _block(
     _vectors(run, found, name)
     with as_run(model, items):
         quantized = probe_through(run, index, quantized)
-        record = write_stage(run, stage, sites, items, seen, run.folder / "state" / PLACE)
+        record = write_stage(run, stage, sites, items, seen, run.state / PLACE)
     model.free(name)
     record["drift"] = drift(quantized, floating)
     return {**before, **record}, quantized, floating
@@ -124,10 +121,9 @@ def _block(
 def _measured(run: Run, item: Solved, seen: dict[str, list[Tensor]]) -> Solved:
     """``item`` with its error on what the probe shows; the loaded weight is in float yet."""
     name = item.record["name"]
-    decision = next(d for d in run.plan.decisions if d.site.name == name)
-    assert decision.rule is not None
-    weight = run.model.weight(name).float().reshape(-1, decision.site.shape[1])
-    task = Task(decision.site, decision.rule, formats.parse(decision.rule.format), weight, [], seen[name], 0)
+    site, rule = run.model.site(name), run.plan.rules[name]
+    weight = run.model.weight(name).float().reshape(-1, site.shape[1])
+    task = Task(site, rule, formats.parse(rule.format), weight, [], seen[name], 0)
     error = relative_error(task, item.weight, item.rewrite)
     return replace(item, record={**item.record, "relative_error": error})
 
@@ -142,6 +138,6 @@ def _tail(run: Run, solved: dict[str, Solved], found: Found, quantized: Tensor, 
         propagate(model, item)
     for path in model.after:
         _vectors(run, found, path)
-    record = write_stage(run, run.stages - 1, sites, items, {}, run.folder / "state" / PLACE)
+    record = write_stage(run, run.stages - 1, sites, items, {}, run.state / PLACE)
     record["check"] = check_ends(run, sites, items, quantized, logits)
     return {**before, **record}

@@ -88,7 +88,7 @@ def _asked(task: Task) -> tuple[tuple[float, ...], int] | None:
     """The powers to try for ``task``, and on how many windows."""
     for step in task.rule.transforms:
         if powers := step.row().tried(step.options):
-            return powers, int({**step.row().options, **step.options}["samples"])
+            return powers, int(step.settings["samples"])
     return None
 
 

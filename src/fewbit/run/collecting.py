@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 import fewbit
 from fewbit.calibrate import Calibration
-from fewbit.containers.files import digest, write_json
+from fewbit.containers.files import digest, take_place, write_json
 from fewbit.containers.safetensors import open_safetensors, write_safetensors
 from fewbit.core.facts import Facts
 from fewbit.errors import InputError
@@ -20,10 +19,10 @@ from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.stream import StreamedModel
 from fewbit.run import facts as K
 from fewbit.run import opening as O
-from fewbit.run.ending import STATE
 from fewbit.run.events import Event, Progress
 from fewbit.run.journal import Journal
 from fewbit.run.sensitivity import Sensitivity
+from fewbit.run.state import STATE
 from fewbit.run.workers import workers
 
 
@@ -162,7 +161,5 @@ def _finish(folder: Path, target: Path, described: dict[str, Any]) -> K.KeptFact
     shutil.rmtree(folder / STATE, ignore_errors=True)
     for left in folder.glob("*.f32"):
         left.unlink()
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(folder, target)
+    take_place(folder, target)
     return K.KeptFacts.read(target)

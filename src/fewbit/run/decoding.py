@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.containers.files import read_json
+from fewbit.containers.shards import INDEX
 from fewbit.model.stream import StreamedModel
 from fewbit.run.solve import Solved
-from fewbit.run.verify import INDEX, read_back, read_rewrite
+from fewbit.run.verify import read_back, read_rewrite
 
 
 def decode_into(streamed: StreamedModel, folder: Path, layers: list[dict[str, Any]]) -> list[Solved]:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from fewbit import formats, methods, transforms
+from fewbit import formats
 from fewbit.model.sites import Site
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Recipe, Rule
@@ -58,15 +58,15 @@ def estimate(
             continue
         flops += _work(decision.rule) * decision.weights
         for tune in decision.rule.tunings():
-            options = {**methods.tuning(tune.name).options, **tune.options}
+            options = tune.settings
             # forward, backward for inputs and for the weight; attention and rounding take about as long again
             flops += 12 * options["iters"] * min(options["batch"], text.windows) * text.context * rows * columns
         for step in decision.rule.transforms:
-            windows = min({**step.row().options, **step.options}.get("samples", 0), text.windows)
+            windows = min(step.settings.get("samples", 0), text.windows)
             # every power runs the module around the layer on them
             flops += 2 * len(step.row().tried(step.options)) * windows * text.context * rows * columns
         seconds += decision.weights * 6e-8
-        if tokens and methods.named(decision.rule.method).needs == "fisher":
+        if tokens and decision.rule.row().needs == "fisher":
             flops += 8 * tokens * rows * columns  # forward, again, and two products backward
             gradients[decision.site.block] = gradients.get(decision.site.block, 0) + 4 * decision.weights
         if decision.rule.needs == "gram":
@@ -88,18 +88,18 @@ def estimate(
 def _work(rule: Rule) -> float:
     """Operations a weight of choosing codes, beside the passes over the calibration."""
     clustered = formats.parse(rule.format).best_fit
-    return methods.named(rule.method).work + (CLUSTERED if clustered else 0.0)
+    return rule.row().work + (CLUSTERED if clustered else 0.0)
 
 
 def _of_the_whole(recipe: Recipe, text: Text) -> float:
     """Operations a weight of what the model learns as a whole, before its layers are quantized or after."""
     total = 0.0
     if recipe.end is not None:
-        options = {**recipe.end.row().options, **recipe.end.options}
+        options = recipe.end.settings
         # forward, again, and two products backward, in a step; attention and the float model's head as long again
         total += 16 * options["iters"] * options["batch"] * text.context
-    if recipe.model is not None and transforms.named_model(recipe.model.name).learns:
-        options = {**transforms.named_model(recipe.model.name).options, **recipe.model.options}
+    if recipe.model is not None and recipe.model.learns:
+        options = recipe.model.settings
         # forward and two products backward, in a step; rotating and rounding all weights takes about a thousand
         total += options["steps"] * (12 * min(options["batch"], text.windows) * text.context + 1000)
     return total

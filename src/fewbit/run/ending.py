@@ -4,25 +4,24 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import fewbit
 from fewbit.containers import manifest as M
-from fewbit.containers.files import digest, read_json, write_json
+from fewbit.containers.files import digest, read_json, take_place, write_json
+from fewbit.containers.shards import INDEX
 from fewbit.errors import QualityError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.recipe import FLOAT, Recipe
 from fewbit.run.events import Event
-from fewbit.run.state import Run
-from fewbit.run.verify import INDEX, verify_folder
+from fewbit.run.state import STATE, Run
+from fewbit.run.verify import verify_folder
 
 MOST_KL = 1.0
 """Mean KL divergence (nats a token) past which a result counts as broken."""
 MOST_PERPLEXITY_RATIO = 3.0
-STATE = "state"
 
 
 def finish(run: Run, checkpoint: Checkpoint, recipe: Recipe, seed: int, out: Path, force: bool) -> dict[str, Any]:
@@ -48,9 +47,7 @@ def finish(run: Run, checkpoint: Checkpoint, recipe: Recipe, seed: int, out: Pat
     _judge(manifest["check"], force, folder, recipe)
     write_json(folder / M.NAME, manifest)
     write_json(out.with_name(f"{out.name}.log.json"), _log(run))
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(folder, out)
+    take_place(folder, out)
     shutil.rmtree(out / STATE)
     run.progress(Event("done", message=str(out)))
     return manifest

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fewbit import formats, methods
 from fewbit.calibrate import Calibration
 from fewbit.errors import SpecError
 from fewbit.formats.fixed import Fixed
@@ -36,13 +35,12 @@ def check_plan(facts: str | Path | None, planned: Plan, recipe: Recipe) -> None:
     """
     if facts is None:
         return
-    quantized = [decision for decision in planned.decisions if decision.rule is not None]
-    tuned = next((d.site.name for d in quantized if d.rule is not None and d.rule.tunings()), None)
+    tuned = next((name for name, rule in planned.rules.items() if rule.tunings()), None)
     tuned = "the whole model" if recipe.end is not None else tuned
     if tuned is not None:
         found = "tuning runs the text through every block, and facts hold none"
         raise SpecError(f"tuning {tuned} from facts", found, f"{TEXT}, or leave out the tuning")
-    for decision in quantized:
+    for decision in planned.decisions:
         _check_rewrites(decision, recipe)
 
 
@@ -64,7 +62,7 @@ def _check_rewrites(decision: Decision, recipe: Recipe) -> None:
 
 def _check_grid(rule: Rule, site: str) -> None:
     """Refuse a static grid behind transforms, but the extremes of inputs whose every channel is scaled alone."""
-    grid, mixing = formats.parse(rule.activation or ""), [step.name for step in rule.transforms if step.row().mixes]
+    grid, mixing = rule.input_format, [step.name for step in rule.transforms if step.row().mixes]
     assert isinstance(grid, Fixed)
     if grid.observer == EXTREMES and not mixing:
         return
@@ -93,7 +91,7 @@ def read(
     for decision in planned.decisions:
         if decision.rule is not None and decision.site.block is not None:
             kept.require(decision.site.name, decision.rule.needs)
-            kept.require(decision.site.name, methods.named(decision.rule.method).needs)
+            kept.require(decision.site.name, decision.rule.row().needs)
             kept.require(decision.site.name, "ranges" if decision.rule.open_grid else "nothing")
             if decision.rule.open_grid and decision.rule.transforms:
                 kept.ends(decision.site)
@@ -110,6 +108,6 @@ def _bound(decision: Decision, kept: KeptFacts) -> Decision:
     rule, site = decision.rule, decision.site
     if rule is None or not rule.open_grid or rule.transforms or site.block is None:
         return decision
-    grid = formats.parse(rule.activation or "")
+    grid = rule.input_format
     assert isinstance(grid, Fixed)
     return replace(decision, rule=replace(rule, activation=grid.observed(kept.ranges(site)).name))

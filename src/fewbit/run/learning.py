@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
-from fewbit import formats, transforms
+from fewbit import formats
 from fewbit.containers.safetensors import open_safetensors, write_safetensors
 from fewbit.core import blocks as B
 from fewbit.core import format as F
@@ -168,10 +168,10 @@ class Learner:
 
     def _inputs(self, decision: Decision) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         rule, site = decision.rule, decision.site
-        assert rule is not None and rule.activation is not None
-        format, steps = _known(formats.parse(rule.activation)), []
+        assert rule is not None and rule.input_format is not None
+        format, steps = _known(rule.input_format), []
         for number, step in enumerate(rule.transforms):
-            if (row := transforms.named(step.name)).needs == "nothing":
+            if (row := step.row()).needs == "nothing":
                 shape = torch.empty(site.shape, device="meta")
                 steps.append(row.fit(shape, None, seed_of(self.preparation.seed, site.name) ^ number))
         chain = Chain(tuple(steps))

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewbit import methods
 from fewbit.containers import terms as T
 from fewbit.core import format as F
-from fewbit.core.descent import Rule
+from fewbit.core.descent import Descent
 from fewbit.core.qtensor import QTensor, stack
 from fewbit.core.terms import matrices
 from fewbit.core.tuning import Learnable, ModelTuning, Tuning
@@ -36,13 +36,15 @@ class Member:
 
     parts: tuple[Part, ...]
     learner: Learnable | FloatVector
-    rule: Rule
-    rate: float
-    values: dict[str, Tensor]
+    descent: Descent
 
     @property
     def rows(self) -> list[int]:
         return [part.rows for part in self.parts]
+
+    def weight(self) -> Tensor:
+        """What its values stand for now."""
+        return self.learner.weight(self.descent.values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +82,8 @@ def begin(group: Sequence[Candidate], rate: float, device: torch.device) -> Memb
     tuning = group[0].tuning
     made = group[0].made if len(group) == 1 else stack([one.made for one in group])  # type: ignore[misc]
     learner = tuning.learn(*placed((torch.cat([one.weight for one in group]), made), device))
-    values = {key: array.clone() for key, array in learner.start.items()}
-    return Member(tuple(one.part for one in group), learner, tuning.descend(), rate, values)
+    descent = Descent(learner.start, learner.bounds, tuning.descend(), rate)
+    return Member(tuple(one.part for one in group), learner, descent)
 
 
 def fitting(row: ModelTuning, weight: T.Weight) -> Tuning | str:

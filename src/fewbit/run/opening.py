@@ -21,8 +21,8 @@ from fewbit.core import given
 from fewbit.errors import InputError, SpecError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.recipe import Recipe
-from fewbit.run.ending import STATE
 from fewbit.run.events import Event, Progress
+from fewbit.run.state import STATE
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Names under which a configuration gives the longest context."""

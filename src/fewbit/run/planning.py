@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from fewbit import formats, kernels, methods, transforms
+from fewbit import formats, kernels, methods
 from fewbit.core import format as F
 from fewbit.core import rewrite as R
 from fewbit.core.format import Format
@@ -37,7 +38,7 @@ class Decision:
 
     @property
     def weights(self) -> int:
-        return self.site.shape[0] * self.site.shape[1] * self.site.experts
+        return self.site.parameters
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Plan:
     peak_rss_bytes: int
     seconds: float
     warnings: list[str] = field(default_factory=list)
+
+    @cached_property
+    def rules(self) -> dict[str, Rule]:
+        """By name of the site; those that stay in float have none."""
+        return {decision.site.name: decision.rule for decision in self.decisions if decision.rule is not None}
 
     def to_json(self) -> dict[str, Any]:
         layers = []
@@ -123,7 +129,7 @@ def _rule(model: StreamedModel, site: Site, rule: Rule | None, whole: ModelStep 
     online = model.surgery.online.get(site.name) if model.surgery else None
     if rule is None or rule.format == FLOAT or online is None:
         return rule
-    if any(transforms.named(step.name).mixes for step in rule.transforms):
+    if any(step.row().mixes for step in rule.transforms):
         return rule
     try:
         return replace(rule, transforms=(*rule.transforms, Step(online)))
@@ -153,7 +159,6 @@ def _module_class(model: StreamedModel, site: Site) -> str:
 
 
 def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> Decision:
-    weights = site.shape[0] * site.shape[1] * site.experts
     if rule is not None:
         check_transforms(site, rule)
     if site.tied_to is not None:
@@ -161,10 +166,10 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
     if rule is None or rule.format == FLOAT:
         unnamed = f"{SEEING}, and no rule names it" if site.kind == "vision" else "no rule of the recipe matches it"
         reason = "the recipe keeps it in float" if rule else unnamed
-        return Decision(site, None, "torch", weights * dtype.itemsize, reason)
+        return Decision(site, None, "torch", site.parameters * dtype.itemsize, reason)
     _check_vision(site, rule)
     format = formats.parse(rule.format)
-    grid = formats.parse(rule.activation) if rule.activation else None
+    grid = rule.input_format
     if site.kind == "head" and isinstance(grid, formats.Fixed) and not grid.bound:
         found = "calibration ends before the head, so nothing is known of its inputs"
         raise UnsupportedError(f"{grid.name} for {site.name}", found, f"int{grid.bits}/channel, found as they arrive")
@@ -174,7 +179,7 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
             f"inputs of {site.kind} are not rounded at run time",
             "give these layers a rule with a weight format alone, such as W8A16",
         )
-    blind = methods.named(rule.method).needs == "nothing" and not rule.tunings()
+    blind = rule.row().needs == "nothing" and not rule.tunings()
     if _width(format) < 3 and blind and not force:
         raise SpecError(
             f"{rule.format} by {rule.method} for {site.name}",
@@ -184,10 +189,10 @@ def _decide(site: Site, rule: Rule | None, dtype: torch.dtype, force: bool) -> D
     made, nbytes = made_of(site, rule, site.block is not None)
     _check_tunings(site, rule, format)
     with of_layer(site.name):
-        kinds = [transforms.named(step.name).makes for step in rule.transforms]
+        kinds = [step.row().makes for step in rule.transforms]
         nbytes += storage_bytes(R.storage(kinds, site.shape[1]))
         nbytes += grid.nbytes if isinstance(grid, formats.Fixed) else 0
-    sparse = made.sum and methods.named(rule.method).parts is None
+    sparse = made.sum and rule.row().parts is None
     return Decision(site, rule, kernel_name(rule, made.matrices, sparse), nbytes)
 
 
@@ -198,7 +203,7 @@ def made_of(site: Site, rule: Rule, seen: bool = True) -> tuple[Parts, int]:
     Raises:
         SpecError, UnsupportedError: the method cannot, or no layout holds it; the message names the site.
     """
-    format, method = formats.parse(rule.format), methods.named(rule.method)
+    format, method = formats.parse(rule.format), rule.row()
     if (refused := method.refuse(format)) is not None:
         able = ", ".join(row.name for row in methods.METHODS if row.refuse(format) is None)
         near = sorted(map(formats.parse, formats.EXAMPLES), key=lambda one: abs(_width(one) - _width(format)))
@@ -233,7 +238,7 @@ def _check_terms(site: Site, rule: Rule) -> None:
             found = f"{tune.name} tunes layers that are one matrix"
             raise UnsupportedError(asked, found, f"{' or '.join([*able, 'no tuning'])}; or {works}")
     if rule.activation is not None:
-        apart = methods.named(rule.method).parts is None
+        apart = rule.row().parts is None
         missed = f"what is kept apart would miss the rounding to {rule.activation}"
         raise UnsupportedError(asked, missed if apart else "its parts would round their inputs each on its own", works)
 
@@ -252,15 +257,9 @@ def _width(format: Format) -> float:
     return format.bits / (format.dim * format.height)
 
 
-def _choice(rule: Rule, site: Site) -> kernels.Choice:
-    """The kernel that will run ``site`` here, and why no better one does."""
-    activation = formats.parse(rule.activation) if rule.activation else None
-    return kernels.choose(formats.parse(rule.format), site.shape, activation=activation)
-
-
 def check_transforms(site: Site, rule: Rule) -> None:
     """Refuse transforms of inputs that nothing can rewrite when the model runs, or that nothing is known about."""
-    for row in (transforms.named(step.name) for step in rule.transforms):
+    for row in (step.row() for step in rule.transforms):
         works = "give this layer a rule without transforms, before the one that matches it now"
         if site.kind in ("experts", "embedding"):
             reason: str | None = f"inputs of {site.kind} are not rewritten at run time"
@@ -311,7 +310,9 @@ def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> l
     found = []
     slow = [d for d in quantized if d.kernel.startswith(REFERENCE) and d.site.kind != "embedding"]
     if slow:
-        choice = _choice(slow[0].rule, slow[0].site)  # type: ignore[arg-type]
+        rule = slow[0].rule
+        assert rule is not None
+        choice = kernels.choose(formats.parse(rule.format), slow[0].site.shape, activation=rule.input_format)
         why = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:2])
         found.append(
             f"{len(slow)} of {len(quantized)} layers have no fast kernel here and will NOT be faster than float, "
@@ -329,6 +330,6 @@ def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> l
 
 def _rounds_natively(decision: Decision) -> bool:
     """Whether the native runtime can round the layer's inputs: to integers, or, counting signs, in the kernel."""
-    grid = formats.parse(decision.rule.activation) if decision.rule and decision.rule.activation else None
+    grid = decision.rule.input_format if decision.rule else None
     integers = isinstance(grid, formats.Affine) and grid.bits > 1 and not grid.whole
     return grid is None or integers or isinstance(grid, formats.Fixed | formats.Outliers) or "xnor" in decision.kernel

@@ -27,25 +27,25 @@ import copy
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewbit import methods
+from fewbit.core.descent import Descent, schedule
 from fewbit.core.terms import matrices
 from fewbit.core.transform import generator_of
 from fewbit.core.tuning import Learnable, Values
 from fewbit.measure.memory import peak_rss_bytes
+from fewbit.memory import give_back
 from fewbit.model.stream import with_replaced, with_weight
 from fewbit.recipe import Tune
 from fewbit.run.collect import calibration_through
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenFile, HiddenTensor, fits
-from fewbit.run.memory import give_back
 from fewbit.run.recorded import Part, Recorded
 from fewbit.run.rewriting import placed, straight_through
-from fewbit.run.solve import Solved, retuned
+from fewbit.run.solve import Solved, retuned, turns
 from fewbit.run.state import Run
 from fewbit.run.tasks import propagate
 
@@ -60,7 +60,7 @@ Grads = list[Tensor]
 
 def tuned(run: Run) -> bool:
     """Whether any block of the run is."""
-    return any(decision.rule is not None and decision.rule.tunings() for decision in run.plan.decisions)
+    return any(rule.tunings() for rule in run.plan.rules.values())
 
 
 def reference_on(run: Run, stage: int, index: int) -> None:
@@ -68,7 +68,7 @@ def reference_on(run: Run, stage: int, index: int) -> None:
     path, where a loss asks for it."""
     calibration_through(run, stage, index, "reference", "reference").commit()
     asked = (tune for d in run.plan.decisions if d.site.block == index and d.rule for tune in d.rule.tunings())
-    if any({**methods.tuning(tune.name).options, **tune.options}["own"] for tune in asked):
+    if any(tune.settings["own"] for tune in asked):
         calibration_through(run, stage, index, "calibration", "own").commit()
 
 
@@ -77,17 +77,10 @@ def tune_block(run: Run, stage: int, index: int, solved: list[Solved]) -> list[S
 
     The decoded weights of what comes out are in the loaded block.
     """
-    for place in range(max(len(item.tunings) for item in solved)):
-        asked = [item.tunings[place] if place < len(item.tunings) else None for item in solved]
-        for tune in dict.fromkeys(map(_key, filter(None, asked))):
-            members = [i for i, own in enumerate(asked) if own is not None and _key(own) == tune]
-            solved = _Phase(run, stage, index, solved, members, asked[members[0]], place).done()  # type: ignore[arg-type]
-            give_back()
+    for place, tune, members in turns({i: item.tunings for i, item in enumerate(solved)}):
+        solved = _Phase(run, stage, index, solved, members, tune, place).done()
+        give_back()
     return solved
-
-
-def _key(tune: Tune) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    return tune.name, tuple(sorted(tune.options.items()))
 
 
 class _Phase:
@@ -98,7 +91,7 @@ class _Phase:
     ) -> None:
         self._run, self._index, self._solved, self._members = run, index, solved, members
         self._row = methods.tuning(tune.name)
-        options = {**self._row.options, **tune.options}
+        options = tune.settings
         self._iters, self._lr = int(options["iters"]), float(options["lr"])
         self._relative, self._cosine, self._own = (float(options[key]) for key in ("relative", "cosine", "own"))
         self._windows = sum(len(ids) for ids in run.batches())
@@ -145,33 +138,28 @@ class _Phase:
 
     def _learn(self, learners: list[Learnable]) -> tuple[float, float, list[Values] | None]:
         """Relative output error before and after, and the best values; None where no step lowered the loss."""
-        values = [{name: array.clone() for name, array in one.start.items()} for one in learners]
-        rules = [self._row.descend() for _ in learners]
         firsts = [matrices(self._solved[i].weight)[0].format for i in self._members]
         rates = [self._lr or self._row.rate(self._iters, format) for format in firsts]
+        pairs = zip(learners, rates, strict=True)
+        descents = [Descent(one.start, one.bounds, self._row.descend(), rate) for one, rate in pairs]
+        values = [each.values for each in descents]
         names = [self._solved[i].record["name"] for i in self._members]
         before = [self._run.model.weight(name).to(self._device, copy=True) for name in names]
         power = self._power()
         start = least = self._loss(before)
         best: list[Values] | None = None
-        looks = {self._iters * look // LOOKS for look in range(1, LOOKS + 1)}
         slopes = Recorded(lambda parts: self._slopes(learners, values, parts), self._device)
-        for step in range(1, self._iters + 1):
+        for share, look in schedule(self._iters, LOOKS):
             drawn = torch.randperm(self._windows, generator=self._generator)[: self._drawn].tolist()
             found = slopes(self._parts(drawn))
-            share = 1 - (step - 1) / self._iters
 
             def move(one: int, found: list[Values] = found, share: float = share) -> None:
-                for name, grad in found[one].items():
-                    rules[one].step(name, values[one][name], grad, rates[one] * share)
-                    values[one][name].clamp_(*learners[one].bounds[name])
+                descents[one].step(found[one], share)
 
             for _ in self._map(move, range(len(learners))):
                 pass
-            if step in looks:
-                loss = self._loss(self._weights(learners, values))
-                if loss < least:
-                    least, best = loss, [{name: a.clone() for name, a in one.items()} for one in values]
+            if look and (loss := self._loss(self._weights(learners, values))) < least:
+                least, best = loss, [each.copy() for each in descents]
         return (start / power) ** 0.5, (least / power) ** 0.5, best
 
     def _weights(self, learners: list[Learnable], values: Sequence[Values]) -> Grads:

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fewbit import calibrate
 from fewbit.containers import manifest as M
-from fewbit.containers.files import refuse_existing
+from fewbit.containers.files import refuse_existing, take_place
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.hooks import hooked
@@ -116,9 +116,7 @@ def _write(module: Any, checkpoint: Checkpoint, out: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     module.save_pretrained(partial)
     checkpoint.save_sidecars(partial)
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    take_place(partial, out)
 
 
 @contextmanager

@@ -37,12 +37,12 @@ from torch import Tensor, nn
 from fewbit.containers.safetensors import write_safetensors
 from fewbit.core.facts import Facts
 from fewbit.errors import InputError
+from fewbit.memory import give_back
 from fewbit.model.sites import Site, in_block
 from fewbit.model.stream import Inputs, StreamedModel
 from fewbit.run.events import Event, Progress
 from fewbit.run.facts import fisher_file, inputs_file, outputs_key, read_fisher, read_outputs, write_inputs
 from fewbit.run.hidden import HiddenFile
-from fewbit.run.memory import give_back
 from fewbit.run.observe import Observer
 from fewbit.run.workers import Workers
 
@@ -110,16 +110,12 @@ class Sensitivity:
         model, blocks = self.model, len(self.model.blocks)
         done = next((n for n in reversed(range(blocks + 1)) if self._path("hidden", n).exists()), None)
         if done is None:
-            for path in model.before:
-                model.load(path)
-            self._write("hidden", 0, self.workers.map(lambda ids: model.begin(ids).hidden, self.ids.split(1)))
-            for path in model.before:
-                model.free(path)
+            with model.loaded(*model.before):
+                self._write("hidden", 0, self.workers.map(lambda ids: model.begin(ids).hidden, self.ids.split(1)))
             done = 0
         for block in range(done, blocks):
-            model.load(model.blocks[block])
-            self._through(block, self.watched != "nothing")
-            model.free(model.blocks[block])
+            with model.loaded(model.blocks[block]):
+                self._through(block, self.watched != "nothing")
             if not self.wanted or block % self._apart():
                 self._path("hidden", block).unlink()
             if not self.wanted and block + 1 == blocks:
@@ -136,9 +132,8 @@ class Sensitivity:
         """Bring back what enters ``block``, from the nearest block before it whose input was kept."""
         start = next(before for before in range(block, -1, -1) if self._path("hidden", before).exists())
         for before in range(start, block):
-            self.model.load(self.model.blocks[before])
-            self._through(before, watched=False)
-            self.model.free(self.model.blocks[before])
+            with self.model.loaded(self.model.blocks[before]):
+                self._through(before, watched=False)
 
     def _through(self, block: int, watched: bool) -> None:
         """The loaded ``block`` on what enters it, and facts of its sites' inputs where they are ``watched``."""
@@ -169,8 +164,6 @@ class Sensitivity:
     def _end(self) -> None:
         """The gradient of every sequence's loss at the output of the last block."""
         model, blocks = self.model, len(self.model.blocks)
-        for path in model.after:
-            model.load(path)
         source = self._file("hidden", blocks)
 
         def step(sequence: int) -> Tensor:
@@ -181,10 +174,9 @@ class Sensitivity:
                 loss = nn.functional.cross_entropy(logits, ids[1:])
                 return torch.autograd.grad(loss, hidden)[0]
 
-        self._write("gradient", blocks, self.workers.map(step, range(len(self.ids))))
+        with model.loaded(*model.after):
+            self._write("gradient", blocks, self.workers.map(step, range(len(self.ids))))
         source.close()
-        for path in model.after:
-            model.free(path)
         self._path("hidden", blocks).unlink(missing_ok=True)
         give_back()
 
@@ -230,11 +222,8 @@ class Sensitivity:
     def _inputs(self) -> Inputs:
         """What blocks are called with for one sequence: the same for all of them, as all are as long."""
         if not self._call:
-            for path in self.model.before:
-                self.model.load(path)
-            self._call.append(replace(self.model.begin(self.ids[:1]), hidden=torch.zeros(0)))
-            for path in self.model.before:
-                self.model.free(path)
+            with self.model.loaded(*self.model.before):
+                self._call.append(replace(self.model.begin(self.ids[:1]), hidden=torch.zeros(0)))
         return self._call[0]
 
     def _arithmetic(self) -> AbstractContextManager[Any]:

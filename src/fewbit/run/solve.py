@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fewbit import formats, kernels, layouts, methods, transforms
+from fewbit import formats, kernels, layouts, methods
 from fewbit.containers import terms as T
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
@@ -28,6 +28,8 @@ from fewbit.formats.fixed import Fixed
 from fewbit.model.sites import Site
 from fewbit.recipe import Rule, Tune
 from fewbit.run.spread import spread
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Task:
     @property
     def activation(self) -> Format | None:
         """The format that inputs are rounded to at run time."""
-        return formats.parse(self.rule.activation) if self.rule.activation else None
+        return self.rule.input_format
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,15 +121,14 @@ def layout_for(format: Format) -> Layout:
 def kernel_name(rule: Rule, matrices: Iterable[tuple[Format, tuple[int, int]]], sparse: bool) -> str:
     """What will run a layer under ``rule`` here that is made of ``matrices``, each a format and a shape; ``sparse``:
     with few entries beside them."""
-    activation = formats.parse(rule.activation) if rule.activation else None
-    names = [kernels.choose(format, shape, activation=activation).name for format, shape in matrices]
+    names = [kernels.choose(format, shape, activation=rule.input_format).name for format, shape in matrices]
     return " + ".join(dict.fromkeys([*names, *([kernels.choose_sparse().name] if sparse else [])]))
 
 
 def fit(weight: Tensor, format: Format, facts: Facts, rule: Rule) -> tuple[T.Weight, bool]:
     """``weight`` (rows, columns) by the method of ``rule``, or rounded to nearest where that needs tokens and saw none;
     and whether it saw none."""
-    method = methods.named(rule.method)
+    method = rule.row()
     if method.needs != "nothing" and facts.tokens == 0:
         return methods.named("rtn")(weight, format, facts), True
     return method(weight, format, facts, **rule.options), False
@@ -191,6 +192,18 @@ def _solved(task: Task) -> Solved:
     return Solved(packed, {**record, **told}, rewrite, task, rewritten)
 
 
+def turns(tunings: Mapping[K, Sequence[Tune]]) -> Iterator[tuple[int, Tune, list[K]]]:
+    """Who learns by what, in order: the first of ``tunings`` of all layers, then the second; equal ones at once. Each
+    with its place among those of its layers."""
+    for place in range(max(map(len, tunings.values()), default=0)):
+        left = {key: own[place] for key, own in tunings.items() if place < len(own)}
+        while left:
+            tune = next(iter(left.values()))
+            members = [key for key, own in left.items() if own == tune]
+            yield place, tune, members
+            left = {key: own for key, own in left.items() if own != tune}
+
+
 def retuned(item: Solved, made: T.Weight | None, outcome: str) -> Solved:
     """``item`` with the codes and parameters of ``made``, or its own where tuning found none better; ``outcome`` is
     told in its record."""
@@ -221,9 +234,9 @@ def transformed(task: Task) -> tuple[Chain, Tensor, list[Facts]]:
     """
     if not task.rule.transforms:
         return Chain(), task.weight, task.facts
-    rows = [transforms.named(step.name) for step in task.rule.transforms]
+    rows = [step.row() for step in task.rule.transforms]
     weight, known, steps = task.weight, task.facts, []
-    asking = [row.needs for row in rows[1:]] + [methods.named(task.rule.method).needs]
+    asking = [row.needs for row in rows[1:]] + [task.rule.row().needs]
     for i, row in enumerate(rows):
         seed = seed_of(task.seed, task.site.name) ^ i
         options = dict(task.rule.transforms[i].options)
@@ -308,7 +321,7 @@ def _of_few(task: Task) -> list[str]:
 def _of_none(starved: list[int], task: Task) -> str:
     site, method = task.site, task.rule.method
     if site.experts == 1 and not task.facts[0].tokens:
-        idle = [row.name for step in task.rule.transforms if (row := transforms.named(step.name)).needs != "nothing"]
+        idle = [step.name for step in task.rule.transforms if step.row().needs != "nothing"]
         parts = [f"{name} left the inputs as they are" for name in idle]
         parts += [f"rounded to nearest instead of {method}"] if starved else []
         return f"no calibration token reached it: {', '.join(parts)}" if parts else ""

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fewbit.containers.safetensors import write_safetensors
 from fewbit.measure.memory import peak_rss_bytes
+from fewbit.memory import give_back
 from fewbit.model.sites import Site
 from fewbit.run.collect import drift, observe_probe, probe_started, probe_through
 from fewbit.run.compare import compare_logits, summary
 from fewbit.run.events import Event
-from fewbit.run.memory import give_back
 from fewbit.run.reconstruct import tuned
 from fewbit.run.rewriting import as_run
 from fewbit.run.sequential import quantize_block
@@ -43,7 +43,7 @@ def run_stages(run: Run) -> None:
         record["peak_rss_bytes"] = peak_rss_bytes()
         run.journal.finish(record)
         give_back()
-        for old in (run.folder / "state").glob(f"*-{stage - 1:05d}.f32"):
+        for old in run.state.glob(f"*-{stage - 1:05d}.f32"):
             old.unlink()
         pace = (time.monotonic() - run.began) / (stage + 1 - done)
         run.progress(
@@ -60,20 +60,17 @@ def run_stages(run: Run) -> None:
 def embedding_stage(run: Run) -> dict[str, Any]:
     """Quantize the embedding; start the activations of calibration and probe from it."""
     model = run.model
-    for path in model.before:
-        model.load(path)
-    sites = [site for site in model.sites if site.block is None and site.kind == "embedding"]
-    floating = model.begin(run.probe).hidden
-    if tuned(run):
-        _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "reference")
-    solved = solve_sites(run, sites, {}, {})
-    record = write_stage(run, 0, sites, solved, {})
-    _store(run, 0, [model.begin(run.probe).hidden, floating], "probe")
-    if run.calibration is not None:
-        _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "calibration")
-    run.note_inputs()
-    for path in model.before:
-        model.free(path)
+    with model.loaded(*model.before):
+        sites = [site for site in model.sites if site.block is None and site.kind == "embedding"]
+        floating = model.begin(run.probe).hidden
+        if tuned(run):
+            _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "reference")
+        solved = solve_sites(run, sites, {}, {})
+        record = write_stage(run, 0, sites, solved, {})
+        _store(run, 0, [model.begin(run.probe).hidden, floating], "probe")
+        if run.calibration is not None:
+            _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "calibration")
+        run.note_inputs()
     return record
 
 
@@ -123,8 +120,7 @@ def tail_sites(run: Run) -> list[Site]:
 
 def load_tail(run: Run) -> None:
     """Make real what the last stage solves."""
-    quantized = {decision.site for decision in run.plan.decisions if decision.rule is not None}
-    for path in [*run.model.after, *(site.name for site in tail_sites(run) if site in quantized)]:
+    for path in [*run.model.after, *(site.name for site in tail_sites(run) if site.name in run.plan.rules)]:
         run.model.load(path)
 
 
@@ -196,7 +192,7 @@ def write_stage(
         "file": path.name,
         "sha256": sha256,
         "bytes": path.stat().st_size,
-        "tensors": {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()},
+        "tensors": {name: tensor.nbytes for name, tensor in tensors.items()},
         "layers": layers,
     }
 

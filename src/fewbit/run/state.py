@@ -29,6 +29,8 @@ TOGETHER = 8
 """Windows of the probe that go through the model at once: products of few tokens are slow."""
 SHOWN = 128
 """Tokens of the probe on which a layer's relative output error is measured."""
+STATE = "state"
+"""Folder, in that of a run, of what is gone once it is finished."""
 HELD = 256 << 20
 """Bytes of activations kept in memory, of one kind: what enters a block, and at most two kinds inside of it."""
 
@@ -62,6 +64,11 @@ class Run:
     calls: dict[str, Inputs] = field(default_factory=dict)
 
     @property
+    def state(self) -> Path:
+        """Where activations and the journal lie while the run goes on."""
+        return self.folder / STATE
+
+    @property
     def map(self) -> Callable[..., Iterator[Any]]:
         """Calls a function of every item, in their order: on the workers, or one by one where a GPU does the work."""
         return self.workers.map if torch.device(self.device).type == "cpu" else map
@@ -74,11 +81,8 @@ class Run:
         """What blocks are called with for a batch of "probe" or "calibration", for a "sample", which is a window of the
         former, for a "window" of the latter, or for what is "shown" to layers; equal for all batches of a kind."""
         if what not in self.calls:
-            for path in self.model.before:
-                self.model.load(path)
-            self.note_inputs()
-            for path in self.model.before:
-                self.model.free(path)
+            with self.model.loaded(*self.model.before):
+                self.note_inputs()
         return self.calls[what]
 
     def note_inputs(self) -> None:
@@ -114,7 +118,7 @@ class Run:
         else:
             ids = self.batches()
             shape = (len(ids), *ids[0].shape, width)
-        return HiddenFile(self.folder / "state" / f"{what}-{stage:05d}.f32", shape, "create" if create else "read")
+        return HiddenFile(self.state / f"{what}-{stage:05d}.f32", shape, "create" if create else "read")
 
     def scratch(self, name: str, width: int, dtype: torch.dtype) -> HiddenFile | HiddenBatches:
         """Room for the calibration's activations inside of a block, (batches, batch, tokens, ``width``): on disk where
@@ -123,4 +127,4 @@ class Run:
         shape = (len(ids), *ids[0].shape, width)
         if math.prod(shape) * dtype.itemsize <= HELD:
             return HiddenBatches(shape, dtype)
-        return HiddenFile(self.folder / "state" / name, shape, "scratch", dtype)
+        return HiddenFile(self.state / name, shape, "scratch", dtype)

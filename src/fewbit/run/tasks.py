@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fewbit import formats, methods
+from fewbit import formats
 from fewbit.core.correction import correction
 from fewbit.core.facts import Facts, Need, strongest
 from fewbit.measure.memory import peak_rss_bytes
@@ -25,11 +25,12 @@ def needs(run: Run, index: int) -> dict[str, Need]:
     """What the rule of each site of block ``index`` asks of calibration, and its bias where it is to be corrected;
     sites that stay in float are left out."""
     return {
-        decision.site.name: strongest(
-            decision.rule.needs, "mean_square" if run.correct_bias and has_bias(run.model, decision.site) else "nothing"
+        site.name: strongest(
+            run.plan.rules[site.name].needs,
+            "mean_square" if run.correct_bias and has_bias(run.model, site) else "nothing",
         )
-        for decision in run.plan.decisions
-        if decision.site.block == index and decision.rule is not None
+        for site in block_sites(run, index)
+        if site.name in run.plan.rules
     }
 
 
@@ -40,17 +41,17 @@ def has_bias(model: StreamedModel, site: Site) -> bool:
 
 def make_task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[str, list[Tensor]]) -> Task | None:
     """What to solve for ``site``, or None when the plan leaves it alone."""
-    decision = next(decision for decision in run.plan.decisions if decision.site == site)
-    if decision.rule is None:
+    rule = run.plan.rules.get(site.name)
+    if rule is None:
         return None
     unseen = [torch.zeros(0, site.shape[1]) for _ in range(site.experts)]
     weight = run.model.weight(site.name).float().reshape(-1, site.shape[1])
     return Task(
         site,
-        decision.rule,
-        formats.parse(decision.rule.format),
-        weight.clone() if decision.rule.tunings() else weight,  # the model's own is overwritten once it is solved
-        known_of(run, site, decision.rule, facts),
+        rule,
+        formats.parse(rule.format),
+        weight.clone() if rule.tunings() else weight,  # the model's own is overwritten once it is solved
+        known_of(run, site, rule, facts),
         seen.get(site.name, unseen),
         run.seed,
     )
@@ -62,7 +63,7 @@ def known_of(run: Run, site: Site, rule: Rule, facts: dict[str, list[Facts]]) ->
     known = facts.get(site.name) or (run.kept.of(site) if run.kept is not None else None)
     known = known or [Facts.none(site.shape[1]) for _ in range(site.experts)]
     source = run.kept or run.sensitivity
-    if methods.named(rule.method).needs != "fisher" or source is None:
+    if rule.row().needs != "fisher" or source is None:
         return known
     return with_gradients(known, source, site)
 

@@ -13,11 +13,10 @@ from fewbit.containers import manifest as M
 from fewbit.containers import terms as T
 from fewbit.containers.files import member, read_json
 from fewbit.containers.safetensors import open_safetensors
+from fewbit.containers.shards import INDEX
 from fewbit.core import rewrite as R
 from fewbit.errors import CorruptFileError, InputError, VerificationError
 from fewbit.run.solve import digest
-
-INDEX = "model.safetensors.index.json"
 
 
 def read_back(path: Path, record: dict[str, Any]) -> T.Weight:

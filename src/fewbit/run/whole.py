@@ -39,17 +39,17 @@ from torch.utils.checkpoint import checkpoint
 
 from fewbit import methods
 from fewbit.containers import terms as T
-from fewbit.core.descent import Adam
+from fewbit.core.descent import Adam, Descent, schedule
 from fewbit.core.qtensor import unstack
 from fewbit.core.transform import generator_of
 from fewbit.measure.memory import peak_rss_bytes
+from fewbit.memory import give_back
 from fewbit.methods.floats import RATE, FloatVector
 from fewbit.model.loading import place
 from fewbit.model.stream import Inputs
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenFile, HiddenTensor, fits
 from fewbit.run.members import Candidate, Member, Part, begin, fitting, joined
-from fewbit.run.memory import give_back
 from fewbit.run.recorded import Recorded
 from fewbit.run.rewriting import placed, straight_through
 from fewbit.run.solve import Solved
@@ -107,7 +107,7 @@ class Whole:
     def __init__(self, run: Run) -> None:
         assert run.end is not None and run.calibration is not None
         self._run, self._row = run, methods.model_tuning(run.end.name)
-        self.options = {**self._row.options, **run.end.options}
+        self.options = run.end.settings
         self._device, self._model = torch.device(run.device), run.model
         self._alone = self._device.type == "cpu"
         self._together = 1 if self._alone else max(1, TOGETHER // run.calibration.ids.shape[1])
@@ -136,7 +136,7 @@ class Whole:
         if fits(4 * math.prod(shape), self._device):
             file: HiddenFile | HiddenTensor = HiddenTensor(shape, self._device)
         else:
-            file = HiddenFile(self._run.folder / "state" / "float", shape, "scratch")
+            file = HiddenFile(self._run.state / "float", shape, "scratch")
 
         def one(windows: list[int]) -> None:
             inputs = self._model.begin(self._ids[windows].to(self._device))
@@ -188,9 +188,8 @@ class Whole:
             parameter = self._model.module.get_parameter(name)
             if parameter.ndim == 1 and name.startswith(reached):
                 learner = FloatVector(parameter.detach(), self._run.plan.kept_dtype)
-                values = {key: array.clone() for key, array in learner.start.items()}
-                rate = self.options["lr"] or RATE
-                found.append(Member((Part(name, "", False, len(parameter)),), learner, Adam(), rate, values))
+                descent = Descent(learner.start, learner.bounds, Adam(), self.options["lr"] or RATE)
+                found.append(Member((Part(name, "", False, len(parameter)),), learner, descent))
         return found
 
     def _leaf(self, part: Part) -> nn.Parameter:
@@ -203,15 +202,14 @@ class Whole:
         iters, began = int(self.options["iters"]), time.monotonic()
         start = least = self.held_out()
         best: list[dict[str, Tensor]] | None = None
-        looks = {iters * look // LOOKS for look in range(1, LOOKS + 1)}
         losses: list[float] = []
-        for step in range(1, iters + 1):
-            losses.append(self._step(min(step / (self.options["warmup"] + 1), 1 - (step - 1) / iters)))
+        for step, (share, look) in enumerate(schedule(iters, LOOKS, self.options["warmup"]), 1):
+            losses.append(self._step(share))
             told = ""
-            if step in looks:
-                self._show([member.learner.weight(member.values) for member in self._members])
+            if look:
+                self._show([member.weight() for member in self._members])
                 if (loss := self.held_out()) < least:
-                    least, best = loss, [{k: a.clone() for k, a in one.values.items()} for one in self._members]
+                    least, best = loss, [member.descent.copy() for member in self._members]
                 told = f", {loss:.4f} on what is held out ({start:.4f} before)"
             every = max(1, iters // TOLD)
             if told or step % every == 0:
@@ -257,14 +255,12 @@ class Whole:
 
     def _step(self, share: float) -> float:
         """One step, at ``share`` of the first rate; the loss before it."""
-        self._show(list(self._map(lambda member: member.learner.weight(member.values), self._members)))
+        self._show(list(self._map(Member.weight, self._members)))
         loss, grads = self.gradients()
 
         def move(pair: tuple[Member, Tensor]) -> None:
             member, grad = pair
-            for name, found in member.learner.gradient(member.values, grad).items():
-                member.rule.step(name, member.values[name], found, member.rate * share)
-                member.values[name].clamp_(*member.learner.bounds[name])
+            member.descent.step(member.learner.gradient(member.descent.values, grad), share)
 
         for _ in self._map(move, zip(self._members, grads, strict=True)):
             pass

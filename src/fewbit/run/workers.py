@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from fewbit.run.memory import keep
+from fewbit.memory import keep
 
 A = TypeVar("A")
 R = TypeVar("R")

@@ -82,15 +82,14 @@ def estimated(table: Table, budget: int, by: str, layers: Layers, tell: Progress
         return harm.of_layer(by, weight, values, C.known_of(layers.kept, work[0]), half)
 
     for block in sorted({unit.block for unit in table.units}):
-        model.load(model.blocks[block])
-        for at, unit in enumerate(table.units):
-            if unit.block != block:
-                continue
-            work = [(site, rule) for rule in table.rules for site in unit.sites]
-            found = np.array(list(layers.workers.map(one, work)))
-            harms[at] = found.reshape(len(table.rules), -1).sum(1)
-            pace.step(unit.name, harms[at])
-        model.free(model.blocks[block])
+        with model.loaded(model.blocks[block]):
+            for at, unit in enumerate(table.units):
+                if unit.block != block:
+                    continue
+                work = [(site, rule) for rule in table.rules for site in unit.sites]
+                found = np.array(list(layers.workers.map(one, work)))
+                harms[at] = found.reshape(len(table.rules), -1).sum(1)
+                pace.step(unit.name, harms[at])
     choices = choose(table.costs, harms, budget)
     return Found(choices.chosen, harms, choices.bound)
 

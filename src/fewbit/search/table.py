@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 
-from fewbit import methods
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.sites import Site
@@ -108,7 +107,7 @@ def make(
 
 def check_facts(table: Table, kept: KeptFacts, by: str, estimate: str | None) -> None:
     """Raises InputError unless ``kept`` has what methods and estimates need."""
-    needs = {methods.named(C.fitted_by(rule, estimate).method).needs for rule in table.rules}
+    needs = {C.fitted_by(rule, estimate).row().needs for rule in table.rules}
     for site in (site for unit in table.units for site in unit.sites):
         for need in sorted(needs | ({"fisher"} if by != "kl" else set())):
             kept.require(site.name, need)

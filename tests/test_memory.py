@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fewbit.run import memory
+from fewbit import memory
 
 CHURN = """
 import re, runpy, sys, torch
@@ -29,7 +29,8 @@ print(kept, resident() - before)
 BATCHES = """
 import resource, torch
 from threading import Thread
-from fewbit.run.memory import keep  # and so all that a run imports, without which malloc learns otherwise
+import fewbit.run  # all that a run imports, without which malloc learns otherwise
+from fewbit.memory import keep
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def batches(number):

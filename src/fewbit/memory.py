@@ -6,8 +6,6 @@ from __future__ import annotations
 import ctypes
 import math
 
-import torch
-
 LITTLE = 256 << 20
 """Free bytes that are not worth the trip: to fault as many in again takes a tenth of a second."""
 LARGEST = (32 << 20) - (64 << 10)
@@ -28,18 +26,20 @@ def keep() -> None:
     larger block; this frees the largest that counts, whose pages were never touched. Where malloc is another one, or
     its limits are set by hand, nothing changes.
     """
+    import torch  # what only runs a model does without
+
     torch.empty(LARGEST, dtype=torch.uint8)
 
 
-def give_back() -> None:
-    """Return what malloc keeps of freed memory, where it is more than :data:`LITTLE`; does nothing but under glibc.
+def give_back(least: int = LITTLE) -> None:
+    """Return what malloc keeps of freed memory, where it is more than ``least`` bytes; does nothing but under glibc.
 
     Activations of many shapes leave holes in its pools, one a thread: left alone, a run over many blocks ends up with
     twice the memory that it uses.
     """
     try:
         library = ctypes.CDLL(None)
-        if _free(library) > LITTLE:
+        if _free(library) > least:
             library.malloc_trim(0)
     except (OSError, TypeError, AttributeError):
         return  # no C library by that name (Windows), or none with malloc_trim (macOS, musl)
