@@ -217,3 +217,12 @@ def test_what_cannot_be_learned_says_what_would_work() -> None:
         network.quantize(made, recipe("palette4", None), batches)
     with pytest.raises(InputError, match="tuning"):
         network.quantize(made, recipe(activation=None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_of_16_bits_learn_in_float32(dtype: torch.dtype) -> None:
+    made, batches = toy()
+    found = network.quantize(made.to(dtype), recipe(iters=10), batches)
+    before, after = told(found)
+    assert after < before
+    assert found.network(batches[0].to(dtype))["found"].dtype == dtype

@@ -295,3 +295,41 @@ def test_norms_stay_where_nobody_saw_what_they_follow() -> None:
     found = network.quantize(made, "int8/channel")
     reasons = {entry["name"]: entry["reason"] for entry in found.skipped}
     assert "without inputs" in reasons["norm1"] and found.folded == {}
+
+
+def test_groups_of_a_convolution_keep_outliers_in_float() -> None:
+    torch.manual_seed(0)
+    made = network.quantize(nn.Sequential(nn.Conv2d(8, 8, 3, groups=4)), "LLM_INT8")
+    layer, x = made.network[0], 4 * torch.randn(2, 8, 6, 6)
+    assert isinstance(layer, QuantConv2d) and layer.bias is not None
+    windows = nn.functional.unfold(x, 3).transpose(1, 2).reshape(-1, 4, 18)
+    rounded = round_activations(windows.reshape(-1, 18), layer.activation).reshape(-1, 4, 18).double()
+    weight = layer.weight_of().dequantize().reshape(4, 2, 18).double()
+    expected = torch.einsum("tgc,goc->tgo", rounded, weight).reshape(2, 16, 8).transpose(1, 2).reshape(2, 8, 4, 4)
+    with torch.no_grad():
+        found = made.network(x).double() - layer.bias.double().reshape(8, 1, 1)
+    assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+class Patches(nn.Module):
+    """Casts its input as vision transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.out = nn.Conv2d(3, 8, 4, stride=4, bias=False), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.patches(x.to(self.patches.weight.dtype))
+        return self.out(y.flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_may_ask_for_the_dtype_of_a_convolutions_weight(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, floating = torch.randn(2, 3, 8, 8), Patches().to(dtype)
+    made = network.quantize(floating, "int8/channel", [x], sequential=True)
+    found = made.network(x)
+    assert found.dtype == dtype and made.network.patches.weight.shape == (8, 3, 4, 4)
+    assert distance(found.float(), floating(x).detach().float()) < 0.03
+    network.save(made, tmp_path / "out")
+    assert torch.equal(network.load(tmp_path / "out", Patches().to(dtype))(x), found)

@@ -128,7 +128,7 @@ def test_only_rules_that_name_them_reach_layers_that_see(match: str, reached: bo
         ({"method": "gptq"}, "int4/g8 by gptq for model.vision_tower.*calibration is text; method rtn or hqq alone"),
         ({"method": "rtn", "tune": ["scales"]}, "int4/g8 by rtn and scales for"),
         ({"method": "rtn", "transforms": ["smooth"]}, "int4/g8 by rtn and smooth for"),
-        ({"activation": "int8/static/asym/mse"}, "calibration is text"),
+        ({"activation": "int8/static/asym/mse"}, "inputs in int8/static.*alone, activations in int8/channel,"),
     ],
 )
 def test_what_needs_calibration_is_refused_for_layers_that_see(

@@ -76,8 +76,16 @@ class Physical:
         total = x @ weight.abs().T
         if self.offset is None:
             return total
-        blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % block)).reshape(len(x), -1, block).sum(-1)
-        return total.addmm_(blocks, self.offset.abs().to(x.dtype).T, alpha=2)
+        return total.addmm_(_block_sums(x, block), self.offset.abs().to(x.dtype).T, alpha=2)
+
+    def largest(self, shape: tuple[int, int], block: int, x: Tensor) -> Tensor:
+        """The largest level of each weight's table, |scale| max|table|, times inputs ``x`` (tokens, columns), not
+        negative: (tokens, rows), for weights of ``shape``; 0 without tables."""
+        if self.table is None:
+            return x.new_zeros(len(x), shape[0])
+        sizes = self.scale.abs() * self.table.abs().amax(-1, keepdim=True)
+        sums = _block_sums(x, block)
+        return sums @ sizes.to(x.dtype).expand(shape[0], sums.shape[1]).T
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,18 @@ class Vectors:
     def added(self, weight: Tensor, block: int, x: Tensor) -> Tensor:
         """As :meth:`Physical.added`: a weight is summed before it is multiplied."""
         return x @ weight.abs().T
+
+    def largest(self, shape: tuple[int, int], block: int, x: Tensor) -> Tensor:
+        """As :meth:`Physical.largest`, of half the ranges of all books together for each book: what shares of are
+        missed where every book is rounded in steps of that sum."""
+        ranges = torch.stack([book.amax(1) - book.amin(1) for book in self.books]).sum(0) * len(self.books) / 2
+        each = _block_sums(x, block) @ ranges.to(x.dtype)
+        return each.repeat(1, -(-shape[0] // each.shape[1]))[:, : shape[0]]
+
+
+def _block_sums(x: Tensor, block: int) -> Tensor:
+    """Sums of the columns of each block of ``x`` (tokens, columns): (tokens, blocks)."""
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % block)).reshape(len(x), -1, block).sum(-1)
 
 
 class Format(ABC):

@@ -21,6 +21,7 @@ from fewbit.formats.sign import Sign
 from fewbit.kernels import native
 from fewbit.kernels.arranged import BYTES16, HALVES16, ROWHALVES16
 from fewbit.kernels.column8 import COLUMN8
+from fewbit.kernels.levels import LONGEST, MOST
 from fewbit.kernels.native import Isa
 from fewbit.kernels.row16 import ROW16, chunk
 from fewbit.kernels.tile16 import COLUMNS, ROWS, TILE16
@@ -96,6 +97,16 @@ class Kernel:
     def weights(self) -> str | None:
         """The family of weights that it runs: "affine", "lut" or "vector"."""
         return WEIGHTS.get(str(self.family), self.family)
+
+    def level_error(self, format: Format) -> float:
+        """How far the levels that this row multiplies may be from those of ``format``: a share of the largest, as
+        :meth:`fewbit.core.format.Physical.largest` has it; 0 where they are the very ones. See
+        :mod:`fewbit.kernels.levels` and :func:`fewbit.kernels.byte_vectors.to_bytes`."""
+        if self.family == "int8_vector":
+            return 1 / 255 + 2.0**-16
+        if self.family in ("int8_lut", "int8_row_lut"):
+            return 1 / (2 * MOST) + 2.0**-17 if format.bits <= LONGEST else 2.0**-15
+        return 0.0
 
     def arranged(self, format: Format) -> Layout:
         """The layout that codes of ``format`` lie in: :attr:`layout`, or what is quicker to read at so many bits."""

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
 
 from fewbit import kernels
@@ -37,11 +40,21 @@ def window_of(conv: nn.Conv2d) -> Window:
     return Window(size, stride, (down, across), dilation, conv.groups)
 
 
+@dataclass(frozen=True)
+class FloatWeight:
+    """What a network's own code may ask of the ``weight`` of a quantized layer, which holds codes: the dtype and shape
+    of the float one. Vision transformers cast images to that dtype. Whatever takes tensors refuses it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]
+
+
 class QuantConv2d(Multiplier):
     """``torch.nn.Conv2d`` whose weight, as the matrix (out, in / groups * taps), is in few bits: one quantized
     matrix or a sum of terms.
 
-    A token is a window: what inputs are rounded to ``activation`` by, for each group apart.
+    A token is a window: what inputs are rounded to ``activation`` by, for each group apart. ``dtype``: of the float
+    weight.
     """
 
     def __init__(
@@ -51,11 +64,17 @@ class QuantConv2d(Multiplier):
         bias: nn.Parameter | None,
         activation: str | None = None,
         weight: T.Weight | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(plain, bias, activation, weight)
-        self.window = window
+        self.window, self.dtype = window, dtype
         self.in_channels = self.shape[1] // (window.size[0] * window.size[1]) * window.groups
         self.out_channels = self.shape[0]
+
+    @property
+    def weight(self) -> FloatWeight:
+        """Its dtype and shape; :meth:`weight_of` gives what is stored."""
+        return FloatWeight(self.dtype, (self.shape[0], self.in_channels // self.window.groups, *self.window.size))
 
     @classmethod
     def of(cls, conv: nn.Conv2d, weight: T.Weight, activation: str | None = None) -> QuantConv2d:
@@ -68,7 +87,9 @@ class QuantConv2d(Multiplier):
         check_shape(weight, (conv.out_channels, conv.weight[0].numel()), conv)
         stored = weight.repack(DENSE) if isinstance(weight, QTensor) and weight.layout is UNPACKED else weight
         bias = conv.bias if isinstance(conv.bias, nn.Parameter) else None
-        return cls(T.describe(stored), window_of(conv), bias, activation, stored).train(conv.training)
+        return cls(T.describe(stored), window_of(conv), bias, activation, stored, conv.weight.dtype).train(
+            conv.training
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.conv2d(x, self.prepared, self.window, self.bias)

@@ -96,7 +96,7 @@ def quantize(
     asking, told = _need_loss(rules, known, batches)
     made = without_shortcuts(network if inplace else copy.deepcopy(network)).eval()
     folded = fold_norms(made, batches[0]) if fold and batches else {}
-    teacher = copy.deepcopy(made) if any(rule.tunings() for rule in (rules | products).values()) else made
+    teacher = copy.deepcopy(made).float() if any(rule.tunings() for rule in (rules | products).values()) else made
     weighed = sensitivity(made, asking, batches, known, seed) if known is not None and asking else {}
     solve = solving.sequential if sequential else solving.independent
     solved, grids = solve(made, rules, products, batches, weighed, correct_bias, seed)

@@ -59,8 +59,8 @@ def distill(
     """Every tuning that rules of ``solved`` and ``rounded`` ask for, in order; equal ones of several layers at once.
 
     Args:
-        teacher: the float network.
-        student: it, with the biases that the quantized one will have.
+        teacher: the float network, in float32: in 16 bits gradients would vanish.
+        student: it, in whatever it runs in, with the biases that the quantized one will have.
         solved: what stands for the weights, by layer.
         rounded: rules of operands of products, which have nothing but a grid.
         grids: of inputs, by layer or operand, where calibration fixed them.
@@ -90,7 +90,7 @@ class _Phase:
         members: list[str],
         tune: recipe.Tune,
     ) -> None:
-        self._teacher, self._student = teacher, copy.deepcopy(student).requires_grad_(False)
+        self._teacher, self._student = teacher, copy.deepcopy(student).float().requires_grad_(False)
         self._solved, self._grids, self._members = solved, grids, members
         self._row = methods.tuning(tune.name)
         options = tune.settings

@@ -137,7 +137,7 @@ def _replace(network: nn.Module, record: dict[str, Any]) -> None:
     plain, activation = T.of_entry(record), record["activation"]
     bias = nn.Parameter(torch.zeros(shape[0], dtype=old.weight.dtype)) if record["bias"] else None
     if isinstance(old, nn.Conv2d):
-        new: nn.Module = QuantConv2d(plain, window_of(old), bias, activation)
+        new: nn.Module = QuantConv2d(plain, window_of(old), bias, activation, dtype=old.weight.dtype)
     else:
         kinds = [step["kind"] for step in record["rewrites"]]
         new = QuantLinear(plain, bias, activation, kinds)

@@ -247,8 +247,10 @@ def _check_vision(site: Site, rule: Rule) -> None:
     """Refuse what needs calibration for layers that see images: it is text, of which they are shown nothing."""
     if site.kind == "vision" and rule.calibrated:
         more = [step.name for step in (*rule.transforms, *rule.tunings())]
-        asked = f"{rule.format} by {' and '.join([rule.method, *more])} for {site.name}"
-        works = 'method rtn or hqq alone, or format "float", in a rule before with match = "kind:vision"'
+        inputs = f" with inputs in {rule.activation}" if rule.open_grid else ""
+        asked = f"{rule.format} by {' and '.join([rule.method, *more])}{inputs} for {site.name}"
+        works = "method rtn or hqq alone" + ", activations in int8/channel" * rule.open_grid
+        works += ', or format "float", in a rule before with match = "kind:vision"'
         raise UnsupportedError(asked, "it is of what sees images, and calibration is text", works)
 
 

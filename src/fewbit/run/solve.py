@@ -27,7 +27,7 @@ from fewbit.errors import VerificationError, of_layer
 from fewbit.formats.fixed import Fixed
 from fewbit.model.sites import Site
 from fewbit.recipe import Rule, Tune
-from fewbit.run.spread import spread
+from fewbit.run.spread import level_rounding, spread
 
 K = TypeVar("K")
 
@@ -280,8 +280,8 @@ def _squares(task: Task, effective: Tensor) -> tuple[float, float]:
 
 
 def check_outputs(weight: T.Weight, reference: Tensor, x: Tensor, name: str, activation: Format | None = None) -> None:
-    """The kernel that will run this layer computes ``x @ reference.T`` within the errors of float32 accumulation and of
-    activations in fixed point, x being rounded to ``activation`` first.
+    """The kernel that will run this layer computes ``x @ reference.T`` within the errors of float32 accumulation, of
+    activations in fixed point and of levels as integers, x being rounded to ``activation`` first.
 
     Raises:
         VerificationError: it does not.
@@ -292,10 +292,11 @@ def check_outputs(weight: T.Weight, reference: Tensor, x: Tensor, name: str, act
     expected = x.double() @ reference.double().T
     added = spread(weight, torch.cat([x.abs(), torch.ones_like(x[:1])])).double()
     bound = (x.shape[1] + 64) * 2.0**-23 * added[:-1] + 2.0**-22 * x.abs().amax(1, keepdim=True) * added[-1] + 1e-30
+    bound += level_rounding(weight, x.abs(), activation)
     worst = float(((got - expected).abs() / bound).max()) if got.numel() else 0.0
     if not worst <= 1.0:  # also catches NaN
         raise VerificationError(
-            f"layer {name}", f"its kernel is {worst:.3g} times further from the reference than float32 explains"
+            f"layer {name}", f"its kernel is {worst:.3g} times further from the reference than rounding explains"
         )
 
 

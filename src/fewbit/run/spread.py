@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a kernel adds up for every weight: the measure of how far float32 may take it from the reference."""
+"""What a kernel adds up for every weight, and levels that it rounds: how far they may take it from the reference."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fewbit import kernels
+from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Columns, Dense, Product, Sparse, Term, Terms
 
@@ -35,3 +37,13 @@ def spread(weight: QTensor | Term, x: Tensor) -> Tensor:
             total = torch.stack([spread(term, scaled) for term in weight.terms]).sum(0)
             return total if rows is None else total * rows.abs()
     raise TypeError(f"{type(weight).__name__} is no weight")
+
+
+def level_rounding(weight: QTensor | Terms, x: Tensor, activation: Format | None) -> Tensor:
+    """What is missed at most at inputs ``x`` (tokens, columns), not negative, as the kernel that runs ``weight`` for
+    inputs rounded to ``activation`` keeps levels as integers: (tokens, rows). (Sums of terms round no inputs.)"""
+    if activation is None or not isinstance(weight, QTensor):
+        return x.new_zeros(len(x), weight.shape[0])
+    kernel = kernels.choose(weight.format, weight.shape, activation=activation).kernel
+    physical = weight.format.physical(weight.logical()[1])
+    return kernel.level_error(weight.format) * physical.largest(weight.shape, weight.format.block or weight.shape[1], x)
