@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
-from fewbit.kernels import native, reference
+from fewbit.kernels import native, pages, reference
 from fewbit.kernels.copies import Addressed
 from fewbit.kernels.decoded import DECODED, multiply_decoded
 from fewbit.kernels.inputs import given
@@ -47,7 +47,7 @@ class AlonePrepared(Addressed, PreparedMatrix):
         if x.numel() >= DECODED * columns and not self.rounds_inputs:
             return multiply_decoded(self, x, bias).to(dtype).reshape(*leading, rows)
         x, address = given(x)
-        y = torch.empty(*leading, rows, dtype=dtype)
+        y = pages.fresh(*leading, rows, dtype=dtype)
         self._multiply(address, 0 if bias is None else bias.data_ptr(), y.data_ptr(), native.DTYPES[dtype])
         return y
 

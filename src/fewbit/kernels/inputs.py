@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -10,6 +14,9 @@ from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.kernels import native
+
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 
 CENTRE = 128
 """Of the codes of int8 activations, which kernels multiply less it. A grid whose zero is another code is corrected by
@@ -39,6 +46,20 @@ def check_supported(x: Tensor) -> None:
         found = f"kernels read the memory of x, and {type(x).__name__} here stands for what is recorded"
         works = "torch.compile works, without fullgraph: kernels run between its graphs"
         raise UnsupportedError("a graph of a kernel (torch.export, torch.jit.trace)", found, works)
+
+
+def exact(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """``function`` computed in the dtypes that it names: torch's autocast would round the operands of its products to
+    bfloat16, and refuses to join arrays of float16."""
+
+    @functools.wraps(function)
+    def run(*given: _Given.args, **named: _Given.kwargs) -> _Made:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*given, **named)
+        with torch.autocast("cpu", enabled=False):
+            return function(*given, **named)
+
+    return run
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:

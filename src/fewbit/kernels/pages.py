@@ -25,7 +25,7 @@ class _Chunk:
     """Memory of which no byte has been used beyond ``used``."""
 
     def __init__(self, nbytes: int) -> None:
-        whole = torch.empty(nbytes + PAGE, dtype=torch.uint8)
+        whole = fresh(nbytes + PAGE, dtype=torch.uint8)
         begin = -whole.data_ptr() % PAGE
         self.memory = whole[begin : begin + nbytes]
         self.used = 0
@@ -58,6 +58,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
             if nbytes < CHUNK:
                 _open[:] = [chunk]
     return found.view(dtype).reshape(tuple(shape))
+
+
+def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An uninitialized array (``shape``) that the core writes: of this dtype and on the CPU, whatever torch's defaults
+    are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def held(values: Tensor) -> Tensor:

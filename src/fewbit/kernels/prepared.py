@@ -18,7 +18,7 @@ from fewbit.core.terms import Terms
 from fewbit.errors import InputError
 from fewbit.kernels import reference
 from fewbit.kernels.copies import again, parts
-from fewbit.kernels.inputs import check_bias, check_supported, wants_gradients
+from fewbit.kernels.inputs import check_bias, check_supported, exact, wants_gradients
 
 
 class Prepared(ABC):
@@ -74,6 +74,7 @@ class Prepared(ABC):
         check_bias(bias, self.shape)
         check_supported(x)
 
+    @exact
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W^T + bias``.
 
@@ -122,6 +123,7 @@ class _Differentiable(torch.autograd.Function):
         return prepared.run(x, bias)
 
     @staticmethod
+    @exact
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
         bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.has_bias else None

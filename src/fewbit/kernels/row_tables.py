@@ -51,7 +51,7 @@ class RowTablesPrepared(AlonePrepared):
         """As :meth:`PreparedMatrix.decoded`; a strip is memory that the next one overwrites."""
         rows, columns = self.shape
         step = min(rows, rows_of_strip(columns, 1))
-        weight = torch.empty(step, columns)
+        weight = pages.fresh(step, columns)
         for first in range(0, rows, step):
             last = min(first + step, rows)
             native.core().row_decode(

@@ -272,7 +272,7 @@ def family(format: Format) -> str:
     """The family that ``format`` lowers to: "affine", "lut" or "vector", or the reason why it lowers to none."""
     if format.even:
         return "affine"
-    weight = torch.linspace(-1, 1, max(format.fit_block, format.block, 32)).reshape(1, -1)
+    weight = torch.linspace(-1, 1, max(format.fit_block, format.block, 32), dtype=torch.float32).reshape(1, -1)
     try:
         bound = format.bind(weight)
         return bound.physical(F.fit(bound, weight)).family

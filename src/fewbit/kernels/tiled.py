@@ -21,7 +21,7 @@ from fewbit.kernels import native, pages, reference
 from fewbit.kernels.arranged import BYTES16, HALVES16
 from fewbit.kernels.copies import Addressed
 from fewbit.kernels.decoded import DECODED, multiply_decoded, rows_of_strip
-from fewbit.kernels.inputs import CENTRE, given, grid_of_call, wants_gradients
+from fewbit.kernels.inputs import CENTRE, exact, given, grid_of_call, wants_gradients
 from fewbit.kernels.levels import as_integers
 from fewbit.kernels.prepared import Prepared, PreparedMatrix
 from fewbit.kernels.table import Kernel, refuse_blocks
@@ -155,7 +155,7 @@ class NativePrepared(Addressed, PreparedMatrix):
         """:meth:`decoded`, by these levels; a strip is a view of memory that the next one overwrites."""
         rows, columns = self.shape
         strip, matrices = rows_of_strip(columns, ROWS), self._with(tables)
-        weight = torch.empty(columns, min(strip, -(-rows // ROWS) * ROWS))  # (columns, rows of the strip)
+        weight = pages.fresh(columns, min(strip, -(-rows // ROWS) * ROWS))  # (columns, rows of the strip)
         for row in range(0, rows, strip):
             last = min(row + strip, rows)
             for first, matrix in matrices:
@@ -213,6 +213,7 @@ class NativePrepared(Addressed, PreparedMatrix):
         return self._stored.nbytes - self._stored.packed.numel() + self.read_bytes
 
 
+@exact
 def linear_many(x: Tensor, matrices: Sequence[Prepared], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """``[prepared(x, bias) for prepared, bias in zip(matrices, biases)]``, bit for bit: x (..., columns) -> one
     (..., rows) a matrix, in x's dtype. Neighbours that one kernel runs, with inputs rounded alike, are computed
@@ -260,7 +261,7 @@ def _run_native(
             bias = bias.float().contiguous()
             kept.append(bias)  # alive until the call
         rows = matrix.shape[0]
-        y = torch.empty(*leading, rows, dtype=dtype)
+        y = pages.fresh(*leading, rows, dtype=dtype)
         ys.append(y)
         for row, part in matrix._matrices:
             addend = 0 if bias is None else bias.data_ptr() + row * bias.element_size()
