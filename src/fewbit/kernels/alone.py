@@ -15,7 +15,7 @@ from fewbit.kernels import native, pages, reference
 from fewbit.kernels.copies import Addressed
 from fewbit.kernels.decoded import DECODED, multiply_decoded
 from fewbit.kernels.inputs import given
-from fewbit.kernels.prepared import PreparedMatrix
+from fewbit.kernels.prepared import PreparedMatrix, stored
 from fewbit.kernels.table import Kernel
 
 
@@ -29,7 +29,7 @@ class AlonePrepared(Addressed, PreparedMatrix):
         assert kernel.isa is not None
         self.kernel, self.shape, self.activation = kernel.name, qtensor.shape, activation
         self._isa = native.FLAGS[kernel.isa]
-        self._stored = qtensor.repack(kernel.arranged(qtensor.format))
+        self._stored = stored(qtensor, kernel)
 
     @abstractmethod
     def _multiply(self, x: native.Input, bias: int, y: int, dtype: int) -> None:

@@ -21,9 +21,8 @@ from torch import Tensor
 from fewbit.core.blocks import width
 from fewbit.core.format import Format, Params, Vectors, code_dtype, code_shape
 from fewbit.core.layout import Layout, Shape
-from fewbit.errors import InputError
 from fewbit.formats.vector import Vector
-from fewbit.layouts.arrays import expect
+from fewbit.layouts.arrays import expect_bytes
 from fewbit.layouts.dense import load_params, pack_rows, store_params, unpack_rows
 
 TILE = 8
@@ -47,10 +46,7 @@ def checked(format: Format, shape: Shape, packed: Tensor) -> Tensor:
     Raises:
         InputError: it is not the bytes of a (rows, columns) matrix: a kernel would read beyond them.
     """
-    expect("column8 codes", packed, (tiles(format, shape), shape[1] * sum(fields(format, shape))))
-    if packed.dtype != torch.uint8:
-        raise InputError("column8 codes", f"found {packed.dtype}", "uint8 would work")
-    return packed.contiguous()
+    return expect_bytes("column8 codes", packed, (tiles(format, shape), shape[1] * sum(fields(format, shape))))
 
 
 def joint(format: Format, shape: Shape) -> bool:

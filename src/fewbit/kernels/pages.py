@@ -5,13 +5,12 @@ remember; where the many small pages of a model lie, it cannot."""
 from __future__ import annotations
 
 import math
-import os
-import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fewbit.core.forks import lock
 from fewbit.kernels import native
 
 CHUNK = 16 << 20
@@ -41,9 +40,7 @@ class _Chunk:
 
 
 _open: list[_Chunk] = []
-_lock = threading.Lock()
-if hasattr(os, "register_at_fork"):  # a child without the thread that holds the lock would wait for it for ever
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+_lock = lock()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:

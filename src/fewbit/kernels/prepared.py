@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fewbit.errors import InputError
 from fewbit.kernels import reference
 from fewbit.kernels.copies import again, parts
 from fewbit.kernels.inputs import check_bias, check_supported, exact, wants_gradients
+from fewbit.kernels.table import Kernel
 
 
 class Prepared(ABC):
@@ -112,6 +114,12 @@ class PreparedMatrix(Prepared):
 
     def backward(self, gradient: Tensor) -> Tensor:
         return reference.backward(gradient, self.qtensor())
+
+
+def stored(qtensor: QTensor, kernel: Kernel) -> QTensor:
+    """``qtensor`` in the layout that ``kernel`` takes its codes in, whose bytes lie one after the other."""
+    made = qtensor.repack(kernel.arranged(qtensor.format))
+    return made if made.packed.is_contiguous() else replace(made, packed=made.packed.contiguous())
 
 
 class _Differentiable(torch.autograd.Function):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fewbit.core.format import Format, Params
 from fewbit.core.layout import Layout, Shape
-from fewbit.errors import InputError
 from fewbit.kernels import native, pages
+from fewbit.layouts.arrays import expect_bytes
 from fewbit.layouts.dense import load_params, store_params
 
 ROWS, COLUMNS = 16, 32
@@ -63,13 +63,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 def _lanes(packed: Tensor, shape: Shape, bits: int) -> Tensor:
     """The int32 lanes (tiles, chunks, bits, 16) of ``packed``; no copy."""
     expected = size(shape, bits)
-    if tuple(packed.shape) != expected or packed.dtype != torch.uint8:
-        raise InputError(
-            f"tile16 codes of a {shape} matrix of {bits} bits",
-            f"found {packed.dtype} {tuple(packed.shape)}",
-            f"uint8 {expected} would work",
-        )
-    return packed.contiguous().view(torch.int32).reshape(expected[0], -1, bits, ROWS)
+    packed = expect_bytes("tile16 codes", packed, expected)
+    return packed.view(torch.int32).reshape(expected[0], -1, bits, ROWS)
 
 
 def unpack_rows(packed: Tensor, shape: Shape, bits: int, rows: Tensor) -> Tensor:

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from fewbit.core.format import Format, Params, code_shape
 from fewbit.core.layout import Layout, Shape
-from fewbit.errors import InputError
 from fewbit.formats.vector import Vector
 from fewbit.kernels import pages
 from fewbit.kernels.column8 import LEAST, joined, split
 from fewbit.kernels.tile16 import COLUMNS, ROWS, pack_codes, size, unpack_rows
 from fewbit.layouts import dense
+from fewbit.layouts.arrays import expect_bytes
 from fewbit.layouts.dense import load_params, store_params
 
 LOOKED_UP = 8
@@ -56,14 +56,7 @@ def checked(format: Format, shape: Shape, packed: Tensor) -> Tensor:
     Raises:
         InputError: it is not the bytes of a (rows, columns) matrix: a kernel would read beyond them.
     """
-    expected = size(code_shape(format, shape), sum(fields(format)))
-    if tuple(packed.shape) != expected or packed.dtype != torch.uint8:
-        raise InputError(
-            f"vector16 codes of a {tuple(shape)} matrix of {format.name}",
-            f"found {packed.dtype} {tuple(packed.shape)}",
-            f"uint8 {expected} would work",
-        )
-    return packed.contiguous()
+    return expect_bytes("vector16 codes", packed, size(code_shape(format, shape), sum(fields(format))))
 
 
 def pack_six(indices: Tensor) -> Tensor:

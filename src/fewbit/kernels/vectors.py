@@ -16,6 +16,7 @@ from fewbit.kernels import native, pages
 from fewbit.kernels.alone import AlonePrepared
 from fewbit.kernels.column8 import TILE, checked, joint, lowered, tiles
 from fewbit.kernels.decoded import rows_of_strip
+from fewbit.kernels.levels import check_finite
 from fewbit.kernels.table import Kernel
 from fewbit.layouts.dense import load_params
 
@@ -38,6 +39,7 @@ class VectorPrepared(AlonePrepared):
         self._packed = checked(format, self.shape, self._stored.packed)
         physical = format.physical(load_params(format, self.shape, self._stored.params))
         assert isinstance(physical, Vectors)
+        check_finite(format, physical.books)
         summed = joint(format, self.shape)
         physical = lowered(physical, summed)
         self._bits = (*physical.bits, 0)[:2]

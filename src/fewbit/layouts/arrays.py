@@ -21,6 +21,17 @@ def expect(what: str, found: Tensor, shape: tuple[int, ...]) -> Tensor:
     return found
 
 
+def expect_bytes(what: str, found: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """``found``, contiguous: the core reads such bytes to their end.
+
+    Raises:
+        InputError: it has another shape, or is no uint8.
+    """
+    if expect(what, found, shape).dtype != torch.uint8:
+        raise InputError(what, f"found {found.dtype}", "uint8 would work")
+    return found.contiguous()
+
+
 def take(stored: Params, name: str, shape: tuple[int, ...]) -> Tensor:
     """The array ``name`` of ``stored``.
 
