@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import ROWS, XNOR_ROWS, activation, raw_matrix
+from torch.autograd import forward_ad
 
 from fewbit import formats, kernels, layouts, methods
 from fewbit.core import format as F
@@ -274,3 +275,12 @@ def test_a_table_that_is_not_finite_is_refused(spelling: str, inputs: str | None
         with pytest.raises(InputError, match="NaN or infinity"):
             spoilt = replace(weight, params={**weight.params, name: levels})
             kernels.prepare(spoilt, None, None if inputs is None else formats.parse(inputs))
+
+
+@needs_native
+@pytest.mark.parametrize("kernel", NATIVE[-1:])
+def test_a_tangent_of_forward_mode_is_refused_not_dropped(kernel: str) -> None:
+    matrix, x = prepared(kernel), torch.randn(2, 260)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"forward AD|jvp"):
+        matrix(forward_ad.make_dual(x, torch.ones_like(x)))
+    assert torch.equal(matrix(x), matrix(x.clone()))

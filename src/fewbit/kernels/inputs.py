@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fewbit.core import format as F
 from fewbit.core.format import Format
@@ -63,8 +64,12 @@ def exact(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd must hear of what is computed from ``tensors``."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd must hear of what is computed from ``tensors``: also of a tangent of forward mode, which it then
+    refuses, where a kernel would drop it."""
+    there = [t for t in tensors if t is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in there):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in there)
 
 
 def given(x: Tensor) -> tuple[Tensor, native.Input]:
