@@ -42,11 +42,11 @@ class Raw(Format):
         return torch.zeros_like(blocks, dtype=torch.uint8)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        level = torch.tensor(self.table)[codes.long()] if self.table else codes.float()
+        level = torch.tensor(self.table, dtype=torch.float32)[codes.long()] if self.table else codes.float()
         return params["scale"] * level + params["offset"]
 
     def physical(self, params: Params) -> Physical:
-        table = torch.tensor(self.table) if self.table else None
+        table = torch.tensor(self.table, dtype=torch.float32) if self.table else None
         return Physical(params["scale"].squeeze(-1), params["offset"].squeeze(-1), table)
 
 

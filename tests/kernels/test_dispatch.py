@@ -230,3 +230,9 @@ def test_a_processor_without_avx_computes_the_same_bits() -> None:
     *found, refusal = done.stdout.decode().splitlines() or [done.stderr.decode()]
     assert [bytes.fromhex(line) for line in found] == [y.numpy().tobytes() for y in expected.values()]
     assert "instruction set" in refusal
+
+
+def test_every_row_that_can_be_named_has_one_for_sparse_entries_beside_it() -> None:
+    for row in kernels.KERNELS:
+        beside = kernels.choose_sparse(row)
+        assert beside.isa == row.isa or (beside.isa in ("avx2", "neon") and str(row.isa).startswith(beside.isa[:3]))

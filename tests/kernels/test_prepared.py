@@ -7,16 +7,18 @@ import copy
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from kernel_cases import ROWS, XNOR_ROWS, activation, raw_matrix
+from torch.autograd import forward_ad
 
 from fewbit import formats, kernels, layouts, methods
 from fewbit.core import format as F
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, UnsupportedError
-from fewbit.kernels import native
+from fewbit.kernels import native, table
 
 NATIVE = [*XNOR_ROWS, *(name for name in ROWS if name != "reference")]
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
@@ -235,3 +237,50 @@ def test_integers_round_activations_as_their_format_does() -> None:
 def _repacked(matrix: QTensor) -> list[QTensor]:
     """``matrix`` in every layout that takes it."""
     return [matrix.repack(x) for x in layouts.LAYOUTS if x.refuse(matrix.format, matrix.shape) is None]
+
+
+LAYOUTS_OF_ROWS = [("int3/g32", "tile16"), ("int3/channel", "halves16"), ("int1/channel", "bytes16")]
+LAYOUTS_OF_ROWS += [("palette3/row", "row16"), ("palette3/row", "rowhalves16"), ("vector4x6", "column8")]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("spelling", "name"), [*LAYOUTS_OF_ROWS, ("vector4x6", "vector16"), ("vector8x12", "vector16")]
+)
+def test_bytes_of_another_size_or_kind_are_refused_and_any_strides_are_read(spelling: str, name: str) -> None:
+    layout = {one.name: one for one in (*table.LAYOUTS.values(), *table.ARRANGED.values())}[name]
+    weight = methods.rtn(torch.randn(40, 160, generator=torch.Generator().manual_seed(4)), formats.parse(spelling))
+    held, x, inputs = weight.repack(layout), torch.randn(5, 160), activation("int8")
+    expected = kernels.prepare(weight, None, inputs)(x)
+    packed = held.packed
+    for wrong in (packed[:, :-1], packed[:-1], packed[:, :1].contiguous(), packed.to(torch.int16), packed.flatten()):
+        with pytest.raises(InputError, match="codes"):
+            kernels.prepare(replace(held, packed=wrong), None, inputs)
+        with pytest.raises((InputError, IndexError)):
+            kernels.embedding(torch.tensor([39]), replace(held, packed=wrong))
+    apart = torch.stack([packed, ~packed], 2)[:, :, 0]
+    for strided in (apart, packed.T.contiguous().T):
+        assert torch.equal(kernels.prepare(replace(held, packed=strided), None, inputs)(x), expected)
+
+
+@needs_native
+@pytest.mark.parametrize("inputs", [None, "int8/channel"])
+@pytest.mark.parametrize("spelling", ["palette4", "palette6", "palette3/row", "palette4/rows16", "vector4x6"])
+def test_a_table_that_is_not_finite_is_refused(spelling: str, inputs: str | None) -> None:
+    weight = methods.rtn(torch.randn(32, 64, generator=torch.Generator().manual_seed(5)), formats.parse(spelling))
+    name = next(iter(weight.format.params)).name
+    for wrong in (torch.nan, torch.inf):
+        levels = weight.params[name].clone()
+        levels[..., -1] = wrong
+        with pytest.raises(InputError, match="NaN or infinity"):
+            spoilt = replace(weight, params={**weight.params, name: levels})
+            kernels.prepare(spoilt, None, None if inputs is None else formats.parse(inputs))
+
+
+@needs_native
+@pytest.mark.parametrize("kernel", NATIVE[-1:])
+def test_a_tangent_of_forward_mode_is_refused_not_dropped(kernel: str) -> None:
+    matrix, x = prepared(kernel), torch.randn(2, 260)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"forward AD|jvp"):
+        matrix(forward_ad.make_dual(x, torch.ones_like(x)))
+    assert torch.equal(matrix(x), matrix(x.clone()))

@@ -6,7 +6,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -117,3 +120,24 @@ def test_a_cast_that_would_change_the_numbers_is_refused_with_what_works(cast: C
     cast(made)
     with pytest.raises(VerificationError, match="casting a layer's inputs alone"):
         made(torch.randn(3, 96))
+
+
+def test_first_calls_may_come_from_several_threads() -> None:
+    weight = methods.rtn(torch.randn(256, 64), formats.parse("int4/g32")).repack(DENSE)
+    x, interval = torch.randn(2, 64), sys.getswitchinterval()
+    expected = (x @ weight.dequantize().T).reshape(2, 8, 32).unbind(1)
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(5):
+            bank, together = ExpertBank("int4/g32", "dense", (32, 64), 8), threading.Barrier(4)
+            bank.load_state_dict({f"weight_{name}": t for name, t in T.arrays(weight, bank.plain).items()})
+
+            def call(expert: int, bank: ExpertBank = bank, together: threading.Barrier = together) -> torch.Tensor:
+                together.wait()
+                return nn.functional.linear(x, bank[expert])  # type: ignore[arg-type]
+
+            with ThreadPoolExecutor(4) as pool:
+                for made, right in zip(pool.map(call, range(4, 8)), expected[4:], strict=True):
+                    torch.testing.assert_close(made, right, rtol=1e-4, atol=1e-4)
+    finally:
+        sys.setswitchinterval(interval)

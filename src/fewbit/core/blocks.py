@@ -57,7 +57,7 @@ def unfold(blocks: Tensor, height: int) -> Tensor:
 
 def present(columns: int, block: int, device: torch.device | None = None) -> Tensor:
     """``(1, blocks, block)`` float32: 1 where a column exists, 0 on padding."""
-    return split(torch.ones(1, columns, device=device), block)
+    return split(torch.ones(1, columns, dtype=torch.float32, device=device), block)
 
 
 def per_block(values: Tensor, blocks: int, repeat: int) -> Tensor:

@@ -67,8 +67,16 @@ class Facts:
     @staticmethod
     def none(columns: int, gram: bool = False) -> Facts:
         """No token seen: the identity of :meth:`merge`."""
-        total, square, largest, magnitude = torch.zeros(4, columns).unbind()
-        return Facts(columns, 0, total, square, largest, torch.zeros(columns, columns) if gram else None, magnitude)
+        total, square, largest, magnitude = torch.zeros(4, columns, dtype=torch.float32).unbind()
+        return Facts(
+            columns,
+            0,
+            total,
+            square,
+            largest,
+            torch.zeros(columns, columns, dtype=torch.float32) if gram else None,
+            magnitude,
+        )
 
     @staticmethod
     def of(x: Tensor, gram: bool = False, ranges: bool = False) -> Facts:
@@ -116,13 +124,13 @@ class Facts:
     @property
     def mean_square(self) -> Tensor:
         """E[x^2], (columns,); all ones when no token was seen, which is what rounding assumes."""
-        return self.total_square / self.tokens if self.tokens else torch.ones(self.columns)
+        return self.total_square / self.tokens if self.tokens else torch.ones(self.columns, dtype=torch.float32)
 
     @property
     def second_moment(self) -> Tensor:
         """E[x x^T], (columns, columns); the identity when no token was seen."""
         if self.gram is None or not self.tokens:
-            return torch.eye(self.columns)
+            return torch.eye(self.columns, dtype=torch.float32)
         return self.gram / self.tokens
 
 
@@ -135,7 +143,7 @@ def _ends(x: Tensor) -> Tensor:
     """Least and largest entry of each column of ``x`` (..., columns); of no token, the infinities that any exceeds."""
     rows = x.detach().reshape(-1, x.shape[-1]).float()
     if not len(rows):
-        return torch.tensor([[torch.inf], [-torch.inf]]).repeat(1, x.shape[-1])
+        return torch.tensor([[torch.inf], [-torch.inf]], dtype=torch.float32).repeat(1, x.shape[-1])
     return torch.stack(torch.aminmax(rows, dim=0))
 
 
@@ -158,11 +166,11 @@ class Accumulator:
     def __init__(self, columns: int, gram: bool = False) -> None:
         self.columns = columns
         self.tokens = 0
-        self._total = torch.zeros(columns)
-        self._total_square = torch.zeros(columns)
-        self._total_magnitude = torch.zeros(columns)
-        self._largest = torch.zeros(columns)
-        self._upper = torch.zeros(columns, columns) if gram else None
+        self._total = torch.zeros(columns, dtype=torch.float32)
+        self._total_square = torch.zeros(columns, dtype=torch.float32)
+        self._total_magnitude = torch.zeros(columns, dtype=torch.float32)
+        self._largest = torch.zeros(columns, dtype=torch.float32)
+        self._upper = torch.zeros(columns, columns, dtype=torch.float32) if gram else None
 
     def add(self, x: Tensor) -> None:
         """Add inputs of shape (..., columns), any float dtype; products are taken in float32.

@@ -27,10 +27,10 @@ def round_even(format: Format, weight: Tensor, params: Params | None = None) -> 
         return None
     weight = weight.contiguous()
     rows, columns = weight.shape
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    codes = weight.new_empty(rows, columns, dtype=torch.uint8)
     if params is None:
         shape = rows, B.count(columns, format.block), 1
-        grids = {param.name: torch.empty(shape, dtype=param.dtype) for param in format.params}
+        grids = {param.name: weight.new_empty(shape, dtype=param.dtype) for param in format.params}
     else:
         grids = {param.name: params[param.name].contiguous() for param in format.params}
     scale, zero = (*(grid.data_ptr() for grid in grids.values()), 0)[:2]

@@ -172,7 +172,7 @@ def _trials(format: Format, layout: Layout, columns: int) -> list[dict[str, tupl
     """What 16 and 32 rows of codes take."""
     trials = []
     for number in (_TRIAL, 2 * _TRIAL):
-        zeros = torch.zeros(number * format.height, columns)
+        zeros = torch.zeros(number * format.height, columns, dtype=torch.float32)
         bound = format.bind(zeros)
         codes = torch.zeros(code_shape(bound, (number * format.height, columns)), dtype=code_dtype(bound))
         packed = QTensor.of(bound, codes, fit(bound, zeros)).repack(layout)

@@ -52,7 +52,7 @@ def centers(values: Tensor, weights: Tensor | None, count: int) -> Tensor:
     native = compiled.grids()
     numbers = [values] if weights is None else [values, weights]
     if native is not None and all(each.dtype == torch.float32 and each.device.type == "cpu" for each in numbers):
-        (tables, n), found = values.shape, torch.empty(len(values), count, dtype=torch.float64)
+        (tables, n), found = values.shape, values.new_empty(len(values), count, dtype=torch.float64)
         given = [each.contiguous() for each in numbers]  # kept until the call ends
         v, w = (*(each.data_ptr() for each in given), 0)[:2]
         native.centers((tables, n, count, int(n > POINTS)), v, w, found.data_ptr())

@@ -200,7 +200,7 @@ class Sparse(Term):
         return at.repeat_interleave(self.pointers.long().diff())
 
     def dequantize(self) -> Tensor:
-        weight = torch.zeros(self.shape, device=self.values.device)
+        weight = self.values.new_zeros(self.shape, dtype=torch.float32)
         weight[self.rows(), self.columns.long()] = self.values.float()
         return weight
 

@@ -216,7 +216,7 @@ def _ropes(config: Any, head_dim: int, asked: str) -> tuple[dict[str | None, int
     kinds = {kind: place for place, kind in enumerate(named)}
     if not all(_get(config, "no_rope_layers") or ()):
         kinds[UNTURNED] = len(ropes)
-        ropes.append(Rope(torch.zeros(1), 1.0))
+        ropes.append(Rope(torch.zeros(1, dtype=torch.float32), 1.0))
     return kinds, tuple(ropes)
 
 

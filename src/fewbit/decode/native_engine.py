@@ -77,7 +77,7 @@ class NativeEngine:
     def feed(self, parts: Parts) -> Tensor:
         import torch
 
-        logits = torch.empty(len(parts), self.vocab_size)
+        logits = torch.empty(len(parts), self.vocab_size, dtype=torch.float32, device="cpu")
         self._feed(parts, logits.data_ptr())
         return logits
 
@@ -94,7 +94,7 @@ class NativeEngine:
         prompt is. Raises what :meth:`feed` and :meth:`open` do."""
         import torch
 
-        logits = torch.empty(len(tokens), self.vocab_size)
+        logits = torch.empty(len(tokens), self.vocab_size, dtype=torch.float32, device="cpu")
         sequence = self.open()
         try:
             self._feed([(sequence, tokens)], logits.data_ptr(), every=True)

@@ -73,7 +73,7 @@ class TransformersEngine:
 
     def feed(self, parts: Parts) -> Tensor:
         self._ledger.check_feed(parts)
-        logits = torch.empty(len(parts), self.vocab_size)
+        logits = torch.empty(len(parts), self.vocab_size, dtype=torch.float32)
         for row, (sequence, tokens) in enumerate(parts):
             held = self._sequences[sequence]
             held.tokens.extend(int(token) for token in tokens)

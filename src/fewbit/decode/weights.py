@@ -198,7 +198,7 @@ def unpacked(qtensor: QTensor) -> QTensor:
 def codes_of(packed: Tensor, shape: tuple[int, int], format: Format) -> Tensor:
     """Codes (rows, columns / dim) of the layout ``dense``, as :func:`fewbit.layouts.dense.unpack_rows` reads them."""
     rows, columns = code_shape(format, shape)
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    codes = packed.new_empty(rows, columns, dtype=torch.uint8)
     threads = torch.get_num_threads()
     native.core().fields_unpack(packed.data_ptr(), rows, columns, format.bits, codes.data_ptr(), threads)
     return codes

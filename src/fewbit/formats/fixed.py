@@ -95,7 +95,8 @@ class Fixed(Format):
         """The scale, whatever ``blocks`` hold; NaN for a block that holds NaN or infinity."""
         self.check()
         finite = blocks.isfinite().all(-1, keepdim=True)
-        return {"scale": torch.where(finite, torch.tensor(self.scale, dtype=torch.float32), torch.nan)}
+        scale = torch.tensor(self.scale, dtype=torch.float32, device=finite.device)
+        return {"scale": torch.where(finite, scale, torch.nan)}
 
     def encode(self, blocks: Tensor, params: Params) -> Tensor:
         codes = (blocks / params["scale"] + self.zero).round().clamp(0, self.levels - 1)

@@ -113,7 +113,7 @@ class Palette(Format):
 
     def physical(self, params: Params) -> Physical:
         tables = self._tables(params)
-        ones = torch.ones(params["table"].shape[:2])
+        ones = params["table"].new_ones(params["table"].shape[:2], dtype=torch.float32)
         scale = params["scale"].float().squeeze(-1) if self.scaled else ones
         return Physical(scale, None, tables if self.group_rows else tables[0])
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
-from fewbit.kernels import native, reference
+from fewbit.kernels import native, pages, reference
 from fewbit.kernels.copies import Addressed
 from fewbit.kernels.decoded import DECODED, multiply_decoded
 from fewbit.kernels.inputs import given
-from fewbit.kernels.prepared import PreparedMatrix
+from fewbit.kernels.prepared import PreparedMatrix, stored
 from fewbit.kernels.table import Kernel
 
 
@@ -29,7 +29,7 @@ class AlonePrepared(Addressed, PreparedMatrix):
         assert kernel.isa is not None
         self.kernel, self.shape, self.activation = kernel.name, qtensor.shape, activation
         self._isa = native.FLAGS[kernel.isa]
-        self._stored = qtensor.repack(kernel.arranged(qtensor.format))
+        self._stored = stored(qtensor, kernel)
 
     @abstractmethod
     def _multiply(self, x: native.Input, bias: int, y: int, dtype: int) -> None:
@@ -47,7 +47,7 @@ class AlonePrepared(Addressed, PreparedMatrix):
         if x.numel() >= DECODED * columns and not self.rounds_inputs:
             return multiply_decoded(self, x, bias).to(dtype).reshape(*leading, rows)
         x, address = given(x)
-        y = torch.empty(*leading, rows, dtype=dtype)
+        y = pages.fresh(*leading, rows, dtype=dtype)
         self._multiply(address, 0 if bias is None else bias.data_ptr(), y.data_ptr(), native.DTYPES[dtype])
         return y
 

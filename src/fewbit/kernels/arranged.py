@@ -21,14 +21,16 @@ from torch import Tensor
 
 from fewbit.core.format import Format, Params
 from fewbit.core.layout import Layout, Shape
-from fewbit.kernels import native
+from fewbit.kernels import native, row16, tile16
 from fewbit.kernels.row16 import ROW16
 from fewbit.kernels.tile16 import ROWS, TILE16, unpack_rows
+from fewbit.layouts.arrays import expect_bytes
 
 
 def _tiles(bits: int) -> Callable[[Tensor, int, bool], Tensor]:
     def move(packed: Tensor, columns: int, back: bool) -> Tensor:
         """``packed`` (tiles, bytes a tile) itself, moved from tile16, or ``back`` to it."""
+        packed = expect_bytes("arranged codes", packed, tile16.size((ROWS * len(packed), columns), bits))
         native.core().arrange(ROWS * packed.shape[0], columns, bits, int(back), packed.data_ptr())
         return packed
 
@@ -37,6 +39,7 @@ def _tiles(bits: int) -> Callable[[Tensor, int, bool], Tensor]:
 
 def _rows(packed: Tensor, columns: int, back: bool) -> Tensor:
     """``packed`` (rows, bytes a row) itself, moved from row16, or ``back`` to it."""
+    packed = expect_bytes("arranged codes", packed, row16.size((len(packed), columns), 3))
     native.core().rowhalves16(packed.shape[0], columns, int(back), packed.data_ptr())
     return packed
 

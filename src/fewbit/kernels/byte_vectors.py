@@ -15,6 +15,7 @@ from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, pages, reference
 from fewbit.kernels.alone import AlonePrepared
+from fewbit.kernels.levels import check_finite
 from fewbit.kernels.table import Kernel
 from fewbit.kernels.vector16 import LOOKED_UP, checked, fields
 from fewbit.layouts.dense import load_params
@@ -68,6 +69,7 @@ class ByteVectorPrepared(AlonePrepared):
         self._packed = checked(format, self.shape, self._stored.packed)
         physical = format.physical(load_params(format, self.shape, self._stored.params))
         assert isinstance(physical, Vectors)
+        check_finite(format, physical.books)
         self._bits = (*fields(format), 0)[:2]
         self._arrays = to_bytes(physical)
         self._block = min(B.width(self.shape[1], format.block), self.shape[1])

@@ -30,8 +30,8 @@ from fewbit.core import blocks as B
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.formats.affine import Affine
 from fewbit.formats.fixed import Fixed
-from fewbit.kernels import native, reference
-from fewbit.kernels.inputs import check_bias, check_supported, wants_gradients
+from fewbit.kernels import native, pages, reference
+from fewbit.kernels.inputs import check_bias, check_supported, exact, wants_gradients
 from fewbit.kernels.prepared import Prepared, PreparedMatrix
 from fewbit.kernels.table import named
 from fewbit.kernels.terms import PreparedTerms
@@ -63,6 +63,7 @@ def route(prepared: Prepared, window: Window, positions: int) -> Route:
     return "strips" if window.groups == 1 and few else "direct"
 
 
+@exact
 def conv2d(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None = None) -> Tensor:
     """What ``torch.nn.functional.conv2d`` computes, for the weight of ``prepared``, accumulated in float32.
 
@@ -185,7 +186,7 @@ def _windows(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None)
         y = _windows(x.contiguous(), prepared, window, bias)
         return y.contiguous(memory_format=torch.channels_last)
     rows = prepared.shape[0]
-    y = torch.empty(x.shape[0], rows, *window.out(x), dtype=x.dtype)
+    y = pages.fresh(x.shape[0], rows, *window.out(x), dtype=x.dtype)
     native.core().int8_windows(
         _members(x, window),
         x.data_ptr(),
@@ -237,7 +238,7 @@ def _decoded(prepared: Prepared) -> Iterable[tuple[slice, Tensor]]:
 
 def _whole(prepared: Prepared) -> Tensor:
     """All of the weight in float32: of a convolution in groups, which holds ``groups`` times fewer than another."""
-    weight = torch.empty(prepared.shape)
+    weight = pages.fresh(*prepared.shape)
     for rows, strip in _decoded(prepared):
         weight[rows] = strip
     return weight
@@ -272,6 +273,7 @@ class _Differentiable(torch.autograd.Function):
         return _run(x, prepared, window, bias)
 
     @staticmethod
+    @exact
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
         window, weight = ctx.window, _whole(ctx.prepared)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewbit.kernels import pages
 from fewbit.kernels.prepared import PreparedMatrix
 
 DECODED = 48
@@ -25,7 +26,7 @@ def multiply_decoded(matrix: PreparedMatrix, x: Tensor, bias: Tensor | None) -> 
     """``x W^T + bias`` for x (..., columns), float32 (tokens, rows): strips of rows are decoded to float32, each once
     for all tokens, and torch multiplies."""
     x = x.float().contiguous().reshape(-1, matrix.shape[1])  # torch's sums depend on strides
-    y = torch.empty(x.shape[0], matrix.shape[0])
+    y = pages.fresh(x.shape[0], matrix.shape[0])
     for rows, weight in matrix.decoded():
         torch.mm(x, weight.T, out=y[:, rows])
     return y if bias is None else y.add_(bias.float())

@@ -3,13 +3,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fewbit.core import format as F
 from fewbit.core.format import Format
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.kernels import native
+
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 
 CENTRE = 128
 """Of the codes of int8 activations, which kernels multiply less it. A grid whose zero is another code is corrected by
@@ -41,9 +49,27 @@ def check_supported(x: Tensor) -> None:
         raise UnsupportedError("a graph of a kernel (torch.export, torch.jit.trace)", found, works)
 
 
+def exact(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """``function`` computed in the dtypes that it names: torch's autocast would round the operands of its products to
+    bfloat16, and refuses to join arrays of float16."""
+
+    @functools.wraps(function)
+    def run(*given: _Given.args, **named: _Given.kwargs) -> _Made:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*given, **named)
+        with torch.autocast("cpu", enabled=False):
+            return function(*given, **named)
+
+    return run
+
+
 def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd must hear of what is computed from ``tensors``."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd must hear of what is computed from ``tensors``: also of a tangent of forward mode, which it then
+    refuses, where a kernel would drop it."""
+    there = [t for t in tensors if t is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in there):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in there)
 
 
 def given(x: Tensor) -> tuple[Tensor, native.Input]:

@@ -3,13 +3,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from fewbit.core.format import Format
+from fewbit.errors import InputError
 
 MOST = 127
 """The largest level of a byte."""
 LONGEST = 4
 """Bits of a code up to which levels are rounded to bytes. Those of longer codes lie too close together for that."""
+
+
+def check_finite(format: Format, tables: Iterable[Tensor]) -> None:
+    """Raises InputError where one of the ``tables`` of ``format`` holds NaN or infinity: no integer stands for them."""
+    if not all(bool(table.isfinite().all()) for table in tables):
+        raise InputError(f"a matrix of {format.name}", "its table holds NaN or infinity", "finite numbers would work")
 
 
 def nearest_bytes(tables: Tensor) -> tuple[Tensor, Tensor]:

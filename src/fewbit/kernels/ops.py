@@ -21,6 +21,7 @@ from fewbit.formats.outliers import Outliers
 from fewbit.kernels import native
 from fewbit.kernels.arranged import BYTES16, HALVES16, unpack_rows_of_arranged
 from fewbit.kernels.byte_vectors import ByteVectorPrepared
+from fewbit.kernels.inputs import exact
 from fewbit.kernels.outliers import OutlierPrepared
 from fewbit.kernels.prepared import Prepared, PreparedMatrix
 from fewbit.kernels.row_tables import RowLevelsPrepared, RowTablesPrepared
@@ -42,6 +43,7 @@ def prepare(weight: QTensor, kernel: str | None = None, activation: Format | Non
 def prepare(weight: Terms, kernel: str | None = None, activation: Format | None = None) -> PreparedTerms: ...
 
 
+@exact
 def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Format | None = None) -> Prepared:
     """Repack ``weight`` for the best kernels here, or for the one named. Offline work: do it once a weight.
 
@@ -58,12 +60,13 @@ def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Form
     """
     given.kind("a quantized weight", weight, (QTensor, Terms), "what a method makes, as fewbit.methods.rtn does")
     given.optional("activation", activation, Format, "a format, as fewbit.formats.parse('int8/channel') gives")
-    if isinstance(weight, QTensor):
-        return _prepare_matrix(weight, kernel, activation)
-    beside = None if kernel is None else named(kernel)
-    return PreparedTerms(
-        weight, lambda matrix: _prepare_matrix(matrix, kernel, activation), choose_sparse(beside), activation
-    )
+    with torch.device("cpu"):  # whatever the default is
+        if isinstance(weight, QTensor):
+            return _prepare_matrix(weight, kernel, activation)
+        beside = None if kernel is None else named(kernel)
+        return PreparedTerms(
+            weight, lambda matrix: _prepare_matrix(matrix, kernel, activation), choose_sparse(beside), activation
+        )
 
 
 def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | None) -> PreparedMatrix:
@@ -84,7 +87,7 @@ def _prepare_matrix(qtensor: QTensor, kernel: str | None, activation: Format | N
         return made(qtensor, choice.kernel, activation)
     if kernel is None:
         reason = native.why_not() or no_row(choice, qtensor.format)
-        warnings.warn(f"fewbit runs on its slow reference: {reason}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"fewbit runs on its slow reference: {reason}", RuntimeWarning, stacklevel=4)
     return ReferencePrepared(qtensor, choice.kernel, activation)
 
 
@@ -105,6 +108,7 @@ def linear(
     return prepare(weight, kernel, activation)(x, bias)
 
 
+@exact
 def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows ``ids`` (any shape, integers) of the matrix: (*ids.shape, columns) in ``dtype``.
 
@@ -142,4 +146,4 @@ def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32)
         codes, params = qtensor.logical()
         codes, params = codes[units], F.params_of_rows(format, params, units)
     decoded = F.decode(format, codes, params).reshape(-1, format.height, shape[1])
-    return decoded[torch.arange(len(rows)), within].to(dtype).reshape(*ids.shape, shape[1])
+    return decoded[torch.arange(len(rows), device=rows.device), within].to(dtype).reshape(*ids.shape, shape[1])

@@ -5,13 +5,12 @@ remember; where the many small pages of a model lie, it cannot."""
 from __future__ import annotations
 
 import math
-import os
-import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fewbit.core.forks import lock
 from fewbit.kernels import native
 
 CHUNK = 16 << 20
@@ -25,7 +24,7 @@ class _Chunk:
     """Memory of which no byte has been used beyond ``used``."""
 
     def __init__(self, nbytes: int) -> None:
-        whole = torch.empty(nbytes + PAGE, dtype=torch.uint8)
+        whole = fresh(nbytes + PAGE, dtype=torch.uint8)
         begin = -whole.data_ptr() % PAGE
         self.memory = whole[begin : begin + nbytes]
         self.used = 0
@@ -41,9 +40,7 @@ class _Chunk:
 
 
 _open: list[_Chunk] = []
-_lock = threading.Lock()
-if hasattr(os, "register_at_fork"):  # a child without the thread that holds the lock would wait for it for ever
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+_lock = lock()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -58,6 +55,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
             if nbytes < CHUNK:
                 _open[:] = [chunk]
     return found.view(dtype).reshape(tuple(shape))
+
+
+def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An uninitialized array (``shape``) that the core writes: of this dtype and on the CPU, whatever torch's defaults
+    are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def held(values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from fewbit.core.terms import Terms
 from fewbit.errors import InputError
 from fewbit.kernels import reference
 from fewbit.kernels.copies import again, parts
-from fewbit.kernels.inputs import check_bias, check_supported, wants_gradients
+from fewbit.kernels.inputs import check_bias, check_supported, exact, wants_gradients
+from fewbit.kernels.table import Kernel
 
 
 class Prepared(ABC):
@@ -74,6 +76,7 @@ class Prepared(ABC):
         check_bias(bias, self.shape)
         check_supported(x)
 
+    @exact
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W^T + bias``.
 
@@ -113,6 +116,12 @@ class PreparedMatrix(Prepared):
         return reference.backward(gradient, self.qtensor())
 
 
+def stored(qtensor: QTensor, kernel: Kernel) -> QTensor:
+    """``qtensor`` in the layout that ``kernel`` takes its codes in, whose bytes lie one after the other."""
+    made = qtensor.repack(kernel.arranged(qtensor.format))
+    return made if made.packed.is_contiguous() else replace(made, packed=made.packed.contiguous())
+
+
 class _Differentiable(torch.autograd.Function):
     """Forward through the kernel, backward through the dequantized weight; the weight itself is constant."""
 
@@ -122,6 +131,7 @@ class _Differentiable(torch.autograd.Function):
         return prepared.run(x, bias)
 
     @staticmethod
+    @exact
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
         bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.has_bias else None

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.formats.fixed import Fixed
-from fewbit.kernels import native, reference
-from fewbit.kernels.inputs import check_supported, wants_gradients
+from fewbit.kernels import native, pages, reference
+from fewbit.kernels.inputs import check_supported, exact, wants_gradients
 
 MOST_INNER = 1 << 15
 """Products of two codes of 8 bits less their zeros that an int32 holds."""
 
 
+@exact
 def matmul(a: Tensor, b: Tensor, left: Fixed, right: Fixed) -> Tensor:
     """``a b`` of codes: a (..., rows, inner), rounded to ``left``, and b (..., inner, columns), rounded to ``right`` ->
     (..., rows, columns) in their dtype. With codes q and zeros z of both, ``sum (q_a - z_a) (q_b - z_b)`` is an exact
@@ -45,7 +46,7 @@ def _run(a: Tensor, b: Tensor, left: Fixed, right: Fixed, isa: native.Isa | None
     for grid in (left, right):
         grid.check()
     leading = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    y = torch.empty(*leading, a.shape[-2], b.shape[-1])
+    y = pages.fresh(*leading, a.shape[-2], b.shape[-1])
     if not native.available() or not y.numel() or not a.shape[-1]:
         return reference.integer_matmul(a, b, left, right).to(a.dtype)
     first, second = (_matrices(x.detach().resolve_neg().float(), leading) for x in (a, b))
@@ -86,6 +87,7 @@ class _Differentiable(torch.autograd.Function):
         return _run(a, b, left, right)
 
     @staticmethod
+    @exact
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Of the product of what the operands are rounded to."""
         (gradient,) = gradients

@@ -54,7 +54,7 @@ def int24(x: Tensor) -> Tensor:
     most = x.abs().amax(-1, keepdim=True)
     bits = most.contiguous().view(torch.int32) + (1 << 17)
     step = (((bits >> 23) - INT24_BITS).clamp(1, 254) << 23).view(torch.float32)
-    rounded = step * torch.trunc(x / step + torch.where(x < 0, -0.5, 0.5))
+    rounded = step * torch.trunc(x / step + 0.5 * x.sign())
     return torch.where(torch.isfinite(most), rounded, torch.nan)
 
 
@@ -93,12 +93,17 @@ def integer_linear(x: Tensor, qtensor: QTensor, activation: Fixed, bias: Tensor 
     return y.reshape(*x.shape[:-1], qtensor.shape[0])
 
 
+def _float32(value: float, beside: Tensor) -> Tensor:
+    """``value`` in float32, where ``beside`` is."""
+    return torch.tensor(value, dtype=torch.float32, device=beside.device)
+
+
 def centred(x: Tensor, grid: Fixed, inner: int) -> tuple[Tensor, Tensor]:
     """Codes of ``x`` less the zero of its grid, float64, and the factor of each line along the axis ``inner``: 1, or
     NaN where it holds NaN or infinity."""
-    codes = grid.encode(x.float(), {"scale": torch.tensor(grid.scale, dtype=torch.float32)})
+    codes = grid.encode(x.float(), {"scale": _float32(grid.scale, x)})
     bad = ~x.isfinite().all(inner, keepdim=True)
-    return codes.double() - grid.zero, torch.ones(bad.shape).masked_fill(bad, torch.nan)
+    return codes.double() - grid.zero, torch.ones_like(bad, dtype=torch.float32).masked_fill(bad, torch.nan)
 
 
 def integer_matmul(a: Tensor, b: Tensor, left: Fixed, right: Fixed) -> Tensor:
@@ -110,7 +115,7 @@ def integer_matmul(a: Tensor, b: Tensor, left: Fixed, right: Fixed) -> Tensor:
     NaN where the row or the column holds NaN or infinity.
     """
     (q, row), (p, column) = centred(a, left, -1), centred(b, right, -2)
-    scale = torch.tensor(left.scale) * torch.tensor(right.scale)
+    scale = _float32(left.scale, a) * _float32(right.scale, a)
     return scale * (q @ p).float() * row * column  # sums are whole numbers far below 2^53
 
 
@@ -137,7 +142,7 @@ def decoded(qtensor: QTensor) -> Iterator[tuple[slice, Tensor]]:
 def linear(x: Tensor, qtensor: QTensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with float32 arithmetic: x (..., columns) -> (..., rows) in x's dtype."""
     flat = x.reshape(-1, x.shape[-1]).float()
-    y = torch.empty(flat.shape[0], qtensor.shape[0], device=x.device)
+    y = flat.new_empty(flat.shape[0], qtensor.shape[0])
     for cut, weight in decoded(qtensor):
         y[:, cut] = flat @ weight.T
     if bias is not None:
@@ -162,7 +167,7 @@ def unfold(x: Tensor, window: Window, begin: int, end: int) -> Tensor:
 def backward(gradient: Tensor, qtensor: QTensor) -> Tensor:
     """``gradient W``: gradient of the output (..., rows) -> that of x (..., columns)."""
     flat = gradient.reshape(-1, gradient.shape[-1]).float()
-    x = torch.zeros(flat.shape[0], qtensor.shape[1], device=gradient.device)
+    x = flat.new_zeros(flat.shape[0], qtensor.shape[1])
     for cut, weight in decoded(qtensor):
         x += flat[:, cut] @ weight
     return x.reshape(*gradient.shape[:-1], qtensor.shape[1]).to(gradient.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fewbit.core.format import Format, Params
 from fewbit.core.layout import Layout, Shape
 from fewbit.kernels import pages
-from fewbit.layouts.arrays import expect
+from fewbit.layouts.arrays import expect_bytes
 from fewbit.layouts.dense import load_params, store_params
 
 LANES = 16
@@ -79,7 +79,7 @@ def _pack(format: Format, shape: Shape, codes: Tensor, params: Params) -> tuple[
 
 def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tuple[Tensor, dict[str, Tensor]]:
     bits, unit = format.bits, lane_bytes(format.bits)
-    expect("row16 codes", packed, size(shape, bits))
+    packed = expect_bytes("row16 codes", packed, size(shape, bits))
     lanes = _apart(packed, unit).int() << torch.arange(0, 8 * unit, 8, dtype=torch.int32)[:, None]
     shifts = torch.arange(0, 8 * unit, bits, dtype=torch.int32)[:, None]
     codes = (lanes.sum(2, dtype=torch.int32)[:, :, None] >> shifts) & (2**bits - 1)

@@ -17,7 +17,7 @@ from fewbit.kernels.alone import AlonePrepared
 from fewbit.kernels.arranged import ROWHALVES16
 from fewbit.kernels.decoded import rows_of_strip
 from fewbit.kernels.inputs import CENTRE
-from fewbit.kernels.levels import nearest_bytes
+from fewbit.kernels.levels import check_finite, nearest_bytes
 from fewbit.kernels.row16 import LANES
 from fewbit.kernels.table import Kernel
 
@@ -30,6 +30,7 @@ class RowTablesPrepared(AlonePrepared):
         format, (rows, columns) = self._stored.format, self.shape
         physical = format.physical(self._stored.logical()[1])
         assert isinstance(physical, Physical) and physical.table is not None
+        check_finite(format, [physical.table])
         self._halves = int(self._stored.layout == ROWHALVES16)
         self._block = min(B.width(columns, format.block), columns)
         self._scale = pages.held(physical.scale.float().expand(rows, B.count(columns, format.block)).contiguous())
@@ -51,7 +52,7 @@ class RowTablesPrepared(AlonePrepared):
         """As :meth:`PreparedMatrix.decoded`; a strip is memory that the next one overwrites."""
         rows, columns = self.shape
         step = min(rows, rows_of_strip(columns, 1))
-        weight = torch.empty(step, columns)
+        weight = pages.fresh(step, columns)
         for first in range(0, rows, step):
             last = min(first + step, rows)
             native.core().row_decode(

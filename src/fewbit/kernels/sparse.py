@@ -51,7 +51,7 @@ def choose_sparse(beside: Kernel | None = None) -> SparseKernel:
         return next(row for row in SPARSE_KERNELS if row.refuse() is None)
     isa: str | None = beside.isa
     if isa is not None:
-        isa = "avx2" if isa.startswith("avx") else isa.removesuffix("dot")
+        isa = next((least for least in ("avx2", "neon") if isa.startswith(least[:3])), isa)
     return next(row for row in SPARSE_KERNELS if row.isa == isa)
 
 

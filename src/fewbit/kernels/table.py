@@ -283,7 +283,7 @@ def family(format: Format) -> str:
         return "affine"
     if format.height > 1:
         return "vector"
-    weight = torch.linspace(-1, 1, max(format.fit_block, format.block, 32)).reshape(1, -1)
+    weight = torch.linspace(-1, 1, max(format.fit_block, format.block, 32), dtype=torch.float32).reshape(1, -1)
     try:
         bound = format.bind(weight)
         return bound.physical(F.fit(bound, weight)).family

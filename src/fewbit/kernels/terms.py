@@ -89,7 +89,7 @@ class _Sparse(_Part):
         self.names = [(f"sparse, {share:.2%} of entries", entries.kernel)]
 
     def onto(self, x: Tensor, y: Tensor | None) -> Tensor:
-        y = torch.zeros(x.shape[0], self._entries.sparse.shape[0]) if y is None else y
+        y = x.new_zeros(x.shape[0], self._entries.sparse.shape[0], dtype=torch.float32) if y is None else y
         self._entries.add(x, y)
         return y
 

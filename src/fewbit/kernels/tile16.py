@@ -42,7 +42,8 @@ def size(shape: Shape, bits: int) -> tuple[int, int]:
 
 def _shifts(part: int) -> Tensor:
     """Lowest bit within the lane of each field of a vector, (8 / part, 4): fields of a byte, bytes of the lane."""
-    return torch.arange(0, 8, part, dtype=torch.int32)[:, None] + torch.arange(0, 32, 8, dtype=torch.int32)
+    fields = torch.arange(0, 8, part, dtype=torch.int32, device="cpu")
+    return fields[:, None] + torch.arange(0, 32, 8, dtype=torch.int32, device="cpu")
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -69,7 +70,7 @@ def _lanes(packed: Tensor, shape: Shape, bits: int) -> Tensor:
 def unpack_rows(packed: Tensor, shape: Shape, bits: int, rows: Tensor) -> Tensor:
     """uint8 codes (n, columns) of the given ``rows`` (n,) only."""
     lanes = _lanes(packed, shape, bits)[rows // ROWS, :, :, rows % ROWS]
-    codes = torch.zeros(lanes.shape[0], lanes.shape[1], COLUMNS, dtype=torch.int32)
+    codes = lanes.new_zeros(lanes.shape[0], lanes.shape[1], COLUMNS)
     for part, base in parts(bits):
         fields = (lanes[:, :, base : base + part, None, None] >> _shifts(part)) & (2**part - 1)
         codes |= fields.reshape(codes.shape) << base
@@ -97,7 +98,7 @@ def _unpack(format: Format, shape: Shape, packed: Tensor, stored: Params) -> tup
     if not native.available():
         return unpack_rows(packed, shape, format.bits, torch.arange(shape[0])), params
     lanes = _lanes(packed, shape, format.bits)
-    codes = torch.empty(shape, dtype=torch.uint8)
+    codes = pages.fresh(*shape, dtype=torch.uint8)
     native.core().tile16_unpack(lanes.data_ptr(), *shape, format.bits, codes.data_ptr(), shape[1])
     return codes, params
 

@@ -21,9 +21,9 @@ from fewbit.kernels import native, pages, reference
 from fewbit.kernels.arranged import BYTES16, HALVES16
 from fewbit.kernels.copies import Addressed
 from fewbit.kernels.decoded import DECODED, multiply_decoded, rows_of_strip
-from fewbit.kernels.inputs import CENTRE, given, grid_of_call, wants_gradients
-from fewbit.kernels.levels import as_integers
-from fewbit.kernels.prepared import Prepared, PreparedMatrix
+from fewbit.kernels.inputs import CENTRE, exact, given, grid_of_call, wants_gradients
+from fewbit.kernels.levels import as_integers, check_finite
+from fewbit.kernels.prepared import Prepared, PreparedMatrix, stored
 from fewbit.kernels.table import Kernel, refuse_blocks
 from fewbit.kernels.tile16 import ROWS
 
@@ -64,7 +64,7 @@ class NativePrepared(Addressed, PreparedMatrix):
             self._x_block = native.INT24
         elif kernel.integers and activation is not None:
             self._x_block = B.width(self.shape[1], activation.block)
-        self._stored = qtensor.repack(kernel.arranged(qtensor.format))
+        self._stored = stored(qtensor, kernel)
         format = self._stored.format
         physical = format.physical(qtensor.logical()[1])
         assert isinstance(physical, Physical)
@@ -79,6 +79,7 @@ class NativePrepared(Addressed, PreparedMatrix):
         self._offset = None if offset is None or zero is not None else _tiles(offset)
         self._table = self._levels = None  # as they are, and as they are multiplied
         if physical.table is not None:
+            check_finite(format, [physical.table])
             tables = physical.table.reshape(-1, physical.table.shape[-1])[:: format.group_rows or self.shape[0]]
             self._table = torch.nn.functional.pad(tables, (0, 2**format.bits - tables.shape[1])).contiguous()
             self._levels = as_integers(self._table) if kernel.family == "int8_lut" else self._table
@@ -155,7 +156,7 @@ class NativePrepared(Addressed, PreparedMatrix):
         """:meth:`decoded`, by these levels; a strip is a view of memory that the next one overwrites."""
         rows, columns = self.shape
         strip, matrices = rows_of_strip(columns, ROWS), self._with(tables)
-        weight = torch.empty(columns, min(strip, -(-rows // ROWS) * ROWS))  # (columns, rows of the strip)
+        weight = pages.fresh(columns, min(strip, -(-rows // ROWS) * ROWS))  # (columns, rows of the strip)
         for row in range(0, rows, strip):
             last = min(row + strip, rows)
             for first, matrix in matrices:
@@ -213,6 +214,7 @@ class NativePrepared(Addressed, PreparedMatrix):
         return self._stored.nbytes - self._stored.packed.numel() + self.read_bytes
 
 
+@exact
 def linear_many(x: Tensor, matrices: Sequence[Prepared], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """``[prepared(x, bias) for prepared, bias in zip(matrices, biases)]``, bit for bit: x (..., columns) -> one
     (..., rows) a matrix, in x's dtype. Neighbours that one kernel runs, with inputs rounded alike, are computed
@@ -260,7 +262,7 @@ def _run_native(
             bias = bias.float().contiguous()
             kept.append(bias)  # alive until the call
         rows = matrix.shape[0]
-        y = torch.empty(*leading, rows, dtype=dtype)
+        y = pages.fresh(*leading, rows, dtype=dtype)
         ys.append(y)
         for row, part in matrix._matrices:
             addend = 0 if bias is None else bias.data_ptr() + row * bias.element_size()

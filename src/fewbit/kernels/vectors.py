@@ -12,10 +12,11 @@ from torch import Tensor
 from fewbit.core import blocks as B
 from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
-from fewbit.kernels import native
+from fewbit.kernels import native, pages
 from fewbit.kernels.alone import AlonePrepared
 from fewbit.kernels.column8 import TILE, checked, joint, lowered, tiles
 from fewbit.kernels.decoded import rows_of_strip
+from fewbit.kernels.levels import check_finite
 from fewbit.kernels.table import Kernel
 from fewbit.layouts.dense import load_params
 
@@ -38,6 +39,7 @@ class VectorPrepared(AlonePrepared):
         self._packed = checked(format, self.shape, self._stored.packed)
         physical = format.physical(load_params(format, self.shape, self._stored.params))
         assert isinstance(physical, Vectors)
+        check_finite(format, physical.books)
         summed = joint(format, self.shape)
         physical = lowered(physical, summed)
         self._bits = (*physical.bits, 0)[:2]
@@ -67,7 +69,7 @@ class VectorPrepared(AlonePrepared):
         rows, columns = self.shape
         tile, count = TILE * self._stored.format.height, tiles(self._stored.format, self.shape)
         step = min(count, rows_of_strip(columns, tile) // tile)
-        weight = torch.empty(columns, step * tile)  # (columns, rows of the strip)
+        weight = pages.fresh(columns, step * tile)  # (columns, rows of the strip)
         for first in range(0, count, step):
             last, row = min(first + step, count), first * tile
             native.core().vector_decode(

@@ -37,7 +37,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
         return codes.to(torch.uint8).contiguous()
     rows, columns = codes.shape
     if (native := _compiled(codes, bits)) is not None:
-        codes, found = codes.contiguous(), torch.empty(rows, row_bytes(columns, bits), dtype=torch.uint8)
+        codes, found = codes.contiguous(), codes.new_empty(rows, row_bytes(columns, bits), dtype=torch.uint8)
         native.pack_fields(codes.data_ptr(), rows, columns, bits, found.data_ptr())
         return found
     eights = torch.nn.functional.pad(codes, (0, -columns % 8)).reshape(rows, -1, 8)
@@ -62,7 +62,7 @@ def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
         return packed
     rows = packed.shape[0]
     if (native := _compiled(packed, bits)) is not None:
-        packed, found = packed.contiguous(), torch.empty(rows, columns, dtype=torch.uint8)
+        packed, found = packed.contiguous(), packed.new_empty(rows, columns)
         native.unpack_fields(packed.data_ptr(), rows, columns, bits, found.data_ptr())
         return found
     groups = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).reshape(rows, -1, bits)

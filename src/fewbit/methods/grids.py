@@ -25,9 +25,9 @@ def search(format: Format, weight: Tensor, worth: Tensor, ratios: tuple[float, .
     native = compiled.grids()
     if native is None or not format.even or weight.device.type != "cpu":
         return None
-    weight, worth, tried = weight.contiguous(), worth.float().contiguous(), torch.tensor(ratios)
+    weight, worth, tried = weight.contiguous(), worth.float().contiguous(), weight.new_tensor(ratios)
     rows, columns = weight.shape
-    scale, zero = torch.empty(2, rows, B.count(columns, format.block), 1).unbind()
+    scale, zero = weight.new_empty(2, rows, B.count(columns, format.block), 1).unbind()
     sizes = (rows, columns, B.width(columns, format.block), len(ratios), format.levels, int(format.grid == "ends"))
     found = scale.data_ptr(), zero.data_ptr()
     native.grid_search(sizes, weight.data_ptr(), worth.data_ptr(), tried.data_ptr(), *found, compiled.BEST)
@@ -42,12 +42,12 @@ def search_table(format: Format, blocks: Tensor, worth: Tensor, ratios: tuple[fl
         return None
     blocks, worth = blocks.contiguous(), worth.contiguous()
     rows, number, size = blocks.shape
-    tried = torch.tensor((1.0, *ratios)).reshape(-1, 1, 1, 1)
+    tried = blocks.new_tensor((1.0, *ratios)).reshape(-1, 1, 1, 1)
     peaks = (blocks.abs().amax(-1, keepdim=True) * tried).reshape(-1, number, 1)
     params = format.fit(peaks, torch.ones_like(peaks))
     grid = format.physical(params)
     assert isinstance(grid, Physical) and grid.table is not None  # bounds
-    scales, chosen = grid.scale.contiguous(), torch.empty(1, rows, number, 1, dtype=torch.int64)
+    scales, chosen = grid.scale.contiguous(), blocks.new_empty(1, rows, number, 1, dtype=torch.int64)
     native.table_search(
         (rows, number, size, len(tried), format.levels),
         blocks.data_ptr(),

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from fewbit import formats, kernels
 from fewbit.containers import terms as T
 from fewbit.core import rewrite as R
+from fewbit.core.forks import lock
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor, stack
 from fewbit.errors import InputError, UnsupportedError, VerificationError
+
+_preparing = lock()  # first calls from several threads would each take arrays that another has dropped
 
 
 def check_shape(weight: T.Weight, expected: tuple[int, int], module: nn.Module) -> None:
@@ -141,7 +144,9 @@ class Multiplier(Store):
     @property
     def prepared(self) -> kernels.Prepared:
         if self._prepared is None:
-            self.prepare()
+            with _preparing:
+                if self._prepared is None:
+                    self.prepare()
         assert self._prepared is not None
         return self._prepared
 
@@ -203,9 +208,9 @@ class QuantLinear(Multiplier):
         return cls(T.describe(weight), bias, activation, weight=weight).train(linear.training)
 
     def prepare(self, kernel: str | None = None) -> None:
-        super().prepare(kernel)
         self._rewrite = self.rewrite()
         self._rewriting = kernels.Rewriting(self._rewrite)
+        super().prepare(kernel)  # last: what it sets says that all is ready
 
     def regain(self) -> None:
         super().regain()
@@ -281,10 +286,12 @@ class ExpertBank(Store):
         """As :meth:`QuantLinear.prepare`, for every expert."""
         whole = self.qtensor()
         codes, params = whole.logical()
+        found = {}
         for expert in range(self.experts):
             rows = slice(expert * self.rows, (expert + 1) * self.rows)
             part = QTensor.of(whole.format, codes[rows], {key: value[rows] for key, value in params.items()})
-            self._prepared[expert] = kernels.prepare(part, kernel)
+            found[expert] = kernels.prepare(part, kernel)
+        self._prepared = found
         self.release()
 
     def regain(self) -> None:
@@ -299,7 +306,9 @@ class ExpertBank(Store):
 
     def __getitem__(self, expert: Any) -> ExpertMatrix:
         if not self._prepared:
-            self.prepare()
+            with _preparing:
+                if not self._prepared:
+                    self.prepare()
         return ExpertMatrix(self._prepared[int(expert)])
 
 
