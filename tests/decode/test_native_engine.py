@@ -65,6 +65,33 @@ def test_scores_are_capped(tiny_family: Callable[[str], Path]) -> None:
     torch.testing.assert_close(engine.feed([(engine.open(), TOKENS)])[0], expected, **CLOSE)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"sliding_window": 4}),
+        ("llama", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("llama", {"no_rope_layers": [0, 1]}),
+        ("llama", {"query_pre_attn_scalar": 100, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.0}),
+        ("llama", {"hidden_activation": "gelu"}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),  # wins over rope_parameters
+        ("gemma", {"hidden_act": "gelu", "hidden_activation": "silu"}),  # which means the approximation by tanh
+        ("gemma3", {"attn_logit_softcapping": 0.5}),
+        ("mixtral", {"decoder_sparse_step": 2, "mlp_only_layers": [0], "norm_topk_prob": False}),
+        ("qwen3-moe", {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["full_attention"] * 2}),
+    ],
+)
+def test_only_what_the_class_heeds_is_heeded(
+    tiny_family: Callable[[str], Path], family: str, changes: dict[str, Any]
+) -> None:
+    """Of a configuration that another family's is mixed into, as converted checkpoints and advice for longer contexts
+    have it."""
+    folder = tiny_family(family)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    expected, engine = every_logit(folder, TOKENS), opened(folder)
+    torch.testing.assert_close(engine.every_logit(TOKENS), expected, **CLOSE)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "qwen2-moe"])
 def test_keep_and_fork_are_recomputation(tiny_family: Callable[[str], Path], family: str) -> None:
     folder = tiny_family(family)

@@ -69,6 +69,7 @@ def _whole(found: dict[str, Any]) -> bool:
         and (not found.get("sliding_window") or found.get("use_sliding_window", True) is True)
         and (not family.experts or any(type(found.get(name)) is int for name in EXPERTS))
         and _whole_ropes(found.get("rope_parameters"))
+        and found.get("rope_scaling") is None  # how it was called: transformers lets it win
     )
 
 
