@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ def test_a_missing_weight_is_not_drawn_at_random(tiny_family: Callable[[str], Pa
     folder = tiny_family(family)
     from_folder(folder)
     held = load_file(folder / "model.safetensors")
-    lost = next(name for name in sorted(held) if ".1." in name and name.endswith("weight"))
+    lost = next(name for name in sorted(held) if re.search(r"(layers|h)\.1\..*weight$", name))
     save_file({name: held[name] for name in held if name != lost}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FewbitError, match=r"layers\.1\.|h\.1\."):
+    with pytest.raises(FewbitError, match=r"(layers|h)\.1\."):
         from_folder(folder)
 
 
