@@ -145,7 +145,6 @@ def test_half_a_character_in_a_name(fake: Callable[..., Any]) -> None:
     assert error_of(response)["param"] == "\\ud800"
 
 
-
 def test_messages_as_clients_send_them_back(fake: Callable[..., Any]) -> None:
     """With the empty fields of an answer, and with OpenAI's newer name of the system."""
     running, again = fake(), {"refusal": None, "tool_calls": [], "annotations": []}
