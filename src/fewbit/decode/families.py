@@ -203,7 +203,7 @@ def _experts(config: Any, family: Family) -> int:
 
 
 def _layer(said: dict[str, Any], experts: int, layer: int, kinds: dict[str | None, int]) -> Layer:
-    types = said.get("layer_types")
+    types: Any = said.get("layer_types")
     sliding = types[layer] == "sliding_attention" if types else True
     window = (said.get("sliding_window") or 0) if sliding else 0
     turned = (said.get("no_rope_layers") or {layer: True})[layer]
