@@ -39,7 +39,7 @@ def test_a_missing_weight_is_not_drawn_at_random(tiny_family: Callable[[str], Pa
         ({"vocab_size": 70}, CorruptFileError, r"has \(258, 32\), the configuration says \(70, 32\)"),
         ({"rms_norm_eps": 0}, InputError, "rms_norm_eps"),
         ({"num_attention_heads": "many"}, InputError, "num_attention_heads"),
-        ({"model_type": "nosuch"}, UnsupportedError, "does not know its model type"),
+        ({"model_type": "nosuch"}, UnsupportedError, "does not know the model type 'nosuch'"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, InputError, "optimum|GPTQ|gptq"),
     ],
 )

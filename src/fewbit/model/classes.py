@@ -15,6 +15,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from fewbit.containers.files import read_json
 from fewbit.errors import CorruptFileError, FewbitError, InputError, UnsupportedError
 
 WHERE = {"local_files_only": True, "trust_remote_code": False}
@@ -39,7 +40,8 @@ def config_in(folder: str | Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(str(folder), **WHERE)
     except Exception as error:  # validation in transformers and huggingface_hub raises many types
         if isinstance(error, ValueError) and ("does not recognize" in str(error) or "trust_remote_code" in str(error)):
-            asked, found = f"opening the model {folder}", "transformers does not know its model type"
+            kind = read_json(Path(folder) / "config.json").get("model_type")
+            asked, found = f"opening the model {folder}", f"transformers does not know the model type {kind!r}"
             works = "a type that transformers itself implements; code from model folders is never run"
             raise UnsupportedError(asked, found, works) from error
         asked = f"reading {Path(folder) / 'config.json'}"
