@@ -3,7 +3,7 @@
 
     python bench/memory.py make FOLDER --gigabytes 4.5
     systemd-run --scope -p MemoryMax=1500M -p MemorySwapMax=0 python bench/memory.py run FOLDER
-    python bench/memory.py generate OUT
+    python bench/memory.py generate OUT [--prompt FILE --characters 8000]
 
 ``make`` writes a random Llama in float32, shard by shard; ``run`` quantizes it with GPTQ and prints its size, the peak
 memory of the process, and the limit of its cgroup when there is one. ``generate`` lets ``fewbit generate`` add two
@@ -35,11 +35,17 @@ HIDDEN, INTERMEDIATE, HEADS = 1024, 2816, 16
 WATCHED = """
 import atexit, sys
 from fewbit.cli import main
+from fewbit.decode.native_engine import NativeEngine
 from fewbit.measure.memory import peak_rss_bytes
+closed = NativeEngine.close
+def close(self, sequence):
+    print("cache", self.length(sequence), self.nbytes(), file=sys.stderr)
+    closed(self, sequence)
+NativeEngine.close = close
 atexit.register(lambda: print("peak", peak_rss_bytes(), file=sys.stderr))
 main()
 """
-"""A ``fewbit`` that says at its end how much memory it had."""
+"""A ``fewbit`` that says at its end how much memory it had, and how much of it keys and values were."""
 
 
 def block(index: int, random: torch.Generator) -> dict[str, torch.Tensor]:
@@ -124,9 +130,9 @@ def run(folder: Path, samples: int, context: int) -> None:
     print(json.dumps(row, indent=1))
 
 
-def generate(folder: Path) -> None:
-    """The peak of a process that writes two tokens, beside the image that it maps."""
-    command = [sys.executable, "-c", WATCHED, "generate", str(folder), "--prompt", "Once upon", "-n", "2"]
+def generate(folder: Path, prompt: str) -> None:
+    """The peak of a process that writes two tokens after ``prompt``, beside the image that it maps."""
+    command = [sys.executable, "-c", WATCHED, "generate", str(folder), "--prompt", prompt, "-n", "2"]
     command += ["--threads", "1", "--activation", "int8/channel"]
     for _ in range(2):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -136,8 +142,10 @@ def generate(folder: Path) -> None:
     peak = int(re.findall(r"^peak (\d+)$", ended.stderr, re.MULTILINE)[-1])
     image = max((folder / ".fewbit").glob("engine-int8-channel-*.bin"), key=lambda path: path.stat().st_mtime)
     size = image.stat().st_size
-    row = {"peak_MiB": peak / 2**20, "image_MiB": size / 2**20, "beside_it_MiB": (peak - size) / 2**20}
-    print(json.dumps({name: round(value, 1) for name, value in row.items()} | {"processor_s": round(seconds, 2)}))
+    positions, cache = map(int, re.findall(r"^cache (\d+) (\d+)$", ended.stderr, re.MULTILINE)[-1])
+    sizes = {"peak": peak, "image": size, "beside_it": peak - size, "cache": cache, "beside_both": peak - size - cache}
+    row = {f"{name}_MiB": round(value / 2**20, 1) for name, value in sizes.items()}
+    print(json.dumps(row | {"positions": positions, "processor_s": round(seconds, 2)}))
 
 
 def main() -> None:
@@ -147,11 +155,14 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.5)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--prompt", type=Path, help="a file of text that generate begins with (some words without)")
+    parser.add_argument("--characters", type=int, default=8000, help="of that file")
     arguments = parser.parse_args()
     if arguments.what == "make":
         make(arguments.folder, arguments.gigabytes)
     elif arguments.what == "generate":
-        generate(arguments.folder)
+        text = arguments.prompt.read_text()[: arguments.characters] if arguments.prompt else "Once upon"
+        generate(arguments.folder, text)
     else:
         run(arguments.folder, arguments.samples, arguments.context)
 

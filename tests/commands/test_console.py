@@ -6,6 +6,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,11 @@ def test_table_escapes_markup(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "[red]x" in text
     assert "\x1b" not in text
+
+
+def test_commands_whose_memory_is_counted_print_without_rich() -> None:
+    code = (
+        "import sys; from fewbit import cli; from fewbit.commands import generate, serve; print('rich' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fewbit.decode import open_engine
 from fewbit.decode.native_engine import NativeEngine
-from fewbit.decode.transformers_engine import load_plain
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.kernels import native
+from fewbit.model.classes import from_folder
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native module here")
 
@@ -38,7 +39,7 @@ def opened(folder: Path, **options: Any) -> NativeEngine:
 def every_logit(folder: Path, tokens: list[int]) -> torch.Tensor:
     """transformers' logits after each token, (tokens, vocabulary)."""
     with torch.inference_mode():
-        return load_plain(folder)(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
+        return from_folder(folder)(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,6 +64,33 @@ def test_scores_are_capped(tiny_family: Callable[[str], Path]) -> None:
         expected = model(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0, -1]
     engine = opened(folder)
     torch.testing.assert_close(engine.feed([(engine.open(), TOKENS)])[0], expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"sliding_window": 4}),
+        ("llama", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("llama", {"no_rope_layers": [0, 1]}),
+        ("llama", {"query_pre_attn_scalar": 100, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.0}),
+        ("llama", {"hidden_activation": "gelu"}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),  # wins over rope_parameters
+        ("gemma", {"hidden_act": "gelu", "hidden_activation": "silu"}),  # which means the approximation by tanh
+        ("gemma3", {"attn_logit_softcapping": 0.5}),
+        ("mixtral", {"decoder_sparse_step": 2, "mlp_only_layers": [0], "norm_topk_prob": False}),
+        ("qwen3-moe", {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["full_attention"] * 2}),
+    ],
+)
+def test_only_what_the_class_heeds_is_heeded(
+    tiny_family: Callable[[str], Path], family: str, changes: dict[str, Any]
+) -> None:
+    """Of a configuration that another family's is mixed into, as converted checkpoints and advice for longer contexts
+    have it."""
+    folder = tiny_family(family)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    expected, engine = every_logit(folder, TOKENS), opened(folder)
+    torch.testing.assert_close(engine.every_logit(TOKENS), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "qwen2-moe"])
@@ -212,6 +240,26 @@ def test_a_part_of_each_head_turned_is_left_to_transformers(tiny_family: Callabl
     (folder / "config.json").write_text(json.dumps(config))
     engine = open_engine(folder)
     assert engine.name == "transformers" and engine.why is not None and "a part of each head" in engine.why
+
+
+def test_older_names_of_arrays(tiny_family: Callable[[str], Path]) -> None:
+    """As the model without its head had them: transformers knows them, so they are read by it."""
+    folder = tiny_family("llama-tied")
+    expected = every_logit(folder, TOKENS)
+    held = load_file(folder / "model.safetensors")
+    save_file(
+        {name.removeprefix("model."): held[name] for name in held}, folder / "model.safetensors", {"format": "pt"}
+    )
+    torch.testing.assert_close(opened(folder).every_logit(TOKENS), expected, **CLOSE)
+
+
+def test_what_others_quantized_is_left_to_transformers(tiny_family: Callable[[str], Path]) -> None:
+    folder = tiny_family("llama")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="quantized by gptq"):
+        NativeEngine.load(folder, None, "float16", 1, None, None)
 
 
 def test_arrays_that_contradict_the_configuration(tiny_family: Callable[[str], Path]) -> None:

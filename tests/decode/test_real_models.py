@@ -12,8 +12,9 @@ import torch
 
 import fewbit
 from fewbit.decode import Engine, open_engine
-from fewbit.decode.transformers_engine import TransformersEngine, load_plain
+from fewbit.decode.transformers_engine import TransformersEngine
 from fewbit.kernels import native
+from fewbit.model.classes import from_folder
 
 pytestmark = [
     pytest.mark.model,
@@ -49,7 +50,7 @@ def same_tokens(folder: Path, model: Any, prompt: list[int], count: int) -> None
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="no stories15m beside the checkout")
 def test_stories_in_float() -> None:
-    same_tokens(STORIES, load_plain(STORIES).float(), [1], 250)
+    same_tokens(STORIES, from_folder(STORIES).float(), [1], 250)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="no stories15m beside the checkout")

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbit.decode.transformers_engine import TransformersEngine, load_plain
+from fewbit.decode.transformers_engine import TransformersEngine
 from fewbit.errors import InputError, UnsupportedError
+from fewbit.model.classes import from_folder
 
 TOKENS = [5, 9, 3, 44, 7, 30, 12, 60, 8, 21, 33]
 
 
 def engine(folder: Path, **options: int) -> TransformersEngine:
-    return TransformersEngine(load_plain(folder), "a test", **options)
+    return TransformersEngine(from_folder(folder), "a test", **options)
 
 
 def whole(made: TransformersEngine, tokens: list[int]) -> torch.Tensor:

@@ -30,6 +30,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", dict(LLAMA, tie_word_embeddings=True)),
     "qwen2": ("qwen2", dict(LLAMA, use_sliding_window=True, sliding_window=4, max_window_layers=1)),
     "qwen3": ("qwen3", dict(LLAMA, tie_word_embeddings=True)),
+    "gemma": ("gemma", LLAMA),
     "gemma2": ("gemma2", dict(LLAMA, sliding_window=4, query_pre_attn_scalar=8, final_logit_softcapping=3.0)),
     "gemma3": ("gemma3_text", dict(LLAMA, sliding_window=4, layer_types=["sliding_attention", "full_attention"])),
     "mistral": ("mistral", dict(LLAMA, sliding_window=4)),

@@ -17,8 +17,9 @@ import torch
 from fewbit.commands import serve as command
 from fewbit.decode.batch import Batcher, Limits
 from fewbit.decode.text import words_of
-from fewbit.decode.transformers_engine import TransformersEngine, load_plain
+from fewbit.decode.transformers_engine import TransformersEngine
 from fewbit.errors import UnsupportedError
+from fewbit.model.classes import from_folder
 from fewbit.serve import embeddings as E
 from fewbit.serve.app import Served
 
@@ -28,7 +29,7 @@ PROMPT = "Once upon a time, there was a little girl named Lily. She loved to pla
 
 def greedy(folder: Path, prompt: str, count: int) -> str:
     """What transformers' own loop writes."""
-    words, model = words_of(folder), load_plain(folder)
+    words, model = words_of(folder), from_folder(folder)
     ids = torch.tensor([words.encode(prompt)])
     with torch.inference_mode():
         found = model.generate(ids, max_new_tokens=count, do_sample=False, attention_mask=torch.ones_like(ids))[
@@ -44,7 +45,7 @@ def test_a_trained_model_tells_its_story_to_many(serve: Callable[[Served], Any])
     import threading
 
     words = words_of(STORIES)
-    engine = TransformersEngine(load_plain(STORIES), None, sequences=10)
+    engine = TransformersEngine(from_folder(STORIES), None, sequences=10)
     running = serve(
         Served("stories", words, Batcher(engine, words, Limits(running=8, kept=2)), token="a-token-for-tests")
     )
@@ -87,7 +88,7 @@ def test_vectors_of_a_causal_model(tiny: Path, serve: Callable[[Served], Any]) -
     texts = ["one", "a longer text than the other", "two"]
     create = running.openai().embeddings.create
     found = create(model="tiny", input=texts)  # in base64, which the package asks for
-    model = load_plain(tiny)
+    model = from_folder(tiny)
     for text, row in zip(texts, found.data, strict=True):
         with torch.inference_mode():
             hidden = model.model(input_ids=torch.tensor([words.encode(text)])).last_hidden_state[0].double()
@@ -108,7 +109,7 @@ def test_vectors_are_pooled_as_the_folder_says(tiny: Path, tmp_path: Path, switc
     (folder / "1_Pooling").mkdir()
     notes = folder / "1_Pooling" / "config.json"
     notes.write_text(json.dumps({"word_embedding_dimension": 64, "pooling_mode_mean_tokens": False, switch: True}))
-    words, model = words_of(folder), load_plain(folder)
+    words, model = words_of(folder), from_folder(folder)
     texts = [words.encode("a text"), words.encode("another text")]
     for text, vector in zip(texts, E.embedder(folder, words).embed(texts), strict=True):
         with torch.inference_mode():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,3 +82,18 @@ def test_a_token_that_comes_later(fake: Callable[..., Any], page: Page) -> None:
     page.call("Page.navigate", url=f"{running.url}/#token={TOKEN}")  # which the browser does not load anew
     page.until("document.getElementById('model').textContent === 'fake'")
     assert page.value("location.href") == f"{running.url}/" and page.value("document.getElementById('login').hidden")
+
+
+def test_code_is_set_apart(fake: Callable[..., Any], page: Page) -> None:
+    """By elements, never by markup of the text; what the answer says is all there, marks included."""
+    page.call("Page.navigate", url=f"{fake().url}/#token={TOKEN}")
+    page.until("document.getElementById('model').textContent === 'fake'")
+    said = "Call `f(1)`:\n\n```python\ndef f(x):\n    return `<b>`\n```\n\n<i>so</i> ` it\n```\nopen\n\n"
+    page.value(f"render(window.answer = show('assistant', ''), {json.dumps(said)})")
+    assert page.value("answer.textContent") == said
+    assert page.value("[...answer.querySelectorAll('code')].map(one => one.textContent)") == ["f(1)"]
+    assert page.value("[...answer.querySelectorAll('pre')].map(one => one.textContent)") == [
+        "def f(x):\n    return `<b>`\n",
+        "open",
+    ]
+    assert "```" not in page.value("answer.innerText") and "<i>so</i> ` it" in page.value("answer.innerText")

@@ -136,6 +136,15 @@ def test_nonsense_in_a_chat(fake: Callable[..., Any], change: dict[str, Any], pa
     assert running.post("/v1/chat/completions", good).status_code == 200
 
 
+def test_half_a_character_in_a_name(fake: Callable[..., Any]) -> None:
+    """JSON can spell it; UTF-8, which the answer is in, cannot."""
+    running = fake()
+    body = b'{"model": "fake", "prompt": "hi", "\\ud800": 1}'
+    response = running.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "\\ud800"
+
+
 def test_messages_as_clients_send_them_back(fake: Callable[..., Any]) -> None:
     """With the empty fields of an answer, and with OpenAI's newer name of the system."""
     running, again = fake(), {"refusal": None, "tool_calls": [], "annotations": []}

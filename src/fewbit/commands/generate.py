@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewbit.commands import images
-from fewbit.commands.console import err
+from fewbit.commands.saying import note
 from fewbit.kernels import native
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ def run(request: Request) -> None:
     sampling = Sampling(**request.sampling)  # type: ignore[arg-type]
     with Writer(request.folder, activation=request.activation, kv=request.kv, threads=request.threads) as writer:
         if writer.engine.why is not None:
-            err().print(f"transformers computes, more slowly: {writer.engine.why}", markup=False)
+            note(f"transformers computes, more slowly: {writer.engine.why}")
         began = time.perf_counter()
         added = stream(writer, request.prompt, sampling, request.chat)
         seconds = time.perf_counter() - began
         if request.image:
             images.keep(writer.engine, request.folder, request.activation)
-    err().print(f"{added} tokens in {seconds:.1f} s, {added / max(seconds, 1e-9):.1f} tokens/s", markup=False)
+    note(f"{added} tokens in {seconds:.1f} s, {added / max(seconds, 1e-9):.1f} tokens/s")
 
 
 def stream(writer: Writer, prompt: str, sampling: Sampling, chat: bool = False) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fewbit.commands.console import err
+from fewbit.commands.saying import note
 from fewbit.decode.native_engine import NativeEngine
 from fewbit.errors import FewbitError
 from fewbit.report import numbers as N
@@ -25,7 +25,7 @@ def keep(engine: Engine, folder: Path, activation: str | None) -> None:
     try:
         path, nbytes = image.write(engine.model, folder, activation)
     except FewbitError as error:
-        err().print(f"note: every start repacks the model: {error}", markup=False)
+        note(f"note: every start repacks the model: {error}")
         return
     what = f"{path} ({N.size(nbytes)})"
-    err().print(f"kept for faster starts: {what}; deleting it loses nothing, --no-image keeps none", markup=False)
+    note(f"kept for faster starts: {what}; deleting it loses nothing, --no-image keeps none")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewbit.commands import images
-from fewbit.commands.console import err, out
 from fewbit.commands.generate import limit_threads, quieten
+from fewbit.commands.saying import note
 from fewbit.errors import InputError, SpecError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def run(request: Request) -> None:
 
     from fewbit.serve.app import application
     from fewbit.serve.ending import EndingServer
+    from fewbit.serve.heads import TimedHeads
 
     token = _token(request)
     with _listen(request.host, request.port) as listener:  # before loading: a taken port is said at once
@@ -77,6 +78,7 @@ def run(request: Request) -> None:
         served = serve(request, token)
         config = uvicorn.Config(
             application(served),
+            http=TimedHeads,
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -91,7 +93,7 @@ def run(request: Request) -> None:
         try:
             with suppress(KeyboardInterrupt):  # which uvicorn hands on when all is closed, if it still can
                 server.run(sockets=[listener])
-            err().print("stopped", markup=False)
+            note("stopped")
         finally:
             served.words.close()
             if served.batcher is not None:
@@ -135,7 +137,7 @@ def _batcher(request: Request, words: Words) -> Batcher:
         threads=request.threads,
     )
     if engine.why is not None:
-        err().print(f"note: {engine.name} runs this model, more slowly: {engine.why}", markup=False)
+        note(f"note: {engine.name} runs this model, more slowly: {engine.why}")
     if request.image:
         images.keep(engine, request.folder, request.activation)
     return Batcher(engine, words, Limits(request.sequences, request.queue, request.kept))
@@ -176,9 +178,9 @@ def _announce(served: Served, host: str, port: int) -> None:
             if served.token is None
             else "the token is sent in clear"
         )
-        err().print(f"warning: other machines can reach this server, over plain HTTP: {who}", markup=False)
+        note(f"warning: other machines can reach this server, over plain HTTP: {who}")
     place = f"[{host}]" if ":" in host else host
     key = "" if served.token is None else f"#token={served.token}"
-    out().print(f"{served.name} at http://{place}:{port}/{key}", markup=False)
+    print(f"{served.name} at http://{place}:{port}/{key}", flush=True)
     if served.token is not None:
-        err().print(f"for clients: base_url http://{place}:{port}/v1, api_key {served.token}", markup=False)
+        note(f"for clients: base_url http://{place}:{port}/v1, api_key {served.token}")

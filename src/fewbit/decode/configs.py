@@ -31,7 +31,8 @@ def config_of(folder: Path) -> Any:
     """An object with the configuration's values as attributes. Code that the folder may bring is never run.
 
     Raises:
-        InputError, CorruptFileError: it is absent, no JSON, or transformers refuses it.
+        InputError, CorruptFileError: it is absent, no JSON, or transformers refuses it. UnsupportedError: transformers
+            does not know its type.
     """
     whole = read_json(folder / "config.json")
     stated = whole.get("text_config") if has_text_part(whole) else None
@@ -40,9 +41,9 @@ def config_of(folder: Path) -> Any:
     found = {**found, "dtype": next((dtype for dtype in dtypes if dtype is not None), None)}
     if _whole(found):
         return SimpleNamespace(**found)
-    from transformers import AutoConfig
+    from fewbit.model.classes import config_in
 
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    config: Any = config_in(folder)
     if has_text_part(whole):
         config = config.get_text_config()
         config.dtype = found["dtype"]
@@ -69,6 +70,7 @@ def _whole(found: dict[str, Any]) -> bool:
         and (not found.get("sliding_window") or found.get("use_sliding_window", True) is True)
         and (not family.experts or any(type(found.get(name)) is int for name in EXPERTS))
         and _whole_ropes(found.get("rope_parameters"))
+        and found.get("rope_scaling") is None  # how it was called: transformers lets it win
     )
 
 

@@ -17,6 +17,7 @@ from fewbit.decode.describe import describe
 from fewbit.decode.families import TEXT_PARTS, Shape, shape_of
 from fewbit.decode.opened import Model
 from fewbit.decode.source import Pages, Source, mapped
+from fewbit.errors import UnsupportedError
 
 Held = TypeVar("Held")
 
@@ -60,19 +61,24 @@ def _text_part(named: Mapping[str, Held], names: Sequence[tuple[str, str]]) -> d
 
 def open_source(folder: Path, activation: str | None) -> Source:
     """The arrays of ``folder``: mapped, or, where its names differ from those of transformers' module tree, as
-    transformers loads them."""
+    transformers loads them.
+
+    Raises:
+        UnsupportedError: something else than fewbit has quantized them.
+    """
     rounding = None if activation is None else formats.parse(activation)
     config = read_json(folder / "config.json")
-    quantization = config.get("quantization_config")
-    modules = quantization.get("modules", {}) if isinstance(quantization, dict) else {}
+    quantization = config.get("quantization_config") or {}
+    by = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if quantization and by != "fewbit":
+        raise UnsupportedError("the native runtime", f"the model was quantized by {by}", "what fewbit quantize writes")
+    names = TEXT_PARTS[config["model_type"]] if has_text_part(config) else (("", ""),)
     files = [mapped(file) for file in weight_files(folder)]
-    tensors = {name: tensor for _, held in files for name, tensor in held.items()}
-    if has_text_part(config):
-        names = TEXT_PARTS[config["model_type"]]
-        modules, tensors = _text_part(modules, names), _text_part(tensors, names)
+    modules = _text_part(quantization.get("modules", {}), names)
+    tensors = _text_part({name: tensor for _, held in files for name, tensor in held.items()}, names)
     fused = any(".experts." in name and name.endswith(".weight") for name in tensors)
-    if fused:
-        from fewbit.decode.transformers_engine import load_plain
+    if fused or (not modules and "model.embed_tokens.weight" not in tensors):
+        from fewbit.model.classes import from_folder
 
-        tensors = load_plain(folder).state_dict()
+        tensors = _text_part(from_folder(folder).state_dict(), names)
     return Source(tensors, modules, rounding, Pages(*(pages for pages, _ in files)))

@@ -38,7 +38,9 @@ class Family:
     * ``scaled_embedding``: embeddings are multiplied by the root of their width.
     * ``experts``: whether the MLP may be several of which a router chooses. ``normalised``: whether the weights of
       those chosen add up to 1; None: the configuration says.
-    * ``stated``: what else than sizes ``config.json`` must say, so that no default of transformers' class counts.
+    * ``stated``: what else than sizes its class in transformers heeds, and so what alone is heeded here: a field that
+      came with another family's configuration means nothing. ``config.json`` must say it, so that no default counts.
+    * ``gelu``: what it means by an activation of that name.
     """
 
     types: tuple[str, ...]
@@ -49,6 +51,7 @@ class Family:
     experts: bool = False
     normalised: bool | None = None
     stated: tuple[str, ...] = ("hidden_act",)
+    gelu: str = "gelu"
 
 
 SANDWICH = (
@@ -59,7 +62,7 @@ SANDWICH = (
 )
 
 WINDOWS = ("layer_types", "sliding_window")
-GEMMA = ("hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", *WINDOWS)
+GEMMA = ("hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping", *WINDOWS)
 EXPERTS = ("hidden_act", "num_experts_per_tok")
 QWEN_EXPERTS = (*EXPERTS, "sliding_window", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
 QWEN_VL_EXPERTS = (*EXPERTS, "decoder_sparse_step", "mlp_only_layers")
@@ -71,8 +74,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(("smollm3",), stated=("hidden_act", "no_rope_layers", *WINDOWS)),
     Family(("qwen3",), head_norms=True, stated=("hidden_act", *WINDOWS)),
     Family(("qwen3_vl_text",), head_norms=True),
-    Family(("gemma",), norm_offset=1.0, scaled_embedding=True, stated=("hidden_act", "hidden_activation")),
-    Family(("gemma2",), SANDWICH, norm_offset=1.0, scaled_embedding=True, stated=GEMMA),
+    Family(("gemma",), norm_offset=1.0, scaled_embedding=True, gelu="gelu_pytorch_tanh"),
+    Family(("gemma2",), SANDWICH, norm_offset=1.0, scaled_embedding=True, stated=(*GEMMA, "attn_logit_softcapping")),
     Family(("gemma3_text",), SANDWICH, norm_offset=1.0, scaled_embedding=True, head_norms=True, stated=GEMMA),
     Family(("mixtral",), experts=True, normalised=True, stated=(*EXPERTS, "sliding_window")),
     Family(("qwen2_moe",), experts=True, stated=(*QWEN_EXPERTS, "layer_types")),
@@ -153,15 +156,16 @@ def shape_of(config: Any) -> Shape:
     if family is None:
         known = ", ".join(name for family in FAMILIES for name in family.types)
         raise UnsupportedError(asked, "it does not know this family", f"it knows {known}")
-    name = _get(config, "hidden_activation") or _get(config, "hidden_act")
-    if name not in ACTIVATIONS:
-        raise UnsupportedError(asked, f"the activation {name!r}", f"one of {', '.join(ACTIVATIONS)}")
+    said = {name: _get(config, name) for name in family.stated}
+    activation = said.get("hidden_activation") or said.get("hidden_act")
+    if activation not in ACTIVATIONS:
+        raise UnsupportedError(asked, f"the activation {activation!r}", f"one of {', '.join(ACTIVATIONS)}")
     if _get(config, "use_bidirectional_attention"):
         raise UnsupportedError(asked, "its attention looks ahead", "causal attention")
     heads, hidden = config.num_attention_heads, config.hidden_size
     head_dim = _get(config, "head_dim") or hidden // heads
-    kinds, ropes = _ropes(config, head_dim, asked)
-    normalised = bool(_get(config, "norm_topk_prob")) if family.normalised is None else family.normalised
+    kinds, ropes = _ropes(config, said, head_dim, asked)
+    normalised = bool(said.get("norm_topk_prob")) if family.normalised is None else family.normalised
     # The embedding's scale has been rounded to its dtype when the model was trained.
     scale = torch.tensor(hidden**0.5 if family.scaled_embedding else 1.0, dtype=_dtype(config)).item()
     return Shape(
@@ -172,16 +176,16 @@ def shape_of(config: Any) -> Shape:
         head_dim,
         config.vocab_size,
         config.max_position_embeddings,
-        _get(config, "num_experts_per_tok") or 0,
+        said.get("num_experts_per_tok") or 0,
         normalised,
         config.rms_norm_eps,
-        (_get(config, "query_pre_attn_scalar") or head_dim) ** -0.5,
-        _get(config, "attn_logit_softcapping") or 0.0,
-        _get(config, "final_logit_softcapping") or 0.0,
+        (said.get("query_pre_attn_scalar") or head_dim) ** -0.5,
+        said.get("attn_logit_softcapping") or 0.0,
+        said.get("final_logit_softcapping") or 0.0,
         scale,
-        ACTIVATIONS[name],
+        ACTIVATIONS[family.gelu if activation == "gelu" else activation],
         ropes,
-        tuple(_layer(config, family, layer, kinds) for layer in range(config.num_hidden_layers)),
+        tuple(_layer(said, _experts(config, family), layer, kinds) for layer in range(config.num_hidden_layers)),
     )
 
 
@@ -194,27 +198,29 @@ def _dtype(config: Any) -> torch.dtype:
     return named if isinstance(named, torch.dtype) else getattr(torch, str(named).removeprefix("torch."))
 
 
-def _layer(config: Any, family: Family, layer: int, kinds: dict[str | None, int]) -> Layer:
-    types = _get(config, "layer_types")
+def _experts(config: Any, family: Family) -> int:
+    return (_get(config, "num_local_experts") or _get(config, "num_experts") or 0) if family.experts else 0
+
+
+def _layer(said: dict[str, Any], experts: int, layer: int, kinds: dict[str | None, int]) -> Layer:
+    types: Any = said.get("layer_types")
     sliding = types[layer] == "sliding_attention" if types else True
-    window = (_get(config, "sliding_window") or 0) if sliding else 0
-    turned = (_get(config, "no_rope_layers") or {layer: True})[layer]
+    window = (said.get("sliding_window") or 0) if sliding else 0
+    turned = (said.get("no_rope_layers") or {layer: True})[layer]
     rope = kinds[types[layer] if None not in kinds else None] if turned else kinds[UNTURNED]
-    experts = 0
-    if family.experts:
-        every = _get(config, "decoder_sparse_step") or 1
-        if (layer + 1) % every == 0 and layer not in (_get(config, "mlp_only_layers") or ()):
-            experts = _get(config, "num_local_experts") or _get(config, "num_experts") or 0
-    return Layer(window, rope, experts)
+    every, plain = said.get("decoder_sparse_step") or 1, said.get("mlp_only_layers") or ()
+    return Layer(window, rope, experts if (layer + 1) % every == 0 and layer not in plain else 0)
 
 
-def _ropes(config: Any, head_dim: int, asked: str) -> tuple[dict[str | None, int], tuple[Rope, ...]]:
+def _ropes(
+    config: Any, said: dict[str, Any], head_dim: int, asked: str
+) -> tuple[dict[str | None, int], tuple[Rope, ...]]:
     """Which rotary embedding each kind of layer has (None: any), and the embeddings."""
     parameters = config.rope_parameters
     named: dict[str | None, Any] = {None: parameters} if "rope_type" in parameters else dict(parameters)
     ropes = [_rope(config, rope, kind, head_dim, asked) for kind, rope in named.items()]
     kinds = {kind: place for place, kind in enumerate(named)}
-    if not all(_get(config, "no_rope_layers") or ()):
+    if not all(said.get("no_rope_layers") or ()):
         kinds[UNTURNED] = len(ropes)
         ropes.append(Rope(torch.zeros(1, dtype=torch.float32), 1.0))
     return kinds, tuple(ropes)

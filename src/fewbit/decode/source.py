@@ -104,7 +104,8 @@ class Source:
     def tensor(self, name: str) -> Tensor:
         """Raises CorruptFileError: there is none of that name."""
         if name not in self.tensors:
-            raise CorruptFileError(f"tensor {name}", "the folder does not hold it", "quantize again")
+            works = "quantize again" if self.modules else "the folder as it was published"
+            raise CorruptFileError(f"tensor {name}", "the folder does not hold it", works)
         return self.tensors[name]
 
     def weight(self, name: str, rounded: bool = True) -> S.Weight:

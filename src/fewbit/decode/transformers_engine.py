@@ -19,7 +19,6 @@ from torch import Tensor
 from fewbit import kernels
 from fewbit.containers import manifest as M
 from fewbit.decode.ledger import Ledger, Parts
-from fewbit.errors import InputError
 
 CHUNK = 512
 """Tokens of a forward pass at most: attention takes memory for each pair of new and old positions."""
@@ -56,6 +55,7 @@ class TransformersEngine:
     ) -> TransformersEngine:
         """The model in ``folder``; arguments as of :func:`fewbit.decode.open_engine`."""
         from fewbit.integrations.load import load
+        from fewbit.model.classes import from_folder
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -63,7 +63,7 @@ class TransformersEngine:
         if (folder / M.NAME).is_file():
             model = load(folder, activation=activation)
         else:
-            model = load_plain(folder)
+            model = from_folder(folder)
         return TransformersEngine(model, why, sequences, context)
 
     def open(self) -> int:
@@ -146,18 +146,3 @@ def _can_forget(cache: Any) -> bool:
         return type(layer) is DynamicLayer
 
     return all(whole(layer) for layer in cache.layers)
-
-
-def load_plain(folder: Path) -> Any:
-    """The unquantized model in ``folder``, in its own dtype and in eval mode.
-
-    Raises:
-        InputError: there is none that transformers can load.
-    """
-    from fewbit.model.classes import from_folder
-
-    try:
-        return from_folder(folder)
-    except (OSError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"opening the model {folder}", first, "a folder of fewbit or of transformers") from error

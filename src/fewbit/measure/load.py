@@ -10,7 +10,7 @@ import torch
 
 from fewbit import formats
 from fewbit.containers import manifest as M
-from fewbit.errors import FewbitError, InputError, UnsupportedError
+from fewbit.errors import InputError, UnsupportedError
 
 
 def find(model: str | Path) -> Path:
@@ -47,12 +47,7 @@ def load_model(path: Path, dtype: torch.dtype, activation: str | None = None) ->
         return _load_file(path, dtype)
     if (path / M.NAME).is_file() and "fewbit" not in auto.AUTO_QUANTIZER_MAPPING:
         raise UnsupportedError(f"load {path}", "fewbit's transformers plug-in is not active", "import fewbit first")
-    try:
-        model = from_folder(path, dtype=dtype)
-    except FewbitError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise InputError(f"load {path}", f"transformers says: {error}") from error
+    model = from_folder(path, dtype=dtype)
     if activation is not None:
         from fewbit.model.layers import round_inputs
 

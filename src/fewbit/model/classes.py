@@ -15,6 +15,11 @@ from transformers import (
     PretrainedConfig,
 )
 
+from fewbit.containers.files import read_json
+from fewbit.errors import CorruptFileError, FewbitError, InputError, UnsupportedError
+
+WHERE = {"local_files_only": True, "trust_remote_code": False}
+
 
 def class_of(config: PretrainedConfig) -> Any:
     """What makes the model of ``config``: ``AutoModelForCausalLM``, or ``AutoModelForImageTextToText`` of a type that
@@ -24,9 +29,48 @@ def class_of(config: PretrainedConfig) -> Any:
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
+def config_in(folder: str | Path) -> PretrainedConfig:
+    """The configuration in ``folder``; code that the folder may bring is never run.
+
+    Raises:
+        InputError: it is absent, no JSON, or contradicts itself.
+        UnsupportedError: transformers does not know its model type.
+    """
+    try:
+        return AutoConfig.from_pretrained(str(folder), **WHERE)
+    except Exception as error:  # validation in transformers and huggingface_hub raises many types
+        if isinstance(error, ValueError) and ("does not recognize" in str(error) or "trust_remote_code" in str(error)):
+            kind = read_json(Path(folder) / "config.json").get("model_type")
+            asked, found = f"opening the model {folder}", f"transformers does not know the model type {kind!r}"
+            works = "a type that transformers itself implements; code from model folders is never run"
+            raise UnsupportedError(asked, found, works) from error
+        asked = f"reading {Path(folder) / 'config.json'}"
+        raise InputError(asked, _said(error), "the config.json of a transformers model") from error
+
+
 def from_folder(folder: str | Path, **more: Any) -> Any:
     """The model in ``folder``, in eval mode, by ``from_pretrained`` of its class, which ``more`` goes to; nothing is
-    fetched, and code that the folder may bring is never run."""
-    where = {"local_files_only": True, "trust_remote_code": False}
-    found = more.get("config") or AutoConfig.from_pretrained(str(folder), **where)
-    return class_of(found).from_pretrained(str(folder), **{**where, **more}).eval()
+    fetched, and code that the folder may bring is never run.
+
+    Raises:
+        InputError: transformers cannot load it. CorruptFileError: weights are missing, which transformers would draw at
+        random, or have other shapes than the configuration says. UnsupportedError: as :func:`config_in`.
+    """
+    config = more.pop("config", None) or config_in(folder)
+    told = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        model, info = class_of(config).from_pretrained(str(folder), config=config, **{**WHERE, **more, **told})
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if isinstance(error, FewbitError):
+            raise
+        raise InputError(f"loading the model {folder}", f"transformers says: {_said(error)}") from error
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        shapes = f"it has {tuple(found)}, the configuration says {tuple(expected)}"
+        raise CorruptFileError(f"tensor {name} of {folder}", shapes, "the folder as it was published")
+    for name in sorted(info["missing_keys"]):
+        raise CorruptFileError(f"tensor {name} of {folder}", "it does not hold it", "the folder as it was published")
+    return model.eval()
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from fewbit.containers.files import member, read_json, size_of, write_bytes, write_json
 from fewbit.containers.safetensors import SafetensorsFile
 from fewbit.containers.shards import LARGEST_SIDECAR, weight_files
 from fewbit.errors import CorruptFileError, InputError, UnsupportedError, first_line
 from fewbit.model.checkpoint import Checkpoint, check_layers
+from fewbit.model.classes import config_in
 from fewbit.model.tokenizer import FILES, has_tokenizer, open_tokenizer
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32}
@@ -34,8 +35,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     if not path.is_file():
         raise InputError(f"opening the model {folder}", "it has no config.json", "a Hugging Face model folder")
     raw = read_json(path)
-    kind = raw.get("model_type")
-    if not isinstance(kind, str):
+    if not isinstance(raw.get("model_type"), str):
         raise InputError(f"reading {path}", "it names no model_type", "the config.json of a transformers model")
     if raw.get("quantization_config") is not None:
         found = raw["quantization_config"]
@@ -43,17 +43,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise UnsupportedError(
             f"opening the model {folder}", f"it is quantized already, by {by}", "the original weights"
         )
-    try:
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # validation in transformers and huggingface_hub raises many types
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, ValueError) and ("does not recognize" in str(error) or "trust_remote_code" in str(error)):
-            raise UnsupportedError(
-                f"opening the model {folder}",
-                f"transformers does not know the model type {kind!r}",
-                "a type that transformers itself implements; code from model folders is never run",
-            ) from error
-        raise InputError(f"reading {path}", first, "the config.json of a transformers model") from error
+    return config_in(folder)
 
 
 class FolderCheckpoint(Checkpoint):

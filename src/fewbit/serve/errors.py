@@ -25,7 +25,8 @@ class ApiError(Exception):
     """An answer that is an error. ``param``: the field at fault. ``code``: for programs."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.code = status, code
+        self.message, self.param = _sound(message), None if param is None else _sound(param)
         super().__init__(message)
 
     def body(self) -> dict[str, Any]:
@@ -35,6 +36,11 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status)
         return JSONResponse(self.body(), self.status, headers)
+
+
+def _sound(text: str) -> str:
+    """``text``, which may quote a request, with halves of surrogate pairs spelt out: no answer could hold them."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def api_error(error: Exception) -> ApiError:
