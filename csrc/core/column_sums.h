@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What fewbit_column_sums says, compiled for the instruction set of the file that includes this: columns side by side in
-// vectors, rows one after another.
+// What fewbit_column_sums says, compiled for the instruction set of the file that includes this: columns side by side
+// in vectors, rows one after another.
 #pragma once
 
 #include "core/grid_round.h"
@@ -78,8 +78,9 @@ void column_sums_any(const float* x, int64_t rows, int64_t columns, float* sums,
     for (int64_t c = whole; c < columns; c++) join<float>(scratch + c, columns, sums + c);
   }
   // NaN is lost in comparisons, and not in sums.
-  const float *magnitudes = sums + 2 * columns, *largest = sums + 3 * columns;
-  for (int64_t c = 0; c < columns; c++) sums[3 * columns + c] = magnitudes[c] == magnitudes[c] ? largest[c] : magnitudes[c];
+  const float* magnitudes = sums + 2 * columns;
+  float* largest = sums + 3 * columns;
+  for (int64_t c = 0; c < columns; c++) largest[c] = magnitudes[c] == magnitudes[c] ? largest[c] : magnitudes[c];
 }
 
 }  // namespace

@@ -6,8 +6,8 @@
 
 namespace fewbit {
 
-// Even grids and tables on one instruction set: see fewbit_grid_search and fewbit_table_search, with kGridScratch floats of
-// scratch for each weight of a block, fewbit_grid_round, fewbit_squares, fewbit_grid_sweep and
+// Even grids and tables on one instruction set: see fewbit_grid_search and fewbit_table_search, with kGridScratch
+// floats of scratch for each weight of a block, fewbit_grid_round, fewbit_squares, fewbit_grid_sweep and
 // fewbit_column_sums.
 constexpr int kGridLanes = 8, kGridScratch = 3 * kGridLanes;
 struct GridKernel {
