@@ -149,6 +149,18 @@ PyObject* centers(PyObject*, PyObject* args) {
   return status(code);
 }
 
+// column_sums((rows, columns), x, sums, isa)
+PyObject* column_sums(PyObject*, PyObject* args) {
+  unsigned long long x, sums;
+  long long rows, columns;
+  int isa, code;
+  if (!PyArg_ParseTuple(args, "(LL)KKi", &rows, &columns, &x, &sums, &isa)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  code = fewbit_column_sums(pointer<const float*>(x), rows, columns, pointer<float*>(sums), isa);
+  Py_END_ALLOW_THREADS
+  return status(code);
+}
+
 }  // namespace
 
 PyMethodDef grids_methods[] = {
@@ -164,5 +176,6 @@ PyMethodDef grids_methods[] = {
      "((rows, blocks, block, count, levels), weight, worth, scales, table, bounds, chosen, isa)"},
     {"table_codes", table_codes, METH_VARARGS, "((tables, count, bound_count), values, bounds, codes, isa)"},
     {"centers", centers, METH_VARARGS, "((tables, size, count, cells), values, weights, centers)"},
+    {"column_sums", column_sums, METH_VARARGS, "((rows, columns), x, sums, isa)"},
     {nullptr, nullptr, 0, nullptr},
 };

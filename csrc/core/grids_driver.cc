@@ -79,3 +79,12 @@ extern "C" int fewbit_table_codes(const float* values, int64_t tables, int64_t c
     chosen(isa).table_codes(values + t * count, count, bounds + t * bound_count, bound_count, codes + t * count);
   return FEWBIT_OK;
 }
+
+extern "C" int fewbit_column_sums(const float* x, int64_t rows, int64_t columns, float* sums, int32_t isa) {
+  if (rows < 0 || columns <= 0 || (!x && rows) || !sums) return FEWBIT_BAD_ARGUMENT;
+  float* scratch = new (std::nothrow) float[static_cast<size_t>(4 * columns)];
+  if (!scratch) return FEWBIT_NO_MEMORY;
+  chosen(isa).column_sums(x, rows, columns, sums, scratch);
+  delete[] scratch;
+  return FEWBIT_OK;
+}

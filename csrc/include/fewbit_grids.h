@@ -109,6 +109,12 @@ typedef struct {
 } fewbit_centers_call;
 int fewbit_centers(const fewbit_centers_call* call);
 
+/* Of each column of x (rows, columns): the sums of x, x^2 and |x|, and the largest |x|, NaN where one is; sums, a result, is
+ * (4, columns), zeros for no rows. FEWBIT_STRETCH rows are added up one by one in float32, and then their sums, the same on
+ * every ISA. isa: as above. */
+#define FEWBIT_STRETCH 64
+int fewbit_column_sums(const float* x, int64_t rows, int64_t columns, float* sums, int32_t isa);
+
 #ifdef __cplusplus
 }
 #endif

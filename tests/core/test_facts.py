@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fewbit.core import compiled
 from fewbit.core import facts as module
 from fewbit.core.facts import Accumulator, Facts
 from fewbit.core.rewrite import Scale
+from fewbit.core.sums import all_finite, column_sums, plain_column_sums
 from fewbit.errors import InputError
 
 EPS = torch.finfo(torch.float32).eps
@@ -140,3 +142,35 @@ def test_refuses_other_widths() -> None:
         Accumulator(4).add(torch.ones(2, 5))
     with pytest.raises(InputError, match="different layers"):
         Facts.none(4).merge(Facts.none(5))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 200])
+@pytest.mark.parametrize("columns", [1, 7, 8, 33, 97])
+def test_compiled_sums_of_columns_are_those_of_torch_bit_for_bit(rows: int, columns: int) -> None:
+    native = compiled.grids()
+    if native is None:
+        pytest.skip("there is no compiled module")
+    x = inputs(rows, columns, rows)
+    wanted, found = plain_column_sums(x), torch.full((4, columns), torch.nan)
+    assert torch.equal(column_sums(x), wanted)
+    assert torch.equal(column_sums(x.repeat(1, 2)[:, :columns]), wanted)  # rows further apart
+    native.column_sums((rows, columns), x.data_ptr(), found.data_ptr(), 0)  # the serial one
+    assert torch.equal(found, wanted)
+    close_to, bound = x.double(), max(rows, 1) * EPS
+    for sums, exact in zip(wanted, (close_to, close_to.square(), close_to.abs()), strict=False):
+        assert ((sums - exact.sum(0)).abs() <= (bound + EPS) * exact.abs().sum(0)).all()
+
+
+def test_the_largest_is_no_number_where_one_is() -> None:
+    x = inputs(70, 11, 0)
+    x[3, 4], x[65, 10] = torch.nan, -torch.inf
+    for found in (column_sums(x), plain_column_sums(x)):
+        assert found[:, 4].isnan().all()
+        assert found[3, 10] == torch.inf and found[:, :4].isfinite().all()
+
+
+def test_numbers_whose_sum_overflows_are_finite() -> None:
+    assert all_finite(torch.full((3,), 3e38)) and all_finite(torch.full((3,), 6e4, dtype=torch.float16))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        assert not all_finite(torch.tensor([1.0, bad])) and not all_finite(torch.tensor([3e38, 3e38, bad]))
+    assert not all_finite(torch.tensor([torch.inf, -torch.inf]))

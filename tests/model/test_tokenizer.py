@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from fewbit.model.tokenizer_file import lean
+from fewbit.model.tokenizer_file import _on_lines, _pair_by_pair, lean
 
 SYMBOLS = ["a", "b", "c", "#", '"', "\\", "é", "\u2581", "[", "]", ","]
 PAIRS = [["a", "b"], ["ab", "c"], ["#", "#"], ['"', "\\"], ["é", "\u2581"], ["[", "]"], ["]", ","]]
@@ -63,3 +63,19 @@ def test_merges_that_a_string_cannot_hold_stay_pairs(pair: list[str]) -> None:
 )
 def test_what_is_no_list_of_pairs_is_left_alone(text: bytes) -> None:
     assert lean(text) == text
+
+
+@pytest.mark.parametrize("pairs", [[["a", "b", "c"], ["d"]], [["a"], ["b", "c", "d"]], [["a", "b"], ["c"], ["d", "e"]]])
+def test_lists_on_lines_that_are_no_pairs_are_left_alone(pairs: list[list[str]]) -> None:
+    text = described([["a", "b"], ["b", "c"], *pairs], indent=2)
+    assert lean(text) == text
+
+
+def test_pairs_on_lines_are_those_found_one_by_one() -> None:
+    text = described([*PAIRS, ["\\", "n"], ['",', '"'], ['"]', ',["']], indent=2, ensure_ascii=False)
+    at = text.index(b'"merges": [') + len(b'"merges": [')
+    at = text.index(b"[", at)
+    found = _on_lines(text, at)
+    assert found is not None and found == _pair_by_pair(text, at)
+    assert _on_lines(text.replace(b'"a",\n', b'"\na",\n'), at) is None  # an end of a line within a string
+    assert _on_lines(text.replace(b'"ab",\n', b'"ab" ,\n'), at) is None  # not all in one way

@@ -54,7 +54,7 @@ def test_nibbles_swapped_by_the_loader(short: Short, tmp_path: Path, monkeypatch
 
         class Swapping:
             def __init__(self) -> None:
-                self.entries = entries
+                self.path, self.entries = path, entries
 
             def get(self, name: str) -> Tensor:
                 return swapped(get(name)) if name.endswith("_packed") else get(name)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core.observers import Seen
+from fewbit.core.sums import column_sums
 from fewbit.errors import InputError
 
 R = TypeVar("R")
@@ -188,12 +189,11 @@ class Accumulator:
         if x.shape[0] == 0:
             return
         self.tokens += x.shape[0]
-        self._total += x.sum(0)
-        squares = x.square()
-        self._total_square += squares.sum(0)
-        magnitude = torch.abs(x, out=squares)  # in memory that is at hand
-        self._total_magnitude += magnitude.sum(0)
-        self._largest = torch.maximum(self._largest, magnitude.amax(0))
+        total, square, magnitude, largest = column_sums(x)
+        self._total += total
+        self._total_square += square
+        self._total_magnitude += magnitude
+        self._largest = torch.maximum(self._largest, largest)
         if self._upper is not None:
             _add_upper(self._upper, x, 0, self.columns)
 

@@ -16,6 +16,7 @@ from fewbit.core import given
 from fewbit.core.facts import Facts, half
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
+from fewbit.core.sums import all_finite
 from fewbit.errors import InputError, UnsupportedError
 
 TILE = 256
@@ -84,7 +85,7 @@ def check(method: str, weight: Tensor, format: Format, facts: Facts | None = Non
         return
     if facts.columns != weight.shape[1]:
         found, works = f"the facts are of {facts.columns} inputs", "pass the facts of this layer's inputs"
-    elif not _finite(facts.total_square if facts.gram is None else facts.gram):
+    elif not all_finite(facts.total_square if facts.gram is None else facts.gram):
         found = "the layer's calibration inputs hold NaN or infinity, or their squares do"
         works = "check that the model runs in float on the calibration text"
     else:
@@ -103,7 +104,7 @@ def check_matrix(method: str, weight: Tensor, format: Format) -> None:
 
 def check_finite(method: str, weight: Tensor, format: Format) -> None:
     """Raises InputError: the weight holds NaN or infinity."""
-    if not _finite(weight):
+    if not all_finite(weight):
         bad = ~weight.isfinite()
         row, column = (int(i) for i in bad.nonzero()[0])
         found = f"{int(bad.sum())} entries are NaN or infinite, first weight[{row}, {column}]"
@@ -120,11 +121,6 @@ def check_moment(method: str, weight: Tensor, format: Format, facts: Facts, inst
 def asked(method: str, weight: Tensor, format: Format) -> str:
     """What was asked, for an error."""
     return f"{method} of a weight of shape {tuple(weight.shape)} to {format.name}"
-
-
-def _finite(values: Tensor) -> bool:
-    """Whether no entry is NaN or infinite. A sum, which is quick, says so unless it overflows."""
-    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
 def refuse_vectors(format: Format) -> str | None:

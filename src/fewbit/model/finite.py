@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fewbit.core.sums import all_finite
 from fewbit.errors import InputError
 
 
@@ -29,7 +30,7 @@ def finite(values: Tensor, path: str, module: nn.Module, run: Callable[[nn.Modul
         InputError: they hold NaN or infinity. To name the first layer, in order of execution, ``run`` is called again,
             on a twin of ``module`` that looks at what enters and leaves each layer.
     """
-    if bool(values.isfinite().all()):
+    if all_finite(values):
         return values
     check_layers(module, path, run)
     raise _refused(_Begins(path or "the model", "outputs", values))  # two finite numbers whose sum is none
@@ -46,7 +47,7 @@ def check_layers(module: nn.Module, path: str, run: Callable[[nn.Module], Any]) 
 
 def check_inputs(values: Tensor, path: str) -> None:
     """Raises InputError: ``values``, the inputs of the layer at ``path``, hold NaN or infinity."""
-    if not bool(values.isfinite().all()):
+    if not all_finite(values):
         raise _refused(_Begins(path, "inputs", values))
 
 
@@ -74,5 +75,5 @@ def _watched(module: nn.Module, path: str) -> nn.Module:
 
 def _look(path: str, what: str, values: Any) -> None:
     for each in values if isinstance(values, (tuple, list)) else (values,):
-        if isinstance(each, Tensor) and each.is_floating_point() and not bool(each.isfinite().all()):
+        if isinstance(each, Tensor) and each.is_floating_point() and not all_finite(each):
             raise _Begins(path, what, each)

@@ -21,8 +21,10 @@ LARGEST_HEAD = 4 << 20
 """Bytes before the vocabulary, which is normalization and added tokens: 1.1 MB of Gemma 3, the most of those known."""
 _BEGIN = re.compile(rb'"merges"\s*:\s*\[\s*(?=\[)')
 _PAIR = re.compile(rb'\[\s*"((?:[^"\\]|\\.)*)"\s*,\s*"((?:[^"\\]|\\.)*)"\s*\]\s*(,?)\s*')
+_CLOSING = re.compile(rb'"\s*\]\s*\]')
 _VOCABULARY = re.compile(rb'"vocab"\s*:\s*\{')
 _MERGES = re.compile(rb'\}\s*,\s*"merges"\s*:\s*\[')
+_WITHIN_LINES = bytes(set(range(256)) - set(b"\0\1\n"))
 _END = re.compile(rb"\]\s*\}\s*\}\s*\Z")
 
 
@@ -49,14 +51,41 @@ def lean(text: bytes) -> bytes:
     found = _BEGIN.search(text)
     if found is None:
         return text
-    at, merges, count = found.end(), bytearray(), 0
+    merges, end, count = _on_lines(text, found.end()) or _pair_by_pair(text, found.end())
+    # A comment, and a token with a space in it, which may be an escape: those cannot be told from another merge.
+    if text[end : end + 1] != b"]" or merges.count(b" ") != count or b'"#version' in merges or b"\\u0020" in merges:
+        return text
+    return b"".join((text[: found.end()], merges, text[end:]))
+
+
+def _on_lines(text: bytes, at: int) -> tuple[bytes, int, int] | None:
+    """The pairs from ``at`` on as strings, where they end, and how many they are; None where they do not lie on lines
+    of their own, all in one way, as the package writes them: no string holds a line's end, so that what is between two
+    tokens is found, and nothing like it in a token."""
+    first = _PAIR.match(text, at)
+    second = _PAIR.match(text, first.end()) if first else None
+    if not first or not second:
+        return None
+    within, between = text[first.end(1) : first.start(2)], text[first.end(2) : second.start(1)]
+    last = text.rfind(between[: between.index(b"]") + 1])
+    closing = _CLOSING.match(text, last)
+    if closing is None:
+        return None
+    tokens = text[first.start(1) : last].replace(within, b"\0").replace(between, b"\1")
+    ends = tokens.translate(None, _WITHIN_LINES)
+    if b"\n" not in within or b"\n" not in between or ends != b"\0\1" * (len(ends) // 2) + b"\0":
+        return None
+    merges = tokens.replace(b"\0", b" ").replace(b"\1", b'","')
+    return b'"%b"' % merges, closing.end() - 1, len(ends) // 2 + 1
+
+
+def _pair_by_pair(text: bytes, at: int) -> tuple[bytes, int, int]:
+    """As :func:`_on_lines`, up to what is no pair, however they lie."""
+    merges, count = bytearray(), 0
     while pair := _PAIR.match(text, at):
         merges += b'"%b %b"%b' % pair.groups()
         at, count = pair.end(), count + 1
-    # A comment, and a token with a space in it, which may be an escape: those cannot be told from another merge.
-    if text[at : at + 1] != b"]" or merges.count(b" ") != count or b'"#version' in merges or b"\\u0020" in merges:
-        return text
-    return b"".join((text[: found.end()], merges, text[at:]))
+    return bytes(merges), at, count
 
 
 @dataclass(frozen=True)

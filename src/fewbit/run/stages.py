@@ -22,7 +22,7 @@ from fewbit.run.sequential import quantize_block
 from fewbit.run.solve import Solved, check_outputs, digest
 from fewbit.run.state import TOGETHER, Run
 from fewbit.run.tasks import block_sites, propagate, solve_sites
-from fewbit.run.verify import read_back, read_rewrite
+from fewbit.run.verify import opened, read_back, read_rewrite
 
 
 def run_stages(run: Run) -> None:
@@ -175,11 +175,12 @@ def write_stage(
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))  # keeps all aligned
     path = (folder or run.folder) / run.shard(stage)
     sha256 = write_safetensors(path, tensors, {"format": "pt"})
+    stored = opened(path)
 
     def checked(item: Solved) -> dict[str, Any]:
         record = {**item.record, "decoded_sha256": digest(item.weight.dequantize())}
         name = record["name"]
-        again, rewrite = read_back(path, record), read_rewrite(path, record)
+        again, rewrite = read_back(stored, record), read_rewrite(stored, record)
         shown = seen.get(name, [])
         if len(shown) == 1 and len(shown[0]):
             # The model holds what was solved: the block goes on with it.

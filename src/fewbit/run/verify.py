@@ -12,65 +12,74 @@ from torch import Tensor
 from fewbit.containers import manifest as M
 from fewbit.containers import terms as T
 from fewbit.containers.files import member, read_json
-from fewbit.containers.safetensors import open_safetensors
+from fewbit.containers.safetensors import SafetensorsFile, open_safetensors
 from fewbit.containers.shards import INDEX
 from fewbit.core import rewrite as R
 from fewbit.errors import CorruptFileError, InputError, VerificationError
 from fewbit.run.solve import digest
 
 
-def read_back(path: Path, record: dict[str, Any]) -> T.Weight:
-    """The layer of ``record`` as ``path`` holds it.
+def read_back(file: SafetensorsFile | Path, record: dict[str, Any]) -> T.Weight:
+    """The layer of ``record`` as ``file``, opened or to be opened, holds it.
 
     Raises:
         VerificationError: arrays are missing, of another shape or dtype, not finite, or decode to other values than
             those that were solved.
     """
+    file = opened(file)
     name, (rows, columns) = record["name"], record["shape"]
     plain = T.of_entry({**record, "shape": [rows * record["experts"], columns]})
     try:
-        weight = T.restore(plain, _arrays(path, f"{name}.weight_", T.sizes(plain)))
+        weight = T.restore(plain, _arrays(file, f"{name}.weight_", T.sizes(plain)))
     except CorruptFileError as error:
-        raise VerificationError(f"layer {name} in {path.name}: {error.asked}", error.found) from None
+        raise VerificationError(f"layer {name} in {file.path.name}: {error.asked}", error.found) from None
     if digest(weight.dequantize()) != record["decoded_sha256"]:
         raise VerificationError(
-            f"layer {name} in {path.name}", "it decodes to other values than those that were solved"
+            f"layer {name} in {file.path.name}", "it decodes to other values than those that were solved"
         )
     return weight
 
 
-def read_rewrite(path: Path, record: dict[str, Any]) -> R.Chain:
-    """What the layer of ``record`` does to its inputs, as ``path`` holds it.
+def read_rewrite(file: SafetensorsFile | Path, record: dict[str, Any]) -> R.Chain:
+    """What the layer of ``record`` does to its inputs, as ``file``, opened or to be opened, holds it.
 
     Raises:
         VerificationError: arrays are missing, of another shape or dtype, not finite, or not those that were fitted.
     """
     if not record["rewrites"]:
         return R.Chain()
+    file = opened(file)
     kinds, columns = _kinds(record), record["shape"][1]
-    arrays = _arrays(path, f"{record['name']}.input_", R.storage(kinds, columns))
+    arrays = _arrays(file, f"{record['name']}.input_", R.storage(kinds, columns))
     for position, step in enumerate(record["rewrites"]):
         for array, expected in step["arrays"].items():
             if digest(arrays[f"{position}_{array}"]) != expected:
                 key = f"{record['name']}.input_{position}_{array}"
-                raise VerificationError(f"{key} in {path.name}", "it holds other values than those that were fitted")
+                raise VerificationError(
+                    f"{key} in {file.path.name}", "it holds other values than those that were fitted"
+                )
     try:
         return R.restore(kinds, columns, arrays)
     except InputError as error:
-        raise VerificationError(f"inputs of {record['name']} in {path.name}: {error.asked}", error.found) from None
+        raise VerificationError(f"inputs of {record['name']} in {file.path.name}: {error.asked}", error.found) from None
 
 
 def _kinds(record: dict[str, Any]) -> list[str]:
     return [step["kind"] for step in record["rewrites"]]
 
 
-def _arrays(path: Path, stem: str, sizes: R.Sizes) -> dict[str, Tensor]:
-    """The arrays of ``sizes``, each called ``stem`` and its own name in ``path``; see above for what is refused."""
-    found, file = {}, open_safetensors(path)
+def opened(file: SafetensorsFile | Path) -> SafetensorsFile:
+    """``file``, its header checked: once for all that is read of it."""
+    return open_safetensors(file) if isinstance(file, Path) else file
+
+
+def _arrays(file: SafetensorsFile, stem: str, sizes: R.Sizes) -> dict[str, Tensor]:
+    """The arrays of ``sizes``, each called ``stem`` and its own name in ``file``; see above for what is refused."""
+    found = {}
     for array, (dtype, size) in sizes.items():
         key = stem + array
         if key not in file.entries:
-            raise VerificationError(f"reading {path.name} again", f"{key} is missing")
+            raise VerificationError(f"reading {file.path.name} again", f"{key} is missing")
         tensor = file.get(key)
         if tensor.dtype != dtype or tuple(tensor.shape) != size:
             raise VerificationError(f"{key} must be {dtype} {size}", f"it is {tensor.dtype} {tuple(tensor.shape)}")
