@@ -30,7 +30,7 @@ def column_sums(x: Tensor) -> Tensor:
 def plain_column_sums(x: Tensor) -> Tensor:
     """:func:`column_sums` by torch: row after row of a stretch, then stretch after stretch."""
     if not len(x):
-        return torch.zeros(4, x.shape[1], device=x.device)
+        return x.new_zeros(4, x.shape[1])
     padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % STRETCH)).reshape(-1, STRETCH, x.shape[1])
     sums = [_added(_added(part.unbind(1)).unbind()) for part in (padded, padded.square(), padded.abs())]
     return torch.stack([*sums, x.abs().amax(0)])
