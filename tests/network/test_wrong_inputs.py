@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit import network
-from fewbit.errors import InputError, SpecError
+from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.model.convolution import QuantConv2d
 from fewbit.model.layers import QuantLinear
 from fewbit.network import feeding
@@ -179,3 +179,22 @@ def test_torchs_own_encoder_layers_run_their_quantized_layers(padded: bool, tmp_
     assert {entry["name"].rpartition("layers.")[2] for entry in found.skipped} >= {"0.self_attn", "1.self_attn"}
     network.save(found, tmp_path / "out")
     assert torch.equal(network.load(tmp_path / "out", encoder())(x, **more), y)
+
+
+class AsksItsLayer(nn.Module):
+    """Casts to the dtype of a weight, as networks in mixed precision do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.to(self.inner.weight.dtype))
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_network_that_asks_a_layer_for_its_weight_is_refused_by_name(sequential: bool) -> None:
+    made = nn.Sequential(AsksItsLayer(), AsksItsLayer()).eval()
+    match = r"quantizing 0\.inner; the network's own code asks that layer for 'weight'.*match = .0\.inner."
+    with pytest.raises(UnsupportedError, match=match):
+        network.quantize(made, "int8/channel", inputs=[torch.randn(4, 16)], sequential=sequential)

@@ -30,7 +30,7 @@ from fewbit.model.convolution import window_of
 from fewbit.model.product import Product
 from fewbit.network import solving
 from fewbit.network.distill import distill
-from fewbit.network.feeding import Batch, batches_of
+from fewbit.network.feeding import Batch, batches_of, feed
 from fewbit.network.fold import NORMS, fold_norms
 from fewbit.network.folder import load, save
 from fewbit.network.inline import place_products
@@ -103,6 +103,8 @@ def quantize(
     rounded = {side: rule for name, rule in products.items() for side in solving.operands(name)}
     solved, grids = distill(teacher, made, solved, rounded, grids, batches, seed)
     layers, records = _replace(made, solved, products, grids)
+    if batches:
+        feed(made, batches[0])  # what its code asks quantized layers for shows now, not when it is used
     skipped = [left for left in skipped if left["name"] not in folded]
     return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records, told)
 

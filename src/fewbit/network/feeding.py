@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from fewbit.core.facts import Accumulator, Facts
 from fewbit.core.observers import Seen
 from fewbit.core.rewrite import Chain
-from fewbit.errors import InputError, of_layer
+from fewbit.errors import InputError, UnsupportedError, of_layer
 from fewbit.kernels.conv import unfold
 from fewbit.kernels.window import Window
 from fewbit.model.finite import check_inputs
 from fewbit.model.hooks import hooked
+from fewbit.model.layers import Multiplier
 
 Batch = Any
 """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -65,6 +66,7 @@ def call(network: nn.Module, batch: Batch) -> Any:
     Raises:
         InputError: the network cannot be run on ``batch``; it says what torch says. What fails in code of ours, and
             want of memory, is raised as it is.
+        UnsupportedError: the network asks a quantized layer for what only the float one has.
     """
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
 
@@ -82,6 +84,14 @@ def call(network: nn.Module, batch: Batch) -> Any:
         what = f"running a {type(network).__name__} on a batch of {', '.join(shapes) or 'no tensor'}"
         found = str(error).partition("\n")[0]
         raise InputError(what, found, "batches as its forward takes them: check network(batch)") from error
+    except AttributeError as error:
+        name = next((name for name, module in network.named_modules() if module is error.obj), "")
+        if not isinstance(error.obj, Multiplier):
+            raise
+        found = f"the network's own code asks that layer for {error.name!r}, which a quantized one does not have"
+        raise UnsupportedError(
+            f"quantizing {name}", found, f'format "float" in a rule with match = "{name}"'
+        ) from error
 
 
 def _of_network(error: Exception) -> bool:
