@@ -188,7 +188,7 @@ struct BitRun {
 
   // Adds the sums of a token's parts to its totals, as floats: 2^23 above what they are put behind.
   template <Settling how>
-  __attribute__((noinline)) void settle_token(int64_t token) {
+  FEWBIT_APART void settle_token(int64_t token) {
     const U above = _mm256_set1_epi16(0x4b00);
     const FourTables from(task, token);
     Segment here = segment;
@@ -217,7 +217,7 @@ struct BitRun {
     for (int t = 0; t < kGroups; t++) store(to + t * kLanes, y ? multiply(total[t], scale) : total[t]);
   }
 
-  __attribute__((noinline)) void add(Settling how, int64_t token) {
+  FEWBIT_APART void add(Settling how, int64_t token) {
     const FourTables from(task, token);
     if (from.all().paired) add_parts<true>(from.chunk(first));
     else add_parts<false>(from.chunk(first));

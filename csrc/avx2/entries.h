@@ -123,8 +123,8 @@ struct Offsets {
 // Adds the products of groups of four columns of some codes with M tokens, `next` activations apart, to `total`, (codes,
 // tokens, numbers of an entry). A call of its own: what surrounds it would keep registers that its sums need.
 template <class Entry, int M>
-__attribute__((noinline)) void add_quads(const void* book, const uint16_t* at, const typename Entry::Number* x, int64_t next,
-                                         int64_t quads, typename Entry::Number* total) {
+FEWBIT_APART void add_quads(const void* book, const uint16_t* at, const typename Entry::Number* x, int64_t next,
+                            int64_t quads, typename Entry::Number* total) {
   constexpr int P = Entry::kParts;
   const uint64_t second = in_register(16 | 16 << 8), third = in_register(32 | 16 << 8);
   typename Entry::Lanes sum[kSums];
@@ -151,9 +151,9 @@ __attribute__((noinline)) void add_quads(const void* book, const uint16_t* at, c
 // Likewise of chunks of some codes of a wide book, which lie `next` bytes apart, and whose chunks lie `apart`, with one token,
 // whose chunks lie `x_apart` activations apart.
 template <class Entry, int BITS>
-__attribute__((noinline)) void add_wide_chunks(const EightIndices<BITS>& indices, const uint8_t* codes, int64_t next,
-                                               int64_t apart, const uint8_t* book, const int16_t* x, int64_t x_apart,
-                                               int64_t chunks, int32_t* total) {
+FEWBIT_APART void add_wide_chunks(const EightIndices<BITS>& indices, const uint8_t* codes, int64_t next,
+                                  int64_t apart, const uint8_t* book, const int16_t* x, int64_t x_apart,
+                                  int64_t chunks, int32_t* total) {
   typename Entry::Lanes sum[kSums], each[4];
 #pragma GCC unroll 8
   for (int i = 0; i < kSums; i++) sum[i] = Entry::load(total + i * Entry::kLanes);

@@ -32,7 +32,7 @@ FEWBIT_INLINE void decode_levels(const LevelBytes& level, const uint8_t* codes, 
 }
 
 // What eight rows and each of the tokens add up to over columns [0, 32 chunks). A call of its own, for the registers.
-__attribute__((noinline)) void add_products(const float* levels, const float* x, int64_t chunks, U (&sum)[kTokens24]) {
+FEWBIT_APART void add_products(const float* levels, const float* x, int64_t chunks, U (&sum)[kTokens24]) {
   U part[kTokens24][4];  // of rows r and r + 4, and every fourth column
   for (auto& token : part)
     for (U& rows : token) rows = repeat(static_cast<uint32_t>(chunks) * -8u * static_cast<uint32_t>(kRoundBits));

@@ -97,8 +97,8 @@ struct RestsOfTokens {
 
   // Values are integers that float32 holds.
   template <class K, int T>
-  __attribute__((noinline)) void add(const K& kernel, const SegmentStrip& strip, int64_t first, int64_t last,
-                                     F (&value)[kUnsettled][T][M]) {
+  FEWBIT_APART void add(const K& kernel, const SegmentStrip& strip, int64_t first, int64_t last,
+                        F (&value)[kUnsettled][T][M]) {
     const uint8_t* codes[T];
     for (int t = 0; t < T; t++) codes[t] = Group(task, strip.at(t)).codes;
     for (int m = 0; m < M; m++)

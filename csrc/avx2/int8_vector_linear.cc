@@ -46,7 +46,7 @@ FEWBIT_INLINE void add_words(const U (&words)[HALVES], const X* x, U (&sum)[M][H
 // Adds the products of rows of two codes with one token. A call of its own: what surrounds it would keep registers that its
 // sums need.
 template <class Source, int HALVES>
-__attribute__((noinline)) void add_chunks(Source source, const X* x, int64_t chunks, U (&total)[1][HALVES]) {
+FEWBIT_APART void add_chunks(Source source, const X* x, int64_t chunks, U (&total)[1][HALVES]) {
   U sum[1][HALVES], orders[HALVES];
   for (int h = 0; h < HALVES; h++) orders[h] = order(h), sum[0][h] = total[0][h];
   for (const X* end = x + chunks * 32; x < end; x += 32, source.next()) {
@@ -68,7 +68,7 @@ __attribute__((noinline)) void add_chunks(Source source, const X* x, int64_t chu
 
 // Writes a part of a segment of two codes as words. ADD: adds to those of another book.
 template <bool ADD, class Source, int HALVES>
-__attribute__((noinline)) void decode_chunks(Source source, int64_t chunks, Words<HALVES>& out) {
+FEWBIT_APART void decode_chunks(Source source, int64_t chunks, Words<HALVES>& out) {
   U orders[HALVES];
   for (int h = 0; h < HALVES; h++) orders[h] = order(h);
   U(*to)[HALVES] = out.of;
@@ -89,7 +89,7 @@ __attribute__((noinline)) void decode_chunks(Source source, int64_t chunks, Word
 
 // Adds its products with M tokens. A call of its own, as that above.
 template <int M, int HALVES>
-__attribute__((noinline)) void add_part(const Words<HALVES>& words, const X* x, int64_t chunks, U (&total)[M][HALVES]) {
+FEWBIT_APART void add_part(const Words<HALVES>& words, const X* x, int64_t chunks, U (&total)[M][HALVES]) {
   U sum[M][HALVES];
 #pragma GCC unroll 8
   for (int i = 0; i < M * HALVES; i++) sum[i / HALVES][i % HALVES] = total[i / HALVES][i % HALVES];

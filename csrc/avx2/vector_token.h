@@ -13,7 +13,7 @@ namespace {
 constexpr int32_t kJointBits = 12;  // of two indices that are read as one: their book of bytes fills the first-level cache
 
 template <int COUNT, int M, int WIDTH>
-__attribute__((noinline)) void begin_codes(const Int8VectorTask& task, int64_t token, float (&totals)[COUNT][M][WIDTH]) {
+FEWBIT_APART void begin_codes(const Int8VectorTask& task, int64_t token, float (&totals)[COUNT][M][WIDTH]) {
   memset(totals, 0, sizeof totals);
   for (auto& of : totals)
     for (int m = 0; m < M; m++)
@@ -22,8 +22,8 @@ __attribute__((noinline)) void begin_codes(const Int8VectorTask& task, int64_t t
 
 // Scales the sums of a segment, and adds them to their totals.
 template <class Number, int COUNT, int M, int WIDTH>
-__attribute__((noinline)) void settle_codes(const Int8VectorTask& task, const VectorSegment& segment, int64_t token, const Number (&sums)[COUNT][M][WIDTH],
-                  float (&totals)[COUNT][M][WIDTH]) {
+FEWBIT_APART void settle_codes(const Int8VectorTask& task, const VectorSegment& segment, int64_t token,
+                               const Number (&sums)[COUNT][M][WIDTH], float (&totals)[COUNT][M][WIDTH]) {
   float factor[M][WIDTH] = {};
   for (int m = 0; m < M; m++)
     for (int64_t d = 0; d < task.dim; d++) factor[m][d] = segment.factor(token + m, d);
@@ -34,7 +34,8 @@ __attribute__((noinline)) void settle_codes(const Int8VectorTask& task, const Ve
 }
 
 template <int COUNT, int M, int WIDTH>
-__attribute__((noinline)) void put_totals(const Int8VectorTask& task, int64_t code, int64_t token, const float (&totals)[COUNT][M][WIDTH]) {
+FEWBIT_APART void put_totals(const Int8VectorTask& task, int64_t code, int64_t token,
+                             const float (&totals)[COUNT][M][WIDTH]) {
   for (int u = 0; u < COUNT && code + u < task.rows; u++)
     for (int m = 0; m < M; m++) put_code(task, code + u, token + m, totals[u][m]);
 }
@@ -87,7 +88,7 @@ struct Entries {
   }
 
  private:
-  static __attribute__((noinline)) void read(const Int8VectorTask& task, const uint8_t* book, T (&out)[2][kRead * kWidth]) {
+  static FEWBIT_APART void read(const Int8VectorTask& task, const uint8_t* book, T (&out)[2][kRead * kWidth]) {
     for (int64_t b = 0; b < task.books; b++, book += task.dim * task.entries)
       for (int64_t i = 0; i < task.entries; i++)
         for (int64_t d = 0; d < kWidth; d++) out[b][i * kWidth + d] = d < task.dim ? book[d * task.entries + i] : T{};

@@ -133,7 +133,7 @@ FEWBIT_INLINE void settle_as(Run& run, const U (*sums)[T][M], int64_t group, int
 
 // A call of its own, which all operands share.
 template <int T, int M>
-__attribute__((noinline)) void settle_run(Run& run, const U (*sums)[T][M], int64_t group, int64_t token) {
+FEWBIT_APART void settle_run(Run& run, const U (*sums)[T][M], int64_t group, int64_t token) {
   switch (run.how) {
     case kPlain: return settle_as<kPlain>(run, sums, group, token);
     case kShifted: return settle_as<kShifted>(run, sums, group, token);
@@ -174,7 +174,7 @@ FEWBIT_INLINE void add_groups(Run& run, const K& kernel, int64_t group, int64_t 
 
 // The same for all tokens. A call of its own: what surrounds it would keep registers.
 template <class K>
-__attribute__((noinline)) void add_run(Run& run, const K& kernel, int64_t tokens) {
+FEWBIT_APART void add_run(Run& run, const K& kernel, int64_t tokens) {
   constexpr int T = kSumsBeside / kFewBeside / K::kPlanes;
 #pragma GCC unroll 1
   for (int64_t token = 0; token < tokens; token += kFewBeside)

@@ -82,7 +82,7 @@ FEWBIT_INLINE void settle_as(Block<T>& block, const U (*sums)[T][H], int64_t tok
 
 // A call of its own, which all operands share.
 template <int M, int T, int H>
-__attribute__((noinline)) void settle_block(Block<T>& block, const U (*sums)[T][H], int64_t token, const float* sums_of_x) {
+FEWBIT_APART void settle_block(Block<T>& block, const U (*sums)[T][H], int64_t token, const float* sums_of_x) {
   switch (block.how) {
     case kPlain: return settle_as<kPlain, M>(block, sums, token, sums_of_x);
     case kShifted: return settle_as<kShifted, M>(block, sums, token, sums_of_x);
@@ -116,7 +116,7 @@ FEWBIT_INLINE void add_some(CodeBlock<K>& block, int64_t token, int64_t m) {
 
 // The same for M tokens. A call of its own: what surrounds it would keep registers.
 template <int M, class K>
-__attribute__((noinline)) void add_block(CodeBlock<K>& block, int64_t token) {
+FEWBIT_APART void add_block(CodeBlock<K>& block, int64_t token) {
 #pragma GCC unroll 1
   for (int64_t m = 0; m < M; m += kBeside) add_some<M>(block, token, m);
 }

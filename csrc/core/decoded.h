@@ -76,7 +76,7 @@ FEWBIT_INLINE void settle_all(Part<K, T>& part, const typename K::Sum (&dot)[T][
 // Multiplies a part by M tokens, and adds to their totals. A call of its own: what surrounds it would keep registers that its
 // sums need. With few arguments: more of them would wait in vector registers, behind all products that are not done yet.
 template <class K, int T, int M>
-__attribute__((noinline)) void add_part(Part<K, T>& part, int64_t token) {
+FEWBIT_APART void add_part(Part<K, T>& part, int64_t token) {
   constexpr int P = K::kPlanes;
   constexpr int64_t step = Part<K, T>::kStep;
   using Sum = typename K::Sum;

@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "core/inline.h"
 #include "fewbit.h"
 
 namespace fewbit {
@@ -56,7 +57,7 @@ inline int64_t bytes_of(int32_t dtype) { return dtype == FEWBIT_FLOAT32 ? 4 : 2;
 
 // `count` elements from `at`, a step apart, as float32, into `buffer`, which it returns. A call of its own: inlined wherever
 // activations are read, its three loops would be most of the code.
-__attribute__((noinline)) inline const float* converted(const fewbit_input& x, int64_t at, int64_t count, float* buffer) {
+FEWBIT_APART inline const float* converted(const fewbit_input& x, int64_t at, int64_t count, float* buffer) {
   const auto* here = static_cast<const uint16_t*>(x.data) + at;
   const int64_t step = x.step;
   if (x.dtype == FEWBIT_FLOAT32)

@@ -65,7 +65,7 @@ struct Unsettled {
   }
 
   // A call of its own, for the registers of the products.
-  __attribute__((noinline)) void settle_all(float step) {
+  FEWBIT_APART void settle_all(float step) {
     switch (settling(task)) {
       case kPlain: return settle_as<kPlain>(step);
       case kShifted: return settle_as<kShifted>(step);

@@ -113,7 +113,7 @@ FEWBIT_INLINE void add_sums(const U (&sum)[1][kRowTokens][R], int32_t* totals) {
 // Adds the products of `vectors` vectors of levels that were kept to `totals`. A call of its own: what surrounds it would
 // keep registers that its sums need.
 template <int R>
-__attribute__((noinline)) void add_decoded(const uint8_t* levels, const uint8_t* x, int64_t vectors, int32_t* totals) {
+FEWBIT_APART void add_decoded(const uint8_t* levels, const uint8_t* x, int64_t vectors, int32_t* totals) {
   U sum[1][kRowTokens][R];
   for (int m = 0; m < kRowTokens; m++)
     for (int r = 0; r < R; r++) sum[0][m][r] = repeat(0);

@@ -77,7 +77,7 @@ const X* activations_of(const Int8VectorTask& task, int64_t token) {
 }
 
 // The rows of one code of one token to y, the bias added. A call of its own, as that is often and slight work.
-__attribute__((noinline)) inline void put_code(const Int8VectorTask& task, int64_t code, int64_t token, const float* total) {
+FEWBIT_APART inline void put_code(const Int8VectorTask& task, int64_t code, int64_t token, const float* total) {
   const int64_t row = code * task.dim, left = task.out_rows - row;
   for (int64_t d = 0; d < task.dim && d < left; d++) {
     const float y = task.bias ? total[d] + task.bias[row + d] : total[d];

@@ -81,7 +81,7 @@ struct Strip {
 // Writes what a strip's row groups add up to. A call of its own, once a strip: inlined where it is used, it would be most of
 // the code.
 template <int T, int M>
-__attribute__((noinline)) void write(const Task& task, const Strip& strip, const F (&total)[T][M]) {
+FEWBIT_APART void write(const Task& task, const Strip& strip, const F (&total)[T][M]) {
   for (int t = 0; t < T && t < strip.groups; t++)
     for (int m = 0; m < M && m < strip.tokens; m++) put(task, strip.at(task, t).row, strip.token + m, total[t][m]);
 }
@@ -105,7 +105,7 @@ FEWBIT_INLINE void fold(const Task& task, const Strip& strip, const Group& group
 // T row groups x M tokens, blocks of whole chunks (the last one possibly short). A call of its own: where several are
 // inlined into one function, GCC keeps sums in memory.
 template <class K, int T, int M>
-__attribute__((noinline)) void compute(const Task& task, const Strip& strip) {
+FEWBIT_APART void compute(const Task& task, const Strip& strip) {
   const K kernel(task.table);
   F total[T][M];
   const uint8_t* codes[T];
@@ -135,7 +135,7 @@ __attribute__((noinline)) void compute(const Task& task, const Strip& strip) {
 
 // One row group x M tokens, blocks of any size. The panel holds plain activations, 32 a chunk.
 template <class K, int M>
-__attribute__((noinline)) void compute_generic(const Task& task, const Strip& strip) {
+FEWBIT_APART void compute_generic(const Task& task, const Strip& strip) {
   const K kernel(task.table);
   const Group group = strip.at(task, 0);
   const float* panel = strip.panel(task, 32);

@@ -220,7 +220,7 @@ FEWBIT_INLINE void finish_inline(const SegmentTask& task, const SegmentStrip& st
 }
 
 template <int T, int M>
-__attribute__((noinline)) void finish_by_call(const SegmentTask& task, const SegmentStrip& strip, const F (&total)[T][M]) {
+FEWBIT_APART void finish_by_call(const SegmentTask& task, const SegmentStrip& strip, const F (&total)[T][M]) {
   finish_inline(task, strip, total);
 }
 
@@ -237,8 +237,8 @@ FEWBIT_INLINE void finish_strip(const SegmentTask& task, const SegmentStrip& str
 // The same of tokens that were computed M at a time and whose totals are kept, settled but where they are `kPartly`. A call of
 // its own, as above.
 template <int M, int T>
-__attribute__((noinline)) void finish_totals(const SegmentTask& task, const SegmentStrip& strip, Settling how,
-                                             const Line (&line)[T], const float (*totals)[T][kLanes]) {
+FEWBIT_APART void finish_totals(const SegmentTask& task, const SegmentStrip& strip, Settling how,
+                                const Line (&line)[T], const float (*totals)[T][kLanes]) {
   for (int64_t m = 0; m < strip.tokens; m += M) {
     const Tokens<M> all(task, Segment(task), m);
     for (int t = 0; t < T && t < strip.groups; t++)
