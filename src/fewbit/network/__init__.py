@@ -102,9 +102,7 @@ def quantize(
     solved, grids = solve(made, rules, products, batches, weighed, correct_bias, seed)
     rounded = {side: rule for name, rule in products.items() for side in solving.operands(name)}
     solved, grids = distill(teacher, made, solved, rounded, grids, batches, seed)
-    layers, records = _replace(made, solved, products, grids)
-    if batches:
-        feed(made, batches[0])  # what its code asks quantized layers for shows now, not when it is used
+    layers, records = _replace(made, solved, products, grids, batches)
     skipped = [left for left in skipped if left["name"] not in folded]
     return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records, told)
 
@@ -130,9 +128,13 @@ def _refuse(recipe: Recipe) -> None:
 
 
 def _replace(
-    network: nn.Module, solved: dict[str, Solved], products: dict[str, Rule], grids: dict[str, Fixed]
+    network: nn.Module,
+    solved: dict[str, Solved],
+    products: dict[str, Rule],
+    grids: dict[str, Fixed],
+    batches: list[Batch],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Put quantized layers and products where the float ones are; returns their records."""
+    """Put quantized layers and products where the float ones are, and run the network once; returns their records."""
     layers, modules = [], dict(network.named_modules())
     for name, item in solved.items():
         layer, grid = modules[name], grids.get(name)
@@ -146,6 +148,8 @@ def _replace(
     integers = {name: solving.product(name, rule, grids) for name, rule in products.items()}
     for name, product in integers.items():
         put(network, name, product)
+    if batches:
+        feed(network, batches[0])  # what its code asks quantized layers for shows now, not when it is used
     return layers, [{"name": name, **product.record()} for name, product in integers.items()]
 
 
