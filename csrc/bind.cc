@@ -25,45 +25,38 @@ PyObject* tile16_bytes(PyObject*, PyObject* args) {
 PyObject* tile16_pack(PyObject*, PyObject* args) {
   unsigned long long codes, packed;
   long long stride, rows, columns;
-  int bits, code;
+  int bits;
   if (!PyArg_ParseTuple(args, "KLLLiK", &codes, &stride, &rows, &columns, &bits, &packed)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_tile16_pack(pointer<const uint8_t*>(codes), stride, rows, columns, bits, pointer<uint8_t*>(packed));
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_tile16_pack(pointer<const uint8_t*>(codes), stride, rows, columns, bits, pointer<uint8_t*>(packed));
+  }));
 }
 
 PyObject* tile16_unpack(PyObject*, PyObject* args) {
   unsigned long long codes, packed;
   long long stride, rows, columns;
-  int bits, code;
+  int bits;
   if (!PyArg_ParseTuple(args, "KLLiKL", &packed, &rows, &columns, &bits, &codes, &stride)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_tile16_unpack(pointer<const uint8_t*>(packed), rows, columns, bits, pointer<uint8_t*>(codes), stride);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_tile16_unpack(pointer<const uint8_t*>(packed), rows, columns, bits, pointer<uint8_t*>(codes),
+                                stride);
+  }));
 }
 
 PyObject* arrange(PyObject*, PyObject* args) {
   unsigned long long packed;
   long long rows, columns;
-  int bits, back, code;
+  int bits, back;
   if (!PyArg_ParseTuple(args, "LLiiK", &rows, &columns, &bits, &back, &packed)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_arrange(rows, columns, bits, back, pointer<uint8_t*>(packed));
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] { return fewbit_arrange(rows, columns, bits, back, pointer<uint8_t*>(packed)); }));
 }
 
 PyObject* rowhalves16(PyObject*, PyObject* args) {
   unsigned long long packed;
   long long rows, columns;
-  int back, code;
+  int back;
   if (!PyArg_ParseTuple(args, "LLiK", &rows, &columns, &back, &packed)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_rowhalves16(rows, columns, back, pointer<uint8_t*>(packed));
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] { return fewbit_rowhalves16(rows, columns, back, pointer<uint8_t*>(packed)); }));
 }
 
 // A matrix in Python: (rows, columns, block, bits, family, scale_half, offset_half, zero, codes, scale, offset, table,
@@ -98,7 +91,7 @@ PyObject* linear_many(PyObject*, PyObject* args) {
   PyObject* tuple;
   unsigned long long data;
   long long tokens, stride, step, x_block;
-  int x_dtype, y_dtype, isa, threads, zero = 0, code;
+  int x_dtype, y_dtype, isa, threads, zero = 0;
   float scale = 0;
   if (!PyArg_ParseTuple(args, "O!(KLLLi)Liii|fi", &PyTuple_Type, &tuple, &data, &tokens, &stride, &step, &x_dtype,
                         &x_block, &y_dtype, &isa, &threads, &scale, &zero))
@@ -109,10 +102,9 @@ PyObject* linear_many(PyObject*, PyObject* args) {
   for (Py_ssize_t i = 0; i < count; i++)
     if (!output_of(PyTuple_GetItem(tuple, i), &matrices[i], &outputs[i])) return nullptr;
   const fewbit_input x = {pointer<const void*>(data), tokens, stride, step, x_dtype, scale, zero};
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_linear_many(outputs.data(), static_cast<int32_t>(count), &x, x_block, y_dtype, isa, threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_linear_many(outputs.data(), static_cast<int32_t>(count), &x, x_block, y_dtype, isa, threads);
+  }));
 }
 
 // sparse_add(matrix, x, y, y_stride, isa, threads); matrix: (rows, columns, index_bytes, value_half, start, order, index,
@@ -122,7 +114,7 @@ PyObject* sparse_add(PyObject*, PyObject* args) {
   fewbit_input input = {};
   unsigned long long start, order, index, value, data, y;
   long long rows, columns, tokens, stride, step, y_stride;
-  int isa, threads, code;
+  int isa, threads;
   if (!PyArg_ParseTuple(args, "(LLiiKKKK)(KLLLi)KLii", &rows, &columns, &matrix.index_bytes, &matrix.value_half, &start,
                         &order, &index, &value, &data, &tokens, &stride, &step, &input.dtype, &y, &y_stride, &isa,
                         &threads))
@@ -134,10 +126,7 @@ PyObject* sparse_add(PyObject*, PyObject* args) {
   matrix.value = pointer<const void*>(value);
   input.data = pointer<const void*>(data);
   input.tokens = tokens, input.stride = stride, input.step = step;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_sparse_add(&matrix, &input, pointer<float*>(y), y_stride, isa, threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] { return fewbit_sparse_add(&matrix, &input, pointer<float*>(y), y_stride, isa, threads); }));
 }
 
 PyObject* decode(PyObject*, PyObject* args) {
@@ -145,14 +134,11 @@ PyObject* decode(PyObject*, PyObject* args) {
   PyObject* tuple;
   unsigned long long out;
   long long begin, end, stride;
-  int isa, threads, code;
+  int isa, threads;
   if (!PyArg_ParseTuple(args, "OLLKLii", &tuple, &begin, &end, &out, &stride, &isa, &threads) ||
       !matrix_of(tuple, &matrix))
     return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_decode(&matrix, begin, end, pointer<float*>(out), stride, isa, threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] { return fewbit_decode(&matrix, begin, end, pointer<float*>(out), stride, isa, threads); }));
 }
 
 // A matrix of vectors in Python: (rows, columns, block, dim, bits, residual_bits, half, codes, book, residual).
@@ -179,16 +165,15 @@ PyObject* linear_alone(PyObject* args, bool (*of)(PyObject*, Matrix*),
   PyObject* tuple;
   unsigned long long data, bias, y;
   long long tokens, stride, step, y_stride;
-  int x_dtype, y_dtype, isa, threads, code;
+  int x_dtype, y_dtype, isa, threads;
   if (!PyArg_ParseTuple(args, "O(KLLLi)KKLiii", &tuple, &data, &tokens, &stride, &step, &x_dtype, &bias, &y, &y_stride,
                         &y_dtype, &isa, &threads) ||
       !of(tuple, &matrix))
     return nullptr;
   const fewbit_input x = {pointer<const void*>(data), tokens, stride, step, x_dtype};
-  Py_BEGIN_ALLOW_THREADS
-  code = linear(&matrix, &x, pointer<const float*>(bias), pointer<void*>(y), y_stride, y_dtype, isa, threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return linear(&matrix, &x, pointer<const float*>(bias), pointer<void*>(y), y_stride, y_dtype, isa, threads);
+  }));
 }
 
 PyObject* vector_linear(PyObject*, PyObject* args) { return linear_alone(args, vectors_of, fewbit_vector_linear); }
@@ -199,7 +184,7 @@ PyObject* vector_linear_int8(PyObject*, PyObject* args) {
   fewbit_byte_vectors matrix;
   unsigned long long codes, book, step_of, offset, data, bias, y;
   long long rows, columns, block, x_block, tokens, stride, step, y_stride;
-  int x_dtype, y_dtype, isa, threads, code;
+  int x_dtype, y_dtype, isa, threads;
   if (!PyArg_ParseTuple(args, "(LLLiiiKKKK)L(KLLLi)KKLiii", &rows, &columns, &block, &matrix.dim, &matrix.bits,
                         &matrix.residual_bits, &codes, &book, &step_of, &offset, &x_block, &data, &tokens, &stride, &step,
                         &x_dtype, &bias, &y, &y_stride, &y_dtype, &isa, &threads))
@@ -210,11 +195,10 @@ PyObject* vector_linear_int8(PyObject*, PyObject* args) {
   matrix.step = pointer<const float*>(step_of);
   matrix.offset = pointer<const float*>(offset);
   const fewbit_input x = {pointer<const void*>(data), tokens, stride, step, x_dtype};
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_vector_linear_int8(&matrix, x_block, &x, pointer<const float*>(bias), pointer<void*>(y), y_stride, y_dtype,
-                                   isa, threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_vector_linear_int8(&matrix, x_block, &x, pointer<const float*>(bias), pointer<void*>(y), y_stride,
+                                     y_dtype, isa, threads);
+  }));
 }
 
 PyObject* vector_decode(PyObject*, PyObject* args) {
@@ -222,14 +206,13 @@ PyObject* vector_decode(PyObject*, PyObject* args) {
   PyObject* tuple;
   unsigned long long out;
   long long begin, end, stride;
-  int isa, threads, code;
+  int isa, threads;
   if (!PyArg_ParseTuple(args, "OLLKLii", &tuple, &begin, &end, &out, &stride, &isa, &threads) ||
       !vectors_of(tuple, &matrix))
     return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_vector_decode(&matrix, begin, end, pointer<float*>(out), stride, isa, threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_vector_decode(&matrix, begin, end, pointer<float*>(out), stride, isa, threads);
+  }));
 }
 
 // A matrix of rows with tables in Python: (rows, columns, block, table_rows, bits, table_half, codes, table, scale,
@@ -272,14 +255,13 @@ PyObject* row_decode(PyObject*, PyObject* args) {
   PyObject* tuple;
   unsigned long long out;
   long long begin, end, stride;
-  int isa, threads, code;
+  int isa, threads;
   if (!PyArg_ParseTuple(args, "OLLKLii", &tuple, &begin, &end, &out, &stride, &isa, &threads) ||
       !rows_of(tuple, &matrix))
     return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_row_decode(&matrix, begin, end, pointer<float*>(out), stride, isa, threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_row_decode(&matrix, begin, end, pointer<float*>(out), stride, isa, threads);
+  }));
 }
 
 // Windows in Python: the members of fewbit_windows in their order.
@@ -301,13 +283,12 @@ PyObject* unfold(PyObject*, PyObject* args) {
   PyObject* tuple;
   unsigned long long x, out;
   long long begin, end;
-  int threads, code;
+  int threads;
   if (!PyArg_ParseTuple(args, "OKLLKi", &tuple, &x, &begin, &end, &out, &threads) || !windows_of(tuple, &windows))
     return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_unfold(&windows, pointer<const void*>(x), begin, end, pointer<void*>(out), threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_unfold(&windows, pointer<const void*>(x), begin, end, pointer<void*>(out), threads);
+  }));
 }
 
 // int8_windows(windows, x, dtype, images, groups, weight, rows, bias, y, isa, threads)
@@ -316,16 +297,16 @@ PyObject* int8_windows(PyObject*, PyObject* args) {
   PyObject* tuple;
   unsigned long long x, weight, bias, y;
   long long images, groups, rows;
-  int dtype, isa, threads, code;
+  int dtype, isa, threads;
   if (!PyArg_ParseTuple(args, "OKiLLKLKKii", &tuple, &x, &dtype, &images, &groups, &weight, &rows, &bias, &y, &isa,
                         &threads) ||
       !windows_of(tuple, &windows))
     return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_int8_windows(&windows, pointer<const void*>(x), dtype, images, groups, pointer<const float*>(weight), rows,
-                             pointer<const float*>(bias), pointer<void*>(y), isa, threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_int8_windows(&windows, pointer<const void*>(x), dtype, images, groups,
+                               pointer<const float*>(weight), rows, pointer<const float*>(bias), pointer<void*>(y),
+                               isa, threads);
+  }));
 }
 
 PyObject* large_pages(PyObject*, PyObject* args) {
@@ -337,14 +318,13 @@ PyObject* large_pages(PyObject*, PyObject* args) {
 }
 
 PyObject* read_stream(PyObject*, PyObject* args) {
-  unsigned long long data, result;
+  unsigned long long data;
   long long bytes;
   int threads;
   if (!PyArg_ParseTuple(args, "KLi", &data, &bytes, &threads)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  result = fewbit_read_stream(pointer<const void*>(data), bytes, threads);
-  Py_END_ALLOW_THREADS
-  return PyLong_FromUnsignedLongLong(result);
+  return PyLong_FromUnsignedLongLong(released([&] {
+    return fewbit_read_stream(pointer<const void*>(data), bytes, threads);
+  }));
 }
 
 PyMethodDef methods[] = {

@@ -28,6 +28,15 @@ T pointer(unsigned long long address) {
   return reinterpret_cast<T>(static_cast<uintptr_t>(address));
 }
 
+// What `call` gives; other threads run Python meanwhile.
+template <class Call>
+auto released(Call call) {
+  PyThreadState* const thread = PyEval_SaveThread();
+  const auto given = call();
+  PyEval_RestoreThread(thread);
+  return given;
+}
+
 }  // namespace
 
 extern PyMethodDef decode_methods[];  // bind_decode.cc

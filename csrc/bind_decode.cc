@@ -29,26 +29,25 @@ bool draw_of(PyObject* tuple, fewbit_draw* d) {
 PyObject* sample(PyObject*, PyObject* args) {
   PyObject* tuple;
   unsigned long long tokens;
-  int threads, code;
+  int threads;
   if (!PyArg_ParseTuple(args, "O!Ki", &PyTuple_Type, &tuple, &tokens, &threads)) return nullptr;
   std::vector<fewbit_draw> draws(static_cast<size_t>(PyTuple_Size(tuple)));
   for (size_t i = 0; i < draws.size(); i++)
     if (!draw_of(PyTuple_GetItem(tuple, static_cast<Py_ssize_t>(i)), &draws[i])) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_sample(draws.data(), static_cast<int64_t>(draws.size()), pointer<int32_t*>(tokens), threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_sample(draws.data(), static_cast<int64_t>(draws.size()), pointer<int32_t*>(tokens), threads);
+  }));
 }
 
 PyObject* fields_unpack(PyObject*, PyObject* args) {
   unsigned long long packed, codes;
   long long rows, columns;
-  int bits, threads, code;
+  int bits, threads;
   if (!PyArg_ParseTuple(args, "KLLiKi", &packed, &rows, &columns, &bits, &codes, &threads)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_fields_unpack(pointer<const uint8_t*>(packed), rows, columns, bits, pointer<uint8_t*>(codes), threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_fields_unpack(pointer<const uint8_t*>(packed), rows, columns, bits, pointer<uint8_t*>(codes),
+                                threads);
+  }));
 }
 
 // rewrite(steps, x, tokens, columns, out, isa, threads); a step is (factor, block, matrix, order).
@@ -56,7 +55,7 @@ PyObject* rewrite(PyObject*, PyObject* args) {
   PyObject* given;
   unsigned long long x, out;
   long long tokens, columns;
-  int isa, threads, code;
+  int isa, threads;
   if (!PyArg_ParseTuple(args, "OKLLKii", &given, &x, &tokens, &columns, &out, &isa, &threads)) return nullptr;
   std::vector<fewbit_rewrite> steps(static_cast<size_t>(PyTuple_Size(given)));
   for (size_t i = 0; i < steps.size(); i++) {
@@ -66,24 +65,22 @@ PyObject* rewrite(PyObject*, PyObject* args) {
     if (!step || !PyArg_ParseTuple(step, "KLKL", &factor, &block, &matrix, &order)) return nullptr;
     steps[i] = {pointer<const float*>(factor), block, pointer<const float*>(matrix), order};
   }
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_rewrite_tokens(steps.data(), static_cast<int64_t>(steps.size()), pointer<const float*>(x), tokens,
-                               columns, pointer<float*>(out), isa, threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_rewrite_tokens(steps.data(), static_cast<int64_t>(steps.size()), pointer<const float*>(x), tokens,
+                                 columns, pointer<float*>(out), isa, threads);
+  }));
 }
 
 // weight_multiply(weight, x, tokens, y, isa, threads); weight: the address of a fewbit_weight.
 PyObject* weight_multiply(PyObject*, PyObject* args) {
   unsigned long long weight, x, y;
   long long tokens;
-  int isa, threads, code;
+  int isa, threads;
   if (!PyArg_ParseTuple(args, "KKLKii", &weight, &x, &tokens, &y, &isa, &threads)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_weight_multiply(pointer<const fewbit_weight*>(weight), pointer<const float*>(x), tokens,
-                                pointer<float*>(y), isa, threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_weight_multiply(pointer<const fewbit_weight*>(weight), pointer<const float*>(x), tokens,
+                                  pointer<float*>(y), isa, threads);
+  }));
 }
 
 // decoder_new(model, kv, sequences) -> the decoder's address; model: that of a fewbit_model, which stays where it is, as
@@ -110,7 +107,7 @@ PyObject* decoder_free(PyObject*, PyObject* args) {
 PyObject* decoder_feed(PyObject*, PyObject* args) {
   PyObject* tuple;
   unsigned long long decoder, logits;
-  int every, threads, code;
+  int every, threads;
   if (!PyArg_ParseTuple(args, "KO!pKi", &decoder, &PyTuple_Type, &tuple, &every, &logits, &threads)) return nullptr;
   const Py_ssize_t count = PyTuple_Size(tuple);
   std::vector<fewbit_part> parts(static_cast<size_t>(count));
@@ -120,11 +117,10 @@ PyObject* decoder_feed(PyObject*, PyObject* args) {
     if (!PyArg_ParseTuple(PyTuple_GetItem(tuple, i), "LKL", &sequence, &tokens, &tokens_count)) return nullptr;
     parts[static_cast<size_t>(i)] = {sequence, tokens_count, pointer<const int32_t*>(tokens)};
   }
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_decoder_feed(pointer<fewbit_decoder*>(decoder), parts.data(), count, every, pointer<float*>(logits),
-                             threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_decoder_feed(pointer<fewbit_decoder*>(decoder), parts.data(), count, every, pointer<float*>(logits),
+                               threads);
+  }));
 }
 
 PyObject* decoder_keep(PyObject*, PyObject* args) {

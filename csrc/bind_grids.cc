@@ -10,7 +10,7 @@ PyObject* grid_search(PyObject*, PyObject* args) {
   fewbit_grid_search_call call = {};
   unsigned long long weight, worth, ratios, scale, zero;
   long long rows, columns, block, count;
-  int isa, code;
+  int isa;
   if (!PyArg_ParseTuple(args, "(LLLLii)KKKKKi", &rows, &columns, &block, &count, &call.levels, &call.ends, &weight, &worth,
                         &ratios, &scale, &zero, &isa))
     return nullptr;
@@ -18,10 +18,7 @@ PyObject* grid_search(PyObject*, PyObject* args) {
   call.weight = pointer<const float*>(weight), call.worth = pointer<const float*>(worth);
   call.ratios = pointer<const float*>(ratios);
   call.scale = pointer<float*>(scale), call.zero = pointer<float*>(zero);
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_grid_search(&call, isa);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] { return fewbit_grid_search(&call, isa); }));
 }
 
 // Two sums, or what went wrong.
@@ -34,7 +31,7 @@ PyObject* grid_round(PyObject*, PyObject* args) {
   fewbit_grid_round_call call = {};
   unsigned long long weight, scale, zero, codes;
   long long rows, columns, block;
-  int isa, code;
+  int isa;
   if (!PyArg_ParseTuple(args, "(LLLii)KKKKi", &rows, &columns, &block, &call.levels, &call.given, &weight, &scale,
                         &zero, &codes, &isa))
     return nullptr;
@@ -43,10 +40,7 @@ PyObject* grid_round(PyObject*, PyObject* args) {
   call.scale = pointer<uint16_t*>(scale), call.zero = pointer<uint8_t*>(zero);
   double sums[2];
   call.sums = sums;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_grid_round(&call, isa);
-  Py_END_ALLOW_THREADS
-  return sums_or(code, sums);
+  return sums_or(released([&] { return fewbit_grid_round(&call, isa); }), sums);
 }
 
 // squares((rows, columns, block), weight, codes, scale, offset, table, isa): two sums
@@ -54,7 +48,7 @@ PyObject* squares(PyObject*, PyObject* args) {
   fewbit_squares_call call = {};
   unsigned long long weight, codes, scale, offset, table;
   long long rows, columns, block;
-  int isa, code;
+  int isa;
   if (!PyArg_ParseTuple(args, "(LLL)KKKKKi", &rows, &columns, &block, &weight, &codes, &scale, &offset, &table, &isa))
     return nullptr;
   double sums[2];
@@ -62,10 +56,7 @@ PyObject* squares(PyObject*, PyObject* args) {
   call.weight = pointer<const float*>(weight), call.codes = pointer<const uint8_t*>(codes);
   call.scale = pointer<const float*>(scale), call.offset = pointer<const float*>(offset);
   call.table = pointer<const float*>(table);
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_squares(&call, isa);
-  Py_END_ALLOW_THREADS
-  return sums_or(code, sums);
+  return sums_or(released([&] { return fewbit_squares(&call, isa); }), sums);
 }
 
 // pack_fields(codes, rows, columns, bits, packed), unpack_fields(packed, rows, columns, bits, codes)
@@ -73,12 +64,9 @@ template <int (*kMove)(const uint8_t*, int64_t, int64_t, int32_t, uint8_t*)>
 PyObject* fields(PyObject*, PyObject* args) {
   unsigned long long from, to;
   long long rows, columns;
-  int bits, code;
+  int bits;
   if (!PyArg_ParseTuple(args, "KLLiK", &from, &rows, &columns, &bits, &to)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = kMove(pointer<const uint8_t*>(from), rows, columns, bits, pointer<uint8_t*>(to));
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] { return kMove(pointer<const uint8_t*>(from), rows, columns, bits, pointer<uint8_t*>(to)); }));
 }
 
 // grid_sweep((rows, columns, block, levels), current, before, (upper, stride), lost, order, scale, zero, codes, isa)
@@ -86,7 +74,7 @@ PyObject* grid_sweep(PyObject*, PyObject* args) {
   fewbit_grid_sweep_call call = {};
   unsigned long long current, before, upper, lost, order, scale, zero, codes;
   long long rows, columns, block, stride;
-  int isa, code;
+  int isa;
   if (!PyArg_ParseTuple(args, "(LLLi)KK(KL)KKKKKi", &rows, &columns, &block, &call.levels, &current, &before, &upper,
                         &stride, &lost, &order, &scale, &zero, &codes, &isa))
     return nullptr;
@@ -95,10 +83,7 @@ PyObject* grid_sweep(PyObject*, PyObject* args) {
   call.upper = pointer<const float*>(upper), call.lost = pointer<float*>(lost);
   call.order = pointer<const int64_t*>(order), call.codes = pointer<uint8_t*>(codes);
   call.scale = pointer<const float*>(scale), call.zero = pointer<const float*>(zero);
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_grid_sweep(&call, isa);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] { return fewbit_grid_sweep(&call, isa); }));
 }
 
 // table_search((rows, blocks, block, count, levels), weight, worth, scales, table, bounds, chosen, isa)
@@ -106,7 +91,7 @@ PyObject* table_search(PyObject*, PyObject* args) {
   fewbit_table_search_call call = {};
   unsigned long long weight, worth, scales, table, bounds, chosen;
   long long rows, blocks, block, count;
-  int isa, code;
+  int isa;
   if (!PyArg_ParseTuple(args, "(LLLLi)KKKKKKi", &rows, &blocks, &block, &count, &call.levels, &weight, &worth, &scales,
                         &table, &bounds, &chosen, &isa))
     return nullptr;
@@ -114,23 +99,19 @@ PyObject* table_search(PyObject*, PyObject* args) {
   call.weight = pointer<const float*>(weight), call.worth = pointer<const float*>(worth);
   call.scales = pointer<const float*>(scales), call.table = pointer<const float*>(table);
   call.bounds = pointer<const float*>(bounds), call.chosen = pointer<int64_t*>(chosen);
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_table_search(&call, isa);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] { return fewbit_table_search(&call, isa); }));
 }
 
 // table_codes((tables, count, bound_count), values, bounds, codes, isa)
 PyObject* table_codes(PyObject*, PyObject* args) {
   unsigned long long values, bounds, codes;
   long long tables, count;
-  int bound_count, isa, code;
+  int bound_count, isa;
   if (!PyArg_ParseTuple(args, "(LLi)KKKi", &tables, &count, &bound_count, &values, &bounds, &codes, &isa)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_table_codes(pointer<const float*>(values), tables, count, pointer<const float*>(bounds), bound_count,
-                            pointer<uint8_t*>(codes), isa);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_table_codes(pointer<const float*>(values), tables, count, pointer<const float*>(bounds),
+                              bound_count, pointer<uint8_t*>(codes), isa);
+  }));
 }
 
 // centers((tables, size, count, cells), values, weights, centers)
@@ -138,27 +119,22 @@ PyObject* centers(PyObject*, PyObject* args) {
   fewbit_centers_call call = {};
   unsigned long long values, weights, found;
   long long tables, size, count;
-  int code;
   if (!PyArg_ParseTuple(args, "(LLLi)KKK", &tables, &size, &count, &call.cells, &values, &weights, &found)) return nullptr;
   call.tables = tables, call.size = size, call.count = count;
   call.values = pointer<const float*>(values), call.weights = pointer<const float*>(weights);
   call.centers = pointer<double*>(found);
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_centers(&call);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] { return fewbit_centers(&call); }));
 }
 
 // column_sums((rows, columns), x, sums, isa)
 PyObject* column_sums(PyObject*, PyObject* args) {
   unsigned long long x, sums;
   long long rows, columns;
-  int isa, code;
+  int isa;
   if (!PyArg_ParseTuple(args, "(LL)KKi", &rows, &columns, &x, &sums, &isa)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_column_sums(pointer<const float*>(x), rows, columns, pointer<float*>(sums), isa);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_column_sums(pointer<const float*>(x), rows, columns, pointer<float*>(sums), isa);
+  }));
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ PyObject* int8_matmul(PyObject*, PyObject* args) {
   fewbit_operand of[2];
   unsigned long long data[2], y;
   long long stride[2][4], outer, middle, rows, inner, columns;
-  int isa, threads, code;
+  int isa, threads;
   if (!PyArg_ParseTuple(args, "(KLLLLfii)(KLLLLfii)LLLLLKii", &data[0], &stride[0][0], &stride[0][1], &stride[0][2],
                         &stride[0][3], &of[0].scale, &of[0].zero, &of[0].bits, &data[1], &stride[1][0], &stride[1][1],
                         &stride[1][2], &stride[1][3], &of[1].scale, &of[1].zero, &of[1].bits, &outer, &middle, &rows,
@@ -20,10 +20,9 @@ PyObject* int8_matmul(PyObject*, PyObject* args) {
     of[i].data = pointer<const void*>(data[i]), of[i].stride_outer = stride[i][0], of[i].stride_middle = stride[i][1];
     of[i].stride_row = stride[i][2], of[i].stride_column = stride[i][3];
   }
-  Py_BEGIN_ALLOW_THREADS
-  code = fewbit_int8_matmul(&of[0], &of[1], outer, middle, rows, inner, columns, pointer<float*>(y), isa, threads);
-  Py_END_ALLOW_THREADS
-  return status(code);
+  return status(released([&] {
+    return fewbit_int8_matmul(&of[0], &of[1], outer, middle, rows, inner, columns, pointer<float*>(y), isa, threads);
+  }));
 }
 
 }  // namespace
