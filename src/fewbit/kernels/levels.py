@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core.format import Format
+from fewbit.core.sums import all_finite
 from fewbit.errors import InputError
 
 MOST = 127
@@ -19,7 +20,7 @@ LONGEST = 4
 
 def check_finite(format: Format, tables: Iterable[Tensor]) -> None:
     """Raises InputError where one of the ``tables`` of ``format`` holds NaN or infinity: no integer stands for them."""
-    if not all(bool(table.isfinite().all()) for table in tables):
+    if not all(map(all_finite, tables)):
         raise InputError(f"a matrix of {format.name}", "its table holds NaN or infinity", "finite numbers would work")
 
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from fewbit.containers.files import read_json
-from fewbit.errors import CorruptFileError, FewbitError, InputError, UnsupportedError
+from fewbit.errors import CorruptFileError, FewbitError, InputError, UnsupportedError, first_line
 
 WHERE = {"local_files_only": True, "trust_remote_code": False}
 
@@ -45,7 +45,7 @@ def config_in(folder: str | Path) -> PretrainedConfig:
             works = "a type that transformers itself implements; code from model folders is never run"
             raise UnsupportedError(asked, found, works) from error
         asked = f"reading {Path(folder) / 'config.json'}"
-        raise InputError(asked, _said(error), "the config.json of a transformers model") from error
+        raise InputError(asked, first_line(error), "the config.json of a transformers model") from error
 
 
 def from_folder(folder: str | Path, **more: Any) -> Any:
@@ -63,14 +63,10 @@ def from_folder(folder: str | Path, **more: Any) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if isinstance(error, FewbitError):
             raise
-        raise InputError(f"loading the model {folder}", f"transformers says: {_said(error)}") from error
+        raise InputError(f"loading the model {folder}", f"transformers says: {first_line(error)}") from error
     for name, found, expected in sorted(info["mismatched_keys"]):
         shapes = f"it has {tuple(found)}, the configuration says {tuple(expected)}"
         raise CorruptFileError(f"tensor {name} of {folder}", shapes, "the folder as it was published")
     for name in sorted(info["missing_keys"]):
         raise CorruptFileError(f"tensor {name} of {folder}", "it does not hold it", "the folder as it was published")
     return model.eval()
-
-
-def _said(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

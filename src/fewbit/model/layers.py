@@ -14,7 +14,7 @@ from fewbit.containers import terms as T
 from fewbit.core import rewrite as R
 from fewbit.core.forks import lock
 from fewbit.core.format import Format
-from fewbit.core.qtensor import QTensor, stack
+from fewbit.core.qtensor import QTensor, stack, unstack
 from fewbit.errors import InputError, UnsupportedError, VerificationError
 
 _preparing = lock()  # first calls from several threads would each take arrays that another has dropped
@@ -284,14 +284,8 @@ class ExpertBank(Store):
 
     def prepare(self, kernel: str | None = None) -> None:
         """As :meth:`QuantLinear.prepare`, for every expert."""
-        whole = self.qtensor()
-        codes, params = whole.logical()
-        found = {}
-        for expert in range(self.experts):
-            rows = slice(expert * self.rows, (expert + 1) * self.rows)
-            part = QTensor.of(whole.format, codes[rows], {key: value[rows] for key, value in params.items()})
-            found[expert] = kernels.prepare(part, kernel)
-        self._prepared = found
+        parts = unstack(self.qtensor(), [self.rows] * self.experts)
+        self._prepared = {expert: kernels.prepare(part, kernel) for expert, part in enumerate(parts)}
         self.release()
 
     def regain(self) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from fewbit import formats, methods
+from fewbit import formats
 from fewbit.core import given
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.formats.fixed import Fixed
@@ -209,7 +209,7 @@ def _check(name: str, kind: str, layer: nn.Module, rule: Rule) -> None:
     made_of(site, rule)
     for tune in rule.tunings():
         format = formats.parse(rule.format)
-        reason, works = methods.tuning(tune.name).refuse(format), tunable(format)
+        reason, works = tune.row().refuse(format), tunable(format)
         if kind == "conv2d" and activation is not None and not isinstance(activation, Fixed):
             reason, works = "inputs of convolutions are rounded window by window", "int8/static as the activation"
         if reason is not None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit import methods, recipe
+from fewbit import recipe
 from fewbit.core.descent import Descent, schedule
 from fewbit.core.format import Format
 from fewbit.core.rewrite import Chain
@@ -92,7 +92,7 @@ class _Phase:
     ) -> None:
         self._teacher, self._student = teacher, copy.deepcopy(student).float().requires_grad_(False)
         self._solved, self._grids, self._members = solved, grids, members
-        self._row = methods.tuning(tune.name)
+        self._row = tune.row()
         options = tune.settings
         self._iters, self._batch, self._lr = int(options["iters"]), int(options["batch"]), float(options["lr"])
         self._relative = float(options["relative"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fewbit.core.facts import Accumulator, Facts
 from fewbit.core.observers import Seen
 from fewbit.core.rewrite import Chain
-from fewbit.errors import InputError, UnsupportedError, of_layer
+from fewbit.errors import InputError, UnsupportedError, first_line, of_layer
 from fewbit.kernels.conv import unfold
 from fewbit.kernels.window import Window
 from fewbit.model.finite import check_inputs
@@ -82,12 +82,12 @@ def call(network: nn.Module, batch: Batch) -> Any:
             raise
         shapes = [str(tuple(x.shape)) for x in (batch.values() if named else given) if isinstance(x, Tensor)]
         what = f"running a {type(network).__name__} on a batch of {', '.join(shapes) or 'no tensor'}"
-        found = str(error).partition("\n")[0]
-        raise InputError(what, found, "batches as its forward takes them: check network(batch)") from error
+        works = "batches as its forward takes them: check network(batch)"
+        raise InputError(what, first_line(error), works) from error
     except AttributeError as error:
-        name = next((name for name, module in network.named_modules() if module is error.obj), "")
         if not isinstance(error.obj, Multiplier):
             raise
+        name = next((name for name, module in network.named_modules() if module is error.obj), "")
         found = f"the network's own code asks that layer for {error.name!r}, which a quantized one does not have"
         raise UnsupportedError(
             f"quantizing {name}", found, f'format "float" in a rule with match = "{name}"'

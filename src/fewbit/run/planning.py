@@ -232,7 +232,7 @@ def _check_terms(site: Site, rule: Rule) -> None:
     if site.experts > 1:
         raise UnsupportedError(asked, "fused experts are one matrix each", works)
     for tune in rule.tunings():
-        if not methods.tuning(tune.name).sums:
+        if not tune.row().sums:
             format = formats.parse(rule.format)
             able = [row.name for row in methods.TUNINGS if row.sums and row.refuse(format) is None]
             found = f"{tune.name} tunes layers that are one matrix"
@@ -284,7 +284,7 @@ def _check_tunings(site: Site, rule: Rule, format: Format) -> None:
         elif site.kind == "experts":
             reason = "experts see only the tokens that are routed to them"
         else:
-            reason, works = methods.tuning(tune.name).refuse(format), tunable(format)
+            reason, works = tune.row().refuse(format), tunable(format)
         if reason is not None:
             raise UnsupportedError(f"tuning {tune.name} of {format.name} for {site.name}", reason, works)
 
@@ -297,7 +297,7 @@ def tunable(format: Format) -> str:
 
 def _check_end(end: ModelTune | None, quantized: list[Decision]) -> None:
     """Refuse what the whole model learns where no layer has anything to learn."""
-    rows = [] if end is None else [methods.tuning(name) for name in methods.model_tuning(end.name).by]
+    rows = [] if end is None else [methods.tuning(name) for name in end.row().by]
     inside = [d.rule for d in quantized if d.rule and d.site.block is not None and d.site.kind != "experts"]
     if end is not None and not any(row.refuse(formats.parse(rule.format)) is None for rule in inside for row in rows):
         asked = (

@@ -31,7 +31,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fewbit import methods
 from fewbit.core.descent import Descent, schedule
 from fewbit.core.terms import matrices
 from fewbit.core.transform import generator_of
@@ -90,7 +89,7 @@ class _Phase:
         self, run: Run, stage: int, index: int, solved: list[Solved], members: list[int], tune: Tune, place: int
     ) -> None:
         self._run, self._index, self._solved, self._members = run, index, solved, members
-        self._row = methods.tuning(tune.name)
+        self._row = tune.row()
         options = tune.settings
         self._iters, self._lr = int(options["iters"]), float(options["lr"])
         self._relative, self._cosine, self._own = (float(options[key]) for key in ("relative", "cosine", "own"))

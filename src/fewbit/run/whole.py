@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from fewbit import methods
 from fewbit.containers import terms as T
 from fewbit.core.descent import Adam, Descent, schedule
 from fewbit.core.qtensor import unstack
@@ -106,7 +105,7 @@ class Whole:
 
     def __init__(self, run: Run) -> None:
         assert run.end is not None and run.calibration is not None
-        self._run, self._row = run, methods.model_tuning(run.end.name)
+        self._run, self._row = run, run.end.row()
         self.options = run.end.settings
         self._device, self._model = torch.device(run.device), run.model
         self._alone = self._device.type == "cpu"
