@@ -141,12 +141,11 @@ struct WideSums {
 
 // Codes of 1 bit: four row groups x M tokens.
 template <int M, bool arranged>
-void one_bit(const SegmentTask& task, const SegmentStrip& strip) {
+void one_bit(const SegmentTask& task, const Strip& strip) {
   Unsettled<4, M> all(task, strip);
   const uint8_t* codes = Group(task, strip.at(0)).codes;
-  const int64_t apart = strip.groups > 2 ? task.chunks * 64 : 0;  // a tile alone is taken for both
+  const int64_t apart = Group(task, strip.at(2)).codes - codes;  // 0: a tile alone is taken for both
   const auto* tables = static_cast<const uint8_t*>(task.activations);
-  const int64_t ahead = fetched_ahead(task, 2);
   for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++) {
     const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
     WideSums<M> wide(end - chunk);
@@ -154,8 +153,8 @@ void one_bit(const SegmentTask& task, const SegmentStrip& strip) {
       TableSums sums[M];
       const int64_t run = end - chunk < kTableRun ? end - chunk : kTableRun;
       for (int64_t c = 0; c < run; c++, codes += 64, tables += M * kTableBytes) {
-        prefetch<1>(codes + ahead);
-        prefetch<1>(codes + apart + ahead);
+        prefetch<1>(codes + kFar);
+        prefetch<1>(codes + apart + kFar);
         look_up<M, arranged>(codes, apart, tables, sums);
       }
       for (int m = 0; m < M; m++) sums[m].flush(wide.sum[m]);
@@ -206,25 +205,25 @@ FEWBIT_INLINE void look_up_lanes(const uint8_t* codes, int64_t apart, const uint
 }
 
 // Adds what `chunks` chunks bring, and goes on behind them.
-FEWBIT_INLINE void look_up_run(const uint8_t*& codes, int64_t apart, int64_t ahead, const uint8_t*& tables, int64_t chunks,
+FEWBIT_INLINE void look_up_run(const uint8_t*& codes, int64_t apart, const uint8_t*& tables, int64_t chunks,
                                LaneSums (&sums)[2]) {
   for (; chunks > 1; chunks -= 2, codes += 2 * 64, tables += 2 * kTableBytes) {
-    prefetch<2>(codes + ahead);
-    prefetch<2>(codes + apart + ahead);
+    prefetch<2>(codes + kFar);
+    prefetch<2>(codes + apart + kFar);
     look_up_lanes<2>(codes, apart, tables, sums);
   }
   if (chunks == 0) return;
-  prefetch<1>(codes + ahead);
-  prefetch<1>(codes + apart + ahead);
+  prefetch<1>(codes + kFar);
+  prefetch<1>(codes + apart + kFar);
   look_up_lanes<1>(codes, apart, tables, sums);
   codes += 64, tables += kTableBytes;
 }
 
 // Codes of 1 bit in bytes16: four row groups, one token.
-inline void one_bit_lanes(const SegmentTask& task, const SegmentStrip& strip) {
+inline void one_bit_lanes(const SegmentTask& task, const Strip& strip) {
   Unsettled<4, 1> all(task, strip);
   const uint8_t* codes = Group(task, strip.at(0)).codes;
-  const int64_t apart = strip.groups > 2 ? task.chunks * 64 : 0, ahead = fetched_ahead(task, 2);
+  const int64_t apart = Group(task, strip.at(2)).codes - codes;
   const auto* tables = static_cast<const uint8_t*>(task.activations);
   const U above = _mm256_set1_epi16(0x4b00);
   for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++) {
@@ -232,7 +231,7 @@ inline void one_bit_lanes(const SegmentTask& task, const SegmentStrip& strip) {
     if (task.segment_chunks <= kTableRun) {  // as floats at once: words below 0x4b00 are floats from 2^23 on
       LaneSums sums[2];
       const F raised = broadcast(static_cast<float>((1 << 23) + (end - chunk) * 8 * kRaised));
-      look_up_run(codes, apart, ahead, tables, end - chunk, sums);
+      look_up_run(codes, apart, tables, end - chunk, sums);
       chunk = end;
       F(&value)[4][1] = all.next(1);
       for (int t = 0; t < 2; t++) {
@@ -247,7 +246,7 @@ inline void one_bit_lanes(const SegmentTask& task, const SegmentStrip& strip) {
     for (int64_t run; chunk < end; chunk += run) {
       LaneSums sums[2];
       run = end - chunk < kLaneRun ? end - chunk : kLaneRun;
-      look_up_run(codes, apart, ahead, tables, run, sums);
+      look_up_run(codes, apart, tables, run, sums);
       for (int t = 0; t < 2; t++) sums[t].flush(wide[t]);
     }
     F(&value)[4][1] = all.next(1);
@@ -259,13 +258,11 @@ inline void one_bit_lanes(const SegmentTask& task, const SegmentStrip& strip) {
   all.finish_all(1);
 }
 
-inline void bit_tables_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  const int64_t end = tile_end * kGroupsPerTile;
-  for (int64_t group = tile_begin * kGroupsPerTile; group < end; group += 4) {
-    const SegmentStrip strip = {group, end - group, 0, tokens};
+inline void bit_tables_run(const SegmentTask& task, int64_t tile_begin, int64_t, int64_t tokens) {
+  strips_apart<4>(task.rows, tile_begin, 0, tokens, [&](const Strip& strip) {
     if (task.together == 1) task.arranged ? one_bit_lanes(task, strip) : one_bit<1, false>(task, strip);
     else task.arranged ? one_bit<2, true>(task, strip) : one_bit<2, false>(task, strip);
-  }
+  });
 }
 
 }  // namespace

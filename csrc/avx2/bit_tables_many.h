@@ -254,7 +254,7 @@ inline void bits_beside(BitRun& run, int64_t begin, int64_t end, int64_t tokens)
     }
     for (int64_t c = 0; !long_row(task) && c < run.chunks; c += run.part) run.segment.advance(task);
   }
-  const SegmentStrip rows = {begin * kGroupsPerTile, (end - begin) * kGroupsPerTile, 0, tokens};
+  const Strip rows = {begin * kGroupsPerTile, (end - begin) * kGroupsPerTile, 0, tokens};
   if (!run.y) finish_totals<1>(task, rows, long_row(task) ? kPartly : how, run.line[0], run.totals);
 }
 

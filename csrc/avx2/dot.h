@@ -31,12 +31,14 @@ inline U four(const int8_t* x) {
   return _mm256_set1_epi32(lane);
 }
 
-// vpmaddubsw sums pairs in int16, which would saturate past 2 * 127 * 128: codes of 8 bits are multiplied as nibbles.
-// Narrow sums are widened before kGroups * 2 * (2^bits - 1) * 128 exceeds 32767, or that of 8 kChunks groups does.
+// vpmaddubsw sums pairs in int16, which would saturate past 2 * 127 * 128: codes of 8 bits are multiplied as nibbles, or by
+// activations that leave room. Narrow sums are widened before kGroups * 2 * (2^bits - 1) * 128 exceeds 32767, or that of 8
+// kChunks groups does.
 template <int BITS>
 struct Dot {
   using Narrow = NarrowSum<BITS>;
-  static constexpr int kGroups = BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
+  static_assert(BITS <= 5, "wider codes are summed in 32 bits");
+  static constexpr int kGroups = BITS <= 4 ? 8 : 4;
   static constexpr int64_t kChunks = BITS <= 4 ? 32767 / (8 * 2 * 128 * ((1 << BITS) - 1)) : kEndless;
   static constexpr float kOrigin = 0;
   U narrow = _mm256_setzero_si256(), wide = _mm256_setzero_si256();
@@ -51,6 +53,32 @@ struct Dot {
     narrow = _mm256_setzero_si256();
   }
   inline F value() const { return _mm256_cvtepi32_ps(wide); }
+};
+
+// Sums of u * x for bytes u of up to 7 bits, or of 8 where activations of one sign in a pair add up to 128 at most.
+struct PairsOfBytes {
+  static constexpr int kGroups = 8, kOrigin = 0;
+  static constexpr int64_t kChunks = kEndless;
+  U wide = _mm256_setzero_si256();
+  static_assert(255 * 128 <= 32767 && 127 * 256 <= 32767);
+
+  inline void add(U u, const int8_t* x) { add_pairs(_mm256_maddubs_epi16(u, four(x))); }
+  inline void add_pairs(U pairs) {
+    wide = _mm256_add_epi32(wide, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    asm("" : "+x"(wide));
+  }
+  inline void begin(F start) { wide = _mm256_add_epi32(wide, _mm256_cvtps_epi32(start)); }
+  inline void flush() {}
+  inline F value() const { return _mm256_cvtepi32_ps(wide); }
+};
+
+template <>
+struct Dot<6> : PairsOfBytes {
+  using Narrow = NarrowSum<6>;
+};
+template <>
+struct Dot<7> : PairsOfBytes {
+  using Narrow = NarrowSum<7>;
 };
 
 // int16 levels times activations as int16, summed in pairs: each plane holds four columns of every other two

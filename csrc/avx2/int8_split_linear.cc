@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Codes of 8 bits times three tokens and more. vpmaddubsw adds two products of bytes in int16, which holds them unless two
+// Codes of 8 bits. vpmaddubsw adds two products of bytes in int16, which holds them unless two
 // activations of the same sign are large: 255 (|a| + |b|) is past it where |a| + |b| > 128. Few pairs are, and few sums of eight
-// magnitudes are above 255, up to which those of four such products fit, of codes around 0: see level_sums.h.
+// magnitudes are above 255, up to which those of four such products fit, of codes around 0: see level_sums.h. One token and two
+// take pairs.
+#include "avx2/halved.h"
 #include "avx2/level_sums.h"
 
 #include "core/int8.h"
@@ -26,6 +28,17 @@ struct Bytes {
   FEWBIT_INLINE void split(U codes, U (&plane)[1]) const { plane[0] = codes; }
 };
 
+// The same beside one or two tokens.
+struct FewBytes : Bytes<void> {
+  using Sum = PairsOfBytes;
+  template <int M>
+  using Rests = RestsOfTokens<M>;
+
+  using Bytes<void>::Bytes;
+  FEWBIT_INLINE U at(const uint8_t* codes, int g) const { return quad_at<8>(codes, g); }
+  FEWBIT_INLINE F value(const Sum (&dot)[1]) const { return dot[0].value(); }
+};
+
 void round_split(const SegmentTask& task, const fewbit_input& x, int64_t token) {
   round_token<int8_t>(task, x, token);
   split_row<kMiddle>(task, token);
@@ -37,9 +50,22 @@ void run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t 
   else strips_spans<Bytes<LevelPairs>>(task, begin, end, tokens);
 }
 
+void round_halved(const SegmentTask& task, const fewbit_input& x, int64_t token) {
+  round_token<int8_t>(task, x, token);
+  list_halves(task, token, true);
+}
+
+void few_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+  if (any_whole(task)) return int8_strips<Codes<8>>(task, tile_begin, tile_end, tokens);
+  if (task.together == 1) return strips_settled<FewBytes, 8, 1>(task, tile_begin, tokens);
+  strips_settled<FewBytes, 4, 2>(task, tile_begin, tokens);
+}
+
 }  // namespace
 
 const SegmentKernel int8_split_linear_avx2 = {
     kManyTokens, 1, 1, round_split, run, LevelSum<kMiddle>::kStarts, Split::kWords};
+
+const SegmentKernel int8_few_split_linear_avx2 = {kManyTokens, 1, 1, round_halved, few_run, 0, RestList::kWords};
 
 }  // namespace fewbit

@@ -172,20 +172,19 @@ struct Chunk24<3> {
 
 // Four row groups.
 template <int BITS>
-void rows24(const SegmentTask& task, const SegmentStrip& strip) {
+void rows24(const SegmentTask& task, const Strip& strip) {
   constexpr int64_t kChunk = lookups(BITS) * kEntries;
   Unsettled<4, 1> all(task, strip);
   const uint8_t* codes = Group(task, strip.at(0)).codes;
-  const int64_t apart = strip.groups > 2 ? task.chunks * BITS * 64 : 0;  // a tile alone is taken for both
+  const int64_t apart = Group(task, strip.at(2)).codes - codes;  // 0: a tile alone is taken for both
   const uint8_t* tables = tables_of(task, strip.token);
-  const int64_t ahead = fetched_ahead(task, 2);
   for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++) {
     const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
     U wide[4];
     for (U& sum : wide) sum = _mm256_set1_epi32(static_cast<int32_t>(end - chunk) * lookups(BITS) * -kRaised24);
     for (; chunk < end; chunk++, codes += BITS * 64, tables += kChunk) {
-      prefetch<BITS>(codes + ahead);
-      prefetch<BITS>(codes + apart + ahead);
+      prefetch<BITS>(codes + kFar);
+      prefetch<BITS>(codes + apart + kFar);
       Chunk24<BITS>::add(codes, apart, tables, wide);
     }
     F(&value)[4][1] = all.next(1);
@@ -195,18 +194,17 @@ void rows24(const SegmentTask& task, const SegmentStrip& strip) {
 }
 
 template <int BITS>
-void strips24(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  const int64_t end = tile_end * kGroupsPerTile;
-  for (int64_t group = tile_begin * kGroupsPerTile; group < end; group += 4)
-    for (int64_t token = 0; token < tokens; token++) rows24<BITS>(task, {group, end - group, token, 1});
+void strips24(const SegmentTask& task, int64_t tile_begin, int64_t tokens) {
+  for (int64_t token = 0; token < tokens; token++)
+    strips_apart<4>(task.rows, tile_begin, token, 1, [&](const Strip& strip) { rows24<BITS>(task, strip); });
 }
 
-inline void product_tables_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
+inline void product_tables_run(const SegmentTask& task, int64_t tile_begin, int64_t, int64_t tokens) {
   switch (task.bits) {
-    case 1: return strips24<1>(task, tile_begin, tile_end, tokens);
-    case 2: return strips24<2>(task, tile_begin, tile_end, tokens);
-    case 3: return strips24<3>(task, tile_begin, tile_end, tokens);
-    case 4: return strips24<4>(task, tile_begin, tile_end, tokens);
+    case 1: return strips24<1>(task, tile_begin, tokens);
+    case 2: return strips24<2>(task, tile_begin, tokens);
+    case 3: return strips24<3>(task, tile_begin, tokens);
+    case 4: return strips24<4>(task, tile_begin, tokens);
   }
 }
 

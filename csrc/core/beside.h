@@ -183,7 +183,7 @@ FEWBIT_APART void add_run(Run& run, const K& kernel, int64_t tokens) {
 }
 
 // Writes what a tile's segments add up to.
-inline void finish_run(const Run& run, const SegmentStrip& rows) {
+inline void finish_run(const Run& run, const Strip& rows) {
   Line line[kGroupsPerTile];
   for (int t = 0; t < kGroupsPerTile; t++) line[t] = run.lines.at<kScaledShifted>(run.parameters + t * kLanes);
   finish_totals<kFewBeside>(run.task, rows, run.how, line, run.totals);
@@ -204,7 +204,7 @@ void tiles_beside(const SegmentTask& task, int64_t begin, int64_t end, int64_t t
   const int64_t fit = room / run.chunks, most = (fit < kRunSegments ? fit : kRunSegments) * run.chunks;
   const int64_t bytes = task.chunks * K::kBits * 64;
   for (const uint8_t* codes = task.codes + begin * bytes; begin < end; begin++, codes += bytes) {
-    const SegmentStrip rows = {begin * kGroupsPerTile, kGroupsPerTile, 0, tokens};
+    const Strip rows = {begin * kGroupsPerTile, kGroupsPerTile, 0, tokens};
     run.parameters = begin * task.blocks * 16;
     run.segment = Segment(task);
     for (run.first = 0; run.first < task.chunks; run.first += run.all) {

@@ -123,7 +123,7 @@ FEWBIT_APART void add_block(CodeBlock<K>& block, int64_t token) {
 
 // Decodes the block that begins with `segment`, and goes on to the segment behind it.
 template <class K>
-FEWBIT_INLINE void decode_block(CodeBlock<K>& block, const SegmentStrip& rows, Segment& segment) {
+FEWBIT_INLINE void decode_block(CodeBlock<K>& block, const Strip& rows, Segment& segment) {
   const SegmentTask& task = block.task;
   block.index = segment.index;
   block.codes_at = Group(task, rows.group).codes + block.first * K::kBits * 64;
@@ -140,7 +140,7 @@ FEWBIT_INLINE void decode_block(CodeBlock<K>& block, const SegmentStrip& rows, S
 
 // Row groups x all tokens, M at a time, block by block; a segment that is a long row is settled at the end.
 template <class K, int M>
-void blocks(const SegmentTask& task, const SegmentStrip& rows) {
+void blocks(const SegmentTask& task, const Strip& rows) {
   constexpr int T = CodeBlock<K>::T;
   const int64_t tokens = rows.tokens, padded = (tokens + M - 1) / M * M;
   const bool long_row = task.segment_chunks > kBlockChunks;

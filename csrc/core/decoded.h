@@ -18,7 +18,7 @@ struct alignas(64) Decoded {
 };
 
 template <class K, int T>
-FEWBIT_INLINE void decode_segment(const SegmentTask& task, const K& kernel, const SegmentStrip& strip, int64_t first,
+FEWBIT_INLINE void decode_segment(const SegmentTask& task, const K& kernel, const Strip& strip, int64_t first,
                                   int64_t chunks, Decoded<T> (&out)[K::kPlanes]) {
   for (int t = 0; t < T; t++) {
     const uint8_t* codes = Group(task, strip.at(t)).codes + first * K::kBits * 64;
@@ -129,7 +129,7 @@ FEWBIT_INLINE void prefetch_next(const uint8_t* const (&bytes)[T], int64_t chunk
 
 // Finds, or makes, what of a part is multiplied.
 template <class K, int T>
-FEWBIT_INLINE void locate(const SegmentTask& task, const SegmentStrip& rows, Part<K, T>& part,
+FEWBIT_INLINE void locate(const SegmentTask& task, const Strip& rows, Part<K, T>& part,
                           Decoded<T> (&decoded)[K::kPlanes]) {
   if constexpr (!kAsStored<K>) decode_segment<K, T>(task, part.kernel, rows, part.first, part.chunks, decoded);
   for (int p = 0; p < K::kPlanes; p++)
@@ -141,7 +141,7 @@ FEWBIT_INLINE void locate(const SegmentTask& task, const SegmentStrip& rows, Par
 // by part, and settled at the end.
 template <class K, int T, int M>
 void decoded_once(const SegmentTask& task, int64_t group, int64_t groups, int64_t tokens) {
-  const SegmentStrip rows = {group, groups, 0, tokens};
+  const Strip rows = {group, groups, 0, tokens};
   const int64_t padded = (tokens + M - 1) / M * M;
   const bool long_row = task.segment_chunks > kPart;
   Decoded<T> decoded[K::kPlanes];

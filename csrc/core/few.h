@@ -14,14 +14,14 @@ namespace fewbit {
 namespace {
 
 constexpr int64_t kUnsettled = 16;       // segments
-constexpr int64_t kFetched = 96 * 1024;  // bytes of a strip that is fetched in one place, at most
-constexpr int64_t kFar = 2048;           // bytes ahead within a longer one of narrow codes
+constexpr int64_t kFar = 1024;           // bytes ahead where tiles lie apart
+constexpr int64_t kFetched = 96 * 1024;  // bytes of a tile that is fetched while the one before it is multiplied, at most
 
-// How far ahead of a strip of `tiles` tiles memory is fetched. As a strip is read from several places, of which the processor
-// does not foresee those of the next, that is the same place of the next one.
-FEWBIT_INLINE int64_t fetched_ahead(const SegmentTask& task, int64_t tiles) {
-  const int64_t bytes = tiles * task.chunks * task.bits * 64;
-  return bytes < kFetched ? bytes : kFar;
+// How far ahead memory is fetched of tiles that are multiplied beside one another. Of one alone, that is the same place of the
+// next, since one place is not enough to keep memory busy.
+FEWBIT_INLINE int64_t fetched_ahead(const SegmentTask& task, int tiles) {
+  const int64_t bytes = task.chunks * task.bits * 64;
+  return tiles > 1 || bytes > kFetched ? kFar : bytes;
 }
 
 FEWBIT_INLINE void prefetch_parameter(const void* values, bool half, int64_t index) {
@@ -32,14 +32,14 @@ FEWBIT_INLINE void prefetch_parameter(const void* values, bool half, int64_t ind
 template <int T, int M>
 struct Unsettled {
   const SegmentTask& task;
-  const SegmentStrip& strip;
+  const Strip& strip;
   Segment segment;  // that of value[0]
   int64_t count = 0, parameters[T];
-  int64_t ahead;  // where the next strip finds what the next segment is settled by, from `parameters`
+  int64_t ahead;  // where the next tiles find what the next segment is settled by, from `parameters`
   F value[kUnsettled][T][M], total[T][M];
 
-  FEWBIT_INLINE Unsettled(const SegmentTask& whole, const SegmentStrip& rows)
-      : task(whole), strip(rows), segment(whole), ahead(T / kGroupsPerTile * whole.blocks * 16) {
+  FEWBIT_INLINE Unsettled(const SegmentTask& whole, const Strip& rows)
+      : task(whole), strip(rows), segment(whole), ahead(whole.blocks * 16) {
     for (int t = 0; t < T; t++) {
       parameters[t] = Group(task, strip.at(t)).parameters;
       for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
@@ -110,11 +110,10 @@ struct ReaderOf<K, std::void_t<typename K::Reader>> {
   using type = typename K::Reader;
 };
 
-template <class Sum, int T, int M, int P>
-FEWBIT_INLINE void flush(Sum (&dot)[T][M][P]) {
-  for (int t = 0; t < T; t++)
-    for (int m = 0; m < M; m++)
-      for (int p = 0; p < P; p++) dot[t][m][p].flush();
+template <class Sum, int M, int P>
+FEWBIT_INLINE void flush(Sum (&dot)[M][P]) {
+  for (int m = 0; m < M; m++)
+    for (int p = 0; p < P; p++) dot[m][p].flush();
 }
 
 // Where row groups of a tile find their codes.
@@ -122,7 +121,7 @@ template <int T, bool two = (T > kGroupsPerTile)>
 struct FewCodes {
   const uint8_t* at[T];
 
-  FEWBIT_INLINE FewCodes(const SegmentTask& task, const SegmentStrip& strip) {
+  FEWBIT_INLINE FewCodes(const SegmentTask& task, const Strip& strip) {
     for (int t = 0; t < T; t++) at[t] = Group(task, strip.at(t)).codes;
   }
   FEWBIT_INLINE const uint8_t* group(int t) const { return at[t]; }
@@ -131,86 +130,53 @@ struct FewCodes {
   }
 };
 
-// The same of two tiles: GCC would make vectors of so many addresses.
+// The same of more tiles: GCC would make vectors of so many addresses.
 template <int T>
 struct FewCodes<T, true> {
   const uint8_t* at;
-  int64_t apart;  // of the tiles; 0 where there is one
+  int64_t apart;  // of the tiles
 
-  FEWBIT_INLINE FewCodes(const SegmentTask& task, const SegmentStrip& strip)
-      : at(Group(task, strip.group).codes), apart(strip.groups > kGroupsPerTile ? task.chunks * task.bits * 64 : 0) {}
+  FEWBIT_INLINE FewCodes(const SegmentTask& task, const Strip& strip)
+      : at(Group(task, strip.group).codes), apart(Group(task, strip.at(kGroupsPerTile)).codes - at) {}
   FEWBIT_INLINE const uint8_t* group(int t) const {
     return at + t / kGroupsPerTile * apart + t % kGroupsPerTile * kLanes * 4;
   }
   FEWBIT_INLINE void advance(int64_t bytes) { at += bytes; }
 };
 
-// What is fetched while `tiles` tiles of codes are multiplied.
-template <int BITS, int tiles, bool wide = (BITS > 4)>
-class Ahead {
- public:
-  FEWBIT_INLINE Ahead(const SegmentTask& task, const uint8_t*) : ahead_(fetched_ahead(task, tiles)) {}
-
-  template <class Codes>
-  FEWBIT_INLINE void fetch(const Codes& codes) {
-    for (int t = 0; t < tiles; t++) prefetch<BITS>(codes.group(t * kGroupsPerTile) + ahead_);
-  }
-
- private:
-  int64_t ahead_;
-};
-
-// The same of wide codes, which memory bounds: a long strip that comes next is fetched in two places in turn, one half and the
-// other, since fetching in one alone does not keep memory busy. Narrow ones have no registers for it.
-template <int BITS, int tiles>
-class Ahead<BITS, tiles, true> {
- public:
-  FEWBIT_INLINE Ahead(const SegmentTask& task, const uint8_t* codes) : apart_(task.chunks * BITS * 64) {
-    constexpr int64_t chunk = BITS * 64;
-    const bool two = tiles * apart_ >= kFetched;
-    step_ = two ? chunk : 2 * chunk;
-    here_ = codes + tiles * apart_, other_ = here_ + (two ? (task.chunks + 1) / 2 : 1) * chunk;
-  }
-
-  template <class Codes>
-  FEWBIT_INLINE void fetch(const Codes&) {
-    for (int t = 0; t < tiles; t++) prefetch<BITS>(here_ + t * apart_);
-    const uint8_t* const next = here_ + step_;
-    here_ = other_, other_ = next;
-  }
-
- private:
-  const uint8_t *here_, *other_;
-  int64_t step_, apart_;
-};
-
 // Multiplies chunks [0, chunks) of T row groups by M tokens, and goes on behind them.
-template <class K, int T, int M, class A>
-FEWBIT_INLINE void multiply_few(const K& kernel, FewCodes<T>& codes, int64_t chunks, const typename K::X* x, A& ahead,
+template <class K, int T, int M>
+FEWBIT_INLINE void multiply_few(const K& kernel, FewCodes<T>& codes, int64_t chunks, const typename K::X* x, int64_t ahead,
                                 typename K::Sum (&dot)[T][M][K::kPlanes]) {
-  static_assert(T % kGroupsPerTile == 0 && T <= 2 * kGroupsPerTile, "whole tiles, at most two");
+  static_assert(T % kGroupsPerTile == 0, "whole tiles");
   constexpr int P = K::kPlanes, groups = K::Sum::kGroups;
+  constexpr int beside = part_count(K::kBits) == 1 || kInHalves<K> ? T : kGroupsPerTile;  // for the registers of several parts
+  constexpr bool foreseen = K::kBits == 8 && T > kGroupsPerTile;  // by processors: fetching beside them costs more than it brings
   constexpr int64_t most = K::Sum::kChunks;
   for (int64_t left = chunks; left > 0; left -= most) {
     const int64_t run = left < most ? left : most;
     for (int64_t c = 0; c < run; c++, x += M * 32) {
-      ahead.fetch(codes);
-      typename ReaderOf<K>::type reader[T];
+      for (int t = 0; t < T && !foreseen; t += kGroupsPerTile) prefetch<K::kBits>(codes.group(t) + ahead);
+#pragma GCC unroll 4
+      for (int first = 0; first < T; first += beside) {
+        typename ReaderOf<K>::type reader[beside];
 #pragma GCC unroll kUnroll
-      for (int n = 0; n < 8; n++) {
-        U u[T][P];
-        for (int t = 0; t < T; t++) {
-          reader[t].advance(codes.group(t), n);
-          reader[t].read(kernel, n, u[t]);
+        for (int n = 0; n < 8; n++) {
+          U u[beside][P];
+          for (int t = 0; t < beside; t++) {
+            reader[t].advance(codes.group(first + t), n);
+            reader[t].read(kernel, n, u[t]);
+          }
+          for (int m = 0; m < M; m++)
+            for (int t = 0; t < beside; t++)
+              for (int p = 0; p < P; p++) dot[first + t][m][p].add(u[t][p], x + m * 32 + reader[t].group(n) * 4);
+          if (groups < 8 && (n + 1) % groups == 0)
+            for (int t = 0; t < beside; t++) flush(dot[first + t]);
         }
-        for (int m = 0; m < M; m++)
-          for (int t = 0; t < T; t++)
-            for (int p = 0; p < P; p++) dot[t][m][p].add(u[t][p], x + m * 32 + reader[t].group(n) * 4);
-        if (groups < 8 && (n + 1) % groups == 0) flush(dot);
       }
       codes.advance(K::kBits * 64);
     }
-    if (groups == 8) flush(dot);
+    for (int t = 0; groups == 8 && t < T; t++) flush(dot[t]);
   }
 }
 
@@ -228,13 +194,13 @@ struct RestsBeside<K, M, std::void_t<typename K::template Rests<M>>> : K::templa
 };
 
 template <class K, int T, int M>
-void few(const SegmentTask& task, const SegmentStrip& strip) {
+void few(const SegmentTask& task, const Strip& strip) {
   using Sum = typename K::Sum;
   const K kernel(task);
   Unsettled<T, M> all(task, strip);
   FewCodes<T> codes(task, strip);
-  const auto* x = strip.activations<typename K::X>(task);
-  Ahead<K::kBits, T / kGroupsPerTile> ahead(task, codes.group(0));
+  const auto* x = activations_of<typename K::X>(task, strip);
+  const int64_t ahead = fetched_ahead(task, T / kGroupsPerTile);
   RestsBeside<K, M> rests(task);
   for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++, chunk += task.segment_chunks) {
     const int64_t left = task.chunks - chunk, chunks = left < task.segment_chunks ? left : task.segment_chunks;
@@ -255,10 +221,14 @@ void few(const SegmentTask& task, const SegmentStrip& strip) {
   all.finish_all(kernel.step);
 }
 
-// Row groups by T, for all M tokens of a task.
+// A unit's row groups by T, for all M tokens of a task; by tiles where a strip lacks some.
 template <class K, int T, int M>
-FEWBIT_INLINE void strips_settled(const SegmentTask& task, int64_t group, int64_t end, int64_t tokens) {
-  for (; group < end; group += T) few<K, T, M>(task, {group, end - group, 0, tokens});
+FEWBIT_INLINE void strips_settled(const SegmentTask& task, int64_t tile, int64_t tokens) {
+  strips_apart<T>(task.rows, tile, 0, tokens, [&](const Strip& strip) {
+    if (strip.groups == T) return few<K, T, M>(task, strip);
+    for (int64_t t = 0; t < strip.groups; t += kGroupsPerTile)
+      few<K, kGroupsPerTile, M>(task, {strip.at(t), kGroupsPerTile, 0, tokens});
+  });
 }
 
 }  // namespace

@@ -57,8 +57,8 @@ void int24_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end,
   constexpr int groups = digits1(K::kBits);
   if constexpr (kFew && groups > 1) {
     const bool settled = task.segment_chunks > 1;  // shorter segments would cost more to keep than to settle at once
-    if (settled && task.together == kDigits) return strips_settled<K, groups, kDigits>(task, begin, end, rows);
-    if (settled && tokens <= 2) return strips_settled<K, groups, kDigitRows>(task, begin, end, rows);
+    if (settled && task.together == kDigits) return strips_settled<K, groups, kDigits>(task, tile_begin, rows);
+    if (settled && tokens <= 2) return strips_settled<K, groups, kDigitRows>(task, tile_begin, rows);
   }
   if (task.together == kDigits) {
     if constexpr (K::kFields * kDigits <= kSums) return strips_few<K, groups, kDigits, kAloneDigits>(task, begin, end, rows);

@@ -85,7 +85,7 @@ struct Codes {
 template <class K, int T, int M, int alone>
 FEWBIT_INLINE void strips_few(const SegmentTask& task, int64_t group, int64_t end, int64_t tokens) {
   if constexpr (kFew) {
-    strips_settled<K, T, M>(task, group, end, tokens);
+    strips_settled<K, T, M>(task, group / kGroupsPerTile, tokens);
   } else {
     constexpr int fields = K::kFields, chains = fields > 1 ? fields : kDirectChains;
     if constexpr (alone > 0)
@@ -99,9 +99,13 @@ FEWBIT_INLINE void strips_few(const SegmentTask& task, int64_t group, int64_t en
 template <class K>
 constexpr bool kFewElsewhere = false;
 
-// Row groups beside one token.
+// Row groups beside one token. As in few.h, parts of codes take registers for one tile at a time.
 template <class K>
-constexpr int kDirect1 = kInHalves<K> ? 4 : direct1(K::kBits);
+constexpr int kDirect1 = kInHalves<K> || (kFew && K::kPlanes == 1) ? 4 : direct1(K::kBits);
+
+// Row groups beside two.
+template <class K>
+constexpr int kBesideTwo = kFew && K::kPlanes == 1 && part_count(K::kBits) == 1 ? 4 : kDirect2;
 
 template <class K>
 void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
@@ -113,7 +117,7 @@ void int8_strips(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, 
         if (task.alone && task.segment_chunks > kPart) return strips_direct<Codes<1, 8>, 1, 1, 8>(task, begin, end, tokens);
       return strips_few<K, kDirect1<K>, 1, kAlone>(task, begin, end, tokens);
     }
-    if (task.together == 2) return strips_few<K, kDirect2, 2, kAlone2>(task, begin, end, tokens);
+    if (task.together == 2) return strips_few<K, kBesideTwo<K>, 2, kAlone2>(task, begin, end, tokens);
   }
   if (kDirect4 && sizeof(typename K::X) == 1 && task.together == 4 && tokens <= 4)
     return strips_direct<K, share<K>(kDirect4), 4, 1>(task, begin, end, tokens);

@@ -308,7 +308,7 @@ extern const LutKernels int8_lut_linear_serial, int8_lut_linear_avx2, int8_lut_l
     int8_lut_linear_neon, int8_lut_linear_neondot, int8_lut_linear_neoni8mm;
 
 extern const SegmentKernel int8_bits_linear_avx2;   // of 1 bit and three tokens or more
-extern const SegmentKernel int8_split_linear_avx2;  // of 8 bits and three tokens or more
+extern const SegmentKernel int8_split_linear_avx2, int8_few_split_linear_avx2;  // of 8 bits: three tokens or more; one or two
 extern const FewKernel int8_level_linear_avx2;         // levels of at most `most`, the same
 extern const FewKernel int8_few_linear_avx2, int8_few_lut_linear_avx2, int24_few_lut_linear_avx2;
 

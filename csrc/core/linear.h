@@ -23,6 +23,7 @@
 #include "core/inline.h"
 #include "core/kernel.h"
 #include "core/parts.h"
+#include "core/products.h"
 
 namespace fewbit {
 namespace {
@@ -61,29 +62,46 @@ FEWBIT_INLINE void put(const T& task, int64_t row, int64_t token, F total) {
     write_float(task.y, task.y_dtype, at + r, rows < kLanes && task.bias ? lanes[r] + task.bias[row + r] : lanes[r]);
 }
 
-// What a strip computes: row groups from `group`, of which `groups` exist, and tokens from `token`, of which `tokens`
-// do.
+// What is computed together: row groups from `group`, tile by tile, of which `groups` exist, and tokens (or rows of rounded
+// activations) from `token`, of which `tokens` do.
 struct Strip {
   int64_t group, groups, token, tokens;
+  int64_t apart = kGroupsPerTile;  // from a tile to the next
 
-  FEWBIT_INLINE Group at(const Task& task, int64_t t) const {
-    return Group(task, group + (t < groups ? t : groups - 1));
-  }
-  FEWBIT_INLINE const float* panel(const Task& task, int64_t floats) const {
-    const int64_t apart = task.together;
-    return task.panel + (token / apart * task.chunks * apart + token % apart) * floats;
-  }
-  FEWBIT_INLINE float sum(const Task& task, int64_t m, int64_t b) const {
-    return task.sums[(token + m) * task.blocks + b];
+  FEWBIT_INLINE int64_t at(int64_t t) const {
+    if (t >= groups) t = groups - 1;
+    return group + t / kGroupsPerTile * apart + t % kGroupsPerTile;
   }
 };
+
+// Calls visit(strip) for strips of T row groups that make up a unit from `tile`. Tiles of a strip lie as far apart as they can, and
+// those of the next strip behind each of them: so memory is read from places that go on and on, as processors foresee.
+template <int T, class Visit>
+FEWBIT_INLINE void strips_apart(int64_t rows, int64_t tile, int64_t token, int64_t tokens, const Visit& visit) {
+  static_assert(T % kGroupsPerTile == 0, "whole tiles");
+  constexpr int64_t places = T / kGroupsPerTile, strips = kTilesPerUnit / places;
+  const int64_t apart = units_of(rows) * strips, tiles = ceil_div(rows, 16);
+  tile /= places;
+  for (int64_t end = least(tile + strips, tiles); tile < end; tile++) {
+    const int64_t exist = tile + (places - 1) * apart < tiles ? places : ceil_div(tiles - tile, apart);
+    visit(Strip{tile * kGroupsPerTile, exist * kGroupsPerTile, token, tokens, apart * kGroupsPerTile});
+  }
+}
+
+FEWBIT_INLINE const float* panel_of(const Task& task, const Strip& strip, int64_t floats) {
+  const int64_t apart = task.together;
+  return task.panel + (strip.token / apart * task.chunks * apart + strip.token % apart) * floats;
+}
+FEWBIT_INLINE float sum_of(const Task& task, const Strip& strip, int64_t m, int64_t b) {
+  return task.sums[(strip.token + m) * task.blocks + b];
+}
 
 // Writes what a strip's row groups add up to. A call of its own, once a strip: inlined where it is used, it would be most of
 // the code.
 template <int T, int M>
 FEWBIT_APART void write(const Task& task, const Strip& strip, const F (&total)[T][M]) {
   for (int t = 0; t < T && t < strip.groups; t++)
-    for (int m = 0; m < M && m < strip.tokens; m++) put(task, strip.at(task, t).row, strip.token + m, total[t][m]);
+    for (int m = 0; m < M && m < strip.tokens; m++) put(task, Group(task, strip.at(t)).row, strip.token + m, total[t][m]);
 }
 
 // total += scale * (dot - zero * sum) + offset * sum, for block b.
@@ -94,12 +112,12 @@ FEWBIT_INLINE void fold(const Task& task, const Strip& strip, const Group& group
   const F zero = broadcast(-task.zero);
   for (int m = 0; m < M; m++) {
     F d = dot[m];
-    if (task.sums) d = fma(zero, broadcast(strip.sum(task, m, b)), d);
+    if (task.sums) d = fma(zero, broadcast(sum_of(task, strip, m, b)), d);
     total[m] = fma(scale, d, total[m]);
   }
   if (!task.offset) return;
   const F offset = parameter(task.offset, task.offset_half, group.parameters + b * 16);
-  for (int m = 0; m < M; m++) total[m] = fma(offset, broadcast(strip.sum(task, m, b)), total[m]);
+  for (int m = 0; m < M; m++) total[m] = fma(offset, broadcast(sum_of(task, strip, m, b)), total[m]);
 }
 
 // T row groups x M tokens, blocks of whole chunks (the last one possibly short). A call of its own: where several are
@@ -110,8 +128,8 @@ FEWBIT_APART void compute(const Task& task, const Strip& strip) {
   F total[T][M];
   const uint8_t* codes[T];
   const float* panel[M];
-  for (int t = 0; t < T; t++) codes[t] = strip.at(task, t).codes;
-  for (int m = 0; m < M; m++) panel[m] = strip.panel(task, K::kPanel) + m * K::kPanel;
+  for (int t = 0; t < T; t++) codes[t] = Group(task, strip.at(t)).codes;
+  for (int m = 0; m < M; m++) panel[m] = panel_of(task, strip, K::kPanel) + m * K::kPanel;
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
   const int64_t step = (task.block + 31) / 32, step_panel = task.together * K::kPanel;
@@ -125,7 +143,7 @@ FEWBIT_APART void compute(const Task& task, const Strip& strip) {
       for (int t = 0; t < T; t++) codes[t] += K::kBits * 64;
       for (int m = 0; m < M; m++) panel[m] += step_panel;
     }
-    for (int t = 0; t < T; t++) fold<M>(task, strip, strip.at(task, t), b, acc[t], total[t]);
+    for (int t = 0; t < T; t++) fold<M>(task, strip, Group(task, strip.at(t)), b, acc[t], total[t]);
   }
   F totals[T][M];  // in memory, where those that are added to are in registers
   for (int t = 0; t < T; t++)
@@ -137,8 +155,8 @@ FEWBIT_APART void compute(const Task& task, const Strip& strip) {
 template <class K, int M>
 FEWBIT_APART void compute_generic(const Task& task, const Strip& strip) {
   const K kernel(task.table);
-  const Group group = strip.at(task, 0);
-  const float* panel = strip.panel(task, 32);
+  const Group group(task, strip.at(0));
+  const float* panel = panel_of(task, strip, 32);
   F total[1][M], acc[M][2];
   for (int m = 0; m < M; m++) total[0][m] = acc[m][0] = acc[m][1] = broadcast(0.0f);
   int64_t b = 0, end = task.block < task.columns ? task.block : task.columns;
@@ -160,9 +178,12 @@ FEWBIT_APART void compute_generic(const Task& task, const Strip& strip) {
   write(task, strip, total);
 }
 
-// Groups [begin, end) by T, for the tokens from `token` of which `tokens` exist: M, some times over.
+// A unit's groups [begin, end) by T, for the tokens from `token` of which `tokens` exist: M, some times over.
 template <class K, int T, int M, int times = 1>
 void strips(const Task& task, int64_t begin, int64_t end, int64_t token, int64_t tokens) {
+  if constexpr (M <= 2 && T > kGroupsPerTile)
+    return strips_apart<T>(task.rows, begin / kGroupsPerTile, token, tokens,
+                           [&](const Strip& strip) { compute<K, T, M>(task, strip); });
   for (; begin < end; begin += T)
     for (int m = 0; m < times * M; m += M) compute<K, T, M>(task, {begin, end - begin, token + m, tokens - m});
 }

@@ -90,16 +90,10 @@ FEWBIT_INLINE U quad_at(const uint8_t* codes, int g) {
   return code;
 }
 
-// Rows of activations from `token`, computed together, of which `tokens` exist.
-struct SegmentStrip {
-  int64_t group, groups, token, tokens;
-
-  FEWBIT_INLINE int64_t at(int64_t t) const { return group + (t < groups ? t : groups - 1); }
-  template <class X>
-  FEWBIT_INLINE const X* activations(const SegmentTask& task) const {
-    return static_cast<const X*>(task.activations) + token * task.chunks * 32;
-  }
-};
+template <class X>
+FEWBIT_INLINE const X* activations_of(const SegmentTask& task, const Strip& strip) {
+  return static_cast<const X*>(task.activations) + strip.token * task.chunks * 32;
+}
 
 // How far ahead of a strip of `groups` row groups beside one another the next one lies, where that is worth fetching
 // early; else 0. Processors fetch a long run of memory by themselves, but learn of a short one when it is half over.
@@ -211,22 +205,22 @@ FEWBIT_INLINE void finish(const SegmentTask& task, int64_t row, int64_t first, i
 
 // The same of a strip's row groups.
 template <int T, int M>
-FEWBIT_INLINE void finish_inline(const SegmentTask& task, const SegmentStrip& strip, const F (&total)[T][M]) {
+FEWBIT_INLINE void finish_inline(const SegmentTask& task, const Strip& strip, const F (&total)[T][M]) {
 #pragma GCC unroll 4
   for (int t = 0; t < T; t++) {
     if (t >= strip.groups) break;
-    finish<M>(task, Group(task, strip.group + t).row, strip.token, strip.tokens, [&](int m) { return total[t][m]; });
+    finish<M>(task, Group(task, strip.at(t)).row, strip.token, strip.tokens, [&](int m) { return total[t][m]; });
   }
 }
 
 template <int T, int M>
-FEWBIT_APART void finish_by_call(const SegmentTask& task, const SegmentStrip& strip, const F (&total)[T][M]) {
+FEWBIT_APART void finish_by_call(const SegmentTask& task, const Strip& strip, const F (&total)[T][M]) {
   finish_inline(task, strip, total);
 }
 
 // Inlined in every kernel it would be most of the code; but a call takes as long as a chunk of one token.
 template <int T, int M>
-FEWBIT_INLINE void finish_strip(const SegmentTask& task, const SegmentStrip& strip, const F (&total)[T][M]) {
+FEWBIT_INLINE void finish_strip(const SegmentTask& task, const Strip& strip, const F (&total)[T][M]) {
   if constexpr (M == 1) return finish_inline(task, strip, total);
   F totals[T][M];  // in memory, where those that are added to are in registers
   for (int t = 0; t < T; t++)
@@ -237,7 +231,7 @@ FEWBIT_INLINE void finish_strip(const SegmentTask& task, const SegmentStrip& str
 // The same of tokens that were computed M at a time and whose totals are kept, settled but where they are `kPartly`. A call of
 // its own, as above.
 template <int M, int T>
-FEWBIT_APART void finish_totals(const SegmentTask& task, const SegmentStrip& strip, Settling how,
+FEWBIT_APART void finish_totals(const SegmentTask& task, const Strip& strip, Settling how,
                                 const Line (&line)[T], const float (*totals)[T][kLanes]) {
   for (int64_t m = 0; m < strip.tokens; m += M) {
     const Tokens<M> all(task, Segment(task), m);
@@ -252,14 +246,14 @@ FEWBIT_APART void finish_totals(const SegmentTask& task, const SegmentStrip& str
 // T row groups x M tokens, decoded where they stand; C sums a row group and token, which g takes in turn: where they are
 // as many as K multiplies fields in place, one for each of them, divided when all has been added up.
 template <class K, int T, int M, int C>
-void direct(const SegmentTask& task, const SegmentStrip& strip) {
+void direct(const SegmentTask& task, const Strip& strip) {
   constexpr int P = K::kPlanes;
   constexpr bool kShiftLast = C > 1 && C == K::kFields;
   using Sum = typename K::Sum;
   const K kernel(task);
   F total[T][M];
   const uint8_t* codes[T];
-  const auto* x = strip.activations<typename K::X>(task);
+  const auto* x = activations_of<typename K::X>(task, strip);
   for (int t = 0; t < T; t++) codes[t] = Group(task, strip.at(t)).codes;
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);

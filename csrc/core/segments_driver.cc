@@ -84,18 +84,18 @@ const SegmentKernel* find_few([[maybe_unused]] bool lut, [[maybe_unused]] int32_
   return nullptr;
 }
 
-// That of three tokens and more times codes of 8 bits or levels of a byte, where there is one. Activations far from 0 would
+// That of codes of 8 bits, and of levels of a byte times three tokens and more, where there is one. Activations far from 0 would
 // be split, all of them; beside levels too many of those would be large that have one scale for a few columns (`!whole`).
 const SegmentKernel* find_split([[maybe_unused]] const FixedPoint* table, [[maybe_unused]] int32_t bits,
                                 [[maybe_unused]] bool whole, [[maybe_unused]] const fewbit_input& x,
                                 [[maybe_unused]] int32_t isa) {
 #if defined(__x86_64__)
   const bool around = x.scale == 0 || (x.zero >= 96 && x.zero <= 160);
-  const bool many = fewbit_caps() & isa & FEWBIT_AVX2 && x.tokens > 2 && around;
+  if (!(fewbit_caps() & isa & FEWBIT_AVX2) || !around) return nullptr;
   const FewKernel& levels = int8_level_linear_avx2;
   const bool bytes = table && table->most > int8_lut_linear_avx2.most && table->most <= levels.most;
-  if (many && bytes && whole) return &levels.kernel;
-  if (many && !table && bits == 8) return &int8_split_linear_avx2;
+  if (x.tokens > 2 && bytes && whole) return &levels.kernel;
+  if (!table && bits == 8) return x.tokens > 2 ? &int8_split_linear_avx2 : &int8_few_split_linear_avx2;
 #endif
   return nullptr;
 }

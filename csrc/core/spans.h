@@ -142,7 +142,7 @@ FEWBIT_INLINE Line line_of(const SegmentTask& task, const K& kernel, int64_t at)
 }
 
 // Fetches where outputs of `groups` row groups and tokens [token, end) go, while the last products are computed.
-FEWBIT_INLINE void prefetch_outputs(const SegmentTask& task, const SegmentStrip& rows, int groups, int64_t token, int64_t end) {
+FEWBIT_INLINE void prefetch_outputs(const SegmentTask& task, const Strip& rows, int groups, int64_t token, int64_t end) {
   if (task.y_dtype != FEWBIT_FLOAT32) return;
   const float* y = static_cast<const float*>(task.y) + token * task.y_stride + Group(task, rows.group).row;
   for (; token < end && token < rows.tokens; token++, y += task.y_stride)
