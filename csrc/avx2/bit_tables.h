@@ -153,8 +153,8 @@ void one_bit(const SegmentTask& task, const Strip& strip) {
       TableSums sums[M];
       const int64_t run = end - chunk < kTableRun ? end - chunk : kTableRun;
       for (int64_t c = 0; c < run; c++, codes += 64, tables += M * kTableBytes) {
-        prefetch<1>(codes + kFar);
-        prefetch<1>(codes + apart + kFar);
+        prefetch<1>(codes + kAheadApart);
+        prefetch<1>(codes + apart + kAheadApart);
         look_up<M, arranged>(codes, apart, tables, sums);
       }
       for (int m = 0; m < M; m++) sums[m].flush(wide.sum[m]);
@@ -208,13 +208,13 @@ FEWBIT_INLINE void look_up_lanes(const uint8_t* codes, int64_t apart, const uint
 FEWBIT_INLINE void look_up_run(const uint8_t*& codes, int64_t apart, const uint8_t*& tables, int64_t chunks,
                                LaneSums (&sums)[2]) {
   for (; chunks > 1; chunks -= 2, codes += 2 * 64, tables += 2 * kTableBytes) {
-    prefetch<2>(codes + kFar);
-    prefetch<2>(codes + apart + kFar);
+    prefetch<2>(codes + kAheadApart);
+    prefetch<2>(codes + apart + kAheadApart);
     look_up_lanes<2>(codes, apart, tables, sums);
   }
   if (chunks == 0) return;
-  prefetch<1>(codes + kFar);
-  prefetch<1>(codes + apart + kFar);
+  prefetch<1>(codes + kAheadApart);
+  prefetch<1>(codes + apart + kAheadApart);
   look_up_lanes<1>(codes, apart, tables, sums);
   codes += 64, tables += kTableBytes;
 }

@@ -183,8 +183,8 @@ void rows24(const SegmentTask& task, const Strip& strip) {
     U wide[4];
     for (U& sum : wide) sum = _mm256_set1_epi32(static_cast<int32_t>(end - chunk) * lookups(BITS) * -kRaised24);
     for (; chunk < end; chunk++, codes += BITS * 64, tables += kChunk) {
-      prefetch<BITS>(codes + kFar);
-      prefetch<BITS>(codes + apart + kFar);
+      prefetch<BITS>(codes + kAheadApart);
+      prefetch<BITS>(codes + apart + kAheadApart);
       Chunk24<BITS>::add(codes, apart, tables, wide);
     }
     F(&value)[4][1] = all.next(1);

@@ -14,14 +14,13 @@ namespace fewbit {
 namespace {
 
 constexpr int64_t kUnsettled = 16;       // segments
-constexpr int64_t kFar = 1024;           // bytes ahead where tiles lie apart
 constexpr int64_t kFetched = 96 * 1024;  // bytes of a tile that is fetched while the one before it is multiplied, at most
 
 // How far ahead memory is fetched of tiles that are multiplied beside one another. Of one alone, that is the same place of the
 // next, since one place is not enough to keep memory busy.
 FEWBIT_INLINE int64_t fetched_ahead(const SegmentTask& task, int tiles) {
   const int64_t bytes = task.chunks * task.bits * 64;
-  return tiles > 1 || bytes > kFetched ? kFar : bytes;
+  return tiles > 1 || bytes > kFetched ? kAheadApart : bytes;
 }
 
 FEWBIT_INLINE void prefetch_parameter(const void* values, bool half, int64_t index) {

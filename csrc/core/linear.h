@@ -74,6 +74,10 @@ struct Strip {
   }
 };
 
+// Whether tiles of a strip of T row groups x M tokens lie apart: few tokens read weights as fast as memory gives them.
+template <int T, int M>
+constexpr bool kTilesApart = M <= 2 && T > kGroupsPerTile;
+
 // Calls visit(strip) for strips of T row groups that make up a unit from `tile`. Tiles of a strip lie as far apart as they can, and
 // those of the next strip behind each of them: so memory is read from places that go on and on, as processors foresee.
 template <int T, class Visit>
@@ -181,7 +185,7 @@ FEWBIT_APART void compute_generic(const Task& task, const Strip& strip) {
 // A unit's groups [begin, end) by T, for the tokens from `token` of which `tokens` exist: M, some times over.
 template <class K, int T, int M, int times = 1>
 void strips(const Task& task, int64_t begin, int64_t end, int64_t token, int64_t tokens) {
-  if constexpr (M <= 2 && T > kGroupsPerTile)
+  if constexpr (kTilesApart<T, M>)
     return strips_apart<T>(task.rows, begin / kGroupsPerTile, token, tokens,
                            [&](const Strip& strip) { compute<K, T, M>(task, strip); });
   for (; begin < end; begin += T)

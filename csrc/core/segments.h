@@ -30,6 +30,7 @@ namespace fewbit {
 namespace {
 
 constexpr int64_t kShortRun = 24 * 1024;     // bytes of a tile
+constexpr int64_t kAheadApart = 1024;        // bytes that are fetched ahead where tiles lie apart
 constexpr int64_t kPart = kSegment / 32;     // chunks that are multiplied by many tokens at a time
 
 // Whether codes of an operand lie in halves16, not in tile16.
@@ -257,7 +258,7 @@ void direct(const SegmentTask& task, const Strip& strip) {
   for (int t = 0; t < T; t++) codes[t] = Group(task, strip.at(t)).codes;
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
-  const int64_t ahead = next_strip(task, T);
+  const int64_t ahead = kTilesApart<T, M> ? kAheadApart : next_strip(task, T);
   const Settling how = settling(task);
   int64_t chunk = 0;
   for (Segment segment(task); segment.index < task.segments; segment.advance(task)) {
@@ -270,7 +271,7 @@ void direct(const SegmentTask& task, const Strip& strip) {
           dot[0][t][m][K::kBegins].begin(multiply(broadcast(tokens.sum[m]), broadcast(kernel.origin)));
     const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
     for (; chunk < end; chunk++, x += M * 32) {
-      if (T > 1 && ahead)  // one row group follows another in memory, as the processor expects
+      if (T > 1 && ahead)  // of one, the next follows in memory, as the processor expects
         for (int t = 0; t < T; t++) prefetch<K::kBits>(codes[t] + ahead);
       // Two row groups that take turns at a tile's lines: each fetches half of the next tile.
       if constexpr (T == 1 && M == kDigits && K::kFields == 1 && kGroupsPerTile == 2)
@@ -324,6 +325,9 @@ void direct(const SegmentTask& task, const Strip& strip) {
 // Row groups by T, for all M tokens of a task.
 template <class K, int T, int M, int C>
 FEWBIT_INLINE void strips_direct(const SegmentTask& task, int64_t group, int64_t end, int64_t tokens) {
+  if constexpr (kTilesApart<T, M>)
+    return strips_apart<T>(task.rows, group / kGroupsPerTile, 0, tokens,
+                           [&](const Strip& strip) { direct<K, T, M, C>(task, strip); });
   for (; group < end; group += T) direct<K, T, M, C>(task, {group, end - group, 0, tokens});
 }
 
