@@ -74,9 +74,10 @@ struct Strip {
   }
 };
 
-// Whether tiles of a strip of T row groups x M tokens lie apart: few tokens read weights as fast as memory gives them.
+// Whether tiles of a strip of T row groups x M tokens lie apart: few tokens read weights as fast as memory gives them. Two tiles
+// of one vector each gain nothing by it.
 template <int T, int M>
-constexpr bool kTilesApart = M <= 2 && T > kGroupsPerTile;
+constexpr bool kTilesApart = M <= 2 && T >= 4 && T > kGroupsPerTile;
 
 // Calls visit(strip) for strips of T row groups that make up a unit from `tile`. Tiles of a strip lie as far apart as they can, and
 // those of the next strip behind each of them: so memory is read from places that go on and on, as processors foresee.
@@ -108,11 +109,10 @@ FEWBIT_APART void write(const Task& task, const Strip& strip, const F (&total)[T
     for (int m = 0; m < M && m < strip.tokens; m++) put(task, Group(task, strip.at(t)).row, strip.token + m, total[t][m]);
 }
 
-// total += scale * (dot - zero * sum) + offset * sum, for block b.
+// total += scale * (dot - zero * sum) + offset * sum, for block b of a row group whose parameters begin at `at`.
 template <int M>
-FEWBIT_INLINE void fold(const Task& task, const Strip& strip, const Group& group, int64_t b, const F (&dot)[M],
-                        F (&total)[M]) {
-  const F scale = parameter(task.scale, task.scale_half, group.parameters + b * 16);
+FEWBIT_INLINE void fold(const Task& task, const Strip& strip, int64_t at, int64_t b, const F (&dot)[M], F (&total)[M]) {
+  const F scale = parameter(task.scale, task.scale_half, at + b * 16);
   const F zero = broadcast(-task.zero);
   for (int m = 0; m < M; m++) {
     F d = dot[m];
@@ -120,7 +120,7 @@ FEWBIT_INLINE void fold(const Task& task, const Strip& strip, const Group& group
     total[m] = fma(scale, d, total[m]);
   }
   if (!task.offset) return;
-  const F offset = parameter(task.offset, task.offset_half, group.parameters + b * 16);
+  const F offset = parameter(task.offset, task.offset_half, at + b * 16);
   for (int m = 0; m < M; m++) total[m] = fma(offset, broadcast(sum_of(task, strip, m, b)), total[m]);
 }
 
@@ -131,8 +131,12 @@ FEWBIT_APART void compute(const Task& task, const Strip& strip) {
   const K kernel(task.table);
   F total[T][M];
   const uint8_t* codes[T];
+  int64_t parameters[T];
   const float* panel[M];
-  for (int t = 0; t < T; t++) codes[t] = Group(task, strip.at(t)).codes;
+  for (int t = 0; t < T; t++) {
+    const Group group(task, strip.at(t));
+    codes[t] = group.codes, parameters[t] = group.parameters;
+  }
   for (int m = 0; m < M; m++) panel[m] = panel_of(task, strip, K::kPanel) + m * K::kPanel;
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
@@ -147,7 +151,7 @@ FEWBIT_APART void compute(const Task& task, const Strip& strip) {
       for (int t = 0; t < T; t++) codes[t] += K::kBits * 64;
       for (int m = 0; m < M; m++) panel[m] += step_panel;
     }
-    for (int t = 0; t < T; t++) fold<M>(task, strip, Group(task, strip.at(t)), b, acc[t], total[t]);
+    for (int t = 0; t < T; t++) fold<M>(task, strip, parameters[t], b, acc[t], total[t]);
   }
   F totals[T][M];  // in memory, where those that are added to are in registers
   for (int t = 0; t < T; t++)
@@ -176,7 +180,7 @@ FEWBIT_APART void compute_generic(const Task& task, const Strip& strip) {
       dot[m] = add(acc[m][0], acc[m][1]);
       acc[m][0] = acc[m][1] = broadcast(0.0f);
     }
-    fold<M>(task, strip, group, b++, dot, total[0]);
+    fold<M>(task, strip, group.parameters, b++, dot, total[0]);
     end = end + task.block < task.columns ? end + task.block : task.columns;
   }
   write(task, strip, total);

@@ -254,8 +254,12 @@ void direct(const SegmentTask& task, const Strip& strip) {
   const K kernel(task);
   F total[T][M];
   const uint8_t* codes[T];
+  int64_t parameters[T];
   const auto* x = activations_of<typename K::X>(task, strip);
-  for (int t = 0; t < T; t++) codes[t] = Group(task, strip.at(t)).codes;
+  for (int t = 0; t < T; t++) {
+    const Group group(task, strip.at(t));
+    codes[t] = group.codes, parameters[t] = group.parameters;
+  }
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
   const int64_t ahead = kTilesApart<T, M> ? kAheadApart : next_strip(task, T);
@@ -305,7 +309,7 @@ void direct(const SegmentTask& task, const Strip& strip) {
     }
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
-      const Line line(task, kernel.step, Group(task, strip.at(t)).parameters + segment.weight);
+      const Line line(task, kernel.step, parameters[t] + segment.weight);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
         if constexpr (C > 1)
