@@ -51,7 +51,7 @@ struct RestsOfTokens {
   FEWBIT_APART void add(const K& kernel, const Strip& strip, int64_t first, int64_t last,
                         F (&value)[kUnsettled][T][M]) {
     const uint8_t* codes[T];
-    for (int t = 0; t < T; t++) codes[t] = Group(task, strip.at(t)).codes;
+    for (int t = 0; t < T; t++) codes[t] = strip.at(task, t).codes;
     for (int m = 0; m < M; m++)
       for (; next[m] < end[m] && next[m]->segment < last; next[m]++) {
         const int64_t group = next[m]->group;

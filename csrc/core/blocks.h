@@ -128,11 +128,11 @@ FEWBIT_INLINE void decode_block(CodeBlock<K>& block, const Strip& rows, Segment&
   block.index = segment.index;
   block.codes_at = Group(task, rows.group).codes + block.first * K::kBits * 64;
   for (int t = 0; t < block.T; t++)
-    write_codes(block.kernel, Group(task, rows.at(t)).codes + block.first * K::kBits * 64, block.all,
+    write_codes(block.kernel, rows.at(task, t).codes + block.first * K::kBits * 64, block.all,
                 block.codes[0][t][0], sizeof block.codes[0]);
   for (int64_t s = 0; s < block.segments; s++) {
     for (int t = 0; t < block.T; t++)
-      block.line[s][t] = line_of(task, block.kernel, Group(task, rows.at(t)).parameters + segment.weight);
+      block.line[s][t] = line_of(task, block.kernel, rows.at(task, t).parameters + segment.weight);
     block.activation[s] = segment.activation;
     if (block.how != kPartly) segment.advance(task);
   }

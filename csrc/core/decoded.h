@@ -21,7 +21,7 @@ template <class K, int T>
 FEWBIT_INLINE void decode_segment(const SegmentTask& task, const K& kernel, const Strip& strip, int64_t first,
                                   int64_t chunks, Decoded<T> (&out)[K::kPlanes]) {
   for (int t = 0; t < T; t++) {
-    const uint8_t* codes = Group(task, strip.at(t)).codes + first * K::kBits * 64;
+    const uint8_t* codes = strip.at(task, t).codes + first * K::kBits * 64;
     const int64_t ahead = (task.segment_chunks < kPart ? task.segment_chunks : kPart) * K::kBits * 64;
     Held<K::kBits, kInHalves<K>> held;
     for (int64_t c = 0; c < chunks; c++, codes += K::kBits * 64) {
@@ -134,7 +134,7 @@ FEWBIT_INLINE void locate(const SegmentTask& task, const Strip& rows, Part<K, T>
   if constexpr (!kAsStored<K>) decode_segment<K, T>(task, part.kernel, rows, part.first, part.chunks, decoded);
   for (int p = 0; p < K::kPlanes; p++)
     for (int t = 0; t < T; t++)
-      part.bytes[p][t] = kAsStored<K> ? Group(task, rows.at(t)).codes + part.first * K::kBits * 64 : decoded[p].bytes[0][t];
+      part.bytes[p][t] = kAsStored<K> ? rows.at(task, t).codes + part.first * K::kBits * 64 : decoded[p].bytes[0][t];
 }
 
 // T row groups x all tokens, M at a time: each segment is decoded once and serves every token; one that is a long row, part
@@ -156,7 +156,7 @@ void decoded_once(const SegmentTask& task, int64_t group, int64_t groups, int64_
       for (int m = 0; m < M; m++) part.sum[token + m] = Tokens<M>(task, segment, token).sum[m];
     for (int64_t token = 0; token < padded; token++) part.start[token] = part.kernel.origin * part.sum[token];
     for (int t = 0; t < T; t++)
-      part.line[t] = Line(task, part.kernel.step, Group(task, rows.at(t)).parameters + segment.weight);
+      part.line[t] = Line(task, part.kernel.step, rows.at(task, t).parameters + segment.weight);
     for (part.first = first; part.first < end; part.first += kPart) {
       part.chunks = end - part.first < kPart ? end - part.first : kPart;
       locate(task, rows, part, decoded);

@@ -40,7 +40,7 @@ struct Unsettled {
   FEWBIT_INLINE Unsettled(const SegmentTask& whole, const Strip& rows)
       : task(whole), strip(rows), segment(whole), ahead(whole.blocks * 16) {
     for (int t = 0; t < T; t++) {
-      parameters[t] = Group(task, strip.at(t)).parameters;
+      parameters[t] = strip.at(task, t).parameters;
       for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
     }
   }
@@ -121,7 +121,7 @@ struct FewCodes {
   const uint8_t* at[T];
 
   FEWBIT_INLINE FewCodes(const SegmentTask& task, const Strip& strip) {
-    for (int t = 0; t < T; t++) at[t] = Group(task, strip.at(t)).codes;
+    for (int t = 0; t < T; t++) at[t] = strip.at(task, t).codes;
   }
   FEWBIT_INLINE const uint8_t* group(int t) const { return at[t]; }
   FEWBIT_INLINE void advance(int64_t bytes) {
@@ -136,7 +136,7 @@ struct FewCodes<T, true> {
   int64_t apart;  // of the tiles
 
   FEWBIT_INLINE FewCodes(const SegmentTask& task, const Strip& strip)
-      : at(Group(task, strip.group).codes), apart(Group(task, strip.at(kGroupsPerTile)).codes - at) {}
+      : at(Group(task, strip.group).codes), apart(strip.at(task, kGroupsPerTile).codes - at) {}
   FEWBIT_INLINE const uint8_t* group(int t) const {
     return at + t / kGroupsPerTile * apart + t % kGroupsPerTile * kLanes * 4;
   }
@@ -226,7 +226,7 @@ FEWBIT_INLINE void strips_settled(const SegmentTask& task, int64_t tile, int64_t
   strips_apart<T>(task.rows, tile, 0, tokens, [&](const Strip& strip) {
     if (strip.groups == T) return few<K, T, M>(task, strip);
     for (int64_t t = 0; t < strip.groups; t += kGroupsPerTile)
-      few<K, kGroupsPerTile, M>(task, {strip.at(t), kGroupsPerTile, 0, tokens});
+      few<K, kGroupsPerTile, M>(task, {strip.group + t / kGroupsPerTile * strip.apart, kGroupsPerTile, 0, tokens});
   });
 }
 

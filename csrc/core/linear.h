@@ -68,9 +68,10 @@ struct Strip {
   int64_t group, groups, token, tokens;
   int64_t apart = kGroupsPerTile;  // from a tile to the next
 
-  FEWBIT_INLINE int64_t at(int64_t t) const {
+  template <class T>
+  FEWBIT_INLINE Group at(const T& task, int64_t t) const {
     if (t >= groups) t = groups - 1;
-    return group + t / kGroupsPerTile * apart + t % kGroupsPerTile;
+    return Group(task, group + t / kGroupsPerTile * apart + t % kGroupsPerTile);
   }
 };
 
@@ -106,7 +107,7 @@ FEWBIT_INLINE float sum_of(const Task& task, const Strip& strip, int64_t m, int6
 template <int T, int M>
 FEWBIT_APART void write(const Task& task, const Strip& strip, const F (&total)[T][M]) {
   for (int t = 0; t < T && t < strip.groups; t++)
-    for (int m = 0; m < M && m < strip.tokens; m++) put(task, Group(task, strip.at(t)).row, strip.token + m, total[t][m]);
+    for (int m = 0; m < M && m < strip.tokens; m++) put(task, strip.at(task, t).row, strip.token + m, total[t][m]);
 }
 
 // total += scale * (dot - zero * sum) + offset * sum, for block b of a row group whose parameters begin at `at`.
@@ -134,7 +135,7 @@ FEWBIT_APART void compute(const Task& task, const Strip& strip) {
   int64_t parameters[T];
   const float* panel[M];
   for (int t = 0; t < T; t++) {
-    const Group group(task, strip.at(t));
+    const Group group = strip.at(task, t);
     codes[t] = group.codes, parameters[t] = group.parameters;
   }
   for (int m = 0; m < M; m++) panel[m] = panel_of(task, strip, K::kPanel) + m * K::kPanel;
@@ -151,7 +152,11 @@ FEWBIT_APART void compute(const Task& task, const Strip& strip) {
       for (int t = 0; t < T; t++) codes[t] += K::kBits * 64;
       for (int m = 0; m < M; m++) panel[m] += step_panel;
     }
-    for (int t = 0; t < T; t++) fold<M>(task, strip, parameters[t], b, acc[t], total[t]);
+    for (int t = 0; t < T; t++) {
+      fold<M>(task, strip, parameters[t], b, acc[t], total[t]);
+      if constexpr (T * M >= 16)  // which leaves no registers for totals; GCC would rather keep the sums of a block in memory
+        for (int m = 0; m < M; m++) asm("" : "+m"(total[t][m]));
+    }
   }
   F totals[T][M];  // in memory, where those that are added to are in registers
   for (int t = 0; t < T; t++)
@@ -163,7 +168,7 @@ FEWBIT_APART void compute(const Task& task, const Strip& strip) {
 template <class K, int M>
 FEWBIT_APART void compute_generic(const Task& task, const Strip& strip) {
   const K kernel(task.table);
-  const Group group(task, strip.at(0));
+  const Group group = strip.at(task, 0);
   const float* panel = panel_of(task, strip, 32);
   F total[1][M], acc[M][2];
   for (int m = 0; m < M; m++) total[0][m] = acc[m][0] = acc[m][1] = broadcast(0.0f);

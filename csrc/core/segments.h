@@ -210,7 +210,7 @@ FEWBIT_INLINE void finish_inline(const SegmentTask& task, const Strip& strip, co
 #pragma GCC unroll 4
   for (int t = 0; t < T; t++) {
     if (t >= strip.groups) break;
-    finish<M>(task, Group(task, strip.at(t)).row, strip.token, strip.tokens, [&](int m) { return total[t][m]; });
+    finish<M>(task, strip.at(task, t).row, strip.token, strip.tokens, [&](int m) { return total[t][m]; });
   }
 }
 
@@ -257,7 +257,7 @@ void direct(const SegmentTask& task, const Strip& strip) {
   int64_t parameters[T];
   const auto* x = activations_of<typename K::X>(task, strip);
   for (int t = 0; t < T; t++) {
-    const Group group(task, strip.at(t));
+    const Group group = strip.at(task, t);
     codes[t] = group.codes, parameters[t] = group.parameters;
   }
   for (int t = 0; t < T; t++)
