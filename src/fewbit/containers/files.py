@@ -17,6 +17,7 @@ from fewbit.errors import CorruptFileError, InputError
 LARGEST_JSON = 64 << 20
 """Bytes. The largest real ones (tokenizers with 260,000 entries) stay below 40 MB."""
 CHUNK = 1 << 22
+INDEX = "model.safetensors.index.json"
 
 
 def size_of(path: Path) -> int:
@@ -90,6 +91,19 @@ def member(folder: Path, name: str) -> Path:
             f"the file {path}", f"it is a link to {target}, outside the folder", "copy the file there"
         )
     return path
+
+
+def named_files(folder: Path) -> list[Path]:
+    """The safetensors files of ``folder``, unopened: those that its index names, else all.
+
+    Raises:
+        CorruptFileError: the index leads out of the folder.
+    """
+    if not (folder / INDEX).is_file():
+        return sorted(folder.glob("*.safetensors"))
+    places = read_json(folder / INDEX).get("weight_map")
+    names = {str(name) for name in places.values()} if isinstance(places, dict) else set()
+    return [member(folder, name) for name in sorted(names)]
 
 
 def digest(*paths: Path) -> str:
