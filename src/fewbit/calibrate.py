@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.core import given
 from fewbit.errors import InputError
 
 BUNDLED = "bundled English prose (public domain)"
@@ -68,7 +69,7 @@ def read_text(path: str | Path) -> str:
     Raises:
         InputError: the file is missing, empty, not UTF-8, or a line is not an object with a string ``text``.
     """
-    path = Path(path)
+    path = given.place("text file", path)
     try:
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:

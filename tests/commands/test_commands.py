@@ -293,6 +293,22 @@ def test_inspect_verifies_hashes(quantized: Path, command: Command, tmp_path: Pa
     assert shard.name in result.stderr
 
 
+@pytest.mark.parametrize("asked", [("generate", "--prompt", "abc"), ("eval",), ("eval", "--engine", "transformers")])
+def test_a_damaged_folder_is_never_run(
+    quantized: Path, command: Command, tmp_path: Path, asked: tuple[str, ...]
+) -> None:
+    """A bit that flipped, or the shard of another run: the model would be another one."""
+    copy = tmp_path / "copy"
+    shutil.copytree(quantized, copy)
+    shard = sorted(copy.glob("*.safetensors"))[1]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    result = command(asked[0], copy, *asked[1:])
+    assert result.exit_code == 3, result.stderr
+    assert f"{shard.name}; its bytes differ" in result.stderr
+
+
 def test_inspect_other_files(tiny: Path, command: Command, tmp_path: Path) -> None:
     shard = next(tiny.glob("*.safetensors"))
     one = json.loads(command("inspect", shard, "--json", "-").stdout)

@@ -108,8 +108,21 @@ def test_missing_tensors_wrong_shapes_and_short_checkpoints_are_named(tmp_path: 
     rewrite(tmp_path, {name: good.T.contiguous()})
     with pytest.raises(InputError, match=r"\(32, 48\).*\(48, 32\)"):
         StreamedModel.open(C.open_checkpoint(tmp_path))
-    rewrite(tmp_path, {name: good, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
-    assert StreamedModel.open(C.open_checkpoint(tmp_path)).unused == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
+
+
+def test_tensors_without_a_place_are_listed_but_for_buffers_of_old_versions(tmp_path: Path) -> None:
+    make("llama", tmp_path)
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "model.layers.2.norm": torch.ones(4)}
+    rewrite(tmp_path, more)
+    assert StreamedModel.open(C.open_checkpoint(tmp_path)).unused == ["model.layers.2.norm"]
+
+
+def test_integers_in_place_of_floats_are_refused(tmp_path: Path) -> None:
+    make("llama", tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(tmp_path, {name: torch.ones(48, 32, dtype=torch.int8)})
+    with pytest.raises(UnsupportedError, match=f"{name} holds integers"):
+        StreamedModel.open(C.open_checkpoint(tmp_path))
 
 
 @pytest.mark.parametrize("which", ["layers.1.*.experts.3.*w1", "layers.1.*.experts.3"])

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fewbit
 import fewbit.network
@@ -23,6 +25,18 @@ def test_inputs_that_the_native_runtime_does_not_round_are_told(tiny: Path, acti
     planned = fewbit.plan(tiny, Recipe((Rule("*", "int8/channel", activation=activation),)))
     told = [warning for warning in planned.warnings if f"rounded to {activation}" in warning]
     assert bool(told) == (rounding(parse(activation)) is None)
+
+
+def test_tensors_that_are_left_out_are_told(tiny: Path, tmp_path: Path) -> None:
+    """Layers past those of the configuration, say: what comes out is not the whole of what went in."""
+    shutil.copytree(tiny, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    held = load_file(path)
+    save_file(held | {f"model.layers.2.{n}": torch.ones(2) for n in "abcd"}, path, {"format": "pt"})
+    (told,) = fewbit.plan(tmp_path / "model", "int4/g32/asym").warnings
+    assert told.startswith("4 tensors of the checkpoint have no place in LlamaForCausalLM")
+    assert told.endswith("model.layers.2.a, model.layers.2.b, model.layers.2.c, ...")
+    assert not fewbit.plan(tiny, "int4/g32/asym").warnings
 
 
 IN_TURN = {"desc_act": True, "static_groups": False}

@@ -59,7 +59,8 @@ Window = Annotated[int, typer.Option("--context", min=2, help="Tokens in a calib
 Seed = Annotated[int, typer.Option("--seed", help="Same input and seed: same bytes.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Default: all cores of this process.")]
 Force = Annotated[
-    bool, typer.Option("--force", help="Accept what the gates refuse (data-free below 3 bits, a blown-up result).")
+    bool,
+    typer.Option("--force", help="Replace OUT; accept what gates refuse (data-free below 3 bits, a blown-up result)."),
 ]
 Activation = Annotated[
     str | None,

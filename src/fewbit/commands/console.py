@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fewbit.containers import files
+from fewbit.core import given
 from fewbit.report.numbers import DASH
 
 _PIPE_WIDTH = 160
@@ -56,7 +57,7 @@ def write_json(target: str | None, data: Any) -> None:
         sys.stdout.write(json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         sys.stdout.flush()
     elif target is not None:
-        files.write_json(Path(target), plain(data))
+        files.write_json(given.place("--json", target), plain(data))
 
 
 def plain(data: Any) -> Any:

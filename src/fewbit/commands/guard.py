@@ -9,10 +9,12 @@ import traceback
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import typer
 
+from fewbit.core import given
 from fewbit.errors import FewbitError
 
 P = ParamSpec("P")
@@ -28,7 +30,8 @@ _QUIET = {
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
     """Wrap a command: errors become a sentence on stderr and an exit code (2 to 7 by kind, 1 unexpected, 130 Ctrl-C).
 
-    The command must take ``debug``; with it the traceback is printed as well.
+    The command must take ``debug``; with it the traceback is printed as well. ``~`` in paths is the user's home, which
+    shells do not say for us in ``--out=~/x``.
     """
 
     @wraps(command)
@@ -38,7 +41,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
-                command(*args, **kwargs)
+                command(*args, **{name: _at_home(name, value) for name, value in kwargs.items()})
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except (Exception, KeyboardInterrupt) as error:
@@ -49,6 +52,13 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(code) from None
 
     return run
+
+
+def _at_home(name: str, value: Any) -> Any:
+    """A path, or a list of them, with the user's home in place of ``~``; all else as it is."""
+    if isinstance(value, list):
+        return [_at_home(name, each) for each in value]
+    return given.place(name, value) if isinstance(value, Path) else value
 
 
 def sentence(error: BaseException) -> tuple[str, int]:

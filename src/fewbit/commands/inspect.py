@@ -10,9 +10,9 @@ from typing import Any
 
 from fewbit.commands.console import results, table, write_json
 from fewbit.containers import files, manifest
+from fewbit.containers.files import named_files
 from fewbit.containers.gguf import open_gguf
 from fewbit.containers.safetensors import open_safetensors
-from fewbit.containers.shards import named_files
 from fewbit.errors import InputError
 from fewbit.report import numbers as N
 from fewbit.report.rows import procedure

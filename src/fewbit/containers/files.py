@@ -17,6 +17,7 @@ from fewbit.errors import CorruptFileError, InputError
 LARGEST_JSON = 64 << 20
 """Bytes. The largest real ones (tokenizers with 260,000 entries) stay below 40 MB."""
 CHUNK = 1 << 22
+INDEX = "model.safetensors.index.json"
 
 
 def size_of(path: Path) -> int:
@@ -92,6 +93,19 @@ def member(folder: Path, name: str) -> Path:
     return path
 
 
+def named_files(folder: Path) -> list[Path]:
+    """The safetensors files of ``folder``, unopened: those that its index names, else all.
+
+    Raises:
+        CorruptFileError: the index leads out of the folder.
+    """
+    if not (folder / INDEX).is_file():
+        return sorted(folder.glob("*.safetensors"))
+    places = read_json(folder / INDEX).get("weight_map")
+    names = {str(name) for name in places.values()} if isinstance(places, dict) else set()
+    return [member(folder, name) for name in sorted(names)]
+
+
 def digest(*paths: Path) -> str:
     """Hex sha256 of the files' bytes, one after the other, streamed."""
     state = hashlib.sha256()
@@ -117,10 +131,37 @@ class Hashing:
 
 
 def refuse_existing(target: Path, force: bool) -> None:
-    """Raise InputError where ``target`` exists and ``force`` is off."""
+    """Raise InputError where ``target``, a file to be written, exists and ``force`` is off, or is a folder."""
+    if target.is_dir():
+        raise InputError(f"writing {target}", "it is a folder", "the name of a file")
     if target.exists() and not force:
-        works = "give another name, remove it, or replace it by --force (in Python force=True)"
-        raise InputError(f"writing {target}", "it exists already", works)
+        raise InputError(f"writing {target}", "it exists already", REPLACING)
+
+
+def refuse_folder(target: Path, force: bool, mark: str, *sources: Path) -> None:
+    """Refuse to write the folder ``target`` where that would take what is somebody's.
+
+    With ``force`` a folder is replaced that is empty or holds the file ``mark``, by which fewbit knows its own; never
+    another one, nor one that is, or holds, any of ``sources``, which it is made of.
+
+    Raises:
+        InputError: it exists, and cannot be replaced; or it has no name of its own, or is a link.
+    """
+    asked, other = f"writing {target}", "give the name of a new folder"
+    if target.name in ("", "..") or target.is_symlink():
+        raise InputError(asked, "it is a link" if target.is_symlink() else "that is no folder of its own", other)
+    for source in sources:
+        if target.resolve() in (source.resolve(), *source.resolve().parents):
+            raise InputError(asked, f"it {'is' if target.samefile(source) else 'holds'} {source}", other)
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(asked, "it is a file", other)
+    if not (target / mark).is_file() and any(target.iterdir()):
+        found = f"it exists and was not written by this command, as it holds no {mark}"
+        raise InputError(asked, found, "give another name, or empty it")
+    if not force:
+        raise InputError(asked, "it exists already", REPLACING)
 
 
 def take_place(made: Path, target: Path) -> None:
@@ -130,6 +171,7 @@ def take_place(made: Path, target: Path) -> None:
     os.replace(made, target)
 
 
+REPLACING = "give another name, remove it, or replace it by --force (in Python force=True)"
 BEGUN = ".tmp"
 """What the name of a file ends with that is being written; before it, the process that does."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fewbit.containers.files import digest, member, read_json
+from fewbit.containers.files import digest, member, named_files, read_json
 from fewbit.errors import CorruptFileError, InputError
 
 NAME = "fewbit.json"
@@ -48,10 +48,10 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Every file the manifest names is there and has the hash it had when written.
+    """Every file the manifest names is there and has the hash it had when written; every weight file is named.
 
     Raises:
-        CorruptFileError: a file is missing or differs; the message names it.
+        CorruptFileError: a file is missing, differs or is not named; the message names it.
     """
     for name, expected in manifest["files"].items():
         path = member(folder, name)
@@ -61,3 +61,6 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
             raise CorruptFileError(
                 f"{path}", "its bytes differ from what was written", "copy it again, or quantize again"
             )
+    for path in named_files(folder):
+        if path.name not in manifest["files"]:
+            raise CorruptFileError(f"{path}", "the manifest holds no hash of it", "copy the folder again")

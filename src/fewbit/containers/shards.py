@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewbit.containers.files import member, read_json
+from fewbit.containers.files import INDEX, member, read_json
 from fewbit.containers.safetensors import SafetensorsFile, open_safetensors
 from fewbit.errors import CorruptFileError, InputError, UnsupportedError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 LARGEST_SIDECAR = 1 << 28
 
 
@@ -35,19 +35,6 @@ def weight_files(folder: Path) -> list[SafetensorsFile]:
     ggufs = [name for name in present if name.endswith(".gguf")]
     works = f"name the file: {folder / ggufs[0]}" if ggufs else f"{SINGLE}, or {INDEX} and its shards"
     raise InputError(f"opening the model {folder}", f"no {SINGLE} among {', '.join(present[:8])}", works)
-
-
-def named_files(folder: Path) -> list[Path]:
-    """The safetensors files of ``folder``, unopened: those that its index names, else all.
-
-    Raises:
-        CorruptFileError: the index leads out of the folder.
-    """
-    if not (folder / INDEX).is_file():
-        return sorted(folder.glob("*.safetensors"))
-    places = read_json(folder / INDEX).get("weight_map")
-    names = {str(name) for name in places.values()} if isinstance(places, dict) else set()
-    return [member(folder, name) for name in sorted(names)]
 
 
 def _sharded(folder: Path, index: Path) -> list[SafetensorsFile]:

@@ -56,6 +56,10 @@ def model(what: str, value: Any) -> None:
 
 
 def place(what: str, value: Any) -> Path:
-    """``value``, a text or a path, as a path. Raises SpecError: it is neither."""
+    """``value``, a text or a path, as a path, ``~`` being the user's home. Raises SpecError: it is neither, or there
+    is no such user."""
     kind(what, value, (str, os.PathLike), "a path, as text or pathlib.Path")
-    return Path(value)
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise SpecError(f"{what} {value}", str(error), "./ before a name that begins with ~") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fewbit import formats
+from fewbit.containers import manifest as M
 from fewbit.containers.files import read_json
 from fewbit.containers.shards import weight_files
 from fewbit.decode.configs import config_of, has_text_part
@@ -23,14 +24,18 @@ Held = TypeVar("Held")
 
 
 def described(folder: Path, activation: str | None) -> Model:
-    """The model in ``folder``, which its :class:`fewbit.decode.source.Source` keeps.
+    """The model in ``folder``, which its :class:`fewbit.decode.source.Source` keeps. Files that a manifest names
+    are compared with their hashes first.
 
     Raises:
+        CorruptFileError: a file is missing or its bytes changed.
         UnsupportedError: the family or a matrix is none that the runtime knows. SpecError: ``activation`` is no format.
     """
     if activation is not None:
         formats.parse(activation)  # refused before anything is read
     shape = shape_of(config_of(folder))
+    if (folder / M.NAME).is_file():
+        M.check_files(folder, M.read(folder))
     source = open_source(folder, activation)
     address = C.addressof(describe(shape, source))
     return Model(address, shape.vocabulary, shape.context, _read_bytes(shape, source), source)

@@ -80,8 +80,8 @@ def open_engine(
     threads: int | None = None,
 ) -> Engine:
     """The model in ``folder``, in the native runtime where that knows the family and the machine, else in transformers.
-    The native runtime checks the files' headers, not their hashes: no file can make it read what is not its own. Where
-    the folder holds an image of the model (:mod:`fewbit.decode.image`), torch is not imported.
+    Files that a manifest names are compared with their hashes, unless the folder holds an image of the model
+    (:mod:`fewbit.decode.image`): then that none has changed is seen by its size and time, and torch is not imported.
 
     Args:
         folder: what ``fewbit quantize`` wrote, or an unquantized Hugging Face folder.

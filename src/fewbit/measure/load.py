@@ -10,6 +10,7 @@ import torch
 
 from fewbit import formats
 from fewbit.containers import manifest as M
+from fewbit.core import given
 from fewbit.errors import InputError, UnsupportedError
 
 
@@ -21,7 +22,7 @@ def find(model: str | Path) -> Path:
     """
     from fewbit.model.checkpoint import HUB_ID, download
 
-    path = Path(model).expanduser()
+    path = given.place("the model", model)
     if path.exists():
         return path
     if isinstance(model, str) and HUB_ID.fullmatch(model) and not Path(model.split("/")[0]).exists():

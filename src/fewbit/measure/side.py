@@ -43,10 +43,13 @@ class Side:
         """From a folder, a GGUF file, a hub id or a loaded model.
 
         Raises:
-            InputError: ``activation`` for a model that is no fewbit folder.
+            InputError: ``activation`` for a model that is no fewbit folder. CorruptFileError: a fewbit folder lacks a
+                file, or its bytes changed.
         """
         path = L.find(model) if isinstance(model, str | Path) else None
         manifest = M.read(path) if path is not None and path.is_dir() and (path / M.NAME).is_file() else {}
+        if path is not None and manifest:
+            M.check_files(path, manifest)
         if activation is not None and not manifest:
             raise InputError(f"activations in {activation}", "the model is no fewbit folder", "leave activation out")
         given.optional("activation", activation, str, "the spelling of a format, for example 'int8/channel'")

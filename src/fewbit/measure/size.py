@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.containers import manifest as M
-from fewbit.containers.files import size_of
+from fewbit.containers.files import named_files, size_of
 from fewbit.containers.gguf import open_gguf
 from fewbit.containers.safetensors import open_safetensors
-from fewbit.containers.shards import named_files
 from fewbit.errors import InputError
 
 

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from fewbit.containers.files import digest
+from fewbit.core import given
 from fewbit.errors import InputError, first_line
 from fewbit.model.families import LAYER_COUNTS
 
@@ -31,12 +32,14 @@ class Checkpoint(ABC):
 
     * ``path``: what was opened. ``files``: the weight files. ``architecture``: the class name, ``LlamaForCausalLM``.
     * ``config``: the model's configuration; reading it allocates nothing.
+    * ``ignored``: stored tensors that :meth:`keys` leaves out, as no name of the model is theirs.
     """
 
     path: Path
     config: PretrainedConfig
     architecture: str
     files: list[Path]
+    ignored: list[str]
 
     @abstractmethod
     def keys(self) -> list[str]:
@@ -45,6 +48,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
+
+    @abstractmethod
+    def floating(self, key: str) -> bool:
+        """Whether a tensor holds floats, without reading it."""
 
     @abstractmethod
     def get(self, key: str) -> Tensor:
@@ -103,7 +110,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     from fewbit.model.folder import FolderCheckpoint
 
-    text, local = str(path), Path(path).expanduser()
+    text, local = str(path), given.place("the model", path)
     try:
         there, folder = local.exists(), local.is_dir()
     except (OSError, ValueError) as error:

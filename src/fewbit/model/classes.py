@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -60,7 +61,7 @@ def from_folder(folder: str | Path, **more: Any) -> Any:
     told = {"ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         model, info = class_of(config).from_pretrained(str(folder), config=config, **{**WHERE, **more, **told})
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, FewbitError):
             raise
         raise InputError(f"loading the model {folder}", f"transformers says: {first_line(error)}") from error

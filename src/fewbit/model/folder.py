@@ -50,7 +50,7 @@ class FolderCheckpoint(Checkpoint):
     """Final; see :func:`fewbit.model.checkpoint.open_checkpoint`."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder
+        self.path, self.ignored = folder, []
         self.config = read_config(folder)
         self._shards = weight_files(folder)
         self._of = {key: shard for shard in self._shards for key in shard.entries}
@@ -73,6 +73,9 @@ class FolderCheckpoint(Checkpoint):
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self._shard(key).entries[key].shape
+
+    def floating(self, key: str) -> bool:
+        return self._shard(key).entries[key].dtype.is_floating_point
 
     def get(self, key: str) -> Tensor:
         return self._shard(key).get(key)

@@ -28,10 +28,10 @@ from fewbit.model.skeleton import build
 
 
 class GgufCheckpoint(Checkpoint):
-    """Final; see :func:`fewbit.model.checkpoint.open_checkpoint`. ``ignored``: tensors without a place."""
+    """Final; see :func:`fewbit.model.checkpoint.open_checkpoint`."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.files = path, [path]
+        self.path, self.files, self.ignored = path, [path], []
         self._file = open_gguf(path)
         kind = self._file.metadata.get("general.architecture")
         if not isinstance(kind, str):
@@ -43,7 +43,6 @@ class GgufCheckpoint(Checkpoint):
         self._places = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=self.config.to_dict())
         self._sources: dict[str, list[str]] = {}
-        self.ignored: list[str] = []
         if is_gguf_arch_supported(kind):
             self._names: dict[str, str] = {}
             self._sources = {name: [name] for name in self._file.tensors}
@@ -90,6 +89,9 @@ class GgufCheckpoint(Checkpoint):
         shape = self._places.get(key, stored[0])
         # Stacked experts come in two tensors, and some vectors without their axes of length one.
         return shape if sum(map(math.prod, stored)) == math.prod(shape) else stored[0]
+
+    def floating(self, key: str) -> bool:
+        return True
 
     def get(self, key: str) -> Tensor:
         if key not in self._sources:

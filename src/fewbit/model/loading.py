@@ -8,6 +8,7 @@ to its modules as renamings and converters. They are applied here to the tensors
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from fewbit.errors import InputError, first_line
+from fewbit.errors import InputError, UnsupportedError, first_line
 from fewbit.model.checkpoint import Checkpoint, check_finite
 
 
@@ -43,7 +44,8 @@ class Loader:
     every parameter goes through after it was read.
 
     Raises:
-        InputError: on construction, a parameter has no tensor, or one of another shape.
+        InputError: on construction, a parameter has no tensor, or one of another shape. UnsupportedError: one of
+            integers.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, copies: Mapping[str, str] | None = None) -> None:
@@ -111,7 +113,15 @@ class Loader:
                 "a complete checkpoint whose config.json is its own",
             )
         for group in self.groups:
+            self._check_kind(group, places)
             self._make(group, lambda key: torch.empty(self.checkpoint.shape(key), device="meta"))
+
+    def _check_kind(self, group: Group, places: dict[str, Tensor]) -> None:
+        """Refuse integers where floats are expected: their scales, if any, have no place in the model."""
+        whole = [key for key, _ in group.sources if not self.checkpoint.floating(key)]
+        if whole and places[group.targets[0]].is_floating_point():
+            asked = f"loading {self.checkpoint.path} as {self.checkpoint.architecture}"
+            raise UnsupportedError(asked, f"{whole[0]} holds integers, as quantized weights do", "the original weights")
 
     def _make(self, group: Group, fetch: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The parameters that ``group`` makes of what ``fetch`` gives for a key, by name, checked for shape."""
@@ -184,6 +194,13 @@ class Loader:
         for name in self._names:
             if under(name, prefix):
                 place(self.model, name, self.model.get_parameter_or_buffer(name).detach().to("meta"))
+
+
+def unexpected(model: PreTrainedModel, keys: list[str]) -> list[str]:
+    """Those of ``keys``, tensors without a place in ``model``, that are no buffer which some version stored."""
+    known = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    buffers = {name for name, _ in model.named_buffers()}
+    return [key for key in keys if key not in buffers and not any(re.search(each, key) for each in known)]
 
 
 def _alone(value: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.families import TUPLE_BLOCKS
 from fewbit.model.finite import finite
 from fewbit.model.hooks import hooked
-from fewbit.model.loading import Loader, under
+from fewbit.model.loading import Loader, under, unexpected
 from fewbit.model.parts import beside, family_of, head_of_embedding, surroundings
 from fewbit.model.sites import Site, find, in_block
 from fewbit.model.skeleton import build
@@ -53,7 +53,8 @@ class StreamedModel:
     * ``module``: the transformers model. ``config``: its configuration. ``architecture``: its class name.
     * ``blocks``: paths of the blocks in order. ``before`` and ``after``: what :meth:`begin` and :meth:`logits` need.
     * ``surgery``: what rotates the model while it is read, or None.
-    * ``sites``: every quantizable matrix. ``kept``: every other parameter and why. ``unused``: tensors without a place.
+    * ``sites``: every quantizable matrix. ``kept``: every other parameter and why. ``unused``: tensors without a place,
+      but for buffers that old versions stored.
     """
 
     def __init__(self, checkpoint: Checkpoint, preparation: Preparation | None = None) -> None:
@@ -67,7 +68,7 @@ class StreamedModel:
         self._tuples = self._family.tuples or self.config.model_type in TUPLE_BLOCKS
         copies = {} if preparation is None else head_of_embedding(self.module)
         self._loader = Loader(checkpoint, self.module, copies)
-        self.unused = self._loader.unused
+        self.unused = unexpected(self.module, [*self._loader.unused, *checkpoint.ignored])
         self.sites, self.kept = find(self.module, self.blocks, self._loader.tied)
         self._by_name = {site.name: site for site in self.sites}
         self.before, self.after = surroundings(self.module, self._family)

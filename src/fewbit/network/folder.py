@@ -14,8 +14,9 @@ from torch import nn
 import fewbit
 from fewbit.containers import manifest as M
 from fewbit.containers import terms as T
-from fewbit.containers.files import refuse_existing, take_place, write_json
+from fewbit.containers.files import refuse_folder, take_place, write_json
 from fewbit.containers.safetensors import open_safetensors, write_safetensors
+from fewbit.core import given
 from fewbit.errors import InputError, VerificationError
 from fewbit.model.convolution import QuantConv2d, window_of
 from fewbit.model.layers import QuantLinear
@@ -36,8 +37,8 @@ def save(quantized: Quantized, folder: str | Path, force: bool = False) -> dict[
         VerificationError: what was written does not read back as what is held.
     """
     _check(quantized)
-    target = Path(folder)
-    refuse_existing(target, force)
+    target = given.place("folder", folder)
+    refuse_folder(target, force, M.NAME)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -103,14 +103,14 @@ def quantize(
         fingerprint = _fingerprint(checkpoint, chosen, data, whole, seed, products, kept, device, correct_bias)
         if (finished := _finished(target, fingerprint, tell)) is not None:
             return finished
-        journal = Journal.open((folder := O.open_folder(target, force)) / STATE / "journal.json", fingerprint)
-        probe = calibrate.probe(words, PROBE[0], min(PROBE[1], O.longest(checkpoint)))
-        prepared = _learned(chosen, streamed, planned, data, folder, pool, tell, seed)
-        run = Run(prepared, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed, device)
-        run.kept, run.sensitivity, run.correct_bias = kept, _sensitivity(run), correct_bias
-        run.end, run.whole = chosen.end, whole
-        run_all(run)
-        return Result(target, finish(run, checkpoint, chosen, seed, target, force))
+        with O.work_in(target, force, M.NAME, checkpoint.path) as folder:
+            journal = Journal.open(folder / STATE / "journal.json", fingerprint)
+            probe = calibrate.probe(words, PROBE[0], min(PROBE[1], O.longest(checkpoint)))
+            prepared = _learned(chosen, streamed, planned, data, folder, pool, tell, seed)
+            run = Run(prepared, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed, device)
+            run.kept, run.sensitivity, run.correct_bias = kept, _sensitivity(run), correct_bias
+            run.end, run.whole = chosen.end, whole
+            return Result(target, finish(run_all(run), checkpoint, chosen, seed, target, force))
 
 
 def plan(

@@ -30,10 +30,11 @@ PLACE = "learned"
 """Folder of new shards in ``state``."""
 
 
-def run_all(run: Run) -> None:
-    """Every stage, and what the whole model learns after them."""
+def run_all(run: Run) -> Run:
+    """``run`` after every stage, and after what the whole model learns then."""
     run_stages(run)
     learn_whole(run)
+    return run
 
 
 def learn_whole(run: Run) -> None:

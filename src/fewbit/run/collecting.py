@@ -13,6 +13,7 @@ import fewbit
 from fewbit.calibrate import Calibration
 from fewbit.containers.files import digest, take_place, write_json
 from fewbit.containers.safetensors import open_safetensors, write_safetensors
+from fewbit.core import given
 from fewbit.core.facts import Facts
 from fewbit.errors import InputError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
@@ -55,7 +56,7 @@ def collect(
         FewbitError: see :mod:`fewbit.errors`. An interrupted call leaves its work in ``OUT.partial``, from which the
             same call continues.
     """
-    target, tell, products = Path(out), progress or O.silent, O.products(calibration_dtype)
+    target, tell, products = given.place("out", out), progress or O.silent, O.products(calibration_dtype)
     with O.source(model, tokenizer, target) as path:
         checkpoint = open_checkpoint(path)
         streamed = StreamedModel.open(checkpoint)
@@ -66,13 +67,12 @@ def collect(
             tell(Event("done", message=f"{target} is finished already"))
             return found
         fingerprint = {"code": O.code_hash(), **{key: str(value) for key, value in described.items()}}
-        folder = O.open_folder(target, force)
-        Journal.open(folder / STATE / "journal.json", fingerprint)
         wanted = frozenset(site.name for site in streamed.sites if fisher and site.block is not None)
         watched: Literal["gram", "mean_square"] = "gram" if gram else "mean_square"
-        with workers(threads) as pool:
+        with O.work_in(target, force, K.NAME, checkpoint.path) as folder, workers(threads) as pool:
+            Journal.open(folder / STATE / "journal.json", fingerprint)
             Sensitivity(streamed, data.ids, folder, wanted, pool, tell, products, watched, ranges).collect()
-    kept = _finish(folder, target, described)
+            kept = _finish(folder, target, described)
     tell(Event("done", message=str(target)))
     return kept
 
@@ -88,13 +88,8 @@ def merge(folders: Sequence[str | Path], *, out: str | Path, force: bool = False
         raise InputError(f"merging {len(kept)} folders of facts", "there is nothing to add", "two or more would work")
     for other in kept[1:]:
         other.check(kept[0].described["model"])
-    first, target = kept[0].described, Path(out)
+    first, target = kept[0].described, given.place("out", out)
     collected = [what for what in first["collected"] if all(what in other.described["collected"] for other in kept)]
-    folder = O.open_folder(target, force)
-    for block in range(first["blocks"]):
-        _merge_inputs(kept, folder, block, "gram" in collected)
-        if "fisher" in collected:
-            _merge_gradients(kept, folder, block)
     texts = [each.described["calibration"] for each in kept]
     calibration = {
         "source": " and ".join(str(text["source"]) for text in texts),
@@ -103,7 +98,12 @@ def merge(folders: Sequence[str | Path], *, out: str | Path, force: bool = False
         "context": max(text["context"] for text in texts),
         "tokens": sum(text["tokens"] for text in texts),
     }
-    return _finish(folder, target, {**first, "calibration": calibration, "collected": collected})
+    with O.work_in(target, force, K.NAME, *(each.path for each in kept)) as folder:
+        for block in range(first["blocks"]):
+            _merge_inputs(kept, folder, block, "gram" in collected)
+            if "fisher" in collected:
+                _merge_gradients(kept, folder, block)
+        return _finish(folder, target, {**first, "calibration": calibration, "collected": collected})
 
 
 def _merge_inputs(kept: list[K.KeptFacts], folder: Path, block: int, gram: bool) -> None:

@@ -6,8 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fewbit.containers.files import read_json
-from fewbit.containers.shards import INDEX
+from fewbit.containers.files import INDEX, read_json
 from fewbit.model.stream import StreamedModel
 from fewbit.run.solve import Solved
 from fewbit.run.verify import read_back, read_rewrite

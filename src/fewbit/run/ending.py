@@ -10,8 +10,7 @@ from typing import Any
 
 import fewbit
 from fewbit.containers import manifest as M
-from fewbit.containers.files import digest, read_json, take_place, write_json
-from fewbit.containers.shards import INDEX
+from fewbit.containers.files import INDEX, digest, read_json, take_place, write_json
 from fewbit.errors import QualityError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.recipe import FLOAT, Recipe

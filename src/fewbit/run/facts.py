@@ -27,6 +27,7 @@ from torch import Tensor
 from fewbit.containers import manifest as M
 from fewbit.containers.files import digest, read_json
 from fewbit.containers.safetensors import SafetensorsFile, open_safetensors, write_safetensors
+from fewbit.core import given
 from fewbit.core.facts import Facts
 from fewbit.core.observers import Seen
 from fewbit.errors import CorruptFileError, InputError
@@ -198,7 +199,7 @@ class KeptFacts:
         Raises:
             InputError: no such folder. CorruptFileError: it is damaged, or of a newer version.
         """
-        folder = Path(path)
+        folder = given.place("facts", path)
         if not (folder / NAME).is_file():
             raise InputError(f"facts in {folder}", f"it holds no {NAME}", "a folder that `fewbit calibrate` wrote")
         described = read_json(folder / NAME)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,7 @@ import torch
 import fewbit
 from fewbit import calibrate
 from fewbit.calibrate import Calibration
-from fewbit.containers.files import refuse_existing, remove_begun
+from fewbit.containers.files import refuse_folder, remove_begun
 from fewbit.core import given
 from fewbit.errors import InputError, SpecError
 from fewbit.model.checkpoint import Checkpoint
@@ -103,20 +105,38 @@ def source(model: Any, tokenizer: Any, target: Path) -> Iterator[str | Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def open_folder(target: Path, force: bool) -> Path:
-    """``OUT.partial``, made if need be; without what a run that was killed had begun to write there.
+@contextmanager
+def work_in(target: Path, force: bool, mark: str, *sources: Path) -> Iterator[Path]:
+    """``OUT.partial``, made if need be, for this process alone as long as it is open; without what a run that was
+    killed had begun to write there. The rest is :func:`fewbit.containers.files.refuse_folder`'s.
 
     Raises:
-        InputError: ``target`` exists and ``force`` is off, or nothing can be written there.
+        InputError: ``target`` cannot be replaced, nothing can be written there, or another process is at work there.
     """
-    refuse_existing(target, force)
+    refuse_folder(target, force, mark, *sources)
     folder = target.with_name(target.name + ".partial")
     try:
         (folder / STATE).mkdir(parents=True, exist_ok=True)
-        remove_begun(folder)
+        handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise InputError(f"writing {target}", f"{error.strerror}", "give a folder that you may write to") from None
-    return folder
+    try:
+        _lock(handle, folder)
+        remove_begun(folder)
+        yield folder
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    """Keep other processes out until ``handle`` is closed, which the end of this one does, however it ends."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        found = f"another process is at work in {folder}"
+        raise InputError(f"writing {folder}", found, "wait for it, or give another name") from None
+    except OSError:
+        return  # a file system without locks: whoever starts two runs there must give them two names
 
 
 def model_hashes(checkpoint: Checkpoint) -> dict[str, str]:

@@ -113,7 +113,7 @@ def make_plan(checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, text
     bits = 8 * sum(d.nbytes for d in quantized) / sum(d.weights for d in quantized)
     calibrated = recipe.end is not None or any(d.rule and d.rule.calibrated for d in quantized)
     seconds, memory = estimate(decisions, text, calibrated, model, recipe)
-    warnings = _warnings(quantized, size, checkpoint) + _of_surgery(model, decisions)
+    warnings = _left_out(model) + _warnings(quantized, size, checkpoint) + _of_surgery(model, decisions)
     return Plan(decisions, kept, dtype, size, checkpoint.nbytes, bits, memory, seconds, warnings)
 
 
@@ -306,6 +306,14 @@ def _check_end(end: ModelTune | None, quantized: list[Decision]) -> None:
         raise UnsupportedError(
             asked, f"no layer has what {' or '.join(end.row().by)} learns", "int4/g64/asym has scales"
         )
+
+
+def _left_out(model: StreamedModel) -> list[str]:
+    """What the checkpoint holds and the result will not."""
+    if not (names := model.unused):
+        return []
+    some = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    return [f"{len(names)} tensors of the checkpoint have no place in {model.architecture} and are left out: {some}"]
 
 
 def _warnings(quantized: list[Decision], size: int, checkpoint: Checkpoint) -> list[str]:

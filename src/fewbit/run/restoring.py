@@ -28,7 +28,8 @@ from torch.utils.hooks import RemovableHandle
 
 from fewbit import calibrate
 from fewbit.containers import manifest as M
-from fewbit.containers.files import refuse_existing, take_place
+from fewbit.containers.files import refuse_folder, take_place
+from fewbit.core import given
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.hooks import hooked
@@ -77,9 +78,10 @@ def restore(
     if min(rank, steps, batch) < 1 or not 0 <= dropout < 1 or not 0 < lr <= 1:
         found = f"rank={rank}, steps={steps}, batch={batch}, dropout={dropout}, lr={lr}"
         raise SpecError("restoring a model", found, "64, 200, 4, 0.1 and 1e-4 are usual")
-    if out is not None:
-        refuse_existing(Path(out), force)
-    checkpoint, folder = open_checkpoint(model), Path(quantized)
+    checkpoint, folder = open_checkpoint(model), given.place("the quantized folder", quantized)
+    target = None if out is None else given.place("out", out)
+    if target is not None:
+        refuse_folder(target, force, "config.json", checkpoint.path, folder)
     words = calibrate.calibration(checkpoint.words(), text, samples, context, seed)
     streamed = StreamedModel.open(checkpoint)
     streamed.load("")
@@ -90,8 +92,8 @@ def restore(
         streamed.set_weight(name, weight)
     for name, (down, up) in zip(names, pairs, strict=True):
         streamed.set_weight(name, originals[name] + (alpha / rank) * (up @ down).detach())
-    if out is not None:
-        _write(streamed.module, checkpoint, Path(out))
+    if target is not None:
+        _write(streamed.module, checkpoint, target)
     return streamed.module.eval()
 
 

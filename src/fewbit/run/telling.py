@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fewbit.calibrate import calibration
 from fewbit.containers.files import refuse_existing, write_bytes
+from fewbit.core import given
 from fewbit.core.transform import generator_of
 from fewbit.errors import SpecError
 from fewbit.model.checkpoint import open_checkpoint
@@ -63,7 +64,7 @@ def tell(
         InputError: ``out`` exists and ``force`` is off; ``prompts`` cannot be read or is too short. SpecError: a number
             is out of range.
     """
-    target, checkpoint = Path(out), open_checkpoint(model)
+    target, checkpoint = given.place("out", out), open_checkpoint(model)
     refuse_existing(target, force)
     if min(samples, batch) < 1 or not temperature > 0 or not 2 <= context <= longest(checkpoint):
         found = f"samples={samples}, context={context}, temperature={temperature}, batch={batch}"
@@ -71,9 +72,9 @@ def tell(
     if prompts is not None and not 1 <= beginning < context:
         raise SpecError("telling texts", f"beginning={beginning}", f"1 to {context - 1}: less than the context")
     words, say = checkpoint.tokenizer(), progress or silent
-    given = torch.empty(1, 0, dtype=torch.long)
+    prompted = torch.empty(1, 0, dtype=torch.long)
     if prompts is not None:
-        given = calibration(words, prompts, samples, beginning, seed).ids
+        prompted = calibration(words, prompts, samples, beginning, seed).ids
     streamed, texts = StreamedModel.open(checkpoint), list[str]()
     streamed.load("")
     streamed.module.to(device)
@@ -81,7 +82,7 @@ def tell(
 
     def one(start: int) -> Tensor:
         generator = generator_of(seed, f"text {start}", device)
-        begun = given[torch.arange(start, min(start + batch, samples)) % len(given)].to(device)
+        begun = prompted[torch.arange(start, min(start + batch, samples)) % len(prompted)].to(device)
         return draw(streamed.module, special, begun, context, temperature, generator)
 
     with workers(threads) as pool:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from fewbit.containers import manifest as M
 from fewbit.containers import terms as T
-from fewbit.containers.files import member, read_json
+from fewbit.containers.files import INDEX, member, read_json
 from fewbit.containers.safetensors import SafetensorsFile, open_safetensors
-from fewbit.containers.shards import INDEX
 from fewbit.core import rewrite as R
 from fewbit.errors import CorruptFileError, InputError, VerificationError
 from fewbit.run.solve import digest
