@@ -19,12 +19,61 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fewbit.cli import app
+from fewbit.commands import anew, serve
 
 httpx = pytest.importorskip("httpx")
 
 
-def invoke(*words: object, **options: object) -> Result:
-    return CliRunner().invoke(app, ["serve", *map(str, words)], **options)  # type: ignore[arg-type]
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs the command in this process, which does not begin anew."""
+    monkeypatch.setattr(anew, "begin", lambda request: None)
+    return lambda *words: CliRunner().invoke(app, ["serve", *map(str, words)])
+
+
+ASKED = """
+import sys
+from fewbit.commands import serve
+def run(request):
+    print(request, [name for name in ("typer", "pydantic", "rich", "click") if name in sys.modules])
+    raise serve.InputError(f"debug {request.port}")
+serve.run = run
+from fewbit.__main__ import main
+main()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems begin no process anew")
+def test_the_process_that_serves_is_told_all_and_holds_no_parser() -> None:
+    words = ["wörter", "--port", "5", "--kv", "int8", "--embeddings", "--no-image", "--debug"]
+    command = [sys.executable, "-c", ASKED, "serve", *words]
+    environment = os.environ | {"FEWBIT_TOKEN": "not on the command line"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    asked = serve.Request(
+        Path("wörter"), port=5, kv="int8", embeddings=True, image=False, token="not on the command line"
+    )
+    assert done.stdout == f"{asked} []\n"
+    assert done.returncode == 3 and done.stderr.endswith("fewbit: debug 5\n") and "Traceback" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems begin no process anew")
+def test_one_that_cannot_begin_anew_serves_itself() -> None:
+    reads_again = ASKED.replace("__main__", "cli")  # whatever began it
+    done = subprocess.run(
+        [sys.executable, "-c", reads_again, "serve", "x"], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout == f"{serve.Request(Path('x'))} ['typer', 'pydantic']\n" and done.returncode == 3
+    assert done.stderr == "fewbit: debug 8000\n"
+
+
+def test_nobody_reads_the_address() -> None:
+    code = "import sys; from fewbit.commands import serve; serve.run = lambda request: print('x' * 9, flush=True)"
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", f"{code}; serve.begun('x', False)"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=100)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.slow
@@ -59,7 +108,7 @@ def test_from_start_to_ctrl_c(tiny: Path) -> None:
             process.kill()
 
 
-SHORT = "from fewbit.commands import serve; serve.GRACE = 0; from fewbit.cli import main; main()"
+SHORT = "from fewbit.commands import serve; serve.GRACE = 0; from fewbit.__main__ import main; main()"
 
 
 @pytest.mark.slow
@@ -90,7 +139,7 @@ def test_what_does_not_end_in_time_ends_with_an_error(tiny: Path) -> None:
             process.kill()
 
 
-def test_a_taken_port_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_a_taken_port_is_said_before_the_model_is_loaded(tmp_path: Path, invoke: Callable[..., Result]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = invoke(tmp_path, "--port", taken.getsockname()[1])
     assert result.exit_code == 3 and "--port" in result.stderr and "Traceback" not in result.stderr
@@ -107,21 +156,25 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(tmp_path: Path) -> None
         (("--host", "256.1.1.1"), 3, "listening"),
     ],
 )
-def test_options_that_cannot_be(tiny: Path, words: tuple[str, ...], code: int, says: str) -> None:
+def test_options_that_cannot_be(
+    tiny: Path, words: tuple[str, ...], code: int, says: str, invoke: Callable[..., Result]
+) -> None:
     result = invoke(tiny, "--port", "0", *words)
     assert result.exit_code == code and says in result.stderr, result.stderr
 
 
-def test_a_folder_without_model_is_refused(tmp_path: Path, byte_tokenizer: Callable[[Path], int]) -> None:
+def test_a_folder_without_model_is_refused(
+    tmp_path: Path, byte_tokenizer: Callable[[Path], int], invoke: Callable[..., Result]
+) -> None:
     assert "config.json" in invoke(tmp_path, "--port", "0").stderr
     (tmp_path / "config.json").write_text("{}")
     result = invoke(tmp_path, "--port", "0")
     assert result.exit_code == 3 and "tokenizer" in result.stderr
 
 
-def test_without_the_extra_the_install_line_is_said(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewbit.commands import serve
-
+def test_without_the_extra_the_install_line_is_said(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, invoke: Callable[..., Result]
+) -> None:
     monkeypatch.setattr(serve, "NEEDED", ("starlette", "no_such_module_here"))
     result = invoke(tiny)
     assert result.exit_code == 4 and "fewbit[serve]" in result.stderr

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec
 
-import typer
-
 from fewbit.errors import FewbitError
 
 P = ParamSpec("P")
@@ -39,14 +37,14 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 command(*args, **kwargs)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
+        except BrokenPipeError:
             raise
         except (Exception, KeyboardInterrupt) as error:
             if kwargs.get("debug"):
                 traceback.print_exc()
             message, code = sentence(error)
             print(f"fewbit: {message}", file=sys.stderr)
-            raise typer.Exit(code) from None
+            raise SystemExit(code) from None
 
     return run
 
