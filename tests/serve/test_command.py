@@ -19,16 +19,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fewbit.cli import app
-from fewbit.commands import anew, serve
+from fewbit.commands import serve
 
 httpx = pytest.importorskip("httpx")
 
 
-@pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Runs the command in this process, which does not begin anew."""
-    monkeypatch.setattr(anew, "begin", lambda request: None)
-    return lambda *words: CliRunner().invoke(app, ["serve", *map(str, words)])
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, ["serve", *map(str, words)])
 
 
 ASKED = """
@@ -139,7 +136,7 @@ def test_what_does_not_end_in_time_ends_with_an_error(tiny: Path) -> None:
             process.kill()
 
 
-def test_a_taken_port_is_said_before_the_model_is_loaded(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+def test_a_taken_port_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = invoke(tmp_path, "--port", taken.getsockname()[1])
     assert result.exit_code == 3 and "--port" in result.stderr and "Traceback" not in result.stderr
@@ -156,25 +153,19 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(tmp_path: Path, invoke:
         (("--host", "256.1.1.1"), 3, "listening"),
     ],
 )
-def test_options_that_cannot_be(
-    tiny: Path, words: tuple[str, ...], code: int, says: str, invoke: Callable[..., Result]
-) -> None:
+def test_options_that_cannot_be(tiny: Path, words: tuple[str, ...], code: int, says: str) -> None:
     result = invoke(tiny, "--port", "0", *words)
     assert result.exit_code == code and says in result.stderr, result.stderr
 
 
-def test_a_folder_without_model_is_refused(
-    tmp_path: Path, byte_tokenizer: Callable[[Path], int], invoke: Callable[..., Result]
-) -> None:
+def test_a_folder_without_model_is_refused(tmp_path: Path, byte_tokenizer: Callable[[Path], int]) -> None:
     assert "config.json" in invoke(tmp_path, "--port", "0").stderr
     (tmp_path / "config.json").write_text("{}")
     result = invoke(tmp_path, "--port", "0")
     assert result.exit_code == 3 and "tokenizer" in result.stderr
 
 
-def test_without_the_extra_the_install_line_is_said(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, invoke: Callable[..., Result]
-) -> None:
+def test_without_the_extra_the_install_line_is_said(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "NEEDED", ("starlette", "no_such_module_here"))
     result = invoke(tiny)
     assert result.exit_code == 4 and "fewbit[serve]" in result.stderr

@@ -19,10 +19,10 @@ def said() -> dict[str, Any] | None:
     return None if found is None else json.loads(found)
 
 
-def begin(request: dict[str, Any]) -> None:
-    """Begin anew with ``request``, plain JSON data. Returns where that cannot be: the system would make another process
-    (Windows), Python was not started by a command line, or it was begun anew and read that again."""
-    again = SAID in os.environ
-    os.environ.pop(SAID, None)
-    if os.name == "posix" and sys.executable and sys.orig_argv and not again:
+def begin(command: str, request: dict[str, Any]) -> None:
+    """Begin anew with ``request``, plain JSON data, which the words after ``command`` said. Returns where that cannot
+    be: the system would make another process (Windows), this is some other program that called the command, or it was
+    begun anew and read its command line again."""
+    again = said() is not None
+    if os.name == "posix" and sys.executable and sys.argv[1:2] == [command] and not again:
         os.execve(sys.executable, sys.orig_argv, os.environ | {SAID: json.dumps(request)})

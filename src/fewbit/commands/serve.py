@@ -62,7 +62,7 @@ class Request:
 
 def start(request: Request, debug: bool) -> None:
     """:func:`run`, without what read the command line where that can be."""
-    anew.begin({"debug": debug, **dataclasses.asdict(request), "folder": os.fspath(request.folder)})
+    anew.begin("serve", {"debug": debug, **dataclasses.asdict(request), "folder": os.fspath(request.folder)})
     run(request)
 
 

@@ -19,8 +19,8 @@ SECONDS = 2.0
 PATIENCE = 15.0
 """Seconds after which one that waits, or a machine that is far too busy, is given up."""
 BOOT = "import sys; sys.path[:] = sys.argv[2:]; import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
-"""Starts the script where this process looks for packages: not in the script's folder, nor in the one that it is started
-in, which may be the model's, and whose json.py would else be run."""
+"""Starts the script where this process looks for packages: not in the script's folder, nor in the one that it is
+started in, which may be the model's, and whose json.py would else be run."""
 
 
 class Templates:
