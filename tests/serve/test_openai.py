@@ -123,6 +123,20 @@ def test_logprobs_of_a_completion(fake: Callable[..., Any]) -> None:
     assert table.token_logprobs == [max(top.values()) for top in table.top_logprobs]
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_places_in_a_stream_are_those_in_the_whole(fake: Callable[..., Any], echo: bool) -> None:
+    running = fake()
+    text = expected(running, "hello", 12)
+    options = {"model": "fake", "prompt": "hello", "temperature": 0, "max_tokens": 12, "logprobs": 1, "echo": echo}
+    options["stop"] = [text[3:6] + "never"]  # what could become it is held back
+    create = running.openai().completions.create
+    whole = create(**options).choices[0]
+    parts = [chunk.choices[0] for chunk in create(**options, stream=True)]
+    assert "" in [part.text for part in parts] and "".join(part.text for part in parts) == whole.text
+    places = [place for part in parts if part.logprobs for place in part.logprobs.text_offset]
+    assert places == whole.logprobs.text_offset == list(range(len(whole.text)))
+
+
 def test_an_echo_is_the_prompt_and_what_the_model_thinks_of_it(fake: Callable[..., Any]) -> None:
     create = fake().openai().completions.create
     options: dict[str, Any] = {"model": "fake", "prompt": ["hello", [43, 44]], "temperature": 0, "max_tokens": 5}

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -65,12 +66,14 @@ class Texts:
             yield index, piece
         self._metrics.whole.observe(time.perf_counter() - self._began)
 
-    def echo(self, index: int, shape: Shape) -> tuple[str, dict[str, Any] | None]:
+    async def echo(self, index: int, shape: Shape) -> tuple[str, dict[str, Any] | None]:
         """What choice ``index``, of which a piece has come, begins with: text, and what is known of its tokens."""
         if not self._ask.echo:
             return "", None
         job, text = self.jobs[index], self._ask.echo[index // self._ask.n]
-        return text, shape.echo(job.prompt, job.scores, text) if job.scored else None
+        if not job.scored:
+            return text, None
+        return text, await run_in_threadpool(shape.echo, job.prompt, job.scores, text)  # seconds for a long one
 
     def cancel(self) -> None:
         for job in self.jobs:
@@ -96,7 +99,7 @@ async def whole(texts: Texts, shape: Shape) -> JSONResponse:
     choices = []
     for index, pieces in enumerate(parts):
         tokens = tuple(token for piece in pieces for token in piece.tokens)
-        text, logs = texts.echo(index, shape)
+        text, logs = await texts.echo(index, shape)
         logs = joined(logs, shape.logprobs(tokens, len(text)))
         text += "".join(piece.text for piece in pieces)
         choices.append(shape.choice(index, text, pieces[-1].finish, logs))
@@ -112,10 +115,10 @@ async def events(texts: Texts, shape: Shape, include_usage: bool) -> AsyncIterat
             for index in range(len(texts.jobs)):
                 yield _event(shape.chunk([shape.opening(index)], **none))
         async for index, piece in texts.pieces():
-            text, logs = texts.echo(index, shape) if offsets[index] is None else ("", None)
+            text, logs = await texts.echo(index, shape) if offsets[index] is None else ("", None)
             offset = len(text) + (offsets[index] or 0)
             text, logs = text + piece.text, joined(logs, shape.logprobs(piece.tokens, offset))
-            offsets[index] = offset + len(piece.text)
+            offsets[index] = offset + shape.length(piece.tokens)
             if text or piece.finish or logs:
                 yield _event(shape.chunk([shape.delta(index, text, piece.finish, logs)], **none))
         if include_usage:

@@ -56,10 +56,14 @@ class Shape:
             return None
         return {"content": [self._entry(*pair) for pair in known]} if self.chat else self._table(known, offset)
 
+    def length(self, tokens: Tokens) -> int:
+        """Characters of what something is known of, whether it is shown already or held back."""
+        return sum(_characters(self.words.bytes_of(token)) for token, logs in tokens if logs is not None)
+
     def echo(self, prompt: Sequence[int], scores: Sequence[Logprobs], text: str) -> dict[str, Any]:
         """What is known of the tokens of ``prompt``, which reads ``text``: nothing of the first."""
         begun = [_characters(self.words.bytes_of(token)) for token in prompt]
-        unseen = sum(begun) - len(text)  # of a token that begins every text, and a space before the first word
+        unseen = max(sum(begun) - len(text), 0)  # of a token that begins every text, and a space before the first word
         ends = itertools.accumulate(begun, initial=0)
         found = self._table(list(zip(prompt[1:], scores, strict=True)), 0)
         return {
