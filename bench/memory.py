@@ -4,11 +4,14 @@
     python bench/memory.py make FOLDER --gigabytes 4.5
     systemd-run --scope -p MemoryMax=1500M -p MemorySwapMax=0 python bench/memory.py run FOLDER
     python bench/memory.py generate OUT [--prompt FILE --characters 8000]
+    python bench/memory.py serve OUT
 
 ``make`` writes a random Llama in float32, shard by shard; ``run`` quantizes it with GPTQ and prints its size, the peak
 memory of the process, and the limit of its cgroup when there is one. ``generate`` lets ``fewbit generate`` add two
 tokens with what ``fewbit quantize`` wrote, once to make the image and once from it, and prints the peak of the second
-and its processor time.
+and its processor time. ``serve`` starts ``fewbit serve`` with an image and prints what it holds beside the pages of the
+image, and keys and values: before its first request, after a completion with logarithms of probabilities, and after a
+chat, for which a process of its own renders the template (what it alone holds is printed too).
 """
 
 from __future__ import annotations
@@ -18,11 +21,15 @@ import json
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from collections import Counter
 from pathlib import Path
 
+import psutil
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -148,9 +155,69 @@ def generate(folder: Path, prompt: str) -> None:
     print(json.dumps(row | {"positions": positions, "processor_s": round(seconds, 2)}))
 
 
+class Server:
+    """``fewbit serve`` on ``folder``, until it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-m", "fewbit", "serve", str(folder), "--port", "0", "--threads", "1"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout is not None
+        found = re.fullmatch(r"(.+) at (\S+)/#token=(\S+)\n", self.process.stdout.readline())
+        assert found is not None, "the server did not start"
+        self.name, self.url, self.token = found.groups()
+
+    def ask(self, path: str, body: dict[str, object] | None = None) -> str:
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        data = None if body is None else json.dumps({"model": self.name, **body}).encode()
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers)) as answer:
+            return answer.read().decode()
+
+    def held(self) -> dict[str, float]:
+        """MiB that are resident beside pages of the image, and beside keys and values."""
+        pages = resident(self.process.pid, "Rss")
+        image = sum(size for name, size in pages.items() if ".fewbit" in name)
+        cache = float(re.findall(r"^fewbit_cache_bytes (\S+)$", self.ask("/metrics"), re.MULTILINE)[0])
+        sizes = {"image": image, "cache": cache, "beside_both": sum(pages.values()) - image - cache}
+        return {f"{name}_MiB": round(size / 2**20, 1) for name, size in sizes.items()}
+
+    def close(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait()
+
+
+def resident(process: int, kind: str) -> Counter[str]:
+    """Bytes by the name of what is mapped. ``kind``: "Rss", or "Private_Dirty" for those that nobody shares."""
+    sizes: Counter[str] = Counter()
+    name = ""
+    for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
+        word, *rest = line.split(maxsplit=5)
+        if not word.endswith(":"):
+            name = rest[4] if len(rest) > 4 else ""
+        elif word == f"{kind}:":
+            sizes[name] += 1024 * int(rest[0])
+    return sizes
+
+
+def serve(folder: Path) -> None:
+    """What a server holds at rest and after use."""
+    Server(folder).close()  # which makes the image where there is none
+    server = Server(folder)
+    rows = {"at rest": server.held()}
+    server.ask("/v1/completions", {"prompt": "Once upon a time", "max_tokens": 100, "logprobs": 5})
+    rows["after a completion"] = server.held()
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        message = {"role": "user", "content": "Why is the sky blue?"}
+        server.ask("/v1/chat/completions", {"messages": [message], "max_tokens": 100})
+        children = psutil.Process(server.process.pid).children()
+        own = sum(sum(resident(child.pid, "Private_Dirty").values()) for child in children)
+        rows["after a chat"] = server.held() | {"template_MiB": round(own / 2**20, 1)}
+    server.close()
+    print(json.dumps(rows, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("what", choices=("make", "run", "generate"))
+    parser.add_argument("what", choices=("make", "run", "generate", "serve"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=4.5)
     parser.add_argument("--samples", type=int, default=8)
@@ -163,6 +230,8 @@ def main() -> None:
     elif arguments.what == "generate":
         text = arguments.prompt.read_text()[: arguments.characters] if arguments.prompt else "Once upon"
         generate(arguments.folder, text)
+    elif arguments.what == "serve":
+        serve(arguments.folder)
     else:
         run(arguments.folder, arguments.samples, arguments.context)
 

@@ -354,7 +354,7 @@ PyMethodDef methods[] = {
 };
 
 // ABI of fewbit/core/compiled.py: both rise when a function's arguments, or what they mean, change.
-constexpr long kAbi = 5;
+constexpr long kAbi = 6;
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "fewbit._native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -39,6 +39,18 @@ PyObject* sample(PyObject*, PyObject* args) {
   }));
 }
 
+// likeliest(logits, vocabulary, count, tokens) -> log_sum
+PyObject* likeliest(PyObject*, PyObject* args) {
+  unsigned long long logits, tokens;
+  long long vocabulary, count;
+  if (!PyArg_ParseTuple(args, "KLLK", &logits, &vocabulary, &count, &tokens)) return nullptr;
+  double log_sum = 0;
+  const int code = released([&] {
+    return fewbit_likeliest(pointer<const float*>(logits), vocabulary, count, pointer<int32_t*>(tokens), &log_sum);
+  });
+  return code == FEWBIT_OK ? PyFloat_FromDouble(log_sum) : status(code);
+}
+
 PyObject* fields_unpack(PyObject*, PyObject* args) {
   unsigned long long packed, codes;
   long long rows, columns;
@@ -140,6 +152,7 @@ PyObject* decoder_bytes(PyObject*, PyObject* args) {
 
 PyMethodDef decode_methods[] = {
     {"sample", sample, METH_VARARGS, "(draws, tokens, threads)"},
+    {"likeliest", likeliest, METH_VARARGS, "(logits, vocabulary, count, tokens) -> log_sum"},
     {"fields_unpack", fields_unpack, METH_VARARGS, "(packed, rows, columns, bits, codes, threads)"},
     {"rewrite", rewrite, METH_VARARGS, "(steps, x, tokens, columns, out, isa, threads)"},
     {"weight_multiply", weight_multiply, METH_VARARGS, "(weight, x, tokens, y, isa, threads)"},

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// fewbit_sample: what stays is described by the last token that does, found by selection, and the draw is one more walk
+// fewbit_likeliest, and fewbit_sample: what stays is described by the last token that does, found by selection, and the draw is one more walk
 // in the order of tokens. Nothing is sorted: vocabularies have up to a quarter of a million tokens.
 #include "fewbit_sample.h"
 
@@ -163,6 +163,21 @@ bool sensible(const fewbit_draw& d) {
          (d.bias_count == 0 || d.bias);
 }
 
+// The `count` best of n values, best first. The worst of those found so far is at the front of a heap.
+void likeliest(const float* values, int64_t n, int64_t count, int32_t* tokens) {
+  std::vector<Candidate> heap;
+  heap.reserve(static_cast<size_t>(count));
+  for (int64_t i = 0; i < n && count > 0; i++) {
+    const bool full = static_cast<int64_t>(heap.size()) == count;
+    if (full && !(values[i] > heap.front().value)) continue;
+    if (full) std::pop_heap(heap.begin(), heap.end(), better), heap.pop_back();
+    heap.push_back({values[i], static_cast<int32_t>(i)});
+    std::push_heap(heap.begin(), heap.end(), better);
+  }
+  std::sort_heap(heap.begin(), heap.end(), better);
+  for (const Candidate& one : heap) *tokens++ = one.token;
+}
+
 struct Call {
   const fewbit_draw* draws;
   int32_t* tokens;
@@ -188,4 +203,22 @@ extern "C" int fewbit_sample(const fewbit_draw* draws, int64_t count, int32_t* t
   Call call = {draws, tokens, {false}};
   parallel(count, thread_count(threads), sample_unit, &call);
   return call.no_memory ? FEWBIT_NO_MEMORY : FEWBIT_OK;
+}
+
+extern "C" int fewbit_likeliest(const float* logits, int64_t vocabulary, int64_t count, int32_t* tokens,
+                                double* log_sum) {
+  using namespace fewbit;
+  if (!logits || vocabulary < 1 || vocabulary >= std::numeric_limits<int32_t>::max()) return FEWBIT_BAD_ARGUMENT;
+  if (count < 0 || count > vocabulary || (count > 0 && !tokens) || !log_sum) return FEWBIT_BAD_ARGUMENT;
+  const double most = static_cast<double>(largest(best_steps(), logits, vocabulary).value);
+  double sum = 0;
+  for (int64_t i = 0; i < vocabulary; i++) sum += exp(static_cast<double>(logits[i]) - most);
+  *log_sum = most + log(sum);
+  std::fill(tokens, tokens + count, -1);
+  try {
+    if (!isnan(most)) likeliest(logits, vocabulary, count, tokens);
+  } catch (const std::bad_alloc&) {
+    return FEWBIT_NO_MEMORY;
+  }
+  return FEWBIT_OK;
 }

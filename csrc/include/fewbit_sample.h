@@ -43,6 +43,11 @@ typedef struct {
 /* tokens: (count). A token is -1 where a logit is NaN or +infinity, or all are -infinity. */
 int fewbit_sample(const fewbit_draw* draws, int64_t count, int32_t* tokens, int32_t threads);
 
+/* What a model thinks of its tokens, from one row of logits (vocabulary): tokens (count) are the likeliest, of equals the
+ * lower first, and the natural logarithm of the probability of token t is logits[t] - *log_sum, the sum of exponentials
+ * being computed in float64. *log_sum is NaN, and tokens are -1, where fewbit_sample would give -1. */
+int fewbit_likeliest(const float* logits, int64_t vocabulary, int64_t count, int32_t* tokens, double* log_sum);
+
 #ifdef __cplusplus
 }
 #endif

@@ -115,6 +115,24 @@ void check_kept(int64_t n, std::mt19937& random) {
     }
 }
 
+// The likeliest are those of a stable sort, and all probabilities add up to one.
+void check_likeliest(int64_t n, std::mt19937& random) {
+  std::vector<float> row(static_cast<size_t>(n));
+  for (float& x : row) x = static_cast<float>(random() % 40) - 20;  // with ties
+  if (n > 2) row[1] = -INFINITY;
+  std::vector<int32_t> order(row.size());
+  for (size_t i = 0; i < order.size(); i++) order[i] = static_cast<int32_t>(i);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return row[a] > row[b]; });
+  for (int64_t count : {int64_t{0}, int64_t{1}, n / 2, n}) {
+    std::vector<int32_t> tokens(static_cast<size_t>(count), -2);
+    double log_sum = 0, all = 0;
+    expect(fewbit_likeliest(row.data(), n, count, tokens.data(), &log_sum) == FEWBIT_OK, "a row is refused");
+    expect(std::equal(tokens.begin(), tokens.end(), order.begin()), "others are the likeliest");
+    for (float x : row) all += exp(static_cast<double>(x) - log_sum);
+    expect(fabs(all - 1) < 1e-12, "probabilities do not add up to one");
+  }
+}
+
 void check_refusals() {
   std::vector<float> logits(5, 0.0f);
   int32_t token = 5;
@@ -132,6 +150,10 @@ void check_refusals() {
       expect(drawn(plain(logits)) == -1, "a logit that is no number is drawn from");
     }
   }
+  double log_sum = 0;
+  expect(fewbit_likeliest(logits.data(), 33, 1, &token, &log_sum) == FEWBIT_OK && token == -1 && isnan(log_sum),
+         "a row with infinity has a likeliest token");
+  expect(fewbit_likeliest(logits.data(), 33, 34, &token, &log_sum) == FEWBIT_BAD_ARGUMENT, "more than all are found");
   logits.assign(33, -INFINITY);
   expect(drawn(plain(logits)) == -1, "a row without a finite logit is drawn from");
 }
@@ -143,6 +165,7 @@ int sample_failures() {
   check_philox();
   for (int64_t n : {1, 2, 7, 16, 31, 33, 1024, 1025, 5000}) check_rows(n, random);
   for (int64_t n : {1, 2, 7, 33, 1024, 5000}) check_kept(n, random);
+  for (int64_t n : {1, 2, 7, 33, 1024, 5000}) check_likeliest(n, random);
   check_refusals();
   return failures;
 }

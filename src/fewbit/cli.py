@@ -314,7 +314,7 @@ def serve(
     from fewbit.commands import serve as command
 
     what = (out, host, port, token, no_token, name, sequences, kept, queue, context, max_tokens)
-    command.run(command.Request(*what, kv, activation, embeddings, threads, image))
+    command.start(command.Request(*what, kv, activation, embeddings, threads, image), debug)
 
 
 @app.command()
@@ -372,5 +372,5 @@ def demo(
 
 
 def main() -> None:
-    """The console script."""
+    """Read the command line and do what it says."""
     app(prog_name="fewbit")

@@ -68,6 +68,9 @@ class FakeEngine:
         self._rows[: len(fed)] = fed
         return [memoryview(row) for row in self._rows[: len(fed)].numpy()]
 
+    def feed_every(self, sequence: int, tokens: Sequence[int]) -> list[memoryview]:
+        return [memoryview(self.feed([(sequence, [token])])[0].numpy()) for token in tokens]
+
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """(vocab): one likely token, three that follow it; those of ``never`` do not come."""
         if tokens[-1] == self.hollow:

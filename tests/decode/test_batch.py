@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 
+from fewbit.decode import batch
 from fewbit.decode.batch import Batcher, Busy, Limits, Stopped
 from fewbit.decode.job import Job, Piece
 from fewbit.decode.prefixes import Prefixes, shared
-from fewbit.decode.sampling import Sampling
+from fewbit.decode.sampling import Sampling, logprobs
 from fewbit.decode.text import Words, words_of
 from fewbit.errors import InputError, SpecError
 
@@ -50,9 +51,11 @@ def batcher(words: Words) -> Iterator[Callable[..., Batcher]]:
 class Reader:
     """Collects the pieces of a job."""
 
-    def __init__(self, batcher: Batcher, prompt: list[int], sampling: Sampling, branch: int = 0) -> None:
+    def __init__(
+        self, batcher: Batcher, prompt: list[int], sampling: Sampling, branch: int = 0, scored: bool = False
+    ) -> None:
         self.pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
-        self.job: Job = batcher.submit(prompt, sampling, self.pieces.put, branch)
+        self.job: Job = batcher.submit(prompt, sampling, self.pieces.put, branch, scored)
         self.seen: list[Piece] = []
 
     def wait(self) -> Reader:
@@ -214,6 +217,31 @@ def test_logprobs_of_every_token(batcher: Callable[..., Batcher]) -> None:
     assert len(found) == 20
     for token, logs in zip(reader.tokens, found, strict=True):
         assert logs is not None and len(logs.top) == 3 and logs.top[0] == (token, logs.taken)
+
+
+def test_a_prompt_is_scored_among_others_and_whatever_caches_hold(
+    batcher: Callable[..., Batcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "SCORED", 7 * 258)  # seven tokens at once
+    one, start = batcher(Limits(running=3)), prompt(2, 40)
+    Reader(one, start, GREEDY).wait()
+    options = [(GREEDY, False), (Sampling(temperature=0, max_tokens=12, logprobs=2), True), (GREEDY, False)]
+    scored = Sampling(temperature=3, seed=1, max_tokens=0, logprobs=0)
+    readers = [Reader(one, start, *how, scored=on) for *how, on in options]
+    last = Reader(one, start, scored, scored=True).wait()
+    assert len({tuple(reader.wait().tokens) for reader in readers}) == 1
+    for reader, top in ((readers[1], 2), (last, 0)):
+        assert reader.job.reused == 0
+        expected = [logprobs(one.engine.logits(start[:place]), start[place], top) for place in range(1, 40)]
+        assert reader.job.scores == expected
+    assert readers[0].job.scores == [] and (last.finish, last.tokens) == ("length", [])
+
+
+def test_no_token_is_drawn_where_none_may_be(batcher: Callable[..., Batcher]) -> None:
+    one = batcher()
+    for start in ([5], prompt(2, 600)[:500]):
+        reader = Reader(one, start, Sampling(max_tokens=0))
+        assert (reader.finish, reader.text, reader.job.generated) == ("length", "", 0)
 
 
 def test_what_cannot_be_is_refused_at_once(batcher: Callable[..., Batcher]) -> None:

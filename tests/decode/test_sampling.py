@@ -209,7 +209,7 @@ def test_logits_that_are_no_numbers_fail_their_own_row(how: str, bad: float) -> 
         ("presence_penalty", -math.inf),
         ("seed", 1 << 64),
         ("seed", 0.5),
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("logprobs", 21),
         ("logit_bias", {3: math.nan}),
         ("logit_bias", {-3: 1.0}),
@@ -238,11 +238,21 @@ def test_seen_tokens_beyond_the_first_room_are_kept() -> None:
     assert dict(zip(seen.tolist(), counts.tolist(), strict=True)) == dict.fromkeys(range(300), 1) | {7: 301}
 
 
-def test_logprobs_are_those_of_the_model() -> None:
-    row = torch.randn(50, generator=torch.Generator().manual_seed(2))
-    found = S.logprobs(row, 7, 4)
-    p = np.exp(row.double().numpy()) / np.exp(row.double().numpy()).sum()
-    assert found.taken == pytest.approx(math.log(p[7]), abs=1e-12)
-    assert [token for token, _ in found.top] == np.argsort(-p)[:4].tolist()
+@pytest.mark.parametrize("size", [1, 7, 50, 49152])
+@pytest.mark.parametrize("find", [S.logprobs, S.logprobs_reference])
+def test_logprobs_are_those_of_the_model(find: Any, size: int) -> None:
+    row = 4 * torch.randn(size, generator=torch.Generator().manual_seed(2))
+    row[size // 3] = row[size // 2]  # a tie
+    found = find(row, size - 1, 4)
+    x = row.double().numpy()
+    p = np.exp(x - math.log(math.fsum(np.exp(x))))
+    assert found.taken == pytest.approx(math.log(p[-1]), abs=1e-12)
+    assert [token for token, _ in found.top] == np.argsort(-p, kind="stable")[:4].tolist()
     assert [log for _, log in found.top] == pytest.approx(sorted(np.log(p), reverse=True)[:4], abs=1e-12)
-    assert S.logprobs(row, 7, 0).top == ()
+    assert find(row, 0, 0).top == ()
+
+
+def test_logprobs_of_what_cannot_be_are_minus_infinity() -> None:
+    row = torch.tensor([-math.inf, 1.0, -math.inf])
+    assert S.logprobs(row, 0, 3) == S.logprobs_reference(row, 0, 3)
+    assert S.logprobs(row, 2, 1) == S.Logprobs(-math.inf, ((1, 0.0),))

@@ -96,3 +96,14 @@ def test_where_the_system_has_no_timer_the_clock_ends_it() -> None:
     with pytest.raises(InputError, match="processor time"):
         templates.render("{{ 9 ** (9 ** 9) }}", {})
     templates.close()
+
+
+def test_files_of_the_working_folder_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("json", "runpy", "datetime"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    one = Templates()
+    try:
+        assert one.render("{{ word }}", {"word": "as ever"}) == "as ever"
+    finally:
+        one.close()

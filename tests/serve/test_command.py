@@ -19,12 +19,58 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fewbit.cli import app
+from fewbit.commands import serve
 
 httpx = pytest.importorskip("httpx")
 
 
-def invoke(*words: object, **options: object) -> Result:
-    return CliRunner().invoke(app, ["serve", *map(str, words)], **options)  # type: ignore[arg-type]
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, ["serve", *map(str, words)])
+
+
+ASKED = """
+import sys
+from fewbit.commands import serve
+def run(request):
+    print(request, [name for name in ("typer", "pydantic", "rich", "click") if name in sys.modules])
+    raise serve.InputError(f"debug {request.port}")
+serve.run = run
+from fewbit.__main__ import main
+main()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems begin no process anew")
+def test_the_process_that_serves_is_told_all_and_holds_no_parser() -> None:
+    words = ["wörter", "--port", "5", "--kv", "int8", "--embeddings", "--no-image", "--debug"]
+    command = [sys.executable, "-c", ASKED, "serve", *words]
+    environment = os.environ | {"FEWBIT_TOKEN": "not on the command line"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    asked = serve.Request(
+        Path("wörter"), port=5, kv="int8", embeddings=True, image=False, token="not on the command line"
+    )
+    assert done.stdout == f"{asked} []\n"
+    assert done.returncode == 3 and done.stderr.endswith("fewbit: debug 5\n") and "Traceback" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems begin no process anew")
+def test_one_that_cannot_begin_anew_serves_itself() -> None:
+    reads_again = ASKED.replace("__main__", "cli")  # whatever began it
+    done = subprocess.run(
+        [sys.executable, "-c", reads_again, "serve", "x"], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout == f"{serve.Request(Path('x'))} ['typer', 'pydantic']\n" and done.returncode == 3
+    assert done.stderr == "fewbit: debug 8000\n"
+
+
+def test_nobody_reads_the_address() -> None:
+    code = "import sys; from fewbit.commands import serve; serve.run = lambda request: print('x' * 9, flush=True)"
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", f"{code}; serve.begun('x', False)"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=100)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.slow
@@ -59,7 +105,7 @@ def test_from_start_to_ctrl_c(tiny: Path) -> None:
             process.kill()
 
 
-SHORT = "from fewbit.commands import serve; serve.GRACE = 0; from fewbit.cli import main; main()"
+SHORT = "from fewbit.commands import serve; serve.GRACE = 0; from fewbit.__main__ import main; main()"
 
 
 @pytest.mark.slow
@@ -120,8 +166,6 @@ def test_a_folder_without_model_is_refused(tmp_path: Path, byte_tokenizer: Calla
 
 
 def test_without_the_extra_the_install_line_is_said(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewbit.commands import serve
-
     monkeypatch.setattr(serve, "NEEDED", ("starlette", "no_such_module_here"))
     result = invoke(tiny)
     assert result.exit_code == 4 and "fewbit[serve]" in result.stderr

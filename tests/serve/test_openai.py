@@ -123,6 +123,53 @@ def test_logprobs_of_a_completion(fake: Callable[..., Any]) -> None:
     assert table.token_logprobs == [max(top.values()) for top in table.top_logprobs]
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_places_in_a_stream_are_those_in_the_whole(fake: Callable[..., Any], echo: bool) -> None:
+    running = fake()
+    text = expected(running, "hello", 12)
+    options = {"model": "fake", "prompt": "hello", "temperature": 0, "max_tokens": 12, "logprobs": 1, "echo": echo}
+    options["stop"] = [text[3:6] + "never"]  # what could become it is held back
+    create = running.openai().completions.create
+    whole = create(**options).choices[0]
+    parts = [chunk.choices[0] for chunk in create(**options, stream=True)]
+    assert "" in [part.text for part in parts] and "".join(part.text for part in parts) == whole.text
+    places = [place for part in parts if part.logprobs for place in part.logprobs.text_offset]
+    assert places == whole.logprobs.text_offset == list(range(len(whole.text)))
+
+
+def test_an_echo_is_the_prompt_and_what_the_model_thinks_of_it(fake: Callable[..., Any]) -> None:
+    create = fake().openai().completions.create
+    options: dict[str, Any] = {"model": "fake", "prompt": ["hello", [43, 44]], "temperature": 0, "max_tokens": 5}
+    plain = create(**options, logprobs=3).choices
+    read = create(**{**options, "max_tokens": 0}, echo=True, logprobs=3)
+    both = create(**options, echo=True, logprobs=3).choices
+    assert [choice.text for choice in read.choices] == ["hello", "JK"] and read.usage.completion_tokens == 0
+    for prompt, added, whole in zip(read.choices, plain, both, strict=True):
+        assert whole.text == prompt.text + added.text and prompt.finish_reason == "length"
+        for name in ("tokens", "token_logprobs", "top_logprobs"):
+            found = getattr(prompt.logprobs, name)
+            assert getattr(whole.logprobs, name) == found + getattr(added.logprobs, name)
+            assert (found[0] is None) == (name != "tokens") and len(found) == len(prompt.text)
+        assert whole.logprobs.text_offset == list(range(len(whole.text)))
+    streamed = ["", ""], [[], []]
+    for chunk in create(**options, echo=True, logprobs=3, stream=True):
+        choice = chunk.choices[0]
+        streamed[0][choice.index] += choice.text
+        streamed[1][choice.index] += choice.logprobs.token_logprobs
+    assert streamed == ([choice.text for choice in both], [choice.logprobs.token_logprobs for choice in both])
+    bare = create(**options, echo=True).choices
+    assert [(c.text, c.logprobs) for c in bare] == [(choice.text, None) for choice in both]
+
+
+def test_no_token_is_written_where_none_may_be(fake: Callable[..., Any]) -> None:
+    create = fake().openai().completions.create
+    found = create(model="fake", prompt="hello", max_tokens=0, n=2)
+    assert [(c.text, c.finish_reason) for c in found.choices] == [("", "length")] * 2
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (5, 0)
+    chunks = list(create(model="fake", prompt="hello", max_tokens=0, echo=True, stream=True))
+    assert [(chunk.choices[0].text, chunk.choices[0].finish_reason) for chunk in chunks] == [("hello", "length")]
+
+
 def test_seeds_biases_and_fields_of_ours(fake: Callable[..., Any]) -> None:
     create = fake().openai().completions.create
     options: dict[str, Any] = {"model": "fake", "prompt": "hello", "max_tokens": 12}

@@ -12,8 +12,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
-import typer
-
 from fewbit.core import given
 from fewbit.errors import FewbitError
 
@@ -42,14 +40,14 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 command(*args, **{name: _at_home(name, value) for name, value in kwargs.items()})
-        except (typer.Exit, typer.Abort, BrokenPipeError):
+        except BrokenPipeError:
             raise
         except (Exception, KeyboardInterrupt) as error:
             if kwargs.get("debug"):
                 traceback.print_exc()
             message, code = sentence(error)
             print(f"fewbit: {message}", file=sys.stderr)
-            raise typer.Exit(code) from None
+            raise SystemExit(code) from None
 
     return run
 

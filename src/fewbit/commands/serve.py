@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
+import os
 import secrets
 import socket
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fewbit.commands import images
+from fewbit.commands import anew, images
 from fewbit.commands.generate import limit_threads, quieten
+from fewbit.commands.guard import guarded
 from fewbit.commands.saying import note
 from fewbit.errors import InputError, SpecError, UnsupportedError
 
@@ -54,6 +58,26 @@ class Request:
     embeddings: bool = False
     threads: int | None = None
     image: bool = True
+
+
+def start(request: Request, debug: bool) -> None:
+    """:func:`run`, without what read the command line where that can be."""
+    anew.begin("serve", {"debug": debug, **dataclasses.asdict(request), "folder": os.fspath(request.folder)})
+    run(request)
+
+
+def begun(folder: str, debug: bool, **options: Any) -> None:
+    """:func:`run` as a command, of what :func:`start` was asked."""
+
+    @guarded
+    def command(debug: bool) -> None:
+        run(Request(Path(folder), **options))
+
+    try:
+        command(debug=debug)
+    except BrokenPipeError:  # nobody reads the address
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor what is flushed at the end
+        sys.exit(1)
 
 
 def run(request: Request) -> None:

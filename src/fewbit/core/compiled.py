@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 from fewbit.errors import UnsupportedError
 
-ABI = 5
+ABI = 6
 """``kAbi`` of ``csrc/bind.cc``: both rise when a function's arguments, or what they mean, change."""
 BEST = -1
 """For ``isa``: the best that the processor has."""

@@ -23,6 +23,8 @@ from fewbit.errors import FewbitError, InputError, SpecError
 
 LOOKAHEAD = 32
 """Waiting jobs that are looked at in a step."""
+SCORED = 1 << 20
+"""Logits after the tokens of a prompt that are held at once, 4 MiB."""
 
 
 class Busy(FewbitError):
@@ -91,9 +93,15 @@ class Batcher:
         self._thread: threading.Thread | None = None
 
     def submit(
-        self, prompt: Sequence[int], sampling: Sampling, deliver: Callable[[Piece], None], branch: int = 0
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        deliver: Callable[[Piece], None],
+        branch: int = 0,
+        scored: bool = False,
     ) -> Job:
-        """Begin a text after ``prompt``; ``deliver`` is called by the engine's thread and must not block.
+        """Begin a text after ``prompt``; ``deliver`` is called by the engine's thread and must not block. ``scored``:
+        find the logarithms of the prompt's tokens too, with as many alternatives as ``sampling`` asks for.
 
         Raises:
             InputError: the prompt is empty, has a token beyond the vocabulary, or leaves no room in the context.
@@ -113,7 +121,8 @@ class Batcher:
             found = f"the context has {self.engine.context}, the prompt takes {len(prompt)}"
             raise SpecError(f"max_tokens {sampling.max_tokens}", found, f"at most {room}")
         sampler = Sampler(sampling, prompt, self.engine.vocab_size, branch)
-        job = Job(prompt, sampler, self.words, deliver, sampling.max_tokens or room)
+        most = room if sampling.max_tokens is None else sampling.max_tokens
+        job = Job(prompt, sampler, self.words, deliver, most, scored)
         with self._changed:
             if self._closing:
                 raise Stopped("one more text", "the engine is stopping")
@@ -176,8 +185,9 @@ class Batcher:
     def _step(self) -> None:
         self._drop_cancelled()
         self._admit()
+        self._score()
         fed = self._feed(self._plan())
-        ready = [(job, row) for job, row in fed if not job.left]
+        ready = [(job, row) for job, row in fed if not job.left and not self._through(job)]
         self._next([job for job, _ in ready], [row for _, row in ready])
         self._counts.steps += 1
         self._cache_bytes = self.engine.nbytes()
@@ -201,14 +211,15 @@ class Batcher:
             if len(self._active) >= self.limits.running:
                 return
             running = [(other.sequence, other.tokens[: other.fed]) for other in self._active]
-            found = self._prefixes.longest(job.prompt, running)
-            soon = max((shared(job.prompt, other.prompt) for other in self._active if other.reading), default=0)
-            if min(soon, len(job.prompt) - 1) >= found + REUSE:
+            known = () if job.scored else job.prompt  # a cache holds no logits
+            found = self._prefixes.longest(known, running)
+            soon = max((shared(known, other.prompt) for other in self._active if other.reading), default=0)
+            if min(soon, len(known) - 1) >= found + REUSE:
                 continue
             with self._changed:
                 self._waiting.remove(job)
             try:
-                job.sequence, job.fed = self._prefixes.begin(job.prompt, running)
+                job.sequence, job.fed = self._prefixes.begin(known, running)
             except Exception as error:
                 job.fail(error)
                 continue
@@ -220,7 +231,8 @@ class Batcher:
     def _plan(self) -> list[tuple[Job, int]]:
         """How many tokens of each job go into the next pass: one of a text; of prompts an even share of the chunk, what
         short ones leave going to the longer."""
-        reading = sorted((job for job in self._active if job.left > 1), key=lambda job: job.left)
+        reading = [job for job in self._active if job.left > 1 and not job.unscored]
+        reading.sort(key=lambda job: job.left)
         plan = [(job, 1) for job in self._active if job.left == 1]
         budget = self.limits.chunk if plan else self.limits.alone
         for index, job in enumerate(reading):
@@ -228,6 +240,27 @@ class Batcher:
             plan.append((job, count))
             budget -= count
         return plan
+
+    def _score(self) -> None:
+        """Read a piece of each prompt whose tokens' logarithms are asked for."""
+        for job in [job for job in self._active if job.unscored]:
+            count = min(job.unscored, max(SCORED // self.engine.vocab_size, 1))
+            try:
+                rows = self.engine.feed_every(job.sequence, job.tokens[job.fed : job.fed + count])
+                following = job.tokens[job.fed + 1 : job.fed + 1 + count]
+                most = job.sampler.sampling.logprobs or 0
+                job.scores += [logprobs(row, token, most) for row, token in zip(rows, following, strict=True)]
+                job.fed += count
+            except Exception as error:
+                self._fail(job, error)
+
+    def _through(self, job: Job) -> bool:
+        """Whether nothing is to be drawn of ``job``, which is at its end then."""
+        if job.generated < job.most:
+            return False
+        job.end("length")
+        self._retire(job)
+        return True
 
     def _feed(self, plan: list[tuple[Job, int]]) -> list[tuple[Job, memoryview[float]]]:
         """One pass; (vocab) logits after the last token of each job. Where a pass fails, its jobs run one by one, so

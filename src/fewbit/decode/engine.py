@@ -49,6 +49,10 @@ class Engine(Protocol):
         runtime needs no torch for it."""
         ...
 
+    def feed_every(self, sequence: int, tokens: Sequence[int]) -> list[memoryview[float]]:
+        """Append ``tokens`` to ``sequence``; the logits after each of them, as :meth:`feed_rows` has them."""
+        ...
+
     def length(self, sequence: int) -> int:
         """Positions of ``sequence``."""
         ...

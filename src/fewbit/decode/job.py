@@ -31,16 +31,26 @@ class Piece:
 
 
 class Job:
-    """``generated``: tokens written. ``reused``: tokens of the prompt that were not computed anew.
+    """``generated``: tokens written. ``reused``: tokens of the prompt that were not computed anew. ``scored``: whether
+    the logarithms of the prompt's tokens are asked for; ``scores``: those of all but the first, which nothing predicts,
+    as they are read.
 
     ``sequence`` of the engine has seen the first ``fed`` of ``tokens``, which are the prompt and what follows.
     """
 
     def __init__(
-        self, prompt: Sequence[int], sampler: Sampler, words: Words, deliver: Callable[[Piece], None], most: int
+        self,
+        prompt: Sequence[int],
+        sampler: Sampler,
+        words: Words,
+        deliver: Callable[[Piece], None],
+        most: int,
+        scored: bool = False,
     ) -> None:
         self.prompt, self.tokens = tuple(prompt), list(prompt)
         self.sampler, self.most = sampler, most
+        self.scored = scored
+        self.scores: list[Logprobs] = []
         self.generated = self.reused = 0
         self.cancelled = False
         self.sequence = -1
@@ -60,6 +70,11 @@ class Job:
     def reading(self) -> bool:
         """Whether some of the prompt is still to be fed."""
         return self.fed < len(self.prompt)
+
+    @property
+    def unscored(self) -> int:
+        """Tokens of the prompt to be fed of which the logits after each are asked for: all but the last."""
+        return max(len(self.prompt) - 1 - self.fed, 0) if self.scored else 0
 
     def take(self, token: int, logs: Logprobs | None) -> bool:
         """Add a token and deliver what it brought; whether the text is at its end."""

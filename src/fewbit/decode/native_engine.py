@@ -82,12 +82,18 @@ class NativeEngine:
         return logits
 
     def feed_rows(self, parts: Parts) -> list[memoryview[float]]:
+        return self._rows(parts, len(parts), every=False)
+
+    def feed_every(self, sequence: int, tokens: Sequence[int]) -> list[memoryview[float]]:
+        return self._rows([(sequence, tokens)], len(tokens), every=True)
+
+    def _rows(self, parts: Parts, count: int, every: bool) -> list[memoryview[float]]:
         width = self.vocab_size
-        if len(self._logits) < len(parts) * width:  # a new one: rows of the old one may still be looked at
-            self._logits = array("f", bytes(4 * width)) * len(parts)
+        if len(self._logits) < count * width:  # a new one: rows of the old one may still be looked at
+            self._logits = array("f", bytes(4 * width)) * count
         logits: memoryview[float] = memoryview(self._logits)
-        self._feed(parts, self._logits.buffer_info()[0])
-        return [logits[row * width : (row + 1) * width] for row in range(len(parts))]
+        self._feed(parts, self._logits.buffer_info()[0], every)
+        return [logits[row * width : (row + 1) * width] for row in range(count)]
 
     def every_logit(self, tokens: Sequence[int]) -> Tensor:
         """Float32 (tokens, vocab_size): the logits after each of ``tokens``, a text of its own, read in chunks as a

@@ -18,10 +18,9 @@ SECONDS = 2.0
 """Of processor time that a template may take."""
 PATIENCE = 15.0
 """Seconds after which one that waits, or a machine that is far too busy, is given up."""
-BOOT = (
-    "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], run_name='__main__')"
-)
-"""Starts the script where this process looks for packages, and not in the folder of the script."""
+BOOT = "import sys; sys.path[:] = sys.argv[2:]; import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
+"""Starts the script where this process looks for packages: not in the script's folder, nor in the one that it is
+started in, which may be the model's, and whose json.py would else be run."""
 
 
 class Templates:
@@ -60,7 +59,7 @@ class Templates:
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._process = subprocess.Popen(
-                [sys.executable, "-c", BOOT, json.dumps(sys.path), str(Path(__file__).with_name("render.py"))],
+                [sys.executable, "-c", BOOT, str(Path(__file__).with_name("render.py")), *sys.path],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

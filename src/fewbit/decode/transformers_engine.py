@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,12 @@ class TransformersEngine:
 
     def feed_rows(self, parts: Parts) -> list[memoryview[float]]:
         return [row.data for row in self.feed(parts).numpy()]
+
+    def feed_every(self, sequence: int, tokens: Sequence[int]) -> list[memoryview[float]]:
+        rows = []
+        for token in tokens:  # one by one: a cache that forgot may have more than these to compute
+            rows += self.feed_rows([(sequence, [token])])
+        return rows
 
     def _advance(self, held: _Sequence) -> Tensor:
         """Compute what ``held`` has not cached yet; the logits (vocab_size,) after its last token."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -18,7 +19,7 @@ from fewbit.decode.job import Job, Piece
 from fewbit.serve.ask import Ask
 from fewbit.serve.errors import api_error
 from fewbit.serve.metrics import Metrics
-from fewbit.serve.shapes import Shape
+from fewbit.serve.shapes import Shape, joined
 
 
 class Texts:
@@ -48,7 +49,8 @@ class Texts:
         def deliver(piece: Piece) -> None:
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))
 
-        self.jobs.append(self._batcher.submit(prompt, self._ask.sampling, deliver, branch))
+        scored = bool(self._ask.echo) and self._ask.sampling.logprobs is not None
+        self.jobs.append(self._batcher.submit(prompt, self._ask.sampling, deliver, branch, scored))
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """(choice, piece) as they come. Raises the error of a text."""
@@ -63,6 +65,15 @@ class Texts:
             open -= piece.last
             yield index, piece
         self._metrics.whole.observe(time.perf_counter() - self._began)
+
+    async def echo(self, index: int, shape: Shape) -> tuple[str, dict[str, Any] | None]:
+        """What choice ``index``, of which a piece has come, begins with: text, and what is known of its tokens."""
+        if not self._ask.echo:
+            return "", None
+        job, text = self.jobs[index], self._ask.echo[index // self._ask.n]
+        if not job.scored:
+            return text, None
+        return text, await run_in_threadpool(shape.echo, job.prompt, job.scores, text)  # seconds for a long one
 
     def cancel(self) -> None:
         for job in self.jobs:
@@ -88,24 +99,28 @@ async def whole(texts: Texts, shape: Shape) -> JSONResponse:
     choices = []
     for index, pieces in enumerate(parts):
         tokens = tuple(token for piece in pieces for token in piece.tokens)
-        text = "".join(piece.text for piece in pieces)
-        choices.append(shape.choice(index, text, pieces[-1].finish, shape.logprobs(tokens)))
+        text, logs = await texts.echo(index, shape)
+        logs = joined(logs, shape.logprobs(tokens, len(text)))
+        text += "".join(piece.text for piece in pieces)
+        choices.append(shape.choice(index, text, pieces[-1].finish, logs))
     return JSONResponse(shape.whole(choices, texts.usage()))
 
 
 async def events(texts: Texts, shape: Shape, include_usage: bool) -> AsyncIterator[str]:
     """All texts as server-sent events, in the order in which they are written."""
     none = {"usage": None} if include_usage else {}
-    offsets = [0] * len(texts.jobs)
+    offsets: list[int | None] = [None] * len(texts.jobs)
     try:
         if shape.chat:
             for index in range(len(texts.jobs)):
                 yield _event(shape.chunk([shape.opening(index)], **none))
         async for index, piece in texts.pieces():
-            logs = shape.logprobs(piece.tokens, offsets[index])
-            offsets[index] += len(piece.text)
-            if piece.text or piece.finish or logs:
-                yield _event(shape.chunk([shape.delta(index, piece.text, piece.finish, logs)], **none))
+            text, logs = await texts.echo(index, shape) if offsets[index] is None else ("", None)
+            offset = len(text) + (offsets[index] or 0)
+            text, logs = text + piece.text, joined(logs, shape.logprobs(piece.tokens, offset))
+            offsets[index] = offset + shape.length(piece.tokens)
+            if text or piece.finish or logs:
+                yield _event(shape.chunk([shape.delta(index, text, piece.finish, logs)], **none))
         if include_usage:
             yield _event(shape.chunk([], usage=texts.usage()))
         yield "data: [DONE]\n\n"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,11 +44,10 @@ UNHEEDED = frozenset(
 )
 """Fields that are about the sender or the billing and change no text."""
 SHARED = UNHEEDED | {*NUMBERS, "model", "stream", "stream_options", "n", "stop", "logit_bias", "logprobs", "max_tokens"}
-COMPLETION = SHARED | {"prompt"}
+COMPLETION = SHARED | {"prompt", "echo"}
 CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
@@ -66,7 +66,8 @@ ROLES = {"developer": "system"}
 
 @dataclass(frozen=True)
 class Ask:
-    """``prompts``: tokens; ``n`` texts follow each. ``limit``: the field by which a text's tokens are bounded."""
+    """``prompts``: tokens; ``n`` texts follow each. ``limit``: the field by which a text's tokens are bounded.
+    ``echo``: the texts of the prompts, where each answer begins with its own."""
 
     chat: bool
     prompts: tuple[tuple[int, ...], ...]
@@ -75,13 +76,19 @@ class Ask:
     stream: bool
     include_usage: bool
     limit: str
+    echo: tuple[str, ...] = ()
 
 
 def completion(body: Mapping[str, Any], words: Words) -> Ask:
     """A request of /v1/completions. Raises ApiError and the errors of tokenizing."""
     given = _known(body, COMPLETION)
-    prompts = _prompts(given.get("prompt"), words)
-    return _ask(False, prompts, given, given.get("logprobs"))
+    asked = _listed(given.get("prompt"))
+    prompts = tuple(_prompt(one, words) for one in asked)
+    ask = _ask(False, prompts, given, given.get("logprobs"))
+    if not _flag(given, "echo"):
+        return ask
+    texts = [one if isinstance(one, str) else words.decode(one) for one in asked]
+    return dataclasses.replace(ask, echo=tuple(texts))
 
 
 def chat(body: Mapping[str, Any], words: Words) -> Ask:
@@ -102,7 +109,7 @@ def _ask(chat: bool, prompts: tuple[tuple[int, ...], ...], given: Mapping[str, A
     if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
         raise ApiError(400, 'stream_options knows {"include_usage": true}', "stream_options")
     limit = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
-    most = _whole(given, limit, 1, 1, MOST_TOKENS) if limit in given else None
+    most = _whole(given, limit, 1, int(chat), MOST_TOKENS) if limit in given else None
     sampling = _sampling(given, most, logs)
     return Ask(chat, prompts, sampling, n, _flag(given, "stream"), _flag(options, "include_usage"), limit)
 
@@ -148,12 +155,12 @@ def _known(
     return given
 
 
-def _prompts(found: Any, words: Words) -> tuple[tuple[int, ...], ...]:
-    """A text, tokens, or a list of one of these."""
+def _listed(found: Any) -> list[Any]:
+    """Prompts, given as a text, tokens, or a list of one of these."""
     listed = found if isinstance(found, list) and found and isinstance(found[0], (str, list)) else [found]
     if len(listed) > MOST_CHOICES:
         raise ApiError(400, f"{len(listed)} prompts; at most {MOST_CHOICES} would work", "prompt")
-    return tuple(_prompt(one, words) for one in listed)
+    return listed
 
 
 def _prompt(found: Any, words: Words) -> tuple[int, ...]:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +56,23 @@ class Shape:
             return None
         return {"content": [self._entry(*pair) for pair in known]} if self.chat else self._table(known, offset)
 
+    def length(self, tokens: Tokens) -> int:
+        """Characters of what something is known of, whether it is shown already or held back."""
+        return sum(_characters(self.words.bytes_of(token)) for token, logs in tokens if logs is not None)
+
+    def echo(self, prompt: Sequence[int], scores: Sequence[Logprobs], text: str) -> dict[str, Any]:
+        """What is known of the tokens of ``prompt``, which reads ``text``: nothing of the first."""
+        begun = [_characters(self.words.bytes_of(token)) for token in prompt]
+        unseen = max(sum(begun) - len(text), 0)  # of a token that begins every text, and a space before the first word
+        ends = itertools.accumulate(begun, initial=0)
+        found = self._table(list(zip(prompt[1:], scores, strict=True)), 0)
+        return {
+            "tokens": [self.words.piece(prompt[0]), *found["tokens"]],
+            "token_logprobs": [None, *found["token_logprobs"]],
+            "top_logprobs": [None, *found["top_logprobs"]],
+            "text_offset": [max(end - unseen, 0) for end, _ in zip(ends, prompt)],  # noqa: B905 - one more
+        }
+
     def _head(self, kind: str) -> dict[str, Any]:
         prefix = "chatcmpl" if self.chat else "cmpl"
         return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
@@ -76,6 +95,11 @@ class Shape:
             "top_logprobs": [{self.words.piece(t): max(log, LEAST_LOG) for t, log in logs.top} for _, logs in known],
             "text_offset": [offset + sum(begun[:index]) for index in range(len(known))],
         }
+
+
+def joined(first: dict[str, Any] | None, then: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What is known of two texts, one after the other."""
+    return first or then if first is None or then is None else {name: first[name] + then[name] for name in first}
 
 
 def _characters(piece: bytes) -> int:
