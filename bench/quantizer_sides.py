@@ -92,8 +92,8 @@ def rows_of(job: Job) -> list[dict[str, list[int]]]:
 
 def fewbit(job: Job) -> tuple[Timed, Read]:
     import accuracy
-    import fewbit
-    import fewbit.run
+    import fewbit.kernels.ops
+    import fewbit.model.folder
     from fewbit.containers import manifest as M
     from fewbit.containers.files import read_json
     from fewbit.recipe import Recipe

@@ -128,6 +128,17 @@ def passages(text: str, length: int) -> list[str]:
 
 PASSAGE = 10
 """Characters a token: ample for one window of ordinary text, so a passage need not be tokenised further."""
+LIKELY, SPARE = 5, 32
+"""Characters a token that most texts have, and tokens behind a window by which it depends no more on what follows."""
+
+
+def first_window(tokenizer: Callable[..., Any], passage: str, context: int, what: str) -> Tensor:
+    """The first of :func:`windows` of ``passage``, (context,). Where a part of it has tokens to spare, the rest is not
+    read."""
+    with suppress(InputError):
+        part = passage[: LIKELY * (context + SPARE)]
+        return windows(tokenizer, part, context + SPARE, what)[0, :context]
+    return windows(tokenizer, passage, context, what)[0]
 
 
 def calibration(
@@ -148,7 +159,7 @@ def calibration(
     if len(pieces) >= samples:
         drawn = torch.randperm(len(pieces), generator=order)[:samples].sort().values.tolist()
         with suppress(InputError):  # a passage with too few tokens: choose among all windows instead
-            first = [windows(tokenizer, pieces[index], context, f"calibration text {what}")[0] for index in drawn]
+            first = [first_window(tokenizer, pieces[index], context, f"calibration text {what}") for index in drawn]
             return Calibration(what, torch.stack(first))
     pool = windows(tokenizer, text, context, f"calibration text {what}")
     drawn = torch.randperm(len(pool), generator=order)[:samples].sort().values.tolist()
@@ -159,4 +170,4 @@ def probe(tokenizer: Callable[..., Any], samples: int, context: int) -> Tensor:
     """Held-out windows (samples, context), spread over the bundled text: what a run checks itself on."""
     pieces = passages(heldout_text(), PASSAGE * context)[:-1]
     chosen = pieces[:: max(1, len(pieces) // samples)][:samples]
-    return torch.stack([windows(tokenizer, piece, context, "bundled held-out text")[0] for piece in chosen])
+    return torch.stack([first_window(tokenizer, piece, context, "bundled held-out text") for piece in chosen])

@@ -47,3 +47,15 @@ def test_steps_are_of_the_windows_that_there_are(tiny: Path) -> None:
 def test_a_rotation_that_is_learned_takes_its_time(tiny: Path) -> None:
     plain, learned = (seconds(tiny, "int4/g32", transforms=[name]) for name in ("quarot", "spinquant"))
     assert learned > plain + 100 * weights(tiny) * 1000 / RATE
+
+
+def test_a_run_that_asks_for_no_time_times_no_product(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed() -> float:
+        timings.append(1)
+        return RATE
+
+    timings: list[int] = []
+    monkeypatch.setattr(effort, "_rate", timed)
+    planned = fewbit.plan(tiny, "int4/g32", head="float")
+    assert not timings
+    assert planned.to_json()["seconds"] == planned.seconds and len(timings) == 1

@@ -43,3 +43,13 @@ def test_a_kernel_may_round_levels_as_far_as_its_row_says(
     monkeypatch.setattr(kernels, "linear", lambda x, weight, **more: 1.2 * good(x, weight, **more))
     with pytest.raises(VerificationError, match="times further from the reference than rounding explains"):
         check_outputs(made, made.dequantize(), x, "layer", grid)
+
+
+def test_a_kernel_at_hand_is_checked_as_one_made_for_it() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(48, 64, generator=drawn), torch.randn(8, 64, generator=drawn)
+    grid, form = formats.parse("int8/channel"), formats.parse("int8/channel/sym")
+    made, other = methods.rtn(weight, form), methods.rtn(1.2 * weight, form)
+    check_outputs(made, made.dequantize(), x, "layer", grid, kernels.prepare(made, activation=grid))
+    with pytest.raises(VerificationError, match="times further from the reference than rounding explains"):
+        check_outputs(made, made.dequantize(), x, "layer", grid, kernels.prepare(other, activation=grid))

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fewbit.containers.files import Hashing, parse_json, size_of, write_atomically
+from fewbit.core.room import room
 from fewbit.errors import CorruptFileError, InputError, UnsupportedError
 
 LARGEST_HEADER = 100_000_000
@@ -85,11 +86,11 @@ class SafetensorsFile:
         entry = self.entries.get(name)
         if entry is None:
             raise InputError(f"tensor {name} of {self.path}", "there is none of that name")
-        data = bytearray(entry.nbytes)
+        data = room((entry.nbytes,), torch.uint8)
         try:
             with open(self.path, "rb", buffering=0) as stream:
                 stream.seek(entry.begin)
-                got, view = 0, memoryview(data)
+                got, view = 0, memoryview(data.numpy())  # type: ignore[arg-type]
                 while got < entry.nbytes:
                     count = stream.readinto(view[got:])
                     if not count:
@@ -99,9 +100,7 @@ class SafetensorsFile:
                     got += count
         except OSError as error:
             raise InputError(f"tensor {name} of {self.path}", str(error)) from error
-        if not data:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        return torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
+        return data.view(entry.dtype).reshape(entry.shape)
 
 
 def open_safetensors(path: str | Path) -> SafetensorsFile:

@@ -33,13 +33,19 @@ def told_of(made: QTensor, weight: Tensor | None) -> str:
     least = _groups([params[p.name].abs() <= p.least for p in format.params if p.least])
     if weight is None:
         least = torch.zeros_like(least)
-    elif bool(least.any()) or float(weight.abs().amax()) > 2 * float16.LARGEST:
+    elif bool(least.any()) or _beyond(weight):
         lost, whole = (_largest(each, format) for each in (made.dequantize() - weight, weight))
         least = least & (whole > 0) & (lost * (format.levels - 1) > whole)
         beyond = beyond | ((whole > 2 * float16.LARGEST) & (lost > whole - CODED * float16.LARGEST))
     told = [_told(beyond, f"reach beyond float16's {float16.LARGEST:.0f}: they are cut off")]
     told.append(_told(least, "need scales below float16's least, 2^-24: their grid is too coarse"))
     return "; ".join(filter(None, told))
+
+
+def _beyond(weight: Tensor) -> bool:
+    """Whether an entry lies beyond what any scale reaches."""
+    ends = weight.aminmax()
+    return max(float(ends.max), -float(ends.min)) > 2 * float16.LARGEST
 
 
 def _groups(at: list[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from fewbit.core.room import converted
 from fewbit.errors import InputError, UnsupportedError, first_line
 from fewbit.model.checkpoint import Checkpoint, check_finite
 
@@ -153,7 +154,7 @@ class Loader:
 
     def read(self, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
         """The parameters that ``group`` makes, by name; NaN and Inf are refused."""
-        values = self._make(group, lambda key: self.checkpoint.get(key).to(dtype))
+        values = self._make(group, lambda key: converted(self.checkpoint.get(key), dtype))
         for name, value in values.items():
             check_finite(name, value)
         return {name: self.change(name, value) for name, value in values.items()}

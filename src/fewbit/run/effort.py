@@ -21,6 +21,18 @@ CLUSTERED = 3e5
 
 
 @dataclass(frozen=True)
+class Time:
+    """What a run takes: ``seconds`` whatever the machine multiplies, and ``operations`` of matrix products."""
+
+    seconds: float
+    operations: float
+
+    def here(self) -> float:
+        """Seconds on this machine, by a matrix product timed now."""
+        return self.seconds + self.operations / _rate()
+
+
+@dataclass(frozen=True)
 class Text:
     """Of the calibration: ``windows`` of ``context`` tokens; ``together`` tokens that go through a block at once."""
 
@@ -42,8 +54,8 @@ class Decided(Protocol):
 
 def estimate(
     decisions: Iterable[Decided], text: Text, calibrated: bool, model: StreamedModel, recipe: Recipe
-) -> tuple[float, int]:
-    """Seconds and peak bytes, from a matrix product timed here and now and the work that each layer needs."""
+) -> tuple[Time, int]:
+    """Time and peak bytes, from the work that each layer needs."""
     decisions, tokens = list(decisions), text.windows * text.context if calibrated else 0
     flops, seconds, largest = 0.0, 3.0, 0
     blocks: dict[int | None, int] = {}
@@ -82,7 +94,7 @@ def estimate(
     memory += (2 + torch.get_num_threads()) * max(gradients.values(), default=0)
     if recipe.end is not None:
         memory += (3 + torch.get_num_threads()) * 4 * every  # the model, what is learned, and gradients a worker
-    return seconds + flops / _rate(), memory
+    return Time(seconds, flops), memory
 
 
 def _work(rule: Rule) -> float:

@@ -20,7 +20,7 @@ from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.sites import SEEING, Site
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import FLOAT, ModelStep, ModelTune, Recipe, Rule, Step
-from fewbit.run.effort import Text, estimate
+from fewbit.run.effort import Text, Time, estimate
 from fewbit.run.solve import kernel_name, layout_for
 
 REFERENCE = "reference"
@@ -52,8 +52,12 @@ class Plan:
     source_bytes: int
     bits_per_weight: float
     peak_rss_bytes: int
-    seconds: float
+    time: Time
     warnings: list[str] = field(default_factory=list)
+
+    @cached_property
+    def seconds(self) -> float:
+        return self.time.here()
 
     @cached_property
     def rules(self) -> dict[str, Rule]:
@@ -112,9 +116,9 @@ def make_plan(checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, text
     size = sum(d.nbytes for d in decisions) + sum(size for _, _, size in kept)
     bits = 8 * sum(d.nbytes for d in quantized) / sum(d.weights for d in quantized)
     calibrated = recipe.end is not None or any(d.rule and d.rule.calibrated for d in quantized)
-    seconds, memory = estimate(decisions, text, calibrated, model, recipe)
+    time, memory = estimate(decisions, text, calibrated, model, recipe)
     warnings = _left_out(model) + _warnings(quantized, size, checkpoint) + _of_surgery(model, decisions)
-    return Plan(decisions, kept, dtype, size, checkpoint.nbytes, bits, memory, seconds, warnings)
+    return Plan(decisions, kept, dtype, size, checkpoint.nbytes, bits, memory, time, warnings)
 
 
 def _kept_dtype(checkpoint: Checkpoint, model: StreamedModel) -> torch.dtype:

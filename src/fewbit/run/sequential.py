@@ -10,6 +10,7 @@ for the facts of all its layers, and quantized for what the next block sees.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -90,19 +91,20 @@ def by_group(
     asked, solved = needs(run, index), list[Solved]()
     by_name = {site.name: site for site in block_sites(run, index)}
     with Passes(run, stage, index, order) as passes:
-        for group, names in enumerate(order.groups):
-            wanted = [asked[name] for name in names if asked.get(name, "nothing") != "nothing"]
-            facts: dict[str, list[Facts]] = {}
-            with as_run(run.model, solved):
+        with ExitStack() as running:
+            for group, names in enumerate(order.groups):
+                wanted = [asked[name] for name in names if asked.get(name, "nothing") != "nothing"]
+                facts: dict[str, list[Facts]] = {}
                 total = passes.collect(group, bool(wanted), "gram" in wanted)
-            if total is not None:
-                bare = replace(total, gram=None)
-                facts = {name: [total if asked.get(name) == "gram" else bare] for name in names}
-            tasks = make_tasks(run, [by_name[name] for name in names], facts, seen)
-            if total is not None:
-                with as_run(run.model, solved):
+                if total is not None:
+                    bare = replace(total, gram=None)
+                    facts = {name: [total if asked.get(name) == "gram" else bare] for name in names}
+                tasks = make_tasks(run, [by_name[name] for name in names], facts, seen)
+                if total is not None:
                     tasks = choose(run, tasks, order.same_output(group), partial(passes.around, group))
-            solved += solve_tasks(run, tasks)
+                made = solve_tasks(run, tasks)
+                running.enter_context(as_run(run.model, made))
+                solved += made
         solved = fix_grids(run, stage, index, solved)
         if _is_last(run, stage) or any(item.tunings for item in solved):
             return solved, None

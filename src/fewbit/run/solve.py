@@ -279,15 +279,23 @@ def _squares(task: Task, effective: Tensor) -> tuple[float, float]:
     return lost, whole
 
 
-def check_outputs(weight: T.Weight, reference: Tensor, x: Tensor, name: str, activation: Format | None = None) -> None:
+def check_outputs(
+    weight: T.Weight,
+    reference: Tensor,
+    x: Tensor,
+    name: str,
+    activation: Format | None = None,
+    prepared: kernels.Prepared | None = None,
+) -> None:
     """The kernel that will run this layer computes ``x @ reference.T`` within the errors of float32 accumulation, of
-    activations in fixed point and of levels as integers, x being rounded to ``activation`` first.
+    activations in fixed point and of levels as integers, x being rounded to ``activation`` first. ``prepared``: the
+    weight ready to be run by it, where that is at hand.
 
     Raises:
         VerificationError: it does not.
     """
     weight = repack(weight, lambda format: UNPACKED)  # once for all that look at the codes
-    got = kernels.linear(x, weight, activation=activation).double()
+    got = (kernels.linear(x, weight, activation=activation) if prepared is None else prepared(x)).double()
     x = kernels.reference.round_activations(x, activation)
     expected = x.double() @ reference.double().T
     added = spread(weight, torch.cat([x.abs(), torch.ones_like(x[:1])])).double()

@@ -19,10 +19,10 @@ from fewbit.run.events import Event
 from fewbit.run.reconstruct import tuned
 from fewbit.run.rewriting import as_run
 from fewbit.run.sequential import quantize_block
-from fewbit.run.solve import Solved, check_outputs, digest
+from fewbit.run.solve import Solved, check_outputs
 from fewbit.run.state import TOGETHER, Run
 from fewbit.run.tasks import block_sites, propagate, solve_sites
-from fewbit.run.verify import opened, read_back, read_rewrite
+from fewbit.run.verify import opened, read_back, read_first, read_rewrite
 
 
 def run_stages(run: Run) -> None:
@@ -178,14 +178,14 @@ def write_stage(
     stored = opened(path)
 
     def checked(item: Solved) -> dict[str, Any]:
-        record = {**item.record, "decoded_sha256": digest(item.weight.dequantize())}
-        name = record["name"]
-        again, rewrite = read_back(stored, record), read_rewrite(stored, record)
-        shown = seen.get(name, [])
+        name = item.record["name"]
+        solved = run.model.weight(name)  # the model holds it: the block goes on with it
+        again, decoded_sha256 = read_first(stored, item.record, solved)
+        rewrite, shown = read_rewrite(stored, item.record), seen.get(name, [])
         if len(shown) == 1 and len(shown[0]):
-            # The model holds what was solved: the block goes on with it.
-            check_outputs(again, run.model.weight(name), rewrite.apply(shown[0][:8]), name, item.activation)
-        return record
+            x = rewrite.apply(shown[0][:8])
+            check_outputs(again, solved, x, name, item.activation, item.integers)
+        return {**item.record, "decoded_sha256": decoded_sha256}
 
     layers = list(run.workers.map(checked, solved))
     return {

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewbit.containers import manifest as M
@@ -26,17 +27,35 @@ def read_back(file: SafetensorsFile | Path, record: dict[str, Any]) -> T.Weight:
             those that were solved.
     """
     file = opened(file)
+    weight = _weight(file, record)
+    if digest(weight.dequantize()) != record["decoded_sha256"]:
+        raise _other_values(file, record)
+    return weight
+
+
+def read_first(file: SafetensorsFile, record: dict[str, Any], solved: Tensor) -> tuple[T.Weight, str]:
+    """:func:`read_back` of a layer that was just written, ``solved`` being its decoded values in any shape; and the
+    hash by which it is known from then on."""
+    weight = _weight(file, record)
+    decoded = weight.dequantize()
+    if not torch.equal(decoded, solved.reshape(decoded.shape)):
+        raise _other_values(file, record)
+    return weight, digest(decoded)
+
+
+def _weight(file: SafetensorsFile, record: dict[str, Any]) -> T.Weight:
+    """The layer of ``record`` as it lies in ``file``; what is refused of its arrays: see :func:`read_back`."""
     name, (rows, columns) = record["name"], record["shape"]
     plain = T.of_entry({**record, "shape": [rows * record["experts"], columns]})
     try:
-        weight = T.restore(plain, _arrays(file, f"{name}.weight_", T.sizes(plain)))
+        return T.restore(plain, _arrays(file, f"{name}.weight_", T.sizes(plain)))
     except CorruptFileError as error:
         raise VerificationError(f"layer {name} in {file.path.name}: {error.asked}", error.found) from None
-    if digest(weight.dequantize()) != record["decoded_sha256"]:
-        raise VerificationError(
-            f"layer {name} in {file.path.name}", "it decodes to other values than those that were solved"
-        )
-    return weight
+
+
+def _other_values(file: SafetensorsFile, record: dict[str, Any]) -> VerificationError:
+    found = "it decodes to other values than those that were solved"
+    return VerificationError(f"layer {record['name']} in {file.path.name}", found)
 
 
 def read_rewrite(file: SafetensorsFile | Path, record: dict[str, Any]) -> R.Chain:
