@@ -24,6 +24,7 @@ from torch import nn
 
 from fewbit import formats
 from fewbit.core import given
+from fewbit.core.defaults import exact
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.formats.fixed import Fixed
 from fewbit.model.convolution import window_of
@@ -45,6 +46,7 @@ from fewbit.run.solve import Solved
 __all__ = ["Product", "Quantized", "fold_norms", "load", "place_products", "quantize", "save"]
 
 
+@exact()
 def quantize(
     network: nn.Module,
     recipe: str | Recipe,

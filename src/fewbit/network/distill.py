@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit import recipe
+from fewbit.core.defaults import exact
 from fewbit.core.descent import Descent, schedule
 from fewbit.core.format import Format
 from fewbit.core.rewrite import Chain
@@ -220,6 +221,7 @@ class _Phase:
         """From now on inputs of a module of the student are rewritten and rounded as they will be, gradients going
         straight through."""
 
+        @exact()
         def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             x = arguments[0] if arguments else named["input"]
             x = rewrite.apply(x) if rewrite.steps else x

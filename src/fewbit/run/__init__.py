@@ -15,6 +15,7 @@ import fewbit
 from fewbit import calibrate
 from fewbit.calibrate import Calibration
 from fewbit.containers import manifest as M
+from fewbit.core.defaults import exact
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.stream import StreamedModel
@@ -51,6 +52,7 @@ class Result:
     manifest: dict[str, Any]
 
 
+@exact()
 def quantize(
     model: Any,
     recipe: str | Recipe,
@@ -113,6 +115,7 @@ def quantize(
         return Result(target, finish(run, checkpoint, chosen, seed, target, force))
 
 
+@exact()
 def plan(
     model: str | Path,
     recipe: str | Recipe,

@@ -13,6 +13,7 @@ import fewbit
 from fewbit.calibrate import Calibration
 from fewbit.containers.files import digest, take_place, write_json
 from fewbit.containers.safetensors import open_safetensors, write_safetensors
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.errors import InputError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
@@ -26,6 +27,7 @@ from fewbit.run.state import STATE
 from fewbit.run.workers import workers
 
 
+@exact()
 def collect(
     model: Any,
     *,

@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from fewbit import calibrate
 from fewbit.containers import manifest as M
 from fewbit.containers.files import refuse_existing, take_place
+from fewbit.core.defaults import exact
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.hooks import hooked
@@ -38,6 +39,7 @@ from fewbit.run.events import Event, Progress
 from fewbit.run.opening import silent
 
 
+@exact()
 def restore(
     model: str | Path,
     quantized: str | Path,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewbit import methods
+from fewbit.core.defaults import exact
 from fewbit.errors import SpecError
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
@@ -70,6 +71,7 @@ class Allocation:
         return {**plain, **rows, "recipe": self.recipe.to_dict()}
 
 
+@exact()
 def allocate(
     model: str | Path,
     budget: float,
