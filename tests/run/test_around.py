@@ -36,7 +36,7 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[list[float], in
 
     def note(run: Any, tasks: Any, powers: Any, path: str, calls: Any) -> list[float]:
         lost = good(run, tasks, powers, path, calls)
-        found[path] = (lost, len(calls) * run.batch)
+        found[path] = (lost, len(calls) * run.texts.batch)
         return lost
 
     monkeypatch.setattr(around, "costs", note)

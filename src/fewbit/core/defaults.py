@@ -9,7 +9,7 @@ torch.device``, ``with torch.autocast``). They must change no number that is com
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -54,6 +54,11 @@ def of_caller() -> Iterator[None]:
         return
     with _set(*caller):
         yield
+
+
+def products_in(dtype: torch.dtype, device: str = "cpu") -> AbstractContextManager[None]:
+    """While open, matrix products round their operands to ``dtype``; sums, and what else is computed, stay float32."""
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
 
 @contextmanager

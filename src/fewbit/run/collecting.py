@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fewbit
-from fewbit.calibrate import Calibration
+from fewbit.calibrate import Calibration, Text
 from fewbit.containers.files import digest, take_place, write_json
 from fewbit.containers.safetensors import open_safetensors, write_safetensors
 from fewbit.core.defaults import exact
@@ -61,7 +61,7 @@ def collect(
     with O.source(model, tokenizer, target) as path:
         checkpoint = open_checkpoint(path)
         streamed = StreamedModel.open(checkpoint)
-        data = O.draw(checkpoint, checkpoint.words(), calibration, samples, context, seed, tell)
+        data = O.draw(checkpoint, checkpoint.words(), Text(samples, context, calibration), seed, tell)
         wishes = {"gram": gram, "fisher": fisher, "ranges": ranges}
         described = _described(checkpoint, data, wishes, len(streamed.blocks), str(products))
         if (found := _finished(target, described)) is not None:
