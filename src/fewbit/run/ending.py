@@ -44,7 +44,7 @@ def finish(run: Run, out: Path) -> dict[str, Any]:
     _config(run, folder, layers)
     manifest = _manifest(run, layers)
     verify_folder(folder, manifest)
-    _judge(manifest["check"], run)
+    _judge(manifest["check"], run.asked.force, folder, run.asked.recipe)
     write_json(folder / M.NAME, manifest)
     write_json(out.with_name(f"{out.name}.log.json"), _log(run))
     take_place(folder, out)
@@ -146,16 +146,16 @@ def _calibration(run: Run) -> dict[str, Any] | None:
     return {**data.describe(), **more}
 
 
-def _judge(check: dict[str, Any], run: Run) -> None:
+def _judge(check: dict[str, Any], force: bool, folder: Path, recipe: Recipe) -> None:
     ratio = check["perplexity"] / check["reference_perplexity"]
-    if run.asked.force or (check["kl_mean"] <= MOST_KL and ratio <= MOST_PERPLEXITY_RATIO):
+    if force or (check["kl_mean"] <= MOST_KL and ratio <= MOST_PERPLEXITY_RATIO):
         return
     raise QualityError(
         "accepting the quantized model",
         f"on held-out text its perplexity is {check['perplexity']:.4g} against {check['reference_perplexity']:.4g} and "
         f"its KL divergence {check['kl_mean']:.3g} nats (limits: {MOST_PERPLEXITY_RATIO:g} times, {MOST_KL:g})",
-        f"use more bits, smaller groups{_more(run.asked.recipe)}; or --force to accept it as it is "
-        f"(the work in {run.folder} is kept)",
+        f"use more bits, smaller groups{_more(recipe)}; or --force to accept it as it is "
+        f"(the work in {folder} is kept)",
     )
 
 
