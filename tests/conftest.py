@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=("float64", "bfloat16", "autocast", "device"))
+def unusual(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager[None]]:
+    """``with unusual():`` torch is set as a user's program may have it, each way in turn."""
+    import torch
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        with ExitStack() as stack:
+            if request.param == "autocast":
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            elif request.param == "device":
+                stack.callback(torch.set_default_device, None)
+                torch.set_default_device("meta")
+            else:
+                stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+                torch.set_default_dtype(getattr(torch, request.param))
+            yield
+
+    return around
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,15 @@ from fewbit.errors import InputError
 BUNDLED = "bundled English prose (public domain)"
 
 
+@dataclass(frozen=True)
+class Text:
+    """What to draw of a text: ``samples`` windows of ``context`` tokens. ``source``: the file, None for the bundle."""
+
+    samples: int = 0
+    context: int = 1
+    source: str | Path | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Token windows ``ids`` (samples, context) int64, with where they came from and the hash of the ids themselves."""

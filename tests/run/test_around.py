@@ -36,7 +36,7 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[list[float], in
 
     def note(run: Any, tasks: Any, powers: Any, path: str, calls: Any) -> list[float]:
         lost = good(run, tasks, powers, path, calls)
-        found[path] = (lost, len(calls) * run.batch)
+        found[path] = (lost, len(calls) * run.texts.batch)
         return lost
 
     monkeypatch.setattr(around, "costs", note)
@@ -107,7 +107,7 @@ def test_equals_the_definition(
 ) -> None:
     """Every power again, in float64: the same are chosen, each alone at its minimum. Inputs are those of the quantized
     model, their sizes of all windows, the errors of 3 windows, in whole batches of 2."""
-    monkeypatch.setattr(fewbit.run, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(fewbit.run.state, "BATCH_TOKENS", 64)
     asked = {"method": "rtn", "head": "float", "transforms": [{"name": "awq", "samples": 3}]}
     data = {"samples": 8, "context": 32, "calibration_dtype": "float32"}
     manifest = fewbit.quantize(uneven, "int3/g32/asym", out=tmp_path / "out", **asked, **data).manifest
@@ -200,7 +200,7 @@ def test_a_mixture_of_experts_equals_the_definition(
 ) -> None:
     """The attention and the shared expert of a routed block, in float64: a whole model runs for every power, whose
     module gives its output with the layers in question rounded and all else, the router too, in float."""
-    monkeypatch.setattr(fewbit.run, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(fewbit.run.state, "BATCH_TOKENS", 64)
     folder = _made_uneven(tiny_family("qwen2-moe"))
     rules = [Rule("re:.*(attn|shared_expert)[.].*", "int3/g32/asym", transforms=(Step("awq", {"samples": 3}),))]
     recipe = Recipe((*rules, Rule("*", "float"), Rule("kind:embedding", "float"), Rule("kind:head", "float")))

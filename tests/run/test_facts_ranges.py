@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit import formats
+from fewbit.calibrate import Text
 from fewbit.containers.files import digest, read_json, write_json
 from fewbit.containers.safetensors import open_safetensors, write_safetensors
 from fewbit.core.observers import NAMES
@@ -168,7 +169,7 @@ def test_extremes_behind_a_scale_of_every_channel_are_those_of_the_scaled_inputs
         known[name] = {layer["name"]: formats.parse(layer["activation"]) for layer in made}
     assert all(known["text"][f"model.layers.0.self_attn.{part}_proj"] == of for part, of in _attention(known["facts"]))
     checkpoint, quantized = open_checkpoint(tiny), fewbit.load(tmp_path / "facts")
-    ids = opening.draw(checkpoint, checkpoint.words(), None, FEW["samples"], FEW["context"], 0, opening.silent).ids
+    ids = opening.draw(checkpoint, checkpoint.words(), Text(FEW["samples"], FEW["context"]), 0, opening.silent).ids
     floating, seen = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), {}
     for name in known["facts"]:
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import fewbit
+from fewbit.calibrate import Text
 from fewbit.containers.files import read_json
 from fewbit.containers.safetensors import open_safetensors
 from fewbit.decode.engine import open_engine
@@ -23,7 +24,6 @@ from fewbit.model.stream import StreamedModel
 from fewbit.model.surgery import Preparation
 from fewbit.recipe import ModelStep, Recipe, Step
 from fewbit.run import learning
-from fewbit.run.effort import Text
 from fewbit.run.learning import Learner
 from fewbit.run.planning import make_plan
 from fewbit.run.workers import workers

@@ -141,7 +141,7 @@ def test_a_block_is_tuned_as_it_will_run(
     def both(run: Any, stage: int, index: int, solved: Any) -> Any:
         before, after = run.hidden(stage - 1, "calibration"), run.hidden(stage, "reference")
         with as_run(run.model, solved), run.arithmetic():
-            batches = range(len(run.batches()))
+            batches = range(len(run.texts.batches))
             got = [run.model.run_block(index, before.read(i), run.inputs("calibration")) for i in batches]
         wanted = [after.read(i) for i in batches]
         losses.append(sum(float((a - b).square().sum()) for a, b in zip(got, wanted, strict=True)))

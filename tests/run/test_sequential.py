@@ -157,7 +157,7 @@ def test_facts_are_those_of_a_direct_run(
     solved: dict[str, list[Facts]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fewbit.run, "BATCH_TOKENS", 64)  # four batches of two windows
+    monkeypatch.setattr(fewbit.run.state, "BATCH_TOKENS", 64)  # four batches of two windows
     source = tiny_family(family)
     check(source, tmp_path / "out", GROUPS[family], solved, dtype, recipe="int4/g16/asym", method="gptq")
     stages = json.loads((tmp_path / "out.log.json").read_text())["stages"]
@@ -169,7 +169,7 @@ def test_facts_are_those_of_a_direct_run(
 def test_rounded_activations_are_what_later_groups_see(
     tiny_family: Callable[[str], Path], tmp_path: Path, solved: dict[str, list[Facts]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fewbit.run, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(fewbit.run.state, "BATCH_TOKENS", 64)
     recipe = Recipe((Rule("kind:linear", "int4/g16/asym", "gptq", activation="int8/channel/sym"), Rule("*", "float")))
     check(tiny_family("llama"), tmp_path / "out", LLAMA, solved, recipe=recipe)
 
@@ -178,7 +178,7 @@ def test_layers_in_float_or_without_data_stand_in_the_same_order(
     tiny_family: Callable[[str], Path], tmp_path: Path, solved: dict[str, list[Facts]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """q is rounded, o and up stay in float, the others are calibrated."""
-    monkeypatch.setattr(fewbit.run, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(fewbit.run.state, "BATCH_TOKENS", 64)
     recipe = Recipe(
         (
             Rule("re:.*[.]q_proj", "int8/g16/sym", "rtn"),

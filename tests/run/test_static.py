@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fewbit
 from fewbit import formats
+from fewbit.calibrate import Text
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.formats.fixed import Fixed
 from fewbit.model.checkpoint import open_checkpoint
@@ -100,7 +101,7 @@ def test_from_a_text_every_transform_goes_before_a_static_grid(
 
         model.get_submodule(f"model.layers.0.self_attn.{part}_proj").register_forward_pre_hook(look)
     checkpoint = open_checkpoint(tiny)
-    model(opening.draw(checkpoint, checkpoint.words(), None, 8, 64, 0, opening.silent).ids)
+    model(opening.draw(checkpoint, checkpoint.words(), Text(8, 64), 0, opening.silent).ids)
     for name, x in seen.items():
         wanted = found[name].at(float(x.min()), float(x.max()))
         # the embedding that the rotation of a model moved is stored in 16 bits

@@ -73,7 +73,7 @@ def test_the_gradient_of_a_scale_is_that_of_finite_differences(
             place = student.get_parameter(name)
             place.data.copy_(place.to(run.plan.kept_dtype))
         weight = student.get_submodule(layer).weight.data
-        ids = run.calibration.ids[:-1]
+        ids = run.texts.calibration.ids[:-1]
         wanted = teacher(ids).logits[:, :-1].log_softmax(-1)
 
         def kl() -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewbit.core import blocks as B
 from fewbit.core import float16
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -26,6 +27,7 @@ from fewbit.errors import SpecError, UnsupportedError
 from fewbit.methods import objective, signs
 
 
+@exact()
 def arb(weight: Tensor, format: Format, facts: Facts, *, iterations: int = 15) -> Terms:
     """Signs of ``weight`` (rows, columns) under both scales.
 

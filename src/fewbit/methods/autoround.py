@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fewbit.core import blocks as B
 from fewbit.core import format as F
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format, Params
 from fewbit.core.qtensor import QTensor
@@ -45,6 +46,7 @@ MANY, FEW_BITS = 1000, 3
 """From so many steps on, and up to so many bits, the rate is twice as high."""
 
 
+@exact()
 def autoround(weight: Tensor, format: Format, facts: Facts, **options: float) -> QTensor:
     """Rounding to nearest, from which rounding and ranges are learned on the output of the whole block.
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fewbit.core import blocks as B
 from fewbit.core import format as F
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
@@ -36,6 +37,7 @@ def refuse(format: Format) -> str | None:
     return objective.refuse_vectors(format)
 
 
+@exact()
 def awq(weight: Tensor, format: Format, facts: Facts, *, steps: int = 20, floor: float = 0.5) -> QTensor:
     """Quantize ``weight`` (rows, columns) to nearest after cutting every group off where its output loses least.
 

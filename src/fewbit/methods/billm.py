@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -35,6 +36,7 @@ from fewbit.errors import SpecError, UnsupportedError
 from fewbit.methods import feedback, objective, signs
 
 
+@exact()
 def billm(
     weight: Tensor, format: Format, facts: Facts, *, salient: float = 0.1, damp_percent: float = 0.01, points: int = 9
 ) -> Terms:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.methods import objective, ranges
 
 
+@exact()
 def clip(weight: Tensor, format: Format, facts: Facts | None = None, *, steps: int = 24, floor: float = 0.4) -> QTensor:
     """Quantize ``weight`` (rows, columns) to the nearest values of searched ranges.
 

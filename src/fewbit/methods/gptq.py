@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fewbit.core import blocks as B
 from fewbit.core import format as F
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format, Params
 from fewbit.core.qtensor import QTensor
@@ -45,6 +46,7 @@ class Solution:
     note: str
 
 
+@exact()
 def gptq(weight: Tensor, format: Format, facts: Facts, **options: float | bool) -> QTensor:
     """Quantize ``weight`` (rows, columns) with error feedback; see :func:`solve` for the options and errors."""
     return solve(weight, format, facts, **options).qtensor  # type: ignore[arg-type]

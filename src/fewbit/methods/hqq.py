@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fewbit.core import blocks as B
 from fewbit.core import format as F
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format, Physical
 from fewbit.core.qtensor import QTensor
@@ -41,6 +42,7 @@ NEARLY = 1 - 1e-5
 """Of the size at which errors begin to be shrunk to more than zero: powers are rounded."""
 
 
+@exact()
 def hqq(
     weight: Tensor,
     format: Format,

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format, Params
 from fewbit.core.qtensor import QTensor
@@ -49,6 +50,7 @@ def refuse(format: Format) -> str | None:
     return reason
 
 
+@exact()
 def imatrix(weight: Tensor, format: Format, facts: Facts | None = None, *, steps: int = 37, rounds: int = 2) -> QTensor:
     """Quantize ``weight`` (rows, columns) to the nearest levels of grids searched under E[x^2].
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from fewbit.core import blocks as B
 from fewbit.core import format as F
 from fewbit.core import given
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -47,6 +48,7 @@ STATISTICS = ("absmax", "percentile", "mse")
 MOST_WIDTHS = 4
 
 
+@exact()
 def laq(
     weight: Tensor,
     format: Format,

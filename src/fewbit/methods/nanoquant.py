@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import float16, given
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -46,6 +47,7 @@ POWER = 5
 """Steps for a leading singular pair."""
 
 
+@exact()
 def nanoquant(
     weight: Tensor, format: Format, facts: Facts, *, bits: float = 1.0, iterations: int = 100, rounds: int = 10
 ) -> Terms:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fewbit.core import blocks as B
 from fewbit.core import given
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -34,6 +35,7 @@ from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.methods import objective
 
 
+@exact()
 def ptq161(weight: Tensor, format: Format, facts: Facts, *, salient: float = 0.2, salient_bits: int = 4) -> Terms:
     """Quantize ``weight`` (rows, columns), its salient columns in ``salient_bits`` and the others in one.
 

@@ -7,12 +7,14 @@ import math
 
 from torch import Tensor
 
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.methods import objective
 
 
+@exact()
 def rtn(weight: Tensor, format: Format, facts: Facts | None = None) -> QTensor:
     """Quantize ``weight`` (rows, columns) without looking at data; ``facts`` are ignored.
 

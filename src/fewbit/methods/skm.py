@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.methods import sensitive
 
 
+@exact()
 def skm(weight: Tensor, format: Format, facts: Facts) -> QTensor:
     """Quantize ``weight`` (rows, columns) to the nearest of levels fitted under its Fisher diagonal.
 

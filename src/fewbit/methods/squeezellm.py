@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import float16, given
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
@@ -32,6 +33,7 @@ from fewbit.errors import SpecError
 from fewbit.methods import sensitive as S
 
 
+@exact()
 def squeezellm(
     weight: Tensor, format: Format, facts: Facts, *, outliers: float = 0.004, sensitive: float = 0.0005
 ) -> QTensor | Terms:

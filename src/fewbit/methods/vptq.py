@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fewbit.core import blocks as B
 from fewbit.core import float16, given
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
@@ -53,6 +54,7 @@ def refuse(format: Format) -> str | None:
     return None if format.height > 1 else "its codes do not stand for several weights of a column"
 
 
+@exact()
 def vptq(
     weight: Tensor,
     format: Format,

@@ -85,8 +85,8 @@ class Store(nn.Module):
 
     def release(self) -> None:
         """Drop the arrays: a kernel's own layout holds the same codes and parameters from now on."""
-        for array, (dtype, _) in self.arrays.items():
-            setattr(self, f"weight_{array}", torch.empty(0, dtype=dtype))
+        for array in self.arrays:  # empty ones lie where they lay, whatever torch's default device is
+            setattr(self, f"weight_{array}", getattr(self, f"weight_{array}").new_empty(0))
         self._released = True
 
     def regain(self) -> None:

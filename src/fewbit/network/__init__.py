@@ -24,6 +24,7 @@ from torch import nn
 
 from fewbit import formats
 from fewbit.core import given
+from fewbit.core.defaults import exact
 from fewbit.errors import InputError, SpecError, UnsupportedError
 from fewbit.formats.fixed import Fixed
 from fewbit.model.convolution import window_of
@@ -40,11 +41,11 @@ from fewbit.network.sensitivity import WAYS, Loss, OwnLoss, sensitivity
 from fewbit.recipe import FLOAT, Recipe, Rule
 from fewbit.run.opening import chosen as recipe_chosen
 from fewbit.run.planning import check_transforms, made_of, tunable
-from fewbit.run.solve import Solved
 
 __all__ = ["Product", "Quantized", "fold_norms", "load", "place_products", "quantize", "save"]
 
 
+@exact()
 def quantize(
     network: nn.Module,
     recipe: str | Recipe,
@@ -98,11 +99,11 @@ def quantize(
     folded = fold_norms(made, batches[0]) if fold and batches else {}
     teacher = copy.deepcopy(made).float() if any(rule.tunings() for rule in (rules | products).values()) else made
     weighed = sensitivity(made, asking, batches, known, seed) if known is not None and asking else {}
-    solve = solving.sequential if sequential else solving.independent
-    solved, grids = solve(made, rules, products, batches, weighed, correct_bias, seed)
-    rounded = {side: rule for name, rule in products.items() for side in solving.operands(name)}
-    solved, grids = distill(teacher, made, solved, rounded, grids, batches, seed)
-    layers, records = _replace(made, solved, products, grids, batches)
+    asked = solving.Asked(rules, products, batches, weighed, correct_bias, seed)
+    found = (solving.sequential if sequential else solving.independent)(made, asked)
+    layers, records = _replace(made, distill(teacher, made, found, asked), products)
+    if batches:
+        feed(made, batches[0])  # what its code asks quantized layers for shows now, not when it is used
     skipped = [left for left in skipped if left["name"] not in folded]
     return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records, told)
 
@@ -128,16 +129,12 @@ def _refuse(recipe: Recipe) -> None:
 
 
 def _replace(
-    network: nn.Module,
-    solved: dict[str, Solved],
-    products: dict[str, Rule],
-    grids: dict[str, Fixed],
-    batches: list[Batch],
+    network: nn.Module, found: solving.Solutions, products: dict[str, Rule]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Put quantized layers and products where the float ones are, and run the network once; returns their records."""
+    """Put quantized layers and products where the float ones are; returns their records."""
     layers, modules = [], dict(network.named_modules())
-    for name, item in solved.items():
-        layer, grid = modules[name], grids.get(name)
+    for name, item in found.solved.items():
+        layer, grid = modules[name], found.grids.get(name)
         record = item.record
         if grid is not None:
             record = {**record, "activation": grid.name}
@@ -145,11 +142,9 @@ def _replace(
         if isinstance(layer, nn.Conv2d):
             layers[-1]["window"] = asdict(window_of(layer))
         put(network, name, solving.quantized(layer, item, record["activation"]))
-    integers = {name: solving.product(name, rule, grids) for name, rule in products.items()}
+    integers = {name: solving.product(name, rule, found.grids) for name, rule in products.items()}
     for name, product in integers.items():
         put(network, name, product)
-    if batches:
-        feed(network, batches[0])  # what its code asks quantized layers for shows now, not when it is used
     return layers, [{"name": name, **product.record()} for name, product in integers.items()]
 
 

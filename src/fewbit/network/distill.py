@@ -22,18 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from fewbit import recipe
+from fewbit.core.defaults import exact
 from fewbit.core.descent import Descent, schedule
 from fewbit.core.format import Format
 from fewbit.core.rewrite import Chain
 from fewbit.core.terms import matrices
 from fewbit.core.transform import generator_of
 from fewbit.core.tuning import Learnable, Values
-from fewbit.formats.fixed import Fixed
 from fewbit.kernels.reference import round_activations
 from fewbit.network.ends import Ends
 from fewbit.network.feeding import Batch, call
 from fewbit.network.fold import tensors
-from fewbit.run.solve import Solved, retuned, turns
+from fewbit.network.solving import Asked, Solutions, by_operand
+from fewbit.run.solve import retuned, turns
 
 LOOKS = 2
 """How often the loss of all batches is taken on the way."""
@@ -42,74 +43,59 @@ KEPT = 1 << 28
 TINY = 1e-20
 """Least size that an error is divided by."""
 
-Grids = dict[str, Fixed]
 State = dict[str, dict[str, Tensor]]
 """Values of learners by layer or operand, those of :class:`Ends` called ``input.low`` and ``input.high``."""
 
 
-def distill(
-    teacher: nn.Module,
-    student: nn.Module,
-    solved: dict[str, Solved],
-    rounded: Mapping[str, recipe.Rule],
-    grids: Grids,
-    batches: list[Batch],
-    seed: int,
-) -> tuple[dict[str, Solved], Grids]:
-    """Every tuning that rules of ``solved`` and ``rounded`` ask for, in order; equal ones of several layers at once.
+def distill(teacher: nn.Module, student: nn.Module, found: Solutions, asked: Asked) -> Solutions:
+    """``found`` with what every tuning that is asked for, in order, learned; equal ones of several layers at once.
 
     Args:
         teacher: the float network, in float32: in 16 bits gradients would vanish.
         student: it, in whatever it runs in, with the biases that the quantized one will have.
-        solved: what stands for the weights, by layer.
-        rounded: rules of operands of products, which have nothing but a grid.
-        grids: of inputs, by layer or operand, where calibration fixed them.
-
-    Returns:
-        ``solved`` and ``grids`` with what was learned.
     """
-    tunings = {name: item.tunings for name, item in solved.items()}
+    rounded = by_operand(asked.products)  # which have nothing but a grid
+    tunings = {name: item.tunings for name, item in found.solved.items()}
     tunings |= {name: rule.tunings() for name, rule in rounded.items()}
     for place, tune, asking in turns(tunings):
-        if members := [name for name in asking if name in solved or tune.row().inputs]:
-            phase = _Phase(teacher, student, solved, rounded, grids, members, tune)
-            solved, grids = phase.done(batches, generator_of(seed, f"{place} {tune.name} {members[0]}"))
-    return solved, grids
+        if members := [name for name in asking if name in found.solved or tune.row().inputs]:
+            phase = _Phase(teacher, student, found, rounded, members, tune)
+            found = phase.done(asked.batches, generator_of(asked.seed, f"{place} {tune.name} {members[0]}"))
+    return found
 
 
 class _Phase:
-    """One tuning of ``members`` of ``solved`` and ``rounded``, the others standing still."""
+    """One tuning of ``members`` of what is solved and ``rounded``, the others standing still."""
 
     def __init__(
         self,
         teacher: nn.Module,
         student: nn.Module,
-        solved: dict[str, Solved],
+        found: Solutions,
         rounded: Mapping[str, recipe.Rule],
-        grids: Grids,
         members: list[str],
         tune: recipe.Tune,
     ) -> None:
         self._teacher, self._student = teacher, copy.deepcopy(student).float().requires_grad_(False)
-        self._solved, self._grids, self._members = solved, grids, members
+        self._solved, self._grids, self._members = found.solved, found.grids, members
         self._row = tune.row()
         options = tune.settings
         self._iters, self._batch, self._lr = int(options["iters"]), int(options["batch"]), float(options["lr"])
         self._relative = float(options["relative"])
         self._learners: dict[str, Learnable] = {
-            name: self._row.learn(*solved[name].unpacked()) for name in members if name in solved
+            name: self._row.learn(*self._solved[name].unpacked()) for name in members if name in self._solved
         }
-        self._ends = {name: Ends(grids[name]) for name in members if self._row.inputs and name in grids}
+        self._ends = {name: Ends(self._grids[name]) for name in members if self._row.inputs and name in self._grids}
         self._given: dict[str, tuple[Tensor, Tensor]] = {}
         self._kept: dict[int, list[Tensor]] = {}
         self._room = KEPT
-        for name, item in solved.items():
+        for name, item in self._solved.items():
             self._place(name, item.weight.dequantize())
-            self._round(name, item.rewrite, grids.get(name, item.activation))
+            self._round(name, item.rewrite, self._grids.get(name, item.activation))
         for name, rule in rounded.items():
-            self._round(name, Chain(), grids.get(name, rule.input_format))
+            self._round(name, Chain(), self._grids.get(name, rule.input_format))
 
-    def done(self, batches: list[Batch], order: torch.Generator) -> tuple[dict[str, Solved], Grids]:
+    def done(self, batches: list[Batch], order: torch.Generator) -> Solutions:
         """What was solved and the grids, ``members`` tuned."""
         start, least, best = self._learn(batches, order)
         outcome = f"loss {start:.4g} -> {least:.4g} by {self._row.name}"
@@ -121,7 +107,7 @@ class _Phase:
                 solved[name] = retuned(solved[name], made, outcome)
             if ends:
                 grids[name] = self._ends[name].freeze(*ends)
-        return solved, grids
+        return Solutions(solved, grids)
 
     def _learn(self, batches: list[Batch], order: torch.Generator) -> tuple[float, float, State | None]:
         """The loss before and after, and the best values; None where no step lowered it."""
@@ -220,6 +206,7 @@ class _Phase:
         """From now on inputs of a module of the student are rewritten and rounded as they will be, gradients going
         straight through."""
 
+        @exact()
         def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             x = arguments[0] if arguments else named["input"]
             x = rewrite.apply(x) if rewrite.steps else x

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbit.core.defaults import exact, of_caller
 from fewbit.core.facts import Accumulator, Facts
 from fewbit.core.observers import Seen
 from fewbit.core.rewrite import Chain
@@ -76,7 +77,8 @@ def call(network: nn.Module, batch: Batch) -> Any:
     named = isinstance(batch, Mapping)
     given = () if named else batch if isinstance(batch, (tuple, list)) else (batch,)
     try:
-        return network(*map(cast, given), **({key: cast(value) for key, value in batch.items()} if named else {}))
+        with of_caller():
+            return network(*map(cast, given), **({key: cast(value) for key, value in batch.items()} if named else {}))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         if not _of_network(error):
             raise
@@ -176,7 +178,7 @@ class Wanted:
         positions, step = x.shape[0] * high * wide, max(1, STRIP // width)
         for begin in range(0, positions, step):
             end = min(begin + step, positions)
-            out = torch.empty(end - begin, width)
+            out = torch.empty(end - begin, width, dtype=torch.float32)  # the core writes there
             unfold(x, self.window, begin, end, out)
             yield out.reshape(end - begin, -1, self.columns)
 
@@ -230,7 +232,7 @@ def _reporting(network: nn.Module, names: Iterable[str], seen: Callable[[str, Te
     """While open, every layer of ``names`` calls ``seen`` with its inputs."""
 
     def hook(name: str) -> Any:
-        return lambda module, args, kwargs: seen(name, args[0] if args else kwargs["input"])
+        return exact()(lambda module, args, kwargs: seen(name, args[0] if args else kwargs["input"]))
 
     with hooked(network.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in names):
         yield

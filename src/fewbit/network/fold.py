@@ -64,7 +64,7 @@ def unfolded(network: nn.Module, pairs: dict[str, str]) -> None:
         module = network.get_submodule(layer)
         assert isinstance(module, LAYERS)
         if module.bias is None:
-            module.bias = nn.Parameter(torch.zeros(len(module.weight)))
+            module.bias = nn.Parameter(torch.zeros(len(module.weight), dtype=module.weight.dtype))
         network.set_submodule(norm, nn.Identity())
 
 

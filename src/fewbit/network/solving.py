@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,27 @@ SITES: dict[type[nn.Module], str] = {nn.Conv2d: "conv2d", nn.Linear: "linear"}
 PRODUCT = "product"
 """The kind of a :class:`fewbit.model.product.Product`."""
 
-Solutions = tuple[dict[str, Solved], dict[str, Fixed]]
-"""What stands for the weights, and the grids that calibration fixed for inputs; by layer, or operand of a product."""
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked of a network: the ``rules`` of its layers and ``products``, by name; ``batches`` to calibrate on;
+    ``sensitive``: of the float network, of the layers whose method weighs by it; ``correct_bias``: whether the biases
+    of layers are corrected; ``seed``: what anything random is drawn with."""
+
+    rules: dict[str, Rule]
+    products: dict[str, Rule]
+    batches: list[Batch]
+    sensitive: Mapping[str, Sensitivity]
+    correct_bias: bool
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Solutions:
+    """What stands for the weights, by layer, and ``grids`` of inputs that calibration fixed, by layer or operand."""
+
+    solved: dict[str, Solved]
+    grids: dict[str, Fixed]
 
 
 def operands(product: str) -> tuple[str, str]:
@@ -54,74 +73,63 @@ def operands(product: str) -> tuple[str, str]:
     return f"{product}.left", f"{product}.right"
 
 
-def independent(
-    network: nn.Module,
-    rules: dict[str, Rule],
-    products: dict[str, Rule],
-    batches: list[Batch],
-    sensitive: Mapping[str, Sensitivity],
-    correct_bias: bool,
-    seed: int,
-) -> Solutions:
-    """Solve the layers of ``network`` that ``rules`` names, and find the grids of ``products``, each on the inputs that
-    it has in float. ``sensitive``: of the float network, of the layers whose method weighs by it. What is corrected are
-    the biases of ``network``."""
-    layers = dict(network.named_modules())
+def by_operand(products: Mapping[str, Rule]) -> dict[str, Rule]:
+    """Rules of ``products`` by the names of their operands."""
+    return {side: rule for name, rule in products.items() for side in operands(name)}
+
+
+def independent(network: nn.Module, asked: Asked) -> Solutions:
+    """Solve the layers of ``network`` that rules name, and find the grids of products, each on the inputs that it has
+    in float. What is corrected are the biases of ``network``."""
+    layers, rules, batches = dict(network.named_modules()), asked.rules, asked.batches
     wanted: dict[str, Wanted] = {}
     if batches:
-        wanted = {name: wanted_of(layers[name], rule, correct_bias) for name, rule in rules.items()}
+        wanted = {name: wanted_of(layers[name], rule, asked.correct_bias) for name, rule in rules.items()}
         look(network, batches if any(want.facts for want in wanted.values()) else batches[:1], wanted)
     unseen = functools.cache(_unseen)  # the same of all layers of a width
     solved = {}
-    for name, rule in rules.items():
+    for name in rules:
         site = site_of(name, layers[name])
         inputs = wanted[name].inputs() if batches else unseen(site.shape[1])
-        solved[name] = solve(_task(site, layers[name], rule, inputs, sensitive.get(name), seed))
-    asked = {name: (rule, solved[name].rewrite) for name, rule in rules.items()}
-    asked |= {side: (rule, Chain()) for name, rule in products.items() for side in operands(name)}
-    grids = _grids(network, asked, batches)
-    if correct_bias:
+        solved[name] = solve(_task(site, layers[name], asked, inputs))
+    rounded = {name: (rule, solved[name].rewrite) for name, rule in rules.items()}
+    rounded |= {side: (rule, Chain()) for side, rule in by_operand(asked.products).items()}
+    grids = _grids(network, rounded, batches)
+    if asked.correct_bias:
         for name, item in solved.items():
             _correct(layers[name], item, wanted[name].mean, wanted[name].mean)
-    return solved, grids
+    return Solutions(solved, grids)
 
 
-def sequential(
-    network: nn.Module,
-    rules: dict[str, Rule],
-    products: dict[str, Rule],
-    batches: list[Batch],
-    sensitive: Mapping[str, Sensitivity],
-    correct_bias: bool,
-    seed: int,
-) -> Solutions:
-    """As :func:`independent`, each on what the quantized layers before it make of ``batches``. Layers that never
+def sequential(network: nn.Module, asked: Asked) -> Solutions:
+    """As :func:`independent`, each on what the quantized layers before it make of the batches. Layers that never
     run are solved last, without data."""
+    rules, products, batches = asked.rules, asked.products, asked.batches
     counts = [calls(network, batch, [*rules, *products]) for batch in batches]
     order = [*dict.fromkeys(name for count in counts for name in count)]
     order += [name for name in rules if name not in order]
     floating = {name: wanted_of(network.get_submodule(name), rule, True) for name, rule in rules.items()}
-    if correct_bias:
+    if asked.correct_bias:
         look(network, batches, floating)
     running, solved, grids = copy.deepcopy(network), dict[str, Solved](), dict[str, Fixed]()
     for name in order:
         if name in products:
             sides = operands(name)
-            asked = {side: (products[name], Chain()) for side in sides}
-            grids |= _grids(running, asked, batches, [(sides[1], count[name]) for count in counts])
+            rounded = {side: (products[name], Chain()) for side in sides}
+            grids |= _grids(running, rounded, batches, [(sides[1], count[name]) for count in counts])
             put(running, name, product(name, products[name], grids))
             continue
         rule, last = rules[name], [(name, count[name]) for count in counts]
-        want = wanted_of(network.get_submodule(name), rule, correct_bias)
+        want = wanted_of(network.get_submodule(name), rule, asked.correct_bias)
         look(running, batches if want.facts else batches[:1], {name: want}, last)
         layer = network.get_submodule(name)
-        item = solved[name] = solve(_task(site_of(name, layer), layer, rule, want.inputs(), sensitive.get(name), seed))
+        item = solved[name] = solve(_task(site_of(name, layer), layer, asked, want.inputs()))
         grids |= _grids(running, {name: (rule, item.rewrite)}, batches, last)
-        if correct_bias:
+        if asked.correct_bias:
             _correct(layer, item, floating[name].mean, want.mean)
         grid = grids.get(name)
         put(running, name, quantized(layer, item, item.record["activation"] if grid is None else grid.name))
-    return {name: solved[name] for name in rules}, grids
+    return Solutions({name: solved[name] for name in rules}, grids)
 
 
 def wanted_of(layer: nn.Module, rule: Rule, correct_bias: bool) -> Wanted:
@@ -145,15 +153,14 @@ def _unseen(columns: int) -> tuple[Facts, Tensor]:
     return Facts.none(columns), torch.zeros(0, columns)
 
 
-def _task(
-    site: Site, layer: nn.Module, rule: Rule, inputs: tuple[Facts, Tensor], sensitive: Sensitivity | None, seed: int
-) -> Task:
+def _task(site: Site, layer: nn.Module, asked: Asked, inputs: tuple[Facts, Tensor]) -> Task:
     """``inputs``: facts of them, and those that the error is measured on."""
     weight, (known, seen) = layer.weight, inputs
+    rule, sensitive = asked.rules[site.name], asked.sensitive.get(site.name)
     assert isinstance(weight, Tensor)
     matrix = weight.detach().float().flatten(1)
     known = known if sensitive is None else sensitive.beside(known)
-    return Task(site, rule, formats.parse(rule.format), matrix, [known], [seen], seed)
+    return Task(site, rule, formats.parse(rule.format), matrix, [known], [seen], asked.seed)
 
 
 def _grids(

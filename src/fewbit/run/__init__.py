@@ -13,8 +13,9 @@ import torch
 
 import fewbit
 from fewbit import calibrate
-from fewbit.calibrate import Calibration
+from fewbit.calibrate import Calibration, Text
 from fewbit.containers import manifest as M
+from fewbit.core.defaults import exact
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.stream import StreamedModel
@@ -23,7 +24,6 @@ from fewbit.recipe import Recipe
 from fewbit.run import from_facts
 from fewbit.run import opening as O
 from fewbit.run.again import run_all
-from fewbit.run.effort import Text
 from fewbit.run.ending import describe, finish
 from fewbit.run.events import Event, Progress
 from fewbit.run.facts import KeptFacts
@@ -31,16 +31,14 @@ from fewbit.run.journal import Journal
 from fewbit.run.learning import learned
 from fewbit.run.planning import Plan, make_plan
 from fewbit.run.sensitivity import Sensitivity
-from fewbit.run.state import STATE, Run
+from fewbit.run.state import STATE, Asked, Run, Texts
 from fewbit.run.tasks import has_bias
-from fewbit.run.workers import Workers, workers
+from fewbit.run.workers import workers
 
 PROBE = (16, 32)
 """Held-out windows and tokens that every run checks itself on: many and short, as neighbours tell much the same. (On
 stories15m, every second token of them being scored, they tell the divergence to 13 %; the run says how far.)"""
-BATCH_TOKENS = 2048
 HEAD = "int8/g64"
-ROTATIONS = "rotations.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,7 @@ class Result:
     manifest: dict[str, Any]
 
 
+@exact()
 def quantize(
     model: Any,
     recipe: str | Recipe,
@@ -92,27 +91,25 @@ def quantize(
         FewbitError: see :mod:`fewbit.errors`. A stopped run's work is in ``OUT.partial``; the same call goes on.
     """
     chosen = O.chosen(recipe, method, head, options, transforms, tune, activation)
-    tell, target = progress or O.silent, O.target(out, samples, context, seed, threads, device, calibration)
+    text, tell, products = Text(samples, context, calibration), progress or O.silent, O.products(calibration_dtype)
+    target = O.target(out, text, seed, threads, device)
+    asked = Asked(chosen, text, seed, facts, products, device, correct_bias, force)
     with O.source(model, tokenizer, target) as path, workers(threads) as pool:
         streamed = StreamedModel.open(checkpoint := open_checkpoint(path), _preparation(chosen, seed))
-        planned = _planned(checkpoint, streamed, chosen, Text(samples, context, BATCH_TOKENS), force, tell)
-        _check(streamed, planned, chosen, device, facts, correct_bias)
-        words, products = checkpoint.words(), O.products(calibration_dtype)
-        data, whole = _texts(checkpoint, words, chosen, correct_bias, facts, calibration, samples, context, seed, tell)
-        kept, data = from_facts.read(facts, checkpoint, planned, data, calibration is not None)
-        fingerprint = _fingerprint(checkpoint, chosen, data, whole, seed, products, kept, device, correct_bias)
+        planned = _planned(streamed, asked, tell)
+        texts, kept = _texts(checkpoint, planned, asked, tell)
+        fingerprint = _fingerprint(checkpoint, asked, texts, kept)
         if (finished := _finished(target, fingerprint, tell)) is not None:
             return finished
         with O.work_in(target, force, M.NAME, checkpoint.path) as folder:
             journal = Journal.open(folder / STATE / "journal.json", fingerprint)
-            probe = calibrate.probe(words, PROBE[0], min(PROBE[1], O.longest(checkpoint)))
-            prepared = _learned(chosen, streamed, planned, data, folder, pool, tell, seed)
-            run = Run(prepared, planned, folder, journal, data, _batch(data), probe, pool, tell, products, seed, device)
-            run.kept, run.sensitivity, run.correct_bias = kept, _sensitivity(run), correct_bias
-            run.end, run.whole = chosen.end, whole
-            return Result(target, finish(run_all(run), checkpoint, chosen, seed, target, force))
+            run = Run(asked, streamed, planned, folder, journal, texts, kept, pool, tell)
+            run.model = _learned(run)
+            run.sensitivity = _sensitivity(run)
+            return Result(target, finish(run_all(run), target))
 
 
+@exact()
 def plan(
     model: str | Path,
     recipe: str | Recipe,
@@ -130,52 +127,45 @@ def plan(
 ) -> Plan:
     """What :func:`quantize` would do with the same arguments; reads no weight but to tell whose ``facts`` are. See
     :mod:`fewbit.run.planning`. Static grids that facts fix, and no transform depends on, are those of the run."""
-    chosen = O.chosen(recipe, method, head, options, transforms, tune, activation)
-    O.check_text(samples, context)
-    checkpoint = open_checkpoint(model)
-    streamed = StreamedModel.open(checkpoint, _preparation(chosen, 0))
-    text = Text(samples if facts is None else 0, context, BATCH_TOKENS)
-    planned = make_plan(checkpoint, streamed, chosen, text, force)
+    chosen, text = O.chosen(recipe, method, head, options, transforms, tune, activation), Text(samples, context)
+    O.check_text(text)
+    streamed = StreamedModel.open(open_checkpoint(model), _preparation(chosen, 0))
+    planned = make_plan(streamed.checkpoint, streamed, chosen, text if facts is None else Text(0, context), force)
     from_facts.check_plan(facts, planned, chosen)
-    kept, _ = from_facts.read(facts, checkpoint, planned, None, named=False)
+    kept = from_facts.read(facts, streamed.checkpoint, planned)
     return planned if kept is None else from_facts.bound(planned, kept)
 
 
-def _planned(
-    checkpoint: Checkpoint, streamed: StreamedModel, recipe: Recipe, text: Text, force: bool, tell: Progress
-) -> Plan:
-    """The plan, its warnings told."""
-    planned = make_plan(checkpoint, streamed, recipe, text, force)
-    for message in planned.warnings:
-        tell(Event("note", message=message))
-    return planned
-
-
-def _check(
-    model: StreamedModel, planned: Plan, recipe: Recipe, device: str, facts: str | Path | None, correct_bias: bool
-) -> None:
-    """Refuse a device that is not there, what facts alone cannot tell, and biases that cannot be corrected.
+def _planned(model: StreamedModel, asked: Asked, tell: Progress) -> Plan:
+    """The plan, its warnings told; refused are a device that is not there, what facts alone cannot tell, and biases
+    that cannot be corrected.
 
     Raises:
         SpecError, UnsupportedError: what cannot be.
     """
+    planned = make_plan(model.checkpoint, model, asked.recipe, asked.text, asked.force)
+    for message in planned.warnings:
+        tell(Event("note", message=message))
+    device = asked.device
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise SpecError(f"tuning on device {device!r}", "torch finds no such device here", "cpu, or cuda with a GPU")
-    from_facts.check_plan(facts, planned, recipe)
-    _check_biases(correct_bias, model, planned, recipe)
+    from_facts.check_plan(asked.facts, planned, asked.recipe)
+    if asked.correct_bias:
+        _check_biases(model, planned, asked.recipe)
+    return planned
 
 
-def _check_biases(asked: bool, model: StreamedModel, planned: Plan, recipe: Recipe) -> None:
+def _check_biases(model: StreamedModel, planned: Plan, recipe: Recipe) -> None:
     """Refuse to correct biases that are not there, or that the whole model would learn around.
 
     Raises:
         UnsupportedError: what cannot be.
     """
     inside = [decision.site for decision in planned.decisions if decision.rule and decision.site.block is not None]
-    if asked and not any(has_bias(model, site) for site in inside):
+    if not any(has_bias(model, site) for site in inside):
         found = "no layer that is quantized has a bias"
         raise UnsupportedError("correcting biases", found, "leave it out; gptq weighs the mean of the inputs too")
-    if asked and recipe.end is not None:
+    if recipe.end is not None:
         found = f"{recipe.end.name} begins with the float model's biases"
         raise UnsupportedError("correcting biases", found, f"leave out one of them; {recipe.end.name} sees mean errors")
 
@@ -185,73 +175,56 @@ def _preparation(recipe: Recipe, seed: int) -> Preparation | None:
     return None if recipe.model is None else Preparation(recipe.model.name, recipe.model.options, seed)
 
 
-def _learned(
-    recipe: Recipe,
-    model: StreamedModel,
-    plan: Plan,
-    data: Calibration | None,
-    folder: Path,
-    pool: Workers,
-    tell: Progress,
-    seed: int,
-) -> StreamedModel:
-    """``model`` with the rotations that the recipe learns, where it does."""
-    random = _preparation(recipe, seed)
-    if random is None or recipe.model is None or not recipe.model.learns or data is None:
-        return model
-    matrices = learned(folder / STATE / ROTATIONS, model, random, plan.decisions, data.ids, pool, tell)
-    return StreamedModel.open(model.checkpoint, replace(random, learned=matrices))
+def _learned(run: Run) -> StreamedModel:
+    """The model of ``run`` with the rotations that its recipe learns, where it does."""
+    step, random = run.asked.recipe.model, _preparation(run.asked.recipe, run.asked.seed)
+    if random is None or step is None or not step.learns or run.texts.calibration is None:
+        return run.model
+    return StreamedModel.open(run.model.checkpoint, replace(random, learned=learned(run, random)))
 
 
-def _fingerprint(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    data: Calibration | None,
-    whole: Calibration | None,
-    seed: int,
-    products: torch.dtype,
-    kept: KeptFacts | None,
-    device: str,
-    correct_bias: bool,
-) -> dict[str, str]:
+def _fingerprint(checkpoint: Checkpoint, asked: Asked, texts: Texts, kept: KeptFacts | None) -> dict[str, str]:
     """Everything that the bytes of the result depend on."""
+    data, whole = texts.calibration, texts.whole
     return {
         "version": fewbit.__version__,
         "code": O.code_hash(),
         **O.model_hashes(checkpoint),
-        "recipe": describe(recipe),
+        "recipe": describe(asked.recipe),
         "calibration": data.sha256 if data else "none",
-        "calibration_dtype": str(products) if data else "none",
-        "whole": whole.sha256 if whole and recipe.end else "none",
+        "calibration_dtype": str(asked.products) if data else "none",
+        "whole": whole.sha256 if whole and asked.recipe.end else "none",
         "facts": kept.sha256 if kept else "none",
-        "seed": str(seed),
-        "device": device,
-        "correct_bias": str(correct_bias),
+        "seed": str(asked.seed),
+        "device": asked.device,
+        "correct_bias": str(asked.correct_bias),
     }
 
 
-def _texts(
-    checkpoint: Checkpoint,
-    words: Any,
-    recipe: Recipe,
-    correct_bias: bool,
-    facts: str | Path | None,
-    source: str | Path | None,
-    samples: int,
-    context: int,
-    seed: int,
-    tell: Progress,
+def _texts(checkpoint: Checkpoint, planned: Plan, asked: Asked, tell: Progress) -> tuple[Texts, KeptFacts | None]:
+    """What the run reads: text, and the facts that may stand for that of the blocks."""
+    words = checkpoint.words()
+    data, whole = _calibration(checkpoint, words, asked, tell)
+    kept = from_facts.read(asked.facts, checkpoint, planned, data if asked.text.source is not None else None)
+    probe = calibrate.probe(words, PROBE[0], min(PROBE[1], O.longest(checkpoint)))
+    return Texts(data if kept is None else None, whole, probe), kept
+
+
+def _calibration(
+    checkpoint: Checkpoint, words: Any, asked: Asked, tell: Progress
 ) -> tuple[Calibration | None, Calibration | None]:
-    """Text for the methods, transforms and tunings that need it, None when nothing does, or ``facts`` stand for it and
-    no text is named: ``samples`` windows for blocks; and all that the whole model learns from, of which these are some,
-    from all over."""
-    if facts is not None and source is None and recipe.end is None:
+    """Text for the methods, transforms and tunings that need it, None when nothing does, or facts stand for it and no
+    text is named: so many windows for blocks; and all that the whole model learns from, of which these are some, from
+    all over."""
+    recipe, text, samples = asked.recipe, asked.text, asked.text.samples
+    if asked.facts is not None and text.source is None and recipe.end is None:
         return None, None
-    if not any(rule.calibrated for rule in recipe.rules) and not recipe.learns and not correct_bias:
-        if source is not None:
-            tell(Event("note", message=f"the calibration text {source} is not used: nothing in the recipe needs data"))
+    if not any(rule.calibrated for rule in recipe.rules) and not recipe.learns and not asked.correct_bias:
+        if text.source is not None:
+            message = f"the calibration text {text.source} is not used: nothing in the recipe needs data"
+            tell(Event("note", message=message))
         return None, None
-    whole = O.draw(checkpoint, words, source, max(samples, recipe.windows), context, seed, tell)
+    whole = O.draw(checkpoint, words, replace(text, samples=max(samples, recipe.windows)), asked.seed, tell)
     if len(whole.ids) <= samples:
         return whole, whole
     return Calibration(whole.source, whole.ids[:: len(whole.ids) // samples][:samples].contiguous()), whole
@@ -259,23 +232,13 @@ def _texts(
 
 def _sensitivity(run: Run) -> Sensitivity | None:
     """The Fisher diagonal of the weights whose method asks for it, collected; None where none does."""
-    wanted = frozenset(name for name, rule in run.plan.rules.items() if rule.row().needs == "fisher")
-    if run.calibration is None or not wanted:
+    wanted, data = frozenset(name for name, rule in run.plan.rules.items() if rule.row().needs == "fisher"), run.texts
+    if data.calibration is None or not wanted:
         return None
-    folder = run.state / "sensitivity"
-    found = Sensitivity(
-        run.model, run.calibration.ids, folder, wanted, run.workers, run.progress, run.calibration_dtype
-    )
+    folder, products = run.state / "sensitivity", run.asked.products
+    found = Sensitivity(run.model, data.calibration.ids, folder, wanted, run.workers, run.progress, products)
     found.collect()
     return found
-
-
-def _batch(data: Calibration | None) -> int:
-    """Windows at once: the largest divisor of their number that stays within BATCH_TOKENS, so batches are equal."""
-    if data is None:
-        return 1
-    number, context = data.ids.shape
-    return next(size for size in range(max(1, BATCH_TOKENS // context), 0, -1) if number % size == 0)
 
 
 def _finished(target: Path, fingerprint: dict[str, str], tell: Progress) -> Result | None:

@@ -39,21 +39,21 @@ def run_all(run: Run) -> Run:
 
 def learn_whole(run: Run) -> None:
     """Let the model of ``run``, all stages being done, learn as a whole, if its recipe says so and it did not yet."""
-    if run.end is None:
+    if (end := run.asked.recipe.end) is None:
         return
     if "end" not in run.journal.stages[-1]:
         began = time.monotonic()
-        run.progress(Event("note", message=f"{run.end.name}: the float model once, then steps of the whole"))
+        run.progress(Event("note", message=f"{end.name}: the float model once, then steps of the whole"))
         found = Whole(run).learn()
-        told = f"{run.end.name}: {found.before:.4f} -> {found.after:.4f} on windows held out, "
+        told = f"{end.name}: {found.before:.4f} -> {found.after:.4f} on windows held out, "
         told += f"{len(found.layers)} layers and {len(found.vectors)} vectors learned, {len(found.still)} stand still"
         run.progress(
             Event("note", message=f"{told}, {time.monotonic() - began:.0f} s", peak_rss_bytes=peak_rss_bytes())
         )
         stages = _written(run, found) if found.layers or found.vectors else list(run.journal.stages)
-        end = {"name": run.end.name, "before": found.before, "after": found.after, "still": found.still}
+        record = {"name": end.name, "before": found.before, "after": found.after, "still": found.still}
         seconds = round(stages[-1]["seconds"] + time.monotonic() - began, 3)
-        stages[-1] = {**stages[-1], "end": end, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+        stages[-1] = {**stages[-1], "end": record, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
         run.journal.become(stages)
     _settle(run)
 
@@ -73,11 +73,11 @@ def _written(run: Run, found: Found) -> list[dict[str, Any]]:
     folder.mkdir()
     solved = {item.record["name"]: _learned(item, found) for item in stored(run)}
     with model.loaded(*model.before):
-        floating = model.begin(run.probe).hidden
+        floating = model.begin(run.texts.probe).hidden
         for site in model.sites:
             if site.kind == "embedding":
                 propagate(model, solved.get(site.name))
-        quantized = model.begin(run.probe).hidden
+        quantized = model.begin(run.texts.probe).hidden
     stages = run.journal.stages[:1]
     for stage in range(1, run.stages - 1):
         record, quantized, floating = _block(run, stage, solved, found, quantized, floating)

@@ -68,7 +68,7 @@ def choose_in_whole(run: Run, stage: int, index: int, tasks: list[Task], sample:
     def calls(windows: int) -> dict[str, list[Call]]:
         source, shared = run.hidden(stage - 1, "calibration"), run.inputs("calibration")
         with noting_calls(run.model, {group.module for group in groups if not group.same}) as noted:
-            for batch in range(min(-(-windows // run.batch), len(run.batches()))):
+            for batch in range(min(-(-windows // run.texts.batch), len(run.texts.batches))):
                 with run.arithmetic():
                     run.model.run_block(index, source.read(batch), shared)
         source.close()

@@ -43,7 +43,7 @@ def calibration_through(
     """Take what ``before`` holds of the calibration through block ``index``, on the device of the run, inputs of the
     ``solved`` layers as they see them: what it makes of it, as ``after``, to be committed."""
     source, target = run.hidden(stage - 1, before), run.hidden(stage, after, create=True)
-    device, model = torch.device(run.device), run.model
+    device, model = torch.device(run.asked.device), run.model
     inputs = run.inputs("calibration")
     shared = replace(inputs, calls=placed(inputs.calls, device))
 
@@ -52,7 +52,7 @@ def calibration_through(
             target.write(batch, model.run_finite(index, source.read(batch).to(device), shared))
 
     with lying_on(device, model.module.get_submodule(model.blocks[index])), as_run(model, solved, device):
-        for _ in run.workers.map(one, range(len(run.batches()))):
+        for _ in run.workers.map(one, range(len(run.texts.batches))):
             pass
     source.close()
     return target
@@ -76,7 +76,7 @@ def observe_probe(run: Run, index: int, hidden: Tensor) -> dict[str, list[Tensor
 def collect(run: Run, stage: int, index: int) -> dict[str, list[Facts]]:
     """Facts of every site of block ``index`` over the calibration, merged in the order of the batches."""
     asked = needs(run, index)
-    if run.calibration is None or not set(asked.values()) - {"nothing"}:
+    if run.texts.calibration is None or not set(asked.values()) - {"nothing"}:
         return {}
     routed = any(site.kind == "experts" for site in in_block(run.model.sites, index))
     observer = Observer({name for name, need in asked.items() if need == "gram"}, 0 if routed else len(asked))
@@ -88,7 +88,7 @@ def collect(run: Run, stage: int, index: int) -> dict[str, list[Facts]]:
         return found
 
     with run.model.observe(index, observer, set(asked)):
-        for found in run.workers.map(step, range(len(run.batches()))):
+        for found in run.workers.map(step, range(len(run.texts.batches))):
             observer.merge(found)
     source.close()
     return {

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fewbit
-from fewbit.calibrate import Calibration
+from fewbit.calibrate import Calibration, Text
 from fewbit.containers.files import digest, take_place, write_json
 from fewbit.containers.safetensors import open_safetensors, write_safetensors
 from fewbit.core import given
+from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.errors import InputError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
@@ -27,6 +28,7 @@ from fewbit.run.state import STATE
 from fewbit.run.workers import workers
 
 
+@exact()
 def collect(
     model: Any,
     *,
@@ -60,7 +62,7 @@ def collect(
     with O.source(model, tokenizer, target) as path:
         checkpoint = open_checkpoint(path)
         streamed = StreamedModel.open(checkpoint)
-        data = O.draw(checkpoint, checkpoint.words(), calibration, samples, context, seed, tell)
+        data = O.draw(checkpoint, checkpoint.words(), Text(samples, context, calibration), seed, tell)
         wishes = {"gram": gram, "fisher": fisher, "ranges": ranges}
         described = _described(checkpoint, data, wishes, len(streamed.blocks), str(products))
         if (found := _finished(target, described)) is not None:

@@ -12,10 +12,13 @@ from typing import Protocol
 import torch
 
 from fewbit import formats
+from fewbit.calibrate import Text
 from fewbit.model.sites import Site
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Recipe, Rule
 
+BATCH_TOKENS = 2048
+"""Tokens of the calibration that go through a block at once."""
 CLUSTERED = 3e5
 """Operations that the best table of levels takes, a weight; as those of :attr:`fewbit.core.method.Method.work`."""
 
@@ -30,15 +33,6 @@ class Time:
     def here(self) -> float:
         """Seconds on this machine, by a matrix product timed now."""
         return self.seconds + self.operations / _rate()
-
-
-@dataclass(frozen=True)
-class Text:
-    """Of the calibration: ``windows`` of ``context`` tokens; ``together`` tokens that go through a block at once."""
-
-    windows: int = 0
-    context: int = 1
-    together: int = 1
 
 
 class Decided(Protocol):
@@ -56,7 +50,7 @@ def estimate(
     decisions: Iterable[Decided], text: Text, calibrated: bool, model: StreamedModel, recipe: Recipe
 ) -> tuple[Time, int]:
     """Time and peak bytes, from the work that each layer needs."""
-    decisions, tokens = list(decisions), text.windows * text.context if calibrated else 0
+    decisions, tokens = list(decisions), text.samples * text.context if calibrated else 0
     flops, seconds, largest = 0.0, 3.0, 0
     blocks: dict[int | None, int] = {}
     gradients: dict[int | None, int] = {}
@@ -72,9 +66,9 @@ def estimate(
         for tune in decision.rule.tunings():
             options = tune.settings
             # forward, backward for inputs and for the weight; attention and rounding take about as long again
-            flops += 12 * options["iters"] * min(options["batch"], text.windows) * text.context * rows * columns
+            flops += 12 * options["iters"] * min(options["batch"], text.samples) * text.context * rows * columns
         for step in decision.rule.transforms:
-            windows = min(step.settings.get("samples", 0), text.windows)
+            windows = min(step.settings.get("samples", 0), text.samples)
             # every power runs the module around the layer on them
             flops += 2 * len(step.row().tried(step.options)) * windows * text.context * rows * columns
         seconds += decision.weights * 6e-8
@@ -88,7 +82,7 @@ def estimate(
     every = sum(decision.weights for decision in decisions)
     flops += _of_the_whole(recipe, text) * every
     base = 700 * 2**20  # python, torch and transformers themselves
-    activations = 16 * text.together * model.config.get_text_config().hidden_size * 8
+    activations = 16 * BATCH_TOKENS * model.config.get_text_config().hidden_size * 8
     memory = base + int(2.5 * max(blocks.values())) + 4 * largest + activations
     # the sum of squares, and the gradients of a sequence a worker and one more
     memory += (2 + torch.get_num_threads()) * max(gradients.values(), default=0)
@@ -113,7 +107,7 @@ def _of_the_whole(recipe: Recipe, text: Text) -> float:
     if recipe.model is not None and recipe.model.learns:
         options = recipe.model.settings
         # forward and two products backward, in a step; rotating and rounding all weights takes about a thousand
-        total += options["steps"] * (12 * min(options["batch"], text.windows) * text.context + 1000)
+        total += options["steps"] * (12 * min(options["batch"], text.samples) * text.context + 1000)
     return total
 
 

@@ -12,7 +12,6 @@ import fewbit
 from fewbit.containers import manifest as M
 from fewbit.containers.files import INDEX, digest, read_json, take_place, write_json
 from fewbit.errors import QualityError
-from fewbit.model.checkpoint import Checkpoint
 from fewbit.recipe import FLOAT, Recipe
 from fewbit.run.events import Event
 from fewbit.run.state import STATE, Run
@@ -23,27 +22,28 @@ MOST_KL = 1.0
 MOST_PERPLEXITY_RATIO = 3.0
 
 
-def finish(run: Run, checkpoint: Checkpoint, recipe: Recipe, seed: int, out: Path, force: bool) -> dict[str, Any]:
+def finish(run: Run, out: Path) -> dict[str, Any]:
     """Complete ``run.folder`` and rename it to ``out``; returns the manifest.
 
     Raises:
         VerificationError: the folder does not read back as what was solved. Nothing is renamed.
-        QualityError: the result is broken by the gate and ``force`` is off. The work is kept; ``--force`` accepts it.
+        QualityError: the result is broken by the gate, and was not to be forced. The work is kept; ``--force`` accepts
+            it.
     """
     stages, folder = run.journal.stages, run.folder
     weight_map = {name: stage["file"] for stage in stages for name in stage["tensors"]}
     total = sum(size for stage in stages for size in stage["tensors"].values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    checkpoint.save_sidecars(folder)
+    run.model.checkpoint.save_sidecars(folder)
     layers = [
         {key: value for key, value in record.items() if key != "seconds"}
         for stage in stages
         for record in stage["layers"]
     ]
     _config(run, folder, layers)
-    manifest = _manifest(run, checkpoint, recipe, seed, layers)
+    manifest = _manifest(run, layers)
     verify_folder(folder, manifest)
-    _judge(manifest["check"], force, folder, recipe)
+    _judge(manifest["check"], run.asked.force, folder, run.asked.recipe)
     write_json(folder / M.NAME, manifest)
     write_json(out.with_name(f"{out.name}.log.json"), _log(run))
     take_place(folder, out)
@@ -88,10 +88,8 @@ def _config(run: Run, folder: Path, layers: list[dict[str, Any]]) -> None:
     write_json(folder / "config.json", config)
 
 
-def _manifest(
-    run: Run, checkpoint: Checkpoint, recipe: Recipe, seed: int, layers: list[dict[str, Any]]
-) -> dict[str, Any]:
-    stages, plan = run.journal.stages, run.plan
+def _manifest(run: Run, layers: list[dict[str, Any]]) -> dict[str, Any]:
+    stages, plan, checkpoint = run.journal.stages, run.plan, run.model.checkpoint
     skipped = [
         {
             "name": d.site.parameter,
@@ -119,8 +117,8 @@ def _manifest(
             "architecture": checkpoint.architecture,
             "bytes": checkpoint.nbytes,
         },
-        "recipe": recipe.to_dict(),
-        "seed": seed,
+        "recipe": run.asked.recipe.to_dict(),
+        "seed": run.asked.seed,
         "calibration": _calibration(run),
         "size_bytes": sum(stage["bytes"] for stage in stages),
         "bits_per_weight": 8 * sum(record["nbytes"] for record in layers) / weights,
@@ -140,10 +138,11 @@ def _calibration(run: Run) -> dict[str, Any] | None:
     """The text that facts come from, whether of this run or of one before."""
     if run.kept is not None:
         return {**run.kept.described["calibration"], "facts": run.kept.sha256}
-    if run.calibration is None or run.whole is None:
+    data, whole = run.texts.calibration, run.texts.whole
+    if data is None or whole is None:
         return None
-    more = {"whole": run.whole.describe()} if len(run.whole.ids) > len(run.calibration.ids) else {}
-    return {**run.calibration.describe(), **more}
+    more = {"whole": whole.describe()} if len(whole.ids) > len(data.ids) else {}
+    return {**data.describe(), **more}
 
 
 def _judge(check: dict[str, Any], force: bool, folder: Path, recipe: Recipe) -> None:

@@ -76,18 +76,18 @@ def _check_grid(rule: Rule, site: str) -> None:
 
 
 def read(
-    facts: str | Path | None, checkpoint: Checkpoint, planned: Plan, data: Calibration | None, named: bool
-) -> tuple[KeptFacts | None, Calibration | None]:
-    """The facts in the folder ``facts``, checked: of this model, of ``data`` where that was ``named``, and all that the
-    plan needs; or, where there is no such folder, ``data``.
+    facts: str | Path | None, checkpoint: Checkpoint, planned: Plan, named: Calibration | None = None
+) -> KeptFacts | None:
+    """The facts in the folder ``facts``, checked: of this model, of the text ``named`` if there is one, and all that
+    the plan needs. None where no folder is given.
 
     Raises:
         InputError: they are not.
     """
     if facts is None:
-        return None, data
+        return None
     kept = KeptFacts.read(facts)
-    kept.check(O.model_hashes(checkpoint), data.sha256 if data and named else None)
+    kept.check(O.model_hashes(checkpoint), named.sha256 if named else None)
     for decision in planned.decisions:
         if decision.rule is not None and decision.site.block is not None:
             kept.require(decision.site.name, decision.rule.needs)
@@ -95,7 +95,7 @@ def read(
             kept.require(decision.site.name, "ranges" if decision.rule.open_grid else "nothing")
             if decision.rule.open_grid and decision.rule.transforms:
                 kept.ends(decision.site)
-    return kept, None
+    return kept
 
 
 def bound(planned: Plan, kept: KeptFacts) -> Plan:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from fewbit.model.stream import StreamedModel
 from fewbit.model.surgery import Preparation, Surgery
 from fewbit.run.events import Event, Progress
 from fewbit.run.planning import Decision
+from fewbit.run.state import Run
 from fewbit.run.workers import Workers
 from fewbit.transforms.quarot import Turn
 from fewbit.transforms.spinquant import cayley_step
@@ -43,23 +43,16 @@ TOLD = 10
 Values = dict[str, Tensor]
 
 
-def learned(
-    path: Path,
-    model: StreamedModel,
-    preparation: Preparation,
-    decisions: Sequence[Decision],
-    ids: Tensor,
-    workers: Workers,
-    tell: Progress,
-) -> Values:
-    """The rotations of ``preparation`` learned on windows ``ids`` (windows, tokens), float64, by name; read from
-    ``path`` where they are there already."""
+def learned(run: Run, preparation: Preparation) -> Values:
+    """The rotations of ``preparation`` learned on the calibration of ``run``, float64, by name; read from its folder
+    where they are there already."""
+    path, data = run.state / "rotations.safetensors", run.texts.calibration
     if path.is_file():
         file = open_safetensors(path)
         return {name: file.get(name) for name in file.entries}
-    assert model.surgery is not None
-    learner = Learner(model, model.surgery, preparation, decisions)
-    found = learner.learn(ids, workers, tell)
+    assert run.model.surgery is not None and data is not None
+    learner = Learner(run.model, run.model.surgery, preparation, run.plan.decisions)
+    found = learner.learn(data.ids, run.workers, run.progress)
     write_safetensors(path, dict(sorted(found.items())), {"format": "pt"})
     return found
 

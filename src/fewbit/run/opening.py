@@ -17,7 +17,7 @@ import torch
 
 import fewbit
 from fewbit import calibrate
-from fewbit.calibrate import Calibration
+from fewbit.calibrate import Calibration, Text
 from fewbit.containers.files import refuse_folder, remove_begun
 from fewbit.core import given
 from fewbit.errors import InputError, SpecError
@@ -63,26 +63,18 @@ def chosen(
     return recipe
 
 
-def check_text(samples: int, context: int) -> None:
-    """Refuse what are no numbers of windows and of tokens in each. Raises SpecError."""
-    given.whole(1, samples=samples, context=context)
+def check_text(text: Text) -> None:
+    """Refuse what are no numbers of windows and of tokens in each, and no file. Raises SpecError."""
+    given.whole(1, samples=text.samples, context=text.context)
+    given.optional("the calibration text", text.source, (str, Path), "a .txt or .jsonl file")
 
 
-def target(
-    out: str | Path,
-    samples: int,
-    context: int,
-    seed: int,
-    threads: int | None,
-    device: str,
-    calibration: str | Path | None,
-) -> Path:
+def target(out: str | Path, text: Text, seed: int, threads: int | None, device: str) -> Path:
     """``out``, arguments of another kind beside it being refused. Raises SpecError, which names the first."""
-    check_text(samples, context)
+    check_text(text)
     given.whole(0, threads=threads or 0)
     given.kind("seed", seed, int, "a whole number")
     given.kind("device", device, str, "'cpu', or 'cuda' with a GPU")
-    given.optional("the calibration text", calibration, (str, Path), "a .txt or .jsonl file")
     return given.place("out", out)
 
 
@@ -171,22 +163,12 @@ def products(asked: str) -> torch.dtype:
     return torch.bfloat16 if asked == "bfloat16" else torch.float32
 
 
-def draw(
-    checkpoint: Checkpoint,
-    words: Any,
-    source: str | Path | None,
-    samples: int,
-    context: int,
-    seed: int,
-    tell: Progress,
-) -> Calibration:
-    """Calibration windows of a text (the bundled one when None), no longer than the model takes."""
-    if context > (most := longest(checkpoint)):
-        tell(Event("note", message=f"calibrating with windows of {most} tokens, the most this model takes"))
-        context = most
-    data = calibrate.calibration(words, source, samples, context, seed)
-    if len(data.ids) < samples:
-        tell(
-            Event("note", message=f"calibration text {data.source} gives {len(data.ids)} samples instead of {samples}")
-        )
+def draw(checkpoint: Checkpoint, words: Any, text: Text, seed: int, tell: Progress) -> Calibration:
+    """Calibration windows of ``text``, no longer than the model takes."""
+    samples, context = text.samples, min(text.context, longest(checkpoint))
+    if context < text.context:
+        tell(Event("note", message=f"calibrating with windows of {context} tokens, the most this model takes"))
+    data = calibrate.calibration(words, text.source, samples, context, seed)
+    if (found := len(data.ids)) < samples:
+        tell(Event("note", message=f"calibration text {data.source} gives {found} samples instead of {samples}"))
     return data

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fewbit import formats, kernels, methods
+from fewbit.calibrate import Text
 from fewbit.core import format as F
 from fewbit.core import rewrite as R
 from fewbit.core.format import Format
@@ -20,7 +21,7 @@ from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.sites import SEEING, Site
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import FLOAT, ModelStep, ModelTune, Recipe, Rule, Step
-from fewbit.run.effort import Text, Time, estimate
+from fewbit.run.effort import Time, estimate
 from fewbit.run.solve import kernel_name, layout_for
 
 REFERENCE = "reference"

@@ -68,7 +68,7 @@ def _watched(run: Run, stage: int, index: int, solved: list[Solved], waiting: se
 
     # Hooks run in the order in which they were added: what is looked at was rewritten.
     with as_run(run.model, solved), run.model.observe(index, looked, waiting):
-        for found in run.workers.map(step, range(len(run.batches()))):
+        for found in run.workers.map(step, range(len(run.texts.batches))):
             for name, seen in found.items():
                 total[name] = total[name].merge(seen)
     source.close()

@@ -93,9 +93,9 @@ class _Phase:
         options = tune.settings
         self._iters, self._lr = int(options["iters"]), float(options["lr"])
         self._relative, self._cosine, self._own = (float(options[key]) for key in ("relative", "cosine", "own"))
-        self._windows = sum(len(ids) for ids in run.batches())
-        self._device = torch.device(run.device)
-        self._together = 1 if self._device.type == "cpu" else run.batch
+        self._windows = sum(len(ids) for ids in run.texts.batches)
+        self._device = torch.device(run.asked.device)
+        self._together = 1 if self._device.type == "cpu" else run.texts.batch
         batch = min(int(options["batch"]), self._windows)
         self._drawn = min(batch, max(self._together, batch // self._together * self._together))
         self._inputs = self._one_by_one(stage - 1, "calibration")
@@ -108,7 +108,7 @@ class _Phase:
         block = run.model.module.get_submodule(run.model.blocks[index])
         self._bare = block if self._device.type == "cpu" else copy.deepcopy(block).to(self._device)
         name = f"{run.model.blocks[index]} {place} {tune.name}"
-        self._generator = generator_of(run.seed, name)
+        self._generator = generator_of(run.asked.seed, name)
 
     def done(self) -> list[Solved]:
         """What was solved, ``members`` tuned."""
@@ -173,7 +173,7 @@ class _Phase:
     def _multiplied(self, weights: Grads) -> Grads:
         """``weights`` of the members as products take them, rounded once and not again with every window; in layers
         that do more than multiply by them, as they are."""
-        start, dtype = len(self._run.model.blocks[self._index]) + 1, self._run.calibration_dtype
+        start, dtype = len(self._run.model.blocks[self._index]) + 1, self._run.asked.products
         paths = [self._solved[i].record["name"][start:] for i in self._members]
         plain = [type(self._bare.get_submodule(path)) is nn.Linear for path in paths]
         return [weight.to(dtype) if one else weight for weight, one in zip(weights, plain, strict=True)]

@@ -30,6 +30,7 @@ from fewbit import calibrate
 from fewbit.containers import manifest as M
 from fewbit.containers.files import refuse_folder, take_place
 from fewbit.core import given
+from fewbit.core.defaults import exact
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint, open_checkpoint
 from fewbit.model.hooks import hooked
@@ -39,6 +40,7 @@ from fewbit.run.events import Event, Progress
 from fewbit.run.opening import silent
 
 
+@exact()
 def restore(
     model: str | Path,
     quantized: str | Path,

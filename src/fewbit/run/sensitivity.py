@@ -26,7 +26,7 @@ import math
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.containers.safetensors import write_safetensors
+from fewbit.core.defaults import products_in
 from fewbit.core.facts import Facts
 from fewbit.errors import InputError
 from fewbit.memory import give_back
@@ -143,7 +144,7 @@ class Sensitivity:
         observer = Observer({site.name for site in sites if self.watched == "gram"}, 0, rounded)
 
         def step(sequence: int) -> tuple[Tensor, dict[tuple[str, int], Facts]]:
-            with observer.batch() as found, self._arithmetic():
+            with observer.batch() as found, products_in(self.products):
                 return model.run_finite(block, source.read(sequence), call).float(), found
 
         def merged() -> Iterator[Tensor]:
@@ -169,7 +170,7 @@ class Sensitivity:
         def step(sequence: int) -> Tensor:
             ids, hidden = self.ids[sequence], source.read(sequence).requires_grad_()
             with torch.enable_grad():
-                with self._arithmetic():
+                with products_in(self.products):
                     logits = model.logits(hidden)[0, :-1].float()
                 loss = nn.functional.cross_entropy(logits, ids[1:])
                 return torch.autograd.grad(loss, hidden)[0]
@@ -193,7 +194,7 @@ class Sensitivity:
         def step(sequence: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
             x = hidden.read(sequence).requires_grad_()
             with torch.enable_grad(), made.kept() as outputs:
-                with self._arithmetic():
+                with products_in(self.products):
                     y = model.run_block(block, x, call)
                 of = [x, *weights, *(output for _, output in outputs)]
                 found = torch.autograd.grad(y, of, above.read(sequence).to(y.dtype), allow_unused=True)
@@ -225,9 +226,6 @@ class Sensitivity:
             with self.model.loaded(*self.model.before):
                 self._call.append(replace(self.model.begin(self.ids[:1]), hidden=torch.zeros(0)))
         return self._call[0]
-
-    def _arithmetic(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", self.products, enabled=self.products != torch.float32)
 
     def _path(self, what: str, block: int) -> Path:
         return self.folder / f"{what}-{block:05d}.f32"

@@ -45,7 +45,7 @@ def quantize_block(
     sites, tunes = block_sites(run, index), tuned(run)
     if tunes:
         reference_on(run, stage, index)
-    if run.calibration is None or not set(needs(run, index).values()) - {"nothing"}:
+    if run.texts.calibration is None or not set(needs(run, index).values()) - {"nothing"}:
         solved = fix_grids(run, stage, index, solve_sites(run, sites, {}, seen))
         solved = _tuned(run, stage, index, solved)
         return solved, "no data", pass_on(run, stage, index, solved)
@@ -73,7 +73,7 @@ def _tuned(run: Run, stage: int, index: int, solved: list[Solved]) -> list[Solve
 
 def pass_on(run: Run, stage: int, index: int, solved: list[Solved]) -> HiddenFile | None:
     """Take the calibration, where there is one, through the quantized block ``index``, if a block follows."""
-    if run.calibration is None or _is_last(run, stage):
+    if run.texts.calibration is None or _is_last(run, stage):
         return None
     return calibration_through(run, stage, index, "calibration", "calibration", solved)
 
@@ -148,7 +148,7 @@ class Passes:
 
         total: Accumulator | None = None
         with replaying(run.model, self._index, self._order, group) as step:
-            for found in run.workers.map(one, range(len(run.batches()))):
+            for found in run.workers.map(one, range(len(run.texts.batches))):
                 total = found if total is None or found is None else total.join(found)
         self._settle()
         if closing is not None and keep is not None:
@@ -159,7 +159,7 @@ class Passes:
         """The smallest module that is called with the layers of ``group`` in it, by its path, and what it is called
         with for the first ``windows`` windows of the calibration, in whole batches; after :meth:`collect` of it."""
         run, shared, calls = self._run, self._run.inputs("calibration"), list[Call]()
-        batches = min(-(-windows // run.batch), len(run.batches()))
+        batches = min(-(-windows // run.texts.batch), len(run.texts.batches))
         with calls_around(run.model, self._index, self._order, group) as called:
             for batch in range(batches):
                 with run.arithmetic():
@@ -179,7 +179,7 @@ class Passes:
                 target.write(batch, run.model.finite(self._index, hidden, shared, made))
 
         with replaying(run.model, self._index, self._order, last) as step:
-            for _ in run.workers.map(one, range(len(run.batches()))):
+            for _ in run.workers.map(one, range(len(run.texts.batches))):
                 pass
         return target
 

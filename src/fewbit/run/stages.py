@@ -62,14 +62,14 @@ def embedding_stage(run: Run) -> dict[str, Any]:
     model = run.model
     with model.loaded(*model.before):
         sites = [site for site in model.sites if site.block is None and site.kind == "embedding"]
-        floating = model.begin(run.probe).hidden
+        floating = model.begin(run.texts.probe).hidden
         if tuned(run):
-            _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "reference")
+            _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.texts.batches), "reference")
         solved = solve_sites(run, sites, {}, {})
         record = write_stage(run, 0, sites, solved, {})
-        _store(run, 0, [model.begin(run.probe).hidden, floating], "probe")
-        if run.calibration is not None:
-            _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.batches()), "calibration")
+        _store(run, 0, [model.begin(run.texts.probe).hidden, floating], "probe")
+        if run.texts.calibration is not None:
+            _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.texts.batches), "calibration")
         run.note_inputs()
     return record
 
@@ -144,10 +144,10 @@ def check_ends(
         if site.tied_to is not None:
             propagate(run.model, _embedding(run, site.tied_to), site.name)
     with as_run(run.model, solved):
-        triples = zip(scored(hidden[:, :-1]), floating, scored(run.probe[:, 1:]), strict=True)
+        triples = zip(scored(hidden[:, :-1]), floating, scored(run.texts.probe[:, 1:]), strict=True)
         logits = run.model.logits
         found = summary(run.workers.map(lambda one: compare_logits(logits(one[0]).float(), one[1], one[2]), triples))
-    return {**found, "windows": len(run.probe), "context": run.probe.shape[1]}
+    return {**found, "windows": len(run.texts.probe), "context": run.texts.probe.shape[1]}
 
 
 def _embedding(run: Run, name: str) -> Solved | None:

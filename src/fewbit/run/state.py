@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.calibrate import Calibration
+from fewbit.calibrate import Calibration, Text
+from fewbit.core.defaults import products_in
 from fewbit.model.stream import Inputs, StreamedModel
-from fewbit.recipe import ModelTune
+from fewbit.recipe import Recipe
+from fewbit.run.effort import BATCH_TOKENS
 from fewbit.run.events import Progress
 from fewbit.run.facts import KeptFacts
 from fewbit.run.hidden import HiddenBatches, HiddenFile
@@ -35,31 +37,60 @@ HELD = 256 << 20
 """Bytes of activations kept in memory, of one kind: what enters a block, and at most two kinds inside of it."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a run was asked for, as :func:`fewbit.quantize` names it. ``products``: the dtype of matrix products in
+    blocks that calibrate; ``device``: where tuned blocks run; ``correct_bias``: see :mod:`fewbit.core.correction`."""
+
+    recipe: Recipe
+    text: Text
+    seed: int
+    facts: str | Path | None
+    products: torch.dtype
+    device: str
+    correct_bias: bool
+    force: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """``calibration``: windows for the blocks, None where nothing needs any; ``whole``: all that the model learns from
+    as a whole, of which these are some; ``probe`` (windows, tokens): held-out text that the run checks itself on."""
+
+    calibration: Calibration | None
+    whole: Calibration | None
+    probe: Tensor
+
+    @property
+    def batch(self) -> int:
+        """Windows at once: the largest divisor of their number that stays within :data:`BATCH_TOKENS`, so batches are
+        equal."""
+        if self.calibration is None:
+            return 1
+        number, context = self.calibration.ids.shape
+        return next(size for size in range(max(1, BATCH_TOKENS // context), 0, -1) if number % size == 0)
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """The windows for the blocks."""
+        return [] if self.calibration is None else list(self.calibration.ids.split(self.batch))
+
+
 @dataclass
 class Run:
-    """Everything a stage needs. ``probe`` (windows, tokens) is held-out text that the run checks itself on; ``seed``
-    is what anything random is drawn from; ``device`` where tuned blocks run; ``sensitivity`` is there where a method
-    asks for the Fisher diagonal, ``kept`` where facts were collected beforehand, and ``end`` where the model learns as
-    a whole once all blocks are done, from ``whole`` where that is more text than the ``calibration``; ``correct_bias``:
-    see :mod:`fewbit.core.correction`."""
+    """Everything a stage needs. ``kept``: facts that were collected beforehand, if any; ``sensitivity`` is there where
+    a method asks for the Fisher diagonal."""
 
+    asked: Asked
     model: StreamedModel
     plan: Plan
     folder: Path
     journal: Journal
-    calibration: Calibration | None
-    batch: int
-    probe: Tensor
+    texts: Texts
+    kept: KeptFacts | None
     workers: Workers
     progress: Progress
-    calibration_dtype: torch.dtype
-    seed: int
-    device: str = "cpu"
     sensitivity: Sensitivity | None = None
-    kept: KeptFacts | None = None
-    end: ModelTune | None = None
-    correct_bias: bool = False
-    whole: Calibration | None = None
     began: float = field(default_factory=time.monotonic)
     calls: dict[str, Inputs] = field(default_factory=dict)
 
@@ -71,11 +102,11 @@ class Run:
     @property
     def map(self) -> Callable[..., Iterator[Any]]:
         """Calls a function of every item, in their order: on the workers, or one by one where a GPU does the work."""
-        return self.workers.map if torch.device(self.device).type == "cpu" else map
+        return self.workers.map if torch.device(self.asked.device).type == "cpu" else map
 
     def arithmetic(self, device: str = "cpu") -> AbstractContextManager[Any]:
-        """What calibration computes in: matrix products in ``calibration_dtype``, sums and facts in float32."""
-        return torch.autocast(device, self.calibration_dtype, enabled=self.calibration_dtype != torch.float32)
+        """What calibration computes in: matrix products in ``products``, sums and facts in float32."""
+        return products_in(self.asked.products, device)
 
     def inputs(self, what: str) -> Inputs:
         """What blocks are called with for a batch of "probe" or "calibration", for a "sample", which is a window of the
@@ -87,8 +118,9 @@ class Run:
 
     def note_inputs(self) -> None:
         """Prepare :meth:`inputs`, while what runs before the blocks is loaded."""
-        batch = (self.batches() or [self.probe])[0]
-        ids = {"probe": self.probe[:TOGETHER], "shown": self.probe[: self.shown], "sample": self.probe[:1]}
+        probe = self.texts.probe
+        batch = (self.texts.batches or [probe])[0]
+        ids = {"probe": probe[:TOGETHER], "shown": probe[: self.shown], "sample": probe[:1]}
         ids |= {"calibration": batch, "window": batch[:1]}
         empty = torch.zeros(0)
         self.calls = {key: replace(self.model.begin(value), hidden=empty) for key, value in ids.items()}
@@ -96,7 +128,7 @@ class Run:
     @property
     def shown(self) -> int:
         """Windows of the probe that hold :data:`SHOWN` tokens."""
-        return -(-SHOWN // self.probe.shape[1])
+        return -(-SHOWN // self.texts.probe.shape[1])
 
     @property
     def stages(self) -> int:
@@ -105,25 +137,22 @@ class Run:
     def shard(self, stage: int) -> str:
         return f"model-{stage + 1:05d}-of-{self.stages:05d}.safetensors"
 
-    def batches(self) -> list[Tensor]:
-        return [] if self.calibration is None else list(self.calibration.ids.split(self.batch))
-
     def hidden(self, stage: int, what: str, create: bool = False) -> HiddenFile:
         """Activations after ``stage`` of the "probe", whose file holds (quantized path, float path); of the
         "calibration" on the quantized path; of it on the float path, "reference"; and "own", what the float block of
         the stage makes of the quantized path before it."""
         width = self.model.config.get_text_config().hidden_size
         if what == "probe":
-            shape = (2, *self.probe.shape, width)
+            shape = (2, *self.texts.probe.shape, width)
         else:
-            ids = self.batches()
+            ids = self.texts.batches
             shape = (len(ids), *ids[0].shape, width)
         return HiddenFile(self.state / f"{what}-{stage:05d}.f32", shape, "create" if create else "read")
 
     def scratch(self, name: str, width: int, dtype: torch.dtype) -> HiddenFile | HiddenBatches:
         """Room for the calibration's activations inside of a block, (batches, batch, tokens, ``width``): on disk where
         that is more than :data:`HELD` bytes."""
-        ids = self.batches()
+        ids = self.texts.batches
         shape = (len(ids), *ids[0].shape, width)
         if math.prod(shape) * dtype.itemsize <= HELD:
             return HiddenBatches(shape, dtype)

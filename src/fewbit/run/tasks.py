@@ -27,7 +27,7 @@ def needs(run: Run, index: int) -> dict[str, Need]:
     return {
         site.name: strongest(
             run.plan.rules[site.name].needs,
-            "mean_square" if run.correct_bias and has_bias(run.model, site) else "nothing",
+            "mean_square" if run.asked.correct_bias and has_bias(run.model, site) else "nothing",
         )
         for site in block_sites(run, index)
         if site.name in run.plan.rules
@@ -53,7 +53,7 @@ def make_task(run: Run, site: Site, facts: dict[str, list[Facts]], seen: dict[st
         weight.clone() if rule.tunings() else weight,  # the model's own is overwritten once it is solved
         known_of(run, site, rule, facts),
         seen.get(site.name, unseen),
-        run.seed,
+        run.asked.seed,
     )
 
 
@@ -103,7 +103,7 @@ def make_tasks(run: Run, sites: list[Site], facts: dict[str, list[Facts]], seen:
 def solve_tasks(run: Run, tasks: list[Task]) -> list[Solved]:
     """Solve ``tasks`` and put the decoded weights into the loaded model, and corrected biases where that is asked."""
     solved = solve_all(run, tasks)
-    if run.correct_bias:  # while the model still holds the float weights
+    if run.asked.correct_bias:  # while the model still holds the float weights
         solved = [_corrected(run.model, task, item) for task, item in zip(tasks, solved, strict=True)]
     for item in solved:
         propagate(run.model, item)

@@ -104,19 +104,19 @@ class Whole:
     """The model of ``run``, all of it in memory, quantized and about to learn."""
 
     def __init__(self, run: Run) -> None:
-        assert run.end is not None and run.calibration is not None
-        self._run, self._row = run, run.end.row()
-        self.options = run.end.settings
-        self._device, self._model = torch.device(run.device), run.model
+        end, data = run.asked.recipe.end, run.texts.calibration
+        assert end is not None and data is not None
+        self._run, self._row, self.options = run, end.row(), end.settings
+        self._device, self._model = torch.device(run.asked.device), run.model
         self._alone = self._device.type == "cpu"
-        self._together = 1 if self._alone else max(1, TOGETHER // run.calibration.ids.shape[1])
+        self._together = 1 if self._alone else max(1, TOGETHER // data.ids.shape[1])
         self._map = run.map
-        self._ids = (run.whole or run.calibration).ids
+        self._ids = (run.texts.whole or data).ids
         number = len(self._ids)
         held = min(MOST_HELD, max(1, number // HELD))
         self._held = list(range(number - held, number))
         self._learned_from = list(range(number - held)) or self._held
-        self._generator = generator_of(run.seed, run.end.name)
+        self._generator = generator_of(run.asked.seed, end.name)
         self._model.load("")
         self._model.module.to(self._device)
         self._wanted = self._model.logits_as_now()

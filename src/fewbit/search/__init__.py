@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewbit import methods
+from fewbit.calibrate import Text
+from fewbit.core.defaults import exact
 from fewbit.errors import SpecError
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import StreamedModel
@@ -70,6 +72,7 @@ class Allocation:
         return {**plain, **rows, "recipe": self.recipe.to_dict()}
 
 
+@exact()
 def allocate(
     model: str | Path,
     budget: float,
@@ -124,7 +127,8 @@ def allocate(
     with workers(threads) as pool:
         layers = Layers(streamed, kept, pool, estimate)
         if by == "kl":
-            ids = O.draw(checkpoint, checkpoint.tokenizer(), calibration, samples, context, seed, tell).ids
+            text = Text(samples, context, calibration)
+            ids = O.draw(checkpoint, checkpoint.tokenizer(), text, seed, tell).ids
             found = measured(table, limit, ids, rounds, layers, tell)
         else:
             found = estimated(table, limit, by, layers, tell)

@@ -10,12 +10,12 @@ from typing import Literal
 
 import numpy as np
 
+from fewbit.calibrate import Text
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint
 from fewbit.model.sites import Site
 from fewbit.model.stream import StreamedModel
 from fewbit.recipe import Recipe, Rule
-from fewbit.run.effort import Text
 from fewbit.run.facts import KeptFacts
 from fewbit.run.planning import make_plan
 from fewbit.search import candidates as C
