@@ -33,6 +33,7 @@ from fewbit.network.distill import distill
 from fewbit.network.feeding import Batch, batches_of, feed
 from fewbit.network.fold import NORMS, fold_norms
 from fewbit.network.folder import load, save
+from fewbit.network.functional import AsLayers
 from fewbit.network.inline import place_products
 from fewbit.network.places import put, without_shortcuts
 from fewbit.network.quantized import Quantized
@@ -93,6 +94,7 @@ def quantize(
     batches, known = batches_of(inputs), Loss.of(loss, labels)
     rules, products, skipped = _decide(network, chosen, bool(batches))
     _need_data(rules, products, correct_bias or sequential, batches)
+    _need_own_bias(network, list(rules) if correct_bias else [], batches)
     asking, told = _need_loss(rules, known, batches)
     made = without_shortcuts(network if inplace else copy.deepcopy(network)).eval()
     folded = fold_norms(made, batches[0]) if fold and batches else {}
@@ -100,8 +102,7 @@ def quantize(
     weighed = sensitivity(made, asking, batches, known, seed) if known is not None and asking else {}
     solve = solving.sequential if sequential else solving.independent
     solved, grids = solve(made, rules, products, batches, weighed, correct_bias, seed)
-    rounded = {side: rule for name, rule in products.items() for side in solving.operands(name)}
-    solved, grids = distill(teacher, made, solved, rounded, grids, batches, seed)
+    solved, grids = distill(teacher, made, solved, solving.by_operand(products), grids, batches, seed)
     layers, records = _replace(made, solved, products, grids, batches)
     skipped = [left for left in skipped if left["name"] not in folded]
     return Quantized(made, chosen, layers, skipped, folded, seed, len(batches), sequential, records, told)
@@ -226,6 +227,16 @@ def _need_data(rules: dict[str, Rule], products: dict[str, Rule], more: bool, ba
     if asking:
         what = f"the method, transform, tuning or static activations of {asking[0]}"
     raise InputError(what, "no inputs were given to calibrate on", "inputs=[batch, ...]")
+
+
+def _need_own_bias(network: nn.Module, names: list[str], batches: list[Batch]) -> None:
+    """Refuse to correct the biases of layers ``names`` where the network's own code leaves one out."""
+    if not names:
+        return
+    feed(network, batches[0], calls := AsLayers(network))
+    if left := [name for name in names if name in calls.other_bias]:
+        found = "the network's own code multiplies by its weight with another bias than the layer's, or none"
+        raise UnsupportedError(f"correcting the bias of {left[0]}", found, "correct_bias=False")
 
 
 def _need_loss(rules: dict[str, Rule], loss: Loss | None, batches: list[Batch]) -> tuple[list[str], str | None]:

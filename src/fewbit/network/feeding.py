@@ -21,8 +21,10 @@ from fewbit.errors import InputError, UnsupportedError, first_line, of_layer
 from fewbit.kernels.conv import unfold
 from fewbit.kernels.window import Window
 from fewbit.model.finite import check_inputs
+from fewbit.model.float_weight import FloatWeight
 from fewbit.model.hooks import hooked
 from fewbit.model.layers import Multiplier
+from fewbit.network.functional import AsLayers
 
 Batch = Any
 """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -34,7 +36,7 @@ STRIP = 1 << 22
 """Elements of windows that are looked at at a time: 16 MiB of float32."""
 SHOWN = 256
 """Inputs of a layer that its error is measured on."""
-HANDING_ON = ("fewbit.network.inline", "fewbit.model.product")
+HANDING_ON = ("fewbit.network.functional", "fewbit.network.inline", "fewbit.model.product")
 """Modules of ours that do no more than what the network asks for itself."""
 
 
@@ -55,12 +57,13 @@ def batches_of(inputs: Any) -> list[Batch]:
 
 
 @torch.no_grad()
-def feed(network: nn.Module, batch: Batch) -> Any:
-    """What ``network`` makes of ``batch``, whose floats are in the dtype of the network's first parameter."""
-    return call(network, batch)
+def feed(network: nn.Module, batch: Batch, calls: AsLayers | None = None) -> Any:
+    """What ``network`` makes of ``batch``, whose floats are in the dtype of the network's first parameter. ``calls``:
+    of it, to be asked afterwards."""
+    return call(network, batch, calls)
 
 
-def call(network: nn.Module, batch: Batch) -> Any:
+def call(network: nn.Module, batch: Batch, calls: AsLayers | None = None) -> Any:
     """As :func:`feed`, with gradients.
 
     Raises:
@@ -76,7 +79,8 @@ def call(network: nn.Module, batch: Batch) -> Any:
     named = isinstance(batch, Mapping)
     given = () if named else batch if isinstance(batch, (tuple, list)) else (batch,)
     try:
-        return network(*map(cast, given), **({key: cast(value) for key, value in batch.items()} if named else {}))
+        with (calls or AsLayers(network)).open():
+            return network(*map(cast, given), **({key: cast(value) for key, value in batch.items()} if named else {}))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         if not _of_network(error):
             raise
@@ -85,6 +89,8 @@ def call(network: nn.Module, batch: Batch) -> Any:
         works = "batches as its forward takes them: check network(batch)"
         raise InputError(what, first_line(error), works) from error
     except AttributeError as error:
+        if isinstance(error.obj, FloatWeight):
+            raise error.obj.refusal(f"{error.name!r}") from error
         if not isinstance(error.obj, Multiplier):
             raise
         name = next((name for name, module in network.named_modules() if module is error.obj), "")

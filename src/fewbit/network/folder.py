@@ -140,7 +140,7 @@ def _replace(network: nn.Module, record: dict[str, Any]) -> None:
         new: nn.Module = QuantConv2d(plain, window_of(old), bias, activation, dtype=old.weight.dtype)
     else:
         kinds = [step["kind"] for step in record["rewrites"]]
-        new = QuantLinear(plain, bias, activation, kinds)
+        new = QuantLinear(plain, bias, activation, kinds, dtype=old.weight.dtype)
     # names and sizes alone: what the arrays of a sum hold is checked whenever they are read
     put(network, record["name"], new.to("meta"))
 

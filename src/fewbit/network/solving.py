@@ -54,6 +54,11 @@ def operands(product: str) -> tuple[str, str]:
     return f"{product}.left", f"{product}.right"
 
 
+def by_operand(products: Mapping[str, Rule]) -> dict[str, Rule]:
+    """Rules of ``products`` by the names of their operands."""
+    return {side: rule for name, rule in products.items() for side in operands(name)}
+
+
 def independent(
     network: nn.Module,
     rules: dict[str, Rule],
@@ -78,7 +83,7 @@ def independent(
         inputs = wanted[name].inputs() if batches else unseen(site.shape[1])
         solved[name] = solve(_task(site, layers[name], rule, inputs, sensitive.get(name), seed))
     asked = {name: (rule, solved[name].rewrite) for name, rule in rules.items()}
-    asked |= {side: (rule, Chain()) for name, rule in products.items() for side in operands(name)}
+    asked |= {side: (rule, Chain()) for side, rule in by_operand(products).items()}
     grids = _grids(network, asked, batches)
     if correct_bias:
         for name, item in solved.items():
@@ -191,7 +196,8 @@ def quantized(layer: nn.Module, item: Solved, activation: str | None) -> nn.Modu
     if isinstance(layer, nn.Conv2d):
         return QuantConv2d.of(layer, item.weight, activation)
     assert isinstance(layer, nn.Linear)
-    made = QuantLinear(T.of_entry(item.record), layer.bias, activation, item.rewrite.kinds, item.weight)
+    plain, kinds = T.of_entry(item.record), item.rewrite.kinds
+    made = QuantLinear(plain, layer.bias, activation, kinds, item.weight, layer.weight.dtype)
     for name, array in item.rewrite.arrays.items():
         getattr(made, f"input_{name}").copy_(array)
     return made.eval()
