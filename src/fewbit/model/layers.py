@@ -253,8 +253,8 @@ class QuantLinear(Multiplier):
         except InputError as error:
             raise VerificationError(error.asked, error.found, error.works) from None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._multiply(x, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._multiply(input, self.bias)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not self.rewrites:

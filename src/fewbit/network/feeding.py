@@ -20,6 +20,7 @@ from fewbit.core.rewrite import Chain
 from fewbit.errors import InputError, UnsupportedError, first_line, of_layer
 from fewbit.kernels.conv import unfold
 from fewbit.kernels.window import Window
+from fewbit.model.convolution import Margin
 from fewbit.model.finite import check_inputs
 from fewbit.model.float_weight import FloatWeight
 from fewbit.model.hooks import hooked
@@ -115,7 +116,8 @@ def _of_network(error: Exception) -> bool:
 class Wanted:
     """What to look at in the inputs of a layer, and what was seen.
 
-    ``window``: of a convolution, whose inputs are its windows, (positions, groups, columns). ``facts``, ``gram``: sum
+    ``window``: of a convolution, whose inputs are its windows, (positions, groups, columns), of images with their
+    ``margin`` around them. ``facts``, ``gram``: sum
     up E[x], E[x^2] and, with it, E[x x^T]. ``range``: nothing but the numbers that leave ``rewrite``. Without either,
     the first inputs are shown.
     """
@@ -125,6 +127,7 @@ class Wanted:
     gram: bool
     facts: bool
     range: bool
+    margin: Margin | None = None
     accumulator: Accumulator = field(init=False)
     total: Tensor = field(init=False)
     tokens: int = 0
@@ -153,7 +156,12 @@ class Wanted:
         if self.window is None:
             return x.dim() > 0 and x.shape[-1] == self.columns
         channels = self.total.numel() // math.prod(self.window.size)
-        return x.shape[1] == channels and min(self.window.out(x)) > 0
+        if x.shape[1] != channels or (self.margin is not None and not self.margin.fits(x)):
+            return False
+        return min(self.window.out(self._whole(x))) > 0
+
+    def _whole(self, x: Tensor) -> Tensor:
+        return x if self.margin is None else self.margin.around(x)
 
     def look(self, x: Tensor) -> None:
         """At one batch's inputs, as the module gets them."""
@@ -177,6 +185,7 @@ class Wanted:
         if self.window is None:
             yield x.reshape(-1, 1, self.columns)
             return
+        x = self._whole(x)
         high, wide = self.window.out(x)
         width = self.total.numel()
         positions, step = x.shape[0] * high * wide, max(1, STRIP // width)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from fewbit.errors import UnsupportedError
-from fewbit.model.convolution import window, window_of
+from fewbit.model.convolution import margin_of, window, window_of
 from fewbit.model.float_weight import arguments
 from fewbit.model.hooks import hooked
 
@@ -91,6 +91,8 @@ def _alike(layer: nn.Module, func: Any, rest: tuple[Any, ...], named: dict[str, 
         return False
     if not isinstance(layer, nn.Conv2d):
         return True
+    if margin_of(layer) is not None:
+        return False
     try:
         return window(layer.kernel_size, *rest, **named) == window_of(layer)
     except UnsupportedError:
