@@ -57,6 +57,13 @@ WEIGHED: dict[str, dict[str, Any]] = {
 }
 """What k-means weighs weights by: nothing, E[x^2], the Fisher diagonal by labels of the training or by drawn ones, and
 both beside few weights in 16 bits."""
+LEARNED: dict[str, dict[str, Any]] = {
+    "gptq": {"method": "gptq"},
+    "gptq, bias, sequence": {"method": "gptq", "bias": True, "sequential": True},
+    "gptq > scales": {"method": "gptq", "tune": ({"name": "scales", "iters": 100, "batch": 1},)},
+    "clip > rounding": {"method": "clip", "tune": ({"name": "rounding", "iters": 100, "batch": 1},)},
+}
+"""Two bits of two ends a row: rounded with error feedback, and learned on the output of the network."""
 VISION: list[tuple[str, str | Recipe, dict[str, Any]]] = [
     ("W8A8, one scale a window", "W8A8", {}),
     *((f"W8A8_STATIC, {name}", static(name), {}) for name in STATIC),
@@ -83,6 +90,15 @@ VISION: list[tuple[str, str | Recipe, dict[str, Any]]] = [
         for bits in (3, 2, 1)
         for method, more in WEIGHED.items()
         for bias in (False, True)
+    ),
+    *((f"int2/channel/asym, {name}", "int2/channel/asym", more) for name, more in LEARNED.items()),
+    ("palette2/row, gptq", "palette2/row", {"method": "gptq"}),
+    ("palette2/row, gptq, bias, sequence", "palette2/row", {"method": "gptq", "bias": True, "sequential": True}),
+    *((f"{vectors}, vptq", vectors, {"method": "vptq"}) for vectors in ("vector2x4", "vector4x8", "vector4x6")),
+    (
+        "vector2x4, vptq > books",
+        "vector2x4",
+        {"method": "vptq", "tune": ({"name": "books", "iters": 100, "batch": 1},)},
     ),
 ]
 """Name of a row, recipe, and the rest."""

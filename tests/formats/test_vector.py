@@ -48,15 +48,14 @@ def test_values_and_nearest_vectors_by_brute_force(name: str) -> None:
         bound = 2.0**-24 * np.abs(values)  # float32 adds two halves
         assert tensor.shape == (rows, columns)
         assert bool((np.abs(tensor.dequantize().double().numpy() - values) <= bound).all())
-        whole = np.zeros((len(codes) * format.length, columns))
-        whole[:rows] = weight.double().numpy()
+        matrix = weight.double().numpy()
         for column in range(columns):
             block = column // (format.block or columns)
             for unit in range(len(codes)):
-                rest = whole[unit * format.length : (unit + 1) * format.length, column]
+                rest = matrix[unit * format.length : (unit + 1) * format.length, column]  # the last may be shorter
                 code = int(codes[unit, column])
                 for field, bits in format.fields.items():
-                    book = params[field][0, block, 0].double().numpy()
+                    book = params[field][0, block, 0].double().numpy()[:, : len(rest)]
                     distance = ((book - rest) ** 2).sum(1)
                     assert distance[code % 2**bits] <= distance.min() + 1e-6 * (rest**2).sum()
                     rest, code = np.float32(rest - book[code % 2**bits]).astype(float), code >> bits
@@ -68,6 +67,14 @@ def test_codes_of_a_matrix_come_back(name: str) -> None:
     tensor = methods.rtn(normal(4 * format.height, 48), format)
     codes, params = tensor.logical()
     assert torch.equal(F.encode(format, tensor.dequantize(), params), codes)
+
+
+@pytest.mark.parametrize("rows", [60, 12, 3])
+def test_a_book_of_more_entries_than_vectors_holds_them_all(rows: int) -> None:
+    """Those that the rows do not fill as well."""
+    weight = normal(rows, 20)
+    error = (F.rounded(formats.parse("vector8x8"), weight) - weight).abs()
+    assert bool((error <= 2.0**-11 * weight.abs() + 2.0**-25).all())  # float16
 
 
 def test_folding_is_undone_and_pads_with_zeros() -> None:

@@ -219,3 +219,23 @@ def test_arguments_random_state_and_threads_do_not_matter() -> None:
     assert all(torch.equal(values, found[1].params[key]) for key, values in found[0].params.items())
     assert torch.equal(weight, before[0]) and torch.equal(facts.gram, before[1])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("rows", [60, 12])
+def test_a_book_of_more_entries_than_vectors_holds_them_all(rows: int) -> None:
+    """Those that the rows do not fill as well."""
+    weight, facts = case(rows, 20, seed=3, tokens=200)
+    found, halves = vptq(weight, formats.parse("vector8x8"), facts).dequantize(), weight.half().float()
+    lost = objective.relative_error(weight, found, facts)
+    assert lost <= objective.relative_error(weight, halves, facts) < 1e-3
+
+
+def test_the_last_rows_are_nearest_by_what_there_is_of_them() -> None:
+    """With a second moment that is the identity nothing is handed on, and what is nearest is what is taken."""
+    weight = case(13, 24, seed=4)[0]
+    found = vptq(weight, formats.parse("vector8x3"), Facts.of(torch.eye(24) * 24**0.5, gram=True), rounds=0)
+    assert isinstance(found, QTensor)
+    codes, params = found.logical()
+    book = params["codebook"][0, 0, 0].double()[:, :5]
+    nearest = (weight[8:].T.double()[:, None] - book).square().sum(2).argmin(1)
+    assert torch.equal(codes[1].long(), nearest)

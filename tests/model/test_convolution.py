@@ -17,7 +17,7 @@ from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Dense, Sparse, Terms
 from fewbit.errors import InputError, UnsupportedError, VerificationError
 from fewbit.kernels import Window
-from fewbit.model.convolution import QuantConv2d, window_of
+from fewbit.model.convolution import Margin, QuantConv2d, margin_of, window, window_of
 from fewbit.model.layers import round_inputs
 
 W8 = A8 = "int8/channel/sym"
@@ -96,10 +96,12 @@ def test_windows_of_torchs_convolutions() -> None:
     assert window_of(nn.Conv2d(4, 4, 3, 2, 1, 3, groups=2)) == Window((3, 3), (2, 2), (1, 1), (3, 3), 2)
     assert window_of(nn.Conv2d(4, 4, (3, 5), padding="same", dilation=(1, 2))).padding == (1, 4)
     assert window_of(nn.Conv2d(4, 4, (2, 5), padding="valid")).padding == (0, 0)
+    uneven, mirrored = nn.Conv2d(4, 4, 2, padding="same"), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+    assert window_of(uneven).padding == window_of(mirrored).padding == (0, 0)
+    assert margin_of(uneven) == Margin("constant", (0, 1, 0, 1)) and margin_of(nn.Conv2d(4, 4, 3, padding=1)) is None
+    assert margin_of(mirrored) == Margin("reflect", (1, 1, 1, 1))
     with pytest.raises(UnsupportedError, match="one more zero"):
-        window_of(nn.Conv2d(4, 4, 2, padding="same"))
-    with pytest.raises(UnsupportedError, match="reflect"):
-        window_of(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"))
+        window((2, 2), padding="same")
     with pytest.raises(InputError, match=r"\(8, 18\)"):
         QuantConv2d.of(sample()[0], quantized(nn.Conv2d(5, 8, 3)))
 

@@ -333,3 +333,4 @@ def test_a_network_may_ask_for_the_dtype_of_a_convolutions_weight(dtype: torch.d
     assert distance(found.float(), floating(x).detach().float()) < 0.03
     network.save(made, tmp_path / "out")
     assert torch.equal(network.load(tmp_path / "out", Patches().to(dtype))(x), found)
+    assert made.network.to(torch.float16).patches.weight.dtype == torch.float16  # as the inputs of what is beside it

@@ -17,6 +17,8 @@ DISTANCES = 1 << 23
 """A fit looks at more points as long as it measures no more distances a round: with 8 bits 128 points a centroid, of
 which 32 lose up to a tenth more; with 12 bits 32, as more would take minutes."""
 ROUNDS = 25
+SPARE = 2.0**-40
+"""What a point weighs that shall have a centroid where one is left over, and move none."""
 
 
 def sample(points: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -194,7 +194,7 @@ class Format(ABC):
     @abstractmethod
     def encode(self, blocks: Tensor, params: Params) -> Tensor:
         """Nearest code of every value, in :func:`code_dtype`; ``params`` broadcast against ``blocks``. Ties go to the
-        even level."""
+        even level. Where a code spans rows (``height``), those that fill it up are NaN and count nothing."""
 
     @abstractmethod
     def decode(self, codes: Tensor, params: Params) -> Tensor:
@@ -321,7 +321,9 @@ def rounded(format: Format, weight: Tensor) -> Tensor:
 
 def encode(format: Format, weight: Tensor, params: Params) -> Tensor:
     """Codes of a whole ``weight``: (rows, columns) -> (rows / height, columns / dim)."""
-    codes = format.encode(B.fold(B.split(weight.float(), format.block), format.height), params)
+    whole = (0, 0, 0, -len(weight) % format.height)
+    weight = torch.constant_pad_nd(weight.float(), whole, torch.nan) if any(whole) else weight.float()
+    codes = format.encode(B.fold(B.split(weight, format.block), format.height), params)
     return B.join(codes, weight.shape[1] // format.dim).contiguous()
 
 

@@ -4,10 +4,11 @@ codebook ``w = codebook[i] + residual[j]`` (VPTQ, Liu et al. 2024, arXiv:2409.17
 
 A code is ``i + 2^index_bits j``. Books are float16; all columns share them, or each group of columns has its own. The
 fit is plain vector quantization: k-means of the vectors, seeded, each weighing as much as its weights do on average
-(with importance by column, as the paper has it, all of a vector weigh the same), and nothing where one of them does not
-count; the residual book is the k-means of what the first leaves. Encoding is greedy, as in the paper: the nearest
-vector, then the nearest residual. So without a residual every value comes back as its code (the lowest, of equal
-vectors); with one, a sum of two vectors may come back as the sum of two others.
+(with importance by column, as the paper has it, all of a vector weigh the same), and next to nothing where one of them
+does not count; the residual book is the k-means of what the first leaves. Encoding is greedy, as in the paper: the
+nearest vector, then the nearest residual. So without a residual every value comes back as its code (the lowest, of
+equal vectors); with one, a sum of two vectors may come back as the sum of two others. A vector that the last rows of a
+matrix do not fill is nearest by the rows that it has, and an entry of its own only where a book has some to spare.
 
 VPTQ's scale and bias of a column are not part of the format: scales are of the sum of terms around it. AQLM
 (Egiazarian et al. 2024, arXiv:2401.06118) cuts along rows instead: the same format with ``dim`` and ``height`` swapped.
@@ -72,13 +73,12 @@ class Vector(Format):
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
         vectors = self._vectors(blocks.clamp(-float16.LARGEST, float16.LARGEST))
         worth = self._vectors(importance.expand_as(blocks))
-        least, some = worth.amin(-1), worth.amax(-1)  # zero where a vector is padded: those count only where all are
-        shares = torch.where(least > 0, least + (worth - least.unsqueeze(-1)).mean(-1), 0.0)
+        least, some = worth.amin(-1), worth.amax(-1)  # zero where a vector is padded
+        shares = torch.where(least > 0, least + (worth - least.unsqueeze(-1)).mean(-1), clusters.SPARE * some)
         found: dict[str, list[Tensor]] = {name: [] for name in self.fields}
         for block in range(blocks.shape[1]):
             generator = torch.Generator().manual_seed(0)
             points, weights = vectors[:, block].reshape(-1, self.length), shares[:, block].reshape(-1)
-            weights = weights if bool((weights > 0).any()) else some[:, block].reshape(-1)
             points, weights = clusters.sample(points, weights, 1 << max(self.fields.values()), generator)
             for name, bits in self.fields.items():
                 book = clusters.means(points, weights, 1 << bits, generator).to(torch.float16)
@@ -92,9 +92,11 @@ class Vector(Format):
         codes = torch.empty(vectors.shape[:3], dtype=code_dtype(self), device=blocks.device)
         for block in range(blocks.shape[1]):
             points, code, base = vectors[:, block].reshape(-1, self.length), torch.tensor(0), 0
+            exist, points = ~points.isnan(), points.nan_to_num(0.0)
+            worth = None if bool(exist.all()) else exist.float()
             for name, bits in self.fields.items():
                 book = params[name][0, block, 0].float()
-                index = clusters.nearest(points, book)
+                index = clusters.nearest(points, book, worth)
                 points, code, base = points - book[index], code + (index << base), base + bits
             codes[:, block] = code.reshape(len(vectors), -1)
         return codes

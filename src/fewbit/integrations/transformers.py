@@ -127,7 +127,8 @@ def _replace(model: nn.Module, name: str, entry: dict[str, Any], dtype: torch.dt
         else:
             bias = getattr(old, "bias", None)
             rewrites = entry.get("rewrites", ())
-            new = QuantLinear(T.of_entry(entry), bias, entry.get("activation"), rewrites)
+            new = QuantLinear(T.of_entry(entry), bias, entry.get("activation"), rewrites, dtype=dtype)
+            new.name = name
     for key, buffer in list(new.named_buffers(recurse=False)):
         if key.startswith(("weight_", "input_")):
             new.register_buffer(key, buffer.to("meta"), persistent="tied_to" not in entry)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
-from fewbit.core import float16, given
+from fewbit.core import clusters, float16, given
 from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
@@ -191,8 +191,11 @@ class _Task:
 
     @property
     def filled(self) -> Tensor | None:
-        """``worth`` of all rows: those that fill up count nothing."""
-        return None if self.worth is None else torch.constant_pad_nd(self.worth, (0, len(self.weight) - self.rows))
+        """``worth`` of all rows: those that fill up count nothing. None where all count 1."""
+        if self.worth is None and len(self.weight) == self.rows:
+            return None
+        worth = torch.ones(self.rows) if self.worth is None else self.worth
+        return torch.constant_pad_nd(worth, (0, len(self.weight) - self.rows))
 
     def points(self) -> list[Tensor]:
         """Vectors of each side, (columns, vectors, length)."""
@@ -226,8 +229,9 @@ def _swept(task: _Task, square: Tensor, restarts: int) -> K.Sides:
         for i, (side, columns) in enumerate(task.sides):
             if stage < len(side.params):
                 share = worth[i][:, None].repeat(1, points[i].shape[1])
-                share *= 1 if task.filled is None else task.filled.view(-1, side.height).mean(1)
-                share[:, max(1, task.rows // side.height) :] = 0
+                filled = None if task.worth is None else task.filled
+                share *= 1 if filled is None else filled.view(-1, side.height).mean(1)
+                share[:, max(1, task.rows // side.height) :] *= clusters.SPARE
                 entries, width = side.params[stage].entry[0], B.width(columns, side.block)
                 books[i] = (*books[i], K.cluster(points[i], share, entries, width, restarts))
         choice = task.choice(books)

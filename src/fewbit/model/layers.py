@@ -16,6 +16,7 @@ from fewbit.core.forks import lock
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor, stack, unstack
 from fewbit.errors import InputError, UnsupportedError, VerificationError
+from fewbit.model.float_weight import FloatWeight
 
 _preparing = lock()  # first calls from several threads would each take arrays that another has dropped
 
@@ -118,20 +119,35 @@ class Store(nn.Module):
 class Multiplier(Store):
     """A weight that inputs are multiplied by, and a bias; abstract over what is a token of them.
 
-    ``activation``: a format that inputs are rounded to per token, or None.
+    ``activation``: a format that inputs are rounded to per token, or None. ``dtype``: of the float weight, torch's
+    default where it is None; it follows casts of the network. ``name``: where it is in the network, for errors.
     """
 
     bias: nn.Parameter | None
     activation: Format | None = None
+    name = ""
     _prepared: kernels.Prepared | None = None
 
     def __init__(
-        self, plain: T.Plain, bias: nn.Parameter | None, activation: str | None, weight: T.Weight | None = None
+        self,
+        plain: T.Plain,
+        bias: nn.Parameter | None,
+        activation: str | None,
+        weight: T.Weight | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(plain, weight)
         self.bias = bias
+        self._like = torch.empty(1, dtype=dtype, device="cpu")  # no buffer: it is in no file
         if activation:
             self.activation = formats.parse(activation)
+
+    def _float_weight(self, shape: tuple[int, ...], function: Any, run: Any) -> FloatWeight:
+        return FloatWeight(self.name or repr(self), self._like.expand(shape), function, run)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._like = fn(self._like)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def prepare(self, kernel: str | None = None) -> None:
         """Repack for the fastest kernel here (or the one named), once, before the first call."""
@@ -180,8 +196,9 @@ class QuantLinear(Multiplier):
         activation: str | None = None,
         rewrites: Sequence[str] = (),
         weight: T.Weight | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(plain, bias, activation, weight)
+        super().__init__(plain, bias, activation, weight, dtype)
         if rewrites:
             self.rewrites = tuple(rewrites)
         for array, (dtype, size) in R.storage(self.rewrites, self.in_features).items():
@@ -195,6 +212,11 @@ class QuantLinear(Multiplier):
     def in_features(self) -> int:
         return self.shape[1]
 
+    @property
+    def weight(self) -> FloatWeight:
+        """What a network's own code may ask of the float weight; :meth:`weight_of` gives what is stored."""
+        return self._float_weight(self.shape, nn.functional.linear, self._multiply)
+
     @classmethod
     def of(cls, linear: nn.Linear, weight: T.Weight, activation: str | None = None) -> QuantLinear:
         """``linear`` with its weight replaced by ``weight``, matrices in the layouts that they are in; the bias is
@@ -205,7 +227,8 @@ class QuantLinear(Multiplier):
         """
         check_shape(weight, (linear.out_features, linear.in_features), linear)
         bias = linear.bias if isinstance(linear.bias, nn.Parameter) else None
-        return cls(T.describe(weight), bias, activation, weight=weight).train(linear.training)
+        made = cls(T.describe(weight), bias, activation, weight=weight, dtype=linear.weight.dtype)
+        return made.train(linear.training)
 
     def prepare(self, kernel: str | None = None) -> None:
         self._rewrite = self.rewrite()
@@ -230,13 +253,16 @@ class QuantLinear(Multiplier):
         except InputError as error:
             raise VerificationError(error.asked, error.found, error.works) from None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        return self._multiply(input, self.bias)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not self.rewrites:
-            return self.prepared(x, self.bias)
+            return self.prepared(x, bias)
         # Rewritten inputs stay in float32: rounding them to a shorter dtype of x would be one rounding more.
         prepared, rewriting = self.prepared, self._rewriting
         assert rewriting is not None
-        return prepared(rewriting(x), self.bias).to(x.dtype)
+        return prepared(rewriting(x), bias).to(x.dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """What is used is what is saved, also after a cast of the buffers."""

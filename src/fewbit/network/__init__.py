@@ -17,23 +17,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fewbit import formats
 from fewbit.core import given
 from fewbit.core.defaults import exact
-from fewbit.errors import InputError, SpecError, UnsupportedError
+from fewbit.errors import InputError, SpecError, UnsupportedError, first_line
 from fewbit.formats.fixed import Fixed
-from fewbit.model.convolution import window_of
+from fewbit.model.convolution import placed_windows
 from fewbit.model.product import Product
 from fewbit.network import solving
 from fewbit.network.distill import distill
 from fewbit.network.feeding import Batch, batches_of, feed
 from fewbit.network.fold import NORMS, fold_norms
 from fewbit.network.folder import load, save
+from fewbit.network.functional import AsLayers
 from fewbit.network.inline import place_products
 from fewbit.network.places import put, without_shortcuts
 from fewbit.network.quantized import Quantized
@@ -94,8 +95,9 @@ def quantize(
     batches, known = batches_of(inputs), Loss.of(loss, labels)
     rules, products, skipped = _decide(network, chosen, bool(batches))
     _need_data(rules, products, correct_bias or sequential, batches)
+    _need_own_bias(network, list(rules) if correct_bias else [], batches)
     asking, told = _need_loss(rules, known, batches)
-    made = without_shortcuts(network if inplace else copy.deepcopy(network)).eval()
+    made = without_shortcuts(network if inplace else _copied(network)).eval()
     folded = fold_norms(made, batches[0]) if fold and batches else {}
     teacher = copy.deepcopy(made).float() if any(rule.tunings() for rule in (rules | products).values()) else made
     weighed = sensitivity(made, asking, batches, known, seed) if known is not None and asking else {}
@@ -116,6 +118,19 @@ def _check_kinds(network: Any, seed: Any) -> None:
         found = "it is a layer by itself, and would have to be replaced in what holds it"
         raise InputError(f"quantizing a {type(network).__name__}", found, "torch.nn.Sequential(layer)")
     given.kind("seed", seed, int, "a whole number")
+    for name, parameter in network.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            found = f"{name} has no shape before the network has run (nn.LazyLinear, say)"
+            raise InputError(f"quantizing a {type(network).__name__}", found, "network(batch) first")
+
+
+def _copied(network: nn.Module) -> nn.Module:
+    """Raises InputError: it holds what cannot be copied."""
+    try:
+        return copy.deepcopy(network)
+    except RuntimeError as error:
+        works = "torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove first, or inplace=True"
+        raise InputError(f"a copy of a {type(network).__name__}", first_line(error), works) from error
 
 
 def _refuse(recipe: Recipe) -> None:
@@ -140,7 +155,7 @@ def _replace(
             record = {**record, "activation": grid.name}
         layers.append({**record, "bias": layer.bias is not None})
         if isinstance(layer, nn.Conv2d):
-            layers[-1]["window"] = asdict(window_of(layer))
+            layers[-1] |= placed_windows(layer)
         put(network, name, solving.quantized(layer, item, record["activation"]))
     integers = {name: solving.product(name, rule, found.grids) for name, rule in products.items()}
     for name, product in integers.items():
@@ -186,12 +201,23 @@ def _kept(name: str, module: nn.Module, rule: Rule | None, ran: bool) -> str | N
         return f"{type(module).__name__} is no {' or '.join(cls.__name__ for cls in solving.SITES)}"
     if rule is None or rule.format == FLOAT:
         return "the recipe keeps it in float" if rule else "no rule of the recipe matches it"
+    assert isinstance(module.weight, Tensor)
+    if not module.weight.numel():
+        return "its weight is empty"
     _check(name, solving.SITES[type(module)], module, rule)
     return None
 
 
 def _check(name: str, kind: str, layer: nn.Module, rule: Rule) -> None:
     """Refuse what is asked of a layer that only a language model's blocks can have, or that its kind cannot."""
+    weight = layer.weight
+    if not isinstance(weight, nn.Parameter):
+        found = "its weight is made anew of other parameters each time that it runs (weight norm, pruning)"
+        works = "torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove first"
+        raise InputError(f"quantizing {name}", found, works)
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        found = f"its weight is {weight.dtype}; kernels run in float32, bfloat16 and float16"
+        raise UnsupportedError(f"quantizing {name}", found, f'network.float(), or format "float" for {name}')
     if kind == "conv2d" and rule.transforms:
         found = "inputs of convolutions are not rewritten at run time"
         raise UnsupportedError(f"transforms for {name}", found, "give convolutions a rule without transforms")
@@ -221,6 +247,16 @@ def _need_data(rules: dict[str, Rule], products: dict[str, Rule], more: bool, ba
     if asking:
         what = f"the method, transform, tuning or static activations of {asking[0]}"
     raise InputError(what, "no inputs were given to calibrate on", "inputs=[batch, ...]")
+
+
+def _need_own_bias(network: nn.Module, names: list[str], batches: list[Batch]) -> None:
+    """Refuse to correct the biases of layers ``names`` where the network's own code leaves one out."""
+    if not names:
+        return
+    feed(network, batches[0], calls := AsLayers(network))
+    if left := [name for name in names if name in calls.other_bias]:
+        found = "the network's own code multiplies by its weight with another bias than the layer's, or none"
+        raise UnsupportedError(f"correcting the bias of {left[0]}", found, "correct_bias=False")
 
 
 def _need_loss(rules: dict[str, Rule], loss: Loss | None, batches: list[Batch]) -> tuple[list[str], str | None]:

@@ -21,9 +21,12 @@ from fewbit.core.rewrite import Chain
 from fewbit.errors import InputError, UnsupportedError, first_line, of_layer
 from fewbit.kernels.conv import unfold
 from fewbit.kernels.window import Window
+from fewbit.model.convolution import Margin
 from fewbit.model.finite import check_inputs
+from fewbit.model.float_weight import FloatWeight
 from fewbit.model.hooks import hooked
 from fewbit.model.layers import Multiplier
+from fewbit.network.functional import AsLayers
 
 Batch = Any
 """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -35,7 +38,7 @@ STRIP = 1 << 22
 """Elements of windows that are looked at at a time: 16 MiB of float32."""
 SHOWN = 256
 """Inputs of a layer that its error is measured on."""
-HANDING_ON = ("fewbit.network.inline", "fewbit.model.product")
+HANDING_ON = ("fewbit.network.functional", "fewbit.network.inline", "fewbit.model.product")
 """Modules of ours that do no more than what the network asks for itself."""
 
 
@@ -56,12 +59,13 @@ def batches_of(inputs: Any) -> list[Batch]:
 
 
 @torch.no_grad()
-def feed(network: nn.Module, batch: Batch) -> Any:
-    """What ``network`` makes of ``batch``, whose floats are in the dtype of the network's first parameter."""
-    return call(network, batch)
+def feed(network: nn.Module, batch: Batch, calls: AsLayers | None = None) -> Any:
+    """What ``network`` makes of ``batch``, whose floats are in the dtype of the network's first parameter. ``calls``:
+    of it, to be asked afterwards."""
+    return call(network, batch, calls)
 
 
-def call(network: nn.Module, batch: Batch) -> Any:
+def call(network: nn.Module, batch: Batch, calls: AsLayers | None = None) -> Any:
     """As :func:`feed`, with gradients.
 
     Raises:
@@ -77,7 +81,7 @@ def call(network: nn.Module, batch: Batch) -> Any:
     named = isinstance(batch, Mapping)
     given = () if named else batch if isinstance(batch, (tuple, list)) else (batch,)
     try:
-        with of_caller():
+        with of_caller(), (calls or AsLayers(network)).open():
             return network(*map(cast, given), **({key: cast(value) for key, value in batch.items()} if named else {}))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         if not _of_network(error):
@@ -87,6 +91,8 @@ def call(network: nn.Module, batch: Batch) -> Any:
         works = "batches as its forward takes them: check network(batch)"
         raise InputError(what, first_line(error), works) from error
     except AttributeError as error:
+        if isinstance(error.obj, FloatWeight):
+            raise error.obj.refusal(f"{error.name!r}") from error
         if not isinstance(error.obj, Multiplier):
             raise
         name = next((name for name, module in network.named_modules() if module is error.obj), "")
@@ -111,7 +117,8 @@ def _of_network(error: Exception) -> bool:
 class Wanted:
     """What to look at in the inputs of a layer, and what was seen.
 
-    ``window``: of a convolution, whose inputs are its windows, (positions, groups, columns). ``facts``, ``gram``: sum
+    ``window``: of a convolution, whose inputs are its windows, (positions, groups, columns), of images with their
+    ``margin`` around them. ``facts``, ``gram``: sum
     up E[x], E[x^2] and, with it, E[x x^T]. ``range``: nothing but the numbers that leave ``rewrite``. Without either,
     the first inputs are shown.
     """
@@ -121,6 +128,7 @@ class Wanted:
     gram: bool
     facts: bool
     range: bool
+    margin: Margin | None = None
     accumulator: Accumulator = field(init=False)
     total: Tensor = field(init=False)
     tokens: int = 0
@@ -149,7 +157,12 @@ class Wanted:
         if self.window is None:
             return x.dim() > 0 and x.shape[-1] == self.columns
         channels = self.total.numel() // math.prod(self.window.size)
-        return x.shape[1] == channels and min(self.window.out(x)) > 0
+        if x.shape[1] != channels or (self.margin is not None and not self.margin.fits(x)):
+            return False
+        return min(self.window.out(self._whole(x))) > 0
+
+    def _whole(self, x: Tensor) -> Tensor:
+        return x if self.margin is None else self.margin.around(x)
 
     def look(self, x: Tensor) -> None:
         """At one batch's inputs, as the module gets them."""
@@ -173,6 +186,7 @@ class Wanted:
         if self.window is None:
             yield x.reshape(-1, 1, self.columns)
             return
+        x = self._whole(x)
         high, wide = self.window.out(x)
         width = self.total.numel()
         positions, step = x.shape[0] * high * wide, max(1, STRIP // width)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.errors import UnsupportedError
+from fewbit.errors import InputError, UnsupportedError
 from fewbit.model.finite import check_layers
 from fewbit.model.hooks import hooked
 from fewbit.network.feeding import Batch, feed
@@ -38,14 +38,18 @@ def fold_norms(network: nn.Module, batch: Batch) -> dict[str, str]:
 
     Raises:
         InputError: activations hold NaN or infinity; the message names the first layer that has them.
-        UnsupportedError: the output moved: something besides the norm uses the output of a layer before one. The
-            network is then as it was.
+        UnsupportedError: the output moved: something besides the norm uses the output of a layer before one; or the
+            network does not run in float64. It is then as it was.
     """
-    exact = copy.deepcopy(network).double()
-    pairs = _pairs(exact, batch)
+    pairs = _pairs(network, batch)
     if not pairs:
         return {}
-    before = feed(exact, batch)
+    exact = copy.deepcopy(network).double()
+    try:
+        before = feed(exact, batch)
+    except InputError as error:  # it casts to another dtype, as x.float() does: in its own it has run
+        found = f"that is checked in float64, in which the network does not run: {error.found}"
+        raise UnsupportedError(f"folding {len(pairs)} batch norms", found, "fold=False") from error
     for norm, layer in pairs.items():
         _fold(exact, norm, layer)
     moved = distance(feed(exact, batch), before)
@@ -104,7 +108,8 @@ def _pairs(network: nn.Module, batch: Batch) -> dict[str, str]:
             runs[name] = runs.get(name, 0) + 1
             for output, layer in reversed(made):
                 if args[0] is output:
-                    pairs[name] = layer
+                    if output.dim() in (2, 4):  # else the channels of a linear layer are not those of the norm
+                        pairs[name] = layer
                     return
 
         return hook

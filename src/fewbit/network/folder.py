@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from fewbit.containers.files import refuse_folder, take_place, write_json
 from fewbit.containers.safetensors import open_safetensors, write_safetensors
 from fewbit.core import given
 from fewbit.errors import InputError, VerificationError
-from fewbit.model.convolution import QuantConv2d, window_of
+from fewbit.model.convolution import QuantConv2d, margin_of, placed_windows, window_of
 from fewbit.model.layers import QuantLinear
 from fewbit.model.product import Product, QuantProduct
 from fewbit.network.fold import unfolded
@@ -133,19 +132,25 @@ def _replace(network: nn.Module, record: dict[str, Any]) -> None:
     if not isinstance(old, (nn.Conv2d, nn.Linear)) or shape != (len(old.weight), old.weight[0].numel()):
         raise AttributeError(f"{record['name']} is {old}")
     window = record.get("window")  # of older folders, none
-    if isinstance(old, nn.Conv2d) and window is not None and asdict(window_of(old)) != _pairs(window):
+    if isinstance(old, nn.Conv2d) and window is not None and placed_windows(old) != _placed(record):
         raise AttributeError(f"{record['name']} is {old}, and was {window}")
     plain, activation = T.of_entry(record), record["activation"]
     bias = nn.Parameter(torch.zeros(shape[0], dtype=old.weight.dtype)) if record["bias"] else None
     if isinstance(old, nn.Conv2d):
-        new: nn.Module = QuantConv2d(plain, window_of(old), bias, activation, dtype=old.weight.dtype)
+        new: nn.Module = QuantConv2d(
+            plain, window_of(old), bias, activation, dtype=old.weight.dtype, margin=margin_of(old)
+        )
     else:
         kinds = [step["kind"] for step in record["rewrites"]]
-        new = QuantLinear(plain, bias, activation, kinds)
+        new = QuantLinear(plain, bias, activation, kinds, dtype=old.weight.dtype)
     # names and sizes alone: what the arrays of a sum hold is checked whenever they are read
     put(network, record["name"], new.to("meta"))
 
 
-def _pairs(window: dict[str, Any]) -> dict[str, Any]:
-    """As it was before it became JSON."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in window.items()}
+def _placed(record: dict[str, Any]) -> dict[str, Any]:
+    """As :func:`fewbit.model.convolution.placed_windows` gives it, before it became JSON."""
+    return {
+        name: {key: tuple(value) if isinstance(value, list) else value for key, value in record[name].items()}
+        for name in ("window", "margin")
+        if name in record
+    }

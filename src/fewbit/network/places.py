@@ -5,10 +5,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fewbit.model.layers import Multiplier
+
 
 def put(network: nn.Module, name: str, new: nn.Module) -> None:
     """Replace the module ``name`` by ``new``, under every name that it has."""
     old = network.get_submodule(name)
+    if isinstance(new, Multiplier):
+        new.name = name
     for path in [path for path, module in network.named_modules(remove_duplicate=False) if module is old]:
         network.set_submodule(path, new)
 

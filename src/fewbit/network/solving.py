@@ -29,7 +29,7 @@ from fewbit.core.facts import Facts
 from fewbit.core.rewrite import Chain
 from fewbit.errors import UnsupportedError
 from fewbit.formats.fixed import Fixed
-from fewbit.model.convolution import QuantConv2d, window_of
+from fewbit.model.convolution import QuantConv2d, margin_of, window_of
 from fewbit.model.layers import QuantLinear
 from fewbit.model.product import QuantProduct
 from fewbit.model.sites import Site
@@ -133,11 +133,11 @@ def sequential(network: nn.Module, asked: Asked) -> Solutions:
 
 
 def wanted_of(layer: nn.Module, rule: Rule, correct_bias: bool) -> Wanted:
-    window = window_of(layer) if isinstance(layer, nn.Conv2d) else None
+    window, margin = (window_of(layer), margin_of(layer)) if isinstance(layer, nn.Conv2d) else (None, None)
     assert isinstance(layer.weight, Tensor)
     needs = [rule.row().needs, *(step.row().needs for step in rule.transforms)]
     facts = correct_bias or any(need != "nothing" for need in needs)
-    return Wanted(layer.weight[0].numel(), window, rule.needs == "gram", facts, False)
+    return Wanted(layer.weight[0].numel(), window, rule.needs == "gram", facts, False, margin)
 
 
 def site_of(name: str, layer: nn.Module) -> Site:
@@ -198,7 +198,8 @@ def quantized(layer: nn.Module, item: Solved, activation: str | None) -> nn.Modu
     if isinstance(layer, nn.Conv2d):
         return QuantConv2d.of(layer, item.weight, activation)
     assert isinstance(layer, nn.Linear)
-    made = QuantLinear(T.of_entry(item.record), layer.bias, activation, item.rewrite.kinds, item.weight)
+    plain, kinds = T.of_entry(item.record), item.rewrite.kinds
+    made = QuantLinear(plain, layer.bias, activation, kinds, item.weight, layer.weight.dtype)
     for name, array in item.rewrite.arrays.items():
         getattr(made, f"input_{name}").copy_(array)
     return made.eval()
