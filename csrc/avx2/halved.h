@@ -33,7 +33,7 @@ inline bool any_whole(const SegmentTask& task) {
   return RestList::of(task, 0).whole || RestList::of(task, task.together - 1).whole;
 }
 
-// Those of M tokens.
+// Those of M tokens. Of an operand K, at(codes, g) is a group of four columns, as K::RestSum takes it.
 template <int M>
 struct RestsOfTokens {
   const SegmentTask& task;
@@ -58,7 +58,7 @@ struct RestsOfTokens {
         F(&here)[T][M] = value[next[m]->segment - first];
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) {
-          typename K::Sum dot;
+          typename K::RestSum dot;
           dot.add(kernel.at(codes[t] + group / 8 * K::kBits * 64, static_cast<int>(group % 8)), next[m]->x);
           here[t][m] = fewbit::add(here[t][m], dot.value());
         }

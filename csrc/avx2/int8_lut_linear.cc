@@ -57,6 +57,7 @@ struct Lut {
   static constexpr float origin = -SUM::kOrigin;
   using X = int8_t;
   using Sum = SUM;
+  using RestSum = SUM;
   template <int M>
   using Rests = RestsOfTokens<M>;
   ByteTable<BITS> table;

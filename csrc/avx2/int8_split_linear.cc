@@ -28,14 +28,22 @@ struct Bytes {
   FEWBIT_INLINE void split(U codes, U (&plane)[1]) const { plane[0] = codes; }
 };
 
-// The same beside one or two tokens.
-struct FewBytes : Bytes<void> {
-  using Sum = PairsOfBytes;
+// Whole codes, beside the halves that are listed of one or two tokens.
+template <class K>
+struct WithHalves : K {
+  using RestSum = PairsOfBytes;
   template <int M>
   using Rests = RestsOfTokens<M>;
 
-  using Bytes<void>::Bytes;
+  using K::K;
   FEWBIT_INLINE U at(const uint8_t* codes, int g) const { return quad_at<8>(codes, g); }
+};
+
+// Codes as they are, beside these tokens.
+struct FewBytes : Bytes<void> {
+  using Sum = PairsOfBytes;
+
+  using Bytes<void>::Bytes;
   FEWBIT_INLINE F value(const Sum (&dot)[1]) const { return dot[0].value(); }
 };
 
@@ -55,10 +63,15 @@ void round_halved(const SegmentTask& task, const fewbit_input& x, int64_t token)
   list_halves(task, token, true);
 }
 
-void few_run(const SegmentTask& task, int64_t tile_begin, int64_t tile_end, int64_t tokens) {
-  if (any_whole(task)) return int8_strips<Codes<8>>(task, tile_begin, tile_end, tokens);
-  if (task.together == 1) return strips_settled<FewBytes, 8, 1>(task, tile_begin, tokens);
-  strips_settled<FewBytes, 4, 2>(task, tile_begin, tokens);
+// By planes of 4 bits, if a token was left whole; the other may have been halved.
+void few_run(const SegmentTask& task, int64_t tile, int64_t, int64_t tokens) {
+  using Pairs = WithHalves<FewBytes>;
+  using Planes = WithHalves<Codes<8>>;
+  const bool whole = any_whole(task);
+  if (task.together == 1 && whole) return strips_settled<Planes, 2, 1>(task, tile, tokens);
+  if (task.together == 1) return strips_settled<Pairs, 8, 1>(task, tile, tokens);
+  if (whole) return strips_settled<Planes, 2, 2>(task, tile, tokens);
+  strips_settled<Pairs, 4, 2>(task, tile, tokens);
 }
 
 }  // namespace
