@@ -66,7 +66,8 @@ def compare_page(evaluations: Sequence[Figures]) -> str:
     names = ", ".join(short(e["model"]) for e in evaluations)
     reason = rows.comparable(list(evaluations))
     best = min(evaluations, key=lambda e: e["size_bytes"])
-    headline = f"{len(evaluations)} results; the smallest is {short(best['model'])} with {N.size(best['size_bytes'])}."
+    smallest = f"{short(best['model'])} with {N.size(best['size_bytes'])}"
+    headline = f"{len(evaluations)} results; the smallest is {smallest}." if len(evaluations) > 1 else f"{smallest}."
     return _render(
         title=f"Comparison: {names}",
         verdict=Verdict(headline, "plain", (reason,) if reason else ()),

@@ -116,6 +116,7 @@ def axes(x: Scale, y: Scale, x_title: str, y_title: str) -> Markup:
 
 
 def trim(value: float) -> str:
-    """A tick label without trailing zeros."""
-    shown = N.significant(value, 3)
-    return shown.rstrip("0").rstrip(".") if "." in shown and "e" not in shown else shown
+    """A tick label without trailing zeros: 0.02, 3e-5."""
+    shown, exponential, power = N.significant(value, 3).partition("e")
+    shown = shown.rstrip("0").rstrip(".") if "." in shown else shown
+    return f"{shown}e{int(power)}" if exponential else shown
