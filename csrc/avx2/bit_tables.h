@@ -144,7 +144,7 @@ template <int M, bool arranged>
 void one_bit(const SegmentTask& task, const Strip& strip) {
   Unsettled<4, M> all(task, strip);
   const uint8_t* codes = strip.at(task, 0).codes;
-  const int64_t apart = strip.at(task, 2).codes - codes;  // 0: a tile alone is taken for both
+  const int64_t apart = strip.codes_apart(task);
   const auto* tables = static_cast<const uint8_t*>(task.activations);
   for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++) {
     const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;
@@ -223,7 +223,7 @@ FEWBIT_INLINE void look_up_run(const uint8_t*& codes, int64_t apart, const uint8
 inline void one_bit_lanes(const SegmentTask& task, const Strip& strip) {
   Unsettled<4, 1> all(task, strip);
   const uint8_t* codes = strip.at(task, 0).codes;
-  const int64_t apart = strip.at(task, 2).codes - codes;
+  const int64_t apart = strip.codes_apart(task);
   const auto* tables = static_cast<const uint8_t*>(task.activations);
   const U above = _mm256_set1_epi16(0x4b00);
   for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++) {

@@ -176,7 +176,7 @@ void rows24(const SegmentTask& task, const Strip& strip) {
   constexpr int64_t kChunk = lookups(BITS) * kEntries;
   Unsettled<4, 1> all(task, strip);
   const uint8_t* codes = strip.at(task, 0).codes;
-  const int64_t apart = strip.at(task, 2).codes - codes;  // 0: a tile alone is taken for both
+  const int64_t apart = strip.codes_apart(task);
   const uint8_t* tables = tables_of(task, strip.token);
   for (int64_t segment = 0, chunk = 0; segment < task.segments; segment++) {
     const int64_t end = chunk + task.segment_chunks < task.chunks ? chunk + task.segment_chunks : task.chunks;

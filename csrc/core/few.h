@@ -136,7 +136,7 @@ struct FewCodes<T, true> {
   int64_t apart;  // of the tiles
 
   FEWBIT_INLINE FewCodes(const SegmentTask& task, const Strip& strip)
-      : at(Group(task, strip.group).codes), apart(strip.at(task, kGroupsPerTile).codes - at) {}
+      : at(Group(task, strip.group).codes), apart(strip.codes_apart(task)) {}
   FEWBIT_INLINE const uint8_t* group(int t) const {
     return at + t / kGroupsPerTile * apart + t % kGroupsPerTile * kLanes * 4;
   }

@@ -73,6 +73,12 @@ struct Strip {
     if (t >= groups) t = groups - 1;
     return Group(task, group + t / kGroupsPerTile * apart + t % kGroupsPerTile);
   }
+
+  // Bytes from codes of a tile to those of the next; 0 where there is one, which is then taken for both.
+  template <class T>
+  FEWBIT_INLINE int64_t codes_apart(const T& task) const {
+    return groups > kGroupsPerTile ? apart / kGroupsPerTile * task.chunks * task.bits * 64 : 0;
+  }
 };
 
 // Whether tiles of a strip of T row groups x M tokens lie apart: few tokens read weights as fast as memory gives them. Two tiles

@@ -92,13 +92,13 @@ def test_the_loss_is_of_both_targets_in_both_measures(
 
     def float_block(run: Any, stage: int, index: int) -> None:
         source = run.hidden(stage - 1, "calibration")
-        batches = range(len(run.batches()))
+        batches = range(len(run.texts.batches))
         floats[index] = [run.model.run_block(index, source.read(i), run.inputs("calibration")) for i in batches]
         before(run, stage, index)
 
     def block(run: Any, stage: int, index: int, solved: Any) -> Any:
         source, after = run.hidden(stage - 1, "calibration"), run.hidden(stage, "reference")
-        batches = range(len(run.batches()))
+        batches = range(len(run.texts.batches))
         with as_run(run.model, solved):
             made = torch.cat([run.model.run_block(index, source.read(i), run.inputs("calibration")) for i in batches])
         first, own = torch.cat([after.read(i) for i in batches]).double(), torch.cat(floats[index]).double()

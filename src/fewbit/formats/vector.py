@@ -72,7 +72,8 @@ class Vector(Format):
 
     def fit(self, blocks: Tensor, importance: Tensor) -> dict[str, Tensor]:
         vectors = self._vectors(blocks.clamp(-float16.LARGEST, float16.LARGEST))
-        worth = self._vectors(importance.expand_as(blocks))
+        largest = max(-126, min(126, int(torch.frexp(importance.amax()).exponent)))
+        worth = self._vectors(importance.expand_as(blocks)) * 2.0**-largest  # so that parts of it do not vanish
         least, some = worth.amin(-1), worth.amax(-1)  # zero where a vector is padded
         shares = torch.where(least > 0, least + (worth - least.unsqueeze(-1)).mean(-1), clusters.SPARE * some)
         found: dict[str, list[Tensor]] = {name: [] for name in self.fields}

@@ -76,11 +76,10 @@ def quantize(
             a tuning compares the whole network with the float one (:mod:`fewbit.network.distill`).
         fold: fold batch norms into the layers before them; seen on the first batch.
         correct_bias: take the mean error of each layer's output from its bias (:mod:`fewbit.core.correction`).
-        sequential: solve layers in the order in which they run, each on what those before it, quantized already, make
-            of the inputs, not on what the float network does (:mod:`fewbit.network.solving`): a pass a layer.
-        loss: what methods that weigh by the Fisher diagonal take the gradient of (:mod:`fewbit.network.sensitivity`):
-            "classes", "values", or a function of the output and the label of one sample.
-        labels: for ``loss``, "classes" where none is named: one tensor a batch, one label a sample.
+        sequential: solve each layer on what the quantized ones that run before it make of the inputs, not on what the
+            float network does (:mod:`fewbit.network.solving`): a pass a layer.
+        loss, labels: what methods that weigh by the Fisher diagonal take the gradient of: "classes" (with labels, the
+            default), "values", or a function of output and label (:mod:`fewbit.network.sensitivity`); a tensor a batch.
         seed: what anything random is drawn with.
         inplace: change ``network`` itself, without a copy. Where an error is raised, batch norms may be folded and
             biases corrected, but no layer is quantized.
