@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of segments.h for one or two tokens where arithmetic is what is short, not memory: segments are multiplied first
-// and settled several at a time, so that neither loop holds registers for the other. Included after an ISA's simd.h. A Sum
+// Products of segments.h for one or two tokens where registers are short: segments are multiplied first and settled several
+// at a time, so that neither loop holds registers for the other. Included after an ISA's simd.h. A Sum
 // (see segments.h) whose kGroups is 8 offers also
 //
 //   kChunks            chunks after which `flush` must be called
@@ -116,7 +116,7 @@ FEWBIT_INLINE void flush(Sum (&dot)[M][P]) {
 }
 
 // Where row groups of a tile find their codes.
-template <int T, bool two = (T > kGroupsPerTile)>
+template <int T, bool several = (T > kGroupsPerTile)>
 struct FewCodes {
   const uint8_t* at[T];
 
