@@ -244,6 +244,11 @@ FEWBIT_APART void finish_totals(const SegmentTask& task, const Strip& strip, Set
   }
 }
 
+// Whether tiles lie apart that are multiplied where they stand: also beside more tokens where a vector is a whole tile. From one
+// place such a processor reads less than memory gives.
+template <int T, int M>
+constexpr bool kDirectApart = kTilesApart<T, M> || (kGroupsPerTile == 1 && M > 2 && T > 1);
+
 // T row groups x M tokens, decoded where they stand; C sums a row group and token, which g takes in turn: where they are
 // as many as K multiplies fields in place, one for each of them, divided when all has been added up.
 template <class K, int T, int M, int C>
@@ -262,7 +267,7 @@ void direct(const SegmentTask& task, const Strip& strip) {
   }
   for (int t = 0; t < T; t++)
     for (int m = 0; m < M; m++) total[t][m] = broadcast(0.0f);
-  const int64_t ahead = kTilesApart<T, M> ? kAheadApart : next_strip(task, T);
+  const int64_t ahead = kDirectApart<T, M> ? (M > 2 ? 2 : 1) * kAheadApart : next_strip(task, T);
   const Settling how = settling(task);
   int64_t chunk = 0;
   for (Segment segment(task); segment.index < task.segments; segment.advance(task)) {
@@ -329,7 +334,7 @@ void direct(const SegmentTask& task, const Strip& strip) {
 // Row groups by T, for all M tokens of a task.
 template <class K, int T, int M, int C>
 FEWBIT_INLINE void strips_direct(const SegmentTask& task, int64_t group, int64_t end, int64_t tokens) {
-  if constexpr (kTilesApart<T, M>)
+  if constexpr (kDirectApart<T, M>)
     return strips_apart<T>(task.rows, group / kGroupsPerTile, 0, tokens,
                            [&](const Strip& strip) { direct<K, T, M, C>(task, strip); });
   for (; group < end; group += T) direct<K, T, M, C>(task, {group, end - group, 0, tokens});
