@@ -150,7 +150,7 @@ FEWBIT_INLINE void int8_row(const Int8RowTask& task, int64_t row) {
     // Several rows side by side are no stream that the processor foresees: what is kAhead rows on, in order of memory.
 #pragma GCC unroll 16
     for (int64_t line = 0; R > 1 && line < R * kFour; line += 64)
-      __builtin_prefetch(codes + kAhead * apart + i * R * kFour + line, 0, 3);
+      __builtin_prefetch(codes + kAhead * apart + i * R * kFour + line, 0, 2);
   }
   if (rest) {
     const LastChunks<BITS, R> last(codes + whole * kFour, apart, rest);
@@ -204,9 +204,8 @@ void int8_row_decoded(const Int8RowTask& task, int64_t row, int64_t tokens) {
 
 template <int BITS>
 void int8_rows(const Int8RowTask& task, int64_t row, int64_t end, int64_t tokens) {
-  constexpr int kBySide = BITS == 1 || BITS == 2 ? 4 : 1;  // rows of one token: longer ones wait for memory, a stream by itself
   if (task.together == 1) {
-    for (; row + kBySide <= end; row += kBySide) int8_row<BITS, kBySide>(task, row);
+    for (; row + 4 <= end; row += 4) int8_row<BITS, 4>(task, row);
     for (; row < end; row++) int8_row<BITS, 1>(task, row);
   } else {
     for (; row + kRowsBeside <= end; row += kRowsBeside) int8_row_decoded<BITS, kRowsBeside>(task, row, tokens);
