@@ -7,6 +7,9 @@
 
 #include <string.h>
 
+#include <array>
+#include <utility>
+
 #include "core/dtypes.h"
 #include "core/inline.h"
 #include "core/kernel.h"
@@ -14,8 +17,13 @@
 namespace fewbit {
 namespace {
 
-// Row by row: T rows x M tokens, two chains of sums each, so that what is computed does not depend on either.
+// R rows x M tokens, two chains of sums each, so that what is computed does not depend on either.
 constexpr int kRowChains = 2;
+
+// Rows that are computed beside M tokens, whose sums need not wait for one another; as many as registers hold, with their tables.
+template <int BITS, int M>
+constexpr int kRowsBeside = kLanes < 16 || BITS > 6 ? 1 : BITS > 4 && M > 1 ? 2 : 4;
+constexpr int64_t kRowsAhead = 8;
 
 template <int BITS>
 struct RowCells {
@@ -46,6 +54,7 @@ template <int BITS>
 struct RowLevels {
   float level[1 << BITS];
 
+  RowLevels() = default;
   FEWBIT_INLINE RowLevels(const RowTask& task, int64_t row) {
     const int64_t at = row / task.table_rows << BITS;
     if (!task.table_half) {
@@ -61,6 +70,11 @@ struct RowLevels {
   }
 };
 
+template <int BITS, int R, size_t... r>
+FEWBIT_INLINE std::array<Lookup<BITS>, R> lookups(const RowLevels<BITS> (&levels)[R], std::index_sequence<r...>) {
+  return {Lookup<BITS>(levels[r].level)...};
+}
+
 FEWBIT_INLINE float total_of(F sum) {
   float lanes[kLanes], total = 0;
   store(lanes, sum);
@@ -68,53 +82,73 @@ FEWBIT_INLINE float total_of(F sum) {
   return total;
 }
 
-// Row `row` of M tokens from `token`, of which `tokens` exist.
-template <int BITS, int M>
-FEWBIT_INLINE void row_of(const RowTask& task, int64_t row, int64_t token, int64_t tokens) {
+// Rows [row, row + R) of M tokens from `token`, of which `tokens` exist. A call of its own: see `compute` in linear.h.
+template <int BITS, int R, int M>
+FEWBIT_APART void rows_beside(const RowTask& task, int64_t row, int64_t token, int64_t tokens) {
   using Cells = RowCells<BITS>;
-  const RowLevels<BITS> levels(task, row);
-  const Lookup<BITS> lookup(levels.level);
-  const uint8_t* codes = task.codes + row * task.chunks * Cells::kBytes;
-  const float* x = task.panel + token * task.chunks * Cells::kColumns;
-  const float* scale = task.scale + row * task.blocks;
-  const int64_t apart = task.chunks * Cells::kColumns;
-  F total[M];
-  for (int m = 0; m < M; m++) total[m] = broadcast(0.0f);
+  const int64_t bytes = task.chunks * Cells::kBytes, apart = task.chunks * Cells::kColumns;
+  const uint8_t* codes = task.codes + row * bytes;
+  const float* x = task.panel + token * apart;
+  RowLevels<BITS> levels[R];
+  for (int r = 0; r < R; r++) levels[r] = {task, row + r};
+  const auto tables = lookups<BITS>(levels, std::make_index_sequence<R>());
+  F total[R][M];
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) total[r][m] = broadcast(0.0f);
   int64_t chunk = 0;
   for (int64_t b = 0; b < task.blocks; b++) {
-    F sum[M][kRowChains];
-    for (int m = 0; m < M; m++)
-      for (int c = 0; c < kRowChains; c++) sum[m][c] = broadcast(0.0f);
+    F sum[R][M][kRowChains];
+    for (int r = 0; r < R; r++)
+      for (int m = 0; m < M; m++)
+        for (int c = 0; c < kRowChains; c++) sum[r][m][c] = broadcast(0.0f);
     const int64_t end = b + 1 < task.blocks ? (b + 1) * task.block_chunks : task.chunks;
     for (; chunk < end; chunk++, x += Cells::kColumns) {
-      const Cells cells(codes, chunk, task.chunks);
+      // Several rows side by side are no stream that the processor foresees: what is kRowsAhead on, in order of memory.
+      for (int line = 0; R > 1 && line < R * Cells::kBytes; line += 64)
+        __builtin_prefetch(codes + kRowsAhead * bytes + chunk * R * Cells::kBytes + line, 0, 2);
       for (int lane = 0; lane < 16; lane += kLanes) {
-        const U lanes = cells.lanes(lane);
+        U lanes[R];
+        for (int r = 0; r < R; r++) lanes[r] = Cells(codes + r * bytes, chunk, task.chunks).lanes(lane);
 #pragma GCC unroll 8
         for (int n = 0; n < Cells::kFields; n++) {
-          const F w = lookup(n ? shift_right(lanes, n * BITS) : lanes);
+          F w[R];
+          for (int r = 0; r < R; r++) w[r] = tables[r](n ? shift_right(lanes[r], n * BITS) : lanes[r]);
           for (int m = 0; m < M; m++) {
-            F& chain = sum[m][(n + lane / kLanes) % kRowChains];
-            chain = fma(w, load(x + m * apart + n * 16 + lane), chain);
+            const F here = load(x + m * apart + n * 16 + lane);
+            for (int r = 0; r < R; r++) {
+              F& chain = sum[r][m][(n + lane / kLanes) % kRowChains];
+              chain = fma(w[r], here, chain);
+            }
           }
         }
       }
     }
-    for (int m = 0; m < M; m++) total[m] = fma(broadcast(scale[b]), add(sum[m][0], sum[m][1]), total[m]);
+    for (int r = 0; r < R; r++) {
+      const F scale = broadcast(task.scale[(row + r) * task.blocks + b]);
+      for (int m = 0; m < M; m++) total[r][m] = fma(scale, add(sum[r][m][0], sum[r][m][1]), total[r][m]);
+    }
   }
-  for (int m = 0; m < M && m < tokens; m++) {
-    const float y = total_of(total[m]) + (task.bias ? task.bias[row] : 0.0f);
-    write_float(task.y, task.y_dtype, (token + m) * task.y_stride + row, y);
-  }
+  for (int m = 0; m < M && m < tokens; m++)
+    for (int r = 0; r < R; r++) {
+      const float y = total_of(total[r][m]) + (task.bias ? task.bias[row + r] : 0.0f);
+      write_float(task.y, task.y_dtype, (token + m) * task.y_stride + row + r, y);
+    }
+}
+
+// Rows [begin, end) for M tokens from `token`.
+template <int BITS, int M>
+FEWBIT_INLINE void rows_by(const RowTask& task, int64_t begin, int64_t end, int64_t token, int64_t tokens) {
+  constexpr int R = kRowsBeside<BITS, M>;
+  for (; begin + R <= end; begin += R) rows_beside<BITS, R, M>(task, begin, token, tokens);
+  for (; begin < end; begin++) rows_beside<BITS, 1, M>(task, begin, token, tokens);
 }
 
 template <int BITS>
 void rows_of(const RowTask& task, int64_t begin, int64_t end) {
-  for (int64_t token = 0; token < task.tokens; token += task.together)
-    for (int64_t row = begin; row < end; row++) {
-      if (task.together == 1) row_of<BITS, 1>(task, row, token, 1);
-      else row_of<BITS, kRowTokens>(task, row, token, task.tokens - token);
-    }
+  for (int64_t token = 0; token < task.tokens; token += task.together) {
+    if (task.together == 1) rows_by<BITS, 1>(task, begin, end, token, 1);
+    else rows_by<BITS, kRowTokens>(task, begin, end, token, task.tokens - token);
+  }
 }
 
 // out[column]: the weights of one row.
