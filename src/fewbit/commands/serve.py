@@ -89,7 +89,10 @@ def run(request: Request) -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UnsupportedError("fewbit serve", f"{', '.join(missing)} is not installed", INSTALL)
-    import uvicorn
+    from fewbit.serve.lean import without_command_line
+
+    without_command_line()
+    from uvicorn.config import Config
 
     from fewbit.serve.app import application
     from fewbit.serve.ending import EndingServer
@@ -100,7 +103,7 @@ def run(request: Request) -> None:
         quieten()
         limit_threads(request.threads)
         served = serve(request, token)
-        config = uvicorn.Config(
+        config = Config(
             application(served),
             http=TimedHeads,
             log_level="warning",
