@@ -87,6 +87,8 @@ def test_several_choices_and_prompts(fake: Callable[..., Any]) -> None:
     for chunk in create(model="fake", prompt=["one", "two"], n=3, seed=5, temperature=3, max_tokens=12, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].text
     assert streamed == texts
+    best = create(model="fake", prompt=["one", "two"], n=3, best_of=3, seed=5, temperature=3, max_tokens=12)
+    assert [choice.text for choice in best.choices] == texts
     tokens = running.served.words.encode("two")
     assert create(model="fake", prompt=tokens, seed=5, temperature=3, max_tokens=12).choices[0].text == texts[3]
 

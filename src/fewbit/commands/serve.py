@@ -7,6 +7,7 @@ import dataclasses
 import ipaddress
 import os
 import secrets
+import signal
 import socket
 import sys
 from contextlib import suppress
@@ -117,6 +118,7 @@ def run(request: Request) -> None:
         )
         server = EndingServer(config, GRACE, None if served.batcher is None else served.batcher.close)
         _announce(served, request.host, listener.getsockname()[1])
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: else uvicorn dies of it in the end
         try:
             with suppress(KeyboardInterrupt):  # which uvicorn hands on when all is closed, if it still can
                 server.run(sockets=[listener])

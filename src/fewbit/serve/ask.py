@@ -84,7 +84,7 @@ class Ask:
 
 def completion(body: Mapping[str, Any], words: Words) -> Ask:
     """A request of /v1/completions. Raises ApiError and the errors of tokenizing."""
-    given = _known(body, COMPLETION)
+    given = _known(_all_of_best(body), COMPLETION)
     asked = _listed(given.get("prompt"))
     prompts = tuple(_prompt(one, words) for one in asked)
     ask = _ask(False, prompts, given, given.get("logprobs"))
@@ -158,6 +158,13 @@ def _known(
         name = where + unknown[0][:100]
         raise ApiError(400, f"unknown field {name!r}", name, "unknown_parameter")
     return given
+
+
+def _all_of_best(body: Mapping[str, Any]) -> dict[str, Any]:
+    """``body`` without ``best_of`` where all of the best are returned: nothing is to be chosen then."""
+    best = body.get("best_of")
+    plain = type(best) is int and best == body.get("n")
+    return {name: value for name, value in body.items() if not (plain and name == "best_of")}
 
 
 def _uncalled(body: Mapping[str, Any]) -> dict[str, Any]:
