@@ -10,8 +10,9 @@
 memory of the process, and the limit of its cgroup when there is one. ``generate`` lets ``fewbit generate`` add two
 tokens with what ``fewbit quantize`` wrote, once to make the image and once from it, and prints the peak of the second
 and its processor time. ``serve`` starts ``fewbit serve`` with an image and prints what it holds beside the pages of the
-image, and keys and values: before its first request, after a completion with logarithms of probabilities, and after a
-chat, for which a process of its own renders the template (what it alone holds is printed too).
+image, and keys and values, in all of its processes, each page of a file counted once: before its first request, after a
+completion with logarithms of probabilities, after a chat, for which a process of its own renders the template, and when
+that has ended. What it adds is printed too.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import fewbit
 from fewbit.containers.safetensors import write_safetensors
+from fewbit.decode.templates import IDLE
 from fewbit.measure.memory import peak_rss_bytes
 
 HIDDEN, INTERMEDIATE, HEADS = 1024, 2816, 16
@@ -174,11 +176,16 @@ class Server:
 
     def held(self) -> dict[str, float]:
         """MiB that are resident beside pages of the image, and beside keys and values."""
-        pages = resident(self.process.pid, "Rss")
-        image = sum(size for name, size in pages.items() if ".fewbit" in name)
         cache = float(re.findall(r"^fewbit_cache_bytes (\S+)$", self.ask("/metrics"), re.MULTILINE)[0])
+        parents = [self.process.pid]
+        pages = resident_of_all(parents + [child.pid for child in self.children()])
+        image = sum(size for name, size in pages.items() if ".fewbit" in name)
         sizes = {"image": image, "cache": cache, "beside_both": sum(pages.values()) - image - cache}
+        sizes["of_it_children"] = sum(pages.values()) - sum(resident_of_all(parents).values())
         return {f"{name}_MiB": round(size / 2**20, 1) for name, size in sizes.items()}
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
 
     def close(self) -> None:
         self.process.send_signal(signal.SIGINT)
@@ -198,6 +205,18 @@ def resident(process: int, kind: str) -> Counter[str]:
     return sizes
 
 
+def resident_of_all(processes: list[int]) -> Counter[str]:
+    """Resident bytes by the name of what is mapped. Pages that processes may share are counted once, as many as the one
+    has that has most of them."""
+    sizes: Counter[str] = Counter()
+    shared: Counter[str] = Counter()
+    for process in processes:
+        own = resident(process, "Private_Dirty")
+        sizes += own
+        shared |= resident(process, "Rss") - own
+    return sizes + shared
+
+
 def serve(folder: Path) -> None:
     """What a server holds at rest and after use."""
     Server(folder).close()  # which makes the image where there is none
@@ -208,9 +227,11 @@ def serve(folder: Path) -> None:
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         message = {"role": "user", "content": "Why is the sky blue?"}
         server.ask("/v1/chat/completions", {"messages": [message], "max_tokens": 100})
-        children = psutil.Process(server.process.pid).children()
-        own = sum(sum(resident(child.pid, "Private_Dirty").values()) for child in children)
-        rows["after a chat"] = server.held() | {"template_MiB": round(own / 2**20, 1)}
+        rows["after a chat"] = server.held()
+        until = time.monotonic() + 2 * IDLE
+        while server.children() and time.monotonic() < until:
+            time.sleep(1)
+        rows["when idle again"] = server.held()
     server.close()
     print(json.dumps(rows, indent=1))
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fewbit.decode import open_engine
 from fewbit.decode.native_engine import NativeEngine
-from fewbit.errors import InputError, UnsupportedError
+from fewbit.errors import CorruptFileError, InputError, UnsupportedError
 from fewbit.kernels import native
 from fewbit.model.classes import from_folder
 
@@ -251,6 +251,26 @@ def test_older_names_of_arrays(tiny_family: Callable[[str], Path]) -> None:
         {name.removeprefix("model."): held[name] for name in held}, folder / "model.safetensors", {"format": "pt"}
     )
     torch.testing.assert_close(opened(folder).every_logit(TOKENS), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_head_that_is_not_there(tiny_family: Callable[[str], Path], family: str) -> None:
+    """It is no copy of the embedding unless the configuration, or a default of the class, says so."""
+    folder = tiny_family(family)
+    held = load_file(folder / "model.safetensors")
+    held.pop("lm_head.weight", None)
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    found = {}
+    for stated in (None, False, True):
+        told = config | {"tie_word_embeddings": stated}
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in told.items() if v is not None}))
+        try:
+            found[stated] = opened(folder).every_logit(TOKENS)
+        except CorruptFileError as error:
+            assert "lm_head.weight" in str(error)
+    assert list(found) == ([True] if family == "llama" else [None, True])
+    torch.testing.assert_close(found[True], every_logit(folder, TOKENS), **CLOSE)
 
 
 def test_what_others_quantized_is_left_to_transformers(tiny_family: Callable[[str], Path]) -> None:

@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +112,102 @@ def test_files_of_the_working_folder_are_not_run(tmp_path: Path, monkeypatch: py
         assert one.render("{{ word }}", {"word": "as ever"}) == "as ever"
     finally:
         one.close()
+
+
+def process_of(templates: Templates) -> subprocess.Popen[str]:
+    found = templates._process
+    assert found is not None
+    return found
+
+
+def until_ended(process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 30
+    while process.returncode is None:  # set by who waits for it: nothing of it is left then
+        assert time.monotonic() < deadline, "it lives on"
+        time.sleep(0.01)
+
+
+def test_one_that_nobody_needs_ends_and_another_begins() -> None:
+    templates = Templates(idle=0.3)
+    try:
+        for word in ("one", "two"):
+            assert templates.render("{{ word }}", {"word": word}) == word
+            until_ended(process_of(templates))
+        assert templates._process is None
+    finally:
+        templates.close()
+
+
+def test_one_that_is_needed_goes_on() -> None:
+    templates = Templates(idle=3)
+    try:
+        templates.render("x", {})
+        first, until = process_of(templates), time.monotonic() + 4
+        while time.monotonic() < until:
+            templates.render("x", {})
+            time.sleep(0.2)
+        assert process_of(templates) is first
+    finally:
+        templates.close()
+
+
+def test_one_that_the_system_ended_while_it_waited_is_replaced() -> None:
+    templates = Templates()
+    try:
+        templates.render("x", {})
+        for seconds in (0.0, 0.2):
+            process_of(templates).kill()
+            time.sleep(seconds)
+            assert templates.render("{{ word }}", {"word": "as ever"}) == "as ever"
+    finally:
+        templates.close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_template_that_crashes_is_refused_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    templates = Templates()
+    start = subprocess.Popen
+
+    def crash(*words: object, **named: object) -> subprocess.Popen[str]:
+        started: subprocess.Popen[str] = start(*words, **named)  # type: ignore[call-overload]
+        os.kill(started.pid, signal.SIGSEGV)
+        return started
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(subprocess, "Popen", crash)
+            with pytest.raises(InputError, match="ended the process"):
+                templates.render("x", {})
+        assert templates.render("x", {}) == "x"
+    finally:
+        templates.close()
+
+
+def test_ends_and_starts_lose_no_text() -> None:
+    templates = Templates(idle=0.001)
+    pauses = random.Random(1)
+
+    def ask(number: int) -> str:
+        time.sleep(pauses.random() * 0.05)
+        return templates.render("{{ number }}", {"number": number})
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(ask, range(12))) == [str(number) for number in range(12)]
+    finally:
+        templates.close()
+
+
+def test_one_that_is_closed_while_it_renders_ends() -> None:
+    templates = Templates(seconds=20, patience=20)
+    with ThreadPoolExecutor(1) as pool:
+        rendering = pool.submit(templates.render, "{{ 9 ** (9 ** 9) }}", {})
+        while templates._process is None:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        process = process_of(templates)
+        began = time.monotonic()
+        templates.close()
+        assert time.monotonic() - began < 10 and process.returncode is not None and templates._process is None
+        with pytest.raises(InputError, match="ended the process"):
+            rendering.result()

@@ -76,7 +76,8 @@ def test_nobody_reads_the_address() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_from_start_to_ctrl_c(tiny: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_from_start_to_end(tiny: Path, end: signal.Signals) -> None:
     command = [sys.executable, "-m", "fewbit", "serve", str(tiny), "--port", "0", "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -94,7 +95,7 @@ def test_from_start_to_ctrl_c(tiny: Path) -> None:
             ) as stream:
                 lines = stream.iter_lines()
                 next(lines)
-                process.send_signal(signal.SIGINT)
+                process.send_signal(end)
                 with contextlib.suppress(httpx.HTTPError):  # cut after the seconds of grace, unless it ends by then
                     list(lines)
             assert process.wait(30) == 0

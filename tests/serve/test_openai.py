@@ -87,6 +87,8 @@ def test_several_choices_and_prompts(fake: Callable[..., Any]) -> None:
     for chunk in create(model="fake", prompt=["one", "two"], n=3, seed=5, temperature=3, max_tokens=12, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].text
     assert streamed == texts
+    best = create(model="fake", prompt=["one", "two"], n=3, best_of=3, seed=5, temperature=3, max_tokens=12)
+    assert [choice.text for choice in best.choices] == texts
     tokens = running.served.words.encode("two")
     assert create(model="fake", prompt=tokens, seed=5, temperature=3, max_tokens=12).choices[0].text == texts[3]
 
@@ -100,6 +102,41 @@ def test_stop_strings(fake: Callable[..., Any]) -> None:
     chunks = list(create(model="fake", prompt="hello", max_tokens=40, temperature=0, stop=whole[9:12], stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole[:9]
     assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_are_of_the_text_before_a_stop_string(fake: Callable[..., Any], stream: bool) -> None:
+    running = fake()
+    client = running.openai()
+    options: dict[str, Any] = {"model": "fake", "temperature": 0, "max_tokens": 40, "stream": stream}
+    whole = expected(running, "hello", 40)
+    found = client.completions.create(prompt="hello", logprobs=1, stop=[whole[9:12]], **options)
+    parts = [chunk.choices[0] for chunk in (found if stream else [found])]
+    assert "".join(part.text for part in parts) == whole[:9]
+    tables = [part.logprobs for part in parts if part.logprobs]
+    assert "".join(token for table in tables for token in table.tokens) == whole[:9]
+    assert [place for table in tables for place in table.text_offset] == list(range(9))
+    whole = expected(running, PROMPT, 40)
+    found = client.chat.completions.create(messages=TALK, logprobs=True, stop=[whole[9:12]], **options)
+    logs = [chunk.choices[0].logprobs for chunk in (found if stream else [found])]
+    assert "".join(entry.token for log in logs if log for entry in log.content) == whole[:9]
+
+
+def test_tools_that_are_not_to_be_called(fake: Callable[..., Any]) -> None:
+    create = fake().openai().chat.completions.create
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    options: dict[str, Any] = {"model": "fake", "messages": TALK, "temperature": 0, "max_tokens": 20}
+    plain = create(**options)
+    for more in (
+        {"tools": tools, "tool_choice": "none"},
+        {"functions": [tools[0]["function"]], "function_call": "none"},
+    ):
+        found = create(**options, **more)
+        assert found.choices == plain.choices and found.usage.prompt_tokens == plain.usage.prompt_tokens
+    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": "required"}, {"tool_choice": tools[0]}):
+        with pytest.raises(openai.BadRequestError, match="not supported") as refused:
+            create(**options, tools=tools, **choice)
+        assert refused.value.code == "unsupported_parameter" and refused.value.param in ("tools", "tool_choice")
 
 
 def test_logprobs_of_a_chat(fake: Callable[..., Any]) -> None:
@@ -132,7 +169,8 @@ def test_places_in_a_stream_are_those_in_the_whole(fake: Callable[..., Any], ech
     create = running.openai().completions.create
     whole = create(**options).choices[0]
     parts = [chunk.choices[0] for chunk in create(**options, stream=True)]
-    assert "" in [part.text for part in parts] and "".join(part.text for part in parts) == whole.text
+    assert 4 in [len(part.text) for part in parts] and "".join(part.text for part in parts) == whole.text
+    assert all(len(part.text) == len(part.logprobs.tokens) for part in parts[1:])
     places = [place for part in parts if part.logprobs for place in part.logprobs.text_offset]
     assert places == whole.logprobs.text_offset == list(range(len(whole.text)))
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import socket
@@ -68,6 +69,7 @@ def error_of(response: Any) -> dict[str, Any]:
         ({"ignore_eos": 1}, "ignore_eos"),
         ({"echo": 1}, "echo"),
         ({"best_of": 3}, "best_of"),
+        ({"best_of": 3, "n": 2}, "best_of"),
         ({"suffix": "end"}, "suffix"),
         ({"temprature": 1}, "temprature"),
         ({"messages": []}, "messages"),
@@ -213,6 +215,15 @@ def test_only_json_is_taken(fake: Callable[..., Any]) -> None:
     response = running.post("/v1/completions", content=json.dumps(GOOD), headers={"Content-Type": "text/plain"})
     assert response.status_code == 415
     error_of(response)
+
+
+def test_an_encoded_body_is_said_to_be_one(fake: Callable[..., Any]) -> None:
+    running, kind = fake(), {"Content-Type": "application/json"}
+    for encoding, status in (("gzip", 415), ("identity", 200)):
+        content = json.dumps(GOOD).encode()
+        content = gzip.compress(content) if encoding == "gzip" else content
+        response = running.post("/v1/completions", content=content, headers={**kind, "Content-Encoding": encoding})
+        assert response.status_code == status and (status == 200 or "gzip" in error_of(response)["message"])
 
 
 def test_places_and_verbs_that_are_not(fake: Callable[..., Any]) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import ipaddress
 import os
 import secrets
+import signal
 import socket
 import sys
 from contextlib import suppress
@@ -89,7 +90,10 @@ def run(request: Request) -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UnsupportedError("fewbit serve", f"{', '.join(missing)} is not installed", INSTALL)
-    import uvicorn
+    from fewbit.serve.lean import without_command_line
+
+    without_command_line()
+    from uvicorn.config import Config
 
     from fewbit.serve.app import application
     from fewbit.serve.ending import EndingServer
@@ -100,7 +104,7 @@ def run(request: Request) -> None:
         quieten()
         limit_threads(request.threads)
         served = serve(request, token)
-        config = uvicorn.Config(
+        config = Config(
             application(served),
             http=TimedHeads,
             log_level="warning",
@@ -114,6 +118,7 @@ def run(request: Request) -> None:
         )
         server = EndingServer(config, GRACE, None if served.batcher is None else served.batcher.close)
         _announce(served, request.host, listener.getsockname()[1])
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: else uvicorn dies of it in the end
         try:
             with suppress(KeyboardInterrupt):  # which uvicorn hands on when all is closed, if it still can
                 server.run(sockets=[listener])

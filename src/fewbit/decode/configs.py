@@ -50,6 +50,18 @@ def config_of(folder: Path) -> Any:
     return config
 
 
+def is_tied(folder: Path) -> bool:
+    """Whether the model has its embedding for a head, as its class in transformers takes the configuration."""
+    whole = read_json(folder / "config.json")
+    text = whole.get("text_config")
+    stated = whole.get("tie_word_embeddings")
+    if stated is None:  # a default, which differs by class
+        from fewbit.model.classes import config_in
+
+        return bool(config_in(folder).tie_word_embeddings)
+    return bool(stated or (isinstance(text, dict) and text.get("tie_word_embeddings")))
+
+
 def has_text_part(config: dict[str, Any]) -> bool:
     """Whether the model of this ``config.json`` is one of :data:`TEXT_PARTS`."""
     return config.get("model_type") in TEXT_PARTS

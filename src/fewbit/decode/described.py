@@ -13,12 +13,12 @@ from fewbit import formats
 from fewbit.containers import manifest as M
 from fewbit.containers.files import read_json
 from fewbit.containers.shards import weight_files
-from fewbit.decode.configs import config_of, has_text_part
+from fewbit.decode.configs import config_of, has_text_part, is_tied
 from fewbit.decode.describe import describe
 from fewbit.decode.families import TEXT_PARTS, Shape, shape_of
 from fewbit.decode.opened import Model
 from fewbit.decode.source import Pages, Source, mapped
-from fewbit.errors import UnsupportedError
+from fewbit.errors import CorruptFileError, UnsupportedError
 
 Held = TypeVar("Held")
 
@@ -28,7 +28,7 @@ def described(folder: Path, activation: str | None) -> Model:
     are compared with their hashes first.
 
     Raises:
-        CorruptFileError: a file is missing or its bytes changed.
+        CorruptFileError: a file is missing or its bytes changed; there is no head.
         UnsupportedError: the family or a matrix is none that the runtime knows. SpecError: ``activation`` is no format.
     """
     if activation is not None:
@@ -37,6 +37,9 @@ def described(folder: Path, activation: str | None) -> Model:
     if (folder / M.NAME).is_file():
         M.check_files(folder, M.read(folder))
     source = open_source(folder, activation)
+    if not source.has("lm_head") and not is_tied(folder):
+        found = "it does not hold it, and config.json does not tie it to the embedding"
+        raise CorruptFileError(f"tensor lm_head.weight of {folder}", found, "the folder as it was published")
     address = C.addressof(describe(shape, source))
     return Model(address, shape.vocabulary, shape.context, _read_bytes(shape, source), source)
 

@@ -17,7 +17,8 @@ Finish = Literal["stop", "length", "cancelled"]
 class Piece:
     """News of a job. The last one has ``finish`` or ``error``.
 
-    ``tokens``: those that came since the piece before, each with its logarithms where they were asked for.
+    ``tokens``: those that ``text`` is of, each with its logarithms where they were asked for; so none of a stop string,
+    but one that begins before it. Those of no text come with the next that has some, or last.
     """
 
     text: str = ""
@@ -59,7 +60,9 @@ class Job:
         self._stream = words.stream(prompt)
         self._stops = StopStrings(sampler.sampling.stop)
         self._ends = frozenset() if sampler.sampling.ignore_eos else words.ends
-        self._news: list[tuple[int, Logprobs | None]] = []
+        self._news: list[tuple[int, tuple[int, Logprobs | None]]] = []
+        """Tokens that were not delivered, each after the characters of the text before it."""
+        self._certain = self._shown = 0  # characters: of the text, and of what was delivered
 
     @property
     def left(self) -> int:
@@ -84,24 +87,36 @@ class Job:
             return True
         self.sampler.take(token)
         self.tokens.append(token)
-        self._news.append((token, logs))
-        text = self._stops.push(self._stream.push(token))
+        self._news.append((self._certain, (token, logs)))
+        text = self._push(self._stream.push(token))
         if self._stops.stopped:
-            self._send(Piece(text, tuple(self._news), "stop"))
+            self._send(Piece(text, self._of(text), "stop"))
             return True
         if self.generated == self.most:
             self.end("length", text)
             return True
-        if text or logs is not None:
-            self._send(Piece(text, tuple(self._news)))
-            self._news.clear()
+        if text:
+            self._send(Piece(text, self._of(text)))
         return False
 
     def end(self, finish: Finish, text: str = "") -> None:
         """Deliver what was held back, and that nothing follows."""
-        text += self._stops.push(self._stream.finish())
+        text += self._push(self._stream.finish())
         text += self._stops.finish()
-        self._send(Piece(text, tuple(self._news), "stop" if self._stops.stopped else finish))
+        stopped = self._stops.stopped
+        tokens = self._of(text) if stopped else tuple(token for _, token in self._news)
+        self._send(Piece(text, tokens, "stop" if stopped else finish))
+
+    def _push(self, text: str) -> str:
+        self._certain += len(text)
+        return self._stops.push(text)
+
+    def _of(self, text: str) -> tuple[tuple[int, Logprobs | None], ...]:
+        """The tokens of ``text``, which is delivered now."""
+        self._shown += len(text)
+        count = sum(begin < self._shown for begin, _ in self._news)
+        ready, self._news = self._news[:count], self._news[count:]
+        return tuple(token for _, token in ready)
 
     def drop(self) -> None:
         """Deliver that nobody wants the rest."""

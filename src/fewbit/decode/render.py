@@ -6,12 +6,18 @@ that which transformers gives to templates: jinja's immutable sandbox, plain JSO
 ends the process where a template takes more processor time or memory than it may, even inside one operation.
 """
 
-import datetime
 import functools
 import json
 import signal
 import sys
+import types
+from importlib.machinery import PathFinder
 from typing import Any
+
+if __name__ == "__main__":  # as package without what its __init__ imports: loaders and caches, 1.5 MiB and 30 ms
+    found = PathFinder.find_spec("jinja2")
+    sys.modules["jinja2"] = types.ModuleType("jinja2")
+    sys.modules["jinja2"].__path__ = list(found.submodule_search_locations or ()) if found else []
 
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
@@ -62,6 +68,12 @@ def to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separato
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **more)
 
 
+def now(format: str) -> str:
+    import datetime  # which few templates ask for
+
+    return datetime.datetime.now().strftime(format)
+
+
 @functools.lru_cache(4)
 def compiled(template: str) -> Any:
     extensions = [Generation, "jinja2.ext.loopcontrols"]
@@ -69,7 +81,7 @@ def compiled(template: str) -> Any:
     environment.filters["tojson"] = to_json
     environment.globals |= {
         "raise_exception": refuse,
-        "strftime_now": lambda format: datetime.datetime.now().strftime(format),
+        "strftime_now": now,
         "namespace": Names,
         "dict": lambda *given, **named: dict(*given, **named),
     }

@@ -57,6 +57,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
 }
 """Fields of things that are not done here, and the values that ask for none of them."""
+CALLS = {"tools": "tool_choice", "functions": "function_call"}
+"""What a model may call -> the field that says whether it shall. Where that is "none", templates are told of nothing
+that could be called, so that no text looks like a call."""
 MESSAGE = frozenset({"role", "content", "name"})
 IN_MESSAGE: dict[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],)}
 """As :data:`NEUTRAL`, of a message: answers of other servers come back with them."""
@@ -81,7 +84,7 @@ class Ask:
 
 def completion(body: Mapping[str, Any], words: Words) -> Ask:
     """A request of /v1/completions. Raises ApiError and the errors of tokenizing."""
-    given = _known(body, COMPLETION)
+    given = _known(_all_of_best(body), COMPLETION)
     asked = _listed(given.get("prompt"))
     prompts = tuple(_prompt(one, words) for one in asked)
     ask = _ask(False, prompts, given, given.get("logprobs"))
@@ -93,7 +96,7 @@ def completion(body: Mapping[str, Any], words: Words) -> Ask:
 
 def chat(body: Mapping[str, Any], words: Words) -> Ask:
     """A request of /v1/chat/completions. Raises as :func:`completion`."""
-    given = _known(body, CHAT)
+    given = _known(_uncalled(body), CHAT)
     prompt = tuple(words.chat(_messages(given.get("messages"))))
     wanted = _flag(given, "logprobs")
     if "top_logprobs" in given and not wanted:
@@ -146,13 +149,28 @@ def _known(
     given = {name: value for name, value in found.items() if value is not None}
     for name in [name for name in given if name in neutral and name not in names]:
         if not any(given[name] == value and type(given[name]) is type(value) for value in neutral[name]):
-            raise ApiError(400, f"{where}{name} is not supported by this server", where + name, "unsupported_parameter")
+            works = f'; {CALLS[name]} "none" would work' if name in CALLS else ""
+            message = f"{where}{name} is not supported by this server{works}"
+            raise ApiError(400, message, where + name, "unsupported_parameter")
         del given[name]
     unknown = sorted(given.keys() - names)
     if unknown:
         name = where + unknown[0][:100]
         raise ApiError(400, f"unknown field {name!r}", name, "unknown_parameter")
     return given
+
+
+def _all_of_best(body: Mapping[str, Any]) -> dict[str, Any]:
+    """``body`` without ``best_of`` where all of the best are returned: nothing is to be chosen then."""
+    best = body.get("best_of")
+    plain = type(best) is int and best == body.get("n")
+    return {name: value for name, value in body.items() if not (plain and name == "best_of")}
+
+
+def _uncalled(body: Mapping[str, Any]) -> dict[str, Any]:
+    """``body`` without tools that are not to be called."""
+    idle = [name for name, choice in CALLS.items() if body.get(choice) == "none" and isinstance(body.get(name), list)]
+    return {name: value for name, value in body.items() if name not in idle}
 
 
 def _listed(found: Any) -> list[Any]:

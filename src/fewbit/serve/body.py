@@ -19,11 +19,15 @@ async def read_object(request: Request, most: int) -> dict[str, Any]:
     """The JSON object in the body of ``request``.
 
     Raises:
-        ApiError: it is longer than ``most`` bytes (413), slow (408), of another type (415) or no JSON object (400).
+        ApiError: it is longer than ``most`` bytes (413), slow (408), of another type or encoded (415), or no JSON
+            object (400).
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # also: a page of another origin must ask first before it may send this type
         raise ApiError(415, f"the body is of type {kind or 'nothing'!r}; application/json would work")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise ApiError(415, f"the body is encoded as {encoding[:100]!r}; as it is, it would work")
     try:
         raw = await asyncio.wait_for(_read(request, most), SECONDS)
     except (asyncio.TimeoutError, TimeoutError):  # two classes before Python 3.11

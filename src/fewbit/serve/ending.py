@@ -7,15 +7,16 @@ import socket
 import threading
 from collections.abc import Callable
 
-import uvicorn
+from uvicorn.config import Config
+from uvicorn.server import Server
 
 
-class EndingServer(uvicorn.Server):  # type: ignore[misc]  # checked without uvicorn
+class EndingServer(Server):  # type: ignore[misc]  # checked without uvicorn
     """One that calls ``end``, in a thread, ``grace`` seconds after it began to stop, unless it is through by then. What
     is still being written can so be ended with an error, which clients understand; cut off, they could not tell it
     from a defect."""
 
-    def __init__(self, config: uvicorn.Config, grace: float, end: Callable[[], None] | None) -> None:
+    def __init__(self, config: Config, grace: float, end: Callable[[], None] | None) -> None:
         super().__init__(config)
         self._grace, self._end = grace, end
 
