@@ -51,11 +51,14 @@ constexpr int centre_of(int bits) { return (1 << (bits - 1)) - 1; }
 constexpr int starts_of(int bits) { return bits > 6 ? 0 : span_of(bits) < 8 ? 8 / span_of(bits) : 1; }
 constexpr int kMostStarts = starts_of(6);
 
-template <int BITS>
+// Spans are twice as long (TIMES) beside rows of which the magnitudes have room in that: see begin_doubled.
+template <int BITS, int TIMES = 1>
 struct NarrowSum {
   using X = int8_t;
-  static constexpr int kSpan = span_of(BITS), kCentre = centre_of(BITS), kStarts = starts_of(BITS);
+  static constexpr int kSpan = span_of(BITS) * TIMES, kCentre = centre_of(BITS), kStarts = TIMES == 2 ? 1 : starts_of(BITS);
+  static_assert(kSpan <= 64 && (TIMES == 1 || kSpan >= 8), "a start for each chunk of a row");
 
+  static inline void hold(U& u) { asm("" : "+x"(u)); }
   static inline U start(const int32_t* at) { return _mm256_set1_epi32(*at); }
   static inline void step(U (&narrow)[4][2], const uint8_t* codes, const X* x, const X* next) {
     typedef int32_t Four __attribute__((may_alias));
@@ -129,29 +132,78 @@ struct NarrowWords {
   static inline U add(U wide, U other) { return _mm256_add_epi32(wide, other); }
 };
 
-// Writes what narrow sums of a row begin with, where they are of codes of `bits` bits.
-inline void begin_row(const SegmentTask& task, int64_t row, int bits) {
-  const int64_t words = starts_of(bits), span = (span_of(bits) + 7) / 8;
-  if (words == 0) return;
+// Calls put(chunk, sum, magnitudes) for each span of `span` chunks of a row. Of each group of four columns, or several in turn
+// where a chunk has `words` spans, 16 bits have the sum of columns 0 and 1 of all the span's groups, and 16 that of 2 and 3.
+template <class Put>
+FEWBIT_INLINE void each_span(const SegmentTask& task, int64_t row, int64_t span, int64_t words, const Put& put) {
   const int8_t* x = row_of<int8_t>(task, row);
-  int32_t* out = task.starts + (row / task.together * task.chunks * task.together + row % task.together) * words;
+  const U one = _mm256_set1_epi8(1);
+  const auto together = [=](U sum) {
+    sum = _mm256_add_epi16(sum, _mm256_srli_epi64(sum, 32));
+    if (words < 4) sum = _mm256_add_epi16(sum, _mm256_unpackhi_epi64(sum, sum));
+    return words < 2 ? _mm256_add_epi16(sum, _mm256_permute4x64_epi64(sum, 0xaa)) : sum;
+  };
   for (int64_t begin = 0, end; begin < task.chunks; begin = end) {
     const int64_t segment = begin / task.segment_chunks * task.segment_chunks + task.segment_chunks;
     end = begin + span < segment ? begin + span : segment;
     if (end > task.chunks) end = task.chunks;
-    U sum = _mm256_setzero_si256();  // of pairs of columns, by groups of four
+    U sum = _mm256_setzero_si256(), magnitudes = sum;
     for (int64_t c = begin; c < end; c++) {
       const U here = load_lanes(reinterpret_cast<const uint8_t*>(x + c * task.together * 32));
-      sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_set1_epi8(1), here));
+      sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(one, here));
+      magnitudes = _mm256_add_epi16(magnitudes, _mm256_maddubs_epi16(_mm256_abs_epi8(here), one));
     }
-    sum = _mm256_add_epi16(sum, _mm256_srli_epi64(sum, 32));
-    if (words < 4) sum = _mm256_add_epi16(sum, _mm256_unpackhi_epi64(sum, sum));
-    if (words < 2) sum = _mm256_add_epi16(sum, _mm256_permute4x64_epi64(sum, 0xaa));
+    put(begin, together(sum), together(magnitudes));
+  }
+}
+
+// Where what narrow sums of a row begin with stands, of `words` for each chunk.
+inline int32_t* starts_at(const SegmentTask& task, int32_t* starts, int64_t row, int64_t words) {
+  return starts + (row / task.together * task.chunks * task.together + row % task.together) * words;
+}
+
+// Writes what narrow sums of a row begin with, where they are of codes of `bits` bits.
+inline void begin_row(const SegmentTask& task, int64_t row, int bits) {
+  const int64_t words = starts_of(bits);
+  if (words == 0) return;
+  int32_t* out = starts_at(task, task.starts, row, words);
+  each_span(task, row, (span_of(bits) + 7) / 8, words, [&](int64_t begin, U sum, U) {
     int32_t start[8];
     sum = _mm256_mullo_epi16(sum, _mm256_set1_epi16(static_cast<int16_t>(-centre_of(bits))));
     store_lanes(reinterpret_cast<uint8_t*>(start), sum);
     for (int64_t i = 0; i < words; i++) out[begin * task.together * words + i] = start[i * 8 / words];
-  }
+  });
+}
+
+// Whether segments are longer than spans, which may be twice as long.
+inline bool doubles(const SegmentTask& task) {
+  const int bits = task.bits;
+  return bits >= 4 && bits <= 6 && task.segment_chunks * 8 > span_of(bits);
+}
+
+// The same in task.rests where spans are twice as long. Their sums fit an int16 as 2^(BITS-1) times the magnitudes of the
+// activations that each adds up does, which is half of what these could be. A row of which one does not begins with kUnfit, which
+// is no start of one that does: its upper half would be -32768.
+constexpr int32_t kUnfit = INT32_MIN;
+inline void begin_doubled(const SegmentTask& task, int64_t row) {
+  const int bits = task.bits;
+  int32_t* out = starts_at(task, task.rests, row, 1);
+  const int most = 32767 >> (bits - 1);
+  bool fit = true;
+  each_span(task, row, 2 * span_of(bits) / 8, 1, [&](int64_t begin, U sum, U magnitudes) {
+    const uint32_t both = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm256_castsi256_si128(magnitudes)));
+    fit = fit && static_cast<int>(both & 0xffff) <= most && static_cast<int>(both >> 16) <= most;
+    sum = _mm256_mullo_epi16(sum, _mm256_set1_epi16(static_cast<int16_t>(-centre_of(bits))));
+    out[begin * task.together] = _mm_cvtsi128_si32(_mm256_castsi256_si128(sum));
+  });
+  if (!fit) out[0] = kUnfit;
+}
+
+// Whether spans of all rows may be twice as long.
+inline bool fits_doubled(const SegmentTask& task, int64_t rows) {
+  for (int64_t row = 0; row < rows; row++)
+    if (*starts_at(task, task.rests, row, 1) == kUnfit) return false;
+  return true;
 }
 
 #undef FEWBIT_STEP

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of spans.h for few tokens, four at a time: the sums of a tile, or of a row group of two planes, and of four tokens are
-// what registers hold. Codes that take few instructions are decoded for every four tokens, in registers; others are written
-// out once for all of them, a run of chunks at a time. What a segment and a tile take besides is kept short: with rows of a few
-// hundred columns it is as much as anything.
+// Products of spans.h for activations of a byte, four tokens at a time: the sums of a tile, or of a row group of two planes, and
+// of four tokens are what registers hold. Codes that take few instructions are decoded for every four tokens, in registers, where
+// there are few; others are written out once for all of them, a run of chunks at a time. What a segment and a tile take besides is
+// kept short: with rows of a few hundred columns it is as much as anything.
 #pragma once
 
 #include <type_traits>
@@ -12,8 +12,8 @@
 namespace fewbit {
 namespace {
 
-constexpr int64_t kMostBeside = 32;                       // tokens
-constexpr int64_t kRunChunks = 64, kUnpackedChunks = 18;  // of a run, as stored, and written out: 9 KiB
+constexpr int64_t kMostDecoded = 16;                      // tokens for every four of which codes are decoded
+constexpr int64_t kRunChunks = 64, kUnpackedChunks = 32;  // of a run, as stored, and written out: 16 KiB
 constexpr int64_t kRunSegments = 24;                      // at most
 constexpr int64_t kWholeSpans = 8;                        // chunks, of which parts of a long segment are multiples
 
@@ -81,7 +81,7 @@ struct Run {
   const uint8_t *codes, *next;  // of the tile; what follows them, as stored
   int64_t tokens;
   float* y;                     // where totals of the first row go at the end of the tile, if they need no more than scales
-  alignas(64) float totals[kMostBeside][kGroupsPerTile][kLanes];
+  alignas(64) float totals[kRoundedTokens][kGroupsPerTile][kLanes];
 
   FEWBIT_INLINE Run(const SegmentTask& whole, Settling as, const Lines& of, int64_t of_segment, int64_t of_tokens)
       : task(whole), how(as), lines(of), origin(0), first(0), all(0), chunks(of_segment), segments(0),
@@ -227,26 +227,32 @@ void tiles_beside(const SegmentTask& task, int64_t begin, int64_t end, int64_t t
   }
 }
 
-// The same, of any codes.
-template <class K>
+// The same, of any codes; `decoded`: in registers.
+template <bool decoded, class K>
 void strips_beside(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens) {
-  using Q = std::conditional_t<kDecodesFast<K>, K, Unpacked<K>>;
+  using Q = std::conditional_t<decoded, K, Unpacked<K>>;
   if constexpr (K::kBegins >= 0 && Narrow<K>::kStarts > 0) {
     const K kernel(task);
     if constexpr (kMirrors<K>)
       if (mirrored(kernel))
-        return tiles_beside<std::conditional_t<kDecodesFast<K>, Mirrored<K>, Begun<Q>>, K>(task, begin, end, tokens);
+        return tiles_beside<std::conditional_t<decoded, Mirrored<K>, Begun<Q>>, K>(task, begin, end, tokens);
     if (kernel.origin + left_out<K> == 0) return tiles_beside<Begun<Q>, K>(task, begin, end, tokens);
   }
   tiles_beside<Q, K>(task, begin, end, tokens);
 }
 
-// The same of any number of tokens.
+// The same of row groups and any activations.
 template <class K>
 void strips_spans(const SegmentTask& task, int64_t begin, int64_t end, int64_t tokens) {
-  if constexpr (std::is_same_v<typename Narrow<K>::X, int8_t>)
-    if (tokens <= kMostBeside) return strips_beside<K>(task, begin / kGroupsPerTile, end / kGroupsPerTile, tokens);
-  strips_blocks<K, kFewBeside>(task, begin, end, tokens);
+  if constexpr (!std::is_same_v<typename Narrow<K>::X, int8_t>) {
+    strips_blocks<K, kFewBeside>(task, begin, end, tokens);
+  } else {
+    begin /= kGroupsPerTile, end /= kGroupsPerTile;
+    if constexpr (K::kBits == 8) return strips_beside<true, K>(task, begin, end, tokens);
+    else if constexpr (kDecodesFast<K>)
+      if (tokens <= kMostDecoded) return strips_beside<true, K>(task, begin, end, tokens);
+    if constexpr (K::kBits < 8) strips_beside<false, K>(task, begin, end, tokens);
+  }
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of spans.h for many tokens: codes are decoded once for all of them, a block at a time, and multiplied by two tokens
-// at a time.
+// Products of spans.h for many tokens whose activations take two bytes, or rows of digits: codes are decoded once for all of them,
+// a block at a time, and multiplied by two rows at a time. Others are as in beside.h.
 #pragma once
 
 #include "core/spans.h"

@@ -92,7 +92,7 @@ struct SegmentTask {
   bool arranged;           // whether codes lie in halves16 or bytes16
   void* activations;       // (rows / together, chunks, together, 32), each kernel->bytes
   int32_t* starts;         // (rows / together, chunks, together, kernel->starts): see spans.h
-  int32_t* rests;          // (rows, chunks, kernel->rests)
+  int32_t* rests;          // (rows, chunks, kernel->rests): what rows leave out, or other starts
   float* x_scale;          // (padded rows, x_blocks)
   float* sums;             // (rows / together, segments, together): sum of the int8 activations of a segment, an exact integer
   const float* bias;

@@ -10,6 +10,7 @@
 //                          have 32 bits and begin as the sums of a segment do
 //   step(narrow, codes, x, next)    adds the products of four planes' four columns and two tokens' activations
 //   step(narrow, u, v, x)  the same of two planes and four tokens, whose activations are 32 apart
+//   hold(u)                keeps a vector in its register
 //   widened(narrow)        the narrow sums of all planes as one of 32 bits
 //   add(wide, other)       sums of those
 //   integer(float)         a float that is one
@@ -189,6 +190,7 @@ FEWBIT_INLINE void multiply(const K& kernel, const Place<K>& at, U (&narrow)[T][
 #pragma GCC unroll 2
     for (int t = 0; t < T / P; t++) {
       held[t].advance(at.codes + t * kLanes * 4, g);
+      if constexpr (K::kBits == 4) Narrow<K>::hold(held[t].part[0]);  // GCC would load them for each half
       kernel.split(held[t].quad(g), u[t]);
     }
     Narrow<K>::step(narrow, u[0][0], u[1 / P][1 % P], at.x + g * 4);
