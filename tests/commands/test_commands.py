@@ -309,6 +309,30 @@ def test_a_damaged_folder_is_never_run(
     assert f"{shard.name}; its bytes differ" in result.stderr
 
 
+@pytest.mark.parametrize("image", [False, True])
+def test_other_tokens_are_refused_and_edited_settings_named(
+    quantized: Path, command: Command, tmp_path: Path, image: bool
+) -> None:
+    """Another number for a token is another row of the embedding; templates and how to sample are the user's."""
+    copy = tmp_path / "copy"
+    shutil.copytree(quantized, copy)
+    asked = ("generate", copy, "--prompt", "abc", "--max-tokens", "2", *["--no-image"] * (not image))
+    assert command(*asked).exit_code == 0
+    (copy / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert command(*asked).exit_code == 0
+    found = json.loads(command("inspect", copy, "--json", "-").stdout)
+    assert found["edited"] == ["generation_config.json"]
+    assert "generation_config.json" in command("inspect", copy).stdout
+    tokens = copy / "tokenizer.json"
+    read = json.loads(tokens.read_text())
+    vocab = read["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+    tokens.write_text(json.dumps(read))
+    for words in (asked, ("eval", copy), ("inspect", copy)):
+        result = command(*words)
+        assert result.exit_code == 3 and "tokenizer.json; its bytes differ" in result.stderr, result.stderr
+
+
 def test_inspect_other_files(tiny: Path, command: Command, tmp_path: Path) -> None:
     shard = next(tiny.glob("*.safetensors"))
     one = json.loads(command("inspect", shard, "--json", "-").stdout)

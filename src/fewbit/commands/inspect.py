@@ -61,6 +61,7 @@ def _folder(path: Path) -> dict[str, Any]:
         "path": str(path),
         "kind": "fewbit folder",
         "hashes": f"{len(described['files'])} files verified",
+        "edited": manifest.edited(path, described),
         "architecture": described["source"].get("architecture", ""),
         "size_bytes": described["size_bytes"],
         "bits_per_weight": described["bits_per_weight"],
@@ -146,6 +147,7 @@ def tables(found: dict[str, Any]) -> Iterable[Any]:
         ("size", N.size(found["size_bytes"])),
         ("true bits per weight", N.significant(found["bits_per_weight"], 4)),
         ("hashes", found["hashes"]),
+        *[("changed since it was written", ", ".join(found["edited"]))] * bool(found.get("edited")),
     ]
     yield table(("what", "found"), facts)
     if "layers" not in found:
