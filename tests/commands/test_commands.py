@@ -337,6 +337,7 @@ def test_inspect_other_files(tiny: Path, command: Command, tmp_path: Path) -> No
     shard = next(tiny.glob("*.safetensors"))
     one = json.loads(command("inspect", shard, "--json", "-").stdout)
     folder = json.loads(command("inspect", tiny, "--json", "-").stdout)
+    assert "Hugging Face folder" in command("inspect", tiny).stdout
     assert one["tensors"] == folder["tensors"]
     assert folder["bits_per_weight"] == 32 and folder["architecture"] == "LlamaForCausalLM"
     (tmp_path / "x.bin").write_bytes(b"pickle")

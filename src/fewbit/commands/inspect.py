@@ -147,8 +147,9 @@ def tables(found: dict[str, Any]) -> Iterable[Any]:
         ("size", N.size(found["size_bytes"])),
         ("true bits per weight", N.significant(found["bits_per_weight"], 4)),
         ("hashes", found["hashes"]),
-        *[("changed since it was written", ", ".join(found["edited"]))] * bool(found.get("edited")),
     ]
+    if found.get("edited"):
+        facts.append(("changed since it was written", ", ".join(found["edited"])))
     yield table(("what", "found"), facts)
     if "layers" not in found:
         yield _by_format(found["tensors"])
