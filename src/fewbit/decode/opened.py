@@ -145,9 +145,9 @@ def open_image(folder: Path, activation: str | None) -> Model | None:
         StaleError: there is one that does not count, and why.
     """
     path = place(folder, activation)
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         image = _Pages(path)
         head, begin = _checked(image, folder, activation)
         return _related(path, image, head, begin, [_Pages(member(folder, name)) for name in head["mapped"]])
