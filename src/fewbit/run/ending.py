@@ -115,7 +115,7 @@ def _manifest(run: Run, layers: list[dict[str, Any]], sidecars: dict[str, str]) 
         "manifest": M.VERSION,
         "version": fewbit.__version__,
         "source": {
-            "path": str(checkpoint.path),
+            "path": str(checkpoint.path.absolute()),  # a relative one would name another folder elsewhere
             "sha256": run.journal.fingerprint["weights"],
             "architecture": checkpoint.architecture,
             "bytes": checkpoint.nbytes,
