@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.containers import manifest as M
 from fewbit.containers.files import write_json
 from fewbit.core import given
 from fewbit.errors import InputError, SpecError
@@ -324,6 +325,8 @@ def _protocol(
     calibration = side.manifest.get("calibration") or {}
     if side.activation is not None:
         notes.append(f"inputs of linear layers were rounded to {side.activation}")
+    if side.path is not None and (changed := M.edited(side.path, side.manifest)):
+        notes.append(f"changed since {side.short} was written: {', '.join(changed)}")
     if calibration.get("source") == seen.windows.source:
         notes.append("WARNING: this text also calibrated the model, so the figures flatter it")
     many = windows > 1

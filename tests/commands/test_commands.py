@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import Result
 
 import fewbit
@@ -18,6 +20,7 @@ from fewbit.commands import bench
 from fewbit.commands import demo as demo_command
 from fewbit.doctor import EXTRAS
 from fewbit.kernels import native
+from fewbit.measure import size
 
 Command = Callable[..., Result]
 PLAN_KEYS = {"size_bytes", "bits_per_weight", "peak_rss_bytes", "seconds", "layers"}
@@ -309,15 +312,57 @@ def test_a_damaged_folder_is_never_run(
     assert f"{shard.name}; its bytes differ" in result.stderr
 
 
+@pytest.mark.parametrize("image", [False, True])
+def test_other_tokens_are_refused_and_edited_settings_named(
+    quantized: Path, command: Command, tmp_path: Path, image: bool
+) -> None:
+    """Another number for a token is another row of the embedding; templates and how to sample are the user's."""
+    copy = tmp_path / "copy"
+    shutil.copytree(quantized, copy)
+    asked = ("generate", copy, "--prompt", "abc", "--max-tokens", "2", *["--no-image"] * (not image))
+    assert command(*asked).exit_code == 0
+    (copy / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert command(*asked).exit_code == 0
+    found = json.loads(command("inspect", copy, "--json", "-").stdout)
+    assert found["edited"] == ["generation_config.json"]
+    assert "generation_config.json" in command("inspect", copy).stdout
+    tokens = copy / "tokenizer.json"
+    read = json.loads(tokens.read_text())
+    vocab = read["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+    tokens.write_text(json.dumps(read))
+    for words in (asked, ("eval", copy), ("inspect", copy)):
+        result = command(*words)
+        assert result.exit_code == 3 and "tokenizer.json; its bytes differ" in result.stderr, result.stderr
+
+
 def test_inspect_other_files(tiny: Path, command: Command, tmp_path: Path) -> None:
     shard = next(tiny.glob("*.safetensors"))
     one = json.loads(command("inspect", shard, "--json", "-").stdout)
     folder = json.loads(command("inspect", tiny, "--json", "-").stdout)
+    assert "Hugging Face folder" in command("inspect", tiny).stdout
     assert one["tensors"] == folder["tensors"]
     assert folder["bits_per_weight"] == 32 and folder["architecture"] == "LlamaForCausalLM"
     (tmp_path / "x.bin").write_bytes(b"pickle")
     assert command("inspect", tmp_path / "x.bin").exit_code == 3
     assert command("inspect", tmp_path / "absent.gguf").exit_code == 3
+
+
+def test_words_that_others_packed_are_not_counted_as_weights(tiny: Path, command: Command, tmp_path: Path) -> None:
+    """GPTQ's int32 words are of eight weights each: 32 bits a weight was what inspect and eval said."""
+    folder = tmp_path / "gptq"
+    folder.mkdir()
+    config = json.loads((tiny / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    words = {"x.qweight": torch.zeros(4, 32, dtype=torch.int32), "x.scales": torch.ones(1, 32)}
+    save_file(words, folder / "model.safetensors", {"format": "pt"})
+    shown, found = command("inspect", folder), json.loads(command("inspect", folder, "--json", "-").stdout)
+    assert "quantized by" in shown.stdout and found["quantized_by"] == "gptq"
+    assert found["bits_per_weight"] is None and found["parameters"] is None
+    assert {t["name"]: t["bits_per_weight"] for t in found["tensors"]} == {"x.qweight": None, "x.scales": 32}
+    assert math.isnan(size.of_path(folder, 0).bits_per_weight)
+    result = command("plan", folder, "--format", "int4/g32")
+    assert result.exit_code == 4 and "quantized already, by gptq" in result.stderr
 
 
 def test_doctor(command: Command) -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import fewbit
 from fewbit import errors
-from fewbit.commands.guard import INTERRUPTED, guarded, sentence
+from fewbit.commands.guard import INTERRUPTED, TERMINATED, guarded, sentence
 
 
 def all_kinds(root: type[errors.FewbitError]) -> list[type[errors.FewbitError]]:
@@ -90,8 +90,30 @@ def test_warnings_are_lines_and_programmers_warnings_are_hidden() -> None:
     assert warnings.showwarning is before
 
 
-def test_ctrl_c_on_a_real_process(tiny: Path, tmp_path: Path) -> None:
-    """SIGINT in the middle of a run: exit 130, the sentence, and the same command then finishes."""
+def test_sigterm_is_the_programs_own_again_afterwards() -> None:
+    """And where it is ignored, or somebody's already, commands leave it alone."""
+    app, found = typer.Typer(), list[object]()
+
+    @app.command()
+    @guarded
+    def look(debug: bool = False) -> None:
+        found.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for handler in (signal.SIG_DFL, signal.SIG_IGN):
+            signal.signal(signal.SIGTERM, handler)
+            assert CliRunner().invoke(app, []).exit_code == 0
+            assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert callable(found[0]) and found[1] is signal.SIG_IGN
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize(("number", "says"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)])
+def test_a_signal_to_a_real_process(tiny: Path, tmp_path: Path, number: signal.Signals, says: str) -> None:
+    """Ctrl-C or SIGTERM in the middle of a run: exit 128 + its number, and the sentence."""
     out = tmp_path / "out"
     options = ["--format", "int4/g32", "--method", "gptq", "--samples", "128", "--context", "256", "-o", str(out)]
     start = "import sys; from fewbit.cli import app; sys.argv[0] = 'fewbit'; app()"
@@ -101,15 +123,15 @@ def test_ctrl_c_on_a_real_process(tiny: Path, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # A shell that runs the tests in the background has signals ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not out.with_name("out.partial").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert INTERRUPTED in stderr
+    assert process.returncode == 128 + number, stderr
+    assert says in stderr
     assert "Traceback" not in stderr
     assert not out.exists()

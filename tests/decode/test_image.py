@@ -23,6 +23,7 @@ from fewbit.decode import image, open_engine
 from fewbit.decode import opened as O
 from fewbit.decode.described import described
 from fewbit.decode.native_engine import NativeEngine
+from fewbit.decode.text import words_of
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.kernels import native
 
@@ -294,3 +295,24 @@ def test_text_without_torch_in_little_memory(four_bits: Path, tmp_path: Path) ->
     caches = 2 << 20  # a block of 64 positions of this model, rounded up to what its cache asks for at a time
     assert generating["anonymous"] - caches < 64 << 20
     assert generating["peak"] - size - caches < 64 << 20
+
+
+def test_what_another_user_hides_is_passed_over(
+    four_bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared folder whose ``.fewbit`` belongs to somebody with another umask runs as if there were none."""
+    folder = copied(four_bits, tmp_path)
+    expected, path = logits(opened(folder)), kept(folder)
+    words = words_of(folder).encode("abc")
+    good = Path.is_file
+
+    def hidden(asked: Path) -> bool:
+        if asked.parent == path.parent:
+            raise PermissionError(13, "Permission denied", str(asked))
+        return good(asked)
+
+    monkeypatch.setattr(Path, "is_file", hidden)
+    with pytest.warns(RuntimeWarning, match="Permission denied.*made anew"):
+        engine = opened(folder)
+    assert engine.model.image is None and torch.equal(logits(engine), expected)
+    assert words_of(folder).encode("abc") == words

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make
 from transformers import AutoConfig
 
+from fewbit.decode import open_engine
 from fewbit.errors import CorruptFileError, InputError, UnsupportedError
 from fewbit.model import checkpoint as C
+from fewbit.model.classes import from_folder
 from fewbit.model.stream import StreamedModel
 
 
@@ -123,6 +125,26 @@ def test_integers_in_place_of_floats_are_refused(tmp_path: Path) -> None:
     rewrite(tmp_path, {name: torch.ones(48, 32, dtype=torch.int8)})
     with pytest.raises(UnsupportedError, match=f"{name} holds integers"):
         StreamedModel.open(C.open_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_what_others_quantized_is_no_float_weight(tmp_path: Path, kind: torch.dtype) -> None:
+    """Read without their scales, such weights were another model, in silence: folders of which config.json says
+    nothing, as some tools keep that in a file beside."""
+    make("llama", tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(tmp_path, {name: torch.ones(48, 32).to(kind), f"{name}_scale": torch.ones(48, 1)})
+    for reads in (C.open_checkpoint, from_folder, open_engine):
+        with pytest.raises(UnsupportedError, match=f"{name} holds"):
+            reads(tmp_path)
+    if kind == torch.float8_e4m3fn:  # a plain cast, with nothing that scales it, is what it is
+        rewrite(tmp_path, {f"{name}_scale": None})
+        assert from_folder(tmp_path).get_parameter(name).mean() == 1
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["compression_config"] = {"quant_method": "compressed-tensors"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="already, by compressed-tensors"):
+        C.open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("which", ["layers.1.*.experts.3.*w1", "layers.1.*.experts.3"])

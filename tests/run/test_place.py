@@ -96,3 +96,13 @@ def test_home_is_the_users(short: Short, tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "out" / M.NAME).is_file()
     with pytest.raises(SpecError, match="~nobody-of-that-name"):
         short("~nobody-of-that-name/out", method="rtn")
+
+
+def test_the_original_is_found_from_anywhere(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named by a relative path, it was looked up where `fewbit eval` ran: there, ``.`` could be the result itself."""
+    monkeypatch.chdir(tiny)
+    made = fewbit.quantize(".", "int2/g32/asym", out=tmp_path / "out", force=True)
+    assert Path(made.manifest["source"]["path"]).samefile(tiny)
+    monkeypatch.chdir(tmp_path / "out")
+    measured = fewbit.evaluate(".", context=32, max_tokens=64, decode_tokens=0)
+    assert measured.kl_mean is not None and measured.kl_mean > 1e-4

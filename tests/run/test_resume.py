@@ -18,16 +18,30 @@ import fewbit
 from fewbit.run.events import Event
 
 KILLS = int(os.environ.get("FEWBIT_KILLS", "3"))
-"""A full campaign is ``FEWBIT_KILLS=50 pytest tests/run/test_resume.py``."""
+"""A full campaign, by all of WAYS, is ``FEWBIT_KILLS=50 pytest tests/run/test_resume.py``; without it, the first."""
+WAYS: dict[str, dict[str, Any]] = {
+    "gptq": {"recipe": "int4/g32/asym", "method": "gptq"},
+    "awq": {"recipe": "int4/g32/asym", "method": "awq", "transforms": ["awq"]},
+    "hqq": {"recipe": "int4/g32/min", "method": "hqq"},
+    "autoround": {"recipe": "int3/g32/asym", "method": "autoround", "options": {"iters": 8}},
+    "vptq": {"recipe": "vector4x8", "method": "vptq", "tune": [{"name": "vectors", "iters": 4}]},
+    "squeezellm": {"recipe": "palette3/row", "method": "squeezellm"},
+    "nanoquant": {"recipe": "sign/channel", "method": "nanoquant", "tune": [{"name": "scales", "iters": 4}]},
+    "ptq161": {"recipe": "int1/channel/min", "method": "ptq161", "tune": [{"name": "scales", "iters": 4}]},
+    "billm": {"recipe": "sign/g32", "method": "billm"},
+    "spinquant": {"recipe": "W4A4", "transforms": [{"name": "spinquant", "steps": 6}]},
+    "smooth": {"recipe": "W8A8_STATIC", "transforms": ["smooth"]},
+    "distill": {"recipe": "int3/g32/asym", "tune": [{"name": "distill-weights", "iters": 6, "batch": 4}]},
+}
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["fewbit.run", "fewbit.evaluation", "transformers.models.llama.modeling_llama"])
 
 
-def quantizing(model: Path, out: Path) -> multiprocessing.process.BaseProcess:
+def quantizing(model: Path, way: dict[str, Any], out: Path) -> multiprocessing.process.BaseProcess:
     """A process that has begun to quantize, forked from one that had imported what that takes."""
-    options = {"method": "gptq", "out": out, "samples": 8, "context": 64}
-    process = FORKS.Process(target=fewbit.quantize, args=(model, "int4/g32/asym"), kwargs=options)
+    options = {**way, "out": out, "samples": 8, "context": 64, "force": True}
+    process = FORKS.Process(target=fewbit.quantize, args=(model,), kwargs=options)
     process.start()
     return process
 
@@ -56,22 +70,24 @@ def test_stopped_after_every_stage_and_continued(
     assert hashes(out) == hashes(tmp_path / "whole")
 
 
-@pytest.mark.timeout(60 + 40 * KILLS)
+@pytest.mark.timeout(300 + 60 * KILLS)  # on a loaded machine
+@pytest.mark.parametrize("name", WAYS if "FEWBIT_KILLS" in os.environ else list(WAYS)[:1])
 def test_killed_at_random_instants(
-    tiny: Path, short: Callable[..., Any], hashes: Callable[[Path], dict[str, str]], tmp_path: Path
+    tiny: Path, name: str, hashes: Callable[[Path], dict[str, str]], tmp_path: Path
 ) -> None:
-    short(tmp_path / "whole")
+    way = WAYS[name]
+    fewbit.quantize(tiny, **way, out=tmp_path / "whole", samples=8, context=64, force=True)
     expected = hashes(tmp_path / "whole")
     rng = random.Random(0)
-    quantizing(tiny, tmp_path / "warm").join()  # starts the server
+    quantizing(tiny, way, tmp_path / "warm").join()  # starts the server
     began = time.monotonic()
-    process = quantizing(tiny, tmp_path / "timing")
+    process = quantizing(tiny, way, tmp_path / "timing")
     process.join()
     length = time.monotonic() - began
     assert process.exitcode == 0
     out, killed = tmp_path / "killed", 0
     while killed < KILLS:
-        process = quantizing(tiny, out)
+        process = quantizing(tiny, way, out)
         process.join(rng.uniform(0.0, length))
         if process.is_alive():
             process.kill()
@@ -80,7 +96,7 @@ def test_killed_at_random_instants(
         if out.exists() and process.exitcode == 0:
             assert hashes(out) == expected
             out = tmp_path / f"killed{killed}"
-    process = quantizing(tiny, out)
+    process = quantizing(tiny, way, out)
     process.join()
     assert process.exitcode == 0 and hashes(out) == expected
 

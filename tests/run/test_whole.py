@@ -111,6 +111,7 @@ def test_a_gpu_does_what_the_processor_does(tmp_path: Path, short: Short, name: 
         assert ends[1]["after"] < 1.5 * ends[0]["after"]
 
 
+@pytest.mark.timeout(400)  # two runs and two measurements: 14 s of a processor, which has been a minute and a half
 @pytest.mark.parametrize(
     ("format", "method", "transforms", "options"),
     [

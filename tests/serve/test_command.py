@@ -127,7 +127,7 @@ def test_what_does_not_end_in_time_ends_with_an_error(tiny: Path) -> None:
                 )
                 while b"fewbit_waiting 16.0" not in httpx.get(f"{place}metrics").content:
                     next(lines)
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)  # which does as Ctrl-C
                 last = [line for line in lines if line][-1]
             error = json.loads(last.removeprefix("data: "))["error"]
             assert error["code"] == "stopping" and error["type"] == "server_error"

@@ -31,7 +31,8 @@ def run(
     console = results(json_target)
     for shown in tables(found):
         console.print(shown)
-    err().print(f"written: {out}; `fewbit quantize {shlex.quote(model)} --recipe {out} -o OUT`", markup=False)
+    command = f"fewbit quantize {shlex.quote(model)} --recipe {shlex.quote(str(out))} -o OUT"
+    err().print(f"written: {out}; `{command}`", markup=False)
 
 
 def told(found: Allocation) -> str:

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -17,6 +20,7 @@ from fewbit.errors import FewbitError
 
 P = ParamSpec("P")
 INTERRUPTED = "interrupted; nothing is lost, run the same command again to continue"
+TERMINATED = INTERRUPTED.replace("interrupted", "terminated")
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -25,8 +29,13 @@ _QUIET = {
 }
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what ends commands for others (``docker stop``, Slurm, systemd) does as Ctrl-C does."""
+
+
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a command: errors become a sentence on stderr and an exit code (2 to 7 by kind, 1 unexpected, 130 Ctrl-C).
+    """Wrap a command: errors become a sentence on stderr and an exit code: 2 to 7 by kind, 1 unexpected, 130
+    Ctrl-C, 143 SIGTERM.
 
     The command must take ``debug``; with it the traceback is printed as well. ``~`` in paths is the user's home, which
     shells do not say for us in ``--out=~/x``.
@@ -37,7 +46,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
         try:
-            with warnings.catch_warnings():
+            with _terminable(), warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 command(*args, **{name: _at_home(name, value) for name, value in kwargs.items()})
         except BrokenPipeError:
@@ -52,6 +61,24 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises :class:`Terminated` while open, unless this program or who started it deals with it already."""
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    main = threading.current_thread() is threading.main_thread()  # no other thread may ask for signals
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _at_home(name: str, value: Any) -> Any:
     """A path, or a list of them, with the user's home in place of ``~``; all else as it is."""
     if isinstance(value, list):
@@ -61,6 +88,8 @@ def _at_home(name: str, value: Any) -> Any:
 
 def sentence(error: BaseException) -> tuple[str, int]:
     """One line for a person, and the exit code for a script."""
+    if isinstance(error, Terminated):
+        return TERMINATED, 128 + signal.SIGTERM
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, 130
     if isinstance(error, FewbitError):

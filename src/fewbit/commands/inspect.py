@@ -14,6 +14,7 @@ from fewbit.containers.files import named_files
 from fewbit.containers.gguf import open_gguf
 from fewbit.containers.safetensors import open_safetensors
 from fewbit.errors import InputError
+from fewbit.measure.size import are_words
 from fewbit.report import numbers as N
 from fewbit.report.rows import procedure
 
@@ -34,8 +35,9 @@ def run(path: Path, json_target: str | None) -> None:
 
 
 def examine(path: Path) -> dict[str, Any]:
-    """Plain data: ``kind``, ``size_bytes``, ``bits_per_weight`` (true, matrices only), ``tensors``, and for a folder of
-    fewbit's the manifest's ``layers`` and ``skipped``, after every hash was checked."""
+    """Plain data: ``kind``, ``size_bytes``, ``bits_per_weight`` (true, matrices only; None where ``quantized_by``
+    packed them), ``tensors``, and for a folder of fewbit's the manifest's ``layers`` and ``skipped``, after every
+    hash was checked."""
     if path.is_dir():
         return _folder(path)
     if path.suffix == ".gguf":
@@ -53,7 +55,9 @@ def _folder(path: Path) -> dict[str, Any]:
     if not (path / manifest.NAME).is_file():
         found = _summary(path, "Hugging Face folder", tensors)
         if (path / "config.json").is_file():
-            found["architecture"] = ", ".join(files.read_json(path / "config.json").get("architectures") or [])
+            config = files.read_json(path / "config.json")
+            found["architecture"] = ", ".join(config.get("architectures") or [])
+            found["quantized_by"] = (config.get("quantization_config") or {}).get("quant_method")
         return found
     described = manifest.read(path)
     manifest.check_files(path, described)
@@ -61,6 +65,7 @@ def _folder(path: Path) -> dict[str, Any]:
         "path": str(path),
         "kind": "fewbit folder",
         "hashes": f"{len(described['files'])} files verified",
+        "edited": manifest.edited(path, described),
         "architecture": described["source"].get("architecture", ""),
         "size_bytes": described["size_bytes"],
         "bits_per_weight": described["bits_per_weight"],
@@ -92,6 +97,7 @@ def _safetensors(path: Path) -> list[dict[str, Any]]:
     opened = open_safetensors(path)
     return [
         _tensor(name, tuple(entry.shape), str(entry.dtype).removeprefix("torch."), entry.nbytes, path.name)
+        | ({"bits_per_weight": None} if are_words(entry.dtype, entry.shape) else {})
         for name, entry in opened.entries.items()
     ]
 
@@ -125,14 +131,15 @@ def _tensor(name: str, shape: tuple[int, ...], format: str, nbytes: int, file: s
 
 def _summary(path: Path, kind: str, tensors: list[dict[str, Any]]) -> dict[str, Any]:
     matrices = [tensor for tensor in tensors if len(tensor["shape"]) >= 2]
-    weights = sum(math.prod(tensor["shape"]) for tensor in matrices)
+    known = all(tensor["bits_per_weight"] is not None for tensor in matrices if math.prod(tensor["shape"]))
+    weights = sum(math.prod(tensor["shape"]) for tensor in matrices) if known else 0
     return {
         "path": str(path),
         "kind": kind,
         "hashes": "none listed",
         "size_bytes": path.stat().st_size if path.is_file() else sum(tensor["nbytes"] for tensor in tensors),
         "bits_per_weight": 8 * sum(tensor["nbytes"] for tensor in matrices) / weights if weights else None,
-        "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors),
+        "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors) if known else None,
         "tensors": tensors,
     }
 
@@ -143,10 +150,13 @@ def tables(found: dict[str, Any]) -> Iterable[Any]:
         ("path", found["path"]),
         ("kind", found["kind"]),
         ("architecture", found.get("architecture") or None),
+        *([("quantized by", found["quantized_by"])] if found.get("quantized_by") else []),
         ("size", N.size(found["size_bytes"])),
         ("true bits per weight", N.significant(found["bits_per_weight"], 4)),
         ("hashes", found["hashes"]),
     ]
+    if found.get("edited"):
+        facts.append(("changed since it was written", ", ".join(found["edited"])))
     yield table(("what", "found"), facts)
     if "layers" not in found:
         yield _by_format(found["tensors"])
@@ -183,6 +193,7 @@ def _by_format(tensors: list[dict[str, Any]]) -> Any:
     for tensor in tensors:
         number, weights, nbytes = totals.get(tensor["format"], (0, 0, 0))
         count = math.prod(tensor["shape"]) * tensor.get("experts", 1)
+        count = 0 if tensor["bits_per_weight"] is None else count
         totals[tensor["format"]] = (number + 1, weights + count, nbytes + tensor["nbytes"])
     rows = [
         (format, number, N.size(nbytes), N.significant(8 * nbytes / weights, 4) if weights else None)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ def run(request: Request, out: Path, json_target: str | None, report: Path | Non
     write_json(json_target, described)
     for shown in tables(out, described):
         results(json_target).print(shown)
-    console.print(f"report: {written[-1]}; `fewbit eval {out}` measures the whole and completes it", markup=False)
+    command = f"`fewbit eval {shlex.quote(str(out))}`"
+    console.print(f"report: {written[-1]}; {command} measures the whole and completes it", markup=False)
 
 
 def tables(out: Path, described: dict[str, Any]) -> list[Any]:
@@ -124,7 +126,8 @@ def tables(out: Path, described: dict[str, Any]) -> list[Any]:
         ("true bits per weight", f"{N.significant(described['bits_per_weight'], 4)} (scales included)"),
         (
             "layers",
-            f"{len(described['layers'])} quantized, {len(described['skipped'])} kept (see `fewbit inspect {out}`)",
+            f"{len(described['layers'])} quantized, {len(described['skipped'])} kept "
+            f"(see `fewbit inspect {shlex.quote(str(out))}`)",
         ),
         ("time", N.seconds(took.get("seconds"))),
         ("peak memory", N.size(took.get("peak_rss_bytes"))),

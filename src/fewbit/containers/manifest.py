@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,16 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
     for path in named_files(folder):
         if path.name not in manifest["files"]:
             raise CorruptFileError(f"{path}", "the manifest holds no hash of it", "copy the folder again")
+
+
+def edited(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """The files that people may change (templates, how to sample) and that are not as they were written, by name.
+
+    Raises:
+        CorruptFileError: a name leads out of the folder.
+    """
+    settings = manifest.get("settings", {})  # folders of earlier versions list none
+    if not isinstance(settings, dict):
+        raise CorruptFileError(f"{folder / NAME}", "field 'settings' is of the wrong type", "copy it again")
+    paths = {name: member(folder, name) for name in settings}
+    return [name for name, path in paths.items() if not path.is_file() or digest(path) != settings[name]]

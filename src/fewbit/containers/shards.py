@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+
+import torch
 
 from fewbit.containers.files import INDEX, member, read_json
 from fewbit.containers.safetensors import SafetensorsFile, open_safetensors
@@ -63,3 +66,22 @@ def _sharded(folder: Path, index: Path) -> list[SafetensorsFile]:
             f"opening the model {folder}", f"no file holds {len(lost)} tensors of its index: {lost[0]}"
         )
     return shards
+
+
+def refuse_scaled(folder: Path, files: Iterable[SafetensorsFile]) -> None:
+    """Refuse weights that another tool quantized though ``config.json`` does not say so: without their scales, for
+    which a model has no place, they are other weights.
+
+    Raises:
+        UnsupportedError: a weight holds integers, or floats of 8 bits that a tensor beside it scales; it is named.
+    """
+    held = {key: entry for file in files for key, entry in file.entries.items()}
+    asked, works = f"opening the model {folder}", "the original weights"
+    for key, entry in held.items():
+        dtype, matrix = entry.dtype, len(entry.shape) >= 2
+        packed = key.endswith("weight") or (matrix and dtype in (torch.int8, torch.uint8))
+        if packed and not (dtype.is_floating_point or dtype.is_complex):
+            raise UnsupportedError(asked, f"{key} holds integers, as quantized weights do", works)
+        beside = (name for name in (f"{key}_scale", f"{key}_scale_inv") if name in held)
+        if dtype.itemsize == 1 and (scale := next(beside, None)) is not None:
+            raise UnsupportedError(asked, f"{key} holds floats of 8 bits that {scale} scales", works)

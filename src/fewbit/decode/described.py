@@ -12,7 +12,7 @@ from typing import TypeVar
 from fewbit import formats
 from fewbit.containers import manifest as M
 from fewbit.containers.files import read_json
-from fewbit.containers.shards import weight_files
+from fewbit.containers.shards import refuse_scaled, weight_files
 from fewbit.decode.configs import config_of, has_text_part, is_tied
 from fewbit.decode.describe import describe
 from fewbit.decode.families import TEXT_PARTS, Shape, shape_of
@@ -81,7 +81,10 @@ def open_source(folder: Path, activation: str | None) -> Source:
     if quantization and by != "fewbit":
         raise UnsupportedError("the native runtime", f"the model was quantized by {by}", "what fewbit quantize writes")
     names = TEXT_PARTS[config["model_type"]] if has_text_part(config) else (("", ""),)
-    files = [mapped(file) for file in weight_files(folder)]
+    opened = weight_files(folder)
+    if not quantization:
+        refuse_scaled(folder, opened)
+    files = [mapped(file) for file in opened]
     modules = _text_part(quantization.get("modules", {}), names)
     tensors = _text_part({name: tensor for _, held in files for name, tensor in held.items()}, names)
     fused = any(".experts." in name and name.endswith(".weight") for name in tensors)

@@ -32,9 +32,9 @@ def open_kept(folder: Path, once: bool) -> FileTokenizer | None:
     """The tokenizer that :func:`keep` kept in ``folder``; None where there is none that counts. ``once``: as
     :func:`fewbit.model.tokenizer.open_tokenizer` has it."""
     beside = folder / FOLDER / BESIDE
-    if not beside.is_file():
-        return None
     try:
+        if not beside.is_file():
+            return None
         told = read_json(beside)
         if told["made_from"] != _stamp(folder):
             return None

@@ -40,6 +40,7 @@ from fewbit.containers.files import member
 from fewbit.decode import structs as S
 from fewbit.errors import FewbitError
 from fewbit.kernels import native
+from fewbit.model.tokenizer import NUMBERED
 
 MAGIC = b"FEWBITI\x01"
 DIGESTED = 40
@@ -81,7 +82,7 @@ def place(folder: Path, activation: str | None) -> Path:
 
 def stamp(folder: Path, activation: str | None, weights: list[str]) -> dict[str, Any]:
     """What an image must have been made from to count: this build of the library on this machine, and the files
-    ``weights`` and :data:`WATCHED` as they are now: sizes and times of change."""
+    ``weights``, :data:`WATCHED`, and what numbers tokens, as they are now: sizes and times of change."""
     package = Path(fewbit.__file__).parent
     code = [path for part in MADE_BY for path in sorted((package / part).glob("*.py"))]
     build = [(path.name, *state_of(path)) for path in [*code, *sorted(package.glob("_native*"))]]
@@ -92,6 +93,7 @@ def stamp(folder: Path, activation: str | None, weights: list[str]) -> dict[str,
         "instructions": native.capabilities(),
         "activation": activation,
         "files": {name: state_of(member(folder, name)) for name in (*WATCHED, *weights)},
+        "tokens": {name: state_of(folder / name) for name in NUMBERED},
     }
 
 
@@ -143,9 +145,9 @@ def open_image(folder: Path, activation: str | None) -> Model | None:
         StaleError: there is one that does not count, and why.
     """
     path = place(folder, activation)
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         image = _Pages(path)
         head, begin = _checked(image, folder, activation)
         return _related(path, image, head, begin, [_Pages(member(folder, name)) for name in head["mapped"]])

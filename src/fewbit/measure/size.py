@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fewbit.containers import manifest as M
 from fewbit.containers.files import named_files, size_of
 from fewbit.containers.gguf import open_gguf
@@ -52,9 +54,17 @@ def of_path(path: Path, parameters: int) -> Size:
         blocks = [(block.nbytes, block.shape) for block in open_gguf(path).tensors.values()]
         return Size(total, _bits(blocks), "stored bytes of the GGUF's matrices, scales included, over their weights")
     if files[0].suffix == ".safetensors":
-        entries = [(entry.nbytes, entry.shape) for file in files for entry in open_safetensors(file).entries.values()]
+        held = [entry for file in files for entry in open_safetensors(file).entries.values()]
+        if any(are_words(entry.dtype, entry.shape) for entry in held):
+            return Size(total, math.nan, "unknown: its matrices are words of an own layout, of so many weights each")
+        entries = [(entry.nbytes, entry.shape) for entry in held]
         return Size(total, _bits(entries), "stored bytes of the matrices over their weights")
     return Size(total, 8 * total / parameters, "file size over parameters (PyTorch files are not opened)")
+
+
+def are_words(dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether a matrix of a safetensors file holds packed weights (GPTQ, AWQ, bitsandbytes), not one an element."""
+    return len(shape) >= 2 and not dtype.is_floating_point and dtype != torch.int8
 
 
 def _bits(tensors: Iterable[tuple[int, Sequence[int]]]) -> float:

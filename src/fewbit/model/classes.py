@@ -16,7 +16,9 @@ from transformers import (
     PretrainedConfig,
 )
 
-from fewbit.containers.files import read_json
+from fewbit.containers.files import named_files, read_json
+from fewbit.containers.safetensors import open_safetensors
+from fewbit.containers.shards import refuse_scaled
 from fewbit.errors import CorruptFileError, FewbitError, InputError, UnsupportedError, first_line
 
 WHERE = {"local_files_only": True, "trust_remote_code": False}
@@ -55,9 +57,12 @@ def from_folder(folder: str | Path, **more: Any) -> Any:
 
     Raises:
         InputError: transformers cannot load it. CorruptFileError: weights are missing, which transformers would draw at
-        random, or have other shapes than the configuration says. UnsupportedError: as :func:`config_in`.
+        random, or have other shapes than the configuration says. UnsupportedError: as :func:`config_in`, or others
+        have quantized its weights.
     """
     config = more.pop("config", None) or config_in(folder)
+    if getattr(config, "quantization_config", None) is None:
+        refuse_scaled(Path(folder), map(open_safetensors, named_files(Path(folder))))
     told = {"ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         model, info = class_of(config).from_pretrained(str(folder), config=config, **{**WHERE, **more, **told})

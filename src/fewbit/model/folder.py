@@ -13,13 +13,15 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from fewbit.containers.files import member, read_json, size_of, write_bytes, write_json
 from fewbit.containers.safetensors import SafetensorsFile
-from fewbit.containers.shards import LARGEST_SIDECAR, weight_files
+from fewbit.containers.shards import LARGEST_SIDECAR, refuse_scaled, weight_files
 from fewbit.errors import CorruptFileError, InputError, UnsupportedError, first_line
 from fewbit.model.checkpoint import Checkpoint, check_layers
 from fewbit.model.classes import config_in
 from fewbit.model.tokenizer import FILES, has_tokenizer, open_tokenizer
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32}
+QUANTIZED = ("quantization_config", "compression_config")
+"""Where a configuration says who has quantized its weights; the latter in old ones of compressed-tensors."""
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 """What a vision-language model makes its inputs of images by."""
 
@@ -37,8 +39,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     raw = read_json(path)
     if not isinstance(raw.get("model_type"), str):
         raise InputError(f"reading {path}", "it names no model_type", "the config.json of a transformers model")
-    if raw.get("quantization_config") is not None:
-        found = raw["quantization_config"]
+    found = next((raw[key] for key in QUANTIZED if raw.get(key) is not None), None)
+    if found is not None:
         by = found.get("quant_method") if isinstance(found, dict) else None
         raise UnsupportedError(
             f"opening the model {folder}", f"it is quantized already, by {by}", "the original weights"
@@ -53,6 +55,7 @@ class FolderCheckpoint(Checkpoint):
         self.path, self.ignored = folder, []
         self.config = read_config(folder)
         self._shards = weight_files(folder)
+        refuse_scaled(folder, self._shards)
         self._of = {key: shard for shard in self._shards for key in shard.entries}
         self.files = [shard.path for shard in self._shards]
         check_layers(self.config, self._of, folder)

@@ -24,6 +24,9 @@ FILES = (
     "chat_template.json",
 )
 """That transformers makes a tokenizer of."""
+NUMBERED = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt")
+"""Those of them that say which token is which row of the embedding. The others hold what people edit: templates, and
+what tokens are for."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """Those of which a folder with a tokenizer holds one."""
 CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")

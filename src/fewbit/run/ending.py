@@ -12,6 +12,7 @@ import fewbit
 from fewbit.containers import manifest as M
 from fewbit.containers.files import INDEX, digest, read_json, take_place, write_json
 from fewbit.errors import QualityError
+from fewbit.model.tokenizer import NUMBERED
 from fewbit.recipe import FLOAT, Recipe
 from fewbit.run.events import Event
 from fewbit.run.state import STATE, Run
@@ -34,14 +35,14 @@ def finish(run: Run, out: Path) -> dict[str, Any]:
     weight_map = {name: stage["file"] for stage in stages for name in stage["tensors"]}
     total = sum(size for stage in stages for size in stage["tensors"].values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    run.model.checkpoint.save_sidecars(folder)
+    sidecars = run.model.checkpoint.save_sidecars(folder)
     layers = [
         {key: value for key, value in record.items() if key != "seconds"}
         for stage in stages
         for record in stage["layers"]
     ]
     _config(run, folder, layers)
-    manifest = _manifest(run, layers)
+    manifest = _manifest(run, layers, sidecars)
     verify_folder(folder, manifest)
     _judge(manifest["check"], run.asked.force, folder, run.asked.recipe)
     write_json(folder / M.NAME, manifest)
@@ -88,7 +89,7 @@ def _config(run: Run, folder: Path, layers: list[dict[str, Any]]) -> None:
     write_json(folder / "config.json", config)
 
 
-def _manifest(run: Run, layers: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(run: Run, layers: list[dict[str, Any]], sidecars: dict[str, str]) -> dict[str, Any]:
     stages, plan, checkpoint = run.journal.stages, run.plan, run.model.checkpoint
     skipped = [
         {
@@ -108,11 +109,13 @@ def _manifest(run: Run, layers: list[dict[str, Any]]) -> dict[str, Any]:
     weights = sum(record["shape"][0] * record["shape"][1] * record["experts"] for record in layers)
     files = {stage["file"]: stage["sha256"] for stage in stages}
     files |= {name: digest(run.folder / name) for name in (INDEX, "config.json")}
+    settings = {name: found for name, found in sidecars.items() if name not in ("config.json", *NUMBERED)}
+    files |= {name: found for name, found in sidecars.items() if name in NUMBERED}
     return {
         "manifest": M.VERSION,
         "version": fewbit.__version__,
         "source": {
-            "path": str(checkpoint.path),
+            "path": str(checkpoint.path.absolute()),  # a relative one would name another folder elsewhere
             "sha256": run.journal.fingerprint["weights"],
             "architecture": checkpoint.architecture,
             "bytes": checkpoint.nbytes,
@@ -131,6 +134,7 @@ def _manifest(run: Run, layers: list[dict[str, Any]]) -> dict[str, Any]:
         "check": stages[-1]["check"],
         **({"end": stages[-1]["end"]} if "end" in stages[-1] else {}),
         "files": files,
+        "settings": settings,
     }
 
 
