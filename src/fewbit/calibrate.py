@@ -9,6 +9,7 @@ import lzma
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +59,7 @@ class Calibration:
         }
 
 
+@cache
 def _bundled(name: str) -> str:
     return lzma.decompress(resources.files("fewbit").joinpath("data").joinpath(name).read_bytes()).decode("utf-8")
 

@@ -199,9 +199,10 @@ def check_layouts(tensor: QTensor, context: str) -> None:
             assert tensor.format.name in reason or any(str(size) in reason for size in tensor.shape)
             continue
         accepted.append(layout)
-        check_same(tensor.repack(layout), codes, params, f"{context} {layout.name}")
-        assert torch.equal(tensor.repack(layout).dequantize(), values)
-        check_size(tensor, layout)
+        packed = tensor.repack(layout)
+        check_same(packed, codes, params, f"{context} {layout.name}")
+        assert torch.equal(packed.dequantize(), values)
+        check_size(packed, layout)
     assert {"unpacked", "dense", "planes"} <= {layout.name for layout in accepted}
     walk = tensor
     for layout in itertools.chain(accepted, reversed(accepted)):
@@ -226,12 +227,12 @@ BITS_A_CODE: dict[str, Callable[[Format], float]] = {
 }
 
 
-def check_size(tensor: QTensor, layout: Layout) -> None:
+def check_size(packed: QTensor, layout: Layout) -> None:
     """Real bytes lie between the formula and the formula with every array's rows padded to whole bytes."""
     if layout.name not in BITS_A_CODE:
         return
-    format = tensor.format
-    rows, columns = F.code_shape(format, tensor.shape)
+    format = packed.format
+    rows, columns = F.code_shape(format, packed.shape)
     blocks = B.count(columns, format.block)
     spans = B.count(columns, format.fit_block)
     groups = -(-rows // (format.group_rows or rows))
@@ -247,10 +248,9 @@ def check_size(tensor: QTensor, layout: Layout) -> None:
     numbers = [(p.bits, entries[p.per] * math.prod(p.entry)) for p in format.params]
     exact = rows * columns * BITS_A_CODE[layout.name](format) + sum(bits * count for bits, count in numbers)
     padded_rows = rows * (1 + len(format.params)) * format.bits
-    packed = tensor.repack(layout)
-    assert exact <= 8 * packed.nbytes <= exact + 8 * padded_rows, (format.name, layout.name, tensor.shape)
+    assert exact <= 8 * packed.nbytes <= exact + 8 * padded_rows, (format.name, layout.name, packed.shape)
     assert all(array.flatten().view(torch.uint8).numel() for array in packed.params.values()), "a file writes bytes"
-    assert packed.bits_per_weight == 8 * packed.nbytes / math.prod(tensor.shape)
+    assert packed.bits_per_weight == 8 * packed.nbytes / math.prod(packed.shape)
 
 
 @pytest.mark.parametrize("name", SCALARS)

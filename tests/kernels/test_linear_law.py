@@ -72,19 +72,18 @@ def test_sizes_blocks_and_batches(kernel: str, bits: int) -> None:
         return
     for i, rows in enumerate(SIZES):
         for j, columns in enumerate(SIZES):
-            blocks = (0, 16, 32, 64)[(i + j + bits) % 2 :: 2]  # every block meets every width and every size
-            for block in blocks[: 1 if kernel.startswith("int8_row_lut") else 2]:  # whose rows are whole
-                matrix = raw_matrix(kernel, bits, block, (rows, columns), generator)
-                batch = BATCHES[(rows + columns + block) % len(BATCHES)]
-                x = torch.randn(batch, columns, generator=generator)
-                inputs = activation(kernel, ("channel", "g32", "g96")[(rows + block) % 3])
-                block = matrix.format.block
-                if (reason := refused(kernel, bits)) is not None:
-                    refuse(members, matrix, inputs, reason)
-                elif (inputs is not None or kernel.startswith("int24")) and block % 32 and block < columns:
-                    refuse(members, matrix, inputs, "whole chunks")
-                else:
-                    check(members, matrix, x, torch.randn(rows, generator=generator) if block else None, inputs)
+            block = (0, 16, 32, 64)[(i + j + bits) % 4]  # every block meets every width, every size, and all of both
+            matrix = raw_matrix(kernel, bits, block, (rows, columns), generator)
+            batch = BATCHES[(rows + columns + block) % len(BATCHES)]
+            x = torch.randn(batch, columns, generator=generator)
+            inputs = activation(kernel, ("channel", "g32", "g96")[(rows + block) % 3])
+            block = matrix.format.block
+            if (reason := refused(kernel, bits)) is not None:
+                refuse(members, matrix, inputs, reason)
+            elif (inputs is not None or kernel.startswith("int24")) and block % 32 and block < columns:
+                refuse(members, matrix, inputs, "whole chunks")
+            else:
+                check(members, matrix, x, torch.randn(rows, generator=generator) if block else None, inputs)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)

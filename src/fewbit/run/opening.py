@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ def model_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
+@cache  # as long as this process lives it runs what it has imported
 def code_hash() -> str:
     """Hash of the package's own source: another fewbit of the same version must not continue this one's work."""
     home, state = Path(fewbit.__file__).parent, hashlib.sha256()
