@@ -13,7 +13,7 @@ import pytest
 import fewbit
 from fewbit.containers import manifest as M
 from fewbit.errors import InputError, SpecError
-from fewbit.run.opening import work_in
+from fewbit.run.opening import code_hash, work_in
 
 Short = Callable[..., Any]
 Hashes = Callable[[Path], dict[str, str]]
@@ -96,3 +96,18 @@ def test_home_is_the_users(short: Short, tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "out" / M.NAME).is_file()
     with pytest.raises(SpecError, match="~nobody-of-that-name"):
         short("~nobody-of-that-name/out", method="rtn")
+
+
+def test_the_hash_of_the_code_is_that_of_names_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fewbit, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "part").mkdir()
+    found = []
+    for files in ({"a.py": "xy", "part/b.py": ""}, {"a.py": "x", "part/b.py": "y"}, {"a.py": "xy", "b.py": ""}):
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+        found.append(code_hash())
+        (tmp_path / "notes.txt").write_text("no code")
+        assert code_hash() == found[-1]
+        for name in files:
+            (tmp_path / name).unlink()
+    assert len(set(found)) == 3
