@@ -115,6 +115,23 @@ def test_norms_are_idle_once_what_they_feed_is_closed(tmp_path: Path) -> None:
     assert [order.idle(group) for group in range(5)] == [[], [], [before], [before], [before, after]]
 
 
+def test_norms_give_what_the_group_before_has_seen_without_running_again(tmp_path: Path) -> None:
+    model, inputs = opened("llama", tmp_path)
+    order = checked_order(model, 1, inputs.hidden, inputs)
+    assert isinstance(order, Order)
+    before, after = (f"model.layers.1.{name}_layernorm" for name in ("input", "post_attention"))
+    assert [order.giver(group) for group in range(6)] == ["", before, "", after, "", ""]
+    seen, ran = direct(model, 1, inputs.hidden, inputs), list[str]()
+    model.module.get_submodule(before).register_forward_hook(lambda *_: ran.append(before))
+    names = (f"model.layers.1.self_attn.{name}_proj" for name in ("q", "o"))
+    given, wanted = (seen[name].reshape(inputs.hidden.shape) for name in names)
+    with replaying(model, 1, order, 1) as step:
+        assert torch.equal(step(inputs.hidden, inputs, {before: given}), wanted)
+        assert not ran
+        assert torch.equal(step(inputs.hidden, inputs, {}), wanted)
+        assert ran == [before]
+
+
 def test_a_module_that_changes_the_output_of_its_last_layer_is_not_closed(tmp_path: Path) -> None:
     model, inputs = opened("llama", tmp_path)
     attention = model.module.get_submodule("model.layers.1.self_attn")
@@ -147,7 +164,7 @@ def test_a_norm_that_is_used_beside_the_layers_runs_every_time(tmp_path: Path, m
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
     order = checked_order(model, 1, inputs.hidden, inputs)
     assert isinstance(order, Order)
-    assert order.feeders == ()
+    assert order.feeders == order.givers == ()
 
 
 def test_a_block_that_never_computes_the_same_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

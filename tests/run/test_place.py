@@ -13,7 +13,7 @@ import pytest
 import fewbit
 from fewbit.containers import manifest as M
 from fewbit.errors import InputError, SpecError
-from fewbit.run.opening import work_in
+from fewbit.run.opening import code_hash, work_in
 
 Short = Callable[..., Any]
 Hashes = Callable[[Path], dict[str, str]]
@@ -106,3 +106,18 @@ def test_the_original_is_found_from_anywhere(tiny: Path, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path / "out")
     measured = fewbit.evaluate(".", context=32, max_tokens=64, decode_tokens=0)
     assert measured.kl_mean is not None and measured.kl_mean > 1e-4
+
+
+def test_the_hash_of_the_code_is_that_of_names_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fewbit, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "part").mkdir()
+    found = []
+    for files in ({"a.py": "xy", "part/b.py": ""}, {"a.py": "x", "part/b.py": "y"}, {"a.py": "xy", "b.py": ""}):
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+        found.append(code_hash.__wrapped__())
+        (tmp_path / "notes.txt").write_text("no code")
+        assert code_hash.__wrapped__() == found[-1]
+        for name in files:
+            (tmp_path / name).unlink()
+    assert len(set(found)) == 3

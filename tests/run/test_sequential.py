@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import fewbit
 from fewbit import formats
@@ -20,7 +21,7 @@ from fewbit.kernels.reference import round_activations
 from fewbit.model.checkpoint import open_checkpoint
 from fewbit.model.stream import Inputs, StreamedModel
 from fewbit.recipe import Recipe, Rule
-from fewbit.run import state, tasks
+from fewbit.run import sequential, state, tasks
 from fewbit.run.events import Event
 from fewbit.run.hidden import HiddenBatches, HiddenFile
 from fewbit.run.solve import Task
@@ -232,9 +233,25 @@ def test_activations_on_disk_or_in_memory_are_the_same(
     short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibration_dtype: str
 ) -> None:
     held = short(tmp_path / "held", calibration_dtype=calibration_dtype)
-    monkeypatch.setattr(state, "HELD", 0)
+    for module in (state, sequential):
+        monkeypatch.setattr(module, "HELD", 0)
     stored = short(tmp_path / "stored", calibration_dtype=calibration_dtype)
     assert held.manifest["files"] == stored.manifest["files"]
+
+
+def test_norms_do_not_run_again_for_what_a_group_has_just_seen(
+    short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[torch.Size] = []
+    norm = LlamaRMSNorm.forward
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: (ran.append(x.shape), norm(self, x))[1])
+    held = short(tmp_path / "held")
+    with_held, blocks = len(ran), {record["block"] for record in held.manifest["layers"]} - {None}
+    monkeypatch.setattr(sequential, "HELD", 0)
+    short(tmp_path / "stored")
+    batches = len(ran) - 2 * with_held
+    assert batches > 0
+    assert batches % (2 * len(blocks)) == 0  # both norms of each block, and every batch
 
 
 def test_batches_in_memory_are_kept_apart_from_what_they_are_part_of() -> None:

@@ -61,6 +61,11 @@ def products_in(dtype: torch.dtype, device: str = "cpu") -> AbstractContextManag
     return torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
 
+def on_cpu() -> AbstractContextManager[None]:
+    """While open, tensors are on the CPU unless code says otherwise."""
+    return _set(torch.get_default_dtype(), torch.device("cpu"))
+
+
 @contextmanager
 def _set(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Only what differs: a device, once set, costs every call of torch some time."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewbit.core import format as F
 from fewbit.core import given
+from fewbit.core.defaults import on_cpu
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Terms
@@ -60,7 +61,7 @@ def prepare(weight: QTensor | Terms, kernel: str | None = None, activation: Form
     """
     given.kind("a quantized weight", weight, (QTensor, Terms), "what a method makes, as fewbit.methods.rtn does")
     given.optional("activation", activation, Format, "a format, as fewbit.formats.parse('int8/channel') gives")
-    with torch.device("cpu"):  # whatever the default is
+    with on_cpu():
         if isinstance(weight, QTensor):
             return _prepare_matrix(weight, kernel, activation)
         beside = None if kernel is None else named(kernel)

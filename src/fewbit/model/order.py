@@ -63,12 +63,13 @@ class Order:
     """``groups`` of sites in order; ``closings`` by group. Every site multiplies each token exactly once.
 
     ``feeders``: modules without sites (norms) and the modules that take their output; once all of those are closed,
-    nobody needs it.
+    nobody needs it. ``givers``: of each group the feeder whose output its layers see, or "".
     """
 
     groups: tuple[tuple[str, ...], ...]
     closings: tuple[Closing, ...]
     feeders: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    givers: tuple[str, ...] = ()
 
     def closed(self, group: int) -> list[Closing]:
         """What is closed while the inputs of ``group`` are made, the outermost of nested ones."""
@@ -81,6 +82,11 @@ class Order:
             if self.groups[group] == (one.site,) and one.group == group and one.module != one.site:
                 return one.module
         return None
+
+    def giver(self, group: int) -> str:
+        """The module that makes anew, for the inputs of ``group``, what the group before it has seen; or ""."""
+        module = self.givers[group - 1] if 0 < group <= len(self.givers) else ""
+        return "" if _covered(module, self.closed(group)) or module in self.idle(group) else module
 
     def idle(self, group: int) -> list[str]:
         """Modules whose output nobody needs while the inputs of ``group`` are made."""
@@ -196,7 +202,13 @@ def _plan(watch: _Watch, groups: tuple[tuple[str, ...], ...], hidden: Tensor) ->
         else:
             uncovered = next(name for name in watch.calls if name in ran and not _covered(name, closed))
             return f"{uncovered} would have to run again for the layers after {groups[number][-1]}"
-    return replace(order, feeders=tuple(_feeders(watch)))
+    feeders = tuple(_feeders(watch))
+    return replace(order, feeders=feeders, givers=tuple(_giver(watch, group[0], feeders) for group in groups))
+
+
+def _giver(watch: _Watch, site: str, feeders: Sequence[tuple[str, tuple[str, ...]]]) -> str:
+    """Which of ``feeders`` the inputs of ``site`` are the output of; "" for none."""
+    return next((path for path, _ in feeders if watch.outputs[path] is watch.inputs[site]), "")
 
 
 def _feeders(watch: _Watch) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -20,7 +20,8 @@ from fewbit.model.sites import in_block
 from fewbit.model.stream import Inputs, StreamedModel, with_replaced
 
 Step = Callable[[Tensor, Inputs, Mapping[str, Tensor]], Tensor]
-"""``step(hidden, inputs, outputs)``: ``outputs`` are the closed modules' by path, as :func:`output` gives them."""
+"""``step(hidden, inputs, outputs)``: ``outputs`` are the closed modules' by path, as :func:`output` gives them; and by
+that of :meth:`Order.giver`, where it need not run again, the very inputs of the group before."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a module."""
@@ -53,6 +54,18 @@ class _Idle(nn.Module):
         return x
 
 
+class _Giving(nn.Module):
+    """Stands for a module that gives what the group before has seen: that, where this thread has it at hand."""
+
+    def __init__(self, local: threading.local, path: str, module: nn.Module) -> None:
+        super().__init__()
+        self._local, self._path, self._module = local, path, module
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        seen = self._local.outputs.get(self._path)
+        return self._module(*arguments, **named) if seen is None else seen
+
+
 @contextmanager
 def replaying(model: StreamedModel, index: int, order: Order, group: int) -> Iterator[Step]:
     """A function that runs block ``index`` up to the inputs of ``group``, which it returns as the layer would get them;
@@ -63,6 +76,8 @@ def replaying(model: StreamedModel, index: int, order: Order, group: int) -> Ite
         closing.module[len(name) + 1 :]: _Stored(local, closing) for closing in order.closed(group)
     }
     stored |= {module[len(name) + 1 :]: _Idle() for module in order.idle(group)}
+    if giver := order.giver(group):
+        stored[giver[len(name) + 1 :]] = _Giving(local, giver, model.module.get_submodule(giver))
     twin = with_replaced(model.module.get_submodule(name), stored)
 
     def step(hidden: Tensor, inputs: Inputs, outputs: Mapping[str, Tensor]) -> Tensor:
@@ -195,7 +210,7 @@ def checked_order(model: StreamedModel, index: int, hidden: Tensor, inputs: Inpu
         return order
     reason = _difference(model, index, order, hidden, inputs, direct)
     if reason and order.feeders:  # something beside other modules may have used what they gave
-        order = replace(order, feeders=())
+        order = replace(order, feeders=(), givers=())
         reason = _difference(model, index, order, hidden, inputs, direct)
     return reason or order
 
@@ -210,6 +225,8 @@ def _difference(
             if closing.group == group - 1:
                 kept = closing.inputs.stored(direct[closing.site], hidden)
                 outputs[closing.module] = output(model, closing, kept)
+        if giver := order.giver(group):
+            outputs[giver] = direct[order.groups[group - 1][0]].clone()
         at = order.groups[group][0] if group < len(order.groups) else ""
         try:
             with replaying(model, index, order, group) as step:

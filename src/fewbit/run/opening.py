@@ -143,9 +143,13 @@ def model_hashes(checkpoint: Checkpoint) -> dict[str, str]:
 @cache  # as long as this process lives it runs what it has imported
 def code_hash() -> str:
     """Hash of the package's own source: another fewbit of the same version must not continue this one's work."""
-    home, state = Path(fewbit.__file__).parent, hashlib.sha256()
-    for path in sorted(home.rglob("*.py")):
-        state.update(f"{path.relative_to(home).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    home, state = os.path.dirname(fewbit.__file__), hashlib.sha256()
+    inside = (os.path.join(folder, name) for folder, _, names in os.walk(home) for name in names)
+    places = ((place[len(home) + 1 :].replace(os.sep, "/"), place) for place in inside if place.endswith(".py"))
+    for name, place in sorted(places):  # hundreds of them, on which pathlib would spend twice the time
+        with open(place, "rb", buffering=0) as file:
+            source = file.read()
+        state.update(f"{name} {len(source)}\n".encode() + source)
     return state.hexdigest()
 
 

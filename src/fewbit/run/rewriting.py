@@ -35,11 +35,11 @@ def as_run(model: StreamedModel, solved: Iterable[Solved], device: torch.device 
             if item.activation is None and not item.rewrite.steps:
                 continue  # experts, who are no modules of their own, have neither
             layer = model.module.get_submodule(item.record["name"])
-            rewrite = item.rewrite if device == CPU else _rewrite(item, device)
+            rewriting = item.rewriting if device == CPU else kernels.Rewriting(_rewrite(item, device))
             if _on_cpu(layer) and (integers := item.integers) is not None:
-                stack.enter_context(_forward(layer, partial(_multiplied, layer, kernels.Rewriting(rewrite), integers)))
+                stack.enter_context(_forward(layer, partial(_multiplied, layer, rewriting, integers)))
             else:
-                stack.enter_context(layer.register_forward_pre_hook(_inputs(rewrite, item.activation)))
+                stack.enter_context(layer.register_forward_pre_hook(_inputs(rewriting, item.activation)))
         yield
 
 
@@ -64,10 +64,9 @@ def _multiplied(layer: nn.Module, rewriting: kernels.Rewriting, integers: kernel
     return integers(rewriting(x), bias).to(torch.get_autocast_dtype("cpu") if narrow else x.dtype)
 
 
-def _inputs(rewrite: Chain, activation: Format | None) -> Any:
+def _inputs(rewriting: kernels.Rewriting, activation: Format | None) -> Any:
     if isinstance(activation, Fixed) and not activation.bound:
         activation = None  # calibration is about to look at what is then rounded
-    rewriting = kernels.Rewriting(rewrite)
 
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return (round_activations(rewriting(arguments[0]), activation), *arguments[1:])

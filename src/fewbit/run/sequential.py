@@ -121,6 +121,7 @@ class Passes:
         self._source = HiddenOnce(file) if order.groups and file.nbytes <= HELD else file
         self._inputs: dict[str, HiddenFile | HiddenBatches] = {}
         self._outputs: dict[str, HiddenFile | HiddenBatches] = {}
+        self._seen: dict[tuple[int, int], Tensor] = {}  # by group and batch, until the pass behind it takes them
 
     def __enter__(self) -> Passes:
         return self
@@ -144,6 +145,8 @@ class Passes:
                 x = step(hidden, shared, self._made(group, batch))
             if closing is not None and keep is not None:
                 keep.write(batch, closing.inputs.stored(x, hidden))
+            if self._order.giver(group + 1) and x.nbytes * len(run.texts.batches) <= HELD:
+                self._seen[group, batch] = x
             return Accumulator.of(x, gram) if wanted else None
 
         total: Accumulator | None = None
@@ -196,6 +199,8 @@ class Passes:
     def _made(self, group: int, batch: int) -> dict[str, Tensor]:
         """Outputs of the closed modules for a batch: those of modules just closed from their last layer's inputs."""
         made = {}
+        if (seen := self._seen.pop((group - 1, batch), None)) is not None:
+            made[self._order.giver(group)] = seen
         for closing in self._order.closed(group):
             module = closing.module
             if module not in self._inputs:

@@ -82,7 +82,7 @@ class Solved:
         assert self.floating is not None
         return self.floating, repack(self.weight, lambda format: UNPACKED)
 
-    @property
+    @cached_property
     def activation(self) -> Format | None:
         """The format that inputs are rounded to at run time."""
         spelt = self.record["activation"]
@@ -105,6 +105,11 @@ class Solved:
             return None
         choice = kernels.choose(self.weight.format, self.weight.shape, activation=grid)
         return kernels.prepare(self.weight, activation=grid) if choice.kernel.family == "int8" else None
+
+    @cached_property
+    def rewriting(self) -> kernels.Rewriting:
+        """What inputs go through before they are rounded, ready to run."""
+        return kernels.Rewriting(self.rewrite)
 
     def arrays(self) -> dict[str, Tensor]:
         """What a file holds, by the name that follows the layer's."""
@@ -298,7 +303,7 @@ def check_outputs(
     got = (kernels.linear(x, weight, activation=activation) if prepared is None else prepared(x)).double()
     x = kernels.reference.round_activations(x, activation)
     expected = x.double() @ reference.double().T
-    added = spread(weight, torch.cat([x.abs(), torch.ones_like(x[:1])])).double()
+    added = spread(weight, torch.cat([x.abs(), torch.ones_like(x[:1])]), reference).double()
     bound = (x.shape[1] + 64) * 2.0**-23 * added[:-1] + 2.0**-22 * x.abs().amax(1, keepdim=True) * added[-1] + 1e-30
     bound += level_rounding(weight, x.abs(), activation)
     worst = float(((got - expected).abs() / bound).max()) if got.numel() else 0.0

@@ -12,15 +12,17 @@ from fewbit.core.qtensor import QTensor
 from fewbit.core.terms import Columns, Dense, Product, Sparse, Term, Terms
 
 
-def spread(weight: QTensor | Term, x: Tensor) -> Tensor:
+def spread(weight: QTensor | Term, x: Tensor, decoded: Tensor | None = None) -> Tensor:
     """``x`` (tokens, columns), not negative, times magnitudes (rows, columns) that bound |w|: (tokens, rows).
     |scale * code| + |offset| of a matrix; of a sum of terms, the sum of theirs; of a product, the product of its
-    factors'. In the precision of ``x``, which is enough of a bound."""
+    factors'. In the precision of ``x``, which is enough of a bound. ``decoded``: the matrix that ``weight`` stands for,
+    where that is at hand."""
     match weight:
         case QTensor():
             _, params = weight.logical()
             physical = weight.format.physical(params)
-            return physical.added(weight.dequantize(), weight.format.block or weight.shape[1], x)
+            values = weight.dequantize() if decoded is None else decoded
+            return physical.added(values, weight.format.block or weight.shape[1], x)
         case Dense():
             return spread(weight.qtensor, x)
         case Sparse():

@@ -27,14 +27,14 @@ from fewbit.run.planning import Plan
 from fewbit.run.sensitivity import Sensitivity
 from fewbit.run.workers import Workers
 
-TOGETHER = 8
+TOGETHER = 16
 """Windows of the probe that go through the model at once: products of few tokens are slow."""
 SHOWN = 128
 """Tokens of the probe on which a layer's relative output error is measured."""
 STATE = "state"
 """Folder, in that of a run, of what is gone once it is finished."""
 HELD = 256 << 20
-"""Bytes of activations kept in memory, of one kind: what enters a block, and at most two kinds inside of it."""
+"""Bytes of activations kept in memory, of one kind: what enters a block, and at most three kinds inside of it."""
 
 
 @dataclass(frozen=True)
