@@ -122,6 +122,25 @@ def test_a_cast_that_would_change_the_numbers_is_refused_with_what_works(cast: C
         made(torch.randn(3, 96))
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("error")
+def test_torch_compile_looks_into_no_layer_though_it_is_prepared_there() -> None:
+    torch._dynamo.reset()
+    first, second, between = layer("int4/g32/asym"), layer("palette3/row", seed=1), nn.Linear(40, 96)
+    x, graphs = torch.randn(3, 96), []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return second(between(first(x).relu()))  # type: ignore[no-any-return]
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append([node.name for node in graph.graph.nodes if node.op.startswith("call")])
+        return graph.forward
+
+    compiled = torch.compile(run, backend=backend)
+    assert torch.equal(compiled(x), run(x)) and torch.equal(compiled(x), run(x))
+    assert len(graphs) == 1 and len(graphs[0]) == 2, graphs  # the ReLU and the float layer
+
+
 def test_first_calls_may_come_from_several_threads() -> None:
     weight = methods.rtn(torch.randn(256, 64), formats.parse("int4/g32")).repack(DENSE)
     x, interval = torch.randn(2, 64), sys.getswitchinterval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -49,12 +49,21 @@ def check_supported(x: Tensor) -> None:
         raise UnsupportedError("a graph of a kernel (torch.export, torch.jit.trace)", found, works)
 
 
+def uncompiled(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """``function`` as one call to torch.compile, whose graphs end before it and begin after it. (It imports what
+    compiles, which takes seconds: of layers, which come with transformers, that has it already.)"""
+    return cast("Callable[_Given, _Made]", torch.compiler.disable(function))
+
+
 def exact(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     """``function`` computed in the dtypes that it names: torch's autocast would round the operands of its products to
-    bfloat16, and refuses to join arrays of float16."""
+    bfloat16, and refuses to join arrays of float16. And as it is written: torch.compile, which could follow its Python
+    alone, takes minutes over what a matrix is prepared by, and warns of what it makes of caches."""
 
     @functools.wraps(function)
     def run(*given: _Given.args, **named: _Given.kwargs) -> _Made:
+        if torch.compiler.is_dynamo_compiling():
+            return uncompiled(function)(*given, **named)
         if not torch.is_autocast_enabled("cpu"):
             return function(*given, **named)
         with torch.autocast("cpu", enabled=False):

@@ -16,6 +16,7 @@ from fewbit.core.forks import lock
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor, stack, unstack
 from fewbit.errors import InputError, UnsupportedError, VerificationError
+from fewbit.kernels.inputs import uncompiled
 from fewbit.model.float_weight import FloatWeight
 
 _preparing = lock()  # first calls from several threads would each take arrays that another has dropped
@@ -253,6 +254,7 @@ class QuantLinear(Multiplier):
         except InputError as error:
             raise VerificationError(error.asked, error.found, error.works) from None
 
+    @uncompiled
     def forward(self, input: Tensor) -> Tensor:
         return self._multiply(input, self.bias)
 
@@ -295,6 +297,7 @@ class QuantEmbedding(Store):
     def weight_of(self) -> T.Weight:
         return self._head[0].weight_of() if self._head else super().weight_of()
 
+    @uncompiled
     def forward(self, ids: Tensor) -> Tensor:
         rows = kernels.embedding(ids, self.qtensor(), self.dtype)
         return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
@@ -324,6 +327,7 @@ class ExpertBank(Store):
             return super().weight_of()
         return stack([self._prepared[expert].qtensor() for expert in range(self.experts)])
 
+    @uncompiled
     def __getitem__(self, expert: Any) -> ExpertMatrix:
         if not self._prepared:
             with _preparing:
