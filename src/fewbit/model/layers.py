@@ -98,6 +98,16 @@ class Store(nn.Module):
                 setattr(self, f"weight_{array}", tensor)
         self._released = False
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """A cast leaves the arrays as they are: rounded, they would be another weight."""
+        held = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in held.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Into arrays as a file holds them, whatever form they have in memory."""
         if any(key.startswith(prefix) for key in state_dict):
@@ -148,7 +158,7 @@ class Multiplier(Store):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._like = fn(self._like)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)
 
     def prepare(self, kernel: str | None = None) -> None:
         """Repack for the fastest kernel here (or the one named), once, before the first call."""
@@ -283,6 +293,10 @@ class QuantEmbedding(Store):
         self.scale, self.dtype = scale, dtype
         self.num_embeddings, self.embedding_dim = shape
         self._head: list[QuantLinear] = []  # in a list: the head is no child of the embedding
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(1, dtype=self.dtype, device="cpu")).dtype
+        return super()._apply(fn, recurse)
 
     def share(self, head: QuantLinear) -> None:
         """Let a tied head's kernel hold the one copy of the matrix; rows are looked up in its layout."""
