@@ -151,6 +151,8 @@ def test_a_graph_of_a_kernel_is_refused_and_torch_compile_runs_between_graphs() 
         torch.jit.trace(layer, (x,), check_trace=False)
     with torch._subclasses.FakeTensorMode() as mode, pytest.raises(UnsupportedError, match="FakeTensor"):
         matrix(mode.from_tensor(x))
+    with torch._subclasses.FakeTensorMode() as mode, pytest.raises(UnsupportedError, match="FakeTensor"):
+        kernels.embedding(mode.from_tensor(torch.arange(3)), matrix.qtensor())
     with pytest.raises(UnsupportedError, match="sparse_coo"):
         matrix(x.to_sparse())
     compiled = torch.compile(layer.forward, backend="eager")

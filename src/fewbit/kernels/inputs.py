@@ -43,6 +43,11 @@ def check_supported(x: Tensor) -> None:
         works = "float32, bfloat16 and float16 on the CPU work"
         dense = "" if x.layout is torch.strided else f" and {x.layout}"
         raise UnsupportedError(f"x in {x.dtype}{dense} on {x.device}", "kernels run on the CPU", works)
+    check_memory(x)
+
+
+def check_memory(x: Tensor) -> None:
+    """Raises UnsupportedError where ``x`` stands for other tensors, whose computation is being recorded."""
     if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ or torch._C._get_tracing_state() is not None:
         found = f"kernels read the memory of x, and {type(x).__name__} here stands for what is recorded"
         works = "torch.compile works, without fullgraph: kernels run between its graphs"
