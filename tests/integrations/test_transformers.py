@@ -160,6 +160,30 @@ def test_an_activation_cast_does_not_touch_scales(tiny: Path, tmp_path: Path) ->
         assert model(torch.arange(8).reshape(1, 8)).logits.dtype == torch.bfloat16
 
 
+def test_a_loaded_model_may_be_cast_later(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    fewbit.quantize(tiny, "int4/g32/asym", out=tmp_path / "out")
+    ids = torch.arange(8).reshape(1, 8)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    cast = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).to(torch.bfloat16)
+    with torch.no_grad():
+        got, expected = cast(ids).logits, loaded(ids).logits
+    assert got.dtype == torch.bfloat16
+    # not bit for bit: transformers' own cast rounds the frequencies of positions as well
+    assert float((got - expected).abs().max()) <= 0.02 * float(expected.abs().max())
+
+
+def test_a_class_that_lacks_what_was_quantized_is_told_from_a_broken_folder(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    fewbit.quantize(tiny, "int4/g32/asym", out=tmp_path / "out")
+    with pytest.raises(InputError, match="a LlamaModel; what was quantized is a LlamaForCausalLM"):
+        AutoModel.from_pretrained(tmp_path / "out")
+    with pytest.raises(CorruptFileError, match="leave out what changes its configuration"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", num_hidden_layers=1)
+
+
 def test_load_refuses_what_is_not_what_was_written(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     fewbit.quantize(tiny, "int4/g32/asym", out=out)

@@ -151,6 +151,8 @@ def test_a_graph_of_a_kernel_is_refused_and_torch_compile_runs_between_graphs() 
         torch.jit.trace(layer, (x,), check_trace=False)
     with torch._subclasses.FakeTensorMode() as mode, pytest.raises(UnsupportedError, match="FakeTensor"):
         matrix(mode.from_tensor(x))
+    with torch._subclasses.FakeTensorMode() as mode, pytest.raises(UnsupportedError, match="FakeTensor"):
+        kernels.embedding(mode.from_tensor(torch.arange(3)), matrix.qtensor())
     with pytest.raises(UnsupportedError, match="sparse_coo"):
         matrix(x.to_sparse())
     compiled = torch.compile(layer.forward, backend="eager")
@@ -284,3 +286,19 @@ def test_a_tangent_of_forward_mode_is_refused_not_dropped(kernel: str) -> None:
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"forward AD|jvp"):
         matrix(forward_ad.make_dual(x, torch.ones_like(x)))
     assert torch.equal(matrix(x), matrix(x.clone()))
+
+
+@pytest.mark.filterwarnings("ignore:fewbit runs on its slow reference")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("inputs", ["int8/channel", "int8/g16", "int4/channel", "int8/g64/asym", "mxfp4", "nf4/g64"])
+def test_rounded_infinity_is_nan_in_its_token_and_no_large_number(inputs: str, value: float) -> None:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(5))
+    x[1, 5] = value
+    others = [0, 2, 3, 4]
+    for spelling in ("int4/g32", "palette4/row", "vector4x6"):
+        matrix = methods.rtn(torch.randn(32, 64, generator=torch.Generator().manual_seed(6)), formats.parse(spelling))
+        for kernel in (None, "reference"):
+            ready = kernels.prepare(matrix, kernel, formats.parse(inputs))
+            y = ready(x)
+            assert bool(y[1].isnan().all()) and bool(ready.inputs(x)[1].isnan().any()), (spelling, ready.kernel)
+            assert torch.allclose(y[others], ready(x[others]), atol=1e-5), (spelling, ready.kernel)

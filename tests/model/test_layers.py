@@ -114,12 +114,53 @@ def test_what_methods_return_is_taken_before_a_layout_is_chosen(spelling: str) -
     assert torch.equal(copy.deepcopy(made)(x), made(x))
 
 
-@pytest.mark.parametrize("cast", [lambda made: made.bfloat16(), lambda made: made.double()])
-def test_a_cast_that_would_change_the_numbers_is_refused_with_what_works(cast: Callable[[nn.Module], None]) -> None:
+@pytest.mark.parametrize("run_before", [False, True])
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "double", "to", "type"])
+@torch.no_grad()
+def test_a_cast_changes_dtypes_of_results_and_no_number_of_the_weight(cast: str, run_before: bool) -> None:
+    table = QuantEmbedding("int4/g32/asym", "dense", (40, 96), None, torch.float32)
+    table.load_state_dict({name: t for name, t in layer("int4/g32/asym").state_dict().items() if name != "bias"})
+    made, x, ids = layer("int4/g32/asym"), torch.randn(3, 96), torch.tensor([3, 39])
+    stored, rows = made.qtensor().dequantize(), table(ids)
+    if run_before:
+        made(x)
+    for module in (made, table):
+        module.to(torch.bfloat16) if cast == "to" else module.type("torch.HalfTensor") if cast == "type" else getattr(
+            module, cast
+        )()
+    dtype = made.weight.dtype
+    assert torch.equal(made.qtensor().dequantize(), stored)
+    assert table(ids).dtype == dtype and torch.equal(table(ids), rows.to(dtype))
+    if dtype != torch.float64:
+        assert made(x.to(dtype)).dtype == dtype
+    again = made.float()(x) - (x @ stored.T + made.bias)
+    assert float(again.abs().max()) < 1e-4
+
+
+def test_an_array_of_another_dtype_that_was_put_there_is_refused() -> None:
     made = layer("int4/g32/sym")
-    cast(made)
+    made.weight_scale = made.weight_scale.bfloat16()
     with pytest.raises(VerificationError, match="casting a layer's inputs alone"):
         made(torch.randn(3, 96))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("error")
+def test_torch_compile_looks_into_no_layer_though_it_is_prepared_there() -> None:
+    torch._dynamo.reset()
+    first, second, between = layer("int4/g32/asym"), layer("palette3/row", seed=1), nn.Linear(40, 96)
+    x, graphs = torch.randn(3, 96), []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return second(between(first(x).relu()))  # type: ignore[no-any-return]
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append([node.name for node in graph.graph.nodes if node.op.startswith("call")])
+        return graph.forward
+
+    compiled = torch.compile(run, backend=backend)
+    assert torch.equal(compiled(x), run(x)) and torch.equal(compiled(x), run(x))
+    assert len(graphs) == 1 and len(graphs[0]) == 2, graphs  # the ReLU and the float layer
 
 
 def test_first_calls_may_come_from_several_threads() -> None:

@@ -144,6 +144,15 @@ def test_nan_weights_are_refused_by_name(tiny: Path, tmp_path: Path) -> None:
         fewbit.quantize(model, "int4/g32", out=tmp_path / "out", tokenizer=AutoTokenizer.from_pretrained(tiny))
 
 
+def test_a_model_on_the_meta_device_is_refused_by_name(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny).to("meta")
+    with pytest.raises(InputError, match=r"embed_tokens\.weight is on the meta device"):
+        fewbit.quantize(model, "int4/g32", out=tmp_path / "out", tokenizer=AutoTokenizer.from_pretrained(tiny))
+    assert not list(tmp_path.iterdir())
+
+
 def test_group_that_does_not_divide_gets_a_shorter_last_group(short: Short, tmp_path: Path) -> None:
     manifest = short(tmp_path / "out", "int4/g48/asym").manifest
     layer = next(layer for layer in manifest["layers"] if layer["name"].endswith("0.mlp.up_proj"))

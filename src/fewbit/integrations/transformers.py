@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fewbit.containers import terms as T
 from fewbit.core.rewrite import STEPS
-from fewbit.errors import CorruptFileError, UnsupportedError
+from fewbit.errors import CorruptFileError, FewbitError, InputError, UnsupportedError
 from fewbit.model.layers import ExpertBank, QuantEmbedding, QuantLinear, Store
 
 METHOD = "fewbit"
@@ -79,7 +79,7 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
             try:
                 _replace(model, name, entry, self._dtype)
             except AttributeError:
-                raise CorruptFileError(f"module {name}", "the model has no such module", "quantize again") from None
+                raise _misses(model, name) from None
         # A tied head runs on the embedding's arrays (see _tie); transformers must not look for `.weight` on either.
         if any("tied_to" in entry for entry in self.quantization_config.modules.values()):
             model.config.tie_word_embeddings = False
@@ -106,6 +106,18 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _misses(model: Any, name: str) -> FewbitError:
+    """What to tell where ``model`` has no module ``name``: most often it is of another class than was quantized."""
+    built, quantized = type(model).__name__, getattr(model.config, "architectures", None) or []
+    if quantized and built not in quantized:
+        found = f"what was quantized is a {quantized[0]}, of whose modules it lacks {name}"
+        return InputError(
+            f"a quantized folder as a {built}", found, "the Auto class of that one, or fewbit.load, works"
+        )
+    works = "leave out what changes its configuration, or quantize again"
+    return CorruptFileError(f"module {name}", "the model has no such module", works)
 
 
 def _replace(model: nn.Module, name: str, entry: dict[str, Any], dtype: torch.dtype) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from fewbit.core import blocks as B
+from fewbit.core import given
 from fewbit.errors import InputError, UnsupportedError
 from fewbit.formats.affine import Affine
 from fewbit.formats.fixed import Fixed
@@ -90,6 +91,7 @@ def conv2d(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None = 
 
 
 def _check(x: Tensor, prepared: Prepared, window: Window, bias: Tensor | None) -> None:
+    given.kind("x", x, Tensor, "a tensor (images, channels, height, width)")
     check_supported(x)
     rows, columns = prepared.shape
     asked, matrix = f"convolution of x {tuple(x.shape)}", f"the matrix is {prepared.shape} in {window.groups} groups"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -43,18 +43,32 @@ def check_supported(x: Tensor) -> None:
         works = "float32, bfloat16 and float16 on the CPU work"
         dense = "" if x.layout is torch.strided else f" and {x.layout}"
         raise UnsupportedError(f"x in {x.dtype}{dense} on {x.device}", "kernels run on the CPU", works)
+    check_memory(x)
+
+
+def check_memory(x: Tensor) -> None:
+    """Raises UnsupportedError where ``x`` stands for other tensors, whose computation is being recorded."""
     if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ or torch._C._get_tracing_state() is not None:
         found = f"kernels read the memory of x, and {type(x).__name__} here stands for what is recorded"
         works = "torch.compile works, without fullgraph: kernels run between its graphs"
         raise UnsupportedError("a graph of a kernel (torch.export, torch.jit.trace)", found, works)
 
 
+def uncompiled(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """``function`` as one call to torch.compile, whose graphs end before it and begin after it. (It imports what
+    compiles, which takes seconds: of layers, which come with transformers, that has it already.)"""
+    return cast("Callable[_Given, _Made]", torch.compiler.disable(function))
+
+
 def exact(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     """``function`` computed in the dtypes that it names: torch's autocast would round the operands of its products to
-    bfloat16, and refuses to join arrays of float16."""
+    bfloat16, and refuses to join arrays of float16. And as it is written: torch.compile, which could follow its Python
+    alone, takes minutes over what a matrix is prepared by, and warns of what it makes of caches."""
 
     @functools.wraps(function)
     def run(*given: _Given.args, **named: _Given.kwargs) -> _Made:
+        if torch.compiler.is_dynamo_compiling():
+            return uncompiled(function)(*given, **named)
         if not torch.is_autocast_enabled("cpu"):
             return function(*given, **named)
         with torch.autocast("cpu", enabled=False):

@@ -22,7 +22,7 @@ from fewbit.formats.outliers import Outliers
 from fewbit.kernels import native
 from fewbit.kernels.arranged import BYTES16, HALVES16, unpack_rows_of_arranged
 from fewbit.kernels.byte_vectors import ByteVectorPrepared
-from fewbit.kernels.inputs import exact
+from fewbit.kernels.inputs import check_memory, exact
 from fewbit.kernels.outliers import OutlierPrepared
 from fewbit.kernels.prepared import Prepared, PreparedMatrix
 from fewbit.kernels.row_tables import RowLevelsPrepared, RowTablesPrepared
@@ -119,12 +119,14 @@ def embedding(ids: Tensor, qtensor: QTensor, dtype: torch.dtype = torch.float32)
     Raises:
         IndexError: an id is not a row.
         InputError: ids are no integers. SpecError: an argument is of another kind.
+        UnsupportedError: they stand for other tensors, whose computation is being recorded.
     """
     given.kind("ids", ids, Tensor, "a tensor of integers")
     given.kind("a quantized matrix", qtensor, QTensor, "what a method makes, as fewbit.methods.rtn does")
     given.kind("dtype", dtype, torch.dtype, "for example torch.float32")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise InputError(f"rows of ids in {ids.dtype}", "they are no integers", "int32 and int64 would work")
+    check_memory(ids)
     rows = ids.reshape(-1).long()
     if not rows.numel():
         return torch.empty(*ids.shape, qtensor.shape[1], dtype=dtype)

@@ -30,17 +30,19 @@ def oracle(x: Tensor, qtensor: QTensor, bias: Tensor | None = None) -> Tensor:
 
 def round_activations(x: Tensor, format: Format | None) -> Tensor:
     """``x`` (..., columns) rounded to ``format`` as it arrives, token by token, or as one where there is one scale for
-    all of it; itself when ``format`` is None."""
+    all of it; itself when ``format`` is None. What holds NaN or infinity becomes NaN, as it does in kernels: no scale
+    is left to it. (But of one bit, infinity: the mean that is its scale is cut off, as that of large numbers is.)"""
     if format is None:
         return x
     if isinstance(format, Outliers):
         small, large = format.split(x)
         return round_activations(small, format.inner) + large
     flat = x.reshape(-1, x.shape[-1]).float()
-    if format.whole and not bool(flat.isfinite().all()):
-        return torch.full_like(x, torch.nan)  # no scale is left to any token
+    good = flat.isfinite() if format.bits > 1 else ~flat.isnan()
+    finite = good.all() if format.whole else good.all(-1, keepdim=True)
     params = F.fit(format, flat)
-    return F.decode(format, F.encode(format, flat, params), params).reshape(x.shape).to(x.dtype)
+    rounded = F.decode(format, F.encode(format, flat, params), params)
+    return torch.where(finite, rounded, torch.nan).reshape(x.shape).to(x.dtype)
 
 
 INT24_BITS = 22

@@ -16,6 +16,7 @@ from fewbit.core.layout import UNPACKED
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import UnsupportedError
 from fewbit.kernels import Window
+from fewbit.kernels.inputs import uncompiled
 from fewbit.layouts.dense import DENSE
 from fewbit.model.float_weight import FloatWeight
 from fewbit.model.layers import Multiplier, check_shape
@@ -127,6 +128,7 @@ class QuantConv2d(Multiplier):
         about = (bias, activation, stored, conv.weight.dtype, margin_of(conv))
         return cls(T.describe(stored), window_of(conv), *about).train(conv.training)
 
+    @uncompiled
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.margin is None else self.margin.around(input)
         return kernels.conv2d(x, self.prepared, self.window, self.bias)

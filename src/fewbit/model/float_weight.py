@@ -17,6 +17,7 @@ from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fewbit.errors import UnsupportedError
+from fewbit.kernels.inputs import uncompiled
 
 FACTS = {"dtype", "is_complex", "is_floating_point", "element_size", "itemsize"}
 FACTS |= {"device", "get_device", "is_cpu", "is_cuda", "is_meta", "layout", "requires_grad"}
@@ -69,6 +70,7 @@ class FloatWeight:
         asked: FloatWeight = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
         return asked._call(func, args, kwargs or {})
 
+    @uncompiled
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in LIKE:
             args, kwargs = tree_map(lambda leaf: self._like if leaf is self else leaf, (args, kwargs))

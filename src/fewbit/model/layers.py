@@ -16,6 +16,7 @@ from fewbit.core.forks import lock
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor, stack, unstack
 from fewbit.errors import InputError, UnsupportedError, VerificationError
+from fewbit.kernels.inputs import uncompiled
 from fewbit.model.float_weight import FloatWeight
 
 _preparing = lock()  # first calls from several threads would each take arrays that another has dropped
@@ -97,6 +98,16 @@ class Store(nn.Module):
                 setattr(self, f"weight_{array}", tensor)
         self._released = False
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """A cast leaves the arrays as they are: rounded, they would be another weight."""
+        held = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in held.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Into arrays as a file holds them, whatever form they have in memory."""
         if any(key.startswith(prefix) for key in state_dict):
@@ -147,7 +158,7 @@ class Multiplier(Store):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._like = fn(self._like)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)
 
     def prepare(self, kernel: str | None = None) -> None:
         """Repack for the fastest kernel here (or the one named), once, before the first call."""
@@ -253,6 +264,7 @@ class QuantLinear(Multiplier):
         except InputError as error:
             raise VerificationError(error.asked, error.found, error.works) from None
 
+    @uncompiled
     def forward(self, input: Tensor) -> Tensor:
         return self._multiply(input, self.bias)
 
@@ -282,6 +294,10 @@ class QuantEmbedding(Store):
         self.num_embeddings, self.embedding_dim = shape
         self._head: list[QuantLinear] = []  # in a list: the head is no child of the embedding
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(1, dtype=self.dtype, device="cpu")).dtype
+        return super()._apply(fn, recurse)
+
     def share(self, head: QuantLinear) -> None:
         """Let a tied head's kernel hold the one copy of the matrix; rows are looked up in its layout."""
         self._head = [head]
@@ -295,6 +311,7 @@ class QuantEmbedding(Store):
     def weight_of(self) -> T.Weight:
         return self._head[0].weight_of() if self._head else super().weight_of()
 
+    @uncompiled
     def forward(self, ids: Tensor) -> Tensor:
         rows = kernels.embedding(ids, self.qtensor(), self.dtype)
         return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
@@ -324,6 +341,7 @@ class ExpertBank(Store):
             return super().weight_of()
         return stack([self._prepared[expert].qtensor() for expert in range(self.experts)])
 
+    @uncompiled
     def __getitem__(self, expert: Any) -> ExpertMatrix:
         if not self._prepared:
             with _preparing:

@@ -88,6 +88,9 @@ def source(model: Any, tokenizer: Any, target: Path) -> Iterator[str | Path]:
     given.model("the model to quantize", model)
     if tokenizer is None:
         raise SpecError("quantizing a model in memory", "no tokenizer was given", "pass tokenizer=...")
+    if empty := next((name for name, tensor in model.named_parameters() if tensor.is_meta), None):
+        found = f"{empty} is on the meta device, which holds no numbers"
+        raise InputError("quantizing a model in memory", found, "a model that was loaded, or its folder, works")
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.source-", dir=target.parent))
     try:
