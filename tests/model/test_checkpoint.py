@@ -140,6 +140,10 @@ def test_what_others_quantized_is_no_float_weight(tmp_path: Path, kind: torch.dt
     if kind == torch.float8_e4m3fn:  # a plain cast, with nothing that scales it, is what it is
         rewrite(tmp_path, {f"{name}_scale": None})
         assert from_folder(tmp_path).get_parameter(name).mean() == 1
+    rewrite(
+        tmp_path, {name: torch.ones(48, 32), "model.layers.0.self_attn.bias": torch.ones(1, 1, 4, 4).to(torch.uint8)}
+    )
+    assert C.open_checkpoint(tmp_path).keys()  # a causal mask, which older checkpoints hold
     config = json.loads((tmp_path / "config.json").read_text())
     config["compression_config"] = {"quant_method": "compressed-tensors"}
     (tmp_path / "config.json").write_text(json.dumps(config))

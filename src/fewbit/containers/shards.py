@@ -14,6 +14,8 @@ from fewbit.errors import CorruptFileError, InputError, UnsupportedError
 
 SINGLE = "model.safetensors"
 LARGEST_SIDECAR = 1 << 28
+MASKS = ("bias", "mask")
+"""How the names end of causal masks that older checkpoints hold as bytes (``attn.bias`` of GPT-Neo and GPT-J)."""
 
 
 def weight_files(folder: Path) -> list[SafetensorsFile]:
@@ -79,7 +81,8 @@ def refuse_scaled(folder: Path, files: Iterable[SafetensorsFile]) -> None:
     asked, works = f"opening the model {folder}", "the original weights"
     for key, entry in held.items():
         dtype, matrix = entry.dtype, len(entry.shape) >= 2
-        packed = key.endswith("weight") or (matrix and dtype in (torch.int8, torch.uint8))
+        small = matrix and dtype in (torch.int8, torch.uint8) and not key.endswith(MASKS)
+        packed = key.endswith("weight") or small
         if packed and not (dtype.is_floating_point or dtype.is_complex):
             raise UnsupportedError(asked, f"{key} holds integers, as quantized weights do", works)
         beside = (name for name in (f"{key}_scale", f"{key}_scale_inv") if name in held)
