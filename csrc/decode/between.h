@@ -110,7 +110,7 @@ Grid grid_of(const fewbit_rounding& rounding, const float* x, int64_t count) {
   const float clip = rounding.clip, most = float_of(static_cast<uint32_t>(bits));
   const float wide = rounding.symmetric ? 2.0f * clip * most / top : (clip * high - clip * low) / top;
   const float clamped = wide < least ? least : wide > 65504.0f ? 65504.0f : wide;
-  const float scale = bits > 0x7f800000 ? NAN : from_float16(to_float16(clamped));
+  const float scale = bits < 0x7f800000 ? from_float16(to_float16(clamped)) : NAN;
   if (rounding.symmetric) return {scale, static_cast<float>(1 << (rounding.bits - 1))};
   const float zero = nearbyintf(-(clip * low) / scale);
   return {scale, zero < top ? zero : top};

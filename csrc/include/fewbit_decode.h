@@ -63,8 +63,8 @@ int fewbit_rewrite_tokens(const fewbit_rewrite* rewrites, int64_t count, const f
  *
  * `scale` 0: s is found for each `block` columns of a token, as the formats int{bits}/g{block} of fewbit.formats do it;
  * symmetric s = float16(2 clip max|x| / top), z = 2^(bits - 1); else s = float16((high - low) / top), z = round(-low / s)
- * of low = clip min(x, 0) and high = clip max(x, 0); the quotient between 2^-24 and 65504. A block with NaN becomes NaN.
- * Any other `scale`: it and `zero` are those of all tokens; one with NaN or infinity becomes NaN. */
+ * of low = clip min(x, 0) and high = clip max(x, 0); the quotient between 2^-24 and 65504. Any other `scale`: it and
+ * `zero` are those of all tokens. A block with NaN or infinity becomes NaN. */
 typedef struct {
   int32_t bits;      /* 2 to 8 */
   int32_t symmetric;

@@ -216,15 +216,15 @@ Floats rounded(const fewbit_rounding& r, const Floats& x) {
   for (size_t first = 0; first < x.size(); first += static_cast<size_t>(r.block)) {
     const size_t end = std::min(x.size(), first + static_cast<size_t>(r.block));
     float low = 0, high = 0;
-    bool nan = false, infinite = false;
+    bool nan = false;
     for (size_t i = first; i < end; i++) {
       low = fminf(low, x[i]), high = fmaxf(high, x[i]);
-      nan |= x[i] != x[i], infinite |= fabsf(x[i]) == INFINITY;
+      nan |= !(fabsf(x[i]) < INFINITY);
     }
     const float wide = r.symmetric ? 2 * r.clip * fmaxf(-low, high) : r.clip * high - r.clip * low;
     float scale = fewbit::from_float16(fewbit::to_float16(fminf(fmaxf(wide / top, ldexpf(1, -24)), 65504.0f)));
     float zero = r.symmetric ? ldexpf(1, r.bits - 1) : fminf(nearbyintf(-(r.clip * low) / scale), top);
-    if (r.scale != 0) scale = r.scale, zero = static_cast<float>(r.zero), nan |= infinite;
+    if (r.scale != 0) scale = r.scale, zero = static_cast<float>(r.zero);
     for (size_t i = first; i < end; i++)
       out[i] = nan ? NAN : scale * (fminf(fmaxf(nearbyintf(x[i] / scale + zero), 0.0f), top) - zero);
   }
