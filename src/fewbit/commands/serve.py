@@ -7,7 +7,6 @@ import dataclasses
 import ipaddress
 import os
 import secrets
-import signal
 import socket
 import sys
 from contextlib import suppress
@@ -118,9 +117,9 @@ def run(request: Request) -> None:
         )
         server = EndingServer(config, GRACE, None if served.batcher is None else served.batcher.close)
         _announce(served, request.host, listener.getsockname()[1])
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: else uvicorn dies of it in the end
         try:
-            with suppress(KeyboardInterrupt):  # which uvicorn hands on when all is closed, if it still can
+            # SIGTERM is one as well (see guard). uvicorn hands it on when all is closed, if it still can.
+            with suppress(KeyboardInterrupt):
                 server.run(sockets=[listener])
             note("stopped")
         finally:
