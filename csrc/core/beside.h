@@ -248,9 +248,8 @@ void strips_spans(const SegmentTask& task, int64_t begin, int64_t end, int64_t t
     strips_blocks<K, kFewBeside>(task, begin, end, tokens);
   } else {
     begin /= kGroupsPerTile, end /= kGroupsPerTile;
-    if constexpr (K::kBits == 8) return strips_beside<true, K>(task, begin, end, tokens);
-    else if constexpr (kDecodesFast<K>)
-      if (tokens <= kMostDecoded) return strips_beside<true, K>(task, begin, end, tokens);
+    if constexpr (kDecodesFast<K>)
+      if (K::kBits == 8 || tokens <= kMostDecoded) return strips_beside<true, K>(task, begin, end, tokens);
     if constexpr (K::kBits < 8) strips_beside<false, K>(task, begin, end, tokens);
   }
 }
