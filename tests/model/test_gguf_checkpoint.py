@@ -136,6 +136,48 @@ def test_streamed_logits_are_those_of_transformers(arch: str, tied: bool, tmp_pa
     assert math.isfinite(float(logits.sum()))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("arch", LAYERS)
+def test_the_configuration_is_read_without_the_vocabulary(
+    arch: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is that of transformers, whose reader walks over the vocabulary for seconds, here over an outline."""
+    path = write(tmp_path / "tiny.gguf", arch, gguf.GGMLQuantizationType.Q8_0, tied)
+    whole = AutoConfig.from_pretrained(tmp_path, gguf_file="tiny.gguf").to_dict()
+    refuse_whole(path, monkeypatch)
+    found = open_checkpoint(path).config.to_dict()
+    assert {name: value for name, value in found.items() if name != "_name_or_path"} == {
+        name: value for name, value in whole.items() if name != "_name_or_path"
+    }
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_tokenizer_is_that_of_transformers(told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing but the vocabulary tells how many tokens there are."""
+    path = write(tmp_path / "tiny.gguf", "llama", gguf.GGMLQuantizationType.Q8_0)
+    if not told:
+        path.write_bytes(path.read_bytes().replace(b"llama.vocab_size", b"llama.vocab_sizo"))
+    whole = AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    refuse_whole(path, monkeypatch)
+    checkpoint = open_checkpoint(path)
+    found = checkpoint.tokenizer()
+    assert checkpoint.config.vocab_size == len(WORDS)
+    assert type(found) is type(whole)
+    assert found.backend_tokenizer.to_str() == whole.backend_tokenizer.to_str()
+    assert found.special_tokens_map == whole.special_tokens_map
+
+
+def refuse_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the gguf package read any file but ``path``."""
+    reader = gguf.GGUFReader
+
+    def read(other: Path, *more: Any) -> gguf.GGUFReader:
+        assert Path(other) != path, "the whole file was read"
+        return reader(other, *more)
+
+    monkeypatch.setattr(gguf, "GGUFReader", read)
+
+
 def test_what_is_saved_beside_the_weights_can_be_read_back(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write(tmp_path / "tiny.gguf", "llama", gguf.GGMLQuantizationType.Q8_0))
     out = tmp_path / "out"

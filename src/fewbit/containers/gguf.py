@@ -8,9 +8,9 @@
     tensors x {name: string, n u32, sizes u64[n], type u32, offset u64}     sizes fastest first: (columns, rows, ...)
     padding to general.alignment (32 unless given), then the tensors' bytes, each padded to the alignment
 
-All integers are little-endian. The contents of arrays (a vocabulary is one) are checked and not kept. Source: the
-specification at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Blocks of quantized types are decoded by
-the ``gguf`` package, one tensor at a time.
+All integers are little-endian. Of arrays (a vocabulary is one) it is checked and kept where they lie, not what is in
+them. Source: the specification at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Blocks of quantized types
+are decoded by the ``gguf`` package, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ MOST_DIMENSIONS = 4
 LARGEST_ALIGNMENT = 1 << 16
 DEFAULT_ALIGNMENT = 32
 LONGEST_NAME = 1 << 16
-STRING, ARRAY = 8, 9
+STRING, ARRAY, U64 = 8, 9, 10
+VOCABULARY = "tokenizer."
+"""What keys of arrays about tokens begin with."""
 SCALARS: dict[int, str] = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
@@ -59,12 +61,14 @@ class Block:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A checked file. ``metadata`` holds scalars and strings; ``arrays`` the element type and count of arrays."""
+    """A checked file. ``metadata`` holds scalars and strings; ``arrays`` the element type and count of arrays;
+    ``pairs`` where the pair of a key begins and ends."""
 
     path: Path
     metadata: Mapping[str, Value]
     arrays: Mapping[str, tuple[int, int]]
     tensors: Mapping[str, Block]
+    pairs: Mapping[str, tuple[int, int]]
 
     def get(self, name: str) -> Tensor:
         """One tensor, decoded: float32 in the shape ``tensors[name].shape``.
@@ -90,6 +94,27 @@ class GgufFile:
                 f"tensor {name} of {self.path}", f"type {block.kind.name} cannot be decoded"
             ) from error
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(block.shape)
+
+
+def outline(file: GgufFile, out: Path, more: Mapping[str, int]) -> None:
+    """Write ``file`` to ``out`` without its vocabulary, each tensor one zero, and with ``more`` pairs: what there is to
+    know but of tokens."""
+    kept = [place for key, place in file.pairs.items() if key not in file.arrays or not key.startswith(VOCABULARY)]
+    with open(file.path, "rb") as source, open(out, "wb") as stream:
+        stream.write(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(file.tensors), len(kept) + len(more)))
+        for begin, end in kept:
+            source.seek(begin)
+            stream.write(source.read(end - begin))
+        for key, value in more.items():
+            stream.write(_packed(key) + struct.pack("<IQ", U64, value))
+        for name in file.tensors:
+            stream.write(_packed(name) + struct.pack("<IQIQ", 1, 1, gguf.GGMLQuantizationType.F32, 0))
+        stream.write(bytes(2 * LARGEST_ALIGNMENT))
+
+
+def _packed(text: str) -> bytes:
+    encoded = text.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 class _Reader:
@@ -182,7 +207,7 @@ def _parse(reader: _Reader) -> GgufFile:
     tensors, pairs = reader.u64(), reader.u64()
     # A tensor entry takes 24 bytes and a pair 13 at the very least: counts that cannot fit are refused at once.
     reader.need(tensors * 24 + pairs * 13, f"header of {tensors} tensors and {pairs} pairs")
-    metadata, arrays = _pairs(reader, pairs)
+    metadata, arrays, places = _pairs(reader, pairs)
     if metadata.get("split.count", 1) not in (0, 1):
         raise UnsupportedError(
             f"reading {reader.path}", "one part of a split GGUF", "merge it: llama-gguf-split --merge"
@@ -190,13 +215,18 @@ def _parse(reader: _Reader) -> GgufFile:
     alignment = _alignment(reader, metadata)
     entries = [_tensor(reader) for _ in range(tensors)]
     start = -(-reader.position // alignment) * alignment
-    return GgufFile(reader.path, metadata, arrays, _placed(reader, entries, start, alignment))
+    return GgufFile(reader.path, metadata, arrays, _placed(reader, entries, start, alignment), places)
 
 
-def _pairs(reader: _Reader, count: int) -> tuple[dict[str, Value], dict[str, tuple[int, int]]]:
+Places = dict[str, tuple[int, int]]
+
+
+def _pairs(reader: _Reader, count: int) -> tuple[dict[str, Value], dict[str, tuple[int, int]], Places]:
     metadata: dict[str, Value] = {}
     arrays: dict[str, tuple[int, int]] = {}
+    places: Places = {}
     for _ in range(count):
+        begin = reader.position
         key, kind = reader.string(LONGEST_NAME), reader.u32()
         if not key or key in metadata or key in arrays:
             raise reader.fail(f"the key {key[:80]!r} appears twice" if key else "an empty key")
@@ -208,7 +238,8 @@ def _pairs(reader: _Reader, count: int) -> tuple[dict[str, Value], dict[str, tup
             metadata[key] = reader.scalar(kind)
         else:
             raise reader.fail(f"key {key[:80]!r} has a value of type {kind}", "types 0 to 12")
-    return metadata, arrays
+        places[key] = begin, reader.position
+    return metadata, arrays, places
 
 
 def _alignment(reader: _Reader, metadata: Mapping[str, Value]) -> int:

@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from fewbit.containers.files import write_bytes, write_json
-from fewbit.containers.gguf import open_gguf
+from fewbit.containers.gguf import open_gguf, outline
 from fewbit.errors import InputError, UnsupportedError, first_line
 from fewbit.model.checkpoint import Checkpoint, check_layers
 from fewbit.model.skeleton import build
+
+TOKENS = "tokenizer.ggml.tokens"
 
 
 class GgufCheckpoint(Checkpoint):
@@ -69,7 +78,10 @@ class GgufCheckpoint(Checkpoint):
 
     def _config(self, kind: str) -> Any:
         try:
-            return AutoConfig.from_pretrained(str(self.path.parent), gguf_file=self.path.name, local_files_only=True)
+            with self._outlined():
+                return AutoConfig.from_pretrained(
+                    str(self.path.parent), gguf_file=self.path.name, local_files_only=True
+                )
         except Exception as error:  # the reader in transformers checks little and raises what comes
             if isinstance(error, ValueError) and "not supported" in str(error):
                 raise UnsupportedError(
@@ -78,6 +90,35 @@ class GgufCheckpoint(Checkpoint):
             raise InputError(
                 f"the configuration in {self.path}", first_line(error), "a GGUF file of a language model"
             ) from error
+
+    @contextmanager
+    def _outlined(self) -> Iterator[None]:
+        """Meanwhile transformers takes the configuration from an outline of this file.
+
+        For most architectures it asks a reader that walks over the vocabulary string by string, for the configuration
+        and once more for the tokenizer's class: 7 s each for 49152 tokens. A version that does not ask that reader, or
+        got hold of it before, does what it always does.
+        """
+
+        def described(path: Any, return_tensors: bool = False, **options: Any) -> dict[str, Any]:
+            if return_tensors or Path(path) != self.path:
+                return dict(read(path, return_tensors, **options))
+            known: dict[str, int] = {}
+            more: dict[str, int] = {}
+            if TOKENS in self._file.arrays:
+                known["vocab_size"] = self._file.arrays[TOKENS][1]
+                if (key := f"{self._file.metadata['general.architecture']}.vocab_size") not in self._file.metadata:
+                    more[key] = known["vocab_size"]
+            with tempfile.TemporaryDirectory() as folder:
+                outline(self._file, short := Path(folder) / "outline.gguf", more)
+                return {"config": known | read(short)["config"]}
+
+        read = modeling_gguf_pytorch_utils.load_gguf_checkpoint
+        modeling_gguf_pytorch_utils.load_gguf_checkpoint = described
+        try:
+            yield
+        finally:
+            modeling_gguf_pytorch_utils.load_gguf_checkpoint = read
 
     def keys(self) -> list[str]:
         return list(self._sources)
@@ -121,12 +162,13 @@ class GgufCheckpoint(Checkpoint):
         return sum(block.nbytes for block in self._file.tensors.values())
 
     def tokenizer(self) -> Any:
-        if "tokenizer.ggml.tokens" not in self._file.arrays:
+        if TOKENS not in self._file.arrays:
             raise InputError(f"the tokenizer of {self.path}", "the file has none", "a GGUF file with its vocabulary")
         try:
-            return AutoTokenizer.from_pretrained(
-                str(self.path.parent), gguf_file=self.path.name, local_files_only=True, trust_remote_code=False
-            )
+            with self._outlined():
+                return AutoTokenizer.from_pretrained(
+                    str(self.path.parent), gguf_file=self.path.name, local_files_only=True, trust_remote_code=False
+                )
         except Exception as error:  # the Rust tokenizers raise bare Exception
             raise InputError(
                 f"the tokenizer of {self.path}", first_line(error), "a GGUF file with a whole vocabulary"
