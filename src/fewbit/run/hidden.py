@@ -118,8 +118,8 @@ class HiddenBatches:
 
 
 class HiddenOnce:
-    """What ``file`` holds, read at once and kept in memory, of the thread that asks for it: the pools of workers are full
-    of what they compute. Who reads it leaves it as it is."""
+    """What ``file`` holds, read at once and kept in memory, that of the thread which asks for it: the pools of workers
+    are full of what they compute. Who reads it leaves it as it is."""
 
     def __init__(self, file: HiddenFile) -> None:
         self._held = [file.read(index) for index in range(file.shape[0])]
