@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit.model.checkpoint import open_checkpoint
+from fewbit.model.folder import FolderCheckpoint
 from fewbit.recipe import Recipe, Rule
+from fewbit.run import stages
 
 RECIPE = Recipe((Rule("*", "int8/channel"),))
 
@@ -54,3 +56,20 @@ def test_files_that_mix_floats_keep_what_holds_them_all(tiny: Path, tmp_path: Pa
     for name, dtype, norms in (("a", torch.float16, torch.float32), ("b", torch.float16, torch.bfloat16)):
         model = stored(tiny, tmp_path / name, dtype, norms=norms)
         assert open_checkpoint(model).dtype == torch.float32 == fewbit.plan(model, RECIPE).kept_dtype
+
+
+@pytest.mark.parametrize(("head", "times"), [("float", 1), ("int8/g64", 2)])
+def test_a_small_embedding_that_stays_in_float_is_read_once_for_both_ends(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str, times: int
+) -> None:
+    read: list[str] = []
+    get = FolderCheckpoint.get
+    monkeypatch.setattr(FolderCheckpoint, "get", lambda self, key: read.append(key) or get(self, key))
+    fewbit.quantize(tiny, "int8/channel", head=head, out=tmp_path / "once")
+    assert read.count("model.embed_tokens.weight") == times
+    monkeypatch.setattr(stages, "HELD", 0)
+    read.clear()
+    fewbit.quantize(tiny, "int8/channel", head=head, out=tmp_path / "twice")
+    assert read.count("model.embed_tokens.weight") == 2
+    for path in (tmp_path / "once").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "twice" / path.name).read_bytes()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory for what is larger than malloc keeps."""
+"""Memory in large pages: faulting in small ones takes longer than much of what is done with them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,24 @@ from torch import Tensor
 
 from fewbit.core import compiled
 
-LARGE = 32 << 20
-"""Bytes from which on a block is taken from the system and given back each time: glibc's limit
+LARGE = 8 << 20
+"""Bytes of a block from which on most of it lies in whole large pages, of 2 MiB, wherever it begins."""
+POOL = ((32 << 20) - (64 << 10), 28 << 20)
+"""Bytes of two blocks that all but fill a pool: glibc's have 64 MiB, and blocks of 32 MiB are not taken from them
 (:mod:`fewbit.memory`)."""
 
 
+def large_pool() -> None:
+    """Let the pool that malloc keeps for this thread, one that was just started, lie in large pages where the system
+    has them: a tenth of the faults, and fewer places to remember. Blocks that fill it ask for them and are freed
+    untouched, which glibc does not give back (:func:`fewbit.memory.keep`)."""
+    if (native := compiled.load()[0]) is not None:
+        for block in [torch.empty(size, dtype=torch.uint8, device="cpu") for size in POOL]:
+            native.large_pages(block.data_ptr(), block.nbytes)
+
+
 def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialized array (``shape``) on the CPU; a large one in large pages where the system has them: faulting in
-    small ones takes longer than reading a model's embedding into it."""
+    """An uninitialized array (``shape``) on the CPU; a large one in large pages where the system has them."""
     made = torch.empty(shape, dtype=dtype, device="cpu")
     if made.nbytes >= LARGE and (native := compiled.load()[0]) is not None:
         native.large_pages(made.data_ptr(), made.nbytes)

@@ -118,19 +118,17 @@ class HiddenBatches:
 
 
 class HiddenOnce:
-    """What ``file`` holds, each batch read once and kept in memory. Who reads it leaves it as it is."""
+    """What ``file`` holds, read at once and kept in memory, that of the thread which asks for it: the pools of workers
+    are full of what they compute. Who reads it leaves it as it is."""
 
     def __init__(self, file: HiddenFile) -> None:
-        self._file = file
-        self._held: dict[int, Tensor] = {}
+        self._held = [file.read(index) for index in range(file.shape[0])]
+        file.close()
 
     def read(self, index: int) -> Tensor:
-        if index not in self._held:
-            self._held[index] = self._file.read(index)
         return self._held[index]
 
     def close(self) -> None:
-        self._file.close()
         self._held.clear()
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fewbit.containers.safetensors import write_safetensors
+from fewbit.core.room import converted
 from fewbit.measure.memory import peak_rss_bytes
 from fewbit.memory import give_back
 from fewbit.model.sites import Site
@@ -20,7 +22,7 @@ from fewbit.run.reconstruct import tuned
 from fewbit.run.rewriting import as_run
 from fewbit.run.sequential import quantize_block
 from fewbit.run.solve import Solved, check_outputs
-from fewbit.run.state import TOGETHER, Run
+from fewbit.run.state import HELD, TOGETHER, Run
 from fewbit.run.tasks import block_sites, propagate, solve_sites
 from fewbit.run.verify import opened, read_back, read_first, read_rewrite
 
@@ -59,8 +61,10 @@ def run_stages(run: Run) -> None:
 
 def embedding_stage(run: Run) -> dict[str, Any]:
     """Quantize the embedding; start the activations of calibration and probe from it."""
-    model = run.model
-    with model.loaded(*model.before):
+    model, kept = run.model, _kept_loaded(run)
+    for name in kept:
+        model.load(name)
+    with model.loaded(*(name for name in model.before if name not in kept)):
         sites = [site for site in model.sites if site.block is None and site.kind == "embedding"]
         floating = model.begin(run.texts.probe).hidden
         if tuned(run):
@@ -72,6 +76,17 @@ def embedding_stage(run: Run) -> dict[str, Any]:
             _store(run, 0, run.workers.map(lambda ids: model.begin(ids).hidden, run.texts.batches), "calibration")
         run.note_inputs()
     return record
+
+
+def _kept_loaded(run: Run) -> set[str]:
+    """Embeddings that stay in memory for the head that is tied to them, which would read them again: small ones that
+    stay in float."""
+    tied = {site.tied_to for site in run.model.sites}
+    return {
+        site.name
+        for site in run.model.sites
+        if site.name in tied.difference(run.plan.rules) and 4 * math.prod(site.shape) <= HELD
+    }
 
 
 def block_stage(run: Run, stage: int) -> dict[str, Any]:
@@ -213,7 +228,7 @@ def _kept(run: Run, stage: int, sites: list[Site]) -> dict[str, Tensor]:
         if model.module.get_parameter(name).is_meta:
             model.load(name)
         tensor = model.module.get_parameter(name).detach()
-        floating[name] = tensor.to(run.plan.kept_dtype).contiguous()
+        floating[name] = converted(tensor, run.plan.kept_dtype).contiguous()
     return floating
 
 
