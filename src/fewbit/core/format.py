@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core import blocks as B
+from fewbit.core.room import TOGETHER, room, times
 from fewbit.errors import UnsupportedError
 
 Params = Mapping[str, Tensor]
@@ -73,7 +74,7 @@ class Physical:
     def added(self, weight: Tensor, block: int, x: Tensor) -> Tensor:
         """What a kernel adds up for inputs ``x`` (tokens, columns), not negative, and ``weight`` (rows, columns):
         |scale * code| + |offset| for each weight, times x. (tokens, rows)."""
-        total = x @ weight.abs().T
+        total = times(x, torch.abs, weight)
         if self.offset is None:
             return total
         return total.addmm_(_block_sums(x, block), self.offset.abs().to(x.dtype).T, alpha=2)
@@ -328,7 +329,24 @@ def encode(format: Format, weight: Tensor, params: Params) -> Tensor:
 
 
 def decode(format: Format, codes: Tensor, params: Params) -> Tensor:
-    """Float32 (rows, columns) from codes (rows / height, columns / dim); rows are whole codes."""
+    """Float32 (rows, columns) from codes (rows / height, columns / dim); rows are whole codes.
+
+    A large matrix is decoded some rows at a time: what is made on the way takes no memory of the matrix's size, several
+    times over, whose pages take longer to get than values take to compute.
+    """
+    width = codes.shape[1] * format.dim
+    step = max(1, TOGETHER // (width * format.height))
+    if len(codes) <= step or codes.device.type != "cpu" or any(value.requires_grad for value in params.values()):
+        return _decoded(format, codes, params)
+    whole = room((len(codes) * format.height, width), torch.float32)
+    for rows in torch.arange(len(codes)).split(step):
+        begin, end = int(rows[0]), int(rows[-1]) + 1
+        part = _decoded(format, codes[begin:end], params_of_rows(format, params, rows))
+        whole[begin * format.height : end * format.height] = part
+    return whole
+
+
+def _decoded(format: Format, codes: Tensor, params: Params) -> Tensor:
     size = format.block // format.dim
     values = B.unfold(format.decode(B.split(codes, size), params), format.height)
     return B.join(values, codes.shape[1] * format.dim)

@@ -21,6 +21,7 @@ from fewbit.core.layout import UNPACKED, Layout
 from fewbit.core.qtensor import QTensor, stack, sum_of_squares
 from fewbit.core.reach import told_of
 from fewbit.core.rewrite import Chain
+from fewbit.core.room import times
 from fewbit.core.terms import Terms, has_sparse, matrices, repack
 from fewbit.core.transform import seed_of
 from fewbit.errors import VerificationError, of_layer
@@ -276,11 +277,8 @@ def _squares(task: Task, effective: Tensor) -> tuple[float, float]:
     lost = whole = 0.0
     pairs = zip(task.weight.split(task.site.shape[0]), effective.split(task.site.shape[0]), task.seen, strict=True)
     for weight, quantized, x in pairs:
-        delta = weight - quantized
-        if len(x):
-            delta, weight = x @ delta.T, x @ weight.T
-        lost += sum_of_squares(delta)
-        whole += sum_of_squares(weight)
+        lost += sum_of_squares(times(x, torch.sub, weight, quantized) if len(x) else weight - quantized)
+        whole += sum_of_squares(x @ weight.T if len(x) else weight)
     return lost, whole
 
 
@@ -302,7 +300,7 @@ def check_outputs(
     weight = repack(weight, lambda format: UNPACKED)  # once for all that look at the codes
     got = (kernels.linear(x, weight, activation=activation) if prepared is None else prepared(x)).double()
     x = kernels.reference.round_activations(x, activation)
-    expected = x.double() @ reference.double().T
+    expected = times(x.double(), torch.Tensor.double, reference)
     added = spread(weight, torch.cat([x.abs(), torch.ones_like(x[:1])]), reference).double()
     bound = (x.shape[1] + 64) * 2.0**-23 * added[:-1] + 2.0**-22 * x.abs().amax(1, keepdim=True) * added[-1] + 1e-30
     bound += level_rounding(weight, x.abs(), activation)
