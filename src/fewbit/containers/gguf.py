@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fewbit.containers.files import size_of
+from fewbit.core.room import converted
 from fewbit.errors import CorruptFileError, InputError, UnsupportedError
 
 MAGIC = b"GGUF"
@@ -37,6 +38,11 @@ LARGEST_ALIGNMENT = 1 << 16
 DEFAULT_ALIGNMENT = 32
 LONGEST_NAME = 1 << 16
 STRING, ARRAY, U64 = 8, 9, 10
+FLOATS = {
+    gguf.GGMLQuantizationType.F32: torch.float32,
+    gguf.GGMLQuantizationType.F16: torch.float16,
+    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+}
 VOCABULARY = "tokenizer."
 """What keys of arrays about tokens begin with."""
 SCALARS: dict[int, str] = {
@@ -87,6 +93,8 @@ class GgufFile:
             raise InputError(f"tensor {name} of {self.path}", str(error)) from error
         if raw.size != block.nbytes:
             raise CorruptFileError(f"tensor {name} of {self.path}", "the file became shorter while being read")
+        if block.kind in FLOATS:
+            return converted(torch.from_numpy(raw).view(FLOATS[block.kind]), torch.float32).reshape(block.shape)
         try:
             values = gguf.dequantize(raw.reshape(*block.shape[:-1], -1), block.kind)
         except NotImplementedError as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -149,7 +150,7 @@ class GgufCheckpoint(Checkpoint):
                 parsed_parameters=parts,
             )
             # Processors either hand back the values or, for stacked experts, put them into ``parts`` themselves.
-            value = torch.from_numpy(made.weights.copy()) if made.name is not None else parts["tensors"][key]
+            value = parts["tensors"][key] if made.name is None else torch.from_numpy(np.ascontiguousarray(made.weights))
         assert value is not None
         return value
 
