@@ -24,6 +24,12 @@ def test_collect_merge_quantize_inspect(tiny: Path, command: Command, tmp_path: 
     result = command("calibrate", tiny, "-o", both, "--merge", one, "--merge", two)
     assert result.exit_code == 0, result.stderr
     assert "8 windows, 512 tokens" in result.stdout
+    result = command("inspect", both)
+    assert result.exit_code == 0 and "facts of a calibration" in result.stdout, result.stderr
+    assert "8 windows, 512 tokens" in result.stdout and "Hugging Face" not in result.stdout
+    (both / "fisher-00000.safetensors").write_bytes(b"other")
+    assert command("inspect", both).exit_code != 0
+    result = command("calibrate", tiny, "-o", both, "--merge", one, "--merge", two, "--force")
     result = command("quantize", tiny, "-o", out, "-f", "palette3/rows16", "-m", "squeezellm", "--facts", both)
     assert result.exit_code == 0, result.stderr
     assert "palette3/rows16 + sparse" in result.stdout

@@ -123,8 +123,8 @@ def test_facts_of_another_model_or_text_or_too_few_are_refused(tiny: Path, kept:
     content[-3] ^= 1
     (other / "model.safetensors").write_bytes(bytes(content))
     text.write_text("Another text than the bundled one. " * 40)
-    refused("their model's weights is", other, kept.path)
-    refused("their text's tokens hash to", tiny, kept.path, calibration=text)
+    refused("the hash of their model's weights is", other, kept.path)
+    refused("the hash of their text's tokens is", tiny, kept.path, calibration=text)
     refused("holds no facts.json", tiny, tiny)
     some = fewbit.collect(tiny, out=tmp_path / "some", **FEW, gram=False, fisher=False, ranges=False)
     assert some.described["collected"] == ["mean_square"]

@@ -226,6 +226,20 @@ def test_a_second_moment_of_few_tokens_is_told_and_what_it_took(format: str, met
         assert solve(task).record["note"] == expected
 
 
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [("gptq", "3 of 32 inputs always zero"), ("clip", "3 of 32 inputs always zero"), ("rtn", "")],
+)
+def test_inputs_that_were_always_zero_are_told_where_calibration_decides(method: str, expected: str) -> None:
+    site = Site("up", "linear", "up.weight", (4, 32), 1, 0, None)
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    rule, format = Rule("*", "int4/g32", method), fewbit.formats.parse("int4/g32")
+    for silent, note in (([], ""), ([0, 5, 31], expected)):
+        x[:, silent] = 0
+        task = Task(site, rule, format, x[:4].clone(), [Facts.of(x, gram=True)], [x], 5)
+        assert solve(task).record["note"] == note
+
+
 def test_a_grid_of_few_tokens_is_told() -> None:
     site = Site("up", "linear", "up.weight", (4, 32), 1, 0, None)
     rule, format = Rule("*", "int8/channel", activation="int8/static"), fewbit.formats.parse("int8/channel")

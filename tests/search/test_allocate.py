@@ -174,7 +174,7 @@ def test_what_cannot_be_is_refused_before_any_work(tiny: Path, kept: KeptFacts, 
     content = bytearray((other / "model.safetensors").read_bytes())
     content[-3] ^= 1
     (other / "model.safetensors").write_bytes(bytes(content))
-    refused("their model's weights is", kind=InputError, model=other)
+    refused("the hash of their model's weights is", kind=InputError, model=other)
     few = {"samples": SAMPLES, "context": CONTEXT}
     some = fewbit.collect(tiny, out=tmp_path / "some", fisher=False, **few)
     refused("fisher of .*q_proj.*was not collected", kind=InputError, facts=some.path)

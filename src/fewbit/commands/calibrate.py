@@ -35,14 +35,17 @@ def run(model: str, out: Path, merged: list[Path], json_target: str | None, **ar
 
 def shown(kept: KeptFacts) -> Any:
     """The facts in short."""
-    text = kept.described["calibration"]
-    size = sum(path.stat().st_size for path in kept.path.iterdir())
-    rows = [
-        ("folder", str(kept.path)),
-        ("collected", ", ".join(kept.described["collected"])),
+    return table(("facts", ""), rows(kept.path, kept.described))
+
+
+def rows(folder: Path, described: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What ``facts.json`` says of the facts in ``folder``."""
+    text = described["calibration"]
+    return [
+        ("folder", str(folder)),
+        ("collected", ", ".join(described["collected"])),
         ("text", f"{text['source']}: {text['samples']} windows, {text['tokens']} tokens"),
-        ("blocks", kept.described["blocks"]),
-        ("size", N.size(size)),
-        ("model", f"weights {kept.described['model']['weights'][:16]}"),
+        ("blocks", described["blocks"]),
+        ("size", N.size(sum(path.stat().st_size for path in folder.iterdir()))),
+        ("model", f"weights {described['model']['weights'][:16]}"),
     ]
-    return table(("facts", ""), rows)

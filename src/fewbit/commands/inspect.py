@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fewbit.commands import calibrate
 from fewbit.commands.console import results, table, write_json
 from fewbit.containers import files, manifest
 from fewbit.containers.files import named_files
@@ -17,8 +18,10 @@ from fewbit.errors import InputError
 from fewbit.measure.size import are_words
 from fewbit.report import numbers as N
 from fewbit.report.rows import procedure
+from fewbit.run import facts as kept
 
 SHOWN = 40
+FACTS = "facts of a calibration"
 
 
 def run(path: Path, json_target: str | None) -> None:
@@ -37,7 +40,7 @@ def run(path: Path, json_target: str | None) -> None:
 def examine(path: Path) -> dict[str, Any]:
     """Plain data: ``kind``, ``size_bytes``, ``bits_per_weight`` (true, matrices only; None where ``quantized_by``
     packed them), ``tensors``, and for a folder of fewbit's the manifest's ``layers`` and ``skipped``, after every
-    hash was checked."""
+    hash was checked. Of facts that were collected, ``facts.json``."""
     if path.is_dir():
         return _folder(path)
     if path.suffix == ".gguf":
@@ -51,6 +54,10 @@ def examine(path: Path) -> dict[str, Any]:
 
 
 def _folder(path: Path) -> dict[str, Any]:
+    if (path / kept.NAME).is_file():
+        described = kept.KeptFacts.read(path).described
+        hashes = f"{len(described['files'])} files verified"
+        return {"path": str(path), "kind": FACTS, "hashes": hashes, **described}
     tensors = [tensor for shard in shards(path) for tensor in _safetensors(shard)]
     if not (path / manifest.NAME).is_file():
         found = _summary(path, "Hugging Face folder", tensors)
@@ -145,7 +152,12 @@ def _summary(path: Path, kind: str, tensors: list[dict[str, Any]]) -> dict[str, 
 
 
 def tables(found: dict[str, Any]) -> Iterable[Any]:
-    """A summary, the formats, then the layers of a quantized folder and what was skipped and why."""
+    """A summary, the formats, then the layers of a quantized folder and what was skipped and why; of facts what and
+    whose they are."""
+    if found["kind"] == FACTS:
+        lines = calibrate.rows(Path(found["path"]), found)
+        yield table(("what", "found"), [("kind", FACTS), *lines, ("hashes", found["hashes"])])
+        return
     facts = [
         ("path", found["path"]),
         ("kind", found["kind"]),

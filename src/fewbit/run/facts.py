@@ -226,9 +226,10 @@ class KeptFacts:
         works = "run `fewbit calibrate` again on this model and text"
         for what, expected in model.items():
             if (found := self.described["model"].get(what)) != expected:
-                raise InputError(f"facts in {self.path}", f"their model's {what} is {found}, not {expected}", works)
+                hashes = f"the hash of their model's {what} is {found}, not {expected}"
+                raise InputError(f"facts in {self.path}", hashes, works)
         if data is not None and (found := self.described["calibration"].get("sha256")) != data:
-            raise InputError(f"facts in {self.path}", f"their text's tokens hash to {found}, not {data}", works)
+            raise InputError(f"facts in {self.path}", f"the hash of their text's tokens is {found}, not {data}", works)
 
     def require(self, site: str, need: str) -> None:
         """Raises InputError unless what ``site`` needs was collected."""

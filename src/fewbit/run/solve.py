@@ -313,7 +313,7 @@ def check_outputs(
 
 def _note(starved: list[int], task: Task, parts: list[T.Weight], reach: list[str]) -> str:
     """What a report should say of the layer: what few tokens or none, its method, or its scales could not do."""
-    told = [_of_none(starved, task), *_of_few(task)]
+    told = [_of_none(starved, task), *_of_few(task), _of_dead(task)]
     told += [matrix.note for part in parts for matrix in matrices(part)] + reach
     return "; ".join(dict.fromkeys(filter(None, told)))
 
@@ -328,6 +328,13 @@ def _of_few(task: Task) -> list[str]:
     if seen and isinstance(grid, Fixed) and not grid.bound and fewest < grid.levels:
         told.append(f"range of {fewest} tokens for {grid.levels} codes")
     return told
+
+
+def _of_dead(task: Task) -> str:
+    """Inputs that no token set: of their weights calibration says nothing."""
+    zeros = [int((facts.total_square == 0).sum()) for facts in task.facts if facts.tokens]
+    dead = max(zeros, default=0) if task.rule.needs != "nothing" else 0
+    return f"{dead} of {task.site.shape[1]} inputs always zero" if dead else ""
 
 
 def _of_none(starved: list[int], task: Task) -> str:
