@@ -12,7 +12,6 @@ from fewbit import methods, transforms
 from fewbit.core import observers
 from fewbit.core.method import Method
 from fewbit.errors import SpecError
-from fewbit.methods.gptq import solve as gptq
 from fewbit.recipe import Recipe, Rule
 
 ROWS: list[Any] = [
@@ -62,8 +61,7 @@ def test_limits_are_of_options_that_there_are(row: Any) -> None:
 
 @pytest.mark.parametrize("method", [row for row in methods.METHODS if not row.tuning], ids=named)
 def test_defaults_are_those_of_the_function(method: Method) -> None:
-    solve = gptq if method.name == "gptq" else method.solve
-    parameters = inspect.signature(solve).parameters.values()
+    parameters = inspect.signature(method.solve).parameters.values()
     taken = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert method.options == taken
 

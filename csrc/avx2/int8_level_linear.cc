@@ -13,7 +13,7 @@ constexpr int kMostByte = 127;
 // A byte is a level plus 127. What that adds LevelSum leaves out; sums of pairs begin with what it comes to.
 template <int BITS, class NARROW>
 struct Levels {
-  static constexpr int kBits = BITS, kPlanes = 1, kApart = 0, kFields = 1, kBegins = NARROW::kStarts > 0 ? -1 : 0;
+  static constexpr int kBits = BITS, kPlanes = 1, kBegins = NARROW::kStarts > 0 ? -1 : 0;
   static constexpr float origin = -kMostByte;
   using X = int8_t;
   struct Sum {

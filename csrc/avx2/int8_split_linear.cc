@@ -16,7 +16,7 @@ constexpr int kMiddle = 128;
 // Codes as they are.
 template <class NARROW>
 struct Bytes {
-  static constexpr int kBits = 8, kPlanes = 1, kApart = 0, kFields = 1, kBegins = 0;
+  static constexpr int kBits = 8, kPlanes = 1, kBegins = 0;
   static constexpr float step = 1;
   using X = int8_t;
   struct Sum {

@@ -5,6 +5,7 @@ namespace fewbit {
 namespace {
 
 constexpr int kAccumulators = 8;  // of 16 registers: entries and activations take some too
+constexpr int64_t kMost = 8;
 
 // Two entries of 4 numbers.
 inline F beside(const float* const (&entry)[2]) {
@@ -78,6 +79,6 @@ void run(const VectorTask& task, int64_t tile) {
 
 }  // namespace
 
-const VectorKernel vector_linear_avx2 = {8, run, vector_decode};
+const VectorKernel vector_linear_avx2 = {kMost, run, vector_decode};
 
 }  // namespace fewbit

@@ -5,6 +5,7 @@ namespace fewbit {
 namespace {
 
 constexpr int kAccumulators = 16;  // of 32 registers
+constexpr int64_t kMost = 8;
 
 // Two entries of 8 numbers.
 inline F beside(const float* const (&entry)[2]) {
@@ -34,6 +35,6 @@ inline F beside(const uint16_t* const (&entry)[4]) {
 
 namespace fewbit {
 
-const VectorKernel vector_linear_avx512 = {8, vector_run, vector_decode};
+const VectorKernel vector_linear_avx512 = {kMost, vector_run, vector_decode};
 
 }  // namespace fewbit

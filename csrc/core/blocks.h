@@ -19,7 +19,6 @@ struct Block {
   float origin;            // what of each activation sums begin with
   int64_t first, chunks;   // of the row; of each segment but the last one
   int64_t all, segments;   // chunks and segments of the block
-  int64_t inverse;         // see segment_inverse
   int64_t index, activation[kBlockChunks];  // of the first segment; of each one's scales of activations
   Line line[kBlockChunks][T];
   alignas(64) float totals[kRoundedTokens][T][kLanes];
@@ -110,7 +109,6 @@ FEWBIT_INLINE void add_some(CodeBlock<K>& block, int64_t token, int64_t m) {
     sum_segment<M, CodeBlock<K>::kLines>(block.kernel, at, chunks, block.origin, sum_of_x, sum);
     memcpy(sums[s], sum, sizeof sum);
   }
-  add_rests<Sum>(task, token + m, block.first, block.all, block.inverse, sums, block.codes[0][0][0], T * kLanes * 4);
   settle_block<M>(block, sums, token + m, sums_of_x);
 }
 
@@ -150,7 +148,6 @@ void blocks(const SegmentTask& task, const Strip& rows) {
   for (int64_t m = 0; m < padded; m++)
     for (int t = 0; t < T; t++) store(block.totals[m][t], broadcast(0.0f));
   block.chunks = long_row ? kBlockChunks : task.segment_chunks;
-  block.inverse = segment_inverse(block.chunks);
   const int64_t most = room / block.chunks * block.chunks;
   Segment segment(task);
   for (block.first = 0; block.first < task.chunks; block.first += block.all) {

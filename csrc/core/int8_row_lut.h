@@ -20,8 +20,7 @@
 namespace fewbit {
 namespace {
 
-constexpr int64_t kAhead = 8;           // rows
-constexpr int64_t kDecoded = 2048;      // levels of a row that are decoded at a time
+constexpr int64_t kDecoded = 2048;  // levels of a row that are decoded at a time
 
 // Rounds token `token` of x, or fills it with zeros where x has no such token; lays it out as the kernel reads it: (vectors
 // of chunks, fields, tokens that are computed together, chunks of a vector, 16).
@@ -147,10 +146,9 @@ FEWBIT_INLINE void int8_row(const Int8RowTask& task, int64_t row) {
   const int64_t whole = apart / kFour, rest = apart % kFour;
   for (int64_t i = 0; i < whole; i++) {
     add_coded<BITS, R, 1, kChains, false>(level, codes + i * kFour, apart, x + i * kColumns, sum);
-    // Several rows side by side are no stream that the processor foresees: what is kAhead rows on, in order of memory.
 #pragma GCC unroll 16
     for (int64_t line = 0; R > 1 && line < R * kFour; line += 64)
-      __builtin_prefetch(codes + kAhead * apart + i * R * kFour + line, 0, 2);
+      __builtin_prefetch(codes + kRowsAhead * apart + i * R * kFour + line, 0, 2);
   }
   if (rest) {
     const LastChunks<BITS, R> last(codes + whole * kFour, apart, rest);
@@ -188,7 +186,7 @@ void int8_row_decoded(const Int8RowTask& task, int64_t row, int64_t tokens) {
       add_coded<BITS, R, kRowTokens, 1, true>(level, codes + i * kFour, apart, here, sum, out);
 #pragma GCC unroll 16
       for (int64_t line = 0; line < R * kFour; line += 64)
-        __builtin_prefetch(codes + kAhead * apart + i * R * kFour + line, 0, 2);
+        __builtin_prefetch(codes + kRowsAhead * apart + i * R * kFour + line, 0, 2);
     }
     if (end > whole) {
       const LastChunks<BITS, R> last(codes + whole * kFour, apart, apart % kFour);

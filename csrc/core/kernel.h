@@ -248,6 +248,8 @@ struct RowTask {
 };
 
 enum : int64_t { kRowTokens = 4, kRowChunks = 4, kRowPanel = 32 };  // chunks whose parts lie together: see fewbit_row_tables
+// Rows that are fetched ahead of several side by side, which are no stream that the processor foresees: in order of memory.
+enum : int64_t { kRowsAhead = 8 };
 
 // Tables of rows on one instruction set.
 struct RowKernel {

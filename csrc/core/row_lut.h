@@ -23,7 +23,6 @@ constexpr int kRowChains = 2;
 // Rows that are computed beside M tokens, whose sums need not wait for one another; as many as registers hold, with their tables.
 template <int BITS, int M>
 constexpr int kRowsBeside = kLanes < 16 || BITS > 6 ? 1 : BITS > 4 && M > 1 ? 2 : 4;
-constexpr int64_t kRowsAhead = 8;
 
 template <int BITS>
 struct RowCells {
@@ -103,7 +102,6 @@ FEWBIT_APART void rows_beside(const RowTask& task, int64_t row, int64_t token, i
         for (int c = 0; c < kRowChains; c++) sum[r][m][c] = broadcast(0.0f);
     const int64_t end = b + 1 < task.blocks ? (b + 1) * task.block_chunks : task.chunks;
     for (; chunk < end; chunk++, x += Cells::kColumns) {
-      // Several rows side by side are no stream that the processor foresees: what is kRowsAhead on, in order of memory.
       for (int line = 0; R > 1 && line < R * Cells::kBytes; line += 64)
         __builtin_prefetch(codes + kRowsAhead * bytes + chunk * R * Cells::kBytes + line, 0, 2);
       for (int lane = 0; lane < 16; lane += kLanes) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = x W^T for codes that index vectors of a codebook, cut along the rows of W (VPTQ, Liu et al. 2024,
-// arXiv:2409.17066): y[rows of a code] += x[column] * book[index]. Included after an ISA's simd.h and its `beside`,
-// inside one translation unit per ISA; everything has internal linkage.
+// arXiv:2409.17066): y[rows of a code] += x[column] * book[index]. Included after an ISA's simd.h, its `beside`,
+// kAccumulators and kMost (tokens computed together where there are many), inside one translation unit per ISA; everything
+// has internal linkage.
 //
 // The eight codes of a tile and a column stand for 8 x WIDTH floats, one after the other: 8 * WIDTH / kLanes vectors,
 // whose accumulators stay in registers while columns are walked. A strip is as many of them as fit beside the tokens
@@ -171,12 +172,12 @@ struct Tile {
   static constexpr bool kResidual = RESIDUAL;
 
   static void run(const VectorTask& task, int64_t tile) {
-    for (int64_t token = 0; token < task.tokens; token += task.together) switch (task.together) {
-        case 1: strips<WIDTH, E, RESIDUAL, 1>(task, tile, token); break;
-        case 2: strips<WIDTH, E, RESIDUAL, 2>(task, tile, token); break;
-        case 4: strips<WIDTH, E, RESIDUAL, 4>(task, tile, token); break;
-        default: strips<WIDTH, E, RESIDUAL, 8>(task, tile, token);
-      }
+    for (int64_t token = 0; token < task.tokens; token += task.together) {
+      if (task.together == 1) strips<WIDTH, E, RESIDUAL, 1>(task, tile, token);
+      else if (task.together == 2) strips<WIDTH, E, RESIDUAL, 2>(task, tile, token);
+      else if (task.together == 4 || kMost == 4) strips<WIDTH, E, RESIDUAL, 4>(task, tile, token);
+      else strips<WIDTH, E, RESIDUAL, 8>(task, tile, token);
+    }
   }
 
   static void decode(const VectorTask& task, int64_t tile, float* out, int64_t stride) {

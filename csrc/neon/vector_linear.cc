@@ -5,6 +5,7 @@ namespace fewbit {
 namespace {
 
 constexpr int kAccumulators = 16;
+constexpr int64_t kMost = 8;
 
 }  // namespace
 }  // namespace fewbit
@@ -13,6 +14,6 @@ constexpr int kAccumulators = 16;
 
 namespace fewbit {
 
-const VectorKernel vector_linear_neon = {8, vector_run, vector_decode};
+const VectorKernel vector_linear_neon = {kMost, vector_run, vector_decode};
 
 }  // namespace fewbit

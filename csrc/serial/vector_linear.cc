@@ -5,6 +5,7 @@ namespace fewbit {
 namespace {
 
 constexpr int kAccumulators = 8;
+constexpr int64_t kMost = 4;
 
 }  // namespace
 }  // namespace fewbit
@@ -13,6 +14,6 @@ constexpr int kAccumulators = 8;
 
 namespace fewbit {
 
-const VectorKernel vector_linear_serial = {4, vector_run, vector_decode};
+const VectorKernel vector_linear_serial = {kMost, vector_run, vector_decode};
 
 }  // namespace fewbit

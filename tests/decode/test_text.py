@@ -170,7 +170,17 @@ def test_ends_come_from_both_configs(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="tokenizer"):
+    with pytest.raises(InputError, match="copy the original's tokenizer"):
+        words_of(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        words_of(tmp_path / "none")
+
+
+def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
+    """By the package tokenizers, which raises bare exceptions."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "BPE", "vocab": 3}}')
+    with pytest.raises(InputError, match=r"invalid type.*whole"):
         words_of(tmp_path)
 
 

@@ -17,7 +17,6 @@ from fewbit.core.facts import Facts
 from fewbit.core.qtensor import QTensor
 from fewbit.errors import InputError, SpecError
 from fewbit.methods import clip, feedback, gptq, named, objective, ranges, rtn
-from fewbit.methods.gptq import solve
 from oracle.cases import case
 from oracle.gptq_oracle import damped, gptq_oracle
 
@@ -159,11 +158,12 @@ def test_never_worse_than_its_start(name: str, mode: str, rows: int, columns: in
 
 def test_rank_deficient_moment_raises_the_damping() -> None:
     weight, facts = case(5, 32, seed=5, tokens=3)
-    solution = solve(weight, formats.parse("int4/g8/asym"), facts, damp_percent=0.0)
-    assert 0 < solution.damping <= 1
-    assert f"damping raised from 0 to {solution.damping:g}" in solution.note
-    assert solution.qtensor.dequantize().isfinite().all()
-    assert solve(weight, formats.parse("int4/g8/asym"), facts).damping == 0.01
+    damping = feedback.factorize(facts.second_moment, 0.0, by_activity=True).damping
+    assert 0 < damping <= 1
+    q = gptq(weight, formats.parse("int4/g8/asym"), facts, damp_percent=0.0)
+    assert f"damping raised from 0 to {damping:g}" in q.note
+    assert q.dequantize().isfinite().all()
+    assert gptq(weight, formats.parse("int4/g8/asym"), facts).note == ""
 
 
 def test_pivots_within_the_rounding_of_float32_sums_are_no_pivots() -> None:
@@ -207,10 +207,8 @@ def test_dead_inputs_are_rounded_plainly_and_disturb_nobody() -> None:
     facts = Facts(24, small.tokens, x_facts.total, squares, squares.sqrt(), gram)
     params = rtn(weight, format).params
     for mode in ("natural", "by activity"):
-        solution = solve(weight, format, facts, clip=False, never_worse=False, **MODES[mode])
-        assert solution.dead == 3
-        assert torch.equal(solution.qtensor.packed[:, dead], rtn(weight, format).packed[:, dead])
-        assert "3 inputs always zero" in solution.note
+        q = gptq(weight, format, facts, clip=False, never_worse=False, **MODES[mode])
+        assert torch.equal(q.packed[:, dead], rtn(weight, format).packed[:, dead])
         wanted, _, _ = gptq_oracle(
             weight[:, live],
             format,
@@ -218,7 +216,7 @@ def test_dead_inputs_are_rounded_plainly_and_disturb_nobody() -> None:
             by_activity=MODES[mode]["desc_act"],
             fit=lambda *_: dict(params),
         )
-        assert torch.equal(solution.qtensor.packed[:, live], wanted)
+        assert torch.equal(q.packed[:, live], wanted)
     silent = Facts.of(torch.zeros(7, 24), gram=True)
     assert torch.equal(gptq(weight, format, silent).packed, rtn(weight, format).packed)
 
@@ -228,9 +226,7 @@ def test_no_token_is_rounding(name: str) -> None:
     weight, _ = case(4, 20, seed=4)
     format = formats.parse(name)
     for facts in (Facts.none(20, gram=True), Facts.none(20)):
-        solution = solve(weight, format, facts)
-        assert torch.equal(solution.qtensor.packed, rtn(weight, format).packed)
-        assert "no calibration token" in solution.note
+        assert torch.equal(gptq(weight, format, facts).packed, rtn(weight, format).packed)
 
 
 def test_constant_and_zero_weights() -> None:

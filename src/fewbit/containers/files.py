@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from fewbit.errors import CorruptFileError, InputError
 
 LARGEST_JSON = 64 << 20
+LARGEST_SIDECAR = 1 << 28
 """Bytes. The largest real ones (tokenizers with 260,000 entries) stay below 40 MB."""
 CHUNK = 1 << 22
 INDEX = "model.safetensors.index.json"

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from fewbit.containers.files import INDEX, member, read_json
+from fewbit.containers.files import INDEX, LARGEST_SIDECAR, member, read_json
 from fewbit.containers.safetensors import SafetensorsFile, open_safetensors
 from fewbit.errors import CorruptFileError, InputError, UnsupportedError
 
 SINGLE = "model.safetensors"
-LARGEST_SIDECAR = 1 << 28
 MASKS = ("bias", "mask")
 """How the names end of causal masks that older checkpoints hold as bytes (``attn.bias`` of GPT-Neo and GPT-J)."""
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fewbit.core.rows import Optioned, find
+from fewbit.core.sums import all_finite
 from fewbit.errors import InputError
 
 BINS = 4096
@@ -86,7 +87,7 @@ class Seen:
         """
         batches = tuple((float(low), float(high)) for low, high in ends.reshape(-1, 2))
         seen = Seen(_LEAST, 0, counts, batches)
-        if not bool(ends.isfinite().all()) or any(low > high for low, high in batches):
+        if not all_finite(ends) or any(low > high for low, high in batches):
             raise InputError("a histogram of inputs", "the ends of its batches are no ranges")
         exponent = _exponent(seen.low, seen.high)
         first, last = _bin(seen.low, exponent), _bin(seen.high, exponent)

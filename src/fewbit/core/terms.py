@@ -28,6 +28,7 @@ from torch import Tensor
 from fewbit.core.format import Format
 from fewbit.core.layout import Layout
 from fewbit.core.qtensor import QTensor
+from fewbit.core.sums import all_finite
 from fewbit.errors import InputError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -185,7 +186,7 @@ class Sparse(Term):
             found = f"pointers go from {first} to {last} in steps of {least} or more"
             raise InputError(asked, found, f"0 to {entries}, never falling, would work")
         _check_columns(self.shape, self.rows(), self.columns.long())
-        if not bool(self.values.isfinite().all()):
+        if not all_finite(self.values):
             raise InputError(asked, f"values are not finite in {self.values.dtype}", "finite float32 ones would work")
 
     @staticmethod
@@ -349,7 +350,7 @@ def _check_scale(name: str, scale: Tensor | None, length: int) -> None:
     if scale.shape != (length,) or scale.dtype not in FLOATS:
         found = f"found {scale.dtype} {tuple(scale.shape)}"
         raise InputError(f"{name} of {length}", found, f"({length},) in a float of 16 or 32 bits would work")
-    if not bool(scale.isfinite().all()):
+    if not all_finite(scale):
         raise InputError(f"{name} of {length}", "it holds NaN or infinity", "finite scales would work")
 
 

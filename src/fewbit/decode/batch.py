@@ -12,7 +12,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fewbit.decode.engine import Engine
 from fewbit.decode.job import Job, Piece
@@ -35,7 +35,7 @@ class Stopped(FewbitError):
     """The engine is stopping."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stats:
     """What happens now, and what happened since the start (the counts of tokens and steps)."""
 
@@ -43,14 +43,6 @@ class Stats:
     waiting: int = 0
     kept: int = 0
     cache_bytes: int = 0
-    steps: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    generated_tokens: int = 0
-
-
-@dataclass
-class _Counts:
     steps: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
@@ -87,8 +79,7 @@ class Batcher:
         self._waiting: deque[Job] = deque()
         self._active: list[Job] = []
         self._prefixes = Prefixes(self.engine, self.limits.running + self.limits.kept)
-        self._counts = _Counts()
-        self._cache_bytes = 0
+        self._stats = Stats()
         self._closing = False
         self._thread: threading.Thread | None = None
 
@@ -158,8 +149,8 @@ class Batcher:
 
     def stats(self) -> Stats:
         with self._changed:
-            now = (len(self._active), len(self._waiting), len(self._prefixes), self._cache_bytes)
-            return Stats(*now, **vars(self._counts))
+            now = {"running": len(self._active), "waiting": len(self._waiting), "kept": len(self._prefixes)}
+            return replace(self._stats, **now)
 
     def close(self) -> None:
         """End all jobs with an error, and the thread."""
@@ -189,8 +180,8 @@ class Batcher:
         fed = self._feed(self._plan())
         ready = [(job, row) for job, row in fed if not job.left and not self._through(job)]
         self._next([job for job, _ in ready], [row for _, row in ready])
-        self._counts.steps += 1
-        self._cache_bytes = self.engine.nbytes()
+        self._stats.steps += 1
+        self._stats.cache_bytes = self.engine.nbytes()
 
     def _drop_cancelled(self) -> None:
         with self._changed:
@@ -224,8 +215,8 @@ class Batcher:
                 job.fail(error)
                 continue
             job.reused = job.fed
-            self._counts.prompt_tokens += len(job.prompt)
-            self._counts.reused_tokens += job.reused
+            self._stats.prompt_tokens += len(job.prompt)
+            self._stats.reused_tokens += job.reused
             self._active.append(job)
 
     def _plan(self) -> list[tuple[Job, int]]:
@@ -305,7 +296,7 @@ class Batcher:
             except Exception as error:
                 self._fail(job, error)
                 continue
-            self._counts.generated_tokens += 1
+            self._stats.generated_tokens += 1
             if ended:
                 self._retire(job)
 

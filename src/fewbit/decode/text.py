@@ -13,7 +13,7 @@ from fewbit.decode.kept_tokenizer import keep, open_kept
 from fewbit.decode.templates import Templates
 from fewbit.errors import InputError
 from fewbit.memory import give_back
-from fewbit.model.tokenizer import FileTokenizer, has_tokenizer, open_tokenizer
+from fewbit.model.tokenizer import FileTokenizer, of_transformers, open_tokenizer
 
 REPLACEMENT = "�"
 """What decoders write for bytes that are no character, or not yet."""
@@ -200,21 +200,11 @@ def words_of(folder: Path, once: bool = False) -> Words:
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    if not has_tokenizer(folder):
-        found, works = "the folder holds none", "copy the original's tokenizer files there"
-        if not folder.is_dir():
-            found, works = "there is no such folder", "a folder that `fewbit quantize` wrote works"
-        raise InputError(f"the tokenizer of {folder}", found, works)
     own = open_kept(folder, once) or open_tokenizer(folder, once)
     if own is not None:
         give_back(0)  # reading a tokenizer leaves several times the size of its file
         return Words(own, ends_of(folder))
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the tokenizer of {folder}", " ".join(str(error).split())[:300]) from error
+    tokenizer = of_transformers(folder)
     words = Words(tokenizer, ends_of(folder))
     keep(folder, tokenizer)
     return words

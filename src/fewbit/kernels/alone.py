@@ -18,6 +18,9 @@ from fewbit.kernels.inputs import given
 from fewbit.kernels.prepared import PreparedMatrix, stored
 from fewbit.kernels.table import Kernel
 
+Call = tuple[native.Input, int, int, int, int, int, int]
+"""Of a product: x, addresses of the bias (0: none) and of y, elements from row to row of y, its dtype, ISA, threads."""
+
 
 class AlonePrepared(Addressed, PreparedMatrix):
     """Abstract: codes in a layout of their own, multiplied by a call of their own; many tokens through decoded
@@ -32,8 +35,8 @@ class AlonePrepared(Addressed, PreparedMatrix):
         self._stored = stored(qtensor, kernel)
 
     @abstractmethod
-    def _multiply(self, x: native.Input, bias: int, y: int, dtype: int) -> None:
-        """Write ``x W^T + bias`` to ``y``, (tokens, rows) of ``dtype``, addresses given."""
+    def _multiply(self, call: Call) -> None:
+        """Write ``x W^T + bias`` to y, (tokens, rows)."""
 
     @abstractmethod
     def _read(self) -> tuple[Tensor, ...]:
@@ -48,7 +51,8 @@ class AlonePrepared(Addressed, PreparedMatrix):
             return multiply_decoded(self, x, bias).to(dtype).reshape(*leading, rows)
         x, address = given(x)
         y = pages.fresh(*leading, rows, dtype=dtype)
-        self._multiply(address, 0 if bias is None else bias.data_ptr(), y.data_ptr(), native.DTYPES[dtype])
+        addresses = (0 if bias is None else bias.data_ptr(), y.data_ptr())
+        self._multiply((address, *addresses, rows, native.DTYPES[dtype], self._isa, torch.get_num_threads()))
         return y
 
     def qtensor(self) -> QTensor:

@@ -14,7 +14,7 @@ from fewbit.core import blocks as B
 from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, pages, reference
-from fewbit.kernels.alone import AlonePrepared
+from fewbit.kernels.alone import AlonePrepared, Call
 from fewbit.kernels.levels import check_finite
 from fewbit.kernels.table import Kernel
 from fewbit.kernels.vector16 import LOOKED_UP, checked, fields
@@ -79,9 +79,8 @@ class ByteVectorPrepared(AlonePrepared):
         addresses = (array.data_ptr() for array in (self._packed, *self._arrays))
         return (*self.shape, self._block, self._stored.format.height, *self._bits, *addresses)
 
-    def _multiply(self, x: native.Input, bias: int, y: int, dtype: int) -> None:
-        rows, threads = self.shape[0], torch.get_num_threads()
-        native.core().vector_linear_int8(self._matrix, self._x_block, x, bias, y, rows, dtype, self._isa, threads)
+    def _multiply(self, call: Call) -> None:
+        native.core().vector_linear_int8(self._matrix, self._x_block, *call)
 
     def _read(self) -> tuple[Tensor, ...]:
         return self._packed, *self._arrays

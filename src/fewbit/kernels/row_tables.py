@@ -13,7 +13,7 @@ from fewbit.core import blocks as B
 from fewbit.core.format import Format, Physical
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, pages
-from fewbit.kernels.alone import AlonePrepared
+from fewbit.kernels.alone import AlonePrepared, Call
 from fewbit.kernels.arranged import ROWHALVES16
 from fewbit.kernels.decoded import rows_of_strip
 from fewbit.kernels.inputs import CENTRE
@@ -44,9 +44,8 @@ class RowTablesPrepared(AlonePrepared):
         arrays = (t.data_ptr() for t in (self._stored.packed, self._table, self._scale))
         return (*self.shape, self._block, format.group_rows, format.bits, half, *arrays, self._halves)
 
-    def _multiply(self, x: native.Input, bias: int, y: int, dtype: int) -> None:
-        rows, threads = self.shape[0], torch.get_num_threads()
-        native.core().row_linear(self._matrix, x, bias, y, rows, dtype, self._isa, threads)
+    def _multiply(self, call: Call) -> None:
+        native.core().row_linear(self._matrix, *call)
 
     def decoded(self) -> Iterator[tuple[slice, Tensor]]:
         """As :meth:`PreparedMatrix.decoded`; a strip is memory that the next one overwrites."""
@@ -83,9 +82,8 @@ class RowLevelsPrepared(RowTablesPrepared):
         arrays = (t.data_ptr() for t in (self._stored.packed, self._levels, self._factor))
         return (*self.shape, format.group_rows, format.bits, *arrays, self._halves)
 
-    def _multiply(self, x: native.Input, bias: int, y: int, dtype: int) -> None:
-        rows, threads = self.shape[0], torch.get_num_threads()
-        native.core().row_linear_int8(self._integers, x, bias, y, rows, dtype, self._isa, threads)
+    def _multiply(self, call: Call) -> None:
+        native.core().row_linear_int8(self._integers, *call)
 
     def _read(self) -> tuple[Tensor, ...]:
         return self._stored.packed, self._levels, self._factor

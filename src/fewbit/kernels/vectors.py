@@ -13,7 +13,7 @@ from fewbit.core import blocks as B
 from fewbit.core.format import Format, Vectors
 from fewbit.core.qtensor import QTensor
 from fewbit.kernels import native, pages
-from fewbit.kernels.alone import AlonePrepared
+from fewbit.kernels.alone import AlonePrepared, Call
 from fewbit.kernels.column8 import TILE, checked, joint, lowered, tiles
 from fewbit.kernels.decoded import rows_of_strip
 from fewbit.kernels.levels import check_finite
@@ -57,9 +57,8 @@ class VectorPrepared(AlonePrepared):
         height = self._stored.format.height
         return (*self.shape, self._block, height, *self._bits, half, self._packed.data_ptr(), *addresses)
 
-    def _multiply(self, x: native.Input, bias: int, y: int, dtype: int) -> None:
-        rows, threads = self.shape[0], torch.get_num_threads()
-        native.core().vector_linear(self._matrix, x, bias, y, rows, dtype, self._isa, threads)
+    def _multiply(self, call: Call) -> None:
+        native.core().vector_linear(self._matrix, *call)
 
     def _read(self) -> tuple[Tensor, ...]:
         return self._packed, *self._books

@@ -12,6 +12,7 @@ from fewbit import formats
 from fewbit.containers import manifest as M
 from fewbit.core import given
 from fewbit.errors import InputError, UnsupportedError
+from fewbit.model.tokenizer import of_transformers
 
 
 def find(model: str | Path) -> Path:
@@ -71,16 +72,10 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer beside the weights, or inside the GGUF file.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it cannot be read. CorruptFileError: a file is damaged.
     """
-    from transformers import AutoTokenizer
-
     if path.is_file():
         from fewbit.model.checkpoint import open_checkpoint
 
         return open_checkpoint(path).tokenizer()
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        works = "copy tokenizer.json beside the weights"
-        raise InputError(f"tokenizer of {path}", f"transformers says: {error}", works) from error
+    return of_transformers(path)

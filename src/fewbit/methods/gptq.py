@@ -13,7 +13,7 @@ Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, with act-order and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,28 +31,8 @@ ROUNDING = 1e-3
 """How much more than it says a row may cost that was summed up in float32."""
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """Result and what a report should say about it.
-
-    ``damping``: the fraction used after retries. ``dead``: inputs that were always zero. ``kept_rows``: rows that plain
-    rounding served better. ``note``: these in words, empty when there is nothing to say.
-    """
-
-    qtensor: QTensor
-    damping: float
-    dead: int
-    kept_rows: int
-    note: str
-
-
 @exact()
-def gptq(weight: Tensor, format: Format, facts: Facts, **options: float | bool) -> QTensor:
-    """Quantize ``weight`` (rows, columns) with error feedback; see :func:`solve` for the options and errors."""
-    return solve(weight, format, facts, **options).qtensor  # type: ignore[arg-type]
-
-
-def solve(
+def gptq(
     weight: Tensor,
     format: Format,
     facts: Facts,
@@ -65,8 +45,8 @@ def solve(
     steps: int = 24,
     floor: float = 0.4,
     never_worse: bool = True,
-) -> Solution:
-    """:func:`gptq`, with a record of what happened.
+) -> QTensor:
+    """Quantize ``weight`` with error feedback. Where the damping was raised, the result's note says so.
 
     Args:
         weight: float, (rows, columns).
@@ -92,8 +72,7 @@ def solve(
     weight = weight.float()
     bound = format.bind(weight)
     if not facts.tokens:
-        plain = QTensor.rounded(bound, weight)
-        return Solution(plain, 0.0, weight.shape[1], weight.shape[0], "no calibration token: rounded to nearest")
+        return QTensor.rounded(bound, weight)
     passing = _passing(facts, damp_percent, desc_act)
     worth = facts.mean_square
     start = ranges.search(bound, weight, worth, ratios)
@@ -107,9 +86,9 @@ def solve(
 
         feedback.sweep(weight, passing, columns.round, block_size, refit, _span(format, weight.shape[1]))
         result, most = columns.qtensor(), _unknown(weight)
-    result, kept = _better_rows(weight, facts, result, start, most) if never_worse else (result, 0)
-    dead, raised = int(passing.dead.sum()), passing.raised(damp_percent)
-    return Solution(replace(result, note=raised), passing.damping, dead, kept, _note(raised, dead, kept))
+    if never_worse:
+        result = _better_rows(weight, facts, result, start, most)
+    return replace(result, note=passing.raised(damp_percent))
 
 
 def _passing(facts: Facts, damping: float, by_activity: bool) -> feedback.Feedback:
@@ -201,9 +180,9 @@ class _Columns:
         return QTensor.of(self._format, self._codes.T.contiguous(), params)
 
 
-def _better_rows(weight: Tensor, facts: Facts, solved: QTensor, params: Params, most: Tensor) -> tuple[QTensor, int]:
-    """Rows of ``solved``, but those of plain rounding with ``params`` where the objective is less there; and how many
-    those are. Only rows of which ``most`` does not say so are looked at."""
+def _better_rows(weight: Tensor, facts: Facts, solved: QTensor, params: Params, most: Tensor) -> QTensor:
+    """Rows of ``solved``, but those of plain rounding with ``params`` where the objective is less there. Only rows of
+    which ``most`` does not say so are looked at."""
     start = QTensor.nearest(solved.format, weight, params)
     plain = objective.row_errors(weight - start.dequantize(), facts)
     worse = most * (1 + ROUNDING) > plain
@@ -211,14 +190,7 @@ def _better_rows(weight: Tensor, facts: Facts, solved: QTensor, params: Params, 
         lost = objective.row_errors((weight - solved.dequantize())[worse], facts)
         worse[worse.clone()] = lost > plain[worse]
     if not worse.any():
-        return solved, 0
+        return solved
     codes = torch.where(worse.unsqueeze(-1), start.packed, solved.packed)
     params = {n: torch.where(worse.view(-1, *[1] * (v.ndim - 1)), start.params[n], v) for n, v in solved.params.items()}
-    return QTensor.of(solved.format, codes, params), int(worse.sum())
-
-
-def _note(raised: str, dead: int, kept: int) -> str:
-    parts = [raised] if raised else []
-    parts += [f"{dead} inputs always zero"] if dead else []
-    parts += [f"{kept} rows better rounded to nearest"] if kept else []
-    return ", ".join(parts)
+    return QTensor.of(solved.format, codes, params)

@@ -33,6 +33,7 @@ from fewbit.core.defaults import exact
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.method import Parts
+from fewbit.core.sums import all_finite
 from fewbit.core.terms import Product, Terms
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.methods import objective, signs
@@ -181,7 +182,7 @@ class Factors:
         gram = ((u.T @ u) * (v.T @ v)).double()
         gram.diagonal().add_(1e-9 * gram.diagonal().mean() + 1e-300)
         middle = torch.linalg.solve(gram, ((self.target @ v) * u).sum(0).double()).float()
-        if bool(middle.isfinite().all()):  # equal ranks have no one solution
+        if all_finite(middle):  # equal ranks have no one solution
             self.v, self.middle = torch.where(middle < 0, -self.v, self.v), middle.abs()
 
     def product(self) -> Tensor:

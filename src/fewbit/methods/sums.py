@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewbit.core.format import Format
 from fewbit.core.qtensor import QTensor
+from fewbit.core.sums import all_finite
 from fewbit.core.terms import Columns, Dense, Product, Sparse, Term, Terms
 from fewbit.core.tuning import Learnable, Values
 from fewbit.methods import scales, vectors
@@ -163,7 +164,7 @@ def _without(wanted: Tensor, term: Terms) -> Tensor | None:
     for scale, axis in ((term.row_scale, 1), (term.column_scale, 0)):
         if scale is not None:
             wanted = wanted / scale.float().unsqueeze(axis)
-    return wanted if bool(wanted.isfinite().all()) else None
+    return wanted if all_finite(wanted) else None
 
 
 def _assembled(term: Term, path: Path, leaves: Mapping[Path, Tensor]) -> Tensor:

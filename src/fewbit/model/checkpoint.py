@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from fewbit.containers.files import digest
 from fewbit.core import given
+from fewbit.core.sums import all_finite
 from fewbit.errors import InputError, first_line
 from fewbit.model.families import LAYER_COUNTS
 
@@ -152,15 +153,10 @@ def check_finite(name: str, tensor: Tensor) -> None:
     Raises:
         InputError: names the tensor and how many entries are NaN or infinite.
     """
-    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
+    if not tensor.is_floating_point() or all_finite(tensor):
         return
-    nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
-    if nan or infinite:
-        raise InputError(
-            f"tensor {name}",
-            f"{nan} NaN and {infinite} infinite of {tensor.numel()} weights",
-            "a checkpoint of finite weights",
-        )
+    found = f"{int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} infinite of {tensor.numel()} weights"
+    raise InputError(f"tensor {name}", found, "a checkpoint of finite weights")
 
 
 def check_layers(config: PretrainedConfig, keys: Iterable[str], path: Path) -> None:

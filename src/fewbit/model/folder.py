@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
-from fewbit.containers.files import member, read_json, size_of, write_bytes, write_json
+from fewbit.containers.files import LARGEST_SIDECAR, member, read_json, size_of, write_bytes, write_json
 from fewbit.containers.safetensors import SafetensorsFile
-from fewbit.containers.shards import LARGEST_SIDECAR, refuse_scaled, weight_files
-from fewbit.errors import CorruptFileError, InputError, UnsupportedError, first_line
+from fewbit.containers.shards import refuse_scaled, weight_files
+from fewbit.errors import InputError, UnsupportedError
 from fewbit.model.checkpoint import Checkpoint, check_layers
 from fewbit.model.classes import config_in
-from fewbit.model.tokenizer import FILES, has_tokenizer, open_tokenizer
+from fewbit.model.tokenizer import FILES, of_transformers, open_tokenizer
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 QUANTIZED = ("quantization_config", "compression_config")
@@ -95,20 +95,7 @@ class FolderCheckpoint(Checkpoint):
         return sum(entry.nbytes for shard in self._shards for entry in shard.entries.values())
 
     def tokenizer(self) -> Any:
-        if not has_tokenizer(self.path):
-            raise InputError(
-                f"the tokenizer of {self.path}", "the folder has none", "tokenizer.json beside config.json"
-            )
-        for name in FILES:
-            path = self.path / name
-            if path.is_file() and size_of(path) > LARGEST_SIDECAR:
-                raise CorruptFileError(f"reading {path}", f"it has {size_of(path)} bytes", f"at most {LARGEST_SIDECAR}")
-        try:
-            return AutoTokenizer.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # the Rust tokenizers raise bare Exception
-            raise InputError(
-                f"the tokenizer of {self.path}", first_line(error), "the tokenizer files of the model, whole"
-            ) from error
+        return of_transformers(self.path)
 
     def words(self) -> Any:
         return open_tokenizer(self.path) or self.tokenizer()

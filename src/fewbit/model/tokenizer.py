@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tokenizer that ``tokenizer.json`` alone describes, without transformers, whose import takes seconds."""
+"""The tokenizer of a folder: where ``tokenizer.json`` says all, without transformers, whose import takes seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fewbit.containers.files import LARGEST_JSON, read_json, size_of
+from fewbit.containers.files import LARGEST_JSON, LARGEST_SIDECAR, read_json, size_of
+from fewbit.errors import CorruptFileError, InputError, first_line
 from fewbit.model.part_tokenizer import open_part
 from fewbit.model.tokenizer_file import read_whole
 
@@ -79,6 +80,28 @@ class FileTokenizer:
 def has_tokenizer(folder: Path) -> bool:
     """Whether there is one in ``folder``: transformers would make up an empty one."""
     return any((folder / name).is_file() for name in VOCABULARIES)
+
+
+def of_transformers(folder: Path) -> Any:
+    """What transformers makes of the tokenizer in ``folder``, whose code, if it brings any, is never run.
+
+    Raises:
+        InputError: there is none, or it cannot be read. CorruptFileError: a file is larger than a tokenizer's.
+    """
+    asked = f"the tokenizer of {folder}"
+    if not folder.is_dir():
+        raise InputError(asked, "there is no such folder", "a folder that `fewbit quantize` wrote works")
+    if not has_tokenizer(folder):
+        raise InputError(asked, "the folder has none", "copy the original's tokenizer files there")
+    for path in (folder / name for name in FILES):
+        if path.is_file() and size_of(path) > LARGEST_SIDECAR:
+            raise CorruptFileError(f"reading {path}", f"it has {size_of(path)} bytes", f"at most {LARGEST_SIDECAR}")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust tokenizers raise bare Exception
+        raise InputError(asked, first_line(error), "the tokenizer files of the model, whole") from error
 
 
 def open_tokenizer(folder: Path, once: bool = False) -> FileTokenizer | None:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.core.facts import Facts
+from fewbit.core.sums import all_finite
 from fewbit.core.transform import generator_of
 from fewbit.errors import InputError, SpecError
 from fewbit.model.finite import check_layers
@@ -176,11 +177,11 @@ def sensitivity(
         with hooked(at_weights), hooked(at_outputs), torch.enable_grad():
             for sample, label in loss.pairs(batches):
                 output = call(network, sample)
-                if not all(bool(y.isfinite().all()) for y in tensors(output)):
+                if not all(map(all_finite, tensors(output))):
                     check_layers(network, "", partial(call, batch=sample))
                 _backward(loss(output, label, drawn))
     for name, weight in weights.items():
-        if not bool(totals[id(weight)].isfinite().all()):
+        if not all_finite(totals[id(weight)]):
             works = "check that the network runs in float on the inputs, and its loss"
             raise InputError(f"the sensitivity of {name}", "the gradient of the loss is NaN or infinite", works)
     return {name: Sensitivity(totals[id(weight)], outputs[name]) for name, weight in weights.items()}

@@ -30,6 +30,7 @@ from fewbit.containers.safetensors import SafetensorsFile, open_safetensors, wri
 from fewbit.core import given
 from fewbit.core.facts import Facts
 from fewbit.core.observers import Seen
+from fewbit.core.sums import all_finite
 from fewbit.errors import CorruptFileError, InputError
 from fewbit.model.sites import Site
 
@@ -61,7 +62,7 @@ def write_inputs(path: Path, found: Mapping[str, list[Facts]]) -> str:
         owner = of[site] = owners.setdefault(tuple(map(id, parts)), site)
         if owner != site:
             continue
-        if not all(bool(part.total_square.isfinite().all()) for part in parts):
+        if not all(all_finite(part.total_square) for part in parts):
             works = "check that the model runs in float on the calibration text"
             raise InputError(f"facts of {site}", "squares of its inputs add up to NaN or infinity", works)
         for array in (*SUMS, "gram"):

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from fewbit.containers.safetensors import write_safetensors
 from fewbit.core.defaults import products_in
 from fewbit.core.facts import Facts
+from fewbit.core.sums import all_finite
 from fewbit.errors import InputError
 from fewbit.memory import give_back
 from fewbit.model.sites import Site, in_block
@@ -291,7 +292,7 @@ def _named(sites: list[Site], totals: list[Tensor]) -> dict[str, Tensor]:
     """
     found = {}
     for site, total in zip(sites, totals, strict=True):
-        if not bool(total.isfinite().all()):
+        if not all_finite(total):
             works = "check that the model runs in float on the calibration text"
             raise InputError(f"the sensitivity of {site.name}", "the gradient of the loss is NaN or infinite", works)
         whole = total.transpose(-1, -2) if site.transposed else total

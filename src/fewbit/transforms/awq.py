@@ -34,6 +34,7 @@ from fewbit.core import format as F
 from fewbit.core.facts import Facts
 from fewbit.core.format import Format
 from fewbit.core.rewrite import Scale
+from fewbit.core.sums import all_finite
 from fewbit.errors import InputError
 
 LEAST = 1e-4
@@ -78,7 +79,7 @@ def awq(
         found = "the facts do not hold mean|x| and the second moment of its inputs"
         raise InputError(asked, found, "collect them with gram=True, before inputs are rotated")
     moment = facts.second_moment
-    if not bool(weight.isfinite().all()) or not bool(moment.isfinite().all()):
+    if not all_finite(weight) or not all_finite(moment):
         raise InputError(asked, "the weight or its inputs hold NaN or infinity", "leave this layer in float")
     weight, best, least = weight.float(), Scale(torch.ones(weight.shape[1], dtype=torch.float16)), math.inf
     if power is not None and facts.tokens:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fewbit.core.facts import Facts
 from fewbit.core.rewrite import Scale
-from fewbit.core.sums import column_sums
+from fewbit.core.sums import all_finite, column_sums
 from fewbit.errors import InputError
 
 LEAST_WEIGHT = 1e-5
@@ -46,7 +46,7 @@ def smooth(weight: Tensor, facts: Facts, seed: int = 0, *, alpha: float = 0.5) -
     if facts.largest is None or facts.columns != weight.shape[1]:
         raise InputError(asked, "the facts do not hold max|x| of its inputs", "smooth before inputs are rotated")
     heaviest = column_sums(weight.float())[3]
-    if not bool(heaviest.isfinite().all()) or not bool(facts.largest.isfinite().all()):
+    if not all_finite(heaviest) or not all_finite(facts.largest):
         raise InputError(asked, "the weight or its inputs hold NaN or infinity", "leave this layer in float")
     divisor = facts.largest.pow(alpha) / heaviest.clamp_min(LEAST_WEIGHT).pow(1 - alpha)
     divisor = torch.where(facts.largest > 0, divisor.clamp(1 / WIDEST, WIDEST), 1.0)
