@@ -174,6 +174,19 @@ def test_a_loaded_model_may_be_cast_later(tiny: Path, tmp_path: Path) -> None:
     assert float((got - expected).abs().max()) <= 0.02 * float(expected.abs().max())
 
 
+def test_transformers_asks_the_embedding_what_its_weight_is_like(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fewbit.quantize(tiny, "int4/g16", method="rtn", out=out)
+    model = fewbit.load(out)
+    table, size, ids = model.get_input_embeddings(), model.config.vocab_size, torch.arange(5)
+    assert table.weight.shape == (size, model.config.hidden_size) and table.weight.dtype == torch.float32
+    assert model.resize_token_embeddings(size) is table and model.get_output_embeddings().out_features == size
+    rows = torch.nn.functional.embedding(ids, table.weight, padding_idx=0)
+    assert torch.equal(rows, table(ids))
+    with pytest.raises(UnsupportedError, match=r"quantizing model\.embed_tokens.*takes them, and nothing else"):
+        torch.nn.functional.linear(rows, table.weight)
+
+
 def test_a_class_that_lacks_what_was_quantized_is_told_from_a_broken_folder(tiny: Path, tmp_path: Path) -> None:
     from transformers import AutoModel, AutoModelForCausalLM
 

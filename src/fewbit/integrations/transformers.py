@@ -135,12 +135,12 @@ def _replace(model: nn.Module, name: str, entry: dict[str, Any], dtype: torch.dt
         if entry["kind"] == "embedding":
             # Gemma multiplies embeddings; its buffer is still on the meta device, the plain number beside it is not.
             scale = getattr(old, "scalar_embed_scale", None)
-            new: nn.Module = QuantEmbedding(entry["format"], entry["layout"], shape, scale, dtype)
+            new: QuantEmbedding | QuantLinear = QuantEmbedding(entry["format"], entry["layout"], shape, scale, dtype)
         else:
             bias = getattr(old, "bias", None)
             rewrites = entry.get("rewrites", ())
             new = QuantLinear(T.of_entry(entry), bias, entry.get("activation"), rewrites, dtype=dtype)
-            new.name = name
+        new.name = name
     for key, buffer in list(new.named_buffers(recurse=False)):
         if key.startswith(("weight_", "input_")):
             new.register_buffer(key, buffer.to("meta"), persistent="tied_to" not in entry)
