@@ -105,7 +105,8 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """With adapters beside them: layers pass gradients to their inputs, and their codes stay."""
+        return True
 
 
 def _misses(model: Any, name: str) -> FewbitError:
