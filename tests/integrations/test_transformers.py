@@ -236,6 +236,8 @@ def test_load_refuses_what_is_not_what_was_written(tiny: Path, tmp_path: Path) -
     shard.unlink()
     with pytest.raises(CorruptFileError, match=r"00002-of-00004\.safetensors"):
         fewbit.load(out)
+    with pytest.raises(InputError, match="there is no such folder"):
+        fewbit.load(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"holds no fewbit\.json"):
         fewbit.load(tiny)
 
