@@ -181,6 +181,8 @@ def test_transformers_asks_the_embedding_what_its_weight_is_like(tiny: Path, tmp
     table, size, ids = model.get_input_embeddings(), model.config.vocab_size, torch.arange(5)
     assert table.weight.shape == (size, model.config.hidden_size) and table.weight.dtype == torch.float32
     assert model.resize_token_embeddings(size) is table and model.get_output_embeddings().out_features == size
+    with pytest.raises(UnsupportedError, match="the model that was quantized"):
+        model.dequantize()
     rows = torch.nn.functional.embedding(ids, table.weight, padding_idx=0)
     assert torch.equal(rows, table(ids))
     with pytest.raises(UnsupportedError, match=r"quantizing model\.embed_tokens.*takes them, and nothing else"):

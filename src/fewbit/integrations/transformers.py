@@ -100,6 +100,11 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
             _tie(model, name, self.quantization_config.modules[name]["tied_to"])
         return model
 
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        found = "layers hold codes, inputs of some are rewritten or rounded, and no float model is made of them"
+        works = "the model that was quantized (`source` in fewbit.json); layer.weight_of().dequantize() gives a matrix"
+        raise UnsupportedError(f"dequantize() of a {type(model).__name__}", found, works)
+
     def is_serializable(self) -> bool:
         return True
 
