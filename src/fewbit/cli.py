@@ -302,6 +302,10 @@ def serve(
     kv: Annotated[str, typer.Option("--kv", help="Keys and values: float16, bfloat16, float32, int8, int4.")] = (
         "float16"
     ),
+    origins: Annotated[
+        list[str] | None,
+        typer.Option("--allow-origin", metavar="ORIGIN", help="Let pages of ORIGIN ask, e.g. http://localhost:3000."),
+    ] = None,
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Serve /v1/embeddings too: loads the model in transformers as well.")
     ] = False,
@@ -314,7 +318,7 @@ def serve(
     from fewbit.commands import serve as command
 
     what = (out, host, port, token, no_token, name, sequences, kept, queue, context, max_tokens)
-    command.start(command.Request(*what, kv, activation, embeddings, threads, image), debug)
+    command.start(command.Request(*what, kv, activation, embeddings, threads, image, origins or []), debug)
 
 
 @app.command()

@@ -174,6 +174,43 @@ def test_a_loaded_model_may_be_cast_later(tiny: Path, tmp_path: Path) -> None:
     assert float((got - expected).abs().max()) <= 0.02 * float(expected.abs().max())
 
 
+def test_transformers_asks_the_embedding_what_its_weight_is_like(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fewbit.quantize(tiny, "int4/g16", method="rtn", out=out)
+    model = fewbit.load(out)
+    table, size, ids = model.get_input_embeddings(), model.config.vocab_size, torch.arange(5)
+    assert table.weight.shape == (size, model.config.hidden_size) and table.weight.dtype == torch.float32
+    assert model.resize_token_embeddings(size) is table and model.get_output_embeddings().out_features == size
+    with pytest.raises(UnsupportedError, match="the model that was quantized"):
+        model.dequantize()
+    rows = torch.nn.functional.embedding(ids, table.weight, padding_idx=0)
+    assert torch.equal(rows, table(ids))
+    with pytest.raises(UnsupportedError, match=r"quantizing model\.embed_tokens.*takes them, and nothing else"):
+        torch.nn.functional.linear(rows, table.weight)
+
+
+def test_a_trainer_teaches_what_stands_beside_the_layers(tiny: Path, tmp_path: Path) -> None:
+    """As adapters do. Of PEFT's own models the trainer asks the quantizer; of adapters that transformers adds, not."""
+    from transformers import Trainer, TrainingArguments
+
+    fewbit.quantize(tiny, "int4/g16", method="rtn", out=tmp_path / "out")
+    model, ids = fewbit.load(tmp_path / "out"), torch.arange(3, 19)
+    codes = {name: array.clone() for name, array in model.state_dict().items() if "weight_" in name}
+    model.requires_grad_(False)
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    adapter = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+    torch.nn.init.zeros_(adapter.weight)
+    layer.register_forward_hook(lambda _, inputs, y: y + adapter(inputs[0]))
+    layer.add_module("adapter", adapter)
+    assert model.hf_quantizer.is_trainable
+    model._hf_peft_config_loaded = True
+    options = {"max_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    args = TrainingArguments(str(tmp_path / "run"), **options)
+    Trainer(model, args, train_dataset=[{"input_ids": ids, "labels": ids}] * 16).train()
+    assert adapter.weight.abs().max() > 0
+    assert all(torch.equal(model.state_dict()[name], array) for name, array in codes.items())
+
+
 def test_a_class_that_lacks_what_was_quantized_is_told_from_a_broken_folder(tiny: Path, tmp_path: Path) -> None:
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -201,6 +238,8 @@ def test_load_refuses_what_is_not_what_was_written(tiny: Path, tmp_path: Path) -
     shard.unlink()
     with pytest.raises(CorruptFileError, match=r"00002-of-00004\.safetensors"):
         fewbit.load(out)
+    with pytest.raises(InputError, match="there is no such folder"):
+        fewbit.load(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"holds no fewbit\.json"):
         fewbit.load(tiny)
 

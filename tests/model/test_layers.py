@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import copy
 import io
+import multiprocessing
 import pickle
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch import nn
 
 from fewbit import formats, methods
 from fewbit.containers import terms as T
-from fewbit.core.terms import Dense, Terms
+from fewbit.core.terms import Dense, Sparse, Terms
 from fewbit.errors import VerificationError
 from fewbit.layouts.dense import DENSE
 from fewbit.model.layers import ExpertBank, QuantEmbedding, QuantLinear
@@ -67,6 +69,23 @@ def test_a_prepared_sum_of_terms_is_copied_as_well() -> None:
     made = QuantLinear.of(linear, Terms((40, 96), parts))
     expected = made(x)
     assert all(torch.equal(duplicate(made)(x), expected) for duplicate in COPIES.values())
+
+
+@torch.no_grad()
+def test_prepared_layers_go_to_another_process_and_stay_as_they_are_here(tmp_path: Path) -> None:
+    """That process saves what came, as nothing else of these tests is there."""
+    linear, x = nn.Linear(96, 40), torch.randn(3, 96)
+    outliers = torch.where(torch.rand(40, 96) < 0.05, torch.randn(40, 96), 0)
+    matrix = methods.rtn(torch.randn(40, 96), formats.parse("int4/g32/sym")).repack(DENSE)
+    terms = Terms((40, 96), (Dense(matrix), Sparse.of(outliers)))
+    made = nn.ModuleList([*(layer(spelling) for spelling in FORMATS), QuantLinear.of(linear, terms)])
+    expected = [each(x) for each in made]
+    child = multiprocessing.get_context("spawn").Process(target=torch.save, args=(made, tmp_path / "came"))
+    child.start()
+    child.join()
+    came = torch.load(tmp_path / "came", weights_only=False)
+    assert all(torch.equal(twin(x), y) for twin, y in zip(came, expected, strict=True))
+    assert all(torch.equal(each(x), y) for each, y in zip(made, expected, strict=True))
 
 
 @pytest.mark.parametrize("spelling", FORMATS)

@@ -45,6 +45,18 @@ def test_networks_are_equal(case: str, unusual: Unusual) -> None:
     assert all(found[name].dtype == kept.dtype and torch.equal(found[name], kept) for name, kept in expected.items())
 
 
+@pytest.mark.parametrize("how", [{"method": "autoround", "options": {"iters": 2}}, {"method": "skm", "loss": "values"}])
+def test_what_learns_does_so_in_inference_mode(how: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    small, batches = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8)), [torch.randn(20, 32)]
+    format = "int4/g16" if how["method"] == "autoround" else "palette2/row"
+    expected = network.quantize(small, format, batches, **how).network.state_dict()
+    with torch.inference_mode():
+        found = network.quantize(small, format, batches, **how).network
+    assert all(torch.equal(found.state_dict()[name], kept) for name, kept in expected.items())
+    assert found(batches[0].clone().requires_grad_()).requires_grad
+
+
 class Reliant(nn.Module):
     """Of 16 bits, with a shift in the default dtype: of 32 bits, its sum would be of 32, and the layer refuse it."""
 

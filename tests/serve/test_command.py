@@ -14,12 +14,14 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from fewbit.cli import app
 from fewbit.commands import serve
+from fewbit.errors import SpecError
 
 httpx = pytest.importorskip("httpx")
 
@@ -61,6 +63,19 @@ def test_one_that_cannot_begin_anew_serves_itself() -> None:
     )
     assert done.stdout == f"{serve.Request(Path('x'))} ['typer', 'pydantic']\n" and done.returncode == 3
     assert done.stderr == "fewbit: debug 8000\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"origins": ["localhost:3000"]}, "it is no origin"),
+        ({"origins": ["http://localhost:3000/"]}, "it is no origin"),
+        ({"origins": ["*"], "no_token": True}, "any page could use the model"),
+    ],
+)
+def test_origins_that_are_none_or_too_many_are_refused(options: dict[str, Any], found: str) -> None:
+    with pytest.raises(SpecError, match=found):
+        serve.run(serve.Request(Path("nothing is read"), **options))
 
 
 def test_nobody_reads_the_address() -> None:

@@ -226,9 +226,51 @@ def test_an_encoded_body_is_said_to_be_one(fake: Callable[..., Any]) -> None:
         assert response.status_code == status and (status == 200 or "gzip" in error_of(response)["message"])
 
 
+def test_whole_numbers_may_have_a_point(fake: Callable[..., Any]) -> None:
+    running, kind = fake(), {"Content-Type": "application/json"}
+    body = '{"model": "fake", "prompt": "hello", "top_k": 40.0, "seed": 1e0, "n": 1.0, "max_tokens": MOST}'
+    for most, status in (("4.0", 200), ("4", 200), ("4.5", 400), ("1e400", 400), ("-4.0", 400)):
+        response = running.post("/v1/completions", content=body.replace("MOST", most), headers=kind)
+        assert response.status_code == status, most
+        assert status == 400 or response.json()["usage"]["completion_tokens"] == 4
+
+
+def test_hints_that_change_no_text_are_taken_and_others_named(fake: Callable[..., Any]) -> None:
+    running = fake()
+    hints = {"cache_prompt": True, "min_tokens": 0, "skip_special_tokens": True, "verbosity": "medium"}
+    assert running.post("/v1/completions", {**GOOD, **hints}).status_code == 200
+    for name, value in (("min_tokens", 3), ("skip_special_tokens", False), ("verbosity", "low")):
+        response = running.post("/v1/completions", {**GOOD, name: value})
+        assert response.status_code == 400 and error_of(response)["param"] == name
+
+
+def test_pages_of_other_origins_ask_where_they_may(fake: Callable[..., Any]) -> None:
+    page = "http://localhost:3000"
+    asking = {"Origin": page, "Access-Control-Request-Method": "POST"}
+    asking |= {"Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang"}
+
+    def may(running: Any, origin: str) -> tuple[int, str | None]:
+        url = f"{running.url}/v1/chat/completions"
+        found = httpx.options(url, headers={**asking, "Origin": origin}, timeout=60, verify=False)
+        assert "x-stainless-lang" in found.headers.get("access-control-allow-headers", "x-stainless-lang")
+        return found.status_code, found.headers.get("access-control-allow-origin")
+
+    closed, open = fake(), fake(served={"origins": (page,)})
+    assert may(closed, page) == (405, None)
+    assert may(open, page) == (200, page) and may(open, "http://evil.example") == (400, None)
+    for path, shown in (("/v1/models", f"Bearer {open.served.token}"), ("/v1/models", "Bearer no"), ("/nothing", "")):
+        answer = open.get(path, Origin=page, Authorization=shown)  # errors can be read by the page, too
+        assert answer.headers["access-control-allow-origin"] == page
+        other = open.get(path, Origin="http://evil.example", Authorization=shown)
+        assert other.status_code == answer.status_code and "access-control-allow-origin" not in other.headers
+
+
 def test_places_and_verbs_that_are_not(fake: Callable[..., Any]) -> None:
     running = fake()
     assert running.get("/v1/nothing").status_code == 404
+    assert "/v1/chat/completions" in error_of(running.post("/chat/completions", GOOD))["message"]
+    assert running.get("/v1/models/").json() == running.get("/v1/models").json()
+    assert running.get("/v1/models/fake/").json()["id"] == "fake"
     wrong = running.get("/v1/completions")
     assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
     error_of(running.get("/nothing"))

@@ -6,11 +6,12 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import os
+import re
 import secrets
 import socket
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ class Request:
     embeddings: bool = False
     threads: int | None = None
     image: bool = True
+    origins: list[str] = field(default_factory=list)
 
 
 def start(request: Request, debug: bool) -> None:
@@ -99,6 +101,7 @@ def run(request: Request) -> None:
     from fewbit.serve.heads import TimedHeads
 
     token = _token(request)
+    _check_origins(request)
     with _listen(request.host, request.port) as listener:  # before loading: a taken port is said at once
         quieten()
         limit_threads(request.threads)
@@ -149,6 +152,7 @@ def serve(request: Request, token: str | None) -> Served:
         token=token,
         hosts=frozenset({"localhost", "127.0.0.1", "::1", request.host}) if local else None,
         max_tokens=request.max_tokens,
+        origins=tuple(request.origins),
     )
 
 
@@ -181,6 +185,16 @@ def _token(request: Request) -> str | None:
     if len(token) < 8 or not token.isascii() or not token.isprintable() or " " in token:
         raise SpecError("--token", "it is too easily guessed, or no header can hold it", "8 or more letters and digits")
     return token
+
+
+def _check_origins(request: Request) -> None:
+    for origin in request.origins:
+        if origin == "*" and request.no_token:
+            raise SpecError(
+                "--allow-origin '*'", "with --no-token any page could use the model", "a token, or an origin"
+            )
+        if origin != "*" and not re.fullmatch(r"https?://[^/?#\s@]+", origin):
+            raise SpecError(f"--allow-origin {origin}", "it is no origin", "a scheme and a host: http://localhost:3000")
 
 
 def _local(host: str) -> bool:

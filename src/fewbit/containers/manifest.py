@@ -36,7 +36,8 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / NAME
     if not path.is_file():
-        raise InputError(f"{folder}", f"it holds no {NAME}", "give a folder that `fewbit quantize` wrote")
+        found = f"it holds no {NAME}" if folder.is_dir() else "there is no such folder"
+        raise InputError(f"{folder}", found, "give a folder that `fewbit quantize` wrote")
     manifest = read_json(path)
     for key, kind in _REQUIRED.items():
         if not isinstance(manifest.get(key), kind):  # type: ignore[arg-type]

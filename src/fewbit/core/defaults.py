@@ -20,8 +20,9 @@ _CALLER: ContextVar[tuple[torch.dtype, torch.device] | None] = ContextVar("_CALL
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """While open, tensors are float32 on the CPU unless code says otherwise, and autocast rounds no products. Decorates
-    functions too. (torch has one default dtype for all threads of a process: others see float32 meanwhile.)
+    """While open, tensors are float32 on the CPU unless code says otherwise, autocast rounds no products, and inference
+    mode, in which nothing can learn, is left. Decorates functions too. (torch has one default dtype for all threads of
+    a process: others see float32 meanwhile.)
 
     >>> with torch.autocast("cpu"), exact():
     ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
@@ -33,6 +34,8 @@ def exact() -> Iterator[None]:
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
+            if torch.is_inference_mode_enabled():  # what learns, or asks for the loss, needs gradients
+                stack.enter_context(torch.inference_mode(False))
             stack.enter_context(_set(torch.float32, torch.device("cpu")))
             yield
     finally:

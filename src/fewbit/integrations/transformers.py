@@ -100,12 +100,18 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
             _tie(model, name, self.quantization_config.modules[name]["tied_to"])
         return model
 
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        found = "layers hold codes, inputs of some are rewritten or rounded, and no float model is made of them"
+        works = "the model that was quantized (`source` in fewbit.json); layer.weight_of().dequantize() gives a matrix"
+        raise UnsupportedError(f"dequantize() of a {type(model).__name__}", found, works)
+
     def is_serializable(self) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """With adapters beside them: layers pass gradients to their inputs, and their codes stay."""
+        return True
 
 
 def _misses(model: Any, name: str) -> FewbitError:
@@ -135,12 +141,12 @@ def _replace(model: nn.Module, name: str, entry: dict[str, Any], dtype: torch.dt
         if entry["kind"] == "embedding":
             # Gemma multiplies embeddings; its buffer is still on the meta device, the plain number beside it is not.
             scale = getattr(old, "scalar_embed_scale", None)
-            new: nn.Module = QuantEmbedding(entry["format"], entry["layout"], shape, scale, dtype)
+            new: QuantEmbedding | QuantLinear = QuantEmbedding(entry["format"], entry["layout"], shape, scale, dtype)
         else:
             bias = getattr(old, "bias", None)
             rewrites = entry.get("rewrites", ())
             new = QuantLinear(T.of_entry(entry), bias, entry.get("activation"), rewrites, dtype=dtype)
-            new.name = name
+        new.name = name
     for key, buffer in list(new.named_buffers(recurse=False)):
         if key.startswith(("weight_", "input_")):
             new.register_buffer(key, buffer.to("meta"), persistent="tied_to" not in entry)

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+import torch
 
 from fewbit.core.format import Format
 from fewbit.core.layout import Shape
@@ -33,21 +34,25 @@ class Addressed:
         return made
 
 
-Parts = tuple[Make, Format, Shape, Tensor, Mapping[str, Tensor], str, Format | None]
+Array = np.ndarray[Any, np.dtype[Any]]
+"""Pickled by its values. A tensor goes to another process as shared memory, into which its storage is moved: away from
+the addresses that a core was given, and out of reach where the tensor ends before that process has begun."""
+Parts = tuple[Make, Format, Shape, Array, Mapping[str, Array], str, Format | None]
 
 
 def parts(make: Make, qtensor: QTensor, kernel: str, activation: Format | None) -> Parts:
     """Arguments of :func:`again`: what a file would hold, and nothing of the memory around it."""
     dense = qtensor.repack(DENSE)
-    return make, dense.format, dense.shape, dense.packed, dense.params, kernel, activation
+    params = {name: values.numpy() for name, values in dense.params.items()}
+    return make, dense.format, dense.shape, dense.packed.numpy(), params, kernel, activation
 
 
 def again(
     make: Make,
     format: Format,
     shape: Shape,
-    packed: Tensor,
-    params: Mapping[str, Tensor],
+    packed: Array,
+    params: Mapping[str, Array],
     kernel: str,
     activation: Format | None,
 ) -> Any:
@@ -56,6 +61,6 @@ def again(
     Raises:
         UnsupportedError: this machine has no such row; the reason is in the message.
     """
-    return make(
-        QTensor(format, DENSE, shape, packed, params), choose(format, shape, kernel, activation).kernel, activation
-    )
+    stored = {name: torch.from_numpy(values) for name, values in params.items()}
+    qtensor = QTensor(format, DENSE, shape, torch.from_numpy(packed), stored)
+    return make(qtensor, choose(format, shape, kernel, activation).kernel, activation)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbit.core.terms import Sparse
 from fewbit.kernels import native
-from fewbit.kernels.copies import Addressed
+from fewbit.kernels.copies import Addressed, Array
 from fewbit.kernels.inputs import given
 from fewbit.kernels.native import Isa
 from fewbit.kernels.table import Kernel
@@ -85,6 +86,11 @@ class PreparedSparse(Addressed):
         self._isa = native.FLAGS[kernel.isa] if kernel.isa else 0
         self._slices = _slices(sparse) if kernel.isa else None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        sparse = self.sparse
+        arrays = (array.numpy() for array in (sparse.pointers, sparse.columns, sparse.values))
+        return _again, (sparse.shape, *arrays, self.kernel)
+
     @cached_property
     def _matrix(self) -> native.SparseMatrix:
         assert self._slices is not None
@@ -129,3 +135,9 @@ class PreparedSparse(Addressed):
     def nbytes(self) -> int:
         """Bytes held: entries both as stored and as the kernel reads them."""
         return self.sparse.nbytes + (self.read_bytes if self._slices else 0)
+
+
+def _again(shape: tuple[int, int], pointers: Array, columns: Array, values: Array, kernel: str) -> PreparedSparse:
+    """Prepared anew, by the same row."""
+    sparse = Sparse(shape, *(torch.from_numpy(array) for array in (pointers, columns, values)))
+    return PreparedSparse(sparse, next(row for row in SPARSE_KERNELS if row.name == kernel))

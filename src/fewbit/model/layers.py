@@ -210,18 +210,11 @@ class QuantLinear(Multiplier):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(plain, bias, activation, weight, dtype)
+        self.out_features, self.in_features = self.shape
         if rewrites:
             self.rewrites = tuple(rewrites)
         for array, (dtype, size) in R.storage(self.rewrites, self.in_features).items():
             self.register_buffer(f"input_{array}", torch.empty(size, dtype=dtype))
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[1]
 
     @property
     def weight(self) -> FloatWeight:
@@ -284,7 +277,10 @@ class QuantLinear(Multiplier):
 
 
 class QuantEmbedding(Store):
-    """Rows of a table in few bits; ``scale`` multiplies them where the family does (Gemma)."""
+    """Rows of a table in few bits; ``scale`` multiplies them where the family does (Gemma). ``name``: where it is, for
+    errors."""
+
+    name = ""
 
     def __init__(
         self, format: str, layout: str, shape: tuple[int, int], scale: float | None, dtype: torch.dtype
@@ -293,6 +289,12 @@ class QuantEmbedding(Store):
         self.scale, self.dtype = scale, dtype
         self.num_embeddings, self.embedding_dim = shape
         self._head: list[QuantLinear] = []  # in a list: the head is no child of the embedding
+
+    @property
+    def weight(self) -> FloatWeight:
+        """What a network's own code, and transformers', may ask of the float table."""
+        like = torch.empty(1, dtype=self.dtype, device="cpu").expand(self.shape)
+        return FloatWeight(self.name or repr(self), like, nn.functional.embedding, self._rows)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(1, dtype=self.dtype, device="cpu")).dtype
@@ -313,8 +315,14 @@ class QuantEmbedding(Store):
 
     @uncompiled
     def forward(self, ids: Tensor) -> Tensor:
-        rows = kernels.embedding(ids, self.qtensor(), self.dtype)
+        rows = self._rows(ids)
         return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
+
+    def _rows(self, ids: Tensor, padding: Any = None, *, max_norm: Any = None, **_: Any) -> Tensor:
+        """As ``torch.nn.functional.embedding`` is called; what else that takes is about gradients of the table."""
+        if max_norm is not None:
+            raise self.weight.refusal("max_norm, which changes the table,")
+        return kernels.embedding(ids, self.qtensor(), self.dtype)
 
 
 class ExpertBank(Store):

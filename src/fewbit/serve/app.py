@@ -19,6 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -35,6 +36,7 @@ from fewbit.serve.metrics import Metrics
 from fewbit.serve.shapes import Shape
 
 LOG = logging.getLogger("fewbit.serve")
+PLACES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models")
 TOO_LONG = "context_length_exceeded"
 Handler = Callable[[Request], Awaitable[Response]]
 Parse = Callable[[dict[str, Any], Words], A.Ask]
@@ -50,6 +52,7 @@ class Served:
     * ``hosts``: names by which clients may call this machine, so that no page of the internet can under one of its
       own; None allows all.
     * ``body_bytes``, ``max_tokens``: most of a request and of a text.
+    * ``origins``: whose pages may ask, by CORS, such as "http://localhost:3000"; "*" is any.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Served:
     hosts: frozenset[str] | None = None
     body_bytes: int = 4 << 20
     max_tokens: int | None = None
+    origins: tuple[str, ...] = ()
 
 
 def application(served: Served) -> Starlette:
@@ -79,11 +83,11 @@ def application(served: Served) -> Starlette:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def models(request: Request) -> Response:
-        asked = request.path_params.get("model")
-        if asked is not None:
+        asked = request.path_params.get("model", "").rstrip("/")
+        if asked:
             _check_model(served, asked)
         one = {"id": served.name, "object": "model", "created": began, "owned_by": "fewbit"}
-        return JSONResponse(one if asked is not None else {"object": "list", "data": [one]})
+        return JSONResponse(one if asked else {"object": "list", "data": [one]})
 
     def generation(parse: Parse) -> Handler:
         async def answer(request: Request) -> Response:
@@ -114,7 +118,18 @@ def application(served: Served) -> Starlette:
             route("/v1/embeddings", embeddings, "POST"),
         ],
         exception_handlers={HTTPException: _no_such_place},
+        middleware=_pages_of(served.origins),
     )
+
+
+def _pages_of(origins: tuple[str, ...]) -> list[Middleware]:
+    """What tells browsers that pages of ``origins`` may ask."""
+    if not origins:
+        return []
+    from starlette.middleware.cors import CORSMiddleware
+
+    # every header: OpenAI's client of JavaScript sends some of its own; what guards is the token
+    return [Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])]
 
 
 async def _generate(served: Served, metrics: Metrics, request: Request, parse: Parse) -> Response:
@@ -203,7 +218,9 @@ def _check_token(served: Served, request: Request) -> None:
 
 async def _no_such_place(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    answer = ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}").response()
+    works = f"; what there is: {', '.join(PLACES)}" if error.status_code == 404 else ""
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}{works}"
+    answer = ApiError(error.status_code, message).response()
     answer.headers.update(error.headers or {})  # which methods a place allows
     return answer
 

@@ -33,28 +33,34 @@ NUMBERS = (
 """Fields that :class:`Sampling` knows by the same name; those that OpenAI lacks have vLLM's names."""
 UNHEEDED = frozenset(
     {
+        "cache_prompt",
         "metadata",
         "parallel_tool_calls",
         "prompt_cache_key",
+        "prompt_cache_retention",
         "safety_identifier",
         "service_tier",
         "store",
         "user",
     }
 )
-"""Fields that are about the sender or the billing and change no text."""
+"""Fields that are about the sender, the billing or caches (llama.cpp's ``cache_prompt``) and change no text."""
 SHARED = UNHEEDED | {*NUMBERS, "model", "stream", "stream_options", "n", "stop", "logit_bias", "logprobs", "max_tokens"}
 COMPLETION = SHARED | {"prompt", "echo"}
 CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
     "best_of": (1,),
     "function_call": ("none",),
     "functions": ([],),
+    "min_tokens": (0,),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "verbosity": ("medium",),
 }
 """Fields of things that are not done here, and the values that ask for none of them."""
 CALLS = {"tools": "tool_choice", "functions": "function_call"}

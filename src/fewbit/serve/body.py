@@ -33,12 +33,18 @@ async def read_object(request: Request, most: int) -> dict[str, Any]:
     except (asyncio.TimeoutError, TimeoutError):  # two classes before Python 3.11
         raise ApiError(408, f"the body did not arrive within {SECONDS:g} seconds") from None
     try:
-        found = json.loads(raw, parse_constant=_refuse)
+        found = json.loads(raw, parse_constant=_refuse, parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is no JSON: {error}"[:300]) from None
     if not isinstance(found, dict):
         raise ApiError(400, "the body is no JSON object")
     return found
+
+
+def _number(text: str) -> int | float:
+    """JSON has one kind of number: 4.0 and 4e0 are the whole number 4, and some clients write it so."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 1 << 53 else value
 
 
 def _refuse(constant: str) -> NoReturn:
