@@ -177,8 +177,11 @@ void check(const Case& c) {
     if (memcmp(y.data(), first.data(), y.size() * sizeof(float))) fail(c, isa.name, "differs from serial", 1, 0);
     run(c, 0, tokens, twin.data(), isa.flag, 2);
     if (memcmp(y.data(), twin.data(), y.size() * sizeof(float))) fail(c, isa.name, "two threads differ", 1, 0);
-    for (int64_t t = 0; t < tokens; t++) run(c, t, 1, twin.data() + t * rows, isa.flag, 1);
-    if (memcmp(y.data(), twin.data(), y.size() * sizeof(float))) fail(c, isa.name, "a token alone differs", 1, 0);
+    // Of many tokens every fifth, the last one too: each place among 4 or 16 that are computed together.
+    for (int64_t t = 0; t < tokens; t += tokens > 9 ? 5 : 1) {
+      run(c, t, 1, twin.data(), isa.flag, 1);
+      if (memcmp(y.data() + t * rows, twin.data(), rows * sizeof(float))) fail(c, isa.name, "a token alone differs", 1, 0);
+    }
   }
 }
 
