@@ -47,9 +47,3 @@ def test_converted(shape: tuple[int, ...]) -> None:
     assert room.converted(values, torch.float16) is values
     made = room.converted(values, torch.float32)
     assert made.dtype == torch.float32 and torch.equal(made, values.float())
-
-
-def test_a_pool_asks_for_large_pages_and_is_free_again(native: Native) -> None:
-    room.large_pool()
-    assert [nbytes for _, nbytes in native.asked] == list(room.POOL)
-    assert sum(room.POOL) < 64 << 20 and all(nbytes < 32 << 20 for nbytes in room.POOL)

@@ -16,18 +16,6 @@ LARGE = 8 << 20
 TOGETHER = 1 << 18
 """Weights of a large matrix that are worked on together: what is made of them, 1 MiB each time, stays in a core's
 cache."""
-POOL = ((32 << 20) - (64 << 10), 28 << 20)
-"""Bytes of two blocks that all but fill a pool: glibc's have 64 MiB, and blocks of 32 MiB are not taken from them
-(:mod:`fewbit.memory`)."""
-
-
-def large_pool() -> None:
-    """Let the pool that malloc keeps for this thread, one that was just started, lie in large pages where the system
-    has them: a tenth of the faults, and fewer places to remember. Blocks that fill it ask for them and are freed
-    untouched, which glibc does not give back (:func:`fewbit.memory.keep`)."""
-    if (native := compiled.load()[0]) is not None:
-        for block in [torch.empty(size, dtype=torch.uint8, device="cpu") for size in POOL]:
-            native.large_pages(block.data_ptr(), block.nbytes)
 
 
 def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,6 @@ from typing import TypeVar
 
 import torch
 
-from fewbit.core.room import large_pool
 from fewbit.memory import keep
 
 A = TypeVar("A")
@@ -48,10 +47,9 @@ class Workers:
 
 
 def _alone() -> None:
-    """Of each worker thread: torch keeps both settings per thread, and glibc a pool of memory."""
+    """Of each worker thread: torch keeps both settings per thread."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    large_pool()
 
 
 @contextmanager
