@@ -40,13 +40,16 @@ import fewbit
 found = {"fewbit": list(sys.modules), "cuda": torch.cuda.is_initialized()}
 import fewbit.cli
 found |= {"cli": list(sys.modules), "same": state() == before, "threads": torch.get_num_threads()}
+import fewbit.commands.inspect
+found |= {"inspect": list(sys.modules)}
 print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
 def started() -> dict[str, Any]:
-    """What a fresh interpreter holds after ``import fewbit``, and then after ``import fewbit.cli``."""
+    """What a fresh interpreter holds after ``import fewbit``, and then after ``import fewbit.cli`` and after
+    ``import fewbit.commands.inspect``."""
     environment = os.environ | {"PYTHONPATH": HERE}
     command = [sys.executable, "-c", PROBE]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
@@ -81,6 +84,11 @@ def test_command_line_starts_quickly(started: dict[str, Any]) -> None:
         "rich.progress",
     }
     assert unwanted & set(started["cli"]) == set()
+
+
+def test_inspect_starts_quickly(started: dict[str, Any]) -> None:
+    """What lies in a folder is told without the library that would run it."""
+    assert {"transformers", "fewbit.run", "fewbit.model"} & set(started["inspect"]) == set()
 
 
 def test_import_contracts() -> None:

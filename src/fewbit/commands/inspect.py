@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fewbit.commands import calibrate
 from fewbit.commands.console import results, table, write_json
 from fewbit.containers import files, manifest
 from fewbit.containers.files import named_files
@@ -18,10 +17,9 @@ from fewbit.errors import InputError
 from fewbit.measure.size import are_words
 from fewbit.report import numbers as N
 from fewbit.report.rows import procedure
-from fewbit.run import facts as kept
 
 SHOWN = 40
-FACTS = "facts of a calibration"
+CALIBRATION = "facts of a calibration"
 
 
 def run(path: Path, json_target: str | None) -> None:
@@ -54,10 +52,12 @@ def examine(path: Path) -> dict[str, Any]:
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    if (path / kept.NAME).is_file():
-        described = kept.KeptFacts.read(path).described
+    if (path / manifest.FACTS).is_file():
+        from fewbit.run.facts import KeptFacts  # as below: with transformers behind it, which takes seconds
+
+        described = KeptFacts.read(path).described
         hashes = f"{len(described['files'])} files verified"
-        return {"path": str(path), "kind": FACTS, "hashes": hashes, **described}
+        return {"path": str(path), "kind": CALIBRATION, "hashes": hashes, **described}
     tensors = [tensor for shard in shards(path) for tensor in _safetensors(shard)]
     if not (path / manifest.NAME).is_file():
         found = _summary(path, "Hugging Face folder", tensors)
@@ -154,9 +154,11 @@ def _summary(path: Path, kind: str, tensors: list[dict[str, Any]]) -> dict[str, 
 def tables(found: dict[str, Any]) -> Iterable[Any]:
     """A summary, the formats, then the layers of a quantized folder and what was skipped and why; of facts what and
     whose they are."""
-    if found["kind"] == FACTS:
+    if found["kind"] == CALIBRATION:
+        from fewbit.commands import calibrate
+
         lines = calibrate.rows(Path(found["path"]), found)
-        yield table(("what", "found"), [("kind", FACTS), *lines, ("hashes", found["hashes"])])
+        yield table(("what", "found"), [("kind", CALIBRATION), *lines, ("hashes", found["hashes"])])
         return
     facts = [
         ("path", found["path"]),

@@ -11,6 +11,8 @@ from fewbit.containers.files import digest, member, named_files, read_json
 from fewbit.errors import CorruptFileError, InputError
 
 NAME = "fewbit.json"
+FACTS = "facts.json"
+"""What tells of the facts in a folder that `fewbit calibrate` wrote."""
 NETWORK = "network"
 """The ``kind`` of a folder that :mod:`fewbit.network` wrote; language models have none."""
 VERSION = 1

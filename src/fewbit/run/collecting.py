@@ -12,6 +12,7 @@ from typing import Any, Literal
 import fewbit
 from fewbit.calibrate import Calibration, Text
 from fewbit.containers.files import digest, take_place, write_json
+from fewbit.containers.manifest import FACTS
 from fewbit.containers.safetensors import open_safetensors, write_safetensors
 from fewbit.core import given
 from fewbit.core.defaults import exact
@@ -71,7 +72,7 @@ def collect(
         fingerprint = {"code": O.code_hash(), **{key: str(value) for key, value in described.items()}}
         wanted = frozenset(site.name for site in streamed.sites if fisher and site.block is not None)
         watched: Literal["gram", "mean_square"] = "gram" if gram else "mean_square"
-        with O.work_in(target, force, K.NAME, checkpoint.path) as folder, workers(threads) as pool:
+        with O.work_in(target, force, FACTS, checkpoint.path) as folder, workers(threads) as pool:
             Journal.open(folder / STATE / "journal.json", fingerprint)
             Sensitivity(streamed, data.ids, folder, wanted, pool, tell, products, watched, ranges).collect()
             kept = _finish(folder, target, described)
@@ -100,7 +101,7 @@ def merge(folders: Sequence[str | Path], *, out: str | Path, force: bool = False
         "context": max(text["context"] for text in texts),
         "tokens": sum(text["tokens"] for text in texts),
     }
-    with O.work_in(target, force, K.NAME, *(each.path for each in kept)) as folder:
+    with O.work_in(target, force, FACTS, *(each.path for each in kept)) as folder:
         for block in range(first["blocks"]):
             _merge_inputs(kept, folder, block, "gram" in collected)
             if "fisher" in collected:
@@ -150,7 +151,7 @@ def _described(
 
 def _finished(target: Path, described: dict[str, Any]) -> K.KeptFacts | None:
     """What ``target`` holds, if it is the result of the very same call; its files are checked again."""
-    if not (target / K.NAME).is_file():
+    if not (target / FACTS).is_file():
         return None
     kept = K.KeptFacts.read(target)
     return kept if {key: value for key, value in kept.described.items() if key != "files"} == described else None
@@ -159,7 +160,7 @@ def _finished(target: Path, described: dict[str, Any]) -> K.KeptFacts | None:
 def _finish(folder: Path, target: Path, described: dict[str, Any]) -> K.KeptFacts:
     """Write what the folder is and give it its name."""
     files = {path.name: digest(path) for path in sorted(folder.glob("*.safetensors"))}
-    write_json(folder / K.NAME, {**described, "files": files})
+    write_json(folder / FACTS, {**described, "files": files})
     shutil.rmtree(folder / STATE, ignore_errors=True)
     for left in folder.glob("*.f32"):
         left.unlink()

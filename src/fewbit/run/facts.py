@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fewbit.containers import manifest as M
 from fewbit.containers.files import digest, read_json
+from fewbit.containers.manifest import FACTS
 from fewbit.containers.safetensors import SafetensorsFile, open_safetensors, write_safetensors
 from fewbit.core import given
 from fewbit.core.facts import Facts
@@ -34,7 +35,6 @@ from fewbit.core.sums import all_finite
 from fewbit.errors import CorruptFileError, InputError
 from fewbit.model.sites import Site
 
-NAME = "facts.json"
 VERSION = 2
 RANGES = ("range_counts", "range_ends")
 SUMS = ("total", "total_square", "total_magnitude", "largest")
@@ -201,22 +201,22 @@ class KeptFacts:
             InputError: no such folder. CorruptFileError: it is damaged, or of a newer version.
         """
         folder = given.place("facts", path)
-        if not (folder / NAME).is_file():
-            raise InputError(f"facts in {folder}", f"it holds no {NAME}", "a folder that `fewbit calibrate` wrote")
-        described = read_json(folder / NAME)
+        if not (folder / FACTS).is_file():
+            raise InputError(f"facts in {folder}", f"it holds no {FACTS}", "a folder that `fewbit calibrate` wrote")
+        described = read_json(folder / FACTS)
         for key, kind in _REQUIRED.items():
             if not isinstance(described.get(key), kind):
-                raise CorruptFileError(f"{folder / NAME}", f"field {key!r} is missing or of the wrong type")
+                raise CorruptFileError(f"{folder / FACTS}", f"field {key!r} is missing or of the wrong type")
         if described["facts"] != VERSION:
             works = f"version {VERSION}: collect them again"
-            raise CorruptFileError(f"{folder / NAME}", f"version {described['facts']}", works)
+            raise CorruptFileError(f"{folder / FACTS}", f"version {described['facts']}", works)
         M.check_files(folder, described)
         return KeptFacts(folder, described)
 
     @property
     def sha256(self) -> str:
         """Of all that was found: ``facts.json`` holds the hash of every file."""
-        return digest(self.path / NAME)
+        return digest(self.path / FACTS)
 
     def check(self, model: Mapping[str, str], data: str | None = None) -> None:
         """They are of this model (hashes by name), and of the text whose hash is ``data``, where that is given.
