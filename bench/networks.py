@@ -5,6 +5,7 @@
     python bench/networks.py --encoder FOLDER                    Spearman correlation on the STS-B test pairs
     python bench/networks.py --superres mobilesr                 PSNR of Set5, enlarged four times
     python bench/networks.py --superres swinir --weights FILE    the same, of what bench/train_swinir.py trained
+    PYTHONPATH=peers/optimum-quanto:peers/deps python bench/networks.py --resnet 20 --peer quanto   beside a package
 
 Networks run on fewbit's kernels after ``fewbit.network.quantize``. Calibration is 1,000 training images, or 256
 sentences of the bundled text, which is not STS-B, or parts of photos of the package scikit-image, which are not Set5.
@@ -29,6 +30,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import cifar_resnets
+import network_peers
 import superres
 from fewbit import calibrate, methods, network
 from fewbit.containers.files import write_json
@@ -81,6 +83,7 @@ VISION: list[tuple[str, str | Recipe, dict[str, Any]]] = [
             (("bias", "sequence"), {"method": "gptq", "bias": True, "sequential": True}),
         )
     ),
+    ("int8/channel", "int8/channel", {}),
     ("palette4", "palette4", {}),
     ("palette4/rows16, bias", "palette4/rows16", {"bias": True}),
     ("palette2/channel, bias", "palette2/channel", {"bias": True}),
@@ -111,6 +114,8 @@ ENCODER: list[tuple[str, str | Recipe, dict[str, Any]]] = [
     ("W8A8_STATIC, mse, smooth", static("mse"), {"transforms": ("smooth",)}),
     ("W4A8", "W4A8", {}),
     ("W4A8, gptq", "W4A8", {"method": "gptq"}),
+    *((f"int{bits}/g32/asym, gptq", f"int{bits}/g32/asym", {"method": "gptq"}) for bits in (8, 4, 3, 2)),
+    ("vector2x4, vptq", "vector2x4", {"method": "vptq"}),
 ]
 
 
@@ -163,8 +168,9 @@ def measured(
     score: Callable[[nn.Module], float],
     measure: str,
     chosen: list[str],
+    peers: list[str],
 ) -> list[dict[str, Any]]:
-    """A row for the float network, and for each of ``rows``, or of those ``chosen`` by name."""
+    """A row for the float network, for each of ``rows``, or of those ``chosen`` by name, and of ``peers``."""
     found = [{"row": "float32", "bits": 32.0, measure: score(made), "kernel": "torch"}]
     print(found[-1], flush=True)
     for name, recipe, options in rows:
@@ -181,6 +187,9 @@ def measured(
         kernels = {record["kernel"] for record in quantized.layers}
         row = {"row": name, "bits": quantized.bits_per_weight, measure: score(quantized.network), "seconds": seconds}
         found.append({**row, "products": len(quantized.products), "kernel": ", ".join(sorted(kernels))})
+        print(found[-1], flush=True)
+    for name, bits, decoded in network_peers.rows(made, peers):
+        found.append({"row": name, "bits": bits, measure: score(decoded), "kernel": "torch, decoded"})
         print(found[-1], flush=True)
     return found
 
@@ -199,7 +208,7 @@ def with_labels(options: dict[str, Any], labels: list[Tensor]) -> dict[str, Any]
     return {**options, "labels": labels} if weighs and "loss" not in options else options
 
 
-def vision(depth: int, images: int, chosen: list[str]) -> list[dict[str, Any]]:
+def vision(depth: int, images: int, chosen: list[str], peers: list[str]) -> list[dict[str, Any]]:
     x, y = cifar_resnets.test_images()
     calibration = list(cifar_resnets.images("train10k.webp")[:1000].split(250))
     labels = list(cifar_resnets.train_labels()[:1000].split(250))
@@ -211,10 +220,11 @@ def vision(depth: int, images: int, chosen: list[str]) -> list[dict[str, Any]]:
         lambda made: 100 * cifar_resnets.accuracy(made, x[:images], y[:images]),
         "top-1 %",
         chosen,
+        peers,
     )
 
 
-def encoder(folder: Path, pairs: Path, chosen: list[str]) -> list[dict[str, Any]]:
+def encoder(folder: Path, pairs: Path, chosen: list[str], peers: list[str]) -> list[dict[str, Any]]:
     """Mean pooling and unit length; the score of a pair is the cosine of its sentences."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -242,7 +252,7 @@ def encoder(folder: Path, pairs: Path, chosen: list[str]) -> list[dict[str, Any]
         first, second = embedded(network).chunk(2)
         return 100 * float(spearmanr((first * second).sum(1).numpy(), scores).statistic)
 
-    return measured(made, batches(text), ENCODER, score, "Spearman", chosen)
+    return measured(made, batches(text), ENCODER, score, "Spearman", chosen, peers)
 
 
 def enlarged(name: str, weights: Path | None, steps: int, chosen: list[str]) -> list[dict[str, Any]]:
@@ -250,7 +260,7 @@ def enlarged(name: str, weights: Path | None, steps: int, chosen: list[str]) -> 
     calibration = list((superres.crops(CROPS, CROP) * kind.white).split(CROPS_AT_ONCE))
     rows = enlarging(kind, steps)
     made = superres.network(name, weights)
-    return measured(made, calibration, rows, lambda made: superres.score(made, kind.white), "PSNR dB", chosen)
+    return measured(made, calibration, rows, lambda made: superres.score(made, kind.white), "PSNR dB", chosen, [])
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -276,16 +286,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of what is learned")
     parser.add_argument("--pairs", type=Path, default=cifar_resnets.ASSETS / "tasks" / "stsb_test.tsv")
     parser.add_argument("--rows", nargs="+", default=[], help="names of rows; all by default")
+    parser.add_argument("--peer", nargs="+", default=[], choices=network_peers.PEERS, help="packages to compare with")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     found: list[dict[str, Any]] = []
     if arguments.resnet is not None:
-        rows = vision(arguments.resnet, arguments.images, arguments.rows)
+        rows = vision(arguments.resnet, arguments.images, arguments.rows, arguments.peer)
         found.append({"network": f"ResNet-{arguments.resnet}", "rows": rows})
     if arguments.encoder is not None:
-        rows = encoder(arguments.encoder, arguments.pairs, arguments.rows)
+        rows = encoder(arguments.encoder, arguments.pairs, arguments.rows, arguments.peer)
         found.append({"network": str(arguments.encoder), "rows": rows})
     if arguments.superres is not None:
         rows = enlarged(arguments.superres, arguments.weights, arguments.steps, arguments.rows)
