@@ -8,41 +8,25 @@ import copy
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-GROUP = 32
-Decoded = tuple[dict[str, Tensor], float]
-"""Weights by the names of layers, and the bits that all of them take."""
+from quantizer_sides import Found, of_quanto
 
 
 def layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, layer) for name, layer in network.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear)))
 
 
-def quanto(network: nn.Module, bits: int) -> Decoded:
+def quanto(network: nn.Module, bits: int) -> Found:
     """By the largest magnitude (8 bits) or ends, of rows or groups of 128, as ``quantize`` does unasked."""
     import optimum.quanto as Q
 
     Q.quantize(network, weights=getattr(Q, f"qint{bits}"))
     Q.freeze(network)
-    weights = {name: layer.weight for name, layer in layers(network)}
-    beside = sum(w._scale.numel() + (w._shift.numel() if bits < 8 else 0) for w in weights.values())
-    found = {name: weight.dequantize().float() for name, weight in weights.items()}
-    return found, bits * sum(weight.numel() for weight in found.values()) + 16 * beside
+    return of_quanto(dict(layers(network)), bits)
 
 
-def torchao(network: nn.Module, bits: int) -> Decoded:
-    """Groups of 32 with zero points; of linear layers alone."""
-    from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
-
-    config = IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), PerGroup(GROUP), MappingType.ASYMMETRIC)
-    quantize_(network, config, lambda layer, name: isinstance(layer, nn.Linear))
-    found = {n: layer.weight.dequantize().float() for n, layer in layers(network) if isinstance(layer, nn.Linear)}
-    count = sum(weight.numel() for weight in found.values())
-    return found, bits * count + (16 + 8) * (count / GROUP)
-
-
-def coremltools(network: nn.Module, bits: int) -> Decoded:
+def coremltools(network: nn.Module, bits: int) -> Found:
     """A palette a layer, by k-means."""
     from coremltools.optimize.torch.palettization import PostTrainingPalettizer, PostTrainingPalettizerConfig
 
@@ -55,9 +39,8 @@ def coremltools(network: nn.Module, bits: int) -> Decoded:
     return found, bits * sum(weight.numel() for weight in found.values()) + 16 * 2**bits * len(found)
 
 
-PEERS: dict[str, tuple[Callable[[nn.Module, int], Decoded], tuple[int, ...]]] = {
+PEERS: dict[str, tuple[Callable[[nn.Module, int], Found], tuple[int, ...]]] = {
     "quanto": (quanto, (8, 4, 2)),
-    "torchao": (torchao, (8, 4, 3, 2)),
     "coremltools": (coremltools, (8, 4, 3, 2)),
 }
 """By package: what makes the weights, and the bits that it knows."""

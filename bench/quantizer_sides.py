@@ -300,13 +300,13 @@ def quanto(job: Job) -> tuple[Timed, Read]:
         Q.freeze(model)
         return model
 
-    def read(model: Any) -> Found:
-        layers = {name: layer.weight for name, layer in linears(model).items()}
-        beside = sum(w._scale.numel() + (w._shift.numel() if job.bits < 8 else 0) for w in layers.values())
-        found = {name: weight.dequantize().float() for name, weight in layers.items()}
-        return found, job.bits * count(found) + 16 * beside
+    return run, lambda model: of_quanto(linears(model), job.bits)
 
-    return run, read
+
+def of_quanto(layers: dict[str, Any], bits: int) -> Found:
+    beside = sum(m.weight._scale.numel() + (m.weight._shift.numel() if bits < 8 else 0) for m in layers.values())
+    found = {name: layer.weight.dequantize().float() for name, layer in layers.items()}
+    return found, bits * sum(weight.numel() for weight in found.values()) + 16 * beside
 
 
 def torchao(job: Job) -> tuple[Timed, Read]:
